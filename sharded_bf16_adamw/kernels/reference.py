@@ -1,0 +1,192 @@
+"""The update rule in plain PyTorch: the specification that every other back end matches bit for bit.
+
+Vocabulary, for one element at step ``t`` (1-based):
+
+* ``g, p, m, v, c``: gradient, parameter, exp_avg, exp_avg_sq and correction as they are *stored*; the true weight is ``p + c``.
+* ``mn, vn, pn, cn``: their fp32 successors, before rounding to the stored dtype.
+* RTNE: round to nearest, ties to even, which is what a cast to bfloat16 does.
+* SR: stochastic rounding, up with a probability equal to the discarded fraction, so that the mean error is zero.
+
+The random bits of SR are a hash of the element's own stored bits and the step. They need no generator, no seed and no index, so
+they cannot depend on how the parameter is sharded, and replicas agree without being synchronised.
+
+Sources: the correction term is Kahan-style compensation as in "Revisiting BFloat16 Training" (Zamirai et al., arXiv:2010.06192)
+and the ``adamw_bfloat16`` library; the integer hash is "lowbias32" of Chris Wellons' hash-prospector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16  # elements per pass: the temporaries of one pass stay in a CPU's second-level cache
+GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive steps over the 32-bit range
+
+
+class StepScalars(NamedTuple):
+    """What one step needs besides tensors. All but ``step`` are Python floats that hold exact float32 values."""
+
+    step: int
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    inv_sqrt_bias_correction2: float
+    eps: float
+    lr_weight_decay: float
+
+
+def power(base: float, exponent: int) -> float:
+    """``base ** exponent`` by repeated squaring in double: the same bits on every machine, unlike ``pow`` of a C library."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def step_scalars(step: int, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> StepScalars:
+    """Compute the scalars of one step in double and round each once to float32."""
+
+    def f32(x: float) -> float:
+        with np.errstate(over="ignore"):  # an infinite step size is the user's choice of lr, as in torch
+            return float(np.float32(x))
+
+    return StepScalars(
+        step=step,
+        beta1=f32(beta1),
+        one_minus_beta1=f32(1.0 - beta1),
+        beta2=f32(beta2),
+        one_minus_beta2=f32(1.0 - beta2),
+        step_size=f32(lr / (1.0 - power(beta1, step))),
+        inv_sqrt_bias_correction2=f32(1.0 / math.sqrt(1.0 - power(beta2, step))),
+        eps=f32(eps),
+        lr_weight_decay=f32(lr * weight_decay),
+    )
+
+
+def adamw_bf16_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    corrections: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    zero_grads: bool = False,
+) -> None:
+    """See :func:`sharded_bf16_adamw.kernels.adamw_bf16_`. The tensors of one index are dense and share their strides."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    scale = -scale if maximize else scale
+    scalars: dict[int, StepScalars] = {}  # most parameters of a model share their step
+    for p, g, m, v, c, step in zip(params, grads, exp_avgs, exp_avg_sqs, corrections, steps, strict=True):
+        step += 1
+        t = int(step.item())
+        if t not in scalars:
+            scalars[t] = step_scalars(t, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+        if p.numel() == 0:
+            continue
+        flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
+        for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
+            (_update_fp32 if c is None else _update_bf16)(*chunk, scale, scalars[t])
+        if zero_grads:
+            g.zero_()
+
+
+def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+    """See :func:`sharded_bf16_adamw.kernels.grad_sum_sq`."""
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    for g in grads:
+        for chunk in g.reshape(-1).split(CHUNK):
+            total += chunk.double().square().sum()
+    return total
+
+
+def _update_bf16(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor, scale: float, s: StepScalars) -> None:
+    """One step on a chunk of a bfloat16 parameter, in place. Each fp32 operation is rounded by itself: no fused multiply-add."""
+    h = _mix(_pattern(g) ^ _pattern(m) << 16 ^ _pattern(v) << 13 ^ _pattern(p) << 5 ^ _pattern(c) << 10 ^ _int32(s.step * GOLDEN))
+    p32, c32 = p.float(), c.float()
+    mn, vn, upd = _moments(g.float() * scale, m.float(), v.float(), s)
+    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)  # p + c only scales the decay: storing it would lose the low bits
+    pn = (p32 + d).bfloat16()
+    cn = (p32 - pn.float()) + d
+    p.copy_(pn)
+    v.copy_(stochastic_round(vn, h & 0xFFFF))
+    m.copy_(stochastic_round(mn, h >> 16 & 0xFFFF))
+    c.copy_(stochastic_round(cn, h >> 8 & 0xFFFF))
+
+
+def _update_fp32(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scale: float, s: StepScalars) -> None:
+    """One step on a chunk of a float32 parameter: the same rule with no correction and nothing to round."""
+    mn, vn, upd = _moments(g.float() * scale, m, v, s)
+    p.sub_(s.lr_weight_decay * p + upd)
+    v.copy_(vn)
+    m.copy_(mn)
+
+
+def _moments(g: Tensor, m: Tensor, v: Tensor, s: StepScalars) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the new moments and the update ``step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``, all float32."""
+    mn = s.beta1 * m + s.one_minus_beta1 * g
+    vn = s.beta2 * v + s.one_minus_beta2 * (g * g)
+    upd = s.step_size * mn / (_sqrt(vn) * s.inv_sqrt_bias_correction2 + s.eps)
+    return mn, vn, upd
+
+
+def stochastic_round(x: Tensor, r: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up where the 16 discarded bits plus ``r`` carry.
+
+    Args:
+        x: float32, any shape.
+        r: int32 of the same shape, uniform on [0, 65535].
+
+    Returns:
+        bfloat16. Infinities stay; NaN stays NaN (some carry all-ones payloads, which the addition would wrap to zero).
+    """
+    rounded = ((x.view(torch.int32) + r) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), torch.nan, rounded)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 on int32 tensors: multiplication wraps, and masks turn the arithmetic shifts into logical ones."""
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * _int32(0x846CA68B)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def _pattern(x: Tensor) -> Tensor:
+    """The 16 stored bits of a bfloat16 tensor as int32. A float32 gradient folds to the same bits where bfloat16 holds it exactly."""
+    if x.dtype == torch.float32:
+        bits = x.view(torch.int32)
+        return (bits >> 16 ^ bits) & 0xFFFF
+    return x.view(torch.int16).to(torch.int32) & 0xFFFF
+
+
+def _int32(x: int) -> int:
+    """The low 32 bits of ``x`` as a signed integer."""
+    return (x + 0x80000000 & 0xFFFFFFFF) - 0x80000000
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded float32 square root. torch's own on CPU is not (17 % of values are one bit off); through double it is."""
+    if x.device.type == "mps":  # no float64 there
+        return x.sqrt()
+    return x.double().sqrt().float()

@@ -1,0 +1,323 @@
+"""The optimizer that users see: torch's conventions around the update rule of :mod:`sharded_bf16_adamw.kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import BACKENDS, adamw_bf16_, grad_sum_sq
+from .schedule import LR
+from .sharding.local import all_reduce_sums, group_by, local_grad, shard_axes, to_local
+from .sharding.misuse import sharded_after_construction
+from .state import DTYPES, check_hyperparameters, check_param, complete_state, new_state, param_name
+
+
+class AdamW_BF16(torch.optim.Optimizer):
+    r"""AdamW with bfloat16 weights and states, at the quality of float32 ones.
+
+    For each bfloat16 parameter the state holds ``exp_avg``, ``exp_avg_sq`` and ``correction``, all bfloat16 and shaped, placed and
+    sharded like the parameter: a DTensor's state is a DTensor, so each rank holds its own shard and no more. The true weight is
+    ``p + correction``; moments and correction are rounded stochastically, so that no update is too small to count (see
+    ``docs/numerics.md``). Float32 parameters keep float32 moments and need no correction. ``step`` is a 0-dim float32 tensor.
+
+    Decoupled weight decay: Loshchilov & Hutter, arXiv:1711.05101. Correction term: Zamirai et al., arXiv:2010.06192, and the
+    ``adamw_bfloat16`` library, whose ``AdamW_BF16(params, lr_function=LR(...))`` and ``step(zero_grad=True)`` work here unchanged.
+
+    Args:
+        params: parameters, named parameters, or dicts of parameter groups; each parameter bfloat16 or float32.
+        lr: constant learning rate (a float or a one-element tensor), which torch's schedulers may change.
+        betas: decay rates of the running averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay, scaled by the learning rate.
+        lr_function: the schedule, a callable from the 0-based step to the learning rate, such as :class:`LR`. Written to ``group["lr"]``
+            at every step; where somebody else changed ``group["lr"]`` since, theirs holds. With neither this nor ``lr``: ``LR()``.
+            A group that brings its own ``lr`` keeps it.
+        maximize: ascend instead of descend.
+        capturable: whether a step may be captured in a CUDA graph; ``lr`` must then be a tensor on the device.
+        skip_nonfinite: where any rank's gradient holds inf or NaN, let the step change no parameter, state or step count on any rank,
+            and count it in ``skipped_steps``.
+        sharding: how this optimizer itself shards the states of a replicated model; None leaves sharding to torch.
+        backend: kernel back end, one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, ``lr`` and ``lr_function`` are both given, or a parameter is on the meta device.
+        TypeError: a parameter is neither bfloat16 nor float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        lr_function: Callable[[int], float] | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        skip_nonfinite: bool = False,
+        sharding: None = None,
+        backend: str | None = None,
+    ) -> None:
+        if lr is not None and lr_function is not None:
+            raise ValueError("lr and lr_function are both given; pass lr for a constant or lr_function for a schedule, not both")
+        if lr_function is not None and not callable(lr_function):
+            raise ValueError(f"lr_function must be a callable from a step to a learning rate, such as LR(), but got {lr_function!r}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None")
+        if sharding is not None:
+            raise ValueError(f"Invalid sharding: {sharding!r}; only None is supported, which leaves sharding to torch (FSDP, DTensor)")
+        if lr is None and lr_function is None:
+            lr_function = LR()
+        if lr_function is not None:
+            lr = lr_function(0)
+        assert lr is not None
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if capturable and not isinstance(lr, Tensor):
+            raise ValueError("capturable=True needs lr as a one-element tensor: a captured graph replays without running Python")
+        betas = (float(betas[0]), float(betas[1]))
+        check_hyperparameters(lr, betas, eps, weight_decay)
+        self.lr_function = lr_function
+        self.skip_nonfinite = skip_nonfinite
+        self.backend = backend
+        self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
+        self._sum_sq: Tensor | None = None  # of the gradients that _grad_scale was made from
+        self._skipped: Tensor | None = None
+        self._checked_for_later_wrapping = False
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+            "schedule_step": 0,  # calls of step() so far: the position of lr_function
+            "scheduled_lr": None,  # what lr_function last wrote to "lr"; None where the group's own lr rules
+        }
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------------- torch's conventions
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError, TypeError: as the constructor; the optimizer is then as it was.
+        """
+        brings_lr = isinstance(param_group, dict) and "lr" in param_group
+        if self.param_groups and isinstance(param_group, dict):
+            param_group.setdefault("schedule_step", self.param_groups[0]["schedule_step"])  # a late group joins where the others are
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            for index, param in enumerate(group["params"]):
+                check_param(param, param_name(group, index))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if self.lr_function is not None and not brings_lr:
+            group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("lr_function", "skip_nonfinite", "backend", "_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
+        for group in state["param_groups"]:
+            for key, value in (("maximize", False), ("capturable", False), ("schedule_step", 0), ("scheduled_lr", None)):
+                group.setdefault(key, value)
+            for index, param in enumerate(group["params"]):
+                if state["state"].get(param):
+                    complete_state(state["state"][param], param, param_name(group, index))
+        # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
+        self.__dict__.setdefault("_grad_scale", None)
+        self.__dict__.setdefault("_sum_sq", None)
+        self.__dict__.setdefault("_checked_for_later_wrapping", False)
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of :class:`AdamW_BF16` or of :class:`torch.optim.AdamW` (the correction then starts at zero), copying its tensors.
+
+        The learning-rate schedule stays the one that this optimizer was built with, at the loaded position.
+
+        Raises:
+            ValueError: groups or shapes do not match this optimizer's; nothing is changed.
+        """
+        follows_schedule = [group["scheduled_lr"] is not None for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, follows in zip(self.param_groups, follows_schedule, strict=True):
+            group["scheduled_lr"] = group["lr"] if follows else None
+        for param_state in self.state.values():
+            for key, value in param_state.items():
+                if isinstance(value, Tensor):
+                    param_state[key] = value.clone()  # torch aliases what it was given
+
+    # ---------------------------------------------------------------------------------------------------------------- step
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
+        """Take one optimization step on every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+            zero_grad: set all gradients to None afterwards, as :meth:`zero_grad` does.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or the parameters were wrapped by FSDP after the optimizer was built; nothing is changed.
+            TypeError: a gradient is neither bfloat16 nor float32; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        work = [(group, self._params_with_grad(group)) for group in self.param_groups]
+        found_inf = self._found_inf(work) if self.skip_nonfinite else None
+        for group, params in work:
+            self._apply_schedule(group)
+            for device_params in group_by(params, lambda param: param.device).values():
+                self._update(group, device_params, found_inf)
+        self._grad_scale = self._sum_sq = None
+        if zero_grad:
+            self.zero_grad()
+        return loss
+
+    def _params_with_grad(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of ``group`` that take part in this step, checked, with state."""
+        params = []
+        for index, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"AdamW_BF16 does not support sparse gradients, which parameter {param_name(group, index)} has; "
+                    "build its layer with sparse=False"
+                )
+            if grad.dtype not in DTYPES:
+                raise TypeError(f"the gradient of parameter {param_name(group, index)} is {grad.dtype}; it must be bfloat16 or float32")
+            params.append(param)
+        if len(params) < len(group["params"]) and not self._checked_for_later_wrapping:
+            self._checked_for_later_wrapping = True  # a walk over all objects of the process: once is enough
+            if sharded_after_construction([param for group in self.param_groups for param in group["params"]]):
+                self._checked_for_later_wrapping = False
+                raise RuntimeError(
+                    "the optimizer was built before fully_shard or parallelize_module, so it holds parameters that the model no longer "
+                    "uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
+                )
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = new_state(param)
+        return params
+
+    def _apply_schedule(self, group: dict[str, Any]) -> None:
+        """Move ``group["lr"]`` to this step's value, unless it is not what the schedule last wrote: then it is somebody else's."""
+        if group["scheduled_lr"] is not None and group["lr"] == group["scheduled_lr"] and self.lr_function is not None:
+            group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
+        group["schedule_step"] += 1
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None) -> None:
+        """One kernel call for the parameters of one group on one device."""
+        states = [self.state[param] for param in params]
+        device = params[0].device
+        adamw_bf16_(
+            [to_local(param) for param in params],
+            [local_grad(param) for param in params],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
+            [to_local(state["correction"]) if "correction" in state else None for state in states],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=None if self._grad_scale is None else self._grad_scale.to(device),
+            found_inf=None if found_inf is None else found_inf.to(device),
+            backend=self.backend,
+        )
+
+    # ----------------------------------------------------------------------------------------- gradient norm and the guard
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the global gradient norm in the next :meth:`step`: its scale is folded into the update, the gradients stay as they are.
+
+        Collective where parameters are sharded: every rank calls it.
+
+        Args:
+            max_norm: the largest 2-norm of all gradients together.
+
+        Returns:
+            The norm before clipping, 0-dim float32: over all ranks, each element counted once.
+
+        Raises:
+            ValueError: ``max_norm`` is not positive.
+        """
+        if not max_norm > 0.0:
+            raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
+        self._sum_sq = self._global_sum_sq([self._params_with_grad(group) for group in self.param_groups])
+        norm = self._sum_sq.sqrt()
+        self._grad_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        return norm.float()
+
+    def _found_inf(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:
+        """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
+        sum_sq = self._sum_sq if self._sum_sq is not None else self._global_sum_sq([params for _, params in work])
+        found_inf = (~sum_sq.isfinite()).float()
+        self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
+        return found_inf
+
+    def _global_sum_sq(self, groups: list[list[Tensor]]) -> Tensor:
+        """Sum of squares of all gradients of all ranks, 0-dim float64."""
+        params = [param for group in groups for param in group]
+        by_place = group_by(params, lambda param: (shard_axes(param), param.device))
+        sums: dict[Any, Tensor] = {}
+        for (axes, _), members in by_place.items():
+            value = grad_sum_sq([local_grad(param) for param in members], self.backend)
+            sums[axes] = value if axes not in sums else sums[axes] + value.to(sums[axes].device)
+        return all_reduce_sums(sums) if sums else torch.zeros((), dtype=torch.float64)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has skipped in this process. Reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped.item())
+
+    # ------------------------------------------------------------------------------------------------------- true weights
+
+    @torch.no_grad()
+    def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(parameter, weight)`` for every parameter, where ``weight`` is ``p + correction`` in float32, sharded as the parameter
+        is. For averages of weights, export and evaluation."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                weight = param.detach().float()
+                correction = self.state[param].get("correction") if param in self.state else None
+                yield param, weight if correction is None else weight + correction.float()
+
+    @torch.no_grad()
+    def reset_correction(self, params: Iterable[Tensor] | None = None) -> None:
+        """Set the correction of ``params`` (default: all) to zero, after their weights were replaced from outside."""
+        chosen = [param for group in self.param_groups for param in group["params"]] if params is None else list(params)
+        for param in chosen:
+            if param in self.state and "correction" in self.state[param]:
+                to_local(self.state[param]["correction"]).zero_()
+
+    def init_state(self) -> None:
+        """Create the state of every trainable parameter now, at step 0, rather than at its first gradient. Loading a checkpoint needs
+        somewhere to load to."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and not self.state[param]:
+                    self.state[param] = new_state(param)

@@ -1,0 +1,1 @@
+"""How a parameter is spread over ranks. Nothing here knows the update rule."""

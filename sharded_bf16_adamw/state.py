@@ -1,0 +1,83 @@
+"""The state of one parameter and the checks of what users hand in: made, loaded and named in messages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sharding.local import zeros_like_shard
+
+DTYPES = (torch.bfloat16, torch.float32)  # of parameters and of gradients
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless it can be optimized."""
+    if param.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name} is {param.dtype}; AdamW_BF16 takes bfloat16 and float32, "
+            "so convert it with .to(torch.bfloat16) or leave it out"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"parameter {name} is on the meta device; call model.to_empty(device=...) and initialise, then build the optimizer"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(
+            f"parameter {name} has layout {param.layout}; AdamW_BF16 takes dense parameters, so call .to_dense() or leave it out"
+        )
+
+
+def new_state(param: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first step. On an accelerator ``step`` lives there too, so that reading it costs no sync."""
+    device = "cpu" if param.device.type == "cpu" else param.device
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": zeros_like_shard(param, param.dtype),
+        "exp_avg_sq": zeros_like_shard(param, param.dtype),
+    }
+    if param.dtype == torch.bfloat16:
+        state["correction"] = zeros_like_shard(param, torch.bfloat16)
+    return state
+
+
+def complete_state(state: dict[str, Any], param: Tensor, name: str) -> None:
+    """Check a loaded state against its parameter; add what a torch.optim.AdamW state lacks and drop what only that one has."""
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in state:
+            raise ValueError(f"the loaded state of parameter {name} has no {key!r}; it must be a state of AdamW_BF16 or torch.optim.AdamW")
+    for key in ("exp_avg", "exp_avg_sq", "correction"):
+        if key in state and state[key].shape != param.shape:
+            raise ValueError(
+                f"the loaded {key} of parameter {name} has shape {tuple(state[key].shape)} but the parameter has {tuple(param.shape)}; "
+                "it is the state of another model or of another sharding"
+            )
+    step = torch.as_tensor(state["step"], dtype=torch.float32)
+    state["step"] = step.to("cpu" if param.device.type == "cpu" else param.device)
+    state.pop("max_exp_avg_sq", None)  # amsgrad, which this rule does not have
+    if param.dtype == torch.bfloat16:
+        state.setdefault("correction", zeros_like_shard(param, torch.bfloat16))
+    else:
+        state.pop("correction", None)
+
+
+def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise torch's own ``ValueError`` messages."""
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= weight_decay or math.isinf(weight_decay):
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def param_name(group: dict[str, Any], index: int) -> str:
+    """A parameter's name for a message: its FQN where the optimizer was given named parameters, else its place in its group."""
+    if "param_names" in group:
+        return f"{group['param_names'][index]!r}"
+    return f"{index} (shape {tuple(group['params'][index].shape)})"

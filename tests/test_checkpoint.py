@@ -1,0 +1,240 @@
+"""Sharded checkpoints: exact, under any other number of ranks, and nothing is lost or half changed when something is wrong."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from test_distributed import collect, fsdp2, make_model, train_on_given_gradients
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import LR, AdamW_BF16, latest, load, save
+
+
+def wrap(model, strategy):
+    return {"single": lambda m: m, "ddp": DistributedDataParallel, "fsdp2": fsdp2}[strategy](model)
+
+
+def by_plain_name(result):
+    return {key.removeprefix("module."): value for key, value in result.items()}
+
+
+def new_optimizer(model):
+    return AdamW_BF16(model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1)
+
+
+def save_worker(rank, world, root, strategy):
+    model = wrap(make_model(), strategy)
+    optimizer = train_on_given_gradients(model, 7)
+    save(root, 7, model, optimizer, extra={"position": 123})
+    return by_plain_name(collect(model, optimizer)), optimizer.param_groups[0]["schedule_step"]
+
+
+def load_worker(rank, world, root, strategy):
+    torch.manual_seed(99)
+    model = make_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    model = wrap(model, strategy)
+    optimizer = new_optimizer(model)
+    assert load(root, model, optimizer) == {"position": 123}
+    return by_plain_name(collect(model, optimizer)), optimizer.param_groups[0]["schedule_step"]
+
+
+def run(strategy, world, worker, root):
+    return run_ranks(world, worker, str(root), strategy)
+
+
+LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2", 4)]
+
+
+@pytest.mark.parametrize("saved", LAYOUTS, ids=str)
+def test_loads_under_any_other_layout_and_world_size_bit_for_bit(saved, tmp_path):
+    expected = run(*saved, save_worker, tmp_path)[0]
+    for layout in LAYOUTS:
+        for weights, position in run(*layout, load_worker, tmp_path):
+            assert position == expected[1] == 7
+            assert list(weights) == list(expected[0])
+            for key, value in expected[0].items():
+                assert torch.equal(weights[key], value), (layout, key)
+
+
+def trained(steps=3, width=4):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+    return model, train_on_given_gradients(model, steps)
+
+
+def frozen_copy(model, optimizer):
+    return {key: value.clone() for key, value in collect(model, optimizer).items()}
+
+
+def assert_unchanged(before, model, optimizer):
+    after = collect(model, optimizer)
+    assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_without_torch_distributed(tmp_path):
+    assert not dist.is_initialized()
+    model, optimizer = trained()
+    expected = frozen_copy(model, optimizer)
+    path = save(tmp_path, 3, model, optimizer, extra={"a": [1, 2]})
+    train_on_given_gradients(model, 2)
+    assert load(path, model, optimizer) == {"a": [1, 2]}
+    assert_unchanged(expected, model, optimizer)
+
+
+def test_random_state_is_restored(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer)
+    expected = torch.rand(5)
+    load(tmp_path, model, optimizer)
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_latest_follows_the_newest_and_keep_removes_the_oldest(tmp_path):
+    model, optimizer = trained()
+    assert latest(tmp_path) is None
+    for step in (1, 2, 10):
+        save(tmp_path, step, model, optimizer, keep=2)
+        assert latest(tmp_path) == tmp_path / f"step-{step:08d}"
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000010"]
+    (tmp_path / "LATEST").unlink()
+    assert latest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_resumed_run_overwrites_the_step_it_passes_again(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 5, model, optimizer, extra={"run": 1})
+    save(tmp_path, 5, model, optimizer, extra={"run": 2})
+    assert load(tmp_path, model, optimizer) == {"run": 2}
+
+
+def test_unfinished_save_is_not_found(tmp_path):
+    """What a killed run leaves: a partial folder, whatever is in it."""
+    model, optimizer = trained()
+    good = save(tmp_path, 1, model, optimizer)
+    (tmp_path / ".partial-step-00000002").mkdir()
+    (tmp_path / ".partial-step-00000002" / "__0_0.distcp").write_bytes(b"x")
+    assert latest(tmp_path) == good
+    assert save(tmp_path, 2, model, optimizer) == latest(tmp_path)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_fresh_optimizer_loads_and_never_updated_parameters_stay_at_zero(tmp_path):
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)}).to(torch.bfloat16)
+    optimizer = new_optimizer(model)
+    for p in model["used"].parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(zero_grad=True)
+    save(tmp_path, 1, model, optimizer)
+    fresh = new_optimizer(model)
+    load(tmp_path, model, fresh)
+    for name, p in model.named_parameters():
+        for key, value in fresh.state[p].items():
+            expected = optimizer.state[p][key] if name.startswith("used") else torch.zeros_like(value)
+            assert torch.equal(value, expected), (name, key)
+
+
+def test_saving_before_the_first_step_takes_no_step(tmp_path):
+    torch.manual_seed(0)
+    a = nn.Linear(3, 3).to(torch.bfloat16)
+    optimizer = new_optimizer(a)
+    save(tmp_path, 0, a, optimizer)
+    other = nn.Linear(3, 3).to(torch.bfloat16)
+    resumed = new_optimizer(other)
+    load(tmp_path, other, resumed)
+    assert resumed.param_groups[0]["schedule_step"] == 0
+    for state in [*optimizer.state.values(), *resumed.state.values()]:
+        assert state["step"] == 0
+
+
+def test_missing_checkpoint(tmp_path):
+    model, optimizer = trained()
+    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint at {tmp_path}/nowhere; give the folder of a checkpoint"):
+        load(tmp_path / "nowhere", model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 2)), r"model.0.weight has shape \(4, 4\) there but \(4, 9\) here"),
+        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "it has no model.2.weight"),
+        (lambda m: nn.Sequential(m[0]), "it has model.1.weight, which is not here"),
+        (lambda m: m.to(torch.float32), "model.0.weight is torch.bfloat16 there but torch.float32 here"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused_and_nothing_changes(change, message, tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 3, model, optimizer)
+    other = change(model).to(torch.float32 if "float32 here" in message else torch.bfloat16)
+    other_optimizer = train_on_given_gradients(other, 2)
+    before = frozen_copy(other, other_optimizer)
+    with pytest.raises(ValueError, match=f"the checkpoint .* is of another model or optimizer: .*{message}"):
+        load(tmp_path, other, other_optimizer)
+    assert_unchanged(before, other, other_optimizer)
+
+
+def test_checkpoint_of_another_optimizer_is_refused_and_nothing_changes(tmp_path):
+    model, _ = trained()
+    save(tmp_path, 3, model, torch.optim.AdamW(model.parameters()))
+    optimizer = new_optimizer(model)
+    with pytest.raises(ValueError, match=r"it has no optimizer.state.0.weight.correction"):
+        load(tmp_path, model, optimizer)
+    assert not optimizer.state
+
+
+def test_torch_optimizers_are_saved_and_loaded_too(tmp_path):
+    model, _ = trained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = frozen_copy(model, optimizer)
+    save(tmp_path, 1, model, optimizer)
+    optimizer.step()
+    load(tmp_path, model, optimizer)
+    assert_unchanged(before, model, optimizer)
+
+
+def test_extra_must_be_plain_data(tmp_path):
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match="extra must be plain data that JSON can hold"):
+        save(tmp_path, 1, model, optimizer, extra={"f": print})
+    assert not list(tmp_path.iterdir())
+
+
+def test_keep_must_be_positive(tmp_path):
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match="Invalid keep: 0"):
+        save(tmp_path, 1, model, optimizer, keep=0)
+
+
+def failing_worker(rank, world, root):
+    model = fsdp2(make_model())
+    optimizer = train_on_given_gradients(model, 1)
+    good = save(root, 1, model, optimizer)
+    if rank == 1:
+        torch.save = None  # stands for any failure of one rank alone
+        import torch.distributed.checkpoint.filesystem as filesystem
+
+        filesystem._write_item = None
+    with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*: on rank \d, "):
+        save(root, 2, model, optimizer)
+    assert latest(root) == good
+    return json.loads((good / "manifest.json").read_text())["step"]
+
+
+def test_failure_of_one_rank_is_raised_on_every_rank_and_the_previous_checkpoint_stays(tmp_path):
+    assert run_ranks(2, failing_worker_restoring, str(tmp_path)) == [1, 1]
+
+
+def failing_worker_restoring(rank, world, root):
+    original = torch.save
+    try:
+        return failing_worker(rank, world, root)
+    finally:
+        torch.save = original

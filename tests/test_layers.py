@@ -1,0 +1,45 @@
+"""Imports run one way: launch -> checkpoint -> optimizer -> {sharding, kernels, schedule}; the last three never import each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ALLOWED = {
+    "schedule": set(),
+    "kernels": set(),
+    "sharding": set(),
+    "state": {"sharding"},
+    "optimizer": {"kernels", "schedule", "sharding", "state"},
+    "checkpoint": {"optimizer", "sharding"},
+}
+
+
+def imported_layers(file: Path, package: Path) -> set[str]:
+    """The parts of the package that ``file`` imports, itself left out."""
+    parts = file.relative_to(package).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            target = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            found.update([target[0]] if target[0] else [alias.name for alias in node.names])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sharded_bf16_adamw"):
+            found.add((node.module or "").partition(".")[2].partition(".")[0])
+    return found - {parts[0], ""}
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_layer_imports_only_what_lies_below(repo, layer):
+    package = repo / "sharded_bf16_adamw"
+    files = [package / f"{layer}.py"] if (package / f"{layer}.py").exists() else sorted((package / layer).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imported_layers(file, package) <= ALLOWED[layer], file
+
+
+def test_importing_the_package_imports_no_triton(repo):
+    code = "import sys, sharded_bf16_adamw; print(any('sharded_bf16_adamw.kernels.triton' in name for name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
