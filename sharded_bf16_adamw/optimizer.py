@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import BACKENDS, adamw_bf16_, grad_sum_sq
+from .kernels import check_backend, grad_sum_sq
+from .plan import Plan
 from .schedule import LR
-from .sharding.local import all_reduce_sums, group_by, local_grad, shard_axes, to_local
+from .sharding.local import all_reduce_sums, group_by, shard_axes, to_local
 from .sharding.misuse import sharded_after_construction
-from .state import DTYPES, check_hyperparameters, check_param, complete_state, new_state, param_name
+from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
+
+Work = tuple[dict[str, Any], Plan | None, list[Tensor]]  # a group, what its step works on (None: no gradients) and this rank's gradients
 
 
 class AdamW_BF16(torch.optim.Optimizer):
@@ -66,8 +69,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             raise ValueError("lr and lr_function are both given; pass lr for a constant or lr_function for a schedule, not both")
         if lr_function is not None and not callable(lr_function):
             raise ValueError(f"lr_function must be a callable from a step to a learning rate, such as LR(), but got {lr_function!r}")
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None")
+        check_backend(backend)
         if sharding is not None:
             raise ValueError(f"Invalid sharding: {sharding!r}; only None is supported, which leaves sharding to torch (FSDP, DTensor)")
         if lr is None and lr_function is None:
@@ -87,7 +89,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
         self._sum_sq: Tensor | None = None  # of the gradients that _grad_scale was made from
         self._skipped: Tensor | None = None
-        self._checked_for_later_wrapping = False
+        self._checked_not_replaced = False
+        self._plans: dict[int, Plan] = {}  # by the group's index
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -138,7 +141,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_sum_sq", None)
-        self.__dict__.setdefault("_checked_for_later_wrapping", False)
+        self.__dict__.setdefault("_plans", {})
+        self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,72 +185,71 @@ class AdamW_BF16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        work = [(group, self._params_with_grad(group)) for group in self.param_groups]
+        work = self._plan_step()
         found_inf = self._found_inf(work) if self.skip_nonfinite else None
-        for group, params in work:
+        for group, plan, grads in work:
             self._apply_schedule(group)
-            for device_params in group_by(params, lambda param: param.device).values():
-                self._update(group, device_params, found_inf)
+            if plan is None:
+                continue
+            plan.update_(
+                grads,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                grad_scale=self._grad_scale,
+                found_inf=found_inf,
+            )
         self._grad_scale = self._sum_sq = None
         if zero_grad:
             self.zero_grad()
         return loss
 
-    def _params_with_grad(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of ``group`` that take part in this step, checked, with state."""
-        params = []
-        for index, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"AdamW_BF16 does not support sparse gradients, which parameter {param_name(group, index)} has; "
-                    "build its layer with sparse=False"
-                )
-            if grad.dtype not in DTYPES:
-                raise TypeError(f"the gradient of parameter {param_name(group, index)} is {grad.dtype}; it must be bfloat16 or float32")
-            params.append(param)
-        if len(params) < len(group["params"]) and not self._checked_for_later_wrapping:
-            self._checked_for_later_wrapping = True  # a walk over all objects of the process: once is enough
-            if sharded_after_construction([param for group in self.param_groups for param in group["params"]]):
-                self._checked_for_later_wrapping = False
-                raise RuntimeError(
-                    "the optimizer was built before fully_shard or parallelize_module, so it holds parameters that the model no longer "
-                    "uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
-                )
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = new_state(param)
-        return params
+    def _plan_step(self) -> list[Work]:
+        """What each group's step works on, with this rank's gradients; plans are taken from the last step where they still hold.
+
+        All gradients are checked before any state is made, so an error leaves nothing half done.
+        """
+        with_grad = []
+        for group in self.param_groups:
+            params, grads = group["params"], [param.grad for param in group["params"]]
+            if any(grad is None for grad in grads):
+                self._check_not_replaced()
+                params = [param for param in params if param.grad is not None]
+                grads = [grad for grad in grads if grad is not None]
+            if not _strided_and_known_dtypes(grads):
+                check_grads(group)
+            with_grad.append((group, params, grads))
+        work = []
+        for index, (group, params, grads) in enumerate(with_grad):
+            states = [self.state[param] for param in params]
+            plan = self._plans.get(index)
+            if params and (plan is None or not plan.is_current(params, states)):
+                for param, state in zip(params, states, strict=True):
+                    if not state:
+                        state.update(new_state(param))
+                plan = self._plans[index] = Plan(list(params), states, self.backend)
+            work.append((group, plan if params else None, plan.local_grads(grads) if params and plan else []))
+        return work
+
+    def _check_not_replaced(self) -> None:
+        """Raise RuntimeError where parameters have no gradient because the model has others in their place since."""
+        if self._checked_not_replaced:
+            return
+        if sharded_after_construction([param for group in self.param_groups for param in group["params"]]):
+            raise RuntimeError(
+                "the optimizer was built before fully_shard or parallelize_module, so it holds parameters that the model no longer "
+                "uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
+            )
+        self._checked_not_replaced = True  # a walk over all objects of the process: once is enough
 
     def _apply_schedule(self, group: dict[str, Any]) -> None:
         """Move ``group["lr"]`` to this step's value, unless it is not what the schedule last wrote: then it is somebody else's."""
         if group["scheduled_lr"] is not None and group["lr"] == group["scheduled_lr"] and self.lr_function is not None:
             group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
         group["schedule_step"] += 1
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None) -> None:
-        """One kernel call for the parameters of one group on one device."""
-        states = [self.state[param] for param in params]
-        device = params[0].device
-        adamw_bf16_(
-            [to_local(param) for param in params],
-            [local_grad(param) for param in params],
-            [to_local(state["exp_avg"]) for state in states],
-            [to_local(state["exp_avg_sq"]) for state in states],
-            [to_local(state["correction"]) if "correction" in state else None for state in states],
-            [state["step"] for state in states],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=None if self._grad_scale is None else self._grad_scale.to(device),
-            found_inf=None if found_inf is None else found_inf.to(device),
-            backend=self.backend,
-        )
 
     # ----------------------------------------------------------------------------------------- gradient norm and the guard
 
@@ -267,25 +270,29 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
-        self._sum_sq = self._global_sum_sq([self._params_with_grad(group) for group in self.param_groups])
+        self._sum_sq = self._global_sum_sq(self._plan_step())
         norm = self._sum_sq.sqrt()
         self._grad_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         return norm.float()
 
-    def _found_inf(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:
+    def _found_inf(self, work: list[Work]) -> Tensor:
         """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
-        sum_sq = self._sum_sq if self._sum_sq is not None else self._global_sum_sq([params for _, params in work])
+        sum_sq = self._sum_sq if self._sum_sq is not None else self._global_sum_sq(work)
         found_inf = (~sum_sq.isfinite()).float()
         self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
         return found_inf
 
-    def _global_sum_sq(self, groups: list[list[Tensor]]) -> Tensor:
+    def _global_sum_sq(self, work: list[Work]) -> Tensor:
         """Sum of squares of all gradients of all ranks, 0-dim float64."""
-        params = [param for group in groups for param in group]
-        by_place = group_by(params, lambda param: (shard_axes(param), param.device))
+        grads_and_places = [
+            (grad, (shard_axes(param), grad.device))
+            for group, plan, grads in work
+            if plan is not None
+            for param, grad in zip(plan.params, grads, strict=True)
+        ]
         sums: dict[Any, Tensor] = {}
-        for (axes, _), members in by_place.items():
-            value = grad_sum_sq([local_grad(param) for param in members], self.backend)
+        for (axes, _), members in group_by(grads_and_places, lambda item: item[1]).items():
+            value = grad_sum_sq([grad for grad, _ in members], self.backend)
             sums[axes] = value if axes not in sums else sums[axes] + value.to(sums[axes].device)
         return all_reduce_sums(sums) if sums else torch.zeros((), dtype=torch.float64)
 
@@ -321,3 +328,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.requires_grad and not self.state[param]:
                     self.state[param] = new_state(param)
+
+
+def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:
+    """Whether the gradients are what the kernels take; quick, since it runs at every step."""
+    return {grad.dtype for grad in grads} <= DTYPES and all(grad.layout is torch.strided for grad in grads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .sharding.local import zeros_like_shard
 
-DTYPES = (torch.bfloat16, torch.float32)  # of parameters and of gradients
+DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -28,6 +28,20 @@ def check_param(param: Tensor, name: str) -> None:
         raise TypeError(
             f"parameter {name} has layout {param.layout}; AdamW_BF16 takes dense parameters, so call .to_dense() or leave it out"
         )
+
+
+def check_grads(group: dict[str, Any]) -> None:
+    """Raise RuntimeError or TypeError, naming the parameter, where a gradient of the group cannot be used."""
+    for index, param in enumerate(group["params"]):
+        if param.grad is None:
+            continue
+        if param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"AdamW_BF16 does not support sparse gradients, which parameter {param_name(group, index)} has; "
+                "build its layer with sparse=False"
+            )
+        if param.grad.dtype not in DTYPES:
+            raise TypeError(f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it must be bfloat16 or float32")
 
 
 def new_state(param: Tensor) -> dict[str, Tensor]:

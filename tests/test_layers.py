@@ -12,7 +12,8 @@ ALLOWED = {
     "kernels": set(),
     "sharding": set(),
     "state": {"sharding"},
-    "optimizer": {"kernels", "schedule", "sharding", "state"},
+    "plan": {"kernels", "sharding"},
+    "optimizer": {"kernels", "plan", "schedule", "sharding", "state"},
     "checkpoint": {"optimizer", "sharding"},
 }
 

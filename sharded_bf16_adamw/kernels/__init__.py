@@ -1,20 +1,115 @@
 """The update on local tensors, dispatched by device. Nothing here knows of ranks, meshes or modules.
 
-=========== ============================================ ==============================
-back end    serves                                       where
-=========== ============================================ ==============================
-reference   every device (the specification)             ``reference.py``
-=========== ============================================ ==============================
+========= ============================================= ===========================================
+back end  serves                                        where
+========= ============================================= ===========================================
+native    CPU                                           ``cpu.py`` over the C library of ``csrc/``
+triton    CUDA and ROCm                                 ``cuda.py``, ``triton_adamw.py``, ``triton_norm.py``
+reference every device; the specification of the others ``reference.py``
+========= ============================================= ===========================================
+
+Every back end module has ``Table`` (one device's parameters and states, with ``update_``), ``grad_sum_sq``, ``available`` and
+``unavailable_reason``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
+from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native", "triton")
+_MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
+_BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
+
+
+class Table:
+    """Parameters of one device with their states, and the back end's table of where they lie: made once, used at every step.
+
+    It keeps the memory of its tensors alive, so that no other tensor can come to lie there. Whether the parameters and states still
+    do is for the caller to check before each step.
+
+    Args:
+        params: bfloat16 or float32, all on one device; any strides.
+        exp_avgs, exp_avg_sqs: the parameters' shapes and dtypes.
+        corrections: bfloat16 of the parameter's shape, or None for a float32 parameter.
+        steps: 0-dim float32, the steps taken so far.
+        backend: one of ``BACKENDS``, or None to choose by device.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: Sequence[Tensor | None],
+        steps: list[Tensor],
+        backend: str | None = None,
+    ) -> None:
+        self._backend = _backend_module(params[0].device, backend)
+        self._params = params
+        self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(params, exp_avgs, exp_avg_sqs, corrections))
+        rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        self._rows = rows
+        self._storages = [x.untyped_storage() for row in rows for x in row if x is not None]
+        # A row of unlike strides, or with gaps, cannot be walked as one range: each step works on contiguous copies of it.
+        self._flat = [i for i, row in enumerate(rows) if _walkable(row[:4])]
+        self._strided = [i for i in range(len(rows)) if i not in set(self._flat)]
+        self._table = self._make([rows[i] for i in self._flat]) if self._flat else None
+
+    def update_(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        zero_grads: bool = False,
+    ) -> None:
+        """Take one step in place; see :func:`adamw_bf16_`."""
+        update = functools.partial(
+            self._update_rows,
+            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads,
+        )  # fmt: skip
+        if self._all_contiguous and all(map(Tensor.is_contiguous, grads)):
+            update(self._table, grads, grads)
+        else:
+            if self._table is not None:
+                own = [grads[i] for i in self._flat]
+                update(self._table, own, [_laid_out_as(self._params[i], grads[i]) for i in self._flat])
+            for i in self._strided:
+                row = self._rows[i]
+                copies = [x if x is None else x.contiguous() for x in row[:4]]
+                update(self._make([(*copies, row[4])]), [grads[i]], [grads[i].contiguous()])
+                for original, copy in zip(row[:4], copies, strict=True):
+                    if original is not None and copy is not None and copy is not original:
+                        original.copy_(copy)
+        # so that autograd notices a backward pass through overwritten weights, as after any in-place operation of torch
+        torch.autograd.graph.increment_version(self._params)
+
+    def _make(self, rows: Sequence[tuple[Tensor | None, ...]]) -> object:
+        return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)])
+
+    @staticmethod
+    def _update_rows(table, grads, laid_out, *, zero_grads, **hyper) -> None:  # type: ignore[no-untyped-def]
+        """One call of the back end; ``laid_out`` are the gradients, copied where they have not their parameter's strides."""
+        table.update_(laid_out, zero_grads=zero_grads, **hyper)
+        if zero_grads and laid_out is not grads:
+            for grad, copy in zip(grads, laid_out, strict=True):
+                if copy is not grad:
+                    grad.copy_(copy)  # zero where the step was taken
 
 
 def adamw_bf16_(
@@ -22,7 +117,7 @@ def adamw_bf16_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    corrections: list[Tensor | None],
+    corrections: Sequence[Tensor | None],
     steps: list[Tensor],
     *,
     lr: float | Tensor,
@@ -38,7 +133,8 @@ def adamw_bf16_(
 ) -> None:
     """Take one AdamW step on local tensors, in place, by the rule of :mod:`sharded_bf16_adamw.kernels.reference`.
 
-    Index ``i`` of every list belongs to one parameter; its tensors have one shape and one device. Any strides serve.
+    Index ``i`` of every list belongs to one parameter; its tensors have one shape and one device. Any strides serve. For repeated
+    steps on the same tensors make a :class:`Table`.
 
     Args:
         params: bfloat16 or float32. Updated.
@@ -52,17 +148,14 @@ def adamw_bf16_(
         found_inf: 0-dim float32; where it is not zero, nothing at all changes.
         zero_grads: zero the gradients in the same pass.
         backend: one of ``BACKENDS``, or None to choose by device.
+
+    Raises:
+        ValueError: ``backend`` is unknown or cannot serve here.
     """
     if not params:
         return
-    written_back: list[tuple[Tensor, Tensor]] = []
-    rows = []
-    for row in zip(params, grads, exp_avgs, exp_avg_sqs, corrections, strict=True):
-        rows.append(row if _dense_alike(row) else _contiguous_copies(row, zero_grads, written_back))
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    _implementation(params[0].device, backend).adamw_bf16_(
-        *columns,
-        steps,
+    Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend).update_(
+        grads,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -73,42 +166,68 @@ def adamw_bf16_(
         found_inf=found_inf,
         zero_grads=zero_grads,
     )
-    for original, copy in written_back:
-        original.copy_(copy)
 
 
 def grad_sum_sq(grads: list[Tensor], backend: str | None = None) -> Tensor:
-    """Sum the squares of all elements of ``grads`` (bfloat16 or float32, one device).
+    """Sum the squares of all elements of ``grads`` (bfloat16 or float32, one device; at least one tensor).
 
     Returns:
         0-dim float64 on the gradients' device, so that sums over ranks can be added before the square root.
     """
-    return _implementation(grads[0].device if grads else torch.device("cpu"), backend).grad_sum_sq(grads)
+    return _backend_module(grads[0].device, backend).grad_sum_sq(grads)
 
 
-def _implementation(device: torch.device, backend: str | None) -> ModuleType:
-    from . import reference
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError, with the reason, where ``backend`` is unknown or cannot serve on this machine."""
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None")
+    module = _module(backend)
+    if not module.available():
+        raise ValueError(f"backend {backend!r} cannot serve here: {module.unavailable_reason()}; use None to choose by device")
 
-    return reference
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[backend]}", __name__)  # imported only when used
 
 
-def _dense_alike(row: tuple[Tensor | None, ...]) -> bool:
-    """Whether the tensors can be walked as one flat range: no gaps, no overlaps, and the same strides."""
-    p = row[0]
+@functools.cache
+def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
+    if backend is not None:
+        check_backend(backend)
+        return _module(backend)
+    chosen = _module(_BY_DEVICE.get(device.type, "reference"))
+    if not chosen.available():
+        warnings.warn(
+            f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {chosen.unavailable_reason()}", stacklevel=2
+        )
+        chosen = _module("reference")
+    return chosen
+
+
+def _walkable(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the tensors can be walked together as one flat range: no gaps, no overlaps, and the same strides."""
+    p = tensors[0]
     assert p is not None
-    if all(x is None or x.is_contiguous() for x in row):
+    if all(x is None or x.is_contiguous() for x in tensors):
         return True
-    same_strides = all(x is None or x.stride() == p.stride() for x in row)
-    return same_strides and torch._prims_common.is_non_overlapping_and_dense(p)
+    return all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)
 
 
-def _contiguous_copies(
-    row: tuple[Tensor | None, ...], zero_grads: bool, written_back: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor | None, ...]:
-    """Contiguous stand-ins for tensors of unlike strides; those that the kernel changes are noted in ``written_back``."""
-    copies = tuple(None if x is None else x.contiguous() for x in row)
-    for i, (original, copy) in enumerate(zip(row, copies, strict=True)):
-        if original is not None and copy is not original and (i != 1 or zero_grads):
-            assert copy is not None
-            written_back.append((original, copy))
-    return copies
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """``grad`` with the strides of ``param``, copied only if it has others."""
+    if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)

@@ -72,42 +72,64 @@ def step_scalars(step: int, *, lr: float, beta1: float, beta2: float, eps: float
     )
 
 
-def adamw_bf16_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    corrections: list[Tensor | None],
-    steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    zero_grads: bool = False,
-) -> None:
-    """See :func:`sharded_bf16_adamw.kernels.adamw_bf16_`. The tensors of one index are dense and share their strides."""
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    scale = 1.0 if grad_scale is None else float(grad_scale)
-    scale = -scale if maximize else scale
-    scalars: dict[int, StepScalars] = {}  # most parameters of a model share their step
-    for p, g, m, v, c, step in zip(params, grads, exp_avgs, exp_avg_sqs, corrections, steps, strict=True):
-        step += 1
-        t = int(step.item())
-        if t not in scalars:
-            scalars[t] = step_scalars(t, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        if p.numel() == 0:
-            continue
-        flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
-        for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
-            (_update_fp32 if c is None else _update_bf16)(*chunk, scale, scalars[t])
-        if zero_grads:
-            g.zero_()
+class Table:
+    """The parameters of one device and their states; see :class:`sharded_bf16_adamw.kernels.Table`, which hands over rows of tensors
+    that are dense and share their strides."""
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: list[Tensor | None],
+        steps: list[Tensor],
+    ) -> None:
+        self._rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+
+    @torch.no_grad()
+    def update_(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        zero_grads: bool = False,
+    ) -> None:
+        """Take one step in place; see :func:`sharded_bf16_adamw.kernels.adamw_bf16_`."""
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        scale = -scale if maximize else scale
+        scalars: dict[int, StepScalars] = {}  # most parameters of a model share their step
+        for (p, m, v, c, step), g in zip(self._rows, grads, strict=True):
+            step += 1
+            t = int(step.item())
+            if t not in scalars:
+                scalars[t] = step_scalars(t, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+            if p.numel() == 0:
+                continue
+            flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
+            update = _update_fp32 if c is None else _update_bf16
+            for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
+                update(*chunk, scale=scale, s=scalars[t])  # type: ignore[call-arg, misc]
+            if zero_grads:
+                g.zero_()
+
+
+def available() -> bool:
+    """Always: it is plain torch."""
+    return True
+
+
+def unavailable_reason() -> str | None:
+    """None: it is available."""
+    return None
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:

@@ -1,0 +1,78 @@
+"""What a step of one parameter group works on, kept between steps for as long as it is what the optimizer holds.
+
+Unwrapping DTensors, sorting by device and handing pointers to a kernel cost more than the update of a small tensor, so they are done
+once. Anybody may change an optimizer between two steps, though: load a state, swap ``group["params"]``, move the model, replace
+a state tensor or the memory below it. So every step compares where all tensors lie with where they lay, and starts afresh on any
+difference. The kernel's table holds their memory, so an address cannot have passed to another tensor meanwhile.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from .kernels import Table
+from .sharding.local import DTensor, group_by, local_grad, to_local
+
+
+class Plan:
+    """Parameters that take part in a step, their states and a kernel table for each device.
+
+    Args:
+        params: parameters with a gradient, plain or DTensor.
+        states: the state of each, by the names of :func:`sharded_bf16_adamw.state.new_state`.
+        backend: see :class:`sharded_bf16_adamw.kernels.Table`.
+    """
+
+    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], backend: str | None) -> None:
+        self.params = params
+        self._states = states
+        self._plain = not any(isinstance(tensor, DTensor) for tensor in params)
+        self._addresses = self._read_addresses()
+        self._tables = []
+        for indices in group_by(range(len(params)), lambda i: params[i].device).values():
+            local_params = [to_local(params[i]) for i in indices]
+            columns: list[list[Any]] = [[_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS]
+            self._tables.append((local_params[0].device, indices, Table(local_params, *columns, backend)))
+
+    def is_current(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
+        """Whether the plan is for just these parameters and states, and all of their memory lies where it lay."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and all(map(is_, states, self._states))
+            and self._addresses is not None
+            and self._addresses == self._read_addresses()
+        )
+
+    def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
+        """This rank's part of each parameter's gradient."""
+        return grads if self._plain else [local_grad(param) for param in self.params]
+
+    def update_(self, grads: list[Tensor], *, grad_scale: Tensor | None, found_inf: Tensor | None, **hyperparameters: Any) -> None:
+        """Take one step; ``grads`` are local."""
+        for device, indices, table in self._tables:
+            table.update_(
+                grads if len(self._tables) == 1 else [grads[i] for i in indices],
+                grad_scale=None if grad_scale is None else grad_scale.to(device),
+                found_inf=None if found_inf is None else found_inf.to(device),
+                **hyperparameters,
+            )
+
+    def _read_addresses(self) -> list[int] | None:
+        """Where every tensor's memory lies now; None where a state holds what is no tensor, which is never taken to be current."""
+        tensors = chain(self.params, chain.from_iterable(map(dict.values, self._states)))
+        try:
+            return list(map(Tensor.data_ptr, tensors if self._plain else map(to_local, tensors)))
+        except TypeError:
+            return None
+
+
+_STATE_KEYS = ("exp_avg", "exp_avg_sq", "correction", "step")
+
+
+def _local_or_none(state: dict[str, Any], key: str) -> Tensor | None:
+    return to_local(state[key]) if key in state else None
