@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import check_backend, grad_sum_sq
+from .kernels import check_backend, clip_coefficient, grad_norm_clip, grad_sum_sq
 from .plan import Plan
 from .schedule import LR
 from .sharding.local import all_reduce_sums, group_by, shard_axes, to_local
 from .sharding.misuse import sharded_after_construction
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
 
+_dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 Work = tuple[dict[str, Any], Plan | None, list[Tensor]]  # a group, what its step works on (None: no gradients) and this rank's gradients
 
 
@@ -87,7 +91,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
-        self._sum_sq: Tensor | None = None  # of the gradients that _grad_scale was made from
+        self._grad_found_inf: Tensor | None = None  # likewise
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
         self._plans: dict[int, Plan] = {}  # by the group's index
@@ -140,7 +144,7 @@ class AdamW_BF16(torch.optim.Optimizer):
                     complete_state(state["state"][param], param, param_name(group, index))
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_grad_scale", None)
-        self.__dict__.setdefault("_sum_sq", None)
+        self.__dict__.setdefault("_grad_found_inf", None)
         self.__dict__.setdefault("_plans", {})
         self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
@@ -202,7 +206,7 @@ class AdamW_BF16(torch.optim.Optimizer):
                 grad_scale=self._grad_scale,
                 found_inf=found_inf,
             )
-        self._grad_scale = self._sum_sq = None
+        self._grad_scale = self._grad_found_inf = None
         if zero_grad:
             self.zero_grad()
         return loss
@@ -215,7 +219,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         with_grad = []
         for group in self.param_groups:
             params, grads = group["params"], [param.grad for param in group["params"]]
-            if any(grad is None for grad in grads):
+            if not all(map(is_not, grads, repeat(None))):
                 self._check_not_replaced()
                 params = [param for param in params if param.grad is not None]
                 grads = [grad for grad in grads if grad is not None]
@@ -270,31 +274,32 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
-        self._sum_sq = self._global_sum_sq(self._plan_step())
-        norm = self._sum_sq.sqrt()
-        self._grad_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-        return norm.float()
+        norm, self._grad_scale, self._grad_found_inf = self._clip(self._plan_step(), max_norm)
+        return norm
 
     def _found_inf(self, work: list[Work]) -> Tensor:
         """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
-        sum_sq = self._sum_sq if self._sum_sq is not None else self._global_sum_sq(work)
-        found_inf = (~sum_sq.isfinite()).float()
+        found_inf = self._grad_found_inf
+        if found_inf is None:
+            _, _, found_inf = self._clip(work, math.inf)
         self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
         return found_inf
 
-    def _global_sum_sq(self, work: list[Work]) -> Tensor:
-        """Sum of squares of all gradients of all ranks, 0-dim float64."""
-        grads_and_places = [
-            (grad, (shard_axes(param), grad.device))
-            for group, plan, grads in work
-            if plan is not None
-            for param, grad in zip(plan.params, grads, strict=True)
-        ]
+    def _clip(self, work: list[Work], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm of all gradients of all ranks, clip coefficient and whether any is not finite; see ``kernels.clip_coefficient``."""
+        by_place = group_by(
+            [(param, grad) for _, plan, grads in work if plan is not None for param, grad in zip(plan.params, grads, strict=True)],
+            lambda item: (shard_axes(item[0]), item[1].device),
+        )
+        if len(by_place) == 1 and not next(iter(by_place))[0]:  # whole on one device
+            (members,) = by_place.values()
+            return grad_norm_clip([grad for _, grad in members], max_norm, self.backend)
         sums: dict[Any, Tensor] = {}
-        for (axes, _), members in group_by(grads_and_places, lambda item: item[1]).items():
-            value = grad_sum_sq([grad for grad, _ in members], self.backend)
+        for (axes, _), members in by_place.items():
+            value = grad_sum_sq([grad for _, grad in members], self.backend)
             sums[axes] = value if axes not in sums else sums[axes] + value.to(sums[axes].device)
-        return all_reduce_sums(sums) if sums else torch.zeros((), dtype=torch.float64)
+        total = all_reduce_sums(sums) if sums else torch.zeros((), dtype=torch.float64)
+        return clip_coefficient(total, max_norm, self.backend if sums else "reference")
 
     @property
     def skipped_steps(self) -> int:
@@ -332,4 +337,4 @@ class AdamW_BF16(torch.optim.Optimizer):
 
 def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:
     """Whether the gradients are what the kernels take; quick, since it runs at every step."""
-    return {grad.dtype for grad in grads} <= DTYPES and all(grad.layout is torch.strided for grad in grads)
+    return set(map(_dtype_of, grads)) <= DTYPES and set(map(_layout_of, grads)) <= {torch.strided}

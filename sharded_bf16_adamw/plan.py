@@ -35,8 +35,9 @@ class Plan:
         self._tables = []
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
             local_params = [to_local(params[i]) for i in indices]
-            columns: list[list[Any]] = [[_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS]
-            self._tables.append((local_params[0].device, indices, Table(local_params, *columns, backend)))
+            columns: dict[str, list[Any]] = {key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS}
+            table = Table(local_params, columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"], backend=backend)
+            self._tables.append((local_params[0].device, indices, table))
 
     def is_current(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
         """Whether the plan is for just these parameters and states, and all of their memory lies where it lay."""

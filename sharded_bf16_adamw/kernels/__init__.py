@@ -56,6 +56,7 @@ class Table:
         self._params = params
         self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(params, exp_avgs, exp_avg_sqs, corrections))
         rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        assert all((c is None) == (p.dtype == torch.float32) for p, _, _, c, _ in rows), "bf16 parameters have a correction, fp32 ones none"
         self._rows = rows
         self._storages = [x.untyped_storage() for row in rows for x in row if x is not None]
         # A row of unlike strides, or with gaps, cannot be walked as one range: each step works on contiguous copies of it.
@@ -175,6 +176,33 @@ def grad_sum_sq(grads: list[Tensor], backend: str | None = None) -> Tensor:
         0-dim float64 on the gradients' device, so that sums over ranks can be added before the square root.
     """
     return _backend_module(grads[0].device, backend).grad_sum_sq(grads)
+
+
+def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Derive what a clipped and guarded step needs from the sum of squares of all gradients, without waiting for the device.
+
+    Args:
+        sum_sq: 0-dim float64, summed over ranks.
+        max_norm: the largest norm; infinity does not clip.
+
+    Returns:
+        0-dim float32 ``(norm, coefficient, found_inf)``, computed in double and rounded once: the coefficient is
+        ``min(1, max_norm / (norm + 1e-6))`` as in :func:`torch.nn.utils.clip_grad_norm_`; ``found_inf`` is 1 where the sum is inf or NaN.
+    """
+    module = _backend_module(sum_sq.device, backend)
+    if hasattr(module, "clip_coefficient"):
+        return module.clip_coefficient(sum_sq, max_norm)
+    norm = sum_sq.sqrt()
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm.float(), coefficient.float(), (~sum_sq.isfinite()).float()
+
+
+def grad_norm_clip(grads: list[Tensor], max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch where the back end can, for gradients that are whole here."""
+    module = _backend_module(grads[0].device, backend)
+    if hasattr(module, "grad_norm_clip"):
+        return module.grad_norm_clip(grads, max_norm)[1:]
+    return clip_coefficient(module.grad_sum_sq(grads), max_norm, backend)
 
 
 def check_backend(backend: str | None) -> None:

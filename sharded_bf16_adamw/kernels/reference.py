@@ -117,7 +117,7 @@ class Table:
             flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
             update = _update_fp32 if c is None else _update_bf16
             for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
-                update(*chunk, scale=scale, s=scalars[t])  # type: ignore[call-arg, misc]
+                update(*chunk, scale=scale, s=scalars[t])  # type: ignore[misc]
             if zero_grads:
                 g.zero_()
 

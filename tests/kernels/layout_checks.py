@@ -1,0 +1,104 @@
+"""Checks that the layout of tensors in memory does not matter to the update. Each takes the update function, as in ``rule_checks``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .rule_checks import State, Update, assert_matches_oracle, expected, stepped, typical
+
+SHAPE = (4, 6, 3, 2)
+N = 4 * 6 * 3 * 2
+
+# Each gives a tensor of SHAPE and the values of its argument (contiguous, of SHAPE), laid out in its own way.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.clone,
+    "transposed": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "one element into its storage": lambda x: torch.cat([x.new_full((1,), 9.0), x.flatten()])[1:].view(SHAPE),
+    "every other column": lambda x: torch.stack([x, torch.full_like(x, 9.0)], dim=-1)[..., 0],
+    "inner block": lambda x: torch.nn.functional.pad(x, (1, 1, 2, 0), value=9.0)[..., 2:, 1:-1],
+}
+
+
+def storage(x: Tensor) -> Tensor:
+    """All that the tensor's memory holds, seen or not, as one flat tensor."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    integer = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def check_layouts(update: Update) -> None:
+    """Any layout, the same in all five tensors or another in each, gives the bits of contiguous tensors, in place."""
+    start = typical(N, 60).map(lambda x: x.view(SHAPE))
+    names = list(LAYOUTS)
+    mixed = [tuple(names[(i + j) % len(names)] for j in range(5)) for i in range(len(names))]
+    own = [("contiguous",) * i + (name,) + ("contiguous",) * (4 - i) for name in names for i in range(5)]
+    for wide in (False, True):
+        state = start._replace(g=start.g.float()) if wide else start
+        for zero_grads in (False, True):
+            wanted = stepped(update, state.map(torch.flatten), 3, zero_grads=zero_grads).map(lambda x: x.view(SHAPE))
+            for layout in [*((name,) * 5 for name in names), *mixed, *own]:
+                laid = State(*(LAYOUTS[name](x) for name, x in zip(layout, state, strict=True)))
+                before = [(x.data_ptr(), x.stride()) for x in laid]
+                take_step(update, laid, 3, zero_grads)
+                assert before == [(x.data_ptr(), x.stride()) for x in laid], f"{layout}: a tensor was moved"
+                for name, a, b in zip(State._fields, laid, wanted, strict=True):
+                    assert same_bits(a, b), f"{layout}: {name} differs from the contiguous result"
+
+
+def check_outside_views(update: Update) -> None:
+    """Memory that a view leaves out keeps its bits, with gradients zeroed or not."""
+    state = typical(N, 61).map(lambda x: x.view(SHAPE))
+    for name in ("one element into its storage", "every other column", "inner block"):
+        for zero_grads in (False, True):
+            laid = state.map(LAYOUTS[name])
+            outside = [storage(x) == 9.0 for x in laid]
+            assert all(x.any() for x in outside)
+            take_step(update, laid, 3, zero_grads)
+            for field, x, mask in zip(State._fields, laid, outside, strict=True):
+                assert (storage(x)[mask] == 9.0).all(), f"{name}: memory beside {field} was written to"
+
+
+def check_shapes(update: Update) -> None:
+    """0-dim, empty and one-element tensors, and dimensions of size 1 with odd strides."""
+    for shape in ((), (0,), (0, 5), (1,), (1, 1, 1), (7, 1), (1, 7)):
+        n = torch.Size(shape).numel()
+        state = typical(n, 62)
+        wanted = expected(state, 3)
+        shaped = state.map(lambda x, shape=shape: x.clone().view(shape))
+        odd = shaped.map(lambda x: x.as_strided(x.shape, [s if d != 1 else 13 for s, d in zip(x.stride(), x.shape, strict=True)]))
+        for laid in (shaped.map(torch.clone), odd):
+            take_step(update, laid, 3, False)
+            assert_matches_oracle(laid.map(lambda x: x.reshape(-1)), wanted)
+
+
+def check_expanded_gradient(update: Update) -> None:
+    """A gradient whose elements share memory, as autograd's expand gives, is read like any other."""
+    state = typical(N, 63).map(lambda x: x.view(SHAPE))
+    g = torch.linspace(0.25, 0.5, N).bfloat16()[0].expand(SHAPE)
+    wanted = stepped(update, state._replace(g=g.contiguous()), 3)
+    laid = state.map(torch.clone)._replace(g=g)
+    take_step(update, laid, 3, False)
+    assert all(same_bits(a, b) for a, b in zip(laid, wanted, strict=True))
+
+
+def check_skipped_in_any_layout(update: Update) -> None:
+    """found_inf leaves tensors alone also where they had to be copied."""
+    state = typical(N, 64).map(lambda x: x.view(SHAPE))
+    for name, lay in LAYOUTS.items():
+        laid = state.map(lay)
+        take_step(update, laid, 3, True, found_inf=torch.tensor(1.0))
+        assert all(same_bits(a, b) for a, b in zip(laid, state, strict=True)), name
+
+
+def take_step(update: Update, state: State, t: int, zero_grads: bool, found_inf: Tensor | None = None) -> None:
+    """Step ``t`` in place, with the hyper-parameters that :func:`~.rule_checks.stepped` takes by default."""
+    count = torch.tensor(float(t - 1))
+    lists = [[state.p], [state.g], [state.m], [state.v], [state.c], [count]]
+    update(*lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, zero_grads=zero_grads, found_inf=found_inf)

@@ -1,0 +1,175 @@
+"""Wrong update rules, each one edit away from the package, with the checks that must notice it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sharded_bf16_adamw import kernels
+from sharded_bf16_adamw.kernels import reference
+
+from .rule_checks import Update
+
+
+class Mutant(NamedTuple):
+    """One wrong rule.
+
+    name: what is wrong, in words.
+    edits: ``(old, new)`` source fragments; each ``old`` stands exactly once in the module.
+    caught_by: names of checks that each must fail.
+    module: where the edits go.
+    """
+
+    name: str
+    edits: tuple[tuple[str, str], ...]
+    caught_by: tuple[str, ...]
+    module: ModuleType = reference
+
+
+V_ROUNDED = "stochastic_round(vn, h & 0xFFFF)"
+M_ROUNDED = "stochastic_round(mn, h >> 16 & 0xFFFF)"
+C_ROUNDED = "stochastic_round(cn, h >> 8 & 0xFFFF)"
+STEP_IN_HASH = " ^ _int32(s.step * GOLDEN)"
+SPLIT = """    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)  # p + c only scales the decay: storing it would lose the low bits
+    pn = (p32 + d).bfloat16()
+    cn = (p32 - pn.float()) + d
+"""
+SUM_FIRST = """    w = p32 + c32
+    w = w - s.lr_weight_decay * w - upd
+    pn = w.bfloat16()
+    cn = w - pn.float()
+"""
+ROUND_UP = "rounded = ((x.view(torch.int32) + r) >> 16)"
+NAN_GUARD = "return torch.where(x.isnan(), torch.nan, rounded)"
+
+MUTANTS = (
+    # the four that the design of the rule names
+    Mutant(
+        "v to nearest",
+        ((V_ROUNDED, "vn.bfloat16()"),),
+        ("check_one_step_unbiased", "check_v_gaussian", "check_v_long_memory", "check_v_zero_gradient", "check_oracle"),
+    ),
+    Mutant("hash without the step", ((STEP_IN_HASH, ""),), ("check_v_constant_gradient", "check_uncorrelated", "check_oracle")),
+    Mutant("p + c formed before decay and split", ((SPLIT, SUM_FIRST),), ("check_displacement", "check_oracle")),
+    Mutant(
+        "correction dropped",
+        (("cn = (p32 - pn.float()) + d", "cn = torch.zeros_like(d)"),),
+        ("check_displacement", "check_tracks_float64", "check_oracle"),
+    ),
+    # rounding
+    Mutant("m to nearest", ((M_ROUNDED, "mn.bfloat16()"),), ("check_one_step_unbiased",)),
+    Mutant("c to nearest", ((C_ROUNDED, "cn.bfloat16()"),), ("check_one_step_unbiased", "check_displacement")),
+    Mutant("p stochastically", (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, h & 0xFFFF)"),), ("check_oracle",)),
+    Mutant("15 random bits for v", ((V_ROUNDED, "stochastic_round(vn, h & 0x7FFF)"),), ("check_one_step_unbiased",)),
+    Mutant("8 random bits for m", ((M_ROUNDED, "stochastic_round(mn, h >> 24 & 0xFF)"),), ("check_one_step_unbiased",)),
+    Mutant("random bits shifted too far for c", ((C_ROUNDED, "stochastic_round(cn, h >> 20 & 0xFFF)"),), ("check_one_step_unbiased",)),
+    Mutant("always up", ((ROUND_UP, "rounded = ((x.view(torch.int32) + 0xFFFF) >> 16)"),), ("check_one_step_unbiased",)),
+    Mutant(
+        "a carry too many",
+        ((ROUND_UP, "rounded = ((x.view(torch.int32) + r + 1) >> 16)"),),
+        ("check_nonfinite", "check_oracle"),
+    ),
+    Mutant("NaN guard dropped", ((NAN_GUARD, "return rounded"),), ("check_nonfinite", "check_oracle")),
+    Mutant("infinity rounds to NaN", ((NAN_GUARD, "return torch.where(x.isfinite(), rounded, torch.nan)"),), ("check_nonfinite",)),
+    # the hash
+    Mutant("first xorshift dropped", (("    x = x ^ (x >> 16 & 0xFFFF)\n", ""),), ("check_each_input_mixes", "check_oracle")),
+    Mutant("arithmetic shift in the hash", (("x ^ (x >> 15 & 0x1FFFF)", "x ^ (x >> 15)"),), ("check_oracle",)),
+    Mutant("no multiplications", (("    x = x * 0x7FEB352D\n", ""), ("    x = x * _int32(0x846CA68B)\n", "")), ("check_uncorrelated",)),
+    Mutant("hash without p", ((" ^ _pattern(p) << 5", ""),), ("check_v_zero_gradient", "check_each_input_mixes")),
+    Mutant("hash without g", (("_pattern(g) ^ _pattern(m)", "_pattern(m)"),), ("check_oracle",)),
+    Mutant("hash without c", ((" ^ _pattern(c) << 10", ""),), ("check_oracle",)),
+    Mutant(
+        "hash with the index",
+        ((STEP_IN_HASH, STEP_IN_HASH + " ^ torch.arange(p.numel(), dtype=torch.int32)"),),
+        ("check_layout_free",),
+    ),
+    Mutant(
+        "hash of the scaled gradient",
+        (("_mix(_pattern(g)", "_mix(_pattern((g.float() * scale).to(g.dtype))"),),
+        ("check_scaled",),
+    ),
+    Mutant(
+        "half of a float32 gradient not folded",
+        (("(bits >> 16 ^ bits) & 0xFFFF", "bits >> 16 & 0xFFFF"),),
+        ("check_float32_gradient_folds", "check_oracle"),
+    ),
+    Mutant("float32 gradient folded by addition", (("bits >> 16 ^ bits", "bits"),), ("check_float32_gradient_folds",)),
+    # the moments and the step
+    Mutant(
+        "update from rounded moments",
+        (("upd = s.step_size * mn / (_sqrt(vn)", "upd = s.step_size * mn.bfloat16().float() / (_sqrt(vn.bfloat16().float())"),),
+        ("check_oracle",),
+    ),
+    Mutant("m by interpolation", (("s.beta1 * m + s.one_minus_beta1 * g", "m + s.one_minus_beta1 * (g - m)"),), ("check_oracle",)),
+    Mutant("eps inside", (("* s.inv_sqrt_bias_correction2 + s.eps)", "* s.inv_sqrt_bias_correction2)"),), ("check_oracle",)),
+    Mutant("no bias correction", (("f32(lr / (1.0 - power(beta1, step)))", "f32(lr)"),), ("check_oracle", "check_tracks_float64")),
+    Mutant("steps counted twice", (("        step += 1\n", "        step += 2\n"),), ("check_oracle", "check_many_tensors")),
+    Mutant("one step for all", (("t = int(step.item())", "t = int(self._rows[0][4].item())"),), ("check_many_tensors",)),
+    Mutant("float32 parameters without decay", (("p.sub_(s.lr_weight_decay * p + upd)", "p.sub_(upd)"),), ("check_float32_parameters",)),
+    # the switches
+    Mutant("maximize ignored", (("-scale if maximize else scale", "scale"),), ("check_scaled", "check_float32_parameters")),
+    Mutant("grad_scale ignored", (("float(grad_scale)", "1.0"),), ("check_scaled",)),
+    Mutant("found_inf ignored", (("found_inf.item() != 0", "False"),), ("check_found_inf",)),
+    Mutant("found_inf inverted", (("found_inf.item() != 0", "found_inf.item() == 0"),), ("check_found_inf",)),
+    Mutant("zero_grads ignored", (("            g.zero_()\n", "            pass\n"),), ("check_zero_grads",)),
+    Mutant("gradients always zeroed", (("        if zero_grads:\n", "        if True:\n"),), ("check_zero_grads",)),
+    Mutant("one-element tensors skipped", (("if p.numel() == 0:", "if p.numel() <= 1:"),), ("check_shapes",)),
+    # the dispatch
+    Mutant(
+        "unlike strides walked alike",
+        (("all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)", "_is_dense(p)"),),
+        ("check_layouts",),
+        kernels,
+    ),
+    Mutant("gaps walked over", ((" for x in tensors) and _is_dense(p)", " for x in tensors)"),), ("check_outside_views",), kernels),
+    Mutant(
+        "only the parameter's layout looked at",
+        (("if all(x is None or x.is_contiguous() for x in tensors):", "if p.is_contiguous():"),),
+        ("check_layouts",),
+        kernels,
+    ),
+    Mutant(
+        "the gradient's layout not looked at",
+        (("if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):", "if True:"),),
+        ("check_layouts", "check_expanded_gradient"),
+        kernels,
+    ),
+    Mutant("copies not written back", (("original.copy_(copy)", "pass"),), ("check_layouts",), kernels),
+    Mutant("copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels),
+    Mutant(
+        "found_inf not passed on",
+        (("grad_scale=grad_scale, found_inf=found_inf, zero_grads", "grad_scale=grad_scale, found_inf=None, zero_grads"),),
+        ("check_skipped_in_any_layout",),
+        kernels,
+    ),
+)
+
+
+def mutated(mutant: Mutant) -> Update:
+    """The update function of a copy of the mutant's module with its edits."""
+    source = inspect.getsource(mutant.module)
+    for old, new in mutant.edits:
+        assert source.count(old) == 1, f"mutant {mutant.name!r} is out of date: {old!r} stands {source.count(old)} times in its module"
+        source = source.replace(old, new)
+    module = ModuleType(mutant.module.__name__)  # under the true name, so that relative imports work; it is registered nowhere
+    module.__package__ = mutant.module.__package__
+    exec(compile(source, f"<mutant: {mutant.name}>", "exec"), module.__dict__)
+    if mutant.module is kernels:
+        return partial(module.adamw_bf16_, backend="reference")
+
+    def update(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: list[Tensor | None],
+        steps: list[Tensor],
+        **kwargs: Any,
+    ) -> None:
+        module.Table(params, exp_avgs, exp_avg_sqs, corrections, steps).update_(grads, **kwargs)
+
+    return update

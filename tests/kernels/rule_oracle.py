@@ -1,0 +1,119 @@
+"""The update rule once more, in numpy and from its specification alone, to compare every back end with.
+
+It shares no code with the package: bit patterns are numpy integers, the hash runs in 64-bit arithmetic with masks, rounding is
+done on integers, and the scalars of a step come from 60-digit decimals. Every function works on whole arrays and on scalars.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal, localcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MASK = 0xFFFFFFFF
+Array = Any  # an ndarray or a numpy scalar: ufuncs take both
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of one step, named as in ``adamw_bf16_``."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+class Stepped(NamedTuple):
+    """Stored successors ``p, m, v, c`` as uint16 bit patterns, and ``mn, vn, cn`` (float32) as they were before rounding."""
+
+    p: Array
+    m: Array
+    v: Array
+    c: Array
+    mn: Array
+    vn: Array
+    cn: Array
+
+
+def exact_scalars(t: int, h: Hyper) -> dict[str, Decimal]:
+    """The scalars of step ``t`` to 60 digits, before any rounding."""
+    with localcontext() as context:
+        context.prec = 60
+        lr, b1, b2, wd = (Decimal(x) for x in (h.lr, h.beta1, h.beta2, h.weight_decay))
+        return {
+            "beta1": b1,
+            "one_minus_beta1": 1 - b1,
+            "beta2": b2,
+            "one_minus_beta2": 1 - b2,
+            "step_size": lr / (1 - b1**t),
+            "inv_sqrt_bias_correction2": 1 / (1 - b2**t).sqrt(),
+            "eps": Decimal(h.eps),
+            "lr_weight_decay": lr * wd,
+        }
+
+
+def lowbias32(x: Array) -> Array:
+    """The 32-bit mixing function, on uint64 values below 2^32."""
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & MASK
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & MASK
+    return x ^ x >> 16
+
+
+def widen(pattern: Array) -> Array:
+    """The float32 value of a bfloat16 bit pattern."""
+    return (pattern.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_nearest_even(x: Array) -> Array:
+    """The bfloat16 pattern nearest to a float32, ties to even; one NaN stands for all."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def round_stochastically(x: Array, r: Array) -> Array:
+    """The bfloat16 pattern of a float32 rounded away from zero where the 16 discarded bits plus ``r`` carry."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    return np.where(np.isnan(x), 0x7FC0, (bits + r) >> 16).astype(np.uint16)
+
+
+def step_bf16(p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyper, scale: float = 1.0) -> Stepped:
+    """One step on bfloat16 parameters.
+
+    Args:
+        p, m, v, c: uint16 bit patterns.
+        g: uint16 patterns of bfloat16 gradients, or uint32 patterns of float32 ones, whose halves are folded for the hash.
+        t: the 1-based step.
+        h: hyper-parameters.
+        scale: multiplies the gradient after the hash took its bits; negative to maximize.
+    """
+    s = {name: np.float32(float(value)) for name, value in exact_scalars(t, h).items()}
+    if g.dtype == np.uint32:
+        g_hash, g32 = (g >> np.uint32(16) ^ g) & np.uint32(0xFFFF), g.view(np.float32)
+    else:
+        g_hash, g32 = g, widen(g)
+    u = {name: x.astype(np.uint64) for name, x in {"g": g_hash, "p": p, "m": m, "v": v, "c": c}.items()}
+    mixed_in = u["g"] ^ (u["m"] << 16) ^ (u["v"] << 13) ^ (u["p"] << 5) ^ (u["c"] << 10) ^ (t * 0x9E3779B9 & MASK)
+    h32 = lowbias32(mixed_in & MASK)
+    with np.errstate(all="ignore"):
+        p32, m32, v32, c32 = widen(p), widen(m), widen(v), widen(c)
+        g32 = g32 * np.float32(scale)
+        mn = s["beta1"] * m32 + s["one_minus_beta1"] * g32
+        vn = s["beta2"] * v32 + s["one_minus_beta2"] * (g32 * g32)
+        upd = s["step_size"] * mn / (np.sqrt(vn) * s["inv_sqrt_bias_correction2"] + s["eps"])
+        d = c32 - (s["lr_weight_decay"] * (p32 + c32) + upd)
+        pn = to_nearest_even(p32 + d)
+        cn = (p32 - widen(pn)) + d
+        return Stepped(
+            pn,
+            round_stochastically(mn, h32 >> 16),
+            round_stochastically(vn, h32 & 0xFFFF),
+            round_stochastically(cn, h32 >> 8 & 0xFFFF),
+            mn,
+            vn,
+            cn,
+        )

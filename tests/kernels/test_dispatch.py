@@ -1,0 +1,106 @@
+"""What comes before and after the rule: memory layouts, dtypes, empty calls, and sums of squares, for every back end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sharded_bf16_adamw import kernels
+
+from . import layout_checks
+from .backends import cpu_backends, update_of
+
+CHECKS = [pytest.param(check, id=name) for name, check in vars(layout_checks).items() if name.startswith("check_")]
+
+
+@pytest.fixture(params=cpu_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_layout(check, backend):
+    check(update_of(backend))
+
+
+def test_reference_is_a_backend():
+    assert "reference" in kernels.BACKENDS
+
+
+def test_no_parameters(backend):
+    kernels.adamw_bf16_([], [], [], [], [], [], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, backend=backend)
+
+
+def test_unknown_backend():
+    row = [[torch.ones(1).bfloat16()] for _ in range(5)]
+    with pytest.raises(ValueError, match=r"Invalid backend: 'fast'.*reference"):
+        update_of("fast")(*row, [torch.zeros(())], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+
+
+def test_table_serves_many_steps(backend):
+    """A table made once takes the steps that separate calls take, also when a gradient's layout or dtype changes in between."""
+    states = [layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE)) for seed in (68, 69)]
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    lay = layout_checks.LAYOUTS["transposed"]
+    once = [states[0].map(torch.clone), states[1].map(lay)]
+    each = [state.map(torch.clone) for state in once]
+    counts = [[torch.zeros(()) for _ in once] for _ in range(2)]
+    p, _, m, v, c = (list(column) for column in zip(*once, strict=True))
+    table = kernels.Table(p, m, v, c, counts[0], backend=backend)
+    for change in (torch.clone, lay, torch.Tensor.float, lambda g: lay(g).float(), torch.clone):
+        grads = [change(state.g) for state in states]
+        table.update_(grads, **hyper)
+        p, _, m, v, c = (list(column) for column in zip(*each, strict=True))
+        kernels.adamw_bf16_(p, grads, m, v, c, counts[1], **hyper, backend=backend)
+        for a, b in zip(once, each, strict=True):
+            assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
+    assert [count.item() for count in counts[0]] == [5.0, 5.0]
+
+
+def test_default_backend_serves_cpu():
+    """Chosen by device, whatever it is, it takes the step that the reference takes."""
+    state = layout_checks.typical(5000, 65)
+    chosen, reference = (layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference"))
+    assert all(layout_checks.same_bits(a, b) for a, b in zip(chosen, reference, strict=True))
+
+
+def test_float32_parameter_layouts(backend):
+    """float32 parameters too may have any strides, unlike those of their gradients and moments."""
+    gen = torch.Generator().manual_seed(66)
+    p, g, m, v = (torch.rand(layout_checks.SHAPE, generator=gen) for _ in range(4))
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "backend": backend}
+    flat = [x.flatten().clone() for x in (p, g, m, v)]
+    kernels.adamw_bf16_(*([x] for x in flat), [None], [torch.zeros(())], **hyper)
+    names = list(layout_checks.LAYOUTS)
+    for i in range(len(names)):
+        laid = [layout_checks.LAYOUTS[names[(i + j) % len(names)]](x) for j, x in enumerate((p, g, m, v))]
+        kernels.adamw_bf16_(*([x] for x in laid), [None], [torch.zeros(())], **hyper)
+        assert all(torch.equal(a, b.view(layout_checks.SHAPE)) for a, b in zip(laid, flat, strict=True)), names[i]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grad_sum_sq(backend, dtype):
+    """The sum over tensors of any layout and size, to float32's precision or better, as a 0-dim float64."""
+    gen = torch.Generator().manual_seed(67)
+    grads = [torch.randn(shape, generator=gen).to(dtype) for shape in ((), (0,), (1,), (1023,), (65, 1031), layout_checks.SHAPE)]
+    grads += [lay(grads[-1]) for lay in layout_checks.LAYOUTS.values()]
+    total = kernels.grad_sum_sq(grads, backend=backend)
+    exact = sum(np.square(g.double().numpy()).sum() for g in grads)
+    assert total.dtype == torch.float64 and total.shape == ()
+    assert total.item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_grad_sum_sq_mixed(backend):
+    grads = [torch.full((3,), 2.0), torch.full((5,), 3.0).bfloat16(), torch.empty(0)]
+    assert kernels.grad_sum_sq(grads, backend=backend).item() == 57.0
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grad_sum_sq_shows_nonfinite(backend, value, dtype):
+    """One infinity or NaN anywhere makes the sum non-finite: this is what the non-finite guard looks at."""
+    for position in (0, 1000, 69_999):
+        g = torch.ones(70_000, dtype=dtype)
+        g[position] = value
+        assert not kernels.grad_sum_sq([torch.ones(3, dtype=dtype), g], backend=backend).isfinite()

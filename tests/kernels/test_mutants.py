@@ -1,0 +1,39 @@
+"""Every check of the rule fails on the wrong rules that it is there to catch, and passes on an unedited copy of the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from sharded_bf16_adamw import kernels
+from sharded_bf16_adamw.kernels import reference
+
+from . import layout_checks, rule_checks, rule_long_checks, rule_option_checks
+from .rule_mutants import MUTANTS, Mutant, mutated
+
+LAYOUT_CHECKS = [check for name, check in vars(layout_checks).items() if name.startswith("check_")]
+CHECKS = {
+    name: check
+    for module in (layout_checks, rule_checks, rule_long_checks, rule_option_checks)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
+}
+PAIRS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.caught_by]
+
+
+@pytest.mark.parametrize(("mutant", "check"), PAIRS)
+def test_check_notices_mutant(mutant: Mutant, check: str):
+    update = mutated(mutant)
+    with pytest.raises(AssertionError):
+        CHECKS[check](update)
+
+
+def test_unedited_copy_passes():
+    """So that what the mutants fail on is their edit, not the copying."""
+    for module, checks in ((reference, (rule_checks.check_oracle, rule_option_checks.check_many_tensors)), (kernels, LAYOUT_CHECKS)):
+        update = mutated(Mutant("none", (), (), module))
+        for check in checks:
+            check(update)
+
+
+def test_every_check_catches_something():
+    assert {check for mutant in MUTANTS for check in mutant.caught_by} == set(CHECKS)

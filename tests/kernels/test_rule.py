@@ -1,0 +1,128 @@
+"""The update rule of every back end that runs on CPU tensors: bits, statistics, and the scalars of a step."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from sharded_bf16_adamw.kernels.reference import _mix, _sqrt, power, step_scalars, stochastic_round
+
+from . import rule_checks, rule_long_checks, rule_option_checks
+from .backends import cpu_backends, update_of
+from .rule_checks import bits, from_bits, random_patterns, typical
+from .rule_oracle import Hyper, exact_scalars, lowbias32, round_stochastically, step_bf16, to_nearest_even
+
+CHECKS = [
+    pytest.param(check, id=name)
+    for module in (rule_checks, rule_option_checks, rule_long_checks)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
+]
+
+
+@pytest.fixture(params=cpu_backends())
+def update(request: pytest.FixtureRequest):
+    """The update function of each back end in turn."""
+    return update_of(request.param)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_rule(check, update):
+    check(update)
+
+
+def test_global_generator_untouched(update):
+    before = torch.get_rng_state()
+    rule_checks.stepped(update, typical(1000, 50), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_oracle_is_elementwise():
+    """The comparison itself: array operations give what scalar operations give, one element at a time."""
+    state = [np.concatenate([bits(a)[:300], bits(b)[:300]]) for a, b in zip(random_patterns(300, 51), typical(300, 52), strict=True)]
+    together = step_bf16(*state, t=11, h=Hyper())
+    for i in range(state[0].size):
+        alone = step_bf16(*(x[i] for x in state), t=11, h=Hyper())
+        for a, b in zip(alone, together, strict=True):
+            assert np.array_equal(a, b[i], equal_nan=b.dtype.kind == "f")
+
+
+def test_oracle_rounds_as_torch_casts():
+    """The comparison itself: its integer rounding is torch's cast to bfloat16."""
+    x = np.random.default_rng(53).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
+    finite = x[np.isfinite(x.view(np.float32))]
+    assert (to_nearest_even(finite.view(np.float32)) == bits(from_bits(finite).bfloat16())).all()
+
+
+def test_hash():
+    x = np.random.default_rng(54).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    assert (bits_of_int32(_mix(torch.from_numpy(x.view(np.int32)))) == lowbias32(x.astype(np.uint64))).all()
+
+
+def test_hash_is_lowbias32():
+    """The inverse that hash-prospector publishes undoes it, which a wrong shift or constant would not survive."""
+    x = np.random.default_rng(57).integers(0, 1 << 32, 1 << 16, dtype=np.uint64)
+    y = lowbias32(x)
+    y = (y ^ y >> 16) * 0x43021123 & 0xFFFFFFFF
+    y = (y ^ y >> 15 ^ y >> 30) * 0x1D69E2A5 & 0xFFFFFFFF
+    assert (y ^ y >> 16 == x).all()
+
+
+def bits_of_int32(x: torch.Tensor) -> np.ndarray:
+    return x.numpy().view(np.uint32)
+
+
+def test_stochastic_round_every_nan_and_infinity():
+    """All 2^24 float32 with the largest exponent: NaN stays NaN and infinity infinity, with any random bits."""
+    x = np.arange(0x7F800000, 0x80000000, dtype=np.uint32)
+    r = np.random.default_rng(55).integers(0, 1 << 16, x.size, dtype=np.int32)
+    for sign in (0, 0x80000000):
+        value = from_bits(x | np.uint32(sign))
+        rounded = stochastic_round(value, torch.from_numpy(r))
+        assert rounded[1:].isnan().all()
+        assert rounded[0] == value[0]
+
+
+def test_stochastic_round_probability():
+    """One value against each of the 65,536 random patterns rounds up exactly as often as its discarded bits say."""
+    r = np.arange(1 << 16, dtype=np.int32)
+    for pattern in (0x3F800000, 0x3F800001, 0x3F804321, 0x3F80FFFF, 0xBF808000, 0x00000001, 0x7F7F0000, 0x007FFFFF):
+        x = np.full(r.size, pattern, dtype=np.uint32)
+        rounded = bits(stochastic_round(from_bits(x), torch.from_numpy(r)))
+        assert (rounded != pattern >> 16).sum() == pattern & 0xFFFF
+        assert (rounded == round_stochastically(x.view(np.float32), r.astype(np.uint64))).all()
+
+
+def test_sqrt_is_correctly_rounded():
+    x = np.random.default_rng(56).integers(0, 0x7F800000, 1 << 18, dtype=np.uint32)
+    assert (bits(_sqrt(from_bits(x))) == np.sqrt(x.view(np.float32)).view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 10, 1000, 12_345, 1_000_003])
+@pytest.mark.parametrize(
+    "hyper",
+    [Hyper(), Hyper(lr=3.3e-7, beta1=0.95, beta2=0.9999), Hyper(beta1=0.0, beta2=0.0, eps=0.0), Hyper(lr=0.0, beta1=0.1, beta2=0.99999)],
+)
+def test_step_scalars(t: int, hyper: Hyper):
+    """Each is the float32 nearest to the exact value."""
+    actual = step_scalars(t, **hyper._asdict())
+    assert actual.step == t
+    for name, exact in exact_scalars(t, hyper).items():
+        assert getattr(actual, name) == float(np.float32(float(exact))), name
+
+
+@pytest.mark.parametrize("base", [0.9, 0.95, 0.999, 0.9999, 0.0, 1.0])
+def test_power(base: float):
+    """Repeated squaring with each product rounded to double, here by exact rationals, and close to the exact power."""
+    for exponent in [*range(20), 1000, 4095, 4096, 12_345]:
+        result, square = Fraction(1), Fraction(base)
+        for bit in reversed(f"{exponent:b}"):
+            if bit == "1":
+                result = Fraction(float(result * square))
+            square = Fraction(float(square * square))
+        assert power(base, exponent) == float(result)
+        assert math.isclose(power(base, exponent), float(Fraction(base) ** exponent), rel_tol=2e-16 * (exponent + 1))
