@@ -1,0 +1,172 @@
+"""A plan kept between steps can never be stale: whatever is changed between two steps, the next step sees it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.plan import Plan
+
+BF16 = torch.bfloat16
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).to(BF16)
+    model[1].to(torch.float32)
+    return model, AdamW_BF16([{"params": model[0].parameters()}, {"params": [*model[1].parameters(), *model[2].parameters()]}], lr=1e-2)
+
+
+def give_gradients(optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def state_reload(model, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def state_reload_of_another_run(model, optimizer):
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["exp_avg"].mul_(2)
+    optimizer.load_state_dict(saved)
+
+
+def one_state_tensor_replaced(model, optimizer):
+    state = optimizer.state[model[0].weight]
+    state["exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+
+def step_replaced(model, optimizer):
+    state = optimizer.state[model[0].weight]
+    state["step"] = state["step"].clone()
+
+
+def state_dict_of_a_parameter_replaced(model, optimizer):
+    optimizer.state[model[0].weight] = {key: value.clone() for key, value in optimizer.state[model[0].weight].items()}
+
+
+def state_emptied(model, optimizer):
+    optimizer.state.clear()
+
+
+def memory_of_a_state_replaced(model, optimizer):
+    """The way that old recipes move a state to another device."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+def memory_of_a_parameter_replaced(model, optimizer):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def model_moved_there_and_back(model, optimizer):
+    """``.to(device)`` gives every parameter new memory; a dtype there and back is a move that needs no second device."""
+    model[0].to(torch.float64).to(BF16)
+
+
+def parameter_swapped_in_its_group(model, optimizer):
+    old = model[2].weight
+    model[2].weight = nn.Parameter(old.detach().clone())
+    params = optimizer.param_groups[1]["params"]
+    params[[p is old for p in params].index(True)] = model[2].weight
+
+
+def group_added(model, optimizer):
+    extra = nn.Parameter(torch.ones(4, dtype=BF16))
+    model.register_parameter("extra", extra)
+    optimizer.add_param_group({"params": [extra], "lr": 1e-1})
+
+
+def group_removed(model, optimizer):
+    del optimizer.param_groups[0]
+
+
+def groups_reordered(model, optimizer):
+    optimizer.param_groups.reverse()
+
+
+def gradients_replaced(model, optimizer):
+    """What ``zero_grad(set_to_none=True)`` and the next backward pass do."""
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad.clone()
+
+
+def gradients_of_other_strides(model, optimizer):
+    model[0].weight.grad = model[0].weight.grad.t().contiguous().t()
+
+
+def a_gradient_missing(model, optimizer):
+    model[0].weight.grad = None
+
+
+def a_float32_gradient(model, optimizer):
+    model[0].weight.grad_dtype = None
+    model[0].weight.grad = torch.full(model[0].weight.shape, 0.3)
+
+
+def state_with_an_entry_of_somebody_else(model, optimizer):
+    optimizer.state[model[0].weight]["note"] = "not a tensor"
+
+
+def transposed_parameter(model, optimizer):
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()
+
+
+CHANGES = [
+    value
+    for value in list(globals().values())
+    if callable(value) and getattr(value, "__code__", None) and value.__code__.co_varnames[:2] == ("model", "optimizer")
+]
+
+
+def run(change, forget_plans):
+    """Three steps, ``change`` after gradients are there, three more; returns all weights and states."""
+    model, optimizer = make()
+    for step in range(6):
+        give_gradients(optimizer, step)
+        if step == 3:
+            change(model, optimizer)
+        if forget_plans:
+            optimizer._plans.clear()
+        optimizer.step()
+    params = list(model.parameters())
+    states = [optimizer.state[p] for p in params]
+    return [p.detach() for p in params] + [value for state in states for key, value in sorted(state.items()) if key != "note"]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_the_next_step_sees_the_change(change):
+    kept, made_anew = run(change, False), run(change, True)
+    assert len(kept) == len(made_anew)
+    assert all(torch.equal(a, b) for a, b in zip(kept, made_anew, strict=True))
+
+
+def test_all_changes_are_tried():
+    assert len(CHANGES) == 19
+
+
+def test_an_unchanged_optimizer_keeps_its_plans():
+    _, optimizer = make()
+    give_gradients(optimizer, 0)
+    optimizer.step(zero_grad=True)
+    plans = dict(optimizer._plans)
+    for step in (1, 2):
+        give_gradients(optimizer, step)
+        optimizer.step(zero_grad=True)
+    assert len(plans) == 2 and all(optimizer._plans[index] is plan for index, plan in plans.items())
+
+
+@pytest.mark.parametrize("change", [memory_of_a_parameter_replaced, one_state_tensor_replaced, step_replaced, memory_of_a_state_replaced])
+def test_a_plan_that_is_never_renewed_would_be_caught(change, monkeypatch):
+    """The mutant: these changes must matter, or the test above would prove nothing."""
+    monkeypatch.setattr(Plan, "is_current", lambda *_: True)
+    kept, made_anew = run(change, False), run(change, True)
+    assert not all(torch.equal(a, b) for a, b in zip(kept, made_anew, strict=True))
