@@ -163,8 +163,11 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 def _state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Everything of model and optimizer by its key on disk; the tensors are the live ones."""
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=FLATTENED)
-    return {**_prefixed("model.", get_model_state_dict(model)), **_prefixed("optimizer.", optimizer_state)}
+    model_state = get_model_state_dict(model)  # first: it reshards what an evaluation left gathered, which the optimizer's relies on
+    return {
+        **_prefixed("model.", model_state),
+        **_prefixed("optimizer.", get_optimizer_state_dict(model, optimizer, options=FLATTENED)),
+    }
 
 
 def _prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

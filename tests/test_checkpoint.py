@@ -62,6 +62,25 @@ def test_loads_under_any_other_layout_and_world_size_bit_for_bit(saved, tmp_path
                 assert torch.equal(weights[key], value), (layout, key)
 
 
+def after_evaluation_worker(rank, world, root):
+    """A forward pass without a backward leaves FSDP2's root gathered, with plain parameters in the place of the DTensors."""
+    model = fsdp2(make_model().to(torch.bfloat16))
+    optimizer = train_on_given_gradients(model, 2)
+    expected = frozen_copy(model, optimizer)
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.ones(1, 6, dtype=torch.bfloat16))
+        save(root, 2, model, optimizer)
+    with torch.no_grad():
+        model(torch.ones(1, 6, dtype=torch.bfloat16))
+    load(root, model, optimizer)
+    assert_unchanged(expected, model, optimizer)
+
+
+def test_saves_and_loads_right_after_an_evaluation(tmp_path):
+    run_ranks(2, after_evaluation_worker, str(tmp_path))
+
+
 def trained(steps=3, width=4):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 2)).to(torch.bfloat16)

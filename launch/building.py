@@ -1,0 +1,75 @@
+"""Model, optimizer and learning-rate schedule as the arguments of ``train.py`` ask for them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from data import UsageError
+from model import GPT, PRESETS
+from strategies import Strategy, World
+from torch import nn
+
+from sharded_bf16_adamw import LR, AdamW_BF16
+
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
+Schedule = Callable[[int], float]
+
+
+def set_seeds(args: argparse.Namespace) -> None:
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises the same bits only with this
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # that is for debugging
+
+
+def build_model(args: argparse.Namespace, world: World, strategy: Strategy) -> tuple[GPT, nn.Module]:
+    """Return the model and the module to call. Memory is allocated after sharding, so each rank holds its own shards alone."""
+    with torch.device("meta"):
+        model = GPT(PRESETS[args.preset]).to(WEIGHT_DTYPES[args.optimizer])
+    mesh = world.mesh()
+    strategy.shard(model, mesh)
+    model.to_empty(device=world.device)
+    model.init_weights(args.seed)
+    return model, strategy.wrap(model, mesh)
+
+
+def make_optimizer(args: argparse.Namespace, model: GPT, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, not the gains of norms."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
+    try:
+        if args.optimizer == "bf16":
+            return AdamW_BF16(groups, lr_function=schedule, backend=args.optimizer_backend, **common)
+        return torch.optim.AdamW(groups, lr=schedule(0), **common)
+    except ValueError as error:
+        raise UsageError(f"{error}; see --help") from error
+
+
+def make_schedule(args: argparse.Namespace) -> Schedule:
+    """The learning rate as a function of the 0-based step: linear warm-up to ``--lr``, then ``--schedule``."""
+    lr, warmup, last = args.lr, args.warmup, args.steps - 1
+    if args.schedule == "power":
+        return LR(lr, preheat_steps=warmup, decay_power=-0.5)
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        if args.schedule == "constant":
+            return lr
+        progress = min(1.0, (step - warmup + 1) / max(1, last - warmup + 1))
+        return args.final_lr + (lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    return at

@@ -1,0 +1,49 @@
+"""Build the optional native CPU library. Metadata is in pyproject.toml.
+
+The library is plain C behind ctypes: it needs the system's C compiler and nothing of Python or torch. Where there is no compiler, or
+it fails, the package installs without the library and runs the reference instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("sharded_bf16_adamw/kernels/csrc")
+# Fused or reordered arithmetic would change the bits: no -ffast-math, no -march=native, no contraction to fma.
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
+
+
+class BuildNative(build_ext):
+    """Compile all of csrc into one shared library, ``_native.so`` in the package whatever the Python version."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # never leave a library of older sources behind
+        compiler = os.environ.get("CC", "").split() or [next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "cc")]
+        try:
+            subprocess.run([*compiler, *FLAGS, *ext.sources, "-o", str(target), "-lm"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"the native CPU library was not built, so the slower reference will serve: {error}")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "sharded_bf16_adamw.kernels._native",
+            sources=sorted(str(source) for source in CSRC.glob("*.c")),
+            depends=sorted(str(header) for header in CSRC.glob("*.h")),
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

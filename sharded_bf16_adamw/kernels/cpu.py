@@ -1,0 +1,274 @@
+"""The CPU back end: ctypes over the library that ``setup.py`` compiles from ``csrc/`` (plain C, no torch, no Python headers).
+
+One C body serves every instruction set (``ISAS``), chosen at run time; the environment variable ``SHARDED_BF16_ADAMW_ISA`` forces one.
+All of them, and any number of threads, give the bits of :mod:`sharded_bf16_adamw.kernels.reference`. The library's own thread
+pool has ``torch.get_num_threads()`` threads, the caller among them. ctypes releases the GIL while it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ISAS = ("baseline", "avx2", "avx512")  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
+ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
+LIBRARY = Path(__file__).with_name("_native.so")
+ABI_VERSION = 1
+
+_dtype_of = attrgetter("dtype")
+_library: ctypes.CDLL | None = None
+_unavailable_reason: str | None = None
+_isa: int | None = None
+
+
+class _Hyper(ctypes.Structure):
+    """``sba_hyper`` of csrc/native.h."""
+
+    _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")]
+
+
+def available() -> bool:
+    """Whether the library was built and loads here.
+
+    Raises:
+        ValueError: ``SHARDED_BF16_ADAMW_ISA`` names an instruction set that is unknown or that this processor lacks.
+    """
+    if _load() is None:
+        return False
+    _selected_isa()
+    return True
+
+
+def unavailable_reason() -> str | None:
+    """Why :func:`available` is False, as one clause; None where it is True."""
+    _load()
+    return _unavailable_reason
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that the library can use on this processor, slowest first. Empty without the library."""
+    library = _load()
+    return [] if library is None else [name for i, name in enumerate(ISAS) if library.sba_isa_supported(i)]
+
+
+def select_isa(name: str | None) -> None:
+    """Use one instruction set from now on, or with None what ``SHARDED_BF16_ADAMW_ISA`` says, or else the fastest.
+
+    Raises:
+        ValueError: ``name`` is unknown, or this processor lacks it.
+    """
+    global _isa
+    _isa = None if name is None else _isa_number(name, "the instruction set")
+
+
+def selected_isa() -> str:
+    """The instruction set in use. Raises ValueError as :func:`available` does."""
+    return ISAS[_selected_isa()]
+
+
+class Table:
+    """Pointers of one device's parameters and their states, kept between steps.
+
+    It holds its tensors, so their memory cannot be handed to others; that they still *are* the parameters' and states' tensors,
+    with the same storage, is for the caller to check before each step.
+
+    Args:
+        params: n tensors, bfloat16 or float32, on the CPU; each dense.
+        exp_avgs, exp_avg_sqs: n tensors of the parameters' dtypes, sizes and strides.
+        corrections: for each parameter a bfloat16 tensor of its size and strides, or None where it is float32.
+        steps: n 0-dim float32 tensors, the steps taken so far.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        RuntimeError: the library is not there, see :func:`unavailable_reason`.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: Sequence[Tensor | None],
+        steps: list[Tensor],
+    ) -> None:
+        self._tensors = (list(params), list(exp_avgs), list(exp_avg_sqs), list(corrections), list(steps))
+        for p, m, v, c, step in zip(*self._tensors, strict=True):
+            _check_row(p, m, v, c, step)
+        self._library = _required_library()
+        self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
+        self._grad_is_f32 = np.zeros(0, np.uint8)
+        columns = [[0 if x is None else x.data_ptr() for x in column] for column in self._tensors]
+        address = np.array(columns, np.int64)
+        numel = np.array([p.numel() for p in params], np.int64)
+        is_f32 = np.array([p.dtype == torch.float32 for p in params], np.uint8)
+        self._handle = self._library.sba_table_new(len(params), address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data)
+        if not self._handle:
+            raise MemoryError("no memory for the pointer table of the optimizer step")
+        weakref.finalize(self, self._library.sba_table_free, self._handle)
+
+    def update_(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        zero_grads: bool = False,
+    ) -> None:
+        """Take one step, in place; arguments as :func:`sharded_bf16_adamw.kernels.adamw_bf16_`.
+
+        Tables may step in several threads at once, but each in one.
+
+        Args:
+            grads: n tensors, bfloat16 or float32, of the parameters' sizes and strides; 2-byte (4-byte) alignment is enough.
+
+        Raises:
+            ValueError: there are not as many gradients as parameters.
+            TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
+        """
+        if len(grads) != len(self._tensors[0]):
+            raise ValueError(f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}")
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        dtypes = list(map(_dtype_of, grads))
+        if dtypes != self._grad_dtypes:
+            self._grad_is_f32 = _float32_flags(dtypes)
+            self._grad_dtypes = dtypes
+        address = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        hyper = _Hyper(float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
+        threads = torch.get_num_threads()
+        flags = self._grad_is_f32.ctypes.data
+        self._library.sba_table_update(self._handle, address.ctypes.data, flags, hyper, zero_grads, threads, _selected_isa())
+
+
+def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+    """Sum the squares of all elements: fp64 throughout, in an order that depends neither on threads nor on the instruction set.
+
+    Args:
+        grads: bfloat16 or float32, on the CPU, any shapes and strides.
+
+    Returns:
+        0-dim float64.
+
+    Raises:
+        TypeError: a gradient has another dtype.
+    """
+    library = _required_library()
+    is_f32 = _float32_flags(list(map(_dtype_of, grads)))
+    if not all(map(Tensor.is_contiguous, grads)):
+        grads = [g.contiguous() for g in grads]  # also dense ones: the order of the sum is that of the elements, not of memory
+    address = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+    numel = np.fromiter(map(Tensor.numel, grads), np.int64, len(grads))
+    pointers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data)
+    total = library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa())
+    if total < 0:
+        raise MemoryError("no memory for the partial sums of the gradient norm")
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def stream_ceiling_(arrays: Sequence[Tensor]) -> None:
+    """Read five arrays and write all but the first in place, with next to no arithmetic: the memory traffic of a step.
+
+    No step can be faster than this. For benchmarks; what is written is meaningless.
+
+    Args:
+        arrays: five contiguous bfloat16 tensors of one size, in the roles g, p, m, v, c.
+    """
+    assert len(arrays) == 5 and all(a.is_contiguous() and a.dtype == torch.bfloat16 for a in arrays)
+    assert len({a.numel() for a in arrays}) == 1
+    address = np.array([a.data_ptr() for a in arrays], np.int64)
+    _required_library().sba_stream_ceiling(address.ctypes.data, arrays[0].numel(), torch.get_num_threads(), _selected_isa())
+
+
+def _load() -> ctypes.CDLL | None:
+    """The library, or None with ``_unavailable_reason`` set. Looked for once in a process."""
+    global _library, _unavailable_reason
+    if _library is None and _unavailable_reason is None:
+        if not LIBRARY.exists():
+            _unavailable_reason = "the native library was not built (no C compiler when the package was installed?)"
+            return None
+        try:
+            library = _declare(ctypes.CDLL(str(LIBRARY)))
+            if library.sba_abi_version() != ABI_VERSION:
+                raise OSError("it was built from another version of the sources; install the package again")
+            _library = library
+        except (OSError, AttributeError) as error:
+            _unavailable_reason = f"the native library {LIBRARY} does not load: {error}"
+    return _library
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the signatures of csrc/native.c; without them ctypes would truncate pointers to 32 bits."""
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    signatures: dict[str, tuple[list[type], type | None]] = {
+        "sba_table_new": ([int64, pointer, pointer, pointer], pointer),
+        "sba_table_free": ([pointer], None),
+        "sba_table_update": ([pointer, pointer, pointer, ctypes.POINTER(_Hyper), int32, int32, int32], None),
+        "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),
+        "sba_stream_ceiling": ([pointer, int64, int32, int32], None),
+        "sba_isa_supported": ([int32], int32),
+        "sba_abi_version": ([], int32),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _required_library() -> ctypes.CDLL:
+    library = _load()
+    if library is None:
+        raise RuntimeError(f"the CPU back end is not available: {_unavailable_reason}")
+    return library
+
+
+def _selected_isa() -> int:
+    """The number of the instruction set in use; the environment is read once."""
+    global _isa
+    if _isa is None:
+        forced = os.environ.get(ISA_VARIABLE)
+        _isa = _isa_number(forced or supported_isas()[-1], f"the environment variable {ISA_VARIABLE}")
+    return _isa
+
+
+def _isa_number(name: str, origin: str) -> int:
+    if name not in ISAS:
+        raise ValueError(f"{origin} is {name!r}, which is not one of {', '.join(ISAS)}")
+    if name not in supported_isas():
+        raise ValueError(f"{origin} is {name!r}, which this processor lacks; it has {', '.join(supported_isas())}")
+    return ISAS.index(name)
+
+
+def _float32_flags(dtypes: list[torch.dtype]) -> np.ndarray:
+    """uint8, 1 where a gradient is float32."""
+    for dtype in set(dtypes):
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"a gradient has dtype {dtype}, but only bfloat16 and float32 gradients are supported")
+    return np.fromiter((dtype is torch.float32 for dtype in dtypes), np.uint8, len(dtypes))
+
+
+def _check_row(p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:
+    if p.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"a parameter has dtype {p.dtype}, but only bfloat16 and float32 parameters are supported")
+    for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
+        if x is None and p.dtype == torch.bfloat16:
+            raise TypeError("a bfloat16 parameter has no correction")
+        if x is not None and x.dtype != p.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, but its parameter has {p.dtype}; they must be the same")
+        assert x is None or x.numel() == p.numel()
+    if step.dtype != torch.float32 or step.numel() != 1:
+        raise TypeError(f"a step count must be a 0-dim float32 tensor, but got {step.dtype} of shape {tuple(step.shape)}")

@@ -1,0 +1,299 @@
+/* The kernels, written once and included once for each instruction set (see kernels.c, which defines ISA, TARGET, W and the macros of instructions).
+ *
+ * Memory is walked as uint32 words of two bf16. With the low half shifted up, or masked off, each half *is* the float32 of the same
+ * value: no conversion instruction, no flushing of subnormals, and the words need no shuffle on the way in or out. A vector holds W
+ * words. `x` in the names below: e (even elements, the low halves), o (odd ones, the high halves).
+ *
+ * No SR or RTNE below guards NaN. All NaNs that arise here have zeros in the low 16 bits of their payload (they come from bf16
+ * values, from canonical scalars or from the processor), so adding up to 0xffff cannot carry out of the mantissa. A float32 gradient
+ * is the one exception and is made canonical as it is read.
+ */
+typedef uint32_t NAME(u) __attribute__((vector_size(4 * W)));
+typedef int32_t NAME(i) __attribute__((vector_size(4 * W)));
+typedef float NAME(f) __attribute__((vector_size(4 * W)));
+typedef uint32_t NAME(u_memory) __attribute__((vector_size(4 * W), aligned(1), may_alias));
+typedef uint32_t NAME(half_u) __attribute__((vector_size(2 * W)));
+typedef float NAME(half_f) __attribute__((vector_size(2 * W)));
+typedef uint32_t NAME(half_u_memory) __attribute__((vector_size(2 * W), aligned(1), may_alias));
+typedef double NAME(d) __attribute__((vector_size(4 * W)));
+#define U NAME(u)
+#define F NAME(f)
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define LOAD(address) ((U) * (const NAME(u_memory) *)(address))
+#define STORE(address, x) (*(NAME(u_memory) *)(address) = (NAME(u_memory))(x))
+
+INLINE U NAME(mix)(U x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+INLINE U NAME(canonical)(U g) {
+    U nan = (U)((F)g != (F)g);
+    return (g & ~nan) | (nan & 0x7fc00000u);
+}
+
+/* The new moments, in the order of reference.py's _moments, and from them the update's numerator and the root of its denominator. */
+INLINE void NAME(moments)(F g, F m, F v, F *mn, F *vn, const sba_scalars *s) {
+    g = g * s->grad_scale;
+    *mn = s->beta1 * m + s->one_minus_beta1 * g;
+    *vn = s->beta2 * v + s->one_minus_beta2 * (g * g);
+}
+
+INLINE F NAME(update_of)(F numerator, F root, const sba_scalars *s) {
+    return numerator / (root * s->inv_sqrt_bias_correction2 + s->eps);
+}
+
+/* Elements between the two stages of NAME(update). */
+typedef struct {
+    U p, c, r; /* parameter and correction as float32 bits; the random bits for the correction */
+    F numerator, root, upd;
+} NAME(lane);
+typedef struct {
+    NAME(lane) even, odd;
+} NAME(lanes);
+
+#define ODD(word) ((word) & 0xffff0000u)
+
+/* One element per lane: float32 bits of bf16 values in, and of m and v also out, of which the caller keeps the high halves. `pattern`
+ * is the gradient's part of the hash; the shifts of the others are those of the 16-bit patterns, less the 16 that they are shifted up. */
+INLINE void NAME(begin_lane)(U pattern, U g, U p, U *m, U *v, U c, NAME(lane) *l, const sba_scalars *s) {
+    F mn, vn;
+    NAME(moments)((F)g, (F)*m, (F)*v, &mn, &vn, s);
+    l->root = SQRT(vn);
+    l->numerator = s->step_size * mn;
+    U h = NAME(mix)(pattern ^ *m ^ *v >> 3 ^ p >> 11 ^ c >> 6 ^ s->step_hash);
+    *v = (U)vn + (h & 0xffffu);
+    *m = (U)mn + HIGH(h);
+    l->r = MIDDLE(h);
+    l->p = p;
+    l->c = c;
+}
+
+/* The new parameter and correction, of which the caller keeps the high halves. */
+INLINE void NAME(finish_lane)(NAME(lane) *l, const sba_scalars *s) {
+    F p32 = (F)l->p, c32 = (F)l->c;
+    F d = c32 - (s->lr_weight_decay * (p32 + c32) + l->upd);
+    U pn = (U)(p32 + d);
+    pn = ((pn | (pn >> 16 & 1u)) + 0x7fffu) & 0xffff0000u; /* RTNE: the last kept bit, made sticky, breaks ties to even */
+    F cn = (p32 - (F)pn) + d;
+    l->p = pn;
+    l->c = (U)cn + l->r;
+}
+
+/* First stage for 2 W elements of a bf16 parameter: store m and v. */
+INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, int g_is_f32, int zero) {
+    char *g = r->g + i * (g_is_f32 ? 4 : 2), *m = r->m + 2 * i, *v = r->v + 2 * i;
+    U ge, go, he, ho;
+    if (g_is_f32) {
+        U first = LOAD(g), second = LOAD(g + 4 * W);
+        U even = EVENS(first, second), odd = ODDS(first, second);
+        ge = NAME(canonical)(even);
+        go = NAME(canonical)(odd);
+        he = (even >> 16 ^ even) & 0xffffu;
+        ho = (odd >> 16 ^ odd) & 0xffffu;
+    } else {
+        U word = LOAD(g);
+        ge = EVEN(word);
+        go = ODD(word);
+        he = word & 0xffffu;
+        ho = word >> 16;
+    }
+    U pw = LOAD(r->p + 2 * i), mw = LOAD(m), vw = LOAD(v), cw = LOAD(r->c + 2 * i);
+    U me = EVEN(mw), ve = EVEN(vw), mo = ODD(mw), vo = ODD(vw);
+    NAME(lanes) l;
+    NAME(begin_lane)(he, ge, EVEN(pw), &me, &ve, EVEN(cw), &l.even, s);
+    NAME(begin_lane)(ho, go, ODD(pw), &mo, &vo, ODD(cw), &l.odd, s);
+    STORE(m, PACK(me, mo));
+    STORE(v, PACK(ve, vo));
+    if (zero) {
+        STORE(g, (U){0});
+        if (g_is_f32) STORE(g + 4 * W, (U){0});
+    }
+    return l;
+}
+
+/* The division, which ends the first stage. */
+INLINE void NAME(divide)(NAME(lanes) *l, const sba_scalars *s) {
+    l->even.upd = NAME(update_of)(l->even.numerator, l->even.root, s);
+    l->odd.upd = NAME(update_of)(l->odd.numerator, l->odd.root, s);
+}
+
+/* Second stage: store p and c. */
+INLINE void NAME(finish)(NAME(lanes) *l, const sba_run *r, int64_t i, const sba_scalars *s) {
+    NAME(finish_lane)(&l->even, s);
+    NAME(finish_lane)(&l->odd, s);
+    STORE(r->p + 2 * i, PACK(l->even.p, l->odd.p));
+    STORE(r->c + 2 * i, PACK(l->even.c, l->odd.c));
+}
+
+/* W elements of a float32 parameter; the gradient is float32 bits. */
+INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s) {
+    F mn, vn, p32 = (F)LOAD(p);
+    NAME(moments)((F)g, (F)LOAD(m), (F)LOAD(v), &mn, &vn, s);
+    F upd = NAME(update_of)(s->step_size * mn, SQRT(vn), s);
+    STORE(p, (U)(p32 - (s->lr_weight_decay * p32 + upd)));
+    STORE(v, (U)vn);
+    STORE(m, (U)mn);
+}
+
+/* The same for 2 W elements, so that every kernel takes steps of 2 W. */
+INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalars *s, int g_is_f32, int zero) {
+    U first, second;
+    if (g_is_f32) {
+        first = LOAD(g);
+        second = LOAD(g + 4 * W);
+    } else {
+        U word = LOAD(g), even = EVEN(word), odd = ODD(word);
+        first = ZIP_LOW(even, odd);
+        second = ZIP_HIGH(even, odd);
+    }
+    NAME(step_f32)(p, first, m, v, s);
+    NAME(step_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s);
+    if (zero) {
+        STORE(g, (U){0});
+        if (g_is_f32) STORE(g + 4 * W, (U){0});
+    }
+}
+
+/* Any two vectors, both stages. */
+INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, int p_is_f32, int g_is_f32, int zero) {
+    if (p_is_f32) {
+        NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, zero);
+        return;
+    }
+    NAME(lanes) l = NAME(begin)(r, i, s, g_is_f32, zero);
+    NAME(divide)(&l, s);
+    NAME(finish)(&l, r, i, s);
+}
+
+/* The last elements of a run go through padded copies: the same code, no masks. */
+INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, int p_is_f32, int g_is_f32, int zero) {
+    char buffer[5][8 * W] __attribute__((aligned(64))) = {{0}};
+    char *end[5] = {r->p, r->g, r->m, r->v, r->c};
+    int64_t size[5];
+    for (int a = 0; a < (p_is_f32 ? 4 : 5); a++) {
+        int64_t element = (a == 1 ? g_is_f32 : p_is_f32) ? 4 : 2;
+        end[a] += i * element;
+        size[a] = (r->count - i) * element;
+        memcpy(buffer[a], end[a], size[a]);
+    }
+    sba_run padded = {buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], 2 * W};
+    NAME(steps)(&padded, 0, s, p_is_f32, g_is_f32, zero);
+    for (int a = 0; a < (p_is_f32 ? 4 : 5); a++)
+        if (a != 1 || zero) memcpy(end[a], buffer[a], size[a]);
+}
+
+/* The second stage of one vector runs between the first stages of the next: so the long wait for a root and a quotient is filled with
+ * work that needs neither, and the processor's window reaches the next loads (85 % -> 90 % of the memory's speed). */
+INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int zero) {
+    const sba_run run = *shared_run, *r = &run; /* local copies cannot alias the stores, so they stay in registers */
+    const sba_scalars scalars = *shared, *s = &scalars;
+    int64_t i = 0, whole = r->count - r->count % (2 * W);
+    if (!p_is_f32 && whole) {
+        NAME(lanes) l = NAME(begin)(r, 0, s, g_is_f32, zero);
+        NAME(divide)(&l, s);
+        for (i = 2 * W; i < whole; i += 2 * W) {
+            PREFETCH(r, i);
+            NAME(lanes) next = NAME(begin)(r, i, s, g_is_f32, zero);
+            NAME(finish)(&l, r, i - 2 * W, s);
+            NAME(divide)(&next, s);
+            l = next;
+        }
+        NAME(finish)(&l, r, i - 2 * W, s);
+    }
+    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, p_is_f32, g_is_f32, zero);
+    if (i < r->count) NAME(update_tail)(r, i, s, p_is_f32, g_is_f32, zero);
+}
+
+#define UPDATE(p, g, z) \
+    static TARGET void NAME(update_##p##g##z)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, z); }
+UPDATE(0, 0, 0)
+UPDATE(0, 0, 1)
+UPDATE(0, 1, 0)
+UPDATE(0, 1, 1)
+UPDATE(1, 0, 0)
+UPDATE(1, 0, 1)
+UPDATE(1, 1, 0)
+UPDATE(1, 1, 1)
+#undef UPDATE
+
+#define HALF NAME(half_u)
+#define LOAD_HALF(address) ((HALF) * (const NAME(half_u_memory) *)(address))
+#define SQUARE_INTO(sum, bits) \
+    do { \
+        NAME(d) x = WIDEN((NAME(half_f))(bits)); \
+        sum += x * x; \
+    } while (0)
+
+/* Add the squares of 32 elements to 32 fp64 lanes, whatever W is: so every instruction set sums in the same order. Products of two
+ * float32 are exact in double. */
+INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
+    for (int k = 0; k < 32 / W; k++) {
+        HALF a, b;
+        if (is_f32) {
+            HALF first = LOAD_HALF(x + 4 * W * k), second = LOAD_HALF(x + 4 * W * k + 2 * W);
+            a = HALF_EVENS(first, second);
+            b = HALF_ODDS(first, second);
+        } else {
+            HALF word = LOAD_HALF(x + 2 * W * k);
+            a = word << 16;
+            b = word & 0xffff0000u;
+        }
+        SQUARE_INTO(lane[0][k], a);
+        SQUARE_INTO(lane[1][k], b);
+    }
+}
+
+INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
+    NAME(d) lane[2][32 / W] = {{{0}}};
+    int size = is_f32 ? 4 : 2;
+    int64_t i = 0, tail = count % 32;
+    for (; i < count - tail; i += 32) {
+        __builtin_prefetch(x + i * size + 1024);
+        NAME(squares)(x + i * size, lane, is_f32);
+    }
+    if (tail) {
+        char buffer[128] __attribute__((aligned(64))) = {0};
+        memcpy(buffer, x + i * size, tail * size);
+        NAME(squares)(buffer, lane, is_f32);
+    }
+    double sums[32], total = 0;
+    memcpy(sums, lane, sizeof sums);
+    for (int k = 0; k < 32; k++) total += sums[k];
+    return total;
+}
+
+static TARGET double NAME(sum_sq_bf16)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 0); }
+static TARGET double NAME(sum_sq_f32)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 1); }
+
+/* Read five arrays and write four of them in place with next to no arithmetic: the traffic of a step, so its speed limit. */
+static TARGET void NAME(stream)(char *const array[5], int64_t bytes) {
+    char *g = array[0], *p = array[1], *m = array[2], *v = array[3], *c = array[4];
+    for (int64_t i = 0; i + 4 * W <= bytes; i += 4 * W) {
+        U x = LOAD(g + i);
+        STORE(p + i, LOAD(p + i) ^ x);
+        STORE(m + i, LOAD(m + i) ^ x);
+        STORE(v + i, LOAD(v + i) ^ x);
+        STORE(c + i, LOAD(c + i) ^ x);
+    }
+}
+
+static const sba_kernels NAME(kernels) = {
+    .update = {{{NAME(update_000), NAME(update_001)}, {NAME(update_010), NAME(update_011)}},
+               {{NAME(update_100), NAME(update_101)}, {NAME(update_110), NAME(update_111)}}},
+    .sum_sq = {NAME(sum_sq_bf16), NAME(sum_sq_f32)},
+    .stream = NAME(stream),
+};
+
+#undef U
+#undef F
+#undef INLINE
+#undef LOAD
+#undef STORE
+#undef ODD
+#undef HALF
+#undef LOAD_HALF
+#undef SQUARE_INTO

@@ -1,0 +1,270 @@
+"""CUDA and ROCm back end: the host side of the Triton kernels. Triton is imported only when the first kernel is needed.
+
+Nothing here waits for the device, and steps may be captured into a CUDA graph (see ``device_memory.py``).
+
+ROCm presents itself to torch as ``cuda``, so the name serves both.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .device_memory import (
+    ALIGNMENT,
+    WARM_UP,
+    GradientAddresses,
+    chunk_map,
+    data_pointers,
+    double_bits,
+    interpreted,
+    is_capturing,
+    on_device_of,
+    upload,
+    warps,
+)
+
+MAX_LAYOUTS = 16  # sets of gradients (models) whose norm tables are kept
+
+
+def available() -> bool:
+    """Whether this back end can serve CUDA or ROCm tensors here."""
+    return unavailable_reason() is None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why not, in a clause; None if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8:
+        return f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic (compute capability 8.0 or newer is needed)"
+    return None
+
+
+class Table:
+    """Addresses of one device's parameters and their states, kept on the device between steps.
+
+    The tensors are referenced, so their memory outlives the table. A tensor whose storage is replaced in place (``p.data = x``)
+    leaves the table behind: see :meth:`is_current`.
+
+    Args:
+        params: bfloat16 or float32, all on one device. Tensors of one index are dense and share their strides.
+        exp_avgs, exp_avg_sqs: the parameter's dtype.
+        corrections: bfloat16, or None for a float32 parameter.
+        steps: 0-dim float32 on the device, one for each parameter.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: list[Tensor | None],
+        steps: list[Tensor],
+    ) -> None:
+        rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        self.device = params[0].device
+        self._tensors = [x for row in rows for x in row if x is not None]
+        assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
+        if is_capturing(self.device):
+            raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
+        self._storages = [x.untyped_storage() for x in self._tensors]  # alive even where a tensor's storage is replaced
+        self._addresses = data_pointers(self._tensors)
+        self._groups = []
+        for dtype in (torch.bfloat16, torch.float32):
+            indices = [i for i, p in enumerate(params) if p.dtype == dtype]
+            if indices:
+                self._groups.append(_Group(indices, [rows[i] for i in indices]))
+
+    def is_current(self) -> bool:
+        """Whether every tensor still lies where it lay when the table was made."""
+        return data_pointers(self._tensors) == self._addresses
+
+    def update_(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        zero_grads: bool = False,
+    ) -> None:
+        """Take one step; see :func:`sharded_bf16_adamw.kernels.adamw_bf16_` for the arguments.
+
+        One launch, and one more for each further kind of row: float32 parameters, float32 gradients of bfloat16 parameters,
+        tensors off a 16-byte boundary. In a captured graph a Python ``lr`` is a constant; a tensor on the device is read anew.
+
+        Raises:
+            RuntimeError: while a graph is captured, if the addresses of the gradients changed and no step outside of the
+                capture has set aside the pinned memory for them.
+        """
+        lr_tensor = lr if isinstance(lr, Tensor) and lr.device.type == self.device.type else None
+        scalars = [double_bits(x) for x in (0.0 if lr_tensor is not None else float(lr), beta1, beta2, eps, weight_decay)]
+        with on_device_of(self.device):
+            for group in self._groups:
+                group.launch(grads, lr_tensor, grad_scale, found_inf, scalars, maximize, zero_grads)
+
+
+def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+    """Sum the squares of all gradients (bfloat16 or float32, dense, one device) in one launch.
+
+    Returns:
+        0-dim float64 on the device. Equal gradients of equal shapes give equal bits.
+    """
+    return _norm(grads, None)[0]
+
+
+def grad_norm_clip(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``grad_sum_sq`` and ``clip_coefficient`` in one launch, for gradients that are whole on this device."""
+    sum_sq, clip = _norm(grads, max_norm)
+    assert clip is not None
+    return sum_sq, clip[0], clip[1], clip[2]
+
+
+def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Derive what a clipped step needs from a sum of squares, on the device and in one launch.
+
+    Args:
+        sum_sq: 0-dim float64 (summed over ranks).
+        max_norm: the norm to clip to.
+
+    Returns:
+        0-dim float32 ``(norm, coefficient, found_inf)``, computed in double and rounded once. ``coefficient`` is
+        ``min(1, max_norm / (norm + 1e-6))`` as in :func:`torch.nn.utils.clip_grad_norm_`; ``found_inf`` is 1 where the sum is
+        infinite or NaN, else 0.
+    """
+    from .triton_norm import clip_kernel
+
+    clip = torch.empty(3, dtype=torch.float32, device=sum_sq.device)
+    with on_device_of(sum_sq.device):
+        clip_kernel[(1,)](sum_sq, clip, double_bits(max_norm), num_warps=1, enable_fp_fusion=False)
+    return clip[0], clip[1], clip[2]
+
+
+_Row = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]  # param, exp_avg, exp_avg_sq, correction, step
+
+
+class _Group:
+    """The parameters of one dtype: what is constant between steps, on the device. ``indices`` tells which gradients are theirs."""
+
+    def __init__(self, indices: list[int], rows: list[_Row]) -> None:
+        from . import triton_adamw as kernels
+
+        self.indices = indices
+        device = rows[0][0].device
+        self.fp32 = rows[0][0].dtype == torch.float32
+        table = [[*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), 0, 0] for row in rows]
+        unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
+        off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
+        self.rows = upload(torch.tensor(table, dtype=torch.int64), device)
+        self.chunks = chunk_map([row[0].numel() for row in rows], kernels.CHUNK.value, device)
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.grads = GradientAddresses([unaligned if x else 0 for x in off], device)
+
+    def launch(
+        self,
+        grads: list[Tensor],
+        lr: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        scalars: list[int],
+        maximize: bool,
+        zero_grads: bool,
+    ) -> None:
+        from . import triton_adamw as kernels
+
+        table, kinds = self.grads.on_device([grads[i] for i in self.indices])
+        for kind in kinds:
+            kernels.adamw_kernel[(self.chunks.shape[0],)](
+                self.rows,
+                table,
+                self.chunks,
+                self.finished,
+                len(self.indices),
+                lr,
+                grad_scale,
+                found_inf,
+                *scalars,
+                int(maximize),
+                kind=kind,
+                fp32_param=self.fp32,
+                zero_grads=zero_grads,
+                hardware_cast=not interpreted(),
+                num_warps=warps(kernels.THREADS, self.rows.device),
+                enable_fp_fusion=False,
+            )
+
+
+class _NormLayout:
+    """What the norm of gradients of given lengths needs on the device. Its scratch memory serves one stream, or the captures."""
+
+    def __init__(self, numels: tuple[int, ...], device: torch.device, twin: _NormLayout | None = None) -> None:
+        from . import triton_norm as kernels
+
+        self.numels: Tensor = twin.numels if twin else upload(torch.tensor(numels, dtype=torch.int64), device)
+        self.chunk = kernels.MIN_CHUNK
+        while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
+            self.chunk *= 2
+        self.chunks: Tensor = twin.chunks if twin else chunk_map(list(numels), self.chunk, device)
+        self.partials = torch.empty(self.chunks.shape[0], dtype=torch.float64, device=device)
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.grads = GradientAddresses([0] * len(numels), device)
+
+
+_layouts: dict[tuple[Any, ...], _NormLayout] = {}  # the least recently used first
+
+
+def _norm_layout(numels: tuple[int, ...], device: torch.device) -> _NormLayout:
+    """The layout of the current stream or, while it captures, the one that an earlier call has made for captures."""
+    for_capture = (device, "capture", numels)
+    if is_capturing(device):
+        if for_capture not in _layouts:
+            raise RuntimeError(f"a CUDA graph captures the norm of these {len(numels)} gradients for the first time; {WARM_UP}")
+        return _layouts[for_capture]
+    key = (device, torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, numels)
+    layout = _layouts[key] = _layouts.pop(key, None) or _NormLayout(numels, device)
+    if device.type == "cuda":
+        twin = _layouts[for_capture] = _layouts.pop(for_capture, None) or _NormLayout(numels, device, layout)
+        twin.grads.keep_spare()
+    for old in [k for k, x in _layouts.items() if not x.grads.captured][:-MAX_LAYOUTS]:
+        del _layouts[old]
+    return layout
+
+
+def _norm(grads: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor | None]:
+    """Launch the norm kernel: the sum of squares and, with a ``max_norm``, float32 ``[norm, coefficient, found_inf]``."""
+    from . import triton_norm as kernels
+
+    device = grads[0].device
+    with on_device_of(device):
+        layout = _norm_layout(tuple(map(Tensor.numel, grads)), device)
+        table, _ = layout.grads.on_device(grads)
+        sum_sq = torch.empty((), dtype=torch.float64, device=device)
+        clip = None if max_norm is None else torch.empty(3, dtype=torch.float32, device=device)
+        kernels.norm_kernel[(layout.chunks.shape[0],)](
+            layout.numels,
+            table,
+            layout.chunks,
+            layout.partials,
+            layout.finished,
+            sum_sq,
+            clip,
+            len(grads),
+            layout.chunk,
+            double_bits(0.0 if max_norm is None else max_norm),
+            num_warps=warps(kernels.THREADS, device),
+            enable_fp_fusion=False,
+        )
+    return sum_sq, clip

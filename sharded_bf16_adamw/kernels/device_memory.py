@@ -1,0 +1,115 @@
+"""Arrays of addresses on the device, and other plumbing between torch and Triton.
+
+Nothing here waits for the device, and everything may be captured into a CUDA graph:
+
+* Addresses that change from step to step (the gradients') reach the device by one asynchronous copy from pinned memory. torch's
+  host allocator does not reuse pinned memory before a copy from it is done.
+* An array of addresses is never overwritten on the device. A captured graph goes on reading the one that it was captured with,
+  and the owner keeps that one alive: it must live as long as the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes of one vector load
+WARM_UP = "take a step like it before each capture, as for every captured torch.optim optimizer"
+
+
+class GradientAddresses:
+    """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``, uploaded anew only where one changed."""
+
+    def __init__(self, row_kinds: list[int], device: torch.device) -> None:
+        self._row_kinds = row_kinds
+        self._device = device
+        self._key: tuple[list[int], list[torch.dtype]] | None = None
+        self._kinds: list[int] = []
+        self._table = torch.empty(0)
+        self._spare: Tensor | None = None  # pinned memory for a capture, during which none can be allocated
+        self.captured: list[tuple[Tensor, Tensor | None]] = []  # what CUDA graphs go on reading
+        self.keep_spare()
+
+    def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """The array and the kinds that occur in it."""
+        capturing = is_capturing(self._device)
+        key = (data_pointers(grads), [g.dtype for g in grads])
+        if key == self._key:
+            if capturing:
+                self.captured.append((self._table, None))
+            return self._table, self._kinds
+        kinds = [self._kind(*x) for x in zip(*key, self._row_kinds, strict=True)]
+        host = torch.tensor([key[0], kinds], dtype=torch.int64)
+        if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
+            if self._spare is None:
+                raise RuntimeError(f"a CUDA graph captures gradients at new addresses for a second time; {WARM_UP}")
+            self._spare.copy_(host)
+            table = self._spare.to(self._device, non_blocking=True)
+            self.captured.append((table, self._spare))
+            self._spare = None
+            return table, sorted(set(kinds))
+        self._table, self._kinds, self._key = upload(host, self._device), sorted(set(kinds)), key
+        self.keep_spare()
+        return self._table, self._kinds
+
+    def keep_spare(self) -> None:
+        """Set pinned memory aside for the next capture, if there is none."""
+        if self._spare is None and self._device.type == "cuda":
+            self._spare = torch.empty(2, len(self._row_kinds), dtype=torch.int64, pin_memory=True)
+
+    @staticmethod
+    def _kind(address: int, dtype: torch.dtype, row_kind: int) -> int:
+        from . import triton_adamw as kernels
+
+        kind = row_kind | (kernels.FP32_GRAD.value if dtype == torch.float32 else 0)
+        return kind | (kernels.UNALIGNED_GRAD.value if address % ALIGNMENT else 0)
+
+
+def chunk_map(numels: list[int], chunk: int, device: torch.device) -> Tensor:
+    """int32 ``[programs, 2]``: the row and the chunk of each program. An empty row has one chunk, so that its step counts."""
+    counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64)
+    row = torch.arange(len(numels)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return upload(torch.stack([row, torch.arange(len(row)) - first], dim=1).to(torch.int32), device)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def data_pointers(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def double_bits(x: float) -> int:
+    """The bits of a double as a signed integer: a Python float argument would reach the kernel as float32."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device_of(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def warps(threads: int, device: torch.device) -> int:
+    """Warps of 32 threads, or of 64 on most AMD devices."""
+    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
+
+
+@functools.cache
+def interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

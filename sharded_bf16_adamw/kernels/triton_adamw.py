@@ -1,0 +1,261 @@
+"""Triton kernel of the update rule: one launch steps all tensors of a device (CUDA and ROCm).
+
+Vocabulary:
+
+* row: one parameter. ``rows`` holds the addresses of its tensors and its length, as int64 (see the ``ROW_*`` offsets).
+* chunk: ``CHUNK`` consecutive elements of one row, the work of one program. ``chunks`` maps programs to (row, chunk) pairs.
+* kind: what the compiler must know of a row (``FP32_GRAD``, ``UNALIGNED_GRAD``, ``UNALIGNED_ROW``). A launch serves one kind.
+
+Arithmetic follows ``reference.py`` operation by operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add rounds
+once where the rule rounds twice. Scalars that the rule takes in double arrive as the bits of a double, because Triton passes
+Python floats as float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(1024)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
+TAIL = tl.constexpr(128)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
+CHUNK = tl.constexpr(8192)
+
+ROW_WIDTH = tl.constexpr(8)
+ROW_PARAM = tl.constexpr(0)
+ROW_EXP_AVG = tl.constexpr(1)
+ROW_EXP_AVG_SQ = tl.constexpr(2)
+ROW_CORRECTION = tl.constexpr(3)
+ROW_STEP = tl.constexpr(4)
+ROW_NUMEL = tl.constexpr(5)
+
+FP32_GRAD = tl.constexpr(1)
+UNALIGNED_GRAD = tl.constexpr(2)
+UNALIGNED_ROW = tl.constexpr(4)  # parameter or state off a 16-byte boundary; implies UNALIGNED_GRAD
+
+THREADS = BLOCK.value // 8
+BLOCK_ROWS = tl.constexpr(128)
+
+_RUNTIME_VALUES = ["n_rows", "lr_bits", "beta1_bits", "beta2_bits", "eps_bits", "weight_decay_bits", "maximize"]
+_SCALAR_POINTERS = ["lr", "grad_scale", "found_inf"]  # 0-dim tensors may be views at any address
+
+
+@triton.jit(do_not_specialize=_RUNTIME_VALUES, do_not_specialize_on_alignment=_SCALAR_POINTERS)
+def adamw_kernel(
+    rows,  # *int64 [n_rows, ROW_WIDTH]
+    grads,  # *int64 [2, n_rows]: addresses, then kinds
+    chunks,  # *int32 [programs, 2]: row, chunk of the row
+    finished,  # *int32 [1]: programs that are done with reading steps; zero between launches
+    n_rows,
+    lr,  # *float of one element, or None to use lr_bits
+    grad_scale,  # *float of one element, or None
+    found_inf,  # *float of one element, or None
+    lr_bits: tl.int64,
+    beta1_bits: tl.int64,
+    beta2_bits: tl.int64,
+    eps_bits: tl.int64,
+    weight_decay_bits: tl.int64,
+    maximize,
+    kind: tl.constexpr,  # rows of other kinds are left to other launches
+    fp32_param: tl.constexpr,
+    zero_grads: tl.constexpr,
+    hardware_cast: tl.constexpr,  # False in the interpreter, whose casts to bfloat16 truncate
+):
+    active = True
+    if found_inf is not None:
+        active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
+    if active:
+        program = tl.program_id(0)
+        row = tl.load(chunks + 2 * program)
+        if tl.load(grads + n_rows + row) == kind:
+            scale = tl.full((), 1.0, tl.float32)
+            if grad_scale is not None:
+                scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
+            scale = tl.where(maximize != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
+            lr64 = _double(lr_bits)
+            if lr is not None:
+                lr64 = tl.load(lr).to(tl.float64)
+            this_row = rows + row * ROW_WIDTH
+            t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
+            scalars = _step_scalars(t, lr64, _double(beta1_bits), _double(beta2_bits), _double(eps_bits), _double(weight_decay_bits))
+            salt = t.to(tl.uint32) * 0x9E3779B9
+            start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+            n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
+            g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
+            aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
+            p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
+            m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
+            v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
+            c = p  # a float32 parameter has no correction
+            if not fp32_param:
+                c = _pointer(tl.load(this_row + ROW_CORRECTION), start, fp32_param, aligned)
+            offsets = tl.arange(0, BLOCK)
+            full = n - n % BLOCK
+            for i in range(0, full, BLOCK):
+                _update(g, p, m, v, c, i + offsets, None, scale, salt, scalars, fp32_param, zero_grads, hardware_cast)
+            for i in range(full, n, TAIL):
+                tail = i + tl.arange(0, TAIL)
+                _update(g, p, m, v, c, tail, tail < n, scale, salt, scalars, fp32_param, zero_grads, hardware_cast)
+
+        # Every program reads its row's step, so only the last one to finish may count the steps up. The barrier makes all
+        # threads' reads happen before this program counts as finished.
+        tl.debug_barrier()
+        if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(finished, 0)
+            for first in range(0, n_rows, BLOCK_ROWS):
+                index = first + tl.arange(0, BLOCK_ROWS)
+                mask = index < n_rows
+                mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == kind)
+                step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+                tl.store(step, tl.load(step, mask=mask, other=0.0) + 1.0, mask=mask)
+
+
+@triton.jit
+def _update(g, p, m, v, c, i, mask, scale, salt, scalars, fp32_param, zero_grads, hardware_cast):
+    """Step the elements ``i`` of one row; ``mask`` None means that all of them exist."""
+    if fp32_param:
+        _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars)
+    else:
+        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, salt, scalars, hardware_cast)
+    if zero_grads:
+        tl.store(g + i, tl.zeros(i.shape, g.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _update_bf16(g, p, m, v, c, mask, scale, salt, scalars, hardware_cast: tl.constexpr):
+    g_bits = tl.load(g, mask=mask)
+    p16 = tl.load(p, mask=mask).to(tl.uint32)
+    m16 = tl.load(m, mask=mask).to(tl.uint32)
+    v16 = tl.load(v, mask=mask).to(tl.uint32)
+    c16 = tl.load(c, mask=mask).to(tl.uint32)
+    h = _mix(_pattern(g_bits) ^ m16 << 16 ^ v16 << 13 ^ p16 << 5 ^ c16 << 10 ^ salt)
+    p32 = _widen(p16)
+    c32 = _widen(c16)
+    mn, vn, upd = _moments(_gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars)
+    d = c32 - (scalars[6] * (p32 + c32) + upd)
+    pn = _round_nearest(p32 + d, hardware_cast)
+    cn = (p32 - _widen(pn.to(tl.uint32))) + d
+    tl.store(p, pn, mask=mask)
+    tl.store(v, _stochastic_round(vn, h & 0xFFFF), mask=mask)
+    tl.store(m, _stochastic_round(mn, h >> 16), mask=mask)
+    tl.store(c, _stochastic_round(cn, h >> 8 & 0xFFFF), mask=mask)
+
+
+@triton.jit
+def _update_fp32(g, p, m, v, mask, scale, scalars):
+    p32 = tl.load(p, mask=mask).to(tl.float32, bitcast=True)
+    m32 = tl.load(m, mask=mask).to(tl.float32, bitcast=True)
+    v32 = tl.load(v, mask=mask).to(tl.float32, bitcast=True)
+    mn, vn, upd = _moments(_gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars)
+    tl.store(p, (p32 - (scalars[6] * p32 + upd)).to(tl.uint32, bitcast=True), mask=mask)
+    tl.store(v, vn.to(tl.uint32, bitcast=True), mask=mask)
+    tl.store(m, mn.to(tl.uint32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _moments(g, m, v, scalars):
+    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, _, eps = scalars
+    mn = beta1 * m + one_minus_beta1 * g
+    vn = beta2 * v + one_minus_beta2 * (g * g)
+    upd = tl.div_rn(step_size * mn, tl.sqrt_rn(vn) * inv_sqrt_bias_correction2 + eps)
+    return mn, vn, upd
+
+
+@triton.jit
+def _step_scalars(t, lr, beta1, beta2, eps, weight_decay):
+    """``reference.step_scalars`` on the device: in double, each rounded once to float32."""
+    return (
+        beta1.to(tl.float32),
+        (1.0 - beta1).to(tl.float32),
+        beta2.to(tl.float32),
+        (1.0 - beta2).to(tl.float32),
+        (lr / (1.0 - _power(beta1, t))).to(tl.float32),
+        (1.0 / tl.sqrt(1.0 - _power(beta2, t))).to(tl.float32),
+        (lr * weight_decay).to(tl.float32),
+        eps.to(tl.float32),
+    )
+
+
+@triton.jit
+def _power(base, exponent):
+    """``base ** exponent`` in double by repeated squaring, like ``reference.power``."""
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        result = tl.where((exponent & 1) != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _double(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _pointer(address, start, fp32: tl.constexpr, aligned: tl.constexpr):
+    """Element ``start`` of the tensor at ``address``, typed as its bit patterns."""
+    pointer = address.to(tl.pointer_type(tl.uint32 if fp32 else tl.uint16)) + start
+    if aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _widen(bits):
+    """The float32 of a bfloat16 whose 16 bits are in a uint32."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gradient(bits):
+    """The float32 of a gradient loaded as uint16 (bfloat16) or uint32 (float32)."""
+    if bits.dtype == tl.uint32:
+        return _without_payload(bits)
+    else:
+        return _widen(bits.to(tl.uint32))
+
+
+@triton.jit
+def _pattern(bits):
+    """The 16 hashed bits of a gradient. A float32 folds to the same bits where bfloat16 holds it exactly."""
+    if bits.dtype == tl.uint32:
+        return (bits >> 16 ^ bits) & 0xFFFF
+    else:
+        return bits.to(tl.uint32)
+
+
+@triton.jit
+def _mix(x):
+    """lowbias32 on uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_nearest(x, hardware_cast: tl.constexpr):
+    """float32 to the bits of a bfloat16, ties to even."""
+    if hardware_cast:
+        return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+
+
+@triton.jit
+def _stochastic_round(x, r):
+    """float32 to the bits of a bfloat16, up where the discarded bits plus ``r`` (uint32 below 65536) carry.
+
+    NVIDIA's NaN 0x7fffffff would wrap to -0.0 and is lowered first, which costs less than a test for NaN. Elsewhere a computed
+    NaN has the payload of an operand, and those end in 16 zero bits: see ``_without_payload``.
+    """
+    bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
+    return ((bits.to(tl.uint32, bitcast=True) + r) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _without_payload(bits):
+    """The float32 of a bit pattern, with one NaN for all."""
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
