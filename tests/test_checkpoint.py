@@ -8,6 +8,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from test_distributed import collect, fsdp2, make_model, train_on_given_gradients
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, latest, load, save
@@ -64,7 +65,7 @@ def test_loads_under_any_other_layout_and_world_size_bit_for_bit(saved, tmp_path
 
 def after_evaluation_worker(rank, world, root):
     """A forward pass without a backward leaves FSDP2's root gathered, with plain parameters in the place of the DTensors."""
-    model = fsdp2(make_model().to(torch.bfloat16))
+    model = fully_shard(make_model().to(torch.bfloat16))
     optimizer = train_on_given_gradients(model, 2)
     expected = frozen_copy(model, optimizer)
     for _ in range(2):
