@@ -37,7 +37,8 @@ class Table:
 
     Args:
         params: bfloat16 or float32, all on one device; any strides.
-        exp_avgs, exp_avg_sqs: the parameters' shapes and dtypes.
+        exp_avgs: running averages of the gradients, of the parameters' shapes and dtypes.
+        exp_avg_sqs: of the squared gradients, likewise.
         corrections: bfloat16 of the parameter's shape, or None for a float32 parameter.
         steps: 0-dim float32, the steps taken so far.
         backend: one of ``BACKENDS``, or None to choose by device.
@@ -140,10 +141,15 @@ def adamw_bf16_(
     Args:
         params: bfloat16 or float32. Updated.
         grads: bfloat16 or float32. Read (and zeroed where ``zero_grads``).
-        exp_avgs, exp_avg_sqs: the parameter's dtype. Updated.
+        exp_avgs: the parameter's dtype. Updated.
+        exp_avg_sqs: the parameter's dtype. Updated.
         corrections: bfloat16, or None for a float32 parameter. Updated.
         steps: 0-dim float32, the steps taken before this one. Counted up by one.
-        lr, beta1, beta2, eps, weight_decay: hyper-parameters of this step; ``lr`` may be a one-element tensor.
+        lr: learning rate of this step, a float or a one-element tensor.
+        beta1: decay rate of ``exp_avgs``.
+        beta2: decay rate of ``exp_avg_sqs``.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
         maximize: ascend instead of descend.
         grad_scale: 0-dim float32 that multiplies the gradients in fp32 as they are read (a clip coefficient).
         found_inf: 0-dim float32; where it is not zero, nothing at all changes.

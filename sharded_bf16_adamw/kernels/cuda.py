@@ -234,9 +234,10 @@ def _norm_layout(numels: tuple[int, ...], device: torch.device) -> _NormLayout:
             raise RuntimeError(f"a CUDA graph captures the norm of these {len(numels)} gradients for the first time; {WARM_UP}")
         return _layouts[for_capture]
     key = (device, torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, numels)
-    layout = _layouts[key] = _layouts.pop(key, None) or _NormLayout(numels, device)
+    layout = _layouts[key] = _layouts.pop(key) if key in _layouts else _NormLayout(numels, device)
     if device.type == "cuda":
-        twin = _layouts[for_capture] = _layouts.pop(for_capture, None) or _NormLayout(numels, device, layout)
+        twin = _layouts.pop(for_capture) if for_capture in _layouts else _NormLayout(numels, device, layout)
+        _layouts[for_capture] = twin
         twin.grads.keep_spare()
     for old in [k for k, x in _layouts.items() if not x.grads.captured][:-MAX_LAYOUTS]:
         del _layouts[old]

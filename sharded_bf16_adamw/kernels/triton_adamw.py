@@ -240,8 +240,7 @@ def _round_nearest(x, hardware_cast: tl.constexpr):
     if hardware_cast:
         return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16)  # NaN stays: see _stochastic_round
 
 
 @triton.jit

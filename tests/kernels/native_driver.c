@@ -1,0 +1,132 @@
+/* Runs the native library without Python: reads one step's tensors, takes the step and the sum of squares on every instruction set of
+ * this machine with several callers at once, and writes all results. Built with sanitizers, and for other processors, by
+ * test_cpu_driver.py, which describes the files.
+ *
+ *     native_driver INPUT OUTPUT THREADS CALLERS
+ */
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, grad_scale;
+} hyper;
+
+void *sba_table_new(int64_t, const int64_t *, const int64_t *, const unsigned char *);
+void sba_table_free(void *);
+void sba_table_update(void *, const int64_t *, const unsigned char *, const hyper *, int, int, int);
+double sba_sum_sq(int64_t, const int64_t *, const int64_t *, const unsigned char *, int, int);
+int sba_isa_supported(int);
+
+enum { MOST = 256, COLUMNS = 5 }; /* g, p, m, v, c */
+
+typedef struct {
+    int64_t p_is_f32, g_is_f32, numel, offset; /* offset: elements between an aligned address and the tensor */
+    double step;
+} shape;
+
+static int64_t tensors, zero;
+static hyper arguments;
+static shape shapes[MOST];
+static char *inputs[MOST][COLUMNS];
+static int threads;
+
+static int64_t element(const shape *s, int column) { return (column == 0 ? s->g_is_f32 : s->p_is_f32) ? 4 : 2; }
+
+static int present(const shape *s, int column) { return column < 4 || !s->p_is_f32; }
+
+typedef struct {
+    int isa;
+    char *block[MOST][COLUMNS]; /* each allocated to the last byte, so that a sanitizer sees the first byte too many */
+    float *step;
+    double sum_sq;
+    pthread_t thread;
+} caller;
+
+static void *run(void *argument) {
+    caller *c = argument;
+    int64_t states[COLUMNS * MOST] = {0}, grads[MOST], numel[MOST];
+    unsigned char p_is_f32[MOST], g_is_f32[MOST];
+    c->step = malloc(tensors * sizeof *c->step);
+    for (int i = 0; i < tensors; i++) {
+        const shape *s = &shapes[i];
+        for (int k = 0; k < COLUMNS; k++) {
+            if (!present(s, k)) continue;
+            int64_t skip = s->offset * element(s, k), bytes = s->numel * element(s, k);
+            c->block[i][k] = malloc(skip + bytes);
+            memcpy(c->block[i][k] + skip, inputs[i][k], bytes);
+            int64_t address = (int64_t)(c->block[i][k] + skip);
+            if (k == 0)
+                grads[i] = address;
+            else
+                states[(k - 1) * tensors + i] = address;
+        }
+        c->step[i] = (float)s->step;
+        states[4 * tensors + i] = (int64_t)&c->step[i];
+        numel[i] = s->numel;
+        p_is_f32[i] = s->p_is_f32;
+        g_is_f32[i] = s->g_is_f32;
+    }
+    c->sum_sq = sba_sum_sq(tensors, grads, numel, g_is_f32, threads, c->isa);
+    void *table = sba_table_new(tensors, states, numel, p_is_f32);
+    sba_table_update(table, grads, g_is_f32, &arguments, zero, threads, c->isa);
+    sba_table_free(table);
+    return NULL;
+}
+
+static void need(size_t got, size_t wanted) {
+    if (got == wanted) return;
+    fprintf(stderr, "short file\n");
+    exit(2);
+}
+
+int main(int argc, char **argv) {
+    if (argc != 5) return 2;
+    threads = atoi(argv[3]);
+    int callers = atoi(argv[4]);
+    FILE *in = fopen(argv[1], "rb"), *out = fopen(argv[2], "wb");
+    if (!in || !out) return 2;
+    need(fread(&tensors, sizeof tensors, 1, in), 1);
+    need(fread(&zero, sizeof zero, 1, in), 1);
+    need(fread(&arguments, sizeof arguments, 1, in), 1);
+    if (tensors > MOST) return 2;
+    for (int i = 0; i < tensors; i++) {
+        need(fread(&shapes[i], sizeof shapes[i], 1, in), 1);
+        for (int k = 0; k < COLUMNS; k++) {
+            if (!present(&shapes[i], k)) continue;
+            size_t bytes = shapes[i].numel * element(&shapes[i], k);
+            inputs[i][k] = malloc(bytes);
+            need(fread(inputs[i][k], 1, bytes, in), bytes);
+        }
+    }
+    for (int isa = 0; isa < 3; isa++) {
+        if (!sba_isa_supported(isa)) continue;
+        caller *all = calloc(callers, sizeof *all);
+        for (int j = 0; j < callers; j++) {
+            all[j].isa = isa;
+            if (pthread_create(&all[j].thread, NULL, run, &all[j])) return 2;
+        }
+        for (int j = 0; j < callers; j++) {
+            caller *c = &all[j];
+            pthread_join(c->thread, NULL);
+            fwrite(&c->sum_sq, sizeof c->sum_sq, 1, out);
+            for (int i = 0; i < tensors; i++) {
+                fwrite(&c->step[i], sizeof c->step[i], 1, out);
+                for (int k = 0; k < COLUMNS; k++) {
+                    if (!present(&shapes[i], k)) continue;
+                    int64_t size = element(&shapes[i], k);
+                    fwrite(c->block[i][k] + shapes[i].offset * size, size, shapes[i].numel, out);
+                    free(c->block[i][k]);
+                }
+            }
+            free(c->step);
+        }
+        free(all);
+    }
+    for (int i = 0; i < tensors; i++)
+        for (int k = 0; k < COLUMNS; k++) free(inputs[i][k]);
+    fclose(in);
+    return fclose(out) ? 2 : 0;
+}

@@ -1,0 +1,189 @@
+"""What only a GPU can show: the compiled kernels' bits, launches, host syncs, CUDA graphs, and tensors of more than 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharded_bf16_adamw.kernels import cuda, reference
+
+pytestmark = pytest.mark.skipif(not cuda.available(), reason=f"no GPU to test on: {cuda.unavailable_reason()}")
+pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+
+from . import triton_checks  # noqa: E402 (it imports Triton)
+from .triton_checks import BF16, FP32, HYPER, differing  # noqa: E402
+
+SHAPES = [(1000, 512), (333,), (0,), (1,), (4096, 1024)]
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Any call that waits for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_in(function: Any) -> list[str]:
+    """Names of the kernels that a call launches, without copies and fills by the driver."""
+    function()  # compiles and uploads what is new
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
+
+
+def random_grads(seed: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in SHAPES]
+
+
+class Model:
+    """Random parameters on the device with fresh states."""
+
+    def __init__(self) -> None:
+        self.params = random_grads(0)
+        self.states = [[torch.zeros_like(p) for p in self.params] for _ in range(3)]
+        self.steps = [torch.zeros((), device="cuda") for _ in self.params]
+        self.table = cuda.Table(self.params, *self.states, self.steps)  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.params, *self.states[0], *self.states[1], *self.states[2], *self.steps]
+
+
+@pytest.mark.parametrize("name", triton_checks.CASES)
+def test_same_bits_as_the_reference(name: str) -> None:
+    assert triton_checks.differences(name, "cuda") == []
+
+
+def test_norm_and_clip() -> None:
+    pairs = triton_checks.norms("cuda")
+    assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+
+
+def test_norm_is_repeatable() -> None:
+    grads = random_grads(1, FP32)
+    first = cuda.grad_sum_sq(grads)
+    assert all(torch.equal(cuda.grad_sum_sq(grads), first) for _ in range(20))
+    assert torch.equal(cuda.grad_sum_sq([g.clone() for g in grads]), first)
+
+
+def test_more_than_2_to_31_elements() -> None:
+    n = 2**31 + 8192 * 3 + 77
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * n:
+        pytest.skip(f"needs {6 * 2 * n / 2**30:.0f} GiB of free GPU memory")
+    large = [torch.empty(n, dtype=BF16, device="cuda").normal_(0, 0.02) for _ in range(5)]
+    large[3].abs_()
+    parts = [slice(0, 10000), slice(2**30 - 5000, 2**30 + 5000), slice(2**31 - 5000, 2**31 + 5000), slice(n - 10000, n)]
+    p, g, m, v, c = ([x[part].cpu() for part in parts] for x in large)
+    reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]).update_(g, **HYPER)  # type: ignore[arg-type]
+    cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]).update_([large[1]], **HYPER)
+    for name, ours, theirs in zip("pgmvc", large, (p, g, m, v, c), strict=True):
+        assert differing(name, [ours[part] for part in parts], theirs) == []
+    large[1].fill_(1.0)
+    assert float(cuda.grad_sum_sq([large[1]])) == n
+
+
+def test_one_launch_a_step_and_two_with_clipping() -> None:
+    model, grads = Model(), random_grads(1)
+
+    def clipped() -> None:
+        _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+        model.table.update_(grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
+
+    assert kernels_in(lambda: model.table.update_(grads, **HYPER)) == ["adamw_kernel"]
+    assert kernels_in(lambda: model.table.update_([g.clone().detach() for g in grads], **HYPER)).count("adamw_kernel") == 1
+    assert kernels_in(clipped) == ["norm_kernel", "adamw_kernel"]
+    sum_sq = cuda.grad_sum_sq(grads)
+    assert kernels_in(lambda: cuda.clip_coefficient(sum_sq, 1.0)) == ["clip_kernel"]
+
+
+def test_no_host_sync() -> None:
+    model, grads = Model(), random_grads(1)
+    moved = [g.clone() for g in grads]
+    lr = torch.tensor(1e-3, device="cuda")
+    cuda.grad_norm_clip(grads, 1.0)
+    with no_host_sync():
+        for own in (grads, grads, moved, grads):
+            sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0)
+            cuda.clip_coefficient(sum_sq, 1.0)
+            model.table.update_(own, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+            model.table.update_(own, **HYPER | {"lr": lr})
+    assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
+    with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):  # the debug mode can see a sync
+        float(lr)
+
+
+def test_gradients_at_new_addresses() -> None:
+    """As after zero_grad(set_to_none=True); earlier gradients stay alive, so that none comes to lie where one lay before."""
+    fixed, moving = Model(), Model()
+    grads, kept = random_grads(1), []
+    for seed in range(6):
+        for g, new in zip(grads, random_grads(seed), strict=True):
+            g.copy_(new)
+        kept.append([g.clone() for g in grads])
+        fixed.table.update_(grads, **HYPER)
+        moving.table.update_(kept[-1], **HYPER)  # enqueued at once: many uploads are in flight together
+    assert differing("after", moving.tensors(), fixed.tensors()) == []
+
+
+def test_found_inf_skips_on_the_device() -> None:
+    model, grads = Model(), random_grads(1)
+    model.table.update_(grads, **HYPER)
+    before = [x.clone() for x in model.tensors()]
+    grads[0].view(-1)[123] = float("nan")
+    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+    model.table.update_(grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+    assert differing("after", model.tensors(), before) == []
+    assert bool(grads[0].any())
+
+
+def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
+    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+    model.table.update_(grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["same addresses", "new addresses"])
+def test_graph_replays_equal_eager_steps(moved: bool) -> None:
+    eager, captured = Model(), Model()
+    warm = random_grads(1)
+    static = [g.clone() for g in warm] if moved else warm
+    lr = torch.tensor(1e-3, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        clipped_step(captured, warm, lr)
+    torch.cuda.current_stream().wait_stream(stream)
+    clipped_step(eager, warm, lr)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        clipped_step(captured, static, lr)
+    for seed in range(5):
+        for g, new in zip(static, random_grads(seed), strict=True):
+            g.copy_(new)
+        lr.mul_(0.9)
+        clipped_step(eager, static, lr)
+        graph.replay()
+        if seed == 2:  # steps outside of the graph neither disturb it nor are disturbed by it
+            other = random_grads(17)
+            clipped_step(eager, other, lr)
+            clipped_step(captured, other, lr)
+    assert differing("after", captured.tensors(), eager.tensors()) == []
+
+
+def test_capture_without_a_step_before_is_refused() -> None:
+    model, grads = Model(), random_grads(1)
+    with pytest.raises(RuntimeError, match="take a step like it before each capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        cuda.Table(model.params, *model.states, model.steps)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="take a step like it before each capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        cuda.grad_sum_sq([g[:0] for g in grads])

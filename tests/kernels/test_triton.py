@@ -1,0 +1,160 @@
+"""The Triton back end without a GPU: bit for bit against the reference in Triton's interpreter, and compiled offline.
+
+Triton reads TRITON_INTERPRET when it is imported, so interpreted cases run in one process of their own, and return their findings.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sharded_bf16_adamw.kernels import cuda
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+
+from . import triton_checks, triton_offline  # noqa: E402 (they import Triton)
+
+Run = Callable[..., Any]
+
+
+def pool(interpret: str) -> ProcessPoolExecutor:
+    """One fresh process that imports Triton with TRITON_INTERPRET set."""
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", interpret)
+        executor.submit(int).result()  # starts it
+    return executor
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Run]:
+    """Calls a module-level function in a process that interprets Triton."""
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if version <= (3, 6) and tuple(int(x) for x in np.__version__.split(".")[:2]) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
+    with pool("1") as process:
+        yield lambda function, *args: process.submit(function, *args).result()
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Run]:
+    """Calls a module-level function in a fresh process that compiles Triton."""
+    with pool("0") as process:
+        yield lambda function, *args: process.submit(function, *args).result()
+
+
+# ---------------------------------------------------------------------------------------------- the update, interpreted
+
+
+@pytest.mark.parametrize("name", triton_checks.CASES)
+def test_same_bits_as_the_reference(interpreted: Run, name: str) -> None:
+    assert interpreted(triton_checks.differences, name) == []
+
+
+def test_offsets_beyond_32_bits(interpreted: Run) -> None:
+    assert interpreted(triton_checks.differences_beyond_32_bits) == []
+
+
+# ------------------------------------------------------------------------------------------------------- host side
+
+
+def test_launches_and_uploads(interpreted: Run) -> None:
+    results = interpreted(triton_checks.host_side)
+    assert results.pop("steps") == [6.0] * len(triton_checks.SIZES)
+    assert results.pop("step of an empty parameter") == 1.0
+    # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
+    assert results.pop("kinds") == [0, 6]
+    assert results.pop("counter") == 0
+    assert results.pop("current") == [True, False]
+    assert results == {  # (launches, uploads)
+        "first": (1, 1),
+        "again": (1, 0),
+        "other lr": (1, 0),
+        "other addresses": (1, 1),
+        "one unaligned": (2, 1),
+        "other dtype at the same addresses": (1, 1),
+    }
+
+
+def test_unavailable_without_a_device() -> None:
+    if torch.cuda.is_available():
+        assert cuda.available() == (cuda.unavailable_reason() is None)
+    else:
+        assert not cuda.available()
+        assert "no CUDA or ROCm device" in str(cuda.unavailable_reason())
+
+
+# ------------------------------------------------------------------------------------------------------------ the norm
+
+
+def test_norm_and_clip(interpreted: Run) -> None:
+    pairs = interpreted(triton_checks.norms)
+    assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- compiled offline
+
+
+VECTORS = {  # 16-byte loads and stores of the main loop: 8 elements a thread
+    "bf16": (5, 4),
+    "bf16, zero_grads": (5, 5),
+    "bf16, fp32 gradient": (6, 4),
+    "bf16, unaligned gradient": (4, 4),
+    "fp32": (8, 6),
+    "norm": (6, 0),  # 16 elements a thread: 2 for bfloat16 and 4 for float32
+}
+OPERATIONS = {"bf16": (9, 9), "fp32": (6, 9)}  # fp32 additions and multiplications of one element, without those of / and sqrt
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target"),
+    [(k, t) for t in triton_offline.TARGETS for k in triton_offline.KERNELS if t in ("sm_90", "gfx942") or k in ("bf16", "norm")],
+)
+def test_compiled(kernel: str, target: str) -> None:
+    compiled = triton_offline.compile_kernel(kernel, target)
+    assert compiled.spilled == 0
+    if kernel in VECTORS:
+        loads, stores = VECTORS[kernel]
+        assert compiled.count(triton_offline.LOAD_16) >= loads
+        assert compiled.count(triton_offline.STORE_16) >= stores
+    if target == "gfx942":
+        # A correctly rounded square root takes 5 fma (in pairs of elements where possible); nothing else may be fused.
+        roots = len(re.findall(r"call \S*float @llvm\.amdgcn\.rsq\.f32\(", compiled.llvm))
+        lanes = len(re.findall(r"call float @llvm\.fma\.f32\(", compiled.llvm))
+        lanes += 2 * len(re.findall(r"call <2 x float> @llvm\.fma\.v2f32\(", compiled.llvm))
+        assert lanes == 5 * roots
+        assert not re.search(r"\bf(add|sub|mul|div) (fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b", compiled.llvm)
+        assert "llvm.fmuladd" not in compiled.llvm
+    else:
+        for inexact in ("fma.rn.f32", ".ftz", ".approx", "div.full"):
+            assert inexact not in compiled.text
+        assert ("fma.rn.f64" in compiled.text) == (kernel == "norm")  # there the product is exact
+
+
+@pytest.mark.parametrize("kernel", OPERATIONS)
+def test_nothing_is_fused_in_machine_code(kernel: str) -> None:
+    """ptxas fuses behind PTX, where it may: then fewer additions are left than the rule has. The loop has 8 elements, its tail 1."""
+    additions, multiplications = (9 * n for n in OPERATIONS[kernel])
+    compiled = triton_offline.compile_kernel(kernel, "sm_90")
+    assert compiled.count(r"\bFADD\b") >= additions
+    assert compiled.count(r"\bFMUL\b") >= multiplications
+    fused = triton_offline.compile_kernel(kernel, "sm_90", enable_fp_fusion=True)
+    assert fused.count(r"\bFADD\b") < additions, "this test cannot see fusion"
+
+
+# --------------------------------------------------------------------------------------------------- launch signatures
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_values_do_not_recompile(elsewhere: Run, target: str) -> None:
+    """One binary for each set of optional arguments, whatever the numbers."""
+    launched = elsewhere(triton_checks.signatures, target)
+    assert len(launched) == 3 * (2 * 3 + 3)
+    assert sorted(name for name, _ in set(launched)) == ["adamw_kernel"] * 2 + ["clip_kernel"] + ["norm_kernel"] * 2

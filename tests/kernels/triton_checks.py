@@ -1,0 +1,297 @@
+"""What the Triton tests run in processes of their own: each function returns plain data, for the test to judge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sharded_bf16_adamw.kernels import cuda, reference
+
+BF16, FP32 = torch.bfloat16, torch.float32
+HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly a chunk, several chunks and a tail
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and how it is stepped. Several updates need ``finite`` patterns: a NaN's payload is hashed, and not promised."""
+
+    params: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
+    grads: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
+    steps: tuple[int, ...] = (0,) * len(SIZES)
+    grad_offset: int = 0  # elements off a 16-byte boundary
+    state_offset: int = 0
+    finite: bool = False
+    updates: int = 1
+    hyper: dict[str, Any] = field(default_factory=lambda: HYPER)
+
+
+def patterns(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False) -> Tensor:
+    """``n`` random bit patterns: subnormals, infinities and NaNs among them unless ``finite``; with many exact fp32 ties."""
+    if finite:
+        x = torch.randn(n + offset, generator=generator) * torch.logspace(-9, 1, n + offset)
+        return x.to(dtype)[offset:]
+    bits = torch.randint(-(2**15), 2**15, (n + offset, 2), generator=generator).to(torch.int16)
+    special = torch.tensor([0x7F80, 0xFF80, 0x7FFF, 0xFFFF, 0x7FC0, 0, 0x8000, 1, 0x8001, 0x7F, 0x7F7F, 0xFF7F]).to(torch.int16)
+    where = torch.rand(n + offset, generator=generator) < 0.1
+    bits[:, 1] = torch.where(where, special[torch.randint(len(special), (n + offset,), generator=generator)], bits[:, 1])
+    bits[:, 0] = torch.where(torch.rand(n + offset, generator=generator) < 0.1, bits[:, 1], bits[:, 0])  # 0x7fff7fff, 0xffffffff
+    return bits.view(torch.int32).flatten().view(FP32)[offset:] if dtype == FP32 else bits[:, 1].contiguous().view(BF16)[offset:]
+
+
+def model(case: Case) -> dict[str, list[Any]]:
+    generator = torch.Generator().manual_seed(3)
+    result: dict[str, list[Any]] = {name: [] for name in ("params", "exp_avgs", "exp_avg_sqs", "corrections", "steps")}
+    for n, dtype, step in zip(SIZES, case.params, case.steps, strict=True):
+        p, m, v, c = (patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4))
+        half = slice(0, n // 2) if not case.finite else slice(None)  # a square root of negative numbers is NaN: not for all
+        v[half] = v[half].abs()
+        result["params"].append(p)
+        result["exp_avgs"].append(m)
+        result["exp_avg_sqs"].append(v)
+        result["corrections"].append(c if dtype == BF16 else None)
+        result["steps"].append(torch.tensor(float(step)))
+    return result
+
+
+def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
+    """A copy that lies at the same offset from a 16-byte boundary."""
+    if x is None:
+        return None
+    offset = x.storage_offset()
+    return torch.cat([x.new_zeros(offset), x]).to(device)[offset:] if x.dim() else x.to(device, copy=True)
+
+
+def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
+    """One line for each tensor with other bits than its like. NaN equals NaN."""
+    lines = []
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        if x is not None:
+            x, y = x.cpu(), y.cpu()
+            integer = torch.int16 if x.dtype == BF16 else torch.int32
+            wrong = (x.view(integer) != y.view(integer)) & ~(x.isnan() & y.isnan())
+            if wrong.any():
+                at = int(wrong.reshape(-1).nonzero()[0])
+                x, y = x.reshape(-1), y.reshape(-1)
+                lines.append(f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} instead of {y[at]}")
+    return lines
+
+
+def differences(name: str, device: str = "cpu") -> list[str]:
+    """Step a model by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
+    assert triton.knobs.runtime.interpret == (device == "cpu"), "only the interpreter serves CPU tensors"
+    case = CASES[name]
+    theirs = model(case)
+    ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
+    before = {name: [copied(x) for x in column] for name, column in theirs.items()}
+    hyper = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
+    table = cuda.Table(**ours)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(case.updates):
+        grads = [patterns(n, d, generator, case.grad_offset, case.finite) for n, d in zip(SIZES, case.grads, strict=True)]
+        same: list[Any] = [copied(g, device) for g in grads]
+        reference.Table(**theirs).update_(grads, **case.hyper)
+        table.update_(same, **hyper)
+        lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing("grads", same, grads)
+        if lines:
+            return lines
+    found_inf = case.hyper.get("found_inf")
+    changed = any(differing(x, ours[x], before[x]) for x in ours)
+    if changed != (found_inf is None or bool(found_inf == 0)):
+        return [f"changed: {changed}"]
+    return []
+
+
+ONE = [replace(Case(), params=(p,) * len(SIZES), grads=(g,) * len(SIZES)) for p in (BF16, FP32) for g in (BF16, FP32)]
+MIXED = replace(
+    Case(),
+    params=(BF16, FP32, FP32, BF16, BF16, FP32),
+    grads=(BF16, FP32, BF16, FP32, BF16, FP32),
+    steps=(0, 1, 7, 999, 123456, 2**24 - 2),
+    finite=True,
+    updates=3,
+)
+CASES = {
+    "bf16": ONE[0],
+    "bf16, fp32 gradients": ONE[1],
+    "fp32, bf16 gradients": ONE[2],
+    "fp32": ONE[3],
+    "unaligned gradients": replace(ONE[0], grad_offset=1),
+    "unaligned": replace(ONE[0], grad_offset=1, state_offset=3),
+    "unaligned fp32 gradients": replace(ONE[1], grad_offset=3),
+    "unaligned fp32": replace(ONE[3], state_offset=1),
+    "several updates": replace(ONE[0], finite=True, updates=5),
+    "mixed": MIXED,
+    "maximize": replace(MIXED, hyper=HYPER | {"maximize": True}),
+    "grad_scale": replace(MIXED, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
+    "grad_scale of zero, maximize": replace(ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(0.0), "maximize": True}),
+    "grad_scale of NaN": replace(ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(-1).int().view(FP32)}),
+    "zero_grads": replace(MIXED, hyper=HYPER | {"zero_grads": True}),
+    "zero_grads, unaligned": replace(ONE[1], grad_offset=1, hyper=HYPER | {"zero_grads": True}),
+    "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0), "zero_grads": True}),
+    "found_inf is NaN": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(math.nan)}),
+    "found_inf is zero": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(0.0)}),
+    "lr tensor": replace(MIXED, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
+    "lr tensor in double": replace(MIXED, hyper=HYPER | {"lr": torch.tensor([3e-4], dtype=torch.float64)}),
+    "zeros": replace(MIXED, hyper={"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}),
+    "betas near one": replace(MIXED, hyper=HYPER | {"beta1": 0.99, "beta2": 0.9999999}),
+    "lr without an fp32 equal": replace(MIXED, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}),
+}
+
+
+def differences_beyond_32_bits() -> list[str]:
+    """Step the last chunks of a tensor of more than 2^32 bytes. Pages that nobody touches take no memory."""
+    from sharded_bf16_adamw.kernels import triton_adamw
+
+    n = 2**31 + 3 * triton_adamw.CHUNK.value + 77
+    large = [torch.empty(n, dtype=BF16) for _ in range(5)]
+    tail = slice(2**31, None)
+    generator = torch.Generator().manual_seed(5)
+    for x in large:
+        x[tail] = patterns(n - 2**31, BF16, generator, finite=True)
+    large[3][tail].abs_()
+    p, g, m, v, c = ([x[tail].clone()] for x in large)
+    reference.Table(p, m, v, c, [torch.zeros(())]).update_(g, **HYPER)
+    table = cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
+    group = table._groups[0]
+    group.chunks = group.chunks[2**31 // triton_adamw.CHUNK.value :]
+    table.update_([large[1]], **HYPER)
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "corrections")
+    lines = [line for name, x, y in zip(names, large, (p, g, m, v, c), strict=True) for line in differing(name, [x[tail]], y)]
+    return lines + (["the first element changed"] if large[2][:8].any() else [])
+
+
+def host_side() -> dict[str, Any]:
+    """Count launches and uploads over a few steps."""
+    from sharded_bf16_adamw.kernels import device_memory, triton_adamw
+
+    counts = {"launches": 0, "uploads": 0}
+    kinds: list[int] = []
+    kernel, upload = triton_adamw.adamw_kernel, device_memory.upload
+
+    class Counted:
+        def __getitem__(self, grid: Any) -> Any:
+            counts["launches"] += 1
+            return lambda *args, **options: (kinds.append(options["kind"]), kernel[grid](*args, **options))
+
+    def counted_upload(*args: Any) -> Tensor:
+        counts["uploads"] += 1
+        return upload(*args)
+
+    triton_adamw.adamw_kernel, device_memory.upload = Counted(), counted_upload
+    try:
+        results: dict[str, Any] = {}
+        ours = model(replace(Case(), finite=True))
+        grads = [torch.ones(n, dtype=BF16) for n in SIZES]
+        table = cuda.Table(**ours)
+
+        def step(name: str, grads: list[Tensor], **options: Any) -> None:
+            counts.update(launches=0, uploads=0)
+            table.update_(grads, **HYPER, **options)
+            results[name] = (counts["launches"], counts["uploads"])
+
+        step("first", grads)
+        step("again", grads)
+        step("other lr", grads, maximize=True)
+        step("other addresses", [g.clone() for g in grads])
+        step("one unaligned", [patterns(SIZES[0], BF16, torch.Generator(), 1), *grads[1:]])
+        step("other dtype at the same addresses", [g.float() for g in grads])
+        kinds.clear()
+        cuda.Table(**model(CASES["unaligned"])).update_(grads, **HYPER)
+        results["kinds"] = list(kinds)
+        only_empty = [torch.zeros(0, dtype=BF16)]
+        table_of_empty = cuda.Table(only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())])
+        table_of_empty.update_(only_empty, **HYPER)
+        results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
+        results["steps"] = [float(x) for x in ours["steps"]]
+        results["counter"] = int(table._groups[0].finished)
+        results["current"] = [table.is_current()]
+        ours["params"][0].data = ours["params"][0].data.clone()
+        results["current"].append(table.is_current())
+        return results
+    finally:
+        triton_adamw.adamw_kernel, device_memory.upload = kernel, upload
+
+
+def integers(n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str) -> Tensor:
+    """Small integers: their squares add up without any rounding, in any order."""
+    return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
+
+
+def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
+    """Pairs (found, wanted)."""
+    from sharded_bf16_adamw.kernels import triton_norm
+
+    generator = torch.Generator().manual_seed(6)
+    sizes = (*SIZES, 2 * triton_norm.MIN_CHUNK + 3)
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name, dtype, offset in (("bf16", BF16, 0), ("fp32", FP32, 0), ("unaligned bf16", BF16, 1), ("unaligned fp32", FP32, 1)):
+        grads = [integers(n, dtype, offset, generator, device) for n in sizes]
+        pairs[name] = (float(cuda.grad_sum_sq(grads)), sum(int((g.long() ** 2).sum()) for g in grads))
+        pairs[f"{name}, again"] = (float(cuda.grad_sum_sq(grads)), pairs[name][1])
+    mixed = [integers(n, (BF16, FP32)[i % 2], i % 3, generator, device) for i, n in enumerate(sizes)]
+    pairs["mixed"] = (float(cuda.grad_sum_sq(mixed)), float(reference.grad_sum_sq(mixed)))
+    pairs["empty"] = (float(cuda.grad_sum_sq([torch.zeros(0, device=device)])), 0.0)
+    triton_norm.MAX_PROGRAMS, programs = 2, triton_norm.MAX_PROGRAMS
+    pairs["large chunks"] = (float(cuda.grad_sum_sq([*mixed, torch.ones(1, device=device)])), float(reference.grad_sum_sq(mixed)) + 1)
+    triton_norm.MAX_PROGRAMS = programs
+    programs = 4101 if device != "cpu" else 9  # more than one block adds
+    block, triton_norm.BLOCK_PARTIALS = triton_norm.BLOCK_PARTIALS, triton_norm.BLOCK_PARTIALS if device != "cpu" else 4
+    many = [torch.full((1,), 2.0, device=device) for _ in range(programs)]
+    pairs["more programs than one block adds"] = (float(cuda.grad_sum_sq(many)), 4.0 * len(many))
+    triton_norm.BLOCK_PARTIALS = block
+    largest = torch.full((3,), torch.finfo(BF16).max, dtype=BF16, device=device)
+    pairs["largest"] = (float(cuda.grad_sum_sq([largest])), 3 * float(largest[0]) ** 2)
+    for name, value in (("inf", math.inf), ("nan", math.nan), ("large", 3e38), ("small", 1e-30), ("one", 1.0), ("zero", 0.0)):
+        g = [torch.tensor([value, 0.0, 2 * value if value < 1 else 0.0], device=device), torch.zeros(3000, device=device)]
+        total = sum(float(x) ** 2 for x in g[0])
+        norm = math.sqrt(total) if total == total else math.nan
+        wanted = [norm, min(1.0, 0.5 / (norm + 1e-6)) if norm == norm else math.nan, float(not math.isfinite(total))]
+        wanted = torch.tensor(wanted, dtype=torch.float64).to(FP32)
+        fused = torch.stack(cuda.grad_norm_clip(g, 0.5)[1:])
+        separate = torch.stack(cuda.clip_coefficient(cuda.grad_sum_sq(g), 0.5))
+        pairs[f"clip {name}"] = (differing("fused", [fused], [wanted]) + differing("separate", [separate], [wanted]), [])
+        pairs[f"dtypes {name}"] = ([x.dtype for x in cuda.grad_norm_clip(g, 0.5)], [torch.float64, FP32, FP32, FP32])
+    return pairs
+
+
+def signatures(target: str) -> list[tuple[str, str]]:
+    """Compile, through the launcher and for a device that is not there, what a few calls would launch."""
+    from triton.runtime import driver
+
+    from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
+
+    from .triton_offline import TARGETS
+
+    class Driver:
+        get_current_target = staticmethod(lambda: TARGETS[target])
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+
+    compiled: list[Any] = []
+
+    class Warmed:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    driver.set_active(Driver())
+    triton_adamw.adamw_kernel = Warmed(triton_adamw.adamw_kernel)
+    triton_norm.norm_kernel = Warmed(triton_norm.norm_kernel)
+    triton_norm.clip_kernel = Warmed(triton_norm.clip_kernel)
+    for n in (1, 16, 100):  # 1 and multiples of 16 are special to Triton
+        rows = [torch.zeros(n, dtype=BF16) for _ in range(n)]
+        table = cuda.Table(rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
+        for lr in (1e-3, 0.0, 1.0):
+            table.update_(rows, **HYPER | {"lr": lr})
+            table.update_(rows, **HYPER, grad_scale=torch.ones(4)[n % 4], found_inf=torch.ones(4)[(n + 1) % 4], maximize=n == 1)
+        cuda.grad_norm_clip(rows, float(n))
+        cuda.clip_coefficient(cuda.grad_sum_sq(rows), 1.0)
+    return [(x.metadata.name, x.hash) for x in compiled]
