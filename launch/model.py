@@ -43,6 +43,7 @@ class Config:
 
 
 PRESETS = {
+    "nano": Config(layers=2, dim=64, heads=2, ffn=176, seq_len=128, batch_size=16, steps=1_500, lr=1e-3),
     "tiny": Config(layers=4, dim=128, heads=4, ffn=352, seq_len=128, batch_size=24, steps=600, lr=3e-3),
     "small": Config(layers=8, dim=512, heads=8, ffn=1408, seq_len=512, batch_size=48, steps=5_000, lr=1e-3),
     "medium": Config(layers=24, dim=1024, heads=16, ffn=2816, seq_len=1024, batch_size=96, steps=20_000, lr=6e-4),
@@ -57,12 +58,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """``x @ weight.T`` without a bias, in the dtype of ``x``."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -82,12 +82,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-5)
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """One row of ``weight`` for each byte, cast to the compute dtype."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(VOCABULARY, dim))
+        super().__init__(VOCABULARY, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight.to(COMPUTE_DTYPE))
@@ -98,14 +97,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.head_dim = config.dim // config.heads
         self.query = Linear(config.dim, config.dim)
         self.key = Linear(config.dim, config.dim)
         self.value = Linear(config.dim, config.dim)
         self.output = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.query, self.key, self.value))
         y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
         return self.output(y.transpose(1, 2).flatten(2))
 

@@ -19,7 +19,6 @@ from .device_memory import (
     WARM_UP,
     GradientAddresses,
     chunk_map,
-    data_pointers,
     double_bits,
     interpreted,
     is_capturing,
@@ -51,8 +50,7 @@ def unavailable_reason() -> str | None:
 class Table:
     """Addresses of one device's parameters and their states, kept on the device between steps.
 
-    The tensors are referenced, so their memory outlives the table. A tensor whose storage is replaced in place (``p.data = x``)
-    leaves the table behind: see :meth:`is_current`.
+    The tensors are referenced; that their memory stays where it was is for the caller to see.
 
     Args:
         params: bfloat16 or float32, all on one device. Tensors of one index are dense and share their strides.
@@ -75,17 +73,11 @@ class Table:
         assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
         if is_capturing(self.device):
             raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
-        self._storages = [x.untyped_storage() for x in self._tensors]  # alive even where a tensor's storage is replaced
-        self._addresses = data_pointers(self._tensors)
         self._groups = []
         for dtype in (torch.bfloat16, torch.float32):
             indices = [i for i, p in enumerate(params) if p.dtype == dtype]
             if indices:
                 self._groups.append(_Group(indices, [rows[i] for i in indices]))
-
-    def is_current(self) -> bool:
-        """Whether every tensor still lies where it lay when the table was made."""
-        return data_pointers(self._tensors) == self._addresses
 
     def update_(
         self,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,12 +262,21 @@ def test_a_forked_child_steps_after_its_parent_did() -> None:
     if child == 0:  # no pytest in here: the exit status is the verdict
         try:
             problem.step()
+            tasks = Path("/proc/self/task")
+            assert not tasks.exists() or len(list(tasks.iterdir())) == 3  # its own helpers: the parent's did not come along
             torch.set_num_threads(1)  # torch's own OpenMP threads, unlike ours, hang in a forked child
             assert_same_bits(problem.tensors(), expected.tensors())
             os._exit(0)
         except BaseException:
             os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0  # a hang ends in pytest's time limit
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked child hangs")
+    assert ended[1] == 0
     assert_same_bits(problem.step().tensors(), expected.tensors())
 
 

@@ -225,11 +225,11 @@ UPDATE(1, 1, 1)
 #define SQUARE_INTO(sum, bits) \
     do { \
         NAME(d) x = WIDEN((NAME(half_f))(bits)); \
-        sum += x * x; \
+        sum = ADD_SQUARE(sum, x); \
     } while (0)
 
 /* Add the squares of 32 elements to 32 fp64 lanes, whatever W is: so every instruction set sums in the same order. Products of two
- * float32 are exact in double. */
+ * float32 are exact in double, so a fused multiply-add gives the same bits as a product and a sum. */
 INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     for (int k = 0; k < 32 / W; k++) {
         HALF a, b;

@@ -54,7 +54,7 @@
     } while (0)
 
 /* Baseline: what every processor of the target has. EVEN: the low halves of words, shifted up. HIGH, MIDDLE: the high and the middle
- * 16 bits. PACK: words of the high halves of two vectors. WIDEN: float to double. */
+ * 16 bits. PACK: words of the high halves of two vectors. WIDEN: float to double. ADD_SQUARE: add x * x. */
 #define ISA baseline
 #define TARGET
 #define W 4
@@ -64,6 +64,7 @@
 #define MIDDLE(x) ((x) >> 8 & 0xffffu)
 #define PACK(even, odd) ((even) >> 16 | ((odd) & 0xffff0000u))
 #define WIDEN(x) __builtin_convertvector(x, NAME(d))
+#define ADD_SQUARE(sum, x) ((sum) + (x) * (x))
 #if defined(__x86_64__)
 #define SQRT(x) ((baseline_f)_mm_sqrt_ps((__m128)(x)))
 #elif defined(__aarch64__)
@@ -81,13 +82,15 @@
 #undef SQRT
 #undef PACK
 #undef WIDEN
+#undef ADD_SQUARE
 #define ISA avx2
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define W 8
 #define HALF_W 4
 #define SQRT(x) ((avx2_f)_mm256_sqrt_ps((__m256)(x)))
 #define PACK(even, odd) ((avx2_u)_mm256_blend_epi16((__m256i)((even) >> 16), (__m256i)(odd), 0xaa))
 #define WIDEN(x) ((avx2_d)_mm256_cvtps_pd((__m128)(x)))
+#define ADD_SQUARE(sum, x) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(x), (__m256d)(sum)))
 #include "body.h"
 
 /* On 512 bits only two ports compute, and shifts may use but one of them: byte shuffles, which use the other, share the load. */
@@ -101,6 +104,7 @@
 #undef MIDDLE
 #undef PACK
 #undef WIDEN
+#undef ADD_SQUARE
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define W 16
@@ -117,6 +121,7 @@
 #define PACK(even, odd) \
     ((avx512_u)_mm512_mask_shuffle_epi8((__m512i)(odd), 0x3333333333333333u, (__m512i)(even), LANES(2, 3, NONE, NONE)))
 #define WIDEN(x) ((avx512_d)_mm512_cvtps_pd((__m256)(x)))
+#define ADD_SQUARE(sum, x) ((avx512_d)_mm512_fmadd_pd((__m512d)(x), (__m512d)(x), (__m512d)(sum)))
 #include "body.h"
 #endif
 
@@ -124,7 +129,7 @@ const sba_kernels *sba_kernels_of(int isa) {
     if (isa == SBA_BASELINE) return &baseline_kernels;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (isa == SBA_AVX2 && __builtin_cpu_supports("avx2")) return &avx2_kernels;
+    if (isa == SBA_AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
     if (isa == SBA_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return &avx512_kernels;

@@ -1,0 +1,108 @@
+"""What the project promises about its speed, and whether a run of the benchmark shows it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench_measure import parse_size, ratio, times_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise, the figure that was measured, and whether it meets the promise; None where this run did not measure it."""
+
+    name: str
+    figure: str
+    met: bool | None
+
+    def __str__(self) -> str:
+        mark = {True: "met", False: "NOT MET", None: "not measured"}[self.met]
+        return f"[{mark:>12}] {self.name}" + (f": {self.figure}" if self.figure else "")
+
+
+def targets(run: dict[str, Any]) -> list[Target]:
+    """Judge a run, the dictionary that the benchmark writes as JSON."""
+    return _cpu_targets(run) if run["machine"]["device"] == "cpu" else _cuda_targets(run)
+
+
+def as_data(judged: list[Target]) -> list[dict[str, Any]]:
+    return [asdict(target) for target in judged]
+
+
+def _cpu_targets(run: dict[str, Any]) -> list[Target]:
+    selected = run["machine"]["isa"]
+
+    def ours(isa: str) -> str:
+        return "ours" if isa == selected else f"ours-{isa}"
+
+    found = [_share(run, "16M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread")]
+    found.append(_share(run, "128M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread"))
+    found += [_share(run, size, 1, ours("avx2"), "ceiling-avx2", 34.0, "AVX2, one thread") for size in ("16M", "128M")]
+    found.append(_share(run, "16M", 2, "ours", f"ceiling-{selected}", 90.0, "two threads"))
+    for key, least, name in (
+        ("torch-fused-fp32", 1.8, "torch fused fp32 + bf16 copy of the weights"),
+        ("deepspeed", 1.6, "DeepSpeedCPUAdam fp32 + bf16 copy of the weights"),
+    ):
+        found += [_times_as_fast(run, size, 1, key, least, name) for size in ("1M", "16M", "128M")]
+    name = "torch fused fp32 + bf16 copy of the weights"
+    found.append(_times_as_fast(run, "1000x1000", 1, "torch-fused-fp32", 2.2, name))
+    found.append(_overhead(run, "ours", "step()", 0.3))
+    found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
+    fsdp2 = run.get("fsdp2")
+    name = ">= 5x as fast as torch.nn.utils.clip_grad_norm_ + step: FSDP2, 2 ranks, 100 parameters"
+    if fsdp2 is None:
+        found.append(Target(name, "add --fsdp2", None))
+    else:
+        figure = f"{fsdp2['clip_and_step_ratio']:.1f}x with the step, {fsdp2['clip_ratio']:.1f}x for the clipping alone"
+        found.append(Target(name, figure, fsdp2["clip_and_step_ratio"] >= 5.0))
+    return found
+
+
+def _cuda_targets(run: dict[str, Any]) -> list[Target]:
+    copies = "torch fused fp32 + copies of weights and gradients"
+    found = [_share(run, "1B", None, "ours", "ceiling", 90.0, "GPU")]
+    found += [_times_as_fast(run, size, None, "torch-fused-fp32-grads", 2.0, copies) for size in ("128M", "1B")]
+    found += [_times_as_fast(run, "1000x1000", None, key, 5.0, key) for key in ("optimi", "flashoptim")]
+    found += [_clip(run, size, None) for size in ("16M", "128M", "1B")]
+    return found + [Target(check["name"], check["detail"], check["passed"]) for check in run.get("gpu_checks", [])]
+
+
+def _result(run: dict[str, Any], size: str, threads: int | None) -> dict[str, Any]:
+    """The measurements of a size; ``threads`` None: whatever their number, on a GPU. Without any, a result that holds none."""
+    shapes = parse_size(size)
+    for result in run["results"]:
+        if [result["tensors"], result["numel"]] == [len(shapes), len(shapes) * shapes[0][0]] and threads in (None, result["threads"]):
+            return result
+    return {"batches": [], "failures": {}}
+
+
+def _share(run: dict[str, Any], size: str, threads: int | None, key: str, ceiling: str, least: float, how: str) -> Target:
+    name = f">= {least:.0f} % of the copy ceiling at {size}, {how}"
+    share = ratio(_result(run, size, threads), ceiling, key)
+    return Target(name, "", None) if share is None else Target(name, f"{100 * share:.1f} %", 100 * share >= least)
+
+
+def _times_as_fast(run: dict[str, Any], size: str, threads: int | None, key: str, least: float, other: str) -> Target:
+    name = f">= {least}x as fast as {other} at {size}" + (", one thread" if threads == 1 else "")
+    result = _result(run, size, threads)
+    found = ratio(result, key, "ours")
+    return Target(name, result["failures"].get(key, ""), None) if found is None else Target(name, f"{found:.2f}x", found >= least)
+
+
+def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
+    name = f"<= {most} us a tensor: {what} on 1000 tensors of one element, one thread"
+    result = _result(run, "1000x1", 1)
+    if not times_of(result, key):
+        return Target(name, "", None)
+    others = {"kernel call alone": "ours-kernel", "torch fused": "torch-fused-bf16", "torch foreach": "torch-foreach-bf16"}
+    per_tensor = {label: times_of(result, other) for label, other in {what: key, **others}.items()}
+    micros = {label: 1e6 * statistics.median(times) / result["tensors"] for label, times in per_tensor.items() if times}
+    return Target(name, ", ".join(f"{label} {value:.2f} us" for label, value in micros.items()), micros[what] <= most)
+
+
+def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
+    name = f"clip_grad_norm_ + step <= 1.15x the step at {size}" + (", one thread" if threads == 1 else "")
+    found = ratio(_result(run, size, threads), "ours-clip", "ours")
+    return Target(name, "", None) if found is None else Target(name, f"{found:.3f}x", found <= 1.15)

@@ -1,0 +1,304 @@
+"""What only a GPU can show of the step, as PASS or FAIL lines: the CPU reference's bits, launches, host syncs, CUDA graphs, memory.
+
+    python launch/gpu_checks.py
+
+``benchmark.py --device cuda`` runs it first. The exit status is 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:
+    sys.path.insert(1, str(REPO))  # run from a clone that is not installed
+
+from contenders import HYPER, Runner, contenders  # noqa: E402
+
+from sharded_bf16_adamw import AdamW_BF16  # noqa: E402
+from sharded_bf16_adamw.kernels import cuda, reference  # noqa: E402
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SIZES = (0, 1, 7, 1023, 8192, 20001, 1 << 20)
+SHAPES = [(1000, 512), (333,), (1,), (4096, 1024)]
+MEMORY_NUMEL = 1 << 26
+SPECIAL = [0x7F80, -0x80, 0x7FFF, -1, 0x7FC0, 0, -0x8000, 1, -0x7FFF, 0x7F, 0x7F7F, -0x81]  # bf16 inf, NaN, zeros, subnormals, largest
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was checked, whether it held, and figures."""
+
+    name: str
+    passed: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {self.detail}"
+
+    def as_data(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_checks(device: torch.device) -> list[Check]:
+    """Run and print all checks. One that raises has failed; the others still run."""
+    checks: dict[str, Callable[[torch.device], tuple[bool, str]]] = {
+        "bits of the CPU reference": check_bits,
+        "1 launch a step, 2 with clipping": check_launches,
+        "no host sync": check_no_sync,
+        "a captured CUDA graph replays to the bits of eager steps": check_graph,
+        "peak memory below torch's fused fp32 AdamW": check_memory,
+    }
+    done = []
+    for name, function in checks.items():
+        try:
+            check = Check(name, *function(device))
+        except Exception as error:
+            check = Check(name, False, f"{type(error).__name__}: {str(error)[:500]}")
+        print(check, flush=True)
+        done.append(check)
+    return done
+
+
+# ------------------------------------------------------------------------------------------------------------------------ bits
+
+
+def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bool, str]:
+    """One update of random bit patterns by the kernel and by the reference on the CPU, over dtypes, alignments and options."""
+    cases = list(product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3)))  # parameters, gradients, and their elements off alignment
+    options: list[dict[str, Any]] = [{}, {"grad_scale": 0.37}, {"maximize": True}, {"zero_grads": True}, {"found_inf": 1.0}]
+    wrong = []
+    for (param, grad, param_offset, grad_offset), option in product(cases, options):
+        found = bits_that_differ(device, sizes, param, grad, param_offset, grad_offset, option)
+        wrong += [f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}, {option}: {line}" for line in found]
+    count = len(cases) * len(options)
+    return not wrong, wrong[0] if wrong else f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
+
+
+def bits_that_differ(
+    device: torch.device,
+    sizes: tuple[int, ...],
+    param: torch.dtype,
+    grad: torch.dtype,
+    param_offset: int,
+    grad_offset: int,
+    option: dict[str, Any],
+) -> list[str]:
+    """Name each tensor that is not the reference's after one update; offsets are elements off the start of an allocation."""
+    generator = torch.Generator().manual_seed(1)
+    columns: dict[str, list[Any]] = {
+        "params": [patterns(n, param, generator) for n in sizes],
+        "exp_avgs": [patterns(n, param, generator) for n in sizes],
+        "exp_avg_sqs": [patterns(n, param, generator) for n in sizes],
+        "corrections": [patterns(n, param, generator) if param == BF16 else None for n in sizes],
+        "steps": [torch.tensor(float(7 * i)) for i in range(len(sizes))],
+    }
+    for v in columns["exp_avg_sqs"]:
+        half = v[: len(v) // 2]
+        half.copy_(half.abs())  # a negative one gives NaN: not in all
+    grads = [patterns(n, grad, generator) for n in sizes]
+    on_device: dict[str, list[Any]] = {
+        name: [None if x is None else placed(x, device, param_offset) for x in column] for name, column in columns.items()
+    }
+    grads_on_device = [placed(g, device, grad_offset) for g in grads]
+    hyper: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    hyper |= {key: torch.tensor(x) if isinstance(x, float) else x for key, x in option.items()}
+    reference.Table(**columns).update_(grads, **hyper)
+    hyper |= {key: x.to(device) for key, x in hyper.items() if isinstance(x, Tensor)}
+    cuda.Table(**on_device).update_(grads_on_device, **hyper)
+    wanted, found = {**columns, "grads": grads}, {**on_device, "grads": grads_on_device}
+    return [
+        f"{name}[{i}], {sizes[i]} elements"
+        for name, column in wanted.items()
+        for i, x in enumerate(column)
+        if x is not None and not same_bits(x, found[name][i])
+    ]
+
+
+def patterns(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random bit patterns: every exponent, subnormals, infinities and NaNs; a tenth of the elements are special values."""
+    words = torch.randint(-(2**15), 2**15, (n, 2), generator=generator).to(torch.int16)
+    special = torch.tensor(SPECIAL, dtype=torch.int16)
+    chosen = special[torch.randint(len(special), (n,), generator=generator)]
+    where = torch.rand(n, generator=generator) < 0.1
+    words[:, 1] = torch.where(where, chosen, words[:, 1])
+    words[:, 0] *= ~(where & (torch.rand(n, generator=generator) < 0.5))  # float32 infinity and zero have no low bits
+    return words.view(torch.int32).flatten().view(FP32) if dtype == FP32 else words[:, 1].contiguous().view(BF16)
+
+
+def placed(x: Tensor, device: torch.device, offset: int) -> Tensor:
+    """A copy on the device, ``offset`` elements into its allocation; a 0-dim tensor stays one."""
+    if x.dim() == 0:
+        return x.to(device, copy=True)
+    memory = torch.zeros(x.numel() + offset, dtype=x.dtype, device=device)
+    memory[offset:].copy_(x)
+    return memory[offset:]
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same bits; NaN equals NaN, whatever its payload."""
+    x, y = x.cpu(), y.cpu()
+    integer = torch.int16 if x.dtype == BF16 else torch.int32
+    return bool(((x.view(integer) == y.view(integer)) | (x.isnan() & y.isnan())).all())
+
+
+# ---------------------------------------------------------------------------------------------------- launches and host syncs
+
+
+class Twin:
+    """An optimizer over random bf16 parameters; equal seeds make equal twins."""
+
+    def __init__(self, device: torch.device, **options: Any) -> None:
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.params = [torch.nn.Parameter(self._random(shape, device, 0.02)) for shape in SHAPES]
+        self.new_grads()
+        self.optimizer = AdamW_BF16(self.params, **{**HYPER, **options})
+
+    def _random(self, shape: tuple[int, ...], device: torch.device, std: float) -> Tensor:
+        return torch.empty(shape, dtype=BF16, device=device).normal_(0.0, std, generator=self.generator)
+
+    def new_grads(self) -> None:
+        """Gradients of a new draw; where the old ones lie, if there are some."""
+        for param in self.params:
+            grad = self._random(tuple(param.shape), param.device, 1e-2)
+            param.grad = grad if param.grad is None else param.grad.copy_(grad)
+
+    def clipped_step(self) -> None:
+        self.optimizer.clip_grad_norm_(1.0)
+        self.optimizer.step()
+
+    def tensors(self) -> list[Tensor]:
+        states = [state[key] for state in self.optimizer.state.values() for key in sorted(state)]
+        return [*(param.detach() for param in self.params), *states]
+
+
+def kernels_launched(function: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that a call launches, in the order of the profile. Copies and fills by the driver are not kernels.
+
+    The call is made twice before, since the first compiles and uploads.
+    """
+    function()
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.name for event in on_device if not getattr(event, "is_user_annotation", False)]  # torch marks each step as one
+    return [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
+
+
+def check_launches(device: torch.device) -> tuple[bool, str]:
+    plain, guarded = Twin(device), Twin(device, skip_nonfinite=True)
+    step = kernels_launched(plain.optimizer.step)
+    clipped = kernels_launched(plain.clipped_step)
+    with_guard = kernels_launched(guarded.optimizer.step)
+    detail = f"step {step}; with clipping {clipped}; with skip_nonfinite and no clipping {len(with_guard)}: {with_guard}"
+    return (len(step), len(clipped)) == (1, 2), detail
+
+
+@contextmanager
+def host_syncs_raise() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_no_sync(device: torch.device) -> tuple[bool, str]:
+    """Steps with and without clipping and guard, on gradients where they lay before and elsewhere."""
+    for options in ({}, {"skip_nonfinite": True}):
+        twin = Twin(device, **options)
+        twin.clipped_step()  # compiling and making states may wait
+        twin.optimizer.step()
+        for _ in range(3):
+            with host_syncs_raise():
+                twin.clipped_step()
+                twin.optimizer.step()
+            for param in twin.params:
+                assert param.grad is not None
+                param.grad = param.grad.clone()  # the old one is freed only afterwards, so this lies elsewhere
+    return True, "step and clip_grad_norm_ + step, with and without skip_nonfinite, on old and new gradients"
+
+
+# --------------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+def check_graph(device: torch.device) -> tuple[bool, str]:
+    """Capture one step, plain and clipped, and replay it with changing gradients and learning rates beside an eager twin."""
+    replays = 5
+    for name in ("step", "clip_grad_norm_ + step"):
+        twins = [Twin(device, capturable=True, lr=torch.tensor(1e-3, device=device)) for _ in range(2)]
+        eager, captured = twins
+        calls = [twin.optimizer.step if name == "step" else twin.clipped_step for twin in twins]
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # torch asks for steps on a side stream before a capture
+                for call in calls:
+                    call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls[1]()
+        for i in range(replays):
+            for twin in twins:
+                twin.new_grads()
+                twin.optimizer.param_groups[0]["lr"].fill_(1e-3 / (i + 1))
+            calls[0]()
+            graph.replay()
+        torch.cuda.synchronize()
+        wrong = [i for i, (x, y) in enumerate(zip(eager.tensors(), captured.tensors(), strict=True)) if not same_bits(x, y)]
+        taken = float(captured.optimizer.state[captured.params[0]]["step"])
+        if wrong or taken != 3 + replays:
+            return False, f"{name}: tensors {wrong} differ after {replays} replays, and {taken:.0f} steps were counted, not {3 + replays}"
+    return True, f"step and clip_grad_norm_ + step, {replays} replays each with new gradients and learning rates"
+
+
+# -------------------------------------------------------------------------------------------------------------------- memory
+
+
+def check_memory(device: torch.device) -> tuple[bool, str]:
+    """Peak bytes a parameter of weights, gradients, states and temporaries over two steps: ours, and mixed precision in torch."""
+    by_key = {c.key: c for c in contenders(device)}
+    peaks = {key: peak_bytes(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device) for key in ("ours", "torch-fused-fp32")}
+    ours, torchs = (peak / MEMORY_NUMEL for peak in peaks.values())
+    detail = f"{ours:.2f} B a parameter with weights and gradients, against {torchs:.2f} B (fp32 masters and gradients, bf16 weights)"
+    return ours < torchs and ours <= 10.1, detail  # 2 B each of g, p, m, v, c, and next to nothing besides
+
+
+def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner = make()
+    runner.step()
+    runner.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu_checks.py needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
+        return 2
+    return int(not all(check.passed for check in run_checks(torch.device("cuda", torch.cuda.current_device()))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,416 @@
+"""The benchmark's bookkeeping. Nothing here judges a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_measure
+import bench_report
+import bench_targets
+import contenders
+import gpu_checks
+import pytest
+import torch
+from bench_measure import measure_size, parse_size, ratio
+from contenders import Contender, Runner
+
+CPU = torch.device("cpu")
+FEW = {"rounds": 3, "seconds": 60.0, "turn": 0.0}
+
+
+# --------------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> tuple[Path, str]:
+    """One run of the script at tiny sizes: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "benchmarks.md").write_text("# Benchmarks\nabove\n<!-- benchmark:cpu:begin -->\nold\n<!-- benchmark:cpu:end -->\nbelow\n")
+    command = [sys.executable, str(repo / "launch" / "benchmark.py"), "--device", "cpu", "--threads", "1", "2", "--sizes", "4K", "3x50"]
+    command += ["--rounds", "3", "--turn", "0", "--fsdp2", "--json", str(folder / "run.json"), "--docs", str(folder / "benchmarks.md")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_json_holds_every_round_and_what_follows_from_them(finished: tuple[Path, str]) -> None:
+    run = json.loads((finished[0] / "run.json").read_text())
+    assert [(r["size"], r["tensors"], r["numel"], r["threads"]) for r in run["results"]] == [
+        ("4K", 1, 4096, 1), ("3x50", 3, 150, 1), ("4K", 1, 4096, 2), ("3x50", 3, 150, 2),
+    ]  # fmt: skip
+    own = {"ours", "ours-clip", "ours-kernel", "ours-reference", "copy"}
+    torchs = {"torch-fused-fp32", "torch-fused-fp32-grads", "torch-foreach-fp32", "torch-fused-bf16", "torch-foreach-bf16"}
+    for result in run["results"]:
+        (times,) = result["batches"]  # all of them fit into memory together
+        assert own | torchs <= times.keys()
+        assert {len(x) for x in times.values()} == {3} and min(map(min, times.values())) > 0.0
+        assert {row["key"] for row in result["rows"]} == times.keys() | result["failures"].keys()
+        for row in result["rows"]:
+            if row["key"] in times:
+                assert row["seconds"] == statistics.median(times[row["key"]])
+                assert row["ratio"] == statistics.median(a / b for a, b in zip(times[row["key"]], times["ours"], strict=True))
+            else:
+                assert row["note"] == result["failures"][row["key"]] and row["seconds"] is None
+    assert run["machine"]["torch"] == torch.__version__ and run["machine"]["name"]
+
+
+def test_fsdp2_ratios_follow_from_its_rounds(finished: tuple[Path, str]) -> None:
+    fsdp2 = json.loads((finished[0] / "run.json").read_text())["fsdp2"]
+    times = {name: torch.tensor(values) for name, values in fsdp2["times"].items()}
+    assert {len(x) for x in times.values()} == {3} and fsdp2["parameters"] == 100
+    assert fsdp2["clip_ratio"] == pytest.approx(float((times["torch_clip"] / times["ours_clip"]).median()), rel=1e-5)
+    both = (times["torch_clip"] + times["torch_step"]) / (times["ours_clip"] + times["ours_step"])
+    assert fsdp2["clip_and_step_ratio"] == pytest.approx(float(both.median()), rel=1e-5)
+
+
+def test_docs_get_the_table_and_its_picture(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    text = (folder / "benchmarks.md").read_text()
+    assert text.startswith("# Benchmarks\nabove\n<!-- benchmark:cpu:begin -->\nMeasured on: ")
+    assert text.endswith("\n<!-- benchmark:cpu:end -->\nbelow\n") and "old" not in text
+    assert "| torch fused fp32 + bf16 copy of the weights |" in text and "**2 threads**" in text
+    assert "--sizes 4K 3x50 --rounds 3 --turn 0 --fsdp2`" in text and str(folder) not in text
+    for picture in (folder / "img" / "benchmark_cpu.png", folder / "run.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "[not measured] >= 80 % of the copy ceiling at 16M" in printed and "torch fused fp32" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sizes", "12Q"], "Invalid size: '12Q'"),
+        (["--only", "nobody"], "--only names nobody; the contenders here are "),
+        (["--threads", "0"], "--threads and --rounds must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], complaint: str, repo: Path) -> None:
+    command = [sys.executable, str(repo / "launch" / "benchmark.py"), "--device", "cpu", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and complaint in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- measuring
+
+
+def fake(key: str, log: list[str] | None = None, *, memory: int = 1, fail_at: int | None = None, ceiling: str | None = None) -> Contender:
+    """A contender that logs its steps, and raises at its step ``fail_at`` (the first is 1)."""
+    taken = [0]
+
+    def step() -> None:
+        taken[0] += 1
+        if log is not None:
+            log.append(key)
+        if taken[0] == fail_at:
+            raise RuntimeError(f"{key} gives up\nwith a traceback")
+
+    return Contender(key, key, lambda shapes, device: Runner(step), memory, ceiling=ceiling)
+
+
+def test_rounds_are_interleaved_in_changing_order() -> None:
+    log: list[str] = []
+    result = measure_size([fake(key, log) for key in "abcd"], [(10,)], CPU, **(FEW | {"rounds": 8}), report=lambda _: None)
+    rounds = [log[i : i + 4] for i in range(4, len(log), 4)]  # the first four are the first steps
+    assert len(rounds) == 10 and all(sorted(r) == list("abcd") for r in rounds)  # two rounds warm up
+    assert len({tuple(r) for r in rounds}) > 4
+    assert {len(x) for x in result["batches"][0].values()} == {8}
+
+
+def test_short_steps_fill_a_turn_after_one_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    taken = [0]
+
+    def step() -> None:
+        now[0] += 1.0 if taken[0] else 100.0
+        taken[0] += 1
+
+    monkeypatch.setattr(bench_measure.time, "perf_counter", lambda: now[0])
+    failures: dict[str, str] = {}
+    runners = {"a": Runner(step, before=lambda: taken.__setitem__(0, 0))}  # the first step of each turn takes 100 s, the others 1 s
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=400.0) == {"a": [1.0, 1.0]}
+    assert taken == [1 + 400]
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {"a": [100.0, 100.0]}
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 5])
+def test_one_that_fails_is_named_and_the_others_go_on(fail_at: int) -> None:
+    result = measure_size([fake("ours"), fake("bad", fail_at=fail_at), fake("good")], [(10,)], CPU, **FEW, report=lambda _: None)
+    assert result["failures"] == {"bad": "failed: bad gives up"}
+    assert {key: len(x) for key, x in result["batches"][0].items()} == {"ours": 3, "good": 3}
+
+
+def test_missing_packages_are_rows_not_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("deepspeed", "optimi", "flashoptim", "torchao"):
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, name, None)
+    keys = ("ours", "deepspeed", "optimi", "flashoptim", "torchao")
+    chosen = [c for c in contenders.contenders(CPU) if c.key in keys]
+    result = {"numel": 8, **measure_size(chosen, [(8,)], CPU, **FEW, report=lambda _: None)}
+    assert result["failures"] == dict.fromkeys(keys[1:], "not installed")
+    rows = {row["key"]: row for row in bench_report.rows(chosen, result)}
+    assert rows["optimi"]["note"] == "not installed" and rows["ours"]["ratio"] == 1.0
+
+
+def test_a_package_that_lacks_another_says_so() -> None:
+    error = ModuleNotFoundError("No module named 'hjson'", name="hjson")
+    assert bench_measure.why_failed(error, "deepspeed") == "failed: it needs the package hjson"
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    result = {"batches": [{"ours": [1.0, 10.0, 3.0]}, {"x": [2.0, 5.0, 30.0], "ours": [1.0, 10.0, 3.0]}]}
+    assert ratio(result, "x", "ours") == 2.0  # of 2, 0.5 and 10; the medians' ratio would be 5 / 3
+    assert ratio(result, "y", "ours") is None
+
+
+def test_batches_fit_into_memory_with_ours_and_the_ceilings() -> None:
+    sizes = {"ours": 10, "a": 20, "b": 20, "d": 20, "c": 5, "huge": 100, "top": 10, "other": 10}
+    ceilings = {"ours": "top", "a": "other"}
+    everyone = [fake(key, memory=memory, ceiling=ceilings.get(key)) for key, memory in sizes.items()]
+    groups, too_large = bench_measure.batches(everyone, 100, 5500 / bench_measure.MEMORY_SHARE)
+    assert [c.key for c in too_large] == ["huge"]
+    names = [[c.key for c in group] for group in groups]
+    assert all(sum(c.memory for c in group) <= 55 for group in groups) and len(groups) == 3
+    assert all(group[0] == "ours" and "top" in group for group in names)
+    assert {key for group in names for key in group} == {"ours", "a", "b", "c", "d", "top", "other"}
+    assert all("other" in group for group in names if "a" in group)
+    roomy, _ = bench_measure.batches(everyone, 1, 1e9)
+    assert [[c.key for c in group] for group in roomy] == [[c.key for c in everyone]]
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "numel"),
+    [("7", 1, 7), ("2K", 1, 2048), ("128M", 1, 1 << 27), ("1B", 1, 1 << 30), ("1000x1", 1000, 1), ("2x3K", 2, 3072)],
+)
+def test_sizes(text: str, count: int, numel: int) -> None:
+    assert parse_size(text) == [(numel,)] * count
+
+
+@pytest.mark.parametrize("text", ["", "0", "0x5", "5x0", "1G", "x5", "1.5M", "-1"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="Invalid size"):
+        parse_size(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- contenders
+
+
+def test_every_contender_of_ours_and_torch_steps_all_of_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[torch.Tensor]] = []
+    make = contenders._parameters
+    monkeypatch.setattr(contenders, "_parameters", lambda *args: made.append(make(*args)) or made[-1])
+    weights = {}
+    for contender in contenders.contenders(CPU):
+        if contender.package is None and contender.color != contenders.CEILING:
+            runner = contender.make([(300,), (5, 7)], CPU)
+            before = [p.detach().clone() for p in made[-1]]
+            runner.before()
+            runner.step()
+            assert all((p != q).float().mean() > 0.01 for p, q in zip(made[-1], before, strict=True)), contender.key
+            weights[contender.key] = [p.detach() for p in made[-1]]
+    same = [key for key in weights if key.startswith("ours") and key != "ours-clip"]
+    assert "ours-reference" in same
+    for key in same:
+        assert all(map(torch.equal, weights[key], weights["ours"])), key
+    monkeypatch.undo()
+    contenders.cpu.select_isa(None)
+
+
+def test_the_clipping_contender_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("clip_grad_norm_", "step"):
+        monkeypatch.setattr(contenders.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name))
+    clip = next(c for c in contenders.contenders(CPU) if c.key == "ours-clip").make([(4,)], CPU)
+    clip.step()
+    assert calls == ["clip_grad_norm_", "step"]
+
+
+def test_the_copies_of_mixed_precision_are_made() -> None:
+    master = contenders._parameters([(64,)], CPU, torch.float32)
+    seen = []
+
+    def step() -> None:
+        seen.append(master[0].grad.clone())  # type: ignore[union-attr]
+        master[0].data.fill_(0.125)
+
+    runner = contenders._with_copies(step, master, bf16_grads=True)
+    wanted = master[0].grad.bfloat16().float()  # type: ignore[union-attr]
+    master[0].grad.zero_()  # type: ignore[union-attr]
+    runner.step()
+    assert torch.equal(seen[0], wanted)
+    weights = next(cell.cell_contents for cell in runner.step.__closure__ if _is_bf16_list(cell.cell_contents, like=master[0]))  # type: ignore[attr-defined]
+    assert (weights[0] == 0.125).all()
+
+
+def _is_bf16_list(x: Any, like: torch.Tensor) -> bool:
+    return isinstance(x, list) and len(x) == 1 and x[0].dtype == torch.bfloat16 and float(x[0].abs().max()) > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------- reporting
+
+
+def test_markers_of_one_device_leave_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.md"
+    path.write_text("# Benchmarks\n\ntext\n")
+    bench_report.write_between_markers(path, "cuda", "gpu 1")
+    bench_report.write_between_markers(path, "cpu", "cpu 1")
+    bench_report.write_between_markers(path, "cuda", "gpu 2")
+    assert path.read_text() == (
+        "# Benchmarks\n\ntext\n\n<!-- benchmark:cuda:begin -->\ngpu 2\n<!-- benchmark:cuda:end -->\n\n"
+        "<!-- benchmark:cpu:begin -->\ncpu 1\n<!-- benchmark:cpu:end -->\n"
+    )
+    broken = "<!-- benchmark:cpu:end --> <!-- benchmark:cpu:begin -->"
+    path.write_text(broken)
+    with pytest.raises(ValueError, match="nothing was written"):
+        bench_report.write_between_markers(path, "cpu", "x")
+    assert path.read_text() == broken
+
+
+def test_rows_show_the_share_of_the_ceiling() -> None:
+    everyone = [fake("ours", ceiling="top"), fake("top")]
+    for size, share in (("64K", 0.75), ("32K", None)):
+        ours, top = bench_report.rows(everyone, result_of(size, ours=1.0, top=0.75))
+        assert (ours["share"], ours["ratio"], top["share"], top["ratio"]) == (share, 1.0, None, 0.75)
+
+
+def run_of(results: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"machine": {"device": "cpu", "isa": "avx512"}, "results": results, **more}
+
+
+def result_of(size: str, threads: int = 1, **times: float) -> dict[str, Any]:
+    shapes = parse_size(size)
+    rounds = {key.replace("_", "-"): [value] * 3 for key, value in times.items()}
+    return {
+        "size": size,
+        "tensors": len(shapes),
+        "numel": len(shapes) * shapes[0][0],
+        "threads": threads,
+        "batches": [rounds],
+        "failures": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "name"),
+    [
+        (
+            result_of("16M", ours=1.0, ceiling_avx512=0.81),
+            result_of("16M", ours=1.0, ceiling_avx512=0.79),
+            ">= 80 % of the copy ceiling at 16M",
+        ),
+        (
+            result_of("128M", ours_avx2=1.0, ceiling_avx2=0.35),
+            result_of("128M", ours_avx2=1.0, ceiling_avx2=0.33, ceiling_avx512=0.9),
+            ">= 34 % of the copy ceiling at 128M, AVX2",
+        ),
+        (result_of("16M", 2, ours=1.0, ceiling_avx512=0.91), result_of("16M", 2, ours=1.0, ceiling_avx512=0.89), ">= 90 % of"),
+        (result_of("1M", ours=1.0, torch_fused_fp32=1.81), result_of("1M", ours=1.0, torch_fused_fp32=1.79), ">= 1.8x as fast as torch"),
+        (result_of("128M", ours=1.0, deepspeed=1.61), result_of("128M", ours=1.0, deepspeed=1.59), ">= 1.6x as fast as DeepSpeed"),
+        (result_of("1000x1000", ours=1.0, torch_fused_fp32=2.21), result_of("1000x1000", ours=1.0, torch_fused_fp32=2.19), ">= 2.2x"),
+        (result_of("1000x1", ours=2.9e-4), result_of("1000x1", ours=3.1e-4, ours_kernel=1e-5), "<= 0.3 us a tensor"),
+        (result_of("16M", ours=1.0, ours_clip=1.149), result_of("16M", ours=1.0, ours_clip=1.151), "clip_grad_norm_ + step <= 1.15x"),
+    ],
+)
+def test_targets(better: dict[str, Any], worse: dict[str, Any], name: str) -> None:
+    for results, met in (([better], True), ([worse], False), ([], None)):
+        judged = [t for t in bench_targets.targets(run_of(results)) if t.name.startswith(name)]
+        if met is None:
+            assert judged and all(t.met is None for t in judged)
+        else:
+            assert [t.met for t in judged if t.met is not None] == [met]
+
+
+def test_targets_tell_numbers_of_threads_apart() -> None:
+    run = run_of([result_of("16M", 2, ours=1.0, ceiling_avx512=0.5), result_of("16M", 1, ours=1.0, ceiling_avx512=0.95)])
+    shares = {t.name: t.figure for t in bench_targets.targets(run) if t.met is not None}
+    assert list(shares.values()) == ["95.0 %", "50.0 %"]
+    assert all(("two threads" in name) == (figure == "50.0 %") for name, figure in shares.items())
+
+
+def test_fsdp2_target() -> None:
+    for value, met in ((5.1, True), (4.9, False)):
+        run = run_of([], fsdp2={"clip_and_step_ratio": value, "clip_ratio": 9.0})
+        assert [t.met for t in bench_targets.targets(run) if "FSDP2" in t.name] == [met]
+
+
+def test_targets_of_a_gpu() -> None:
+    results = [result_of("1B", 16, ours=1.0, ceiling=0.91, torch_fused_fp32_grads=1.9), result_of("1000x1000", 16, ours=1.0, optimi=6.0)]
+    checks = [{"name": "bits", "passed": False, "detail": "differ"}]
+    run = {"machine": {"device": "cuda", "isa": None}, "results": results, "gpu_checks": checks}
+    met = {t.name: t.met for t in bench_targets.targets(run)}
+    assert met[">= 90 % of the copy ceiling at 1B, GPU"] is True
+    assert met[">= 2.0x as fast as torch fused fp32 + copies of weights and gradients at 1B"] is False
+    assert met[">= 5.0x as fast as optimi at 1000x1000"] is True and met[">= 5.0x as fast as flashoptim at 1000x1000"] is None
+    assert met["bits"] is False
+
+
+# --------------------------------------------------------------------------------------- the parts of the GPU checks that run here
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_patterns_hold_the_special_values(dtype: torch.dtype) -> None:
+    x = gpu_checks.patterns(20000, dtype, torch.Generator().manual_seed(0))
+    info = torch.finfo(dtype)
+    assert x.dtype == dtype and x.shape == (20000,)
+    assert all(bool((x == value).any()) for value in (torch.inf, -torch.inf, 0.0, torch.finfo(torch.bfloat16).max))
+    assert x.isnan().any() and ((x != 0) & (x.abs() < info.smallest_normal)).any()
+    assert gpu_checks.patterns(0, dtype, torch.Generator()).shape == (0,)
+
+
+def test_same_bits() -> None:
+    zero = torch.zeros(3)
+    assert gpu_checks.same_bits(zero, zero.clone()) and not gpu_checks.same_bits(zero, -zero)
+    nan = torch.tensor([0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert gpu_checks.same_bits(nan, nan.flip(0)) and not gpu_checks.same_bits(nan, torch.zeros(2))
+
+
+def test_placed_is_off_alignment() -> None:
+    x = torch.arange(5, dtype=torch.bfloat16)
+    y = gpu_checks.placed(x, CPU, 1)
+    assert torch.equal(x, y) and y.data_ptr() % 16 == 2
+    assert gpu_checks.placed(torch.tensor(3.0), CPU, 1).dim() == 0
+
+
+def test_a_check_that_raises_fails_and_the_others_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def raises(device: torch.device) -> tuple[bool, str]:
+        raise RuntimeError("called a synchronizing operation")
+
+    for name in ("check_bits", "check_launches", "check_graph", "check_memory"):
+        monkeypatch.setattr(gpu_checks, name, lambda device: (True, "fine"))
+    monkeypatch.setattr(gpu_checks, "check_no_sync", raises)
+    checks = gpu_checks.run_checks(CPU)
+    assert [c.passed for c in checks] == [True, True, False, True, True]
+    assert "FAIL  no host sync: RuntimeError: called a synchronizing operation" in capsys.readouterr().out
+
+
+INTERPRETED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch, gpu_checks
+from bench_stream import stream_ceiling_
+from sharded_bf16_adamw.kernels import reference
+
+cpu = torch.device("cpu")
+cases = [(torch.bfloat16, torch.bfloat16, 0, 0), (torch.bfloat16, torch.float32, 1, 3), (torch.float32, torch.bfloat16, 0, 3)]
+for case in cases:
+    for option in ({}, {"grad_scale": 0.37}, {"zero_grads": True}, {"found_inf": 1.0}):
+        assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *case, option) == [], (case, option)
+reference.GOLDEN += 2
+assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *cases[0], {}) != []
+
+arrays = [torch.full((2096,), 1 << i, dtype=torch.int32) for i in range(5)]
+stream_ceiling_(arrays)
+assert [x.unique().tolist() for x in arrays] == [[1], [3], [5], [9], [17]]
+"""
+
+
+def test_bits_and_stream_kernel_by_the_interpreter(repo: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    command = [sys.executable, "-c", INTERPRETED, str(repo), str(repo / "launch")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
