@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from data import UsageError
-from model import GPT, PRESETS
-from strategies import Strategy, World
+from model import GPT, PRESETS, RMSNorm
+from strategies import STRATEGIES, Strategy, World
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
@@ -36,7 +37,7 @@ def build_model(args: argparse.Namespace, world: World, strategy: Strategy) -> t
     """Return the model and the module to call. Memory is allocated after sharding, so each rank holds its own shards alone."""
     with torch.device("meta"):
         model = GPT(PRESETS[args.preset]).to(WEIGHT_DTYPES[args.optimizer])
-    mesh = world.mesh()
+    mesh = world.mesh(strategy.mesh_shape(world.ranks))
     strategy.shard(model, mesh)
     model.to_empty(device=world.device)
     model.init_weights(args.seed)
@@ -45,14 +46,19 @@ def build_model(args: argparse.Namespace, world: World, strategy: Strategy) -> t
 
 def make_optimizer(args: argparse.Namespace, model: GPT, schedule: Schedule) -> torch.optim.Optimizer:
     """AdamW that decays matrices, not the gains of norms."""
+    gains = {id(p) for module in model.modules() if isinstance(module, RMSNorm) for p in module.parameters()}  # FSDP1 flattens matrices
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in gains]},
+        {"params": [p for p in model.parameters() if id(p) in gains], "weight_decay": 0.0},
     ]
     common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
+    device = next(model.parameters()).device
+    sharding = STRATEGIES[args.strategy].sharding(World(dist.get_rank(), dist.get_world_size(), device).mesh())
+    if sharding is not None and args.optimizer != "bf16":
+        raise UsageError(f"--strategy {args.strategy} shards the optimizer bf16 alone, not {args.optimizer}: use --strategy ddp or fsdp2.")
     try:
         if args.optimizer == "bf16":
-            return AdamW_BF16(groups, lr_function=schedule, backend=args.optimizer_backend, **common)
+            return AdamW_BF16(groups, lr_function=schedule, backend=args.optimizer_backend, sharding=sharding, **common)
         return torch.optim.AdamW(groups, lr=schedule(0), **common)
     except ValueError as error:
         raise UsageError(f"{error}; see --help") from error

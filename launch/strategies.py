@@ -8,6 +8,7 @@ A model passes through a strategy in this order, on every rank::
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,24 +16,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from data import UsageError
-from model import GPT
+from model import GPT, Block
+from tensor_parallel import parallelize
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sharded_bf16_adamw import ZeRO
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The three places where strategies differ.
+    """The places where strategies differ.
 
     Attributes:
         shard: replaces parameters by shards, before they have memory.
         wrap: returns the module to call, once there are weights; its parameters are the optimizer's.
         set_gradient_sync: whether the next backward reduces gradients over ranks (off for all but the last micro-batch).
+        sharding: what AdamW_BF16 is to shard by itself, of a model that is whole on every rank.
+        mesh_shape: from the number of ranks to the size of each mesh dimension by its name. The ranks along "tensor" see the same rows
+            of a batch, all others have rows of their own.
     """
 
     shard: Callable[[GPT, DeviceMesh], None]
     wrap: Callable[[GPT, DeviceMesh], nn.Module]
     set_gradient_sync: Callable[[nn.Module, bool], None]
+    sharding: Callable[[DeviceMesh], ZeRO | None] = lambda mesh: None
+    mesh_shape: Callable[[int], dict[str, int]] = lambda ranks: {"data": ranks}
 
 
 def _no_shard(model: GPT, mesh: DeviceMesh) -> None:
@@ -68,24 +77,93 @@ def _fsdp2_gradient_sync(module: nn.Module, on: bool) -> None:
     module.set_requires_gradient_sync(on)  # type: ignore[operator]
 
 
+def _zero1(mesh: DeviceMesh) -> ZeRO:
+    return ZeRO(mesh, stage=1)
+
+
+def _zero2(mesh: DeviceMesh) -> ZeRO:
+    return ZeRO(mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32)  # for the reason given for FSDP
+
+
+def _every_gradient_is_reduced(module: nn.Module, on: bool) -> None:
+    """ZeRO-2 sums up the reduced rows of the micro-batches: more is sent than with ``no_sync()``, and no rank holds whole gradients."""
+
+
+def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and used all the same
+        warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # on one process
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            mixed_precision=MixedPrecision(reduce_dtype=torch.float32),  # for the reason given for FSDP2
+            device_mesh=mesh,
+            device_id=torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu"),
+            use_orig_params=True,
+        )
+
+
+def _fsdp1_gradient_sync(module: nn.Module, on: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for wrapped in FullyShardedDataParallel.fsdp_modules(module):
+        wrapped._sync_gradients = on  # type: ignore[assignment]  # what FSDP's no_sync() does
+
+
+def _tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
+    parallelize(model, mesh)
+
+
+def _fsdp2_tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
+    parallelize(model, mesh["tensor"])
+    _fsdp2_shard(model, mesh["data"])
+
+
+def _in_pairs(first: str, first_is_two: bool, second: str) -> Callable[[int], dict[str, int]]:
+    """A mesh of two dimensions, one of which has two ranks."""
+
+    def shape(ranks: int) -> dict[str, int]:
+        if ranks % 2:
+            raise UsageError(f"this --strategy arranges the processes in pairs, which {ranks} cannot be: start an even number of them.")
+        return {first: 2 if first_is_two else ranks // 2, second: ranks // 2 if first_is_two else 2}
+
+    return shape
+
+
 STRATEGIES = {
     "single": Strategy(_no_shard, _no_wrap, _no_gradient_sync),
     "ddp": Strategy(_no_shard, _ddp_wrap, _ddp_gradient_sync),
+    "fsdp1": Strategy(_no_shard, _fsdp1_wrap, _fsdp1_gradient_sync),
     "fsdp2": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_gradient_sync),
+    "hsdp": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_gradient_sync, mesh_shape=_in_pairs("replicate", True, "shard")),
+    "tp": Strategy(_tensor_parallel_shard, _no_wrap, _no_gradient_sync, mesh_shape=lambda ranks: {"tensor": ranks}),
+    "fsdp2+tp": Strategy(_fsdp2_tensor_parallel_shard, _no_wrap, _fsdp2_gradient_sync, mesh_shape=_in_pairs("data", False, "tensor")),
+    "zero1": Strategy(_no_shard, _ddp_wrap, _ddp_gradient_sync, _zero1),
+    "zero2": Strategy(_no_shard, _no_wrap, _every_gradient_is_reduced, _zero2),
 }
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together. ``ranks`` of them share each batch evenly."""
+    """The processes that train together. ``ranks`` of them share each batch evenly, in sets of ``same_rows`` that have the same rows."""
 
     rank: int
     ranks: int
     device: torch.device
+    same_rows: int = 1
 
-    def mesh(self) -> DeviceMesh:
-        """All ranks in one dimension."""
-        return init_device_mesh(self.device.type, (self.ranks,), mesh_dim_names=("data",))
+    def mesh(self, shape: dict[str, int] | None = None) -> DeviceMesh:
+        """All ranks in the dimensions of a strategy's ``mesh_shape``, or in one."""
+        shape = shape or {"data": self.ranks}
+        return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+    @property
+    def rows(self) -> slice:
+        """This rank's rows of a batch."""
+        return slice(self.rank // self.same_rows, None, self.ranks // self.same_rows)
 
 
 def init_world(device: str) -> World:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -140,7 +140,7 @@ def finish(run: Run, stopped: bool) -> None:
 def backward(run: Run) -> Tensor:
     """Accumulate this rank's gradients over its slice of the global batch. Returns the slice's mean loss, 0-dim fp32."""
     args, world = run.args, run.world
-    batch = run.text.batch(args.seed, run.step, args.batch_size)[world.rank :: world.ranks].to(world.device)
+    batch = run.text.batch(args.seed, run.step, args.batch_size)[world.rows].to(world.device)
     total = torch.zeros((), device=world.device)
     for index, rows in enumerate(batch.chunk(args.grad_accum)):
         run.strategy.set_gradient_sync(run.module, index == args.grad_accum - 1)
@@ -165,7 +165,8 @@ def update(run: Run) -> float:
     else:
         for group in optimizer.param_groups:
             group["lr"] = run.schedule(run.step)
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
+        own = getattr(run.module, "clip_grad_norm_", None)  # FSDP1 has one
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip) if own is None else own(clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.step()
     synchronize(run.world)
@@ -196,7 +197,7 @@ def held_out_loss(run: Run) -> float:
     args, world = run.args, run.world
     total = torch.zeros((), device=world.device)
     for index in range(args.eval_batches):
-        rows = run.text.held_out_batch(index, args.eval_batches, args.batch_size)[world.rank :: world.ranks]
+        rows = run.text.held_out_batch(index, args.eval_batches, args.batch_size)[world.rows]
         total += loss_of(run.module, rows.to(world.device)) / args.eval_batches
     return average(world, total)[0]
 
@@ -210,7 +211,7 @@ def record_evaluation(run: Run, metrics: Metrics | None) -> None:
 def checkpoint(run: Run) -> None:
     """Save everything that a resumed run needs; the data position is the step."""
     extra = {"step": run.step, "config": vars(run.args)}
-    run.saved = save(run.folder / "checkpoints", run.step, run.model, run.optimizer, extra, run.args.keep)
+    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, run.args.keep)
     run.saved_step = run.step
 
 
@@ -221,7 +222,7 @@ def resume(run: Run) -> None:
         return
     try:
         check_same_run(path, run.args)
-        extra = load(path, run.model, run.optimizer)
+        extra = load(path, run.module, run.optimizer)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     run.step = run.saved_step = extra["step"]
@@ -238,6 +239,7 @@ def set_up(args: argparse.Namespace) -> Run:
     world = init_world(args.device)
     if args.strategy is None:
         args.strategy = "fsdp2" if world.ranks > 1 else "single"
+    world = replace(world, same_rows=STRATEGIES[args.strategy].mesh_shape(world.ranks).get("tensor", 1))
     check_world(args, world)
     set_seeds(args)
     text = on_all_ranks(load_text, args.data, args.seq_len)
@@ -260,10 +262,11 @@ def set_up(args: argparse.Namespace) -> Run:
 def check_world(args: argparse.Namespace, world: World) -> None:
     if args.strategy == "single" and world.ranks > 1:
         raise UsageError(f"--strategy single runs on one process, not {world.ranks}: use --strategy ddp or fsdp2.")
-    if args.batch_size % (world.ranks * args.grad_accum):
+    sets = world.ranks // world.same_rows
+    if args.batch_size % (sets * args.grad_accum):
         raise UsageError(
-            f"--batch-size {args.batch_size} does not divide into {world.ranks} rank(s) x --grad-accum {args.grad_accum}: "
-            f"use a multiple of {world.ranks * args.grad_accum}."
+            f"--batch-size {args.batch_size} does not divide into {sets} rank(s) x --grad-accum {args.grad_accum}: "
+            f"use a multiple of {sets * args.grad_accum}."
         )
 
 

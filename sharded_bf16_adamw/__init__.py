@@ -1,8 +1,37 @@
 """AdamW for models whose weights are bfloat16, sharded over any number of ranks."""
 
-from .checkpoint import latest, load, save
+from .checkpoint import (
+    convert_fp32,
+    export_fp32,
+    gather_full_state_dict,
+    import_fp32,
+    latest,
+    load,
+    prune,
+    save,
+    scatter_full_state_dict,
+    verify,
+    wait_for_save,
+)
 from .optimizer import AdamW_BF16
 from .schedule import LR
+from .sharding.zero import ZeRO
 
 __version__ = "0.1.0"
-__all__ = ["LR", "AdamW_BF16", "__version__", "latest", "load", "save"]
+__all__ = [
+    "LR",
+    "AdamW_BF16",
+    "ZeRO",
+    "__version__",
+    "convert_fp32",
+    "export_fp32",
+    "gather_full_state_dict",
+    "import_fp32",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "scatter_full_state_dict",
+    "verify",
+    "wait_for_save",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import repeat
 from operator import attrgetter, is_not
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 from .kernels import check_backend, clip_coefficient, grad_norm_clip, grad_sum_sq
 from .plan import Plan
 from .schedule import LR
-from .sharding.local import all_reduce_sums, group_by, shard_axes, to_local
+from .sharding.local import all_reduce_sums, group_by, to_local
 from .sharding.misuse import sharded_after_construction
+from .sharding.strategy import Local, Sharding
+from .sharding.zero import ZeRO
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
 
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
@@ -46,7 +49,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         capturable: whether a step may be captured in a CUDA graph; ``lr`` must then be a tensor on the device.
         skip_nonfinite: where any rank's gradient holds inf or NaN, let the step change no parameter, state or step count on any rank,
             and count it in ``skipped_steps``.
-        sharding: how this optimizer itself shards the states of a replicated model; None leaves sharding to torch.
+        sharding: ``ZeRO(mesh)`` to let this optimizer itself shard a replicated model's states; None leaves sharding to torch.
         backend: kernel back end, one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
 
     Raises:
@@ -66,7 +69,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
-        sharding: None = None,
+        sharding: ZeRO | None = None,
         backend: str | None = None,
     ) -> None:
         if lr is not None and lr_function is not None:
@@ -74,8 +77,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         if lr_function is not None and not callable(lr_function):
             raise ValueError(f"lr_function must be a callable from a step to a learning rate, such as LR(), but got {lr_function!r}")
         check_backend(backend)
-        if sharding is not None:
-            raise ValueError(f"Invalid sharding: {sharding!r}; only None is supported, which leaves sharding to torch (FSDP, DTensor)")
+        if not isinstance(sharding, ZeRO | None):
+            raise ValueError(f"Invalid sharding: {sharding!r}; give ZeRO(mesh), or None to leave sharding to torch (DDP, FSDP, DTensor)")
         if lr is None and lr_function is None:
             lr_function = LR()
         if lr_function is not None:
@@ -90,6 +93,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.lr_function = lr_function
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
+        self._sharding: Sharding = Local() if sharding is None else sharding.start()
         self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
         self._grad_found_inf: Tensor | None = None  # likewise
         self._skipped: Tensor | None = None
@@ -124,30 +128,46 @@ class AdamW_BF16(torch.optim.Optimizer):
             check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
             for index, param in enumerate(group["params"]):
                 check_param(param, param_name(group, index))
-        except (TypeError, ValueError):
+            self._sharding.attach(group["params"], [param_name(group, index) for index in range(len(group["params"]))])
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
         if self.lr_function is not None and not brings_lr:
             group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
 
     def __getstate__(self) -> dict[str, Any]:
+        self._sharding.check_copyable()
         own = ("lr_function", "skip_nonfinite", "backend", "_skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
+        self.__dict__.setdefault("_sharding", Local())  # an optimizer with another one cannot be pickled
         for group in state["param_groups"]:
             for key, value in (("maximize", False), ("capturable", False), ("schedule_step", 0), ("scheduled_lr", None)):
                 group.setdefault(key, value)
             for index, param in enumerate(group["params"]):
                 if state["state"].get(param):
-                    complete_state(state["state"][param], param, param_name(group, index))
+                    complete_state(state["state"][param], param, param_name(group, index), self._sharding)
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_grad_found_inf", None)
         self.__dict__.setdefault("_plans", {})
         self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters; see :meth:`torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._sharding.clear_grads()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which ZeRO stage 2 lets backward passes accumulate gradients on this rank, to be reduced with the next one outside.
+
+        Raises:
+            RuntimeError: another strategy reduces the gradients, whose own means must be used.
+        """
+        return self._sharding.no_sync()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :class:`AdamW_BF16` or of :class:`torch.optim.AdamW` (the correction then starts at zero), copying its tensors.
@@ -171,7 +191,9 @@ class AdamW_BF16(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
-        """Take one optimization step on every parameter that has a gradient.
+        """Take one optimization step on every parameter that has a gradient: reduce gradients, update, gather weights.
+
+        Collective with ``sharding=ZeRO(...)``: every rank calls it.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -189,6 +211,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._sharding.reduce()
         work = self._plan_step()
         found_inf = self._found_inf(work) if self.skip_nonfinite else None
         for group, plan, grads in work:
@@ -206,6 +229,7 @@ class AdamW_BF16(torch.optim.Optimizer):
                 grad_scale=self._grad_scale,
                 found_inf=found_inf,
             )
+        self._sharding.gather()
         self._grad_scale = self._grad_found_inf = None
         if zero_grad:
             self.zero_grad()
@@ -218,10 +242,10 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         with_grad = []
         for group in self.param_groups:
-            params, grads = group["params"], [param.grad for param in group["params"]]
+            params, grads = group["params"], self._sharding.grads(group["params"])
             if not all(map(is_not, grads, repeat(None))):
                 self._check_not_replaced()
-                params = [param for param in params if param.grad is not None]
+                params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
             if not _strided_and_known_dtypes(grads):
                 check_grads(group)
@@ -233,8 +257,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             if params and (plan is None or not plan.is_current(params, states)):
                 for param, state in zip(params, states, strict=True):
                     if not state:
-                        state.update(new_state(param))
-                plan = self._plans[index] = Plan(list(params), states, self.backend)
+                        state.update(new_state(param, self._sharding))
+                plan = self._plans[index] = Plan(list(params), states, self._sharding, self.backend)
             work.append((group, plan if params else None, plan.local_grads(grads) if params and plan else []))
         return work
 
@@ -244,8 +268,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             return
         if sharded_after_construction([param for group in self.param_groups for param in group["params"]]):
             raise RuntimeError(
-                "the optimizer was built before fully_shard or parallelize_module, so it holds parameters that the model no longer "
-                "uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
+                "the optimizer was built before fully_shard or parallelize_module or FullyShardedDataParallel, so it holds parameters that "
+                "the model no longer uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
             )
         self._checked_not_replaced = True  # a walk over all objects of the process: once is enough
 
@@ -274,6 +298,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
+        self._sharding.reduce()
         norm, self._grad_scale, self._grad_found_inf = self._clip(self._plan_step(), max_norm)
         return norm
 
@@ -287,19 +312,20 @@ class AdamW_BF16(torch.optim.Optimizer):
 
     def _clip(self, work: list[Work], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
         """Norm of all gradients of all ranks, clip coefficient and whether any is not finite; see ``kernels.clip_coefficient``."""
+        groups_of = {param: self._sharding.shard_groups(param) for group in self.param_groups for param in group["params"]}
         by_place = group_by(
             [(param, grad) for _, plan, grads in work if plan is not None for param, grad in zip(plan.params, grads, strict=True)],
-            lambda item: (shard_axes(item[0]), item[1].device),
+            lambda item: (groups_of[item[0]], item[1].device),
         )
-        if len(by_place) == 1 and not next(iter(by_place))[0]:  # whole on one device
+        if len(by_place) == 1 and not any(groups_of.values()):  # whole on one device
             (members,) = by_place.values()
             return grad_norm_clip([grad for _, grad in members], max_norm, self.backend)
-        sums: dict[Any, Tensor] = {}
-        for (axes, _), members in by_place.items():
-            value = grad_sum_sq([grad for _, grad in members], self.backend)
-            sums[axes] = value if axes not in sums else sums[axes] + value.to(sums[axes].device)
-        total = all_reduce_sums(sums) if sums else torch.zeros((), dtype=torch.float64)
-        return clip_coefficient(total, max_norm, self.backend if sums else "reference")
+        # Every rank takes part in every sum, also where it has no gradient itself: FSDP1 may leave a rank no part of a parameter.
+        sums = {groups: torch.zeros((), dtype=torch.float64, device=param.device) for param, groups in groups_of.items()}
+        for (groups, _), members in by_place.items():
+            sums[groups] += grad_sum_sq([grad for _, grad in members], self.backend).to(sums[groups].device)
+        total = all_reduce_sums(sums)
+        return clip_coefficient(total, max_norm, self.backend)
 
     @property
     def skipped_steps(self) -> int:
@@ -311,10 +337,10 @@ class AdamW_BF16(torch.optim.Optimizer):
     @torch.no_grad()
     def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(parameter, weight)`` for every parameter, where ``weight`` is ``p + correction`` in float32, sharded as the parameter
-        is. For averages of weights, export and evaluation."""
+        is, or with ZeRO as its state is. For averages of weights, export and evaluation."""
         for group in self.param_groups:
             for param in group["params"]:
-                weight = param.detach().float()
+                weight = self._sharding.shard(param).detach().float()
                 correction = self.state[param].get("correction") if param in self.state else None
                 yield param, weight if correction is None else weight + correction.float()
 
@@ -332,7 +358,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad and not self.state[param]:
-                    self.state[param] = new_state(param)
+                    self.state[param] = new_state(param, self._sharding)
 
 
 def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:

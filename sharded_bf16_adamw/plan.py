@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from .kernels import Table
-from .sharding.local import DTensor, group_by, local_grad, to_local
+from .sharding.local import DTensor, group_by, to_local
+from .sharding.strategy import Sharding
 
 
 class Plan:
@@ -23,19 +24,31 @@ class Plan:
 
     Args:
         params: parameters with a gradient, plain or DTensor.
+        sharding: how they are spread over ranks.
         states: the state of each, by the names of :func:`sharded_bf16_adamw.state.new_state`.
         backend: see :class:`sharded_bf16_adamw.kernels.Table`.
+
+    Raises:
+        RuntimeError: a state is not of its parameter's shape.
     """
 
-    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], backend: str | None) -> None:
+    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], sharding: Sharding, backend: str | None) -> None:
         self.params = params
         self._states = states
-        self._plain = not any(isinstance(tensor, DTensor) for tensor in params)
+        self._sharding = sharding
+        shards = [sharding.shard(param) for param in params]
+        self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
         self._addresses = self._read_addresses()
         self._tables = []
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
-            local_params = [to_local(params[i]) for i in indices]
+            local_params = [to_local(shards[i]) for i in indices]
             columns: dict[str, list[Any]] = {key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS}
+            for param, exp_avg in zip(local_params, columns["exp_avg"], strict=True):
+                if exp_avg.shape != param.shape:
+                    raise RuntimeError(
+                        f"a parameter has local shape {tuple(param.shape)} but its optimizer state has {tuple(exp_avg.shape)}: the model "
+                        "was sharded after the optimizer's first step; build AdamW_BF16(model.parameters()) after sharding the model"
+                    )
             table = Table(local_params, columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"], backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
@@ -51,7 +64,7 @@ class Plan:
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
         """This rank's part of each parameter's gradient."""
-        return grads if self._plain else [local_grad(param) for param in self.params]
+        return grads if self._plain else self._sharding.local_grads(self.params)
 
     def update_(self, grads: list[Tensor], *, grad_scale: Tensor | None, found_inf: Tensor | None, **hyperparameters: Any) -> None:
         """Take one step; ``grads`` are local."""

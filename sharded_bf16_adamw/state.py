@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .sharding.local import zeros_like_shard
+from .sharding.strategy import Sharding
 
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
 
@@ -44,21 +45,25 @@ def check_grads(group: dict[str, Any]) -> None:
             raise TypeError(f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it must be bfloat16 or float32")
 
 
-def new_state(param: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter before its first step. On an accelerator ``step`` lives there too, so that reading it costs no sync."""
+def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
+    """The state of a parameter before its first step, sharded as its shard is.
+
+    On an accelerator ``step`` lives there too, so that reading it costs no sync.
+    """
     device = "cpu" if param.device.type == "cpu" else param.device
+    shard = sharding.shard(param)
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": zeros_like_shard(param, param.dtype),
-        "exp_avg_sq": zeros_like_shard(param, param.dtype),
+        "exp_avg": zeros_like_shard(shard, param.dtype),
+        "exp_avg_sq": zeros_like_shard(shard, param.dtype),
     }
     if param.dtype == torch.bfloat16:
-        state["correction"] = zeros_like_shard(param, torch.bfloat16)
+        state["correction"] = zeros_like_shard(shard, torch.bfloat16)
     return state
 
 
-def complete_state(state: dict[str, Any], param: Tensor, name: str) -> None:
-    """Check a loaded state against its parameter; add what a torch.optim.AdamW state lacks and drop what only that one has."""
+def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
+    """Check a loaded state against its parameter and shard it; add what a torch.optim.AdamW state lacks and drop what only that one has."""
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(f"the loaded state of parameter {name} has no {key!r}; it must be a state of AdamW_BF16 or torch.optim.AdamW")
@@ -68,11 +73,13 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str) -> None:
                 f"the loaded {key} of parameter {name} has shape {tuple(state[key].shape)} but the parameter has {tuple(param.shape)}; "
                 "it is the state of another model or of another sharding"
             )
+        if key in state:
+            state[key] = sharding.shard_state(param, state[key], f"the loaded {key} of parameter {name}")
     step = torch.as_tensor(state["step"], dtype=torch.float32)
     state["step"] = step.to("cpu" if param.device.type == "cpu" else param.device)
     state.pop("max_exp_avg_sq", None)  # amsgrad, which this rule does not have
     if param.dtype == torch.bfloat16:
-        state.setdefault("correction", zeros_like_shard(param, torch.bfloat16))
+        state.setdefault("correction", zeros_like_shard(sharding.shard(param), torch.bfloat16))
     else:
         state.pop("correction", None)
 

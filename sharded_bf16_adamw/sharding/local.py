@@ -1,7 +1,7 @@
 """From a parameter to this rank's local tensors, where torch does the communication (one process, DDP, FSDP, tensor parallel).
 
 An elementwise update needs no communication of its own: a rank updates the shard that it holds. Only a global gradient norm
-does, and :func:`all_reduce_sums` is the one place that knows over which mesh axes.
+does: :func:`shard_groups` says over which ranks a parameter is spread, and :func:`all_reduce_sums` adds up over them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+
+from .fsdp1 import is_flattened, shard_group
 
 
 def to_local(tensor: Tensor) -> Tensor:
@@ -40,27 +42,38 @@ def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
 
 
-def shard_axes(param: Tensor) -> tuple[tuple[Any, int], ...]:
-    """The mesh axes over which the elements of ``param`` are spread, as (mesh, axis) pairs: those that do not hold replicas."""
-    if not isinstance(param, DTensor):
-        return ()
-    return tuple((param.device_mesh, axis) for axis, placement in enumerate(param.placements) if not placement.is_replicate())
+def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which the elements of ``param`` are spread, outermost first; those that hold replicas do not count.
+
+    A DTensor has one for each mesh axis that it is not replicated on, an FSDP1 parameter at most one, any other parameter none.
+
+    Raises:
+        RuntimeError: it is a parameter of FSDP1 whose groups cannot be known; see :func:`.fsdp1.shard_group`.
+    """
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        return tuple(mesh.get_group(axis) for axis, placement in enumerate(param.placements) if not placement.is_replicate())
+    if is_flattened(param):
+        group = shard_group(param)
+        return () if group is None else (group,)
+    return ()
 
 
-def all_reduce_sums(sums: dict[tuple[tuple[Any, int], ...], Tensor]) -> Tensor:
+def all_reduce_sums(sums: dict[tuple[dist.ProcessGroup, ...], Tensor]) -> Tensor:
     """Add up per-rank sums so that every element of every parameter counts once.
 
     Args:
-        sums: by :func:`shard_axes` of the parameters summed, 0-dim float64. Collective over those axes; every rank passes the same keys
-            in the same order.
+        sums: by :func:`shard_groups` of the parameters summed, 0-dim float64. Reduced in place. Collective over those groups; every rank
+            passes the same keys in the same order, also those of parameters of which it holds no element or no gradient.
 
     Returns:
         The total, 0-dim float64, the same on every rank.
     """
-    for axes, value in sums.items():
-        for mesh, axis in axes:
-            dist.all_reduce(value, group=mesh.get_group(axis))
-    return torch.stack([value.to(next(iter(sums.values())).device) for value in sums.values()]).sum()
+    for groups, value in sums.items():
+        for group in groups:
+            dist.all_reduce(value, group=group)
+    values = list(sums.values())
+    return torch.stack([value.to(values[0].device) for value in values]).sum() if values else torch.zeros((), dtype=torch.float64)
 
 
 def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

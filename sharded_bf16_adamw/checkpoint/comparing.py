@@ -1,0 +1,104 @@
+"""Which entries of a checkpoint fit a model and an optimizer, and in what they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .contents import MODEL, STATE, Contents, param_of_state
+from .manifest import Manifest, ParamGroup
+from .plain import decode
+
+
+@dataclass
+class Comparison:
+    """Attributes:
+    loadable: keys of tensors that the checkpoint has in the same shape and dtype.
+    unsaved_states: keys of states that it lacks although it has the parameter's weight; they start at zero.
+    plain: values that are no tensors, by key.
+    groups: the groups here with the saved options.
+    differences: a sentence without a full stop for each entry that does not fit.
+    """
+
+    loadable: list[str] = field(default_factory=list)
+    unsaved_states: list[str] = field(default_factory=list)
+    plain: dict[str, Any] = field(default_factory=dict)
+    groups: list[ParamGroup] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def compare(metadata: Metadata, manifest: Manifest, here: Contents) -> Comparison:
+    """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference."""
+    result = Comparison()
+    saved = metadata.state_dict_metadata
+    saved_plain = manifest.values
+    with_state = {param_of_state(key) for key in [*saved, *saved_plain]} - {None}
+    for key, value in here.tensors.items():
+        entry, param = saved.get(key), param_of_state(key)
+        problem = f"it has no {key}" if entry is None else _difference(key, entry, value)
+        if problem is None:
+            result.loadable.append(key)
+            continue
+        if param is None or param in with_state:
+            result.differences.append(problem)
+        if param is not None and MODEL + param in saved and _difference("", saved[MODEL + param], here.tensors[MODEL + param]) is None:
+            result.unsaved_states.append(key)
+    for key, value in here.plain.items():
+        if key in saved_plain:
+            result.plain[key] = decode(saved_plain[key])
+        else:
+            result.plain[key] = value
+            if param_of_state(key) is None or param_of_state(key) in with_state:
+                result.differences.append(f"it has no {key}")
+    for key in [*saved, *saved_plain]:
+        if key.startswith((MODEL, STATE)) and key not in here.tensors and key not in here.plain:
+            result.differences.append(f"it has {key}, which is not here")
+    _compare_groups(manifest.groups, here.groups, result)
+    return result
+
+
+def restored(here: Contents, comparison: Comparison, loaded: dict[str, Any]) -> Contents:
+    """What the model and optimizer are to hold: loaded tensors and values, and of the rest what they hold now."""
+    return Contents({**here.tensors, **{key: loaded[key] for key in comparison.loadable}}, comparison.plain, comparison.groups)
+
+
+def _difference(key: str, entry: Any, value: Any) -> str | None:
+    shape = value.size()
+    if entry.size != shape:
+        return f"{key} has shape {tuple(entry.size)} there but {tuple(shape)} here"
+    if entry.properties.dtype != value.dtype:
+        return f"{key} is {entry.properties.dtype} there but {value.dtype} here"
+    return None
+
+
+def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Comparison) -> None:
+    """Options by name, of those that both have: which there are depends on versions. Groups may have been divided otherwise, as long
+    as the parameters of one group here were saved with the same options."""
+    options_of = {fqn: group.options for group in saved for fqn in group.params}
+    for group in here:
+        options = {}
+        for name, value in group.options.items():
+            found = {fqn: options_of[fqn][name] for fqn in group.params if name in options_of.get(fqn, {})}
+            options[name] = value
+            if not found:
+                continue
+            first = next(iter(found))
+            other = next((fqn for fqn in found if found[fqn] != found[first]), None)
+            if other is None:
+                options[name] = _like(value, decode(found[first]))
+            else:
+                result.differences.append(
+                    f"{name} of {first} is {found[first]} there and of {other} {found[other]}, but here they are in one group"
+                )
+        result.groups.append(ParamGroup(group.params, options))
+
+
+def _like(here: Any, saved: Any) -> Any:
+    """A learning rate that is a tensor here stays one, on its device, and a number stays a number."""
+    if isinstance(here, Tensor):
+        return torch.as_tensor(saved, dtype=here.dtype, device=here.device).reshape(here.shape)
+    return saved.item() if isinstance(saved, Tensor) else saved

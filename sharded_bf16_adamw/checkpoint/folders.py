@@ -1,0 +1,138 @@
+"""The folders under a root: which are complete, which is the latest, and changes that a crash at any point cannot spoil.
+
+A name that starts with a dot is work in progress or rubbish, so nobody reads it, and the next save removes it. Everything appears by
+one rename and disappears by one. Before a rename the content is flushed to the disk, and the folder after it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from .manifest import MANIFEST, read_manifest
+
+LATEST = "LATEST"
+_PARTIAL, _REMOVED = ".partial-", ".removed-"
+
+
+def latest(root: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint under ``root``, or None. Reads names and manifests; :func:`verify` reads it all."""
+    root = Path(root)
+    try:
+        path = root / (root / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        path = root
+    if path.parent == root and path != root and (path / MANIFEST).is_file():
+        return path
+    complete = complete_checkpoints(root)
+    return complete[-1] if complete else None
+
+
+def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
+    """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest. For one process.
+
+    A kill at any point leaves each checkpoint whole or gone.
+
+    Returns:
+        The folders removed, oldest first.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"Invalid keep: {keep}; it must be at least 1")
+    root = Path(root)
+    newest = latest(root)
+    old = [path for path in complete_checkpoints(root) if path != newest]
+    removed = old[: max(0, len(old) + (newest is not None) - keep)]
+    for path in removed:
+        remove(path)
+    return removed
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """In the order in which they were saved. One whose manifest is damaged counts as older than all others."""
+    return [path for _, path in sorted((_serial(path.parent), path.parent) for path in root.glob(f"step-*/{MANIFEST}"))]
+
+
+def begin(root: Path, step: int) -> tuple[Path, Path, int]:
+    """Remove what failed saves left and make an empty folder to write to.
+
+    Returns:
+        That folder, the name that the checkpoint will have (one that is free: a resumed run may come by the same step again), and
+        its serial number.
+    """
+    _make_folder(root)
+    for leftover in [*root.glob(f"{_PARTIAL}*"), *root.glob(f"{_REMOVED}*"), *root.glob(f".{LATEST}*")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    complete = complete_checkpoints(root)
+    final, copy = root / f"step-{step:08d}", 1
+    while final.exists():
+        copy += 1
+        final = root / f"step-{step:08d}-{copy}"
+    partial = root / f"{_PARTIAL}{final.name}"
+    partial.mkdir()
+    return partial, final, 1 + max((_serial(path) for path in complete), default=0)
+
+
+def publish(partial: Path, final: Path, manifest: bytes) -> None:
+    """Make a folder, whose other files are on the disk, the latest checkpoint."""
+    write_durably(partial / MANIFEST, manifest)
+    sync_folder(partial)
+    os.rename(partial, final)
+    sync_folder(final.parent)  # LATEST must not be on the disk before what it names
+    temporary = final.with_name(f".{LATEST}")
+    write_durably(temporary, f"{final.name}\n".encode())
+    os.replace(temporary, final.with_name(LATEST))
+    sync_folder(final.parent)
+
+
+def remove_older(newest: Path, step: int, keep: int | None) -> None:
+    """After ``newest`` was published: remove earlier saves of the same step, and all but the ``keep`` newest."""
+    for path in newest.parent.glob(f"step-{step:08d}*"):
+        if path != newest and (path.name == f"step-{step:08d}" or path.name.startswith(f"step-{step:08d}-")):
+            remove(path)
+    if keep is not None:
+        prune(newest.parent, keep)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, at once as far as others can see."""
+    hidden = path.with_name(f"{_REMOVED}{path.name}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a new file and flush it to the disk."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(path: Path) -> None:
+    """Like ``mkdir -p``, flushed to the disk."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def _serial(path: Path) -> int:
+    try:
+        return read_manifest(path).serial
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,206 @@
+"""The whole optimizer state on one rank, and back onto the ranks, one tensor at a time.
+
+torch's own ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every tensor on every rank. Here only rank 0
+receives: each rank sends it the block that it holds, straight from where it lies, and rank 0 receives into the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .agreement import gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
+from .blocks import has_fsdp1, local_blocks, set_sharded_optimizer_state, sharded_optimizer_state
+from .contents import init_state
+from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
+
+# --------------------------------------------------------------------------------------------------------- gather and scatter
+
+
+@torch.no_grad()
+def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank calls it.
+
+    Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
+    contiguously (none, mostly). Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
+    and of one flat parameter's whole state while that is made.
+
+    Example, on rank 0; the other ranks get ``{}``::
+
+        {
+            "state": {
+                "layer.weight": {"step": tensor(7.), "exp_avg": tensor(...), "exp_avg_sq": tensor(...), "correction": tensor(...)},
+                "layer.bias": {...},
+            },
+            "param_groups": [{"params": ["layer.weight", "layer.bias"], "lr": 0.001, "betas": (0.9, 0.999), ...}],
+        }
+
+    This is what ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns with ``StateDictOptions(full_state_dict=True,
+    cpu_offload=True)``, and its ``set_optimizer_state_dict`` takes it. Parameters that never had a gradient have no state here.
+
+    Args:
+        model: the module, wrapped or not.
+        optimizer: the optimizer of its parameters: ours or one of torch's whose state holds tensors only.
+
+    Returns:
+        Tensors of their own memory, contiguous, in CPU memory.
+
+    Raises:
+        TypeError: a state is no tensor.
+        ValueError: the ranks' blocks do not add up to the whole tensor (an uneven mix of shardings that a box cannot describe).
+    """
+    if not optimizer.state:
+        init_state(optimizer)
+    sharded = sharded_optimizer_state(model, optimizer)
+    tensors = _tensors(sharded["state"])
+    tables = gather_on_rank_0(table_of(tensors))
+    wholes = _merged(tables)
+    transfers = _agreed(plan_transfers(tables, wholes, replicas=False))
+    if rank() != 0:
+        for transfer in transfers:
+            send(held(tensors[transfer.key], transfer), 0, transfer.wire)
+        return {}
+    by_key: dict[Key, list[Transfer]] = {key: [] for key in wholes}
+    for transfer in transfers:
+        by_key[transfer.key].append(transfer)
+    full: dict[str, dict[str, Tensor]] = {}
+    for (fqn, name), entry in wholes.items():
+        whole = full.setdefault(fqn, {})[name] = torch.empty(entry.shape, dtype=entry.dtype)
+        for transfer in by_key[fqn, name]:
+            (sender,) = transfer.ranks
+            place = transfer.block.of(whole)
+            if sender == 0:
+                place.copy_(held(tensors[transfer.key], transfer))
+            else:
+                receive(place, sender, transfer.wire)
+    return {"state": full, "param_groups": [_plain_group(group) for group in sharded["param_groups"]]}
+
+
+@torch.no_grad()
+def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, full: dict[str, Any] | None) -> None:
+    """Inverse of :func:`gather_full_state_dict`: give each rank its part of what rank 0 holds. Collective: every rank calls it.
+
+    Rank 0 needs memory for at most one tensor more than ``full``, the other ranks for at most one block (twice their shard under FSDP1).
+    A parameter that has no state in ``full`` starts afresh. Hyper-parameters come from ``full``, except that an optimizer with a
+    schedule keeps it, and continues it from the position in ``full``.
+
+    Args:
+        model: the module, wrapped or not, in any layout and on any number of ranks.
+        optimizer: the optimizer of its parameters.
+        full: on rank 0 as :func:`gather_full_state_dict` or torch's ``get_optimizer_state_dict`` (full) returned it; ignored elsewhere.
+
+    Raises:
+        ValueError: on every rank, where ``full`` is of another model or optimizer: a parameter or state is missing, unexpected or of
+            another shape or dtype, or the groups divide the parameters otherwise. Nothing is changed.
+    """
+    init_state(optimizer)
+    sharded = sharded_optimizer_state(model, optimizer)
+    tensors = _tensors(sharded["state"])
+    tables = gather_on_rank_0(table_of(tensors))
+    wholes = _merged(tables)
+    plan: list[list[Transfer]] | str = []
+    if rank() == 0:
+        problems = _differences(wholes, sharded["param_groups"], full)
+        if problems:
+            more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
+            plan = f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}"
+        else:
+            assert full is not None
+            plan = plan_transfers(tables, {key: entry for key, entry in wholes.items() if key[0] in full["state"]}, replicas=True)
+    transfers = _agreed(plan)
+    given = on_rank_0("cannot scatter the full state", lambda: (full or {})["param_groups"])
+    for transfer in transfers:
+        block = transfer.block.of(torch.as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank() == 0 else None
+        deliver(transfer, block, tensors)
+    for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
+        for _, local in local_blocks(tensors[key]):
+            local.zero_()
+    groups = [_matching(group, given) for group in sharded["param_groups"]]
+    for live, group in zip(optimizer.param_groups, groups, strict=True):
+        if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
+            group["scheduled_lr"] = None if live["scheduled_lr"] is None else group["lr"]
+    if has_fsdp1(model):
+        own = [{**group, "params": old["params"]} for old, group in zip(sharded["param_groups"], groups, strict=True)]
+        set_sharded_optimizer_state(model, optimizer, {"state": sharded["state"], "param_groups": own})
+        return
+    for live, group in zip(optimizer.param_groups, groups, strict=True):
+        _update_group(live, group)
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+
+
+def _tensors(state: dict[str, dict[str, Any]]) -> dict[Key, Tensor]:
+    tensors = {}
+    for fqn, values in state.items():
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
+            tensors[fqn, name] = value
+    return tensors
+
+
+def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: dict[str, Any] | None) -> list[str]:
+    """How ``full`` does not fit this model and optimizer, on rank 0."""
+    if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
+        return ['rank 0 must pass a dict with "state" and "param_groups"']
+    state, problems = full["state"], []
+    known = {fqn for group in groups for fqn in group["params"]}
+    problems += [f"it has a state of {fqn}, which is no parameter here" for fqn in state if fqn not in known]
+    for (fqn, name), entry in wholes.items():
+        if fqn not in state:
+            continue
+        value = state[fqn].get(name)
+        if value is None:
+            problems.append(f"it has no {name} of {fqn}")
+        elif tuple(torch.as_tensor(value).shape) != entry.shape:
+            problems.append(f"{name} of {fqn} has shape {tuple(torch.as_tensor(value).shape)} there but {entry.shape} here")
+        elif torch.as_tensor(value).dtype != entry.dtype:
+            problems.append(f"{name} of {fqn} is {torch.as_tensor(value).dtype} there but {entry.dtype} here")
+    problems += [
+        f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
+    ]
+    theirs = [set(group["params"]) for group in full["param_groups"]]
+    for index, group in enumerate(groups):
+        if not any(set(group["params"]) <= params for params in theirs):
+            problems.append(f"no group there has all parameters of group {index} here")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------- plan and groups
+
+
+def _merged(tables: list[dict[Key, Entry]]) -> dict[Key, Entry]:
+    """Everything that any rank holds a part of, in the order of rank 0; empty on the others."""
+    return {key: entry for table in tables for key, entry in table.items()}
+
+
+def _agreed(plan: list[list[Transfer]] | str) -> list[Transfer]:
+    """This rank's part of rank 0's plan; what is wrong is raised on every rank. Collective."""
+    plans: list[list[Transfer] | str] = [plan] * world_size() if isinstance(plan, str) else [*plan]
+    own = scatter_from_rank_0(plans)
+    if isinstance(own, str):
+        raise ValueError(own)
+    return own
+
+
+def _plain_group(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group whose tensors (lr) are in CPU memory."""
+    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in group.items()}
+
+
+def _matching(group: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, Any]:
+    """A copy of the one of ``given`` that has the parameters of ``group``, without them."""
+    found = next(other for other in given if set(group["params"]) <= set(other["params"]))
+    return {key: value for key, value in _plain_group(found).items() if key not in ("params", "param_names")}
+
+
+def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(live.get(key), Tensor):
+            live[key].copy_(torch.as_tensor(value))  # a captured graph reads lr from this memory
+        else:
+            live[key] = value

@@ -1,0 +1,291 @@
+"""Weights and AdamW states of other trainings, split and rounded into ours, on a live model or as a new checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.reference import _mix, stochastic_round
+from ..optimizer import AdamW_BF16
+from .agreement import errors_on_every_rank
+from .blocks import (
+    has_fsdp1,
+    local_blocks,
+    set_sharded_model_state,
+    set_sharded_optimizer_state,
+    sharded_model_state,
+    sharded_optimizer_state,
+)
+from .contents import init_state
+from .fp32 import Progress, split
+from .saving import save
+from .sources import Source, open_optimizer_state, open_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")  # of torch.optim.AdamW's that mean the same here
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}  # segments that torch puts into names
+_Path = str | os.PathLike[str]
+
+
+def round_moment(x: Tensor) -> Tensor:
+    """Round a float32 moment to bfloat16 stochastically, by the rule of the kernels.
+
+    The random bits are a hash of the value's own bits: the result is the same on every run and for every sharding, and over many values
+    the mean error is zero. A value that bfloat16 holds stays as it is.
+    """
+    return stochastic_round(x, _mix(x.view(torch.int32)) & 0xFFFF)
+
+
+@torch.no_grad()
+def import_fp32(
+    source: _Path | Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: AdamW_BF16,
+    optimizer_state: _Path | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Replace the weights of a model, and the states of its optimizer, by those of a training in another precision. Collective: every
+    rank calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
+
+    A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, what is then missing (see
+    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound). Moments are rounded stochastically, with bits that depend on the values
+    alone. So every number of ranks and every strategy gets the same bits.
+
+    Args:
+        source: a safetensors file, a folder of them with an index (the Hugging Face layout), a torch file, or a state dict; floating
+            dtypes are converted. It has every tensor of the model's state dict by name (one of several tied ones will do), and no other.
+        model: the module, wrapped or not, with its optimizer built.
+        optimizer: the optimizer of its parameters.
+        optimizer_state: of a ``torch.optim.AdamW`` in any floating dtype: a torch file or a dict, keyed by integers (then in the order of
+            this optimizer's groups and parameters) or a full one keyed by names, as FSDP and ``get_optimizer_state_dict`` return. Its
+            lr, betas, eps, weight_decay and maximize are taken over; an optimizer with a schedule keeps that and continues it at the
+            state's step. None: moments and steps start at zero, hyper-parameters stay.
+        progress: called with the number of bytes whenever a tensor was filled.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape, or a file is damaged or of another kind. Nothing is changed.
+        RuntimeError: a rank cannot find or read a file, and nothing is changed; or it could not in the midst of reading, and the model is
+            then part old, part new, as the message says.
+    """
+    with errors_on_every_rank("cannot import"):
+        weights = open_weights(source)
+        init_state(optimizer)
+        optimizer_part = sharded_optimizer_state(model, optimizer)
+    model_part = sharded_model_state(model)
+    with errors_on_every_rank("cannot import"):
+        names = _names_in_source(weights, model, model_part)
+        imported = None if optimizer_state is None else _by_name(open_optimizer_state(optimizer_state), optimizer_part["param_groups"])
+        if imported is not None:
+            _check_states(imported["state"], optimizer_part["state"])
+            groups = [_group_of(group, imported["param_groups"]) for group in optimizer_part["param_groups"]]
+    with errors_on_every_rank("cannot import, and the model is now part old, part new"):
+        for key, tensor in model_part.items():
+            if isinstance(tensor, Tensor):
+                _fill_weight(tensor, weights, names[key])
+                _report(progress, tensor)
+        for fqn, state in optimizer_part["state"].items():
+            for kind, tensor in state.items():
+                if kind == "correction":
+                    _fill_correction(tensor, weights, names[fqn])
+                else:
+                    _fill_state(tensor, None if imported is None else imported["state"].get(fqn, {}).get(kind))
+                _report(progress, tensor)
+        if imported is not None:
+            for live, shown, group in zip(optimizer.param_groups, optimizer_part["param_groups"], groups, strict=True):
+                _set_hyperparameters(live, group, _steps(imported["state"], shown["params"]))
+                shown.update({key: value for key, value in live.items() if key not in ("params", "param_names")})
+    if has_fsdp1(model):
+        set_sharded_model_state(model, model_part)
+        set_sharded_optimizer_state(model, optimizer, optimizer_part)
+
+
+def convert_fp32(
+    source: _Path | Mapping[str, Tensor],
+    root: _Path,
+    optimizer_state: _Path | Mapping[str, Any] | None = None,
+    *,
+    fp32: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+    progress: Progress | None = None,
+    **hyperparameters: Any,
+) -> Path:
+    """Write a new checkpoint from weights of another training, without the model's code. For one process; holds the model in memory.
+
+    Args:
+        source: as for :func:`import_fp32`.
+        root: folder of the checkpoints of a run, which must not have one yet; the new one's step is that of ``optimizer_state``.
+        optimizer_state: as for :func:`import_fp32`.
+        fp32: patterns (``"*.norm.weight"``) of names of parameters that are float32 in the model; all other parameters become bfloat16.
+        buffers: patterns of names that are buffers in the model; they keep their dtype, as does everything that is not floating.
+        hyperparameters: lr, betas, eps, weight_decay, where ``optimizer_state`` does not bring them.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileExistsError: there is a checkpoint under ``root``.
+        FileNotFoundError: there is nothing at ``source`` or ``optimizer_state``.
+        ValueError: as :func:`import_fp32`.
+    """
+    from .folders import latest
+
+    if latest(root) is not None:
+        raise FileExistsError(f"{root} has a checkpoint already; give another folder")
+    weights = open_weights(source)
+    state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+    model = nn.Module()
+    for name, info in weights.infos.items():
+        holder = model
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            if parent not in holder._modules:
+                holder.add_module(parent, nn.Module())
+            holder = holder.get_submodule(parent)
+        if not info.dtype.is_floating_point or _matches(name, buffers):
+            holder.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype))
+        else:
+            dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
+            holder.register_parameter(leaf, nn.Parameter(torch.empty(info.shape, dtype=dtype)))
+    optimizer = AdamW_BF16(_like_groups(model, state), **{"lr": 1e-3, **hyperparameters})
+    import_fp32(source, model, optimizer, state, progress)
+    step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
+    return save(root, step, model, optimizer)
+
+
+# ------------------------------------------------------------------------------------------------------------------ filling
+
+
+def _fill_weight(tensor: Tensor, weights: Source, name: str) -> None:
+    for block, local in local_blocks(tensor):
+        x = weights.read(name, block)
+        local.copy_(split(x.float())[0] if local.dtype == torch.bfloat16 else x)
+
+
+def _fill_correction(tensor: Tensor, weights: Source, name: str) -> None:
+    for block, local in local_blocks(tensor):
+        local.copy_(split(weights.read(name, block).float())[1])
+
+
+def _fill_state(tensor: Tensor, value: Any) -> None:
+    for block, local in local_blocks(tensor):
+        if value is None:
+            local.zero_()
+            continue
+        x = block.of(torch.as_tensor(value)).detach().float()
+        local.copy_(round_moment(x) if local.dtype == torch.bfloat16 else x)
+
+
+def _set_hyperparameters(live: dict[str, Any], group: dict[str, Any], step: int) -> None:
+    for key in HYPERPARAMETERS:
+        if key in group:
+            if isinstance(live[key], Tensor):
+                live[key].copy_(torch.as_tensor(group[key]))  # a captured graph reads lr from this memory
+            else:
+                live[key] = float(group[key]) if isinstance(group[key], Tensor) else group[key]
+    live["schedule_step"] = step
+    if live["scheduled_lr"] is not None:
+        live["scheduled_lr"] = live["lr"]
+
+
+def _report(progress: Progress | None, tensor: Tensor) -> None:
+    if progress is not None:
+        progress(sum(local.nbytes for _, local in local_blocks(tensor)))
+
+
+# ----------------------------------------------------------------------------------------------------------- names and checks
+
+
+def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, Any]) -> dict[str, str]:
+    """By the model's names those in the source, which differ for tied parameters alone. Raises ValueError where they do not fit."""
+    tied: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(param), []).append(".".join(part for part in name.split(".") if name in model_part or part not in _WRAPPERS))
+    names = {name: name for name in model_part}
+    for group in tied.values():
+        present = [name for name in group if name in weights.infos]
+        names.update({name: present[0] for name in group if present and name not in weights.infos})
+    problems = []
+    for name, tensor in model_part.items():
+        info = weights.infos.get(names[name])
+        if not isinstance(tensor, Tensor):
+            continue
+        if info is None:
+            problems.append(f"it has no {name}")
+        elif info.shape != tuple(tensor.shape):
+            problems.append(f"{name} has shape {info.shape} there but {tuple(tensor.shape)} here")
+        elif info.dtype != tensor.dtype and not (info.dtype.is_floating_point and tensor.dtype.is_floating_point):
+            problems.append(f"{name} is {info.dtype} there but {tensor.dtype} here")
+    problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part]
+    _raise("the weights to import are of another model", problems)
+    return names
+
+
+def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state dict keyed by parameter names, from one keyed by integers or by names."""
+    if all(isinstance(key, str) for key in state_dict["state"]) and state_dict["state"]:
+        return state_dict
+    theirs = [group["params"] for group in state_dict["param_groups"]]
+    if [len(params) for params in theirs] != [len(group["params"]) for group in own]:
+        raise ValueError(
+            f"the optimizer state to import has groups of {[len(params) for params in theirs]} parameters but this optimizer has "
+            f"{[len(group['params']) for group in own]}; build it with the same groups, or export the state keyed by parameter names"
+        )
+    name_of = {key: name for keys, group in zip(theirs, own, strict=True) for key, name in zip(keys, group["params"], strict=True)}
+    groups = [{**group, "params": [name_of[key] for key in group["params"]]} for group in state_dict["param_groups"]]
+    return {"state": {name_of[key]: values for key, values in state_dict["state"].items()}, "param_groups": groups}
+
+
+def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
+    problems = [f"it has a state of {fqn}, which is no parameter here" for fqn in imported if fqn not in own]
+    for fqn in imported.keys() & own.keys():
+        for kind in ("step", *MOMENTS):
+            value = imported[fqn].get(kind)
+            expected = () if kind == "step" else tuple(own[fqn][kind].shape)
+            if value is None:
+                problems.append(f"it has no {kind} of {fqn}")
+            elif tuple(torch.as_tensor(value).shape) != expected:
+                problems.append(f"{kind} of {fqn} has shape {tuple(torch.as_tensor(value).shape)} there but {expected} here")
+    _raise("the optimizer state to import is of another model, or not of AdamW", problems)
+
+
+def _raise(what: str, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were")
+
+
+def _group_of(group: dict[str, Any], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    for other in theirs:
+        if set(group["params"]) <= set(other["params"]):
+            return other
+    raise ValueError(f"no group of the optimizer state to import has all of {', '.join(group['params'][:3])}...; build the same groups")
+
+
+def _steps(state: dict[str, Any], names: list[str]) -> int:
+    return max((int(state[name]["step"]) for name in names if name in state), default=0)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _like_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The model's parameters in groups as the optimizer state has them; one that it does not name stands with the first group."""
+    named = dict(model.named_parameters())
+    if state is None or not all(isinstance(name, str) for group in state["param_groups"] for name in group["params"]):
+        sizes = [len(named)] if state is None else [len(group["params"]) for group in state["param_groups"]]
+        if state is not None and sum(sizes) != len(named):
+            raise ValueError(
+                f"the optimizer state is of {sum(sizes)} parameters but the weights have {len(named)}; name the buffers among them"
+            )
+        remaining = iter(named.values())
+        return [{"params": [next(remaining) for _ in range(size)]} for size in sizes]
+    groups = [{"params": [named.pop(name) for name in group["params"] if name in named]} for group in state["param_groups"]]
+    groups[0]["params"] += named.values()
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,183 @@
+"""Read a checkpoint: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .agreement import errors_on_every_rank, on_rank_0, rank, world_size
+from .asynchronous import wait_for_save
+from .comparing import compare, restored
+from .contents import contents, init_state, rng_contents, set_contents, set_rng_contents
+from .folders import latest
+from .manifest import MANIFEST, FileRecord, Manifest, find_damage, read_manifest
+from .storage import METADATA, PlainReader, read_metadata
+
+
+class Loaded(dict[str, Any]):
+    """The ``extra`` that was saved, as a dict.
+
+    Attributes:
+        path: the checkpoint's folder.
+        step: the position at which it was saved.
+        not_loaded: with ``strict=False``, a sentence for each difference between the checkpoint and the model and optimizer.
+    """
+
+    def __init__(self, extra: dict[str, Any], path: Path, step: int, not_loaded: list[str]) -> None:
+        super().__init__(extra)
+        self.path = path
+        self.step = step
+        self.not_loaded = not_loaded
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, strict: bool = True) -> Loaded:
+    """Load a checkpoint into ``model`` and ``optimizer``, whatever layout and number of ranks saved it. Collective.
+
+    Restores weights, optimizer states and groups, and torch's random state for each rank that the saving run had too. Parameters that
+    had no optimizer state when saved (they never had a gradient) start at step 0. First every file is read and compared with its
+    checksum (each rank reads its share), and names, shapes and dtypes are compared, so that on the errors below nothing has changed.
+
+    Args:
+        path: a checkpoint's folder, or the ``root`` of a run, which stands for its latest.
+        strict: whether a difference in names, shapes or dtypes is an error. Otherwise what fits is loaded, the optimizer's states
+            that are missing for a loaded weight are set to zero, the rest stays as it is, and ``not_loaded`` of the result lists all of it.
+
+    Returns:
+        The ``extra`` that was saved, with some facts as attributes.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at ``path``.
+        ValueError: a file is missing, damaged or from another checkpoint, or the checkpoint belongs to another model. Nothing is changed.
+        RuntimeError: a rank could not read it, or a file changed after it was checked, in which case weights may be partly loaded; the
+            message says so. Or an asynchronous save that was under way failed.
+    """
+    wait_for_save()
+    path = Path(path)
+    found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path))
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
+    folder, manifest = found
+    metadata = _checked_metadata(folder, manifest)
+    with _states_as_before_if_it_fails(optimizer):
+        with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
+            init_state(optimizer)
+            here = contents(model, optimizer)
+            comparison = compare(metadata, manifest, here)
+            if strict and comparison.differences:
+                raise ValueError(_another_model(folder, comparison.differences))
+        random = {key: value for key, value in rng_contents().items() if key in metadata.state_dict_metadata}
+    tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
+    with errors_on_every_rank(f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked"):
+        _read_into(tensors, folder, metadata)
+        for key in comparison.unsaved_states:
+            _zero_(here.tensors[key])
+        set_contents(model, optimizer, restored(here, comparison, tensors))
+        set_rng_contents(random)
+    return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.differences)
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """Read a whole checkpoint and compare every file with its checksum. For one process; needs no model, and unpickles nothing.
+
+    Args:
+        path: a checkpoint's folder, or the ``root`` of a run, which stands for its latest.
+
+    Returns:
+        A sentence for each file that is missing, unreadable, damaged or from another checkpoint; empty where all is well.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at ``path``.
+    """
+    try:
+        found = _find(Path(path))
+    except ValueError as error:
+        return [str(error)]
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
+    folder, manifest = found
+    return find_damage(folder, manifest.files)
+
+
+def _find(path: Path) -> tuple[Path, Manifest] | None:
+    """The checkpoint that ``path`` means, and its manifest. ValueError where that is damaged."""
+    folder = path if (path / MANIFEST).exists() else latest(path)
+    return None if folder is None else (folder, read_manifest(folder))
+
+
+def _checked_metadata(folder: Path, manifest: Manifest) -> Metadata:
+    """Check all files, each rank its share; return DCP's metadata. Collective.
+
+    Raises:
+        ValueError: a file is not what was saved.
+        RuntimeError: a rank failed otherwise.
+    """
+    cannot = f"the checkpoint {folder} cannot be used"
+    with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
+        damage = find_damage(folder, _share(manifest.files, rank(), world_size()))
+        if damage:
+            more = f" (and {len(damage) - 3} more files)" if len(damage) > 3 else ""
+            raise ValueError(f"{cannot}: {'; '.join(damage[:3])}{more}; load another checkpoint")
+        if METADATA not in manifest.files:
+            raise ValueError(f"{cannot}: its manifest does not list {METADATA}; load another checkpoint")
+        metadata = read_metadata(folder, manifest.files[METADATA])
+        unchecked = {info.relative_path for info in metadata.storage_data.values()} - set(manifest.files)
+        if unchecked:
+            raise ValueError(f"{cannot}: {METADATA} names {min(unchecked)}, which its manifest does not list; load another checkpoint")
+    return metadata
+
+
+def _read_into(tensors: dict[str, Any], folder: Path, metadata: Metadata) -> None:
+    """Read this rank's part of each tensor in place. Each rank finds what it needs by itself, so no rank waits for another."""
+    planner = DefaultLoadPlanner()
+    reader = PlainReader(folder, metadata)
+    planner.set_up_planner(tensors, metadata, rank() == 0)
+    reader.set_up_storage_reader(metadata, rank() == 0)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+def _share(files: dict[str, FileRecord], rank: int, ranks: int) -> dict[str, FileRecord]:
+    """The files that a rank checks: largest first, each to the rank with the fewest bytes so far."""
+    loads = [0] * ranks
+    share = {}
+    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        least = loads.index(min(loads))
+        loads[least] += record.bytes
+        if least == rank:
+            share[name] = record
+    return share
+
+
+def _another_model(folder: Path, differences: list[str]) -> str:
+    more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+    return (
+        f"the checkpoint {folder} is of another model or optimizer: {'; '.join(differences[:3])}{more}; "
+        "build the model and optimizer as they were when it was saved, or load what fits with strict=False"
+    )
+
+
+def _zero_(tensor: Any) -> None:
+    """Set this rank's part to zero."""
+    shards = [shard.tensor for shard in tensor.local_shards()] if hasattr(tensor, "local_shards") else [tensor]
+    for shard in shards:
+        shard.detach().zero_()
+
+
+@contextmanager
+def _states_as_before_if_it_fails(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Forget states that the body made: loading needs somewhere to load to."""
+    had_state = {param for param, state in optimizer.state.items() if state}
+    try:
+        yield
+    except BaseException:
+        for param in [param for param in optimizer.state if param not in had_state]:
+            del optimizer.state[param]
+        raise

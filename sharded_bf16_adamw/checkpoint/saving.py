@@ -1,0 +1,211 @@
+"""Write a checkpoint: plan on all ranks, write in parallel, and let it appear at once when everything is on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from . import asynchronous
+from .agreement import Group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
+from .contents import contents, describe_strategy, rng_contents
+from .folders import begin, publish, remove_older
+from .manifest import FileRecord, Manifest, ParamGroup
+from .plain import encode
+from .storage import ChecksummedWriter
+
+
+def save(
+    root: str | os.PathLike[str],
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+    async_: bool = False,
+) -> Path:
+    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank calls it with the same arguments.
+
+    Files are written under another name, flushed to the disk, and renamed into place when all ranks are done; then ``LATEST`` is replaced
+    and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
+    moments, the new one is), and the next save removes what is left of it.
+
+    Args:
+        root: folder of all checkpoints of a run, on a file system that every rank sees.
+        step: position of the run, not negative. Saving a step again (a run that was resumed from an earlier one comes by) replaces the
+            older save of it; the new folder has a name of its own, such as ``step-00000200-2``.
+        model: the module, wrapped by DDP or FSDP or not at all.
+        optimizer: the optimizer of its parameters.
+        extra: plain data (what JSON holds) of rank 0 that :func:`load` gives back, such as the position in the data.
+        keep: how many checkpoints to keep, the last saved first; None keeps all.
+        async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
+            next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
+            ``dist.destroy_process_group()``.
+
+    Returns:
+        The checkpoint's folder; with ``async_`` what it will be.
+
+    Raises:
+        ValueError: ``step``, ``keep`` or ``extra`` is not as above; nothing is written.
+        RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
+    """
+    asynchronous.wait_for_save()
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"Invalid step: {step}; it must be an integer that is not negative")
+    if keep is not None and keep < 1:
+        raise ValueError(f"Invalid keep: {keep}; it must be at least 1 or None")
+    try:
+        extra = json.loads(json.dumps(extra or {}))  # a copy: the caller may change it while a thread writes
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
+    root = Path(root)
+    partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", lambda: begin(root, step))
+    group = asynchronous.own_group() if async_ else None
+    with _cleared_if_it_fails(partial, final):
+        found = contents(model, optimizer)
+        groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
+        about = (groups, _encoded(found.plain), describe_strategy(model, optimizer))
+    about_each = gather_on_rank_0(about)
+    manifest = None
+    if rank() == 0:
+        values = {key: value for _, values, _ in reversed(about_each) for key, value in values.items()}
+        groups = _merged([groups for groups, _, _ in about_each])
+        manifest = Manifest(step, serial, world_size(), about[2], _versions(), groups, values, extra)
+    writer = ChecksummedWriter(partial)
+    planner: SavePlanner
+    planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
+    if async_:
+        with _cleared_if_it_fails(partial, final):
+            planner = _Staged(planner, plan)
+    job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
+    if async_:
+        asynchronous.start(lambda: job.run(group))
+    else:
+        job.run(None)
+    return final
+
+
+@dataclass
+class _Save:
+    """A save that is planned: all that remains is to write. It needs no more of model and optimizer than ``planner`` gives out."""
+
+    partial: Path
+    final: Path
+    keep: int | None
+    writer: ChecksummedWriter
+    planner: SavePlanner
+    plan: SavePlan
+    metadata: Metadata | None  # on rank 0
+    manifest: Manifest | None  # on rank 0
+
+    def run(self, group: Group) -> None:
+        """Collective over ``group``.
+
+        Raises:
+            RuntimeError: a rank could not write.
+        """
+        with _cleared_if_it_fails(self.partial, self.final, group):
+            results = self.writer.write_data(self.plan, self.planner).wait()
+        gathered = gather_on_rank_0((results, self.writer.files), group)
+        with _cleared_if_it_fails(self.partial, self.final, group):
+            if rank() == 0:
+                self._finish([results for results, _ in gathered], [files for _, files in gathered])
+
+    def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
+        assert self.metadata is not None and self.manifest is not None
+        self.writer.finish(self.metadata, results)
+        self.manifest.files = {name: record for part in [*files, self.writer.files] for name, record in part.items()}
+        publish(self.partial, self.final, self.manifest.to_bytes())
+        try:
+            remove_older(self.final, self.manifest.step, self.keep)
+        except OSError as error:  # the save itself is done
+            warnings.warn(f"an older checkpoint beside {self.final} could not be removed ({error}); remove it yourself", stacklevel=2)
+
+
+class _Staged(DefaultSavePlanner):
+    """A planner that is done, whose data has been copied to CPU memory: only what this rank is to write. Each item is given out once."""
+
+    def __init__(self, planner: DefaultSavePlanner, plan: SavePlan) -> None:
+        super().__init__()
+        self._data: dict[MetadataIndex, Tensor] = {}
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            self._data[item.index] = tensor.detach().to("cpu", copy=True)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._data.pop(write_item.index)
+
+
+def _plan(
+    tensors: dict[str, Any], writer: ChecksummedWriter, partial: Path, final: Path
+) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
+    """Agree on who writes what: replicas are written once, by ranks in turn. Collective.
+
+    Returns:
+        The planner, which knows the tensors; what this rank writes; and on rank 0 the metadata, which lacks the places in files.
+    """
+    planner = DefaultSavePlanner()
+    with _cleared_if_it_fails(partial, final):
+        planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=rank() == 0)
+        writer.set_up_storage_writer(rank() == 0, rank=rank(), use_collectives=True)
+        local_plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans = gather_on_rank_0(local_plan)
+    metadata = None
+    with _cleared_if_it_fails(partial, final):
+        if rank() == 0:
+            plans, metadata = planner.create_global_plan(plans)
+            plans = writer.prepare_global_plan(plans)
+    return planner, planner.finish_plan(scatter_from_rank_0(plans)), metadata
+
+
+def _encoded(values: dict[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, value in values.items():
+        try:
+            result[key] = encode(value)
+        except TypeError as error:
+            raise ValueError(f"{key} cannot be saved: {error}; only tensors and plain data can") from None
+    return result
+
+
+def _merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
+    """Each parameter once, also where ranks hold different ones."""
+    seen: set[str] = set()
+    merged = []
+    for groups in groups_of_ranks:
+        for params, options in groups:
+            new = [fqn for fqn in params if fqn not in seen]
+            seen.update(new)
+            merged += [ParamGroup(new, options)] if new else []
+    return merged
+
+
+def _versions() -> dict[str, str]:
+    from .. import __version__
+
+    return {"torch": torch.__version__, "sharded_bf16_adamw": __version__}
+
+
+@contextmanager
+def _cleared_if_it_fails(partial: Path, final: Path, group: Group = None) -> Iterator[None]:
+    """Raise errors on every rank, and free the space of what was written: a full disk is the likeliest of errors. Collective."""
+    try:
+        with errors_on_every_rank(f"cannot save the checkpoint {final}", group):
+            yield
+    except (RuntimeError, ValueError):
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,200 @@
+"""DCP's file writer and reader, with checksums computed while writing and metadata read without running what a pickle says.
+
+DCP's own format stays: ``torch.distributed.checkpoint.load`` reads the tensors of our folders. Tensors are read by ``torch.load`` with
+``weights_only=True``; everything else is plain data in the manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+
+from .manifest import FileRecord, crc32_text
+
+METADATA = ".metadata"
+_HASH_ASIDE = 1 << 20  # bytes from which hashing in another thread, while this one writes, pays
+
+
+class ChecksummedWriter(FileSystemWriter):
+    """Writes to an empty folder and flushes every file to the disk.
+
+    Attributes:
+        files: a record of each file that this process has finished.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=True, overwrite=False)
+        self.fs = _ChecksummedFiles()
+        self.files = self.fs.files
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)  # no checkpoint_id: it would be the path of the unfinished folder, as a pickled Path
+
+
+class PlainReader(FileSystemReader):
+    """Reads what :class:`ChecksummedWriter` wrote.
+
+    Args:
+        path: the checkpoint's folder.
+        metadata: what :func:`parse_metadata` made of the bytes that were checked.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def read_metadata(path: Path, record: FileRecord) -> Metadata:
+    """Read DCP's metadata of the checkpoint at ``path``; only bytes that match ``record`` are unpickled, and restrictedly.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what was written, or holds what metadata of tensors cannot.
+    """
+    content = (path / METADATA).read_bytes()
+    if FileRecord(len(content), crc32_text(zlib.crc32(content))) != record:
+        raise ValueError(f"the checkpoint {path} cannot be used: {METADATA} is not what was written; load another checkpoint")
+    try:
+        return parse_metadata(content)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {path} cannot be used: {METADATA}: {error}; load another checkpoint") from error
+
+
+def parse_metadata(content: bytes) -> Metadata:
+    """Unpickle DCP metadata, letting it name nothing but the classes that describe tensors.
+
+    Raises:
+        ValueError: it names something else, is no pickle, or is no metadata of tensors alone.
+    """
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"it is no metadata of a checkpoint ({error})") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("it is no metadata of a checkpoint")
+    pickled = [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    if pickled:
+        raise ValueError(f"{pickled[0]} is a pickled object, which is not loaded")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the dataclasses of DCP's metadata and what torch pickles dtypes, layouts and sizes as. None of them does anything."""
+
+    ALLOWED = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "BytesStorageMetadata",
+                    "ChunkStorageMetadata",
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorProperties",
+                    "TensorStorageMetadata",
+                    "_MEM_FORMAT_ENCODING",
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which metadata of tensors does not need")
+
+
+class _ChecksummedFiles(FileSystem):
+    """DCP's way to the file system, with a checksum of every file that it writes."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with ThreadPoolExecutor(1) as pool, open(path, "xb") as file:
+            stream = _ChecksummedStream(file, pool)
+            try:
+                yield stream
+            except Exception:
+                if stream.error is not None:  # such as a full disk, of which torch.save only says that a position is unexpected
+                    raise stream.error from None
+                raise
+        self.files[Path(path).name] = FileRecord(stream.count, crc32_text(stream.crc))
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.files[Path(new_path).name] = self.files.pop(Path(path).name)
+
+
+class _ChecksummedStream(io.IOBase):
+    """A file that is only ever appended to. CRC-32 and write of a large buffer run side by side: both leave Python's lock."""
+
+    def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._pool = pool
+        self.count = 0
+        self.crc = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._write(memoryview(data).cast("B"))
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def _write(self, data: memoryview) -> int:
+        if data.nbytes < _HASH_ASIDE:
+            self.crc = zlib.crc32(data, self.crc)
+            self._file.write(data)
+        else:
+            crc = self._pool.submit(zlib.crc32, data, self.crc)
+            try:
+                self._file.write(data)
+            finally:
+                self.crc = crc.result()  # the buffer is the caller's again when this returns
+        self.count += data.nbytes
+        return data.nbytes
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.count
+
+    def fileno(self) -> int:
+        fileno: int = self._file.fileno()
+        return fileno
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        """DCP closes after it has flushed to the disk; errors of closing are errors of the save."""
+        self._file.close()
+        super().close()

@@ -1,0 +1,143 @@
+"""Blocks of tensors between rank 0 and the others, one at a time, in an order that all ranks follow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .agreement import rank, world_size
+from .blocks import Block, local_blocks
+
+Key = tuple[str, str]  # parameter name and what of its state, such as ("layer.weight", "exp_avg")
+
+
+class Entry(NamedTuple):
+    """What one rank holds of one tensor; ``wire`` is the kind of device that its backend can send it from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: tuple[Block, ...]
+    wire: str
+
+
+class Transfer(NamedTuple):
+    """A block that travels between rank 0 and others: ``places`` is its place among the blocks of each of ``ranks``, which all hold it."""
+
+    key: Key
+    block: Block
+    places: dict[int, int]
+    wire: str
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(self.places)
+
+
+def table_of(tensors: dict[Key, Tensor]) -> dict[Key, Entry]:
+    """What this rank holds, without the values."""
+    table = {}
+    for key, tensor in tensors.items():
+        blocks = tuple(block for block, _ in local_blocks(tensor))
+        table[key] = Entry(tuple(tensor.shape), tensor.dtype, blocks, _wire(tensor.device.type))
+    return table
+
+
+def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool) -> list[list[Transfer]] | str:
+    """Which blocks each rank exchanges with rank 0, in one order for all.
+
+    Args:
+        tables: of each rank.
+        wholes: the tensors to move.
+        replicas: whether every rank that holds a block takes part (to receive it), or the first alone (to send it).
+
+    Returns:
+        The list of each rank (that of rank 0 is all of them), or what is wrong in one sentence.
+    """
+    plan: list[list[Transfer]] = [[] for _ in tables]
+    for key, whole in wholes.items():
+        holders: dict[Block, dict[int, int]] = {}
+        for owner, table in enumerate(tables):
+            for index, block in enumerate(table[key].blocks if key in table else ()):
+                holders.setdefault(block, {})[owner] = index
+        covered = sum(block.numel for block in holders)
+        expected = Block((), whole.shape).numel
+        if covered != expected:
+            return (
+                f"the ranks hold {covered} elements of {'.'.join(key)} in blocks that should make up {expected}; its sharding "
+                f"is too uneven to be described by blocks, so choose sizes that divide by the mesh"
+            )
+        for block, places in holders.items():
+            chosen = places if replicas else dict([next(iter(places.items()))])
+            wire = tables[next(iter(chosen))][key].wire
+            transfer = Transfer(key, block, chosen, wire)
+            for participant in {0, *chosen}:
+                plan[participant].append(transfer)
+    return plan
+
+
+def held(tensor: Tensor, transfer: Transfer) -> Tensor:
+    """This rank's memory of the block."""
+    blocks = list(local_blocks(tensor))
+    return blocks[transfer.places[rank()]][1]
+
+
+def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor]) -> None:
+    """Bring a block from rank 0 (where it is ``block``) to all ranks of the transfer."""
+    ranks = transfer.ranks
+    if len(ranks) == world_size() > 1:
+        place = held(tensors[transfer.key], transfer)
+        if block is not None:
+            place.copy_(block)
+        _broadcast(place, transfer.wire)
+    elif block is not None:
+        for receiver in ranks:
+            if receiver == 0:
+                held(tensors[transfer.key], transfer).copy_(block)
+            else:
+                send(block, receiver, transfer.wire)
+    else:
+        receive(held(tensors[transfer.key], transfer), 0, transfer.wire)
+
+
+def _wire(kind: str) -> str:
+    """The kind of device that a tensor on a ``kind`` device is sent from: another one where the backend cannot send from it."""
+    if not dist.is_initialized():
+        return kind
+    kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
+    return kind if kind in kinds else kinds[0]
+
+
+def _buffer(tensor: Tensor, wire: str, copy_values: bool) -> Tensor:
+    """The bytes of ``tensor`` on a ``wire`` device, 1-D: its own memory where it can be, else a copy."""
+    device = torch.device("cpu") if wire == "cpu" else torch.device(wire, torch.accelerator.current_device_index())
+    if copy_values:
+        tensor = tensor.to(device).contiguous()
+    elif tensor.device != device or not tensor.is_contiguous():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return tensor.view(-1).view(torch.uint8)
+
+
+def send(tensor: Tensor, receiver: int, wire: str) -> None:
+    dist.send(_buffer(tensor, wire, copy_values=True), dst=receiver)
+
+
+def receive(place: Tensor, sender: int, wire: str) -> None:
+    """Inverse of :func:`send`, into ``place``."""
+    buffer = _buffer(place, wire, copy_values=False)
+    dist.recv(buffer, src=sender)
+    _take(place, buffer)
+
+
+def _broadcast(place: Tensor, wire: str) -> None:
+    """From rank 0's ``place`` to that of every rank."""
+    buffer = _buffer(place, wire, copy_values=rank() == 0)
+    dist.broadcast(buffer, src=0)
+    _take(place, buffer)
+
+
+def _take(place: Tensor, buffer: Tensor) -> None:
+    if buffer.data_ptr() != place.data_ptr():
+        place.copy_(buffer.view(place.dtype).view(place.shape))

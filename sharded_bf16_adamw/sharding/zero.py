@@ -1,0 +1,79 @@
+"""ZeRO for replicated models: each rank keeps the optimizer state of its own rows of every parameter, and updates those alone.
+
+Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054. Bucketed
+reduction during the backward pass is as in PyTorch DDP, Li et al., arXiv:2006.15704.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from .strategy import Sharding
+
+
+@dataclass(frozen=True)
+class ZeRO:
+    """Shard the optimizer of a model that every rank holds in full: ``AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))``.
+
+    Stage 1 goes beside ``DistributedDataParallel``, which averages the gradients: it shards optimizer states. Stage 2 takes the plain
+    module, averages gradients itself while the backward pass goes on, and keeps only this rank's rows of them: ``param.grad`` is None
+    after the backward pass. Either way ``step`` updates this rank's rows and gathers the others' from their ranks.
+
+    Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass and its step, are collective: every
+    rank calls them, in the same order.
+
+    Args:
+        mesh: one-dimensional: all ranks share all rows; or two-dimensional, (replicate, shard): rows are spread over the second dimension
+            and every line of the first holds all of them, as in hybrid FSDP.
+        stage: 1 or 2.
+        bucket_size_mb: how much goes into one collective, in MiB of weights.
+        reduce_dtype: dtype in which gradients travel, ``torch.bfloat16`` or ``torch.float32``; None for the parameter's. Stage 2.
+        accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None for the dtype of the gradients. Stage 2.
+        broadcast_initial: give every rank the first rank's weights, rather than refuse weights that differ.
+        max_in_flight: how many buckets may be on their way at once; more of them hide slower networks and take more memory.
+
+    Raises:
+        ValueError: an argument is out of range, or this rank is not in the mesh.
+    """
+
+    mesh: DeviceMesh
+    stage: int = 2
+    bucket_size_mb: float = 25.0
+    reduce_dtype: torch.dtype | None = None
+    accumulate_dtype: torch.dtype | None = None
+    broadcast_initial: bool = False
+    max_in_flight: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, DeviceMesh):
+            raise ValueError(f"Invalid mesh: {self.mesh!r}; ZeRO needs a DeviceMesh, such as init_device_mesh('cuda', (world_size,))")
+        if self.mesh.ndim not in (1, 2):
+            raise ValueError(f"Invalid mesh: it has {self.mesh.ndim} dimensions; ZeRO takes one (shard) or two (replicate, shard)")
+        if self.mesh.get_coordinate() is None:
+            raise ValueError("Invalid mesh: this rank is not in it; build the optimizer on the ranks of the mesh alone")
+        if self.stage not in (1, 2):
+            raise ValueError(f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain module), and FSDP2 is stage 3")
+        if not self.bucket_size_mb > 0:
+            raise ValueError(f"Invalid bucket_size_mb: {self.bucket_size_mb}; it must be positive")
+        if self.max_in_flight < 1:
+            raise ValueError(f"Invalid max_in_flight: {self.max_in_flight}; it must be at least 1")
+        if self.reduce_dtype not in (None, torch.bfloat16, torch.float32):
+            raise ValueError(f"Invalid reduce_dtype: {self.reduce_dtype}; choose torch.bfloat16, torch.float32 or None")
+        if self.accumulate_dtype not in (None, torch.float32):
+            raise ValueError(f"Invalid accumulate_dtype: {self.accumulate_dtype}; choose torch.float32 or None")
+        if self.stage == 1 and (self.reduce_dtype or self.accumulate_dtype):
+            raise ValueError("reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and accumulates the gradients")
+
+    @property
+    def bucket_bytes(self) -> int:
+        return max(1, int(self.bucket_size_mb * 2**20))
+
+    def start(self) -> Sharding:
+        """What one optimizer works with. Collective over the mesh."""
+        from .zero_stage1 import Stage1
+        from .zero_stage2 import Stage2
+
+        return Stage1(self) if self.stage == 1 else Stage2(self)

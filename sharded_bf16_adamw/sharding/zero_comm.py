@@ -1,0 +1,184 @@
+"""The collectives of ZeRO, chosen per back end, and the agreements between ranks that go before them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+SUM_CHUNK = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
+
+
+def all_gather_start(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> Any:
+    """Start gathering the ranks' 1-D ``own`` into ``output``, end to end. Returns the work to wait for."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    return gather(output, own, group=group, async_op=True)
+
+
+class MeanOnItsWay:
+    """The mean over all ranks of the lines that this rank owns, being computed.
+
+    On gloo it is an all-to-all and a sum in float32 on the owner: as many bytes as a reduce-scatter, one rounding instead of one for
+    each rank, the same result for any order of arrival, and faster than gloo's reduce_scatter (80 ms) and all_reduce (39 ms): 30 ms for
+    16 MB of bfloat16 on 2 ranks, with the sum. Elsewhere (NCCL) it is a reduce-scatter.
+
+    Args:
+        lines: contiguous ``(ranks, width)``; line ``r`` goes to rank ``r`` of the last mesh dimension. It may be overwritten.
+        dtype: of the result.
+    """
+
+    def __init__(self, lines: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+        self._mesh = mesh
+        self._dtype = dtype
+        self._lines: Tensor | None = lines  # kept from being freed while it is sent
+        self._received = lines
+        self._mean: Tensor | None = None
+        self._work: Any = None
+        self._second_work: Any = None  # over the dimension of replicas
+        group, ranks = mesh.get_group(mesh.ndim - 1), lines.shape[0]
+        self._host_waits = is_gloo(group, lines.device)
+        if ranks == 1:
+            return
+        if self._host_waits:
+            self._received = torch.empty_like(lines)
+            self._work = dist.all_to_all_single(self._received, lines, group=group, async_op=True)
+        else:
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self._received = torch.empty_like(lines[0])
+            self._work = reduce_scatter(self._received, lines.view(-1), op=dist.ReduceOp.AVG, group=group, async_op=True)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the buffers of the whole bucket have been freed."""
+        return self._mean is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether :meth:`wait` would not wait for other ranks."""
+        return self.is_settled and (self._second_work is None or self._second_work.is_completed())
+
+    def settle(self, patience: float | None = None) -> bool:
+        """Wait until the whole bucket's buffers can be freed, at most ``patience`` seconds. Returns whether they have been."""
+        if self.is_settled:
+            return True
+        if self._work is not None:
+            if patience is not None and self._host_waits and not _completed_within(self._work, patience):
+                return False
+            self._work.wait()
+        if self._received.dim() == 1:
+            mean = self._received
+        elif self._received.shape[0] == 1:
+            mean = self._received[0]
+        else:
+            mean = _mean_of_lines(self._received, self._received.dtype if self._mesh.ndim > 1 else self._dtype)
+        self._mean = mean
+        self._lines = self._work = None
+        del self._received
+        if self._mesh.ndim > 1 and self._mesh.size(0) > 1:
+            self._second_work = dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=self._mesh.get_group(0), async_op=True)
+        return True
+
+    def wait(self) -> Tensor:
+        """Return the mean of this rank's line, 1-D of ``width`` elements, in the dtype asked for."""
+        self.settle()
+        assert self._mean is not None
+        if self._second_work is not None:
+            self._second_work.wait()
+        return self._mean.to(self._dtype)
+
+
+def _completed_within(work: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() > end:
+            return False
+        time.sleep(5e-5)
+    return True
+
+
+def all_reduce_mean(value: Tensor, mesh: DeviceMesh) -> None:
+    """Average over all ranks of the mesh, in place."""
+    for axis in reversed(range(mesh.ndim)):
+        if mesh.size(axis) > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.AVG, group=mesh.get_group(axis))
+
+
+def broadcast_first(value: Tensor, mesh: DeviceMesh) -> None:
+    """Give every rank of the mesh the value of its first rank, in place."""
+    for axis in reversed(range(mesh.ndim)):
+        dist.broadcast(value, group=mesh.get_group(axis), group_src=0)
+
+
+def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether gloo carries tensors of ``device`` in this group."""
+    return group._get_backend(device).name() == "gloo"
+
+
+def _mean_of_lines(lines: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over dimension 0, summed in float32 in the order of ranks and rounded once."""
+    mean = torch.empty(lines.shape[1], dtype=dtype, device=lines.device)
+    for chunk, result in zip(lines.split(SUM_CHUNK, 1), mean.split(SUM_CHUNK), strict=True):
+        total = chunk[0].to(torch.float32, copy=True)
+        for line in chunk[1:]:
+            total += line
+        result.copy_(total.div_(lines.shape[0]))
+    return mean
+
+
+class Agreement:
+    """Small exchanges on the CPU between all ranks of a mesh, in a gloo group of their own: they wait for no device, and their order
+    among the bucket reductions, which may differ between ranks, does not matter."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        ranks = sorted(mesh.mesh.flatten().tolist())
+        timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
+        self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        self._first = int(mesh.mesh.flatten()[0])
+        self._is_alone = len(ranks) == 1
+
+    def maximum(self, values: Sequence[int], problem: str | None = None, error: type[Exception] = RuntimeError) -> list[int]:
+        """The element-wise maximum over ranks; every rank passes as many values.
+
+        Raises:
+            error: on every rank, with the reasons, where any rank has a ``problem``.
+        """
+        row = torch.tensor([problem is not None, *values], dtype=torch.int64)
+        if not self._is_alone:
+            dist.all_reduce(row, op=dist.ReduceOp.MAX, group=self._group)
+        anywhere, *result = row.tolist()
+        if anywhere:
+            found = {text: rank for rank, text in reversed(list(enumerate(self.everyones(problem)))) if text is not None}
+            raise error("; ".join(f"on rank {rank}, {text}" for text, rank in found.items()))
+        return result
+
+    def are_equal(self, values: Sequence[int]) -> list[bool]:
+        """Which of the values are the same on every rank."""
+        count = len(values)
+        extremes = self.maximum([*values, *[-value for value in values]])
+        return [highest == -lowest for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)]
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each rank passed, in the order of ranks."""
+        if self._is_alone:
+            return [value]
+        values = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def of_first(self, values: Sequence[int]) -> list[int]:
+        """What the first rank of the mesh passed."""
+        row = torch.tensor(values, dtype=torch.int64)
+        if not self._is_alone:
+            dist.broadcast(row, src=self._first, group=self._group)
+        return row.tolist()
+
+
+def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """The group's own timeout, so that a wait for a dead rank ends no later than the user asked for; None if it does not tell."""
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)

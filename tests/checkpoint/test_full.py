@@ -1,0 +1,258 @@
+"""Gathering the whole optimizer state on rank 0 and scattering it, under every layout, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.checkpoint import transport
+from sharded_bf16_adamw.checkpoint.full import gather_full_state_dict, scatter_full_state_dict
+
+from .layouts import LAYOUTS, Layout, everything, train
+
+WEIGHTS = {f"{layer}.{kind}" for layer in ("up", "down", "precise", "last", "unused") for kind in ("weight", "bias")}
+
+
+CROSSED = ("DDP", "FSDP1", "FSDP2", "ZeRO-2")  # these also scatter what another number of ranks gathered
+
+
+def layouts_on(world: int) -> list[Layout]:
+    return [layout for layout in LAYOUTS if world in layout.worlds and (world != 3 or layout.name in CROSSED)]
+
+
+def flat(full: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A gathered state in the form of :func:`layouts.everything`, without the weights."""
+    states = {f"{fqn}.{key}": value for fqn, state in full["state"].items() for key, value in state.items()}
+    options = {fqn: {k: v for k, v in group.items() if k != "params"} for group in full["param_groups"] for fqn in group["params"]}
+    return states, options
+
+
+def states_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    values, options = everything(module, optimizer)
+    return {key: value for key, value in values.items() if key not in WEIGHTS}, options
+
+
+def assert_same(found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dict[str, Any], dict[str, Any]], where: str) -> None:
+    """The same bits; a state that one of them lacks is zero in the other (a parameter that never had a gradient)."""
+    for key in found[0].keys() | expected[0].keys():
+        if key in found[0] and key in expected[0]:
+            assert found[0][key].dtype == expected[0][key].dtype
+            assert torch.equal(found[0][key], expected[0][key]), (where, key)
+        else:
+            assert key.startswith("unused."), (where, key)
+            assert not {**found[0], **expected[0]}[key].any()
+    assert as_tuples(found[1]) == as_tuples(expected[1]), where
+
+
+def as_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """torch's own functions turn betas into a list."""
+    return {fqn: {**group, "betas": tuple(group["betas"])} for fqn, group in options.items()}
+
+
+def round_trip_worker(rank: int, world: int, given: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """For each layout: gather what torch gathers, scatter it into another optimizer, and scatter what another run gathered.
+
+    Returns:
+        On rank 0 what was gathered, by layout.
+    """
+    results = {}
+    for seed, layout in enumerate(layouts_on(world)):
+        module, optimizer = layout.build(world, seed)
+        train(module, optimizer, 3)
+        expected = states_of(module, optimizer)
+        full = gather_full_state_dict(module, optimizer)
+        if rank == 0:
+            assert_same(flat(full), expected, layout.name)
+            assert all(value.is_contiguous() and value.device.type == "cpu" for value in flat(full)[0].values())
+            results[layout.name] = copy.deepcopy(full)
+        else:
+            assert full == {}
+        train(module, optimizer, 1)
+        if rank == 0:
+            assert_same(flat(full), flat(results[layout.name]), f"{layout.name}: what was gathered must not follow the training")
+        sources = [(full, layout.name), (given, "another run")]
+        for source, name in sources if layout.name in CROSSED else sources[:1]:
+            other, fresh = layout.build(world, seed=100)
+            train(other, fresh, 1)
+            scatter_full_state_dict(other, fresh, source if rank == 0 else None)
+            assert_same(states_of(other, fresh), expected if name == layout.name else flat(given), f"{name} into {layout.name}")
+            train(other, fresh, 1)
+            assert {int(state["step"]) for state in fresh.state.values() if state["step"].numel()} <= {0, 1, 4}
+    return results
+
+
+def test_gathers_what_torch_gathers_and_scatters_it_under_every_layout():
+    given = single_process_state()
+    for world in (4, 3, 2):
+        gathered = run_ranks(world, round_trip_worker, given)[0]
+        assert gathered.keys() == {layout.name for layout in layouts_on(world)}
+        given = gathered["FSDP2"]  # the next run, on another number of ranks, scatters it
+
+
+def single_process_state() -> dict[str, Any]:
+    module, optimizer = LAYOUTS[0].build(1, seed=50)
+    train(module, optimizer, 3)
+    return gather_full_state_dict(module, optimizer)
+
+
+def test_torch_loads_what_was_gathered_and_the_other_way_round():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+    full = single_process_state()
+    module, optimizer = LAYOUTS[0].build(1, seed=51)
+    train(module, optimizer, 1)
+    set_optimizer_state_dict(module, optimizer, copy.deepcopy(full), options=StateDictOptions(full_state_dict=True, strict=False))
+    assert_same(states_of(module, optimizer), flat(full), "torch loads ours")
+    theirs = get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    module, optimizer = LAYOUTS[0].build(1, seed=52)
+    scatter_full_state_dict(module, optimizer, theirs)
+    assert_same(states_of(module, optimizer), flat(full), "ours loads torch's")
+
+
+def after_evaluation_worker(rank: int, world: int) -> dict[str, Any]:
+    """FSDP2 leaves its root gathered after a forward pass without a backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).bfloat16()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    model(torch.ones(2, 4).bfloat16()).float().sum().backward()
+    optimizer.step(zero_grad=True)
+    before = gather_full_state_dict(model, optimizer)
+    with torch.no_grad():
+        model(torch.ones(2, 4).bfloat16())
+    after = gather_full_state_dict(model, optimizer)
+    assert before.keys() == after.keys()
+    if rank == 0:
+        assert_same(flat(after), flat(before), "after an evaluation")
+    return after
+
+
+def test_right_after_an_evaluation():
+    full = run_ranks(2, after_evaluation_worker)[0]
+    assert set(full["state"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def no_copy_worker(rank: int, world: int) -> int:
+    """What a rank other than 0 sends is its own memory, and what it receives goes there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    optimizer.init_state()
+    own = {state.to_local().data_ptr() for states in optimizer.state.values() for key, state in states.items() if key != "step"}
+    used = []
+    original = transport._buffer
+
+    def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
+        buffer = original(*args, **kwargs)
+        used.append(buffer.data_ptr())
+        return buffer
+
+    transport._buffer = recording
+    try:
+        full = gather_full_state_dict(model, optimizer)
+        scatter_full_state_dict(model, optimizer, full)
+    finally:
+        transport._buffer = original
+    if rank > 0:
+        assert len(set(used) & own) == 12
+        assert len(set(used) - own) <= 4, "the step counts, which every rank holds"
+    return len(used)
+
+
+def test_other_ranks_hold_no_copy_of_anything():
+    assert all(count >= 24 for count in run_ranks(3, no_copy_worker)[1:])
+
+
+def test_tensor_learning_rate_keeps_its_memory():
+    module, _ = LAYOUTS[0].build(1, seed=0)
+    optimizer = AdamW_BF16(module.parameters(), lr=torch.tensor(0.25))
+    train(module, optimizer, 1)
+    full = gather_full_state_dict(module, optimizer)
+    lr = optimizer.param_groups[0]["lr"]
+    lr.fill_(0.5)
+    scatter_full_state_dict(module, optimizer, full)
+    assert optimizer.param_groups[0]["lr"] is lr and float(lr) == 0.25
+
+
+def test_schedule_stays_that_of_the_optimizer():
+    full = single_process_state()
+    constant_module, _ = LAYOUTS[0].build(1, seed=1)
+    named = dict(constant_module.named_parameters())
+    groups = [{"params": [named[name] for name in group["params"]]} for group in full["param_groups"]]
+    constant = AdamW_BF16(groups, lr=0.125)
+    scatter_full_state_dict(constant_module, constant, full)
+    assert constant.param_groups[0]["scheduled_lr"] is None and constant.param_groups[0]["schedule_step"] == 3
+    module, optimizer = LAYOUTS[0].build(1, seed=2)
+    scatter_full_state_dict(module, optimizer, full)
+    group = optimizer.param_groups[0]
+    assert group["scheduled_lr"] == group["lr"] == full["param_groups"][0]["lr"]
+    train(module, optimizer, 1)
+    assert group["lr"] == optimizer.lr_function(3)
+
+
+def remove(full, fqn, key):
+    del full["state"][fqn][key]
+
+
+def replace(full, fqn, key, value):
+    full["state"][fqn][key] = value
+
+
+SHAPE_DIFFERS = r"exp_avg of up.weight has shape \(12, 5\) there but \(12, 6\) here"
+DTYPE_DIFFERS = "exp_avg of up.bias is torch.float32 there but torch.bfloat16 here"
+WRONG = [
+    (lambda full: full.pop("state"), 'rank 0 must pass a dict with "state" and "param_groups"'),
+    (lambda full: remove(full, "up.weight", "correction"), "it has no correction of up.weight"),
+    (
+        lambda full: replace(full, "up.weight", "exp_avg", torch.zeros(12, 5)),
+        r"exp_avg of up.weight has shape \(12, 5\) there but \(12, 6\) here",
+    ),
+    (
+        lambda full: replace(full, "up.bias", "exp_avg", torch.zeros(12)),
+        "exp_avg of up.bias is torch.float32 there but torch.bfloat16 here",
+    ),
+    (lambda full: replace(full, "up.bias", "extra", torch.zeros(12)), "it has extra of up.bias, which is not here"),
+    (lambda full: full["state"].update(other={}), "it has a state of other, which is no parameter here"),
+    (lambda full: full["param_groups"][0]["params"].remove("up.bias"), "no group there has all parameters of group 0 here"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
+def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message):
+    full = single_process_state()
+    change(full)
+    module, optimizer = LAYOUTS[0].build(1, seed=3)
+    train(module, optimizer, 2)
+    before = states_of(module, optimizer)
+    with pytest.raises(ValueError, match=f"the full state is of another model or optimizer: {message}"):
+        scatter_full_state_dict(module, optimizer, full)
+    assert_same(states_of(module, optimizer), before, "nothing changes")
+
+
+def refused_everywhere_worker(rank: int, world: int) -> str:
+    layout = next(layout for layout in LAYOUTS if layout.name == "FSDP2")
+    module, optimizer = layout.build(world, 0)
+    with pytest.raises(ValueError, match="the full state is of another model or optimizer") as caught:
+        scatter_full_state_dict(module, optimizer, {} if rank == 0 else None)
+    return str(caught.value)
+
+
+def test_every_rank_raises_what_rank_0_found():
+    assert len(set(run_ranks(2, refused_everywhere_worker))) == 1
+
+
+def test_state_that_is_no_tensor_is_refused():
+    module, optimizer = LAYOUTS[0].build(1, seed=0)
+    train(module, optimizer, 1)
+    optimizer.state[next(module.parameters())]["note"] = "text"
+    with pytest.raises(TypeError, match=r"the state 'note' of parameter up.weight is str, but only tensors can be gathered"):
+        gather_full_state_dict(module, optimizer)

@@ -1,0 +1,238 @@
+"""The command line for checkpoints: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_bf16_adamw import AdamW_BF16, latest, load, save
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "checkpoint.py"
+spec = importlib.util.spec_from_file_location("checkpoint_cli", SCRIPT)
+assert spec is not None and spec.loader is not None
+cli = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cli)
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)).bfloat16()
+    model[1].float()
+    model.register_buffer("calls", torch.tensor(5))
+    return model, AdamW_BF16(model.parameters(), lr=0.125)
+
+
+def make_run(root, steps=(1,)):
+    model, optimizer = make()
+    for step in steps:
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        save(root, step, model, optimizer)
+    return model, optimizer
+
+
+def damage(path):
+    (file,) = path.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    return file.name
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def steps_left(root):
+    return sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
+
+
+def test_inspect(tmp_path, capsys):
+    make_run(tmp_path, (1, 2))
+    code, out, err = run(capsys, "inspect", tmp_path)
+    assert code == 0 and err == ""
+    lines = out.splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines[: lines.index("")] if not line.startswith(("saved by", "on disk")))
+    assert facts["checkpoint"] == str(tmp_path / "step-00000002") and facts["step"] == "2"
+    assert facts["tensors"] == "5 of 57 elements: 152 B of weights, 384 B of state"
+    assert torch.__version__ in facts["versions"] and "1 rank(s): not sharded" in out
+    rows = [line.split("  ") for line in lines[lines.index("") + 1 :]]
+    table = {row[0]: [cell.strip() for cell in row if cell.strip()] for row in rows}
+    assert table["0.weight"] == ["0.weight", "8 x 4", "bfloat16", "1", "64 B", "196 B", "2", "0.125"]
+    assert table["1.bias"] == ["1.bias", "8", "float32", "1", "32 B", "68 B", "2", "0.125"]
+    assert table["calls"] == ["calls", "scalar", "int64", "1", "8 B", "-", "-", "-"]
+
+
+def test_verify(tmp_path, capsys):
+    make_run(tmp_path, (1, 2))
+    assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000002: ok\n", "")
+    name = damage(tmp_path / "step-00000001")
+    assert run(capsys, "verify", tmp_path)[0] == 0, "the latest is whole"
+    code, out, err = run(capsys, "verify", "--all", tmp_path)
+    assert code == 1 and out == f"{tmp_path}/step-00000002: ok\n"
+    assert err.startswith(f"{tmp_path}/step-00000001: {name} is not what was written")
+    assert run(capsys, "verify", tmp_path / "step-00000001")[0] == 1
+    (tmp_path / "step-00000002" / "manifest.json").write_text("{}")
+    assert run(capsys, "verify", tmp_path / "step-00000002")[0] == 1
+
+
+def test_export_and_import(tmp_path, capsys):
+    _, optimizer = make_run(tmp_path / "run")
+    code, out, err = run(capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.1KB")
+    assert (code, err) == (0, "") and str(tmp_path / "out") in out
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    code, out, err = run(capsys, "import", tmp_path / "out", tmp_path / "new", "--fp32", "1.*", "--lr", "0.5", "--betas", "0.5", "0.75")
+    assert (code, err) == (0, "")
+    other, fresh = make(seed=1)
+    load(tmp_path / "new", other, fresh)
+    for (_, weight), (_, expected) in zip(fresh.true_weights(), optimizer.true_weights(), strict=True):
+        assert torch.allclose(weight, expected, rtol=2.0**-17, atol=0)
+    group = fresh.param_groups[0]
+    assert (group["lr"], group["betas"], other.calls.item()) == (0.5, (0.5, 0.75), 5)
+
+
+def test_import_with_optimizer_state(tmp_path, capsys):
+    model, _ = make()
+    model.float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "other.pt")
+    file = tmp_path / "other.pt"
+    code, _, err = run(capsys, "import", file, tmp_path / "new", "--optimizer", file, "--fp32", "1.*")
+    assert (code, err) == (0, "")
+    ours, fresh = make(seed=1)
+    load(tmp_path / "new", ours, fresh)
+    assert fresh.param_groups[0]["lr"] == 0.25 and latest(tmp_path / "new").name == "step-00000001"
+    assert torch.equal(fresh.state[ours[1].weight]["exp_avg"], optimizer.state[model[1].weight]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "keep", "left", "code"),
+    [
+        ((), 2, [3, 4], 0),
+        ((), 9, [1, 2, 3, 4], 0),
+        ((4,), 1, [3, 4], 0),  # the newest whole one stays
+        ((3, 4), 1, [2, 3, 4], 0),
+        ((3,), 2, [2, 3, 4], 0),
+        ((1, 2), 1, [4], 0),
+        ((1, 2, 3, 4), 1, [1, 2, 3, 4], 1),  # none is whole: none is removed
+    ],
+)
+def test_prune_keeps_the_newest_whole_ones(damaged, keep, left, code, tmp_path, capsys):
+    make_run(tmp_path, (1, 2, 3, 4))
+    for step in damaged:
+        damage(tmp_path / f"step-{step:08d}")
+    assert run(capsys, "prune", tmp_path, "--keep", keep, "--dry-run")[0] == code
+    assert steps_left(tmp_path) == [1, 2, 3, 4]
+    found, out, err = run(capsys, "prune", tmp_path, "--keep", keep)
+    assert found == code and steps_left(tmp_path) == left
+    assert out.splitlines() == [f"{tmp_path}/step-{step:08d}: removed" for step in (1, 2, 3, 4) if step not in left]
+    assert not list(tmp_path.glob(".removed*")) and ("damaged" in err) == bool((set(damaged) & set(left) and code == 0) or damaged[3:])
+
+
+def test_prune_keeps_a_checkpoint_whose_place_in_the_order_is_unknown(tmp_path, capsys):
+    """A damaged manifest does not say when it was saved: it may be the newest."""
+    make_run(tmp_path, (1, 2, 3))
+    (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
+    assert run(capsys, "prune", tmp_path, "--keep", 1)[0] == 0
+    assert steps_left(tmp_path) == [2, 3]
+
+
+USAGE = {
+    "no command": ((), "the following arguments are required"),
+    "unknown command": (("paint",), "invalid choice: 'paint'"),
+    "nothing there": (("inspect", "{root}/none"), "there is no checkpoint at {root}/none; give the folder of a checkpoint"),
+    "nothing to verify": (("verify", "{root}/none"), "there is no checkpoint at {root}/none"),
+    "nothing to verify at all": (("verify", "--all", "{root}/none"), "there is no checkpoint at {root}/none"),
+    "nothing to export": (("export", "{root}/none", "{root}/out"), "there is no checkpoint at {root}/none"),
+    "export exists": (("export", "{root}/run", "{root}"), "{root} exists already; give the name of a new folder"),
+    "shard size": (("export", "{root}/run", "{root}/out", "--max-shard-size", "5XB"), "5XB is not a size such as 500MB or 5GB"),
+    "shard of nothing": (("export", "{root}/run", "{root}/out", "--max-shard-size", "0"), "0 is not a positive size"),
+    "dtype": (("export", "{root}/run", "{root}/out", "--dtype", "int8"), "invalid choice: 'int8'"),
+    "nothing to import": (("import", "{root}/none", "{root}/new"), "there is no {root}/none; give a safetensors file"),
+    "no torch file": (("import", "{root}/none.pt", "{root}/new"), "there is no file {root}/none.pt"),
+    "import exists": (("import", "{root}/weights.pt", "{root}/run"), "{root}/run has a checkpoint already; give another folder"),
+    "nothing to prune": (("prune", "{root}/none", "--keep", "1"), "there is no checkpoint at {root}/none"),
+    "keep nothing": (("prune", "{root}/run", "--keep", "0"), "0 is not a positive number"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_errors_of_use_end_with_2_and_one_sentence(case, tmp_path, capsys):
+    make_run(tmp_path / "run")
+    torch.save(make()[0].state_dict(), tmp_path / "weights.pt")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = USAGE[case]
+    code, out, err = run(capsys, *[argument.format(root=tmp_path) for argument in arguments])
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message.format(root=tmp_path) in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
+    make_run(tmp_path / "run")
+    name = damage(tmp_path / "run" / "step-00000001")
+    (tmp_path / "weights.safetensors").write_bytes(b"\xff" * 100)
+    for arguments, message in (
+        (("export", tmp_path / "run", tmp_path / "out"), f"{name} is not what was written"),
+        (("import", tmp_path / "weights.safetensors", tmp_path / "new"), "weights.safetensors is not a safetensors file, or is damaged"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_FOLDER"],))
+
+
+def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
+    """Files of somebody else, with right checksums: metadata and tensors are replaced by what would make a folder."""
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
+    torch.save({"x": torch.ones(1), "y": Evil()}, tmp_path / "evil.pt")
+    import zlib
+
+    from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text, read_manifest
+
+    commands = [("inspect", "{path}"), ("verify", "{path}"), ("export", "{path}", "{root}/out"), ("prune", "{root}/run", "--keep", "1")]
+    for name, content in ((".metadata", pickle.dumps(Evil(), protocol=2)), ("*.distcp", (tmp_path / "evil.pt").read_bytes())):
+        root = tmp_path / f"with {name.strip('.*')}"
+        make_run(root / "run")
+        path = root / "run" / "step-00000001"
+        (file,) = path.glob(name)
+        content += b"\0" * max(0, file.stat().st_size - len(content))
+        file.write_bytes(content)
+        manifest = read_manifest(path)
+        manifest.files[file.name] = FileRecord(len(content), crc32_text(zlib.crc32(content)))
+        (path / "manifest.json").write_bytes(manifest.to_bytes())
+        codes = {command[0]: run(capsys, *[part.format(path=path, root=root) for part in command])[0] for command in commands}
+        assert codes["verify"] == 0 and codes["export"] == 1 and not (root / "out").exists()
+    assert run(capsys, "import", tmp_path / "evil.pt", tmp_path / "new")[0] == 1
+    assert not (tmp_path / "evil").exists()
+
+
+def test_as_a_script(tmp_path):
+    make_run(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "verify", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/step-00000001: ok\n"), done.stderr

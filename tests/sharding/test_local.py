@@ -1,0 +1,95 @@
+"""sharding/local.py: from a parameter to local tensors, and the process groups that a norm is summed over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.sharding.local import all_reduce_sums, shard_groups, to_local, zeros_like_shard
+
+BF16 = torch.bfloat16
+
+
+def test_plain_parameters_are_on_no_group_and_local_as_they_are():
+    param = nn.Parameter(torch.zeros(3, 4).t())
+    assert shard_groups(param) == ()
+    assert to_local(param) is param
+    zeros = zeros_like_shard(param, BF16)
+    assert zeros.stride() == param.stride() and zeros.dtype == BF16 and not zeros.requires_grad
+
+
+def test_no_sums_add_up_to_zero():
+    total = all_reduce_sums({})
+    assert total.item() == 0.0 and total.dtype == torch.float64
+
+
+def groups_worker(rank, world):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
+    cases = [
+        (mesh, (Shard(0), Shard(1)), (outer, inner)),
+        (mesh, (_StridedShard(0, split_factor=2), Shard(0)), (outer, inner)),
+        (mesh, (Replicate(), Shard(0)), (inner,)),
+        (mesh, (Shard(1), Replicate()), (outer,)),
+        (mesh["inner"], (Shard(0),), (inner,)),
+        (mesh, (Replicate(), Replicate()), ()),
+    ]
+    for where, placements, expected in cases:
+        param = DTensor.from_local(torch.zeros(2, 2), where, placements, shape=torch.Size((4, 4)), stride=(4, 1))
+        assert shard_groups(param) == expected, placements
+    return [dist.get_process_group_ranks(group) for group in (outer, inner)]
+
+
+def test_groups_are_those_of_the_axes_that_shard():
+    assert run_ranks(4, groups_worker) == [[[0, 2], [0, 1]], [[1, 3], [0, 1]], [[0, 2], [2, 3]], [[1, 3], [2, 3]]]
+
+
+def zeros_worker(rank, world):
+    """5 rows on 4 ranks: 2, 2, 1 and none."""
+    mesh = init_device_mesh("cpu", (world,))
+    param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, (Shard(0),)))
+    zeros = zeros_like_shard(param, BF16)
+    assert isinstance(zeros, DTensor) and zeros.placements == param.placements and zeros.shape == (5, 3) and zeros.dtype == BF16
+    assert to_local(zeros).shape == to_local(param).shape and not to_local(zeros).any()
+    to_local(zeros).fill_(1.0)
+    return to_local(zeros).numel(), zeros.full_tensor().sum().item()
+
+
+def test_zeros_like_a_shard_are_sharded_as_it_is_and_share_memory_with_their_local_part():
+    assert run_ranks(4, zeros_worker) == [(6, 15.0), (6, 15.0), (3, 15.0), (0, 15.0)]
+
+
+def missing_gradients_worker(rank, world, with_gradient):
+    """Two parameters on different groups; ``with_gradient`` says which ranks have a gradient of the one that all share."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    shared = nn.Parameter(DTensor.from_local(torch.zeros(2, dtype=BF16), init_device_mesh("cpu", (world,)), (Shard(0),)))
+    inner = nn.Parameter(DTensor.from_local(torch.zeros(3, dtype=BF16), mesh["inner"], (Shard(0),)))
+    optimizer = AdamW_BF16([shared, inner], lr=1e-2, skip_nonfinite=True)
+    inner.grad = torch.ones_like(inner)
+    if rank in with_gradient:
+        shared.grad = torch.ones_like(shared)
+    return optimizer.clip_grad_norm_(1.0).item() ** 2
+
+
+@pytest.mark.parametrize("with_gradient", [(0, 1, 2, 3), (2,), ()])
+def test_ranks_without_a_gradient_take_part_in_its_sum(with_gradient):
+    for squared in run_ranks(4, missing_gradients_worker, with_gradient):
+        assert squared == pytest.approx(2 * len(with_gradient) + 3 * 2, rel=1e-6)
+
+
+def no_gradient_worker(rank, world):
+    model = fully_shard(nn.Linear(4, 4).to(BF16))
+    return AdamW_BF16(model.parameters(), lr=1e-2).clip_grad_norm_(1.0).item()
+
+
+def test_the_norm_of_no_gradients_is_zero():
+    assert run_ranks(2, no_gradient_worker) == [0.0, 0.0]
+    assert AdamW_BF16(nn.Linear(2, 2).parameters(), lr=1e-2).clip_grad_norm_(1.0).item() == 0.0

@@ -1,0 +1,76 @@
+"""The table of docs/strategies.md: same gradients in, same bits out, whatever the sharding and the number of ranks."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from .strategy_cases import CASES, CLIP, COLUMNS, Case, replay_worker, single_process, table_worker
+
+BEGIN, END = "<!-- table of strategies: begin -->", "<!-- table of strategies: end -->"
+RUNS = [pytest.param(case, world, id=f"{case.name} on {world}") for case in CASES for world in case.worlds]
+
+
+@functools.cache
+def expected():
+    return single_process()
+
+
+@functools.cache
+def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
+    """For each column, how many elements differ on any rank from the single process, out of how many."""
+    reference, norms = expected()
+    counts = {column: [0, 0] for column in COLUMNS}
+    for result, own_norms in run_ranks(world, table_worker, case.name):
+        assert own_norms == norms
+        assert result.keys() == reference.keys()
+        for name, values in result.items():
+            assert values.keys() == reference[name].keys()
+            assert torch.equal(values["step"], reference[name]["step"])
+            for column in COLUMNS:
+                if column in values:
+                    counts[column][0] += int((values[column] != reference[name][column]).sum())
+                    counts[column][1] += values[column].numel()
+    return {column: (wrong, total) for column, (wrong, total) in counts.items()}
+
+
+def table() -> str:
+    """In Markdown, a row for each strategy and world size."""
+    lines = [f"| strategy | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
+    for case in CASES:
+        for world in case.worlds:
+            cells = ["identical" if wrong == 0 else f"{wrong} of {total} differ" for wrong, total in differing(case, world).values()]
+            lines.append(f"| {case.name} | {world} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("case", "world"), RUNS)
+def test_bits_are_those_of_one_process(case, world):
+    counts = differing(case, world)
+    assert {column: wrong for column, (wrong, _) in counts.items()} == dict.fromkeys(COLUMNS, 0)
+    assert all(total > 0 for _, total in counts.values())
+
+
+def test_the_runs_of_the_table_clip_some_steps_and_leave_others():
+    _, norms = expected()
+    clipped = [norm > CLIP for norm in norms]
+    assert any(clipped) and not all(clipped)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_where_reductions_round_only_the_gradients_differ(case):
+    """Each rank's part is, bit for bit, what one process makes of the same reduced gradients: the worker checks it."""
+    world = 2 if 2 in case.worlds else 4
+    reference, _ = single_process(3, exact=False)
+    for result in run_ranks(world, replay_worker, case.name, 3):
+        unlike = [name for name, values in result.items() if not torch.equal(values["exp_avg"], reference[name]["exp_avg"])]
+        assert unlike, "these gradients were to round differently from those of one process"
+
+
+def test_docs_show_the_table(repo):
+    text = (repo / "docs" / "strategies.md").read_text()
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == table(), "run python docs/strategies.py"

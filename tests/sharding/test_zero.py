@@ -1,0 +1,261 @@
+"""ZeRO gives the bits of one process, keeps a rank's share of the state, and sends no more than it must."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw.sharding.zero_comm import MeanOnItsWay
+
+from .zero_cases import (
+    STATES,
+    Linears,
+    LiveBytes,
+    Parameters,
+    assert_same_bits,
+    collect,
+    new_optimizer,
+    one_dimensional,
+    rank_gradients,
+    traffic,
+    train,
+    zero,
+)
+
+
+@functools.cache
+def single_process(steps, clip=None):
+    model = Parameters()
+    optimizer = new_optimizer(model)
+    norms = train(model, optimizer, steps, averaged=True, clip=clip)
+    return collect(model, optimizer), norms
+
+
+def own_numel(shape, rank, ranks):
+    """Elements of the rows that DTensor would give this rank, by the rule that the documentation states."""
+    if not shape:
+        return 1
+    dim = next((d for d, size in enumerate(shape) if size >= ranks), max(range(len(shape)), key=lambda d: shape[d]))
+    chunk = -(-shape[dim] // ranks)
+    rows = max(0, min(chunk, shape[dim] - rank * chunk))
+    return rows * torch.Size([size for d, size in enumerate(shape) if d != dim]).numel()
+
+
+def bits_worker(rank, world, stage, clip, options):
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(stage, **options))
+    norms = train(model, optimizer, 20, averaged=stage == 1, clip=clip)
+    states = [(p, optimizer.state[p][key]) for p in model.parameters() for key in STATES if key in optimizer.state[p]]
+    assert all(isinstance(state, DTensor) and state.shape == p.shape for p, state in states)
+    for p, state in states:
+        assert state.to_local().numel() == own_numel(p.shape, rank, world)
+        assert state.to_local().untyped_storage().nbytes() == state.to_local().nbytes, "no more memory than the rows"
+    return collect(model, optimizer), norms
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_bits_of_one_process(world, stage, clip):
+    expected, norms = single_process(20, clip)
+    for weights, own_norms in run_ranks(world, bits_worker, stage, clip, {}):
+        assert own_norms == norms
+        assert_same_bits(weights, expected)
+
+
+OPTIONS = [
+    {"reduce_dtype": torch.float32},
+    {"accumulate_dtype": torch.float32},
+    {"bucket_size_mb": 25.0},
+    {"bucket_size_mb": 1e-6, "max_in_flight": 1},
+    {"broadcast_initial": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bits_do_not_depend_on_the_options(options):
+    expected, norms = single_process(20, 0.5)
+    for weights, own_norms in run_ranks(3, bits_worker, 2, 0.5, options):
+        assert own_norms == norms
+        assert_same_bits(weights, expected)
+
+
+def hybrid_worker(rank, world, stage):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(stage, mesh))
+    norms = train(model, optimizer, 20, averaged=stage == 1, clip=0.5)
+    for p in model.parameters():
+        assert optimizer.state[p]["exp_avg"].to_local().numel() == own_numel(p.shape, rank % 2, 2)
+    return collect(model, optimizer), norms
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_replicate_and_shard_mesh(stage):
+    expected, norms = single_process(20, 0.5)
+    for weights, own_norms in run_ranks(4, hybrid_worker, stage):
+        assert own_norms == norms
+        assert_same_bits(weights, expected)
+
+
+def ddp_worker(rank, world):
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(1))
+    ddp = DistributedDataParallel(model)
+    for step in range(5):
+        ddp(rank_gradients(step, rank, world)).backward()
+        optimizer.step(zero_grad=True)
+    return collect(model, optimizer)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stage_1_beside_ddp(world):
+    for weights in run_ranks(world, ddp_worker):
+        assert_same_bits(weights, single_process(5)[0])
+
+
+def mean_worker(rank, world):
+    """Sums that round: in float32 in the order of ranks, then once."""
+    torch.manual_seed(rank)
+    lines = torch.randn(world, 1000).bfloat16()
+    everyones = [torch.empty_like(lines) for _ in range(world)]
+    dist.all_gather(everyones, lines)
+    total = functools.reduce(torch.add, [theirs[rank].float() for theirs in everyones])
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(MeanOnItsWay(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_mean_is_rounded_once(world):
+    run_ranks(world, mean_worker)
+
+
+# --------------------------------------------------------------------------------------------------------- memory and traffic
+
+
+def state_bytes_worker(rank, world):
+    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 48)).to(torch.bfloat16)
+    optimizer = new_optimizer(model, zero(broadcast_initial=True))
+    model(torch.ones(1, 16, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step(zero_grad=True)
+    return sum(optimizer.state[p][key].to_local().nbytes for p in model.parameters() for key in STATES)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_state_at_rest_is_six_bytes_a_parameter_over_the_world_size(world):
+    assert run_ranks(world, state_bytes_worker) == [3 * 2 * (16 * 24 + 24 * 48 + 48) // world] * world
+
+
+LAYERS, WIDTH = 8, 48
+WEIGHT_BYTES = LAYERS * WIDTH * WIDTH * 2
+LAYER_MB = WIDTH * WIDTH * 2 / 2**20
+
+
+def traffic_worker(rank, world, stage):
+    model = Linears(LAYERS, WIDTH)
+    optimizer = new_optimizer(model, zero(stage, bucket_size_mb=2.5 * LAYER_MB))
+    for step in range(4):
+        with traffic() as calls:
+            model(torch.ones(2, WIDTH, dtype=torch.bfloat16)).sum().backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step(zero_grad=True)
+        if step == 0:
+            assert sum(name == "broadcast" for name, _, _ in calls) <= 1, "the order of gradients, once"
+    return calls
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_stage_2_sends_each_gradient_and_each_weight_once(world):
+    for calls in run_ranks(world, traffic_worker, 2):
+        sent = {name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls}
+        share = (world - 1) / world * WEIGHT_BYTES
+        assert sent["all_to_all_single"] == pytest.approx(share) and sent["all_gather_single"] == pytest.approx(share)
+        rest = [(name, size) for name, _, size in calls if name not in ("all_to_all_single", "all_gather_single")]
+        flags = 8 * (1 + LAYERS // 2 + 2 * LAYERS + 1)  # int64: any problem, buckets, parameters with and without, any arrival
+        assert sorted(rest) == [("all_reduce", 8), ("all_reduce", flags)], "the norm and who has gradients"
+
+
+def test_stage_1_sends_each_weight_once():
+    for calls in run_ranks(3, traffic_worker, 1):
+        assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(2 / 3 * WEIGHT_BYTES)
+        assert {name for name, _, _ in calls} == {"all_gather_single", "all_reduce"}
+        assert all(size <= 8 * (1 + 2 * LAYERS) for name, _, size in calls if name == "all_reduce")
+
+
+def overlap_worker(rank, world):
+    model = Linears(LAYERS, WIDTH)
+    optimizer = new_optimizer(model, zero(bucket_size_mb=2.5 * LAYER_MB))
+    events = []
+    for index, layer in enumerate(model):
+        layer.weight.register_post_accumulate_grad_hook(lambda p, i=index: events.append(f"gradient {i}"))
+    for _ in range(2):
+        events.clear()
+        with traffic() as calls:
+            loss = model(torch.ones(2, WIDTH, dtype=torch.bfloat16)).sum()
+            calls.on_call = lambda name: events.append("sent") if name == "all_to_all_single" else None
+            loss.backward()
+            events.append("backward ended")
+            calls.on_call = None
+            optimizer.step(zero_grad=True)
+    assert sum(name == "all_to_all_single" for name, _, _ in calls) == LAYERS // 2
+    return events
+
+
+def test_reduction_starts_before_backward_ends():
+    """The optimizer's hooks were registered first, so a bucket's second gradient is listed after it was sent."""
+    for events in run_ranks(2, overlap_worker):
+        expected = []
+        for i in range(LAYERS - 1, 0, -2):
+            expected += [f"gradient {i}", "sent", f"gradient {i - 1}"]
+        assert events == [*expected, "backward ended"]
+
+
+def memory_worker(rank, world, strategy):
+    """Peak bytes of gradients and of what carries them, over a backward pass after the first; and the bytes of all gradients."""
+    layers, width = 16, 32
+    model = Linears(layers, width)
+    weight_bytes = layers * width * width * 2
+    bucket_mb = 2 * width * width * 2 / 2**20
+    buckets = {}
+    if strategy == "zero2":
+        optimizer = new_optimizer(model, zero(bucket_size_mb=bucket_mb))
+        module = model
+    else:
+        module = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
+        optimizer = new_optimizer(model)
+
+        def count(state, bucket):
+            buckets[bucket.index()] = bucket.buffer().nbytes  # the reducer's own, which live as long as the module
+            return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
+
+        module.register_comm_hook(None, count)
+    x = torch.ones(1, width, dtype=torch.bfloat16)
+    for _ in range(2):
+        module(x).sum().backward()
+        optimizer.step(zero_grad=True)
+    live = LiveBytes(model)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: live.look())
+    module(x).sum().backward()
+    live.look()
+    optimizer.step(zero_grad=True)
+    return live.peak + sum(buckets.values()), weight_bytes
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_take_less_memory_than_under_ddp_by_all_but_a_ranks_share(world):
+    ddp = run_ranks(world, memory_worker, "ddp")
+    ours = run_ranks(world, memory_worker, "zero2")
+    for (ddp_peak, gradient_bytes), (peak, _) in zip(ddp, ours, strict=True):
+        assert ddp_peak >= 2 * gradient_bytes
+
+        assert peak <= ddp_peak - gradient_bytes * (1 - 1 / world)
+        assert peak >= gradient_bytes / world, "or nothing was measured"

@@ -1,0 +1,232 @@
+"""Every wrong use of ZeRO ends in one sentence on every rank; none hangs or trains wrong in silence."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+
+from .zero_cases import Parameters, mean_gradients, new_optimizer, one_dimensional, rank_gradients, zero
+
+
+def linears():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).to(torch.bfloat16)
+
+
+def run(model, optimizer, forward=None):
+    (forward or model)(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+
+
+def fsdp2(rank, world):
+    AdamW_BF16(fully_shard(linears()).parameters(), sharding=zero())
+
+
+def fsdp1(rank, world):
+    model = FullyShardedDataParallel(linears(), device_mesh=one_dimensional(), use_orig_params=True, device_id=torch.device("cpu"))
+    AdamW_BF16(model.parameters(), sharding=zero())
+
+
+def fsdp2_on_one_rank(rank, world):
+    model = linears()
+    mesh = one_dimensional()
+    AdamW_BF16((fully_shard(model, mesh=mesh) if rank == 1 else model).parameters(), sharding=zero())
+
+
+def fsdp2_afterwards(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero())
+    fully_shard(model)
+    run(model, optimizer)
+
+
+def other_weights(rank, world):
+    model = linears()
+    with torch.no_grad():
+        model[1].weight.view(-1)[-1 if rank == 1 else 0] += 0.125
+    AdamW_BF16(model.named_parameters(), sharding=zero())
+
+
+def other_order(rank, world):
+    params = list(linears().named_parameters())
+    AdamW_BF16(params[::-1] if rank == 1 else params, sharding=zero(broadcast_initial=True))
+
+
+def other_shapes(rank, world):
+    AdamW_BF16(nn.Linear(4, 6 + rank).bfloat16().parameters(), sharding=zero(broadcast_initial=True))
+
+
+def other_number(rank, world):
+    AdamW_BF16(list(linears().named_parameters())[: 4 - rank], sharding=zero(broadcast_initial=True))
+
+
+def parameter_replaced(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero())
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    run(model, optimizer)
+
+
+def parameter_replaced_on_one_rank(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero())
+    run(model, optimizer)
+    if rank == 1:
+        model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    run(model, optimizer)
+
+
+def another_dtype(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero())
+    model.float()
+    run(model, optimizer, lambda x: model(x.float()))
+
+
+def swapped_in_groups(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero(1))
+    other = linears()
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    run(other, optimizer)
+
+
+def stage_2_with_ddp(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero(2))
+    run(model, optimizer, DistributedDataParallel(model))
+
+
+def stage_1_without_ddp(rank, world):
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(1))
+    model(mean_gradients(0)).backward()  # equal by chance, and zero
+    for p in model.parameters():
+        p.grad.zero_()
+    optimizer.step(zero_grad=True)
+    model(rank_gradients(0, rank, world)).backward()
+    optimizer.step()
+
+
+def stage_1_unused_on_a_rank(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero(1))
+    run(model, optimizer, model if rank == 0 else model[0])
+
+
+def sparse_on_one_rank(rank, world):
+    model = nn.Embedding(5, 3, sparse=rank == 1).bfloat16()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero(broadcast_initial=True))
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+
+
+def stage_3(rank, world):
+    ZeRO(one_dimensional(), stage=3)
+
+
+def no_mesh(rank, world):
+    ZeRO(dist.group.WORLD)
+
+
+def cubic_mesh(rank, world):
+    ZeRO(init_device_mesh("cpu", (2, 1, 1)))
+
+
+def no_zero(rank, world):
+    AdamW_BF16(linears().parameters(), sharding="zero2")
+
+
+def copied(rank, world):
+    copy.deepcopy(AdamW_BF16(linears().parameters(), sharding=zero()))
+
+
+def pickled(rank, world):
+    pickle.dumps(AdamW_BF16(linears().parameters(), sharding=zero(1)))
+
+
+def shards_into_one_process(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero())
+    run(model, optimizer)
+    AdamW_BF16(model.named_parameters()).load_state_dict(optimizer.state_dict())
+
+
+def no_sync_in_stage_1(rank, world):
+    AdamW_BF16(linears().parameters(), sharding=zero(1)).no_sync()
+
+
+def no_sync_without_zero(rank, world):
+    AdamW_BF16(linears().parameters()).no_sync()
+
+
+MISUSES = [
+    (fsdp2, ValueError, "is a DTensor .* which is sharded already; leave out sharding="),
+    (fsdp1, ValueError, "is a part of FullyShardedDataParallel, which is sharded already; leave out sharding="),
+    (fsdp2_on_one_rank, ValueError, "on rank 1, parameter 0 .* is a DTensor"),
+    (
+        fsdp2_afterwards,
+        RuntimeError,
+        "parameter 0 .* has been replaced in its module by another .*; build the optimizer after",
+    ),
+    (other_weights, ValueError, "the initial weights of parameter '1.weight' differ between ranks; .* broadcast_initial=True"),
+    (other_order, ValueError, r"number 0 is '0.weight' \(6, 4\) torch.bfloat16 *on rank 0 but '1.bias' \(2,\) torch.bfloat16 *on rank 1"),
+    (other_shapes, ValueError, r"number 0 is .*\(6, 4\).* on rank 0 but .*\(7, 4\)"),
+    (other_number, ValueError, "number 3 is '1.bias' .* on rank 0 but none on rank 1"),
+    (parameter_replaced, RuntimeError, "parameter '1.weight' has been replaced in its module"),
+    (parameter_replaced_on_one_rank, RuntimeError, "on rank 1, parameter '1.weight' has been replaced in its module"),
+    (another_dtype, RuntimeError, "parameter '0.weight' was .*torch.bfloat16 on cpu and is now .*torch.float32 on cpu"),
+    (swapped_in_groups, RuntimeError, "has come into param_groups behind the optimizer's back"),
+    (stage_2_with_ddp, RuntimeError, "wrapped by DistributedDataParallel, which would reduce the gradients too; .* stage=1"),
+    (stage_1_without_ddp, RuntimeError, "the gradients of parameter 'even' differ between ranks; .* stage=2"),
+    (stage_1_unused_on_a_rank, RuntimeError, "parameter '1.weight' has a gradient on some ranks and none on others"),
+    (sparse_on_one_rank, RuntimeError, "on rank 1, the gradient of parameter 0 .* is sparse, .* sparse=False"),
+    (stage_3, ValueError, "Invalid stage: 3"),
+    (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),
+    (cubic_mesh, ValueError, "Invalid mesh: it has 3 dimensions"),
+    (no_zero, ValueError, r"Invalid sharding: 'zero2'; give ZeRO\(mesh\)"),
+    (copied, TypeError, "cannot be pickled or deep-copied; save its state"),
+    (pickled, TypeError, "cannot be pickled or deep-copied; save its state"),
+    (shards_into_one_process, ValueError, "the loaded exp_avg of parameter '0.weight' is a shard but the parameter is whole here"),
+    (no_sync_in_stage_1, RuntimeError, r"use no_sync\(\) of the DistributedDataParallel module"),
+    (no_sync_without_zero, RuntimeError, r"no_sync\(\) of the optimizer is for ZeRO stage 2"),
+]
+
+
+def misuse_worker(rank, world, number):
+    misuse, error, message = MISUSES[number]
+    with pytest.raises(error, match=message):
+        misuse(rank, world)
+
+
+@pytest.mark.parametrize("number", range(len(MISUSES)), ids=[misuse.__name__ for misuse, _, _ in MISUSES])
+def test_is_refused_on_every_rank(number):
+    run_ranks(2, misuse_worker, number)
+
+
+def dying_worker(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero())
+    run(model, optimizer)
+    if rank == 1:
+        os._exit(3)
+    with pytest.raises(RuntimeError):
+        run(model, optimizer)
+    raise AssertionError("rank 0 saw it")
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others():
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 saw it.*rank 1:\nthe process died"):
+        run_ranks(2, dying_worker)

@@ -1,0 +1,202 @@
+"""A model of awkward shapes for the tests of ZeRO, gradients that ranks can average exactly, and counters of bytes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
+
+SMALL = 300 / 2**20  # a bucket size in MB that holds a few of the parameters below
+STATES = ("exp_avg", "exp_avg_sq", "correction")
+SHAPES = {
+    "even": (24, 5),
+    "uneven": (13, 6),
+    "bias": (13,),
+    "wide": (1, 64),  # no row for every rank, but columns
+    "short": (3, 2),  # neither
+    "single": (1,),
+    "scalar": (),
+    "empty": (0, 4),
+    "large": (40, 10),  # a bucket of its own
+    "transposed": (8, 12),
+    "conv": (6, 4, 3, 3),
+    "fp32": (7, 5),
+    "fp32_scalar": (),
+}
+
+
+class Parameters(nn.Module):
+    """The loss is a linear function of all parameters, so that the gradients are what the caller chooses, to the bit."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in SHAPES.items():
+            value = torch.randn(shape, generator=generator).to(torch.float32 if name.startswith("fp32") else torch.bfloat16)
+            if name == "transposed":
+                value = value.t().contiguous().t()
+            if name == "conv":
+                value = value.contiguous(memory_format=torch.channels_last)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, grads: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(self.get_parameter(name) * grad).sum().float() for name, grad in grads.items()]).sum()
+
+
+def mean_gradients(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    scale = 2.0 ** -(step % 7)
+    return {
+        name: (torch.randint(-8, 9, shape, generator=generator) * scale).to(torch.float32 if name.startswith("fp32") else torch.bfloat16)
+        for name, shape in SHAPES.items()
+    }
+
+
+def rank_gradients(step: int, rank: int, ranks: int) -> dict[str, Tensor]:
+    """This rank's gradients: different on every rank, with every sum exact in bfloat16 and :func:`mean_gradients` as their mean."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    scale = 2.0 ** -(step % 7)
+    return {
+        name: mean + (torch.randint(-3, 4, mean.shape, generator=generator) * scale * (2 * rank - ranks + 1)).to(mean.dtype)
+        for name, mean in mean_gradients(step).items()
+    }
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [item for item in named if item[1].ndim > 1]},
+        {"params": [item for item in named if item[1].ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]  # torch mistakes an empty group for one without names
+
+
+def new_optimizer(model: nn.Module, sharding: ZeRO | None = None, **options: Any) -> AdamW_BF16:
+    return AdamW_BF16(groups_of(model), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1, sharding=sharding, **options)
+
+
+def one_dimensional() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def zero(stage: int = 2, mesh: DeviceMesh | None = None, **options: Any) -> ZeRO:
+    return ZeRO(one_dimensional() if mesh is None else mesh, stage=stage, **{"bucket_size_mb": SMALL, **options})
+
+
+def train(model: nn.Module, optimizer: AdamW_BF16, steps: int, *, averaged: bool, clip: float | None = None, start: int = 0) -> list[float]:
+    """Steps on the gradients of this module; returns the norms. ``averaged``: as if DDP had been at work, or on one process."""
+    norms = []
+    for step in range(start, start + steps):
+        rank, ranks = (0, 1) if averaged else (dist.get_rank(), dist.get_world_size())
+        model(mean_gradients(step) if averaged else rank_gradients(step, rank, ranks)).backward()
+        if clip is not None:
+            norms.append(optimizer.clip_grad_norm_(clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
+    """Weights and states in full, by parameter name. Collective."""
+    result = {}
+    for name, param in model.named_parameters():
+        result[name] = full(param)
+        result.update({f"{name}.{key}": full(value) for key, value in sorted(optimizer.state[param].items())})
+    return result
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+class Linears(nn.Sequential):
+    """Layers of equal size, bfloat16, for counting: ``layers`` times ``width * width`` parameters."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        torch.manual_seed(0)
+        super().__init__(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+        self.to(torch.bfloat16)
+
+
+class Calls(list[tuple[str, float, float]]):
+    """(name, bytes that a rank sends, bytes of its tensor) of each collective; ``on_call`` is called with the name."""
+
+    on_call: Callable[[str], None] | None = None
+
+
+@contextmanager
+def traffic() -> Iterator[Calls]:
+    """Record each collective called from Python.
+
+    What is sent is what a ring must send at least: ``(n - 1) / n`` of the tensor for a reduce-scatter, an all-gather, an all-to-all and,
+    averaged over the ranks that take turns as its source, a broadcast; twice that for an all-reduce.
+    """
+    calls = Calls()
+    factors = {
+        "all_to_all_single": (1, 1),
+        "all_gather_single": (1, 0),
+        "all_gather_into_tensor": (1, 0),
+        "reduce_scatter_single": (1, 1),
+        "reduce_scatter_tensor": (1, 1),
+        "all_reduce": (2, 0),
+        "broadcast": (1, 0),
+    }
+    originals = {name: getattr(dist, name) for name in factors if hasattr(dist, name)}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            times, position = factors[name]
+            tensor = args[position] if args else kwargs["tensor"]
+            ranks = dist.get_world_size(kwargs.get("group"))
+            if calls.on_call is not None:
+                calls.on_call(name)
+            calls.append((name, times * (ranks - 1) / ranks * tensor.nbytes, tensor.nbytes))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+class LiveBytes:
+    """Memory of the tensors that came to life since the start, as Python sees it; ``peak`` of all looks taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._params = list(model.parameters())
+        self._before = set(_storages())
+        self.peak = 0
+
+    def look(self) -> None:
+        grads = [p.grad for p in self._params]  # Python sees a tensor once it has been asked for
+        assert len(grads) == len(self._params)
+        self.peak = max(self.peak, sum(size for key, size in _storages().items() if key not in self._before))
+
+
+def _storages() -> dict[int, int]:
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor) and not isinstance(item, DTensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
