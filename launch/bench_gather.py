@@ -90,9 +90,8 @@ def main() -> int:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         calls["torch's gather"] = lambda: get_optimizer_state_dict(model, optimizer, options=options)
     if dist.get_rank() == 0:
-        print(
-            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of {tensor / MB:.1f} MB, {states * tensor / MB:.0f} MB in all"
-        )
+        total = states * tensor / MB
+        print(f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of {tensor / MB:.1f} MB, {total:.0f} MB in all")
     full: Any = None
     peak_of(lambda: dist.all_gather_object([None] * dist.get_world_size(), "warm up"))
     for name, call in calls.items():

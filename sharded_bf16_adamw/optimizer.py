@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import repeat
-from operator import attrgetter, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
 
-_dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
+ShardGroups = tuple[list[Tensor], list[tuple[Any, ...]], dict[tuple[Any, ...], torch.device]]  # parameters, groups of each, places
+_dtype_of, _layout_of, _device_of = attrgetter("dtype"), attrgetter("layout"), attrgetter("device")
 Work = tuple[dict[str, Any], Plan | None, list[Tensor]]  # a group, what its step works on (None: no gradients) and this rank's gradients
 
 
@@ -99,6 +100,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
         self._plans: dict[int, Plan] = {}  # by the group's index
+        self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state at the last step
+        self._groups_of_params: dict[int, ShardGroups] = {}  # by the group's index
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -153,6 +156,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_grad_found_inf", None)
         self.__dict__.setdefault("_plans", {})
+        self.__dict__.setdefault("_seen_state", ([], []))
+        self.__dict__.setdefault("_groups_of_params", {})
         self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
 
@@ -250,17 +255,28 @@ class AdamW_BF16(torch.optim.Optimizer):
             if not _strided_and_known_dtypes(grads):
                 check_grads(group)
             with_grad.append((group, params, grads))
-        work = []
+        work: list[Work] = []
+        same_state = self._same_state()
         for index, (group, params, grads) in enumerate(with_grad):
-            states = [self.state[param] for param in params]
+            if not params:
+                work.append((group, None, []))
+                continue
             plan = self._plans.get(index)
-            if params and (plan is None or not plan.is_current(params, states)):
+            if plan is None or not (same_state and plan.is_current(params)):
+                states = [self.state[param] for param in params]
                 for param, state in zip(params, states, strict=True):
                     if not state:
                         state.update(new_state(param, self._sharding))
                 plan = self._plans[index] = Plan(list(params), states, self._sharding, self.backend)
-            work.append((group, plan if params else None, plan.local_grads(grads) if params and plan else []))
+            work.append((group, plan, plan.local_grads(grads)))
+        if not same_state or len(self.state) != len(self._seen_state[0]):
+            self._seen_state = (list(self.state), list(self.state.values()))
         return work
+
+    def _same_state(self) -> bool:
+        """Whether the state has the same keys, and the same dict for each, as at the last step. What is in those, the plans check."""
+        params, states = self._seen_state
+        return len(self.state) == len(params) and all(map(is_, self.state, params)) and all(map(is_, self.state.values(), states))
 
     def _check_not_replaced(self) -> None:
         """Raise RuntimeError where parameters have no gradient because the model has others in their place since."""
@@ -312,20 +328,30 @@ class AdamW_BF16(torch.optim.Optimizer):
 
     def _clip(self, work: list[Work], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
         """Norm of all gradients of all ranks, clip coefficient and whether any is not finite; see ``kernels.clip_coefficient``."""
-        groups_of = {param: self._sharding.shard_groups(param) for group in self.param_groups for param in group["params"]}
-        by_place = group_by(
-            [(param, grad) for _, plan, grads in work if plan is not None for param, grad in zip(plan.params, grads, strict=True)],
-            lambda item: (groups_of[item[0]], item[1].device),
-        )
-        if len(by_place) == 1 and not any(groups_of.values()):  # whole on one device
-            (members,) = by_place.values()
-            return grad_norm_clip([grad for _, grad in members], max_norm, self.backend)
-        # Every rank takes part in every sum, also where it has no gradient itself: FSDP1 may leave a rank no part of a parameter.
-        sums = {groups: torch.zeros((), dtype=torch.float64, device=param.device) for param, groups in groups_of.items()}
-        for (groups, _), members in by_place.items():
-            sums[groups] += grad_sum_sq([grad for _, grad in members], self.backend).to(sums[groups].device)
-        total = all_reduce_sums(sums)
-        return clip_coefficient(total, max_norm, self.backend)
+        places: dict[tuple[Any, ...], torch.device] = {}  # every rank takes part in every sum, also where it has no gradient itself:
+        for index, (group, _, _) in enumerate(work):  # FSDP1 may leave a rank no part of a parameter
+            places.update(self._shard_groups(index, group["params"])[2])
+        grads = [grad for _, _, local_grads in work for grad in local_grads]
+        if grads and list(places) == [()] and len(set(map(_device_of, grads))) == 1:
+            return grad_norm_clip(grads, max_norm, self.backend)
+        sums = {groups: torch.zeros((), dtype=torch.float64, device=device) for groups, device in places.items()}
+        for index, (group, plan, local_grads) in enumerate(work):
+            if plan is None:
+                continue
+            groups_of = dict(zip(map(id, group["params"]), self._shard_groups(index, group["params"])[1], strict=True))
+            placed = [(groups_of[id(param)], grad) for param, grad in zip(plan.params, local_grads, strict=True)]
+            for (groups, _), members in group_by(placed, lambda item: (item[0], item[1].device)).items():
+                sums[groups] += grad_sum_sq([grad for _, grad in members], self.backend).to(sums[groups].device)
+        return clip_coefficient(all_reduce_sums(sums), max_norm, self.backend)
+
+    def _shard_groups(self, index: int, params: list[Tensor]) -> ShardGroups:
+        """The process groups over which each of a group's parameters is spread; kept while the parameters are the same."""
+        known = self._groups_of_params.get(index)
+        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
+            groups = [self._sharding.shard_groups(param) for param in params]
+            places = {group: param.device for group, param in zip(groups, params, strict=True)}
+            known = self._groups_of_params[index] = (list(params), groups, places)
+        return known
 
     @property
     def skipped_steps(self) -> int:

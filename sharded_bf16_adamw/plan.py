@@ -52,12 +52,11 @@ class Plan:
             table = Table(local_params, columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"], backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
-    def is_current(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
-        """Whether the plan is for just these parameters and states, and all of their memory lies where it lay."""
+    def is_current(self, params: list[Tensor]) -> bool:
+        """Whether the plan is for just these parameters, and all memory of theirs and of their states lies where it lay."""
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and all(map(is_, states, self._states))
             and self._addresses is not None
             and self._addresses == self._read_addresses()
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from .blocks import Block
-from .contents import GROUPS
 from .folders import latest
 from .manifest import MANIFEST, find_damage, read_manifest
 from .plain import decode
@@ -86,12 +85,8 @@ class StoredCheckpoint:
 
     def group_values(self) -> dict[str, dict[str, Any]]:
         """The hyper-parameters by parameter name, such as ``{"layer.weight": {"lr": 0.001, "betas": (0.9, 0.999), ...}}``."""
-        groups: dict[str, dict[str, Any]] = {}
-        for key, value in self.manifest.values.items():
-            if key.startswith(GROUPS):
-                name, _, option = key.removeprefix(GROUPS).rpartition(".")
-                groups.setdefault(name, {})[option] = decode(value)
-        return groups
+        options = [{name: decode(value) for name, value in group.options.items()} for group in self.manifest.groups]
+        return {fqn: own for group, own in zip(self.manifest.groups, options, strict=True) for fqn in group.params}
 
     def _read_block(self, key: str, block: Block) -> Tensor:
         place = self._storage.get(MetadataIndex(key, torch.Size(block.offsets)))

@@ -22,8 +22,7 @@ def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    with torch.no_grad():
-        local = tensor.to_local()
+    local = (tensor.detach() if torch.is_grad_enabled() else tensor).to_local()  # type: ignore[attr-defined]  # detached: no autograd
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 

@@ -77,7 +77,7 @@ class Bucket:
 
     def _new_lines(self) -> Tensor:
         width = sum(rows.width for rows in self.members)
-        return torch.empty(self._ranks, width, dtype=self._dtype, device=self.members[0].param.device)
+        return torch.empty(self._ranks, width, dtype=self._dtype, device=self.members[0].form[2])
 
     def _places(self, lines: Tensor) -> dict[Rows, Tensor]:
         return dict(zip(self.members, lines.split([rows.width for rows in self.members], 1), strict=True))
@@ -95,7 +95,7 @@ class WholeBucket(Bucket):
         self._filled[rows] = self._filled[rows] + value if rows in self._filled else value
 
     def send(self) -> MeanOnItsWay:
-        zero = torch.zeros((), dtype=self._dtype, device=self.members[0].param.device)
+        zero = torch.zeros((), dtype=self._dtype, device=self.members[0].form[2])
         values = torch.stack([self._filled.get(rows, zero) for rows in self.members])
         self._filled = {}
         self.sent += 1

@@ -148,14 +148,21 @@ class Agreement:
         Raises:
             error: on every rank, with the reasons, where any rank has a ``problem``.
         """
+        result, problems = self.maximum_and_problems(values, problem)
+        if problems is not None:
+            raise error(problems)
+        return result
+
+    def maximum_and_problems(self, values: Sequence[int], problem: str | None) -> tuple[list[int], str | None]:
+        """The element-wise maximum over ranks, and the problems of all of them in one sentence."""
         row = torch.tensor([problem is not None, *values], dtype=torch.int64)
         if not self._is_alone:
             dist.all_reduce(row, op=dist.ReduceOp.MAX, group=self._group)
         anywhere, *result = row.tolist()
         if anywhere:
             found = {text: rank for rank, text in reversed(list(enumerate(self.everyones(problem)))) if text is not None}
-            raise error("; ".join(f"on rank {rank}, {text}" for text, rank in found.items()))
-        return result
+            return result, "; ".join(f"on rank {rank}, {text}" for text, rank in found.items())
+        return result, None
 
     def are_equal(self, values: Sequence[int]) -> list[bool]:
         """Which of the values are the same on every rank."""

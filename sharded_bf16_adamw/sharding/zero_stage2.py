@@ -161,7 +161,8 @@ class Stage2(Stage):
         all_rows = list(self._rows.values())
         own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
         has = [rows in self._has_grad for rows in all_rows]
-        agreed = self._agreement.maximum([*own, *has, *[not x for x in has], bool(self._arrival)], problem)
+        values = [*own, *has, *[not x for x in has], bool(self._arrival)]
+        agreed, problems = self._agreement.maximum_and_problems(values, problem)
         times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -1]
         self._send_rest(times[: self._active], self._buckets[: self._active])
         self._send_rest(times[self._active :], self._buckets[self._active :])
@@ -170,6 +171,8 @@ class Stage2(Stage):
         for bucket in self._buckets:
             bucket.sent = 0
         self._next = 0
+        if problems is not None:  # raised when all that was under way has arrived, so that the ranks can still talk
+            raise RuntimeError(problems)
         self._with_grad = [rows for rows, some in zip(all_rows, somewhere, strict=True) if some]
         self._is_patient = not any(map(operator.and_, somewhere, missing))
         self._agreed_arrival = bool(agreed[-1])

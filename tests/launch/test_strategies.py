@@ -98,3 +98,10 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(tmp_path, ranks, argume
     assert [code for code, _ in results] == [2] * ranks
     assert message in results[0][1]
     assert not any(errors for _, errors in results[1:]), "one rank says it"
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("fsdp2+tp", 4)])
+def test_micro_batches_train_like_whole_ones(tmp_path, single, strategy, ranks):
+    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", 0.01, "--grad-accum", 3)
+    assert norms(lines) == pytest.approx(norms(single), rel=0.01)
+    assert held_out(lines)[6] == pytest.approx(held_out(single)[6], abs=LIMIT)

@@ -1,0 +1,132 @@
+"""Processes that save checkpoints and kill themselves at a chosen operation on files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
+from sharded_bf16_adamw.checkpoint import storage
+from sharded_bf16_adamw.sharding.local import to_local
+
+_context = multiprocessing.get_context("forkserver")  # a fork of a process that has imported torch costs next to nothing
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os; and every write to a file of tensors
+PATIENCE = 60  # seconds for survivors to notice that a rank is gone
+
+
+def make(step: int, sharded: bool = False) -> tuple[nn.Module, AdamW_BF16]:
+    """A model and optimizer whose every element tells the step."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2)).to(torch.bfloat16)
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    optimizer.init_state()
+    with torch.no_grad():
+        for param in model.parameters():
+            for tensor in (param, *optimizer.state[param].values()):
+                to_local(tensor).fill_(step)
+    return model, optimizer
+
+
+def assert_holds(path: Path, step: int) -> None:
+    """Load a checkpoint and find nothing in it but ``step``."""
+    model, optimizer = make(0)
+    assert load(path, model, optimizer) == {"step": step}
+    for param in model.parameters():
+        assert all(bool((tensor == step).all()) for tensor in (param, *optimizer.state[param].values()))
+
+
+def save_step(root: Path, step: int, sharded: bool, **options: Any) -> Path:
+    return save(root, step, *make(step, sharded), extra={"step": step}, **options)
+
+
+def synchronous(root: Path, sharded: bool) -> None:
+    save_step(root, 3, sharded, keep=1)
+
+
+def asynchronous(root: Path, sharded: bool) -> None:
+    save_step(root, 3, sharded, keep=1, async_=True)
+    wait_for_save()
+
+
+def same_step_again(root: Path, sharded: bool) -> None:
+    save_step(root, 2, sharded)
+
+
+def pruning(root: Path, sharded: bool) -> None:
+    prune(root, 1)
+
+
+ACTIONS: dict[str, Callable[[Path, bool], None]] = {
+    action.__name__: action for action in (synchronous, asynchronous, same_step_again, pruning)
+}
+
+
+def run(action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool) -> tuple[list[int], list[int]]:
+    """Run ``action`` on ``world`` ranks; rank ``victim`` is killed before operation ``at``, with all others if ``everybody``.
+
+    Returns:
+        Exit codes and numbers of operations by rank.
+    """
+    counts = _context.Array("i", world)
+    store = f"{root}.store"
+    ranks = [
+        _context.Process(target=_rank, args=(action, root, rank, world, store, at if rank == victim else None, counts))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + PATIENCE
+    ranks[victim].join(PATIENCE)
+    for process in ranks:
+        if everybody and process is not ranks[victim]:
+            process.kill()
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in ranks], list(counts)
+
+
+def _rank(action: str, root: Path, rank: int, world: int, store: str, at: int | None, counts: Any) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
+        )
+    _count_operations(rank, at, counts)
+    try:
+        ACTIONS[action](root, world > 1)
+    except RuntimeError:
+        os._exit(1)  # another rank is gone
+    os._exit(0)
+
+
+def _count_operations(rank: int, at: int | None, counts: Any) -> None:
+    """Die before operation number ``at``, as by SIGKILL from outside."""
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if counts[rank] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counts[rank] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, counted(getattr(os, name)))
+    stream: Any = storage._ChecksummedStream
+    stream._write = counted(stream._write)

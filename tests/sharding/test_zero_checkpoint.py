@@ -1,0 +1,91 @@
+"""Checkpoints know nothing of ZeRO: saved with it, loaded without, and back, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import LR, AdamW_BF16, load, save
+
+from .zero_cases import assert_same_bits, collect, one_dimensional, zero
+
+FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def build(strategy, fill=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 7), nn.Linear(7, 1)).to(torch.bfloat16)
+    model[1].float()
+    if fill is not None:
+        for p in model.parameters():
+            nn.init.constant_(p, fill)
+    sharding = zero(int(strategy[-1])) if strategy.startswith("zero") else None
+    if strategy == "fsdp2":
+        for layer in model:
+            fully_shard(layer, mesh=one_dimensional())
+        fully_shard(model, mesh=one_dimensional())
+    optimizer = AdamW_BF16(model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1, sharding=sharding)
+    return (DistributedDataParallel(model) if strategy == "zero1" else model), optimizer
+
+
+def steps(model, optimizer, first, count):
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        optimizer.step(zero_grad=True)
+
+
+def plain(model, optimizer):
+    return {name.removeprefix("module."): value for name, value in collect(model, optimizer).items()}
+
+
+def save_worker(rank, world, root, strategy):
+    model, optimizer = build(strategy)
+    steps(model, optimizer, 0, 4)
+    save(root, 4, model, optimizer)
+    dcp.save(get_optimizer_state_dict(model, optimizer, options=FLATTENED), checkpoint_id=f"{root}/torch")
+    saved = plain(model, optimizer)
+    steps(model, optimizer, 4, 2)
+    return saved, plain(model, optimizer)
+
+
+def load_worker(rank, world, root, strategy):
+    model, optimizer = build(strategy, fill=7.0)
+    load(root, model, optimizer)
+    loaded = plain(model, optimizer)
+    other, other_optimizer = build(strategy, fill=7.0)
+    state = get_optimizer_state_dict(other, other_optimizer, options=FLATTENED)  # torch makes it by a step with zero gradients
+    dcp.load(state, checkpoint_id=f"{root}/torch")
+    set_optimizer_state_dict(other, other_optimizer, state, options=FLATTENED)
+    by_torch = {key: value for key, value in plain(other, other_optimizer).items() if key.count(".") == 2}
+    steps(model, optimizer, 4, 2)
+    return loaded, by_torch, plain(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("zero2", 2), [("single", 1), ("fsdp2", 3), ("zero2", 3), ("zero1", 2), ("zero2", 2)]),
+        (("fsdp2", 3), [("zero2", 2), ("zero1", 4)]),
+        (("single", 1), [("zero2", 4)]),
+        (("zero1", 3), [("fsdp2", 2)]),
+    ],
+    ids=str,
+)
+def test_saved_under_one_strategy_and_loaded_under_another(saved, loaded, tmp_path):
+    at_save, later = run_ranks(saved[1], save_worker, str(tmp_path), saved[0])[0]
+    states = {key: value for key, value in at_save.items() if key.count(".") == 2}
+    for strategy, world in loaded:
+        for found, by_torch, continued in run_ranks(world, load_worker, str(tmp_path), strategy):
+            assert_same_bits(found, at_save)
+            assert_same_bits(by_torch, states)
+            assert_same_bits(continued, later)
