@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ..sharding.local import to_local
+from .contents import _put_in_one_order
 
 
 class Block(NamedTuple):
@@ -71,6 +72,7 @@ def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation leaves plain parameters in the place of those that the optimizer knows
+    _put_in_one_order(optimizer)  # or torch's FSDP1 code takes one moment for another
     with _quiet():
         return get_optimizer_state_dict(model, optimizer)
 
@@ -79,6 +81,7 @@ def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimiz
     """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies."""
     with _quiet():
         set_optimizer_state_dict(model, optimizer, state)
+    _put_in_one_order(optimizer)
 
 
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:

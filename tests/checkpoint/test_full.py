@@ -183,6 +183,17 @@ def test_tensor_learning_rate_keeps_its_memory():
     assert optimizer.param_groups[0]["lr"] is lr and float(lr) == 0.25
 
 
+def test_parameter_without_a_state_in_the_full_one_starts_afresh():
+    full = single_process_state()
+    del full["state"]["up.weight"]
+    module, optimizer = LAYOUTS[0].build(1, seed=4)
+    train(module, optimizer, 2)
+    assert optimizer.state[module.up.weight]["exp_avg"].any()
+    scatter_full_state_dict(module, optimizer, full)
+    assert not any(value.any() for value in optimizer.state[module.up.weight].values())
+    assert optimizer.state[module.down.weight]["step"] == 3
+
+
 def test_schedule_stays_that_of_the_optimizer():
     full = single_process_state()
     constant_module, _ = LAYOUTS[0].build(1, seed=1)

@@ -20,7 +20,16 @@ from sharded_bf16_adamw.checkpoint import storage
 from sharded_bf16_adamw.sharding.local import to_local
 
 _context = multiprocessing.get_context("forkserver")  # a fork of a process that has imported torch costs next to nothing
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "torch._dynamo",
+        "torch._dynamo.variables",
+        "torch._inductor.utils",
+    ]
+)
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os; and every write to a file of tensors
 PATIENCE = 60  # seconds for survivors to notice that a rank is gone
 
@@ -75,18 +84,13 @@ ACTIONS: dict[str, Callable[[Path, bool], None]] = {
 }
 
 
-def run(action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool) -> tuple[list[int], list[int]]:
+def run(action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool) -> list[int]:
     """Run ``action`` on ``world`` ranks; rank ``victim`` is killed before operation ``at``, with all others if ``everybody``.
 
     Returns:
-        Exit codes and numbers of operations by rank.
+        Exit codes by rank.
     """
-    counts = _context.Array("i", world)
-    store = f"{root}.store"
-    ranks = [
-        _context.Process(target=_rank, args=(action, root, rank, world, store, at if rank == victim else None, counts))
-        for rank in range(world)
-    ]
+    ranks = [_context.Process(target=_rank, args=(action, root, rank, world, at if rank == victim else None)) for rank in range(world)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + PATIENCE
@@ -97,36 +101,43 @@ def run(action: str, root: Path, world: int, victim: int, at: int | None, everyb
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
         process.join()
-    return [process.exitcode or 0 for process in ranks], list(counts)
+    return [process.exitcode or 0 for process in ranks]
 
 
-def _rank(action: str, root: Path, rank: int, world: int, store: str, at: int | None, counts: Any) -> None:
+def operations(root: Path, rank: int) -> list[str]:
+    """The names of what a rank did in a run that was not killed."""
+    return Path(f"{root}.operations.{rank}").read_text().split()
+
+
+def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> None:
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
-        )
-    _count_operations(rank, at, counts)
+        store = dist.FileStore(f"{root}.store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE))
+    done = _watch_operations(at)
     try:
         ACTIONS[action](root, world > 1)
     except RuntimeError:
         os._exit(1)  # another rank is gone
+    Path(f"{root}.operations.{rank}").write_text(" ".join(done))
     os._exit(0)
 
 
-def _count_operations(rank: int, at: int | None, counts: Any) -> None:
-    """Die before operation number ``at``, as by SIGKILL from outside."""
+def _watch_operations(at: int | None) -> list[str]:
+    """Record them; die before number ``at``, as by SIGKILL from outside."""
+    done: list[str] = []
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if counts[rank] == at:
+            if len(done) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            counts[rank] += 1
+            done.append(name)
             return function(*args, **kwargs)
 
         return call
 
     for name in OPERATIONS:
-        setattr(os, name, counted(getattr(os, name)))
+        setattr(os, name, watched(name, getattr(os, name)))
     stream: Any = storage._ChecksummedStream
-    stream._write = counted(stream._write)
+    stream._write = watched("write", stream._write)
+    return done

@@ -29,7 +29,7 @@ COLUMNS = ("weights", "exp_avg", "exp_avg_sq", "correction")
 STEPS, ROWS = 20, 12  # the rows of a batch are divided evenly among 1, 2, 3 or 4 ranks
 SHAPES = {"tall": (6, 13), "wide": (12, 8), "flat": (16, 4), "single_row": (5, 1), "single_precision": (7, 3)}  # (inputs, outputs)
 GAIN = 10
-CLIP = 0.5  # clips the steps of larger gradients, and leaves the others
+CLIP = 5.0  # clips the steps of larger gradients, and leaves the others
 Batch = dict[str, tuple[Tensor, Tensor]]  # x (rows, inputs) and c (rows, outputs) of each layer
 
 

@@ -1,0 +1,161 @@
+"""Time saving and loading a checkpoint against writing and reading the same bytes, and an asynchronous save against a blocking one.
+
+All are measured in turn, repeatedly, in one run on one disk, so that a busy machine slows them alike; ratios are medians of rounds::
+
+    python launch/bench_checkpoint.py --gb 1 --rounds 5
+    torchrun --nproc-per-node 2 launch/bench_checkpoint.py --gb 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from strategies import init_world
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
+
+BLOCK = 1 << 23  # bytes per plain read or write
+BYTES_PER_PARAMETER = 8  # bf16 weight, two moments and correction
+WIDTH = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=1.0, help="size of the checkpoint, of all ranks together")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=None, help="on the disk to measure; default: the system's temporary folder")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    world = init_world("auto")
+    folder = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"
+    model, optimizer = build(args.gb / world.ranks, world.ranks, world.device)
+    rounds = []
+    try:
+        for index in range(args.rounds + 1):
+            figures = measure(folder, model, optimizer)
+            if index:  # the first warms up
+                rounds.append(figures)
+                if world.rank == 0:
+                    print("  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if world.rank == 0:
+        report(rounds, args.json)
+    dist.destroy_process_group()
+
+
+def build(gb: float, ranks: int, device: torch.device) -> tuple[nn.Module, AdamW_BF16]:
+    """Layers of 4M parameters each, ``gb`` of weights and states on each rank."""
+    count = max(1, round(gb * ranks * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count))).to(device, torch.bfloat16)
+    if ranks > 1:
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step(zero_grad=True)
+    return model, optimizer
+
+
+def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16) -> dict[str, float]:
+    """Seconds of one round."""
+    figures = {}
+    root, plain = folder / "run", folder / f"plain-{dist.get_rank()}"
+    fresh(folder)
+    figures["save"] = timed(lambda: save(root, 1, model, optimizer))
+    path = latest(root)
+    assert path is not None
+    names = sorted(file for file in path.iterdir() if file.name.startswith(f"__{dist.get_rank()}_"))
+    content = b"".join(file.read_bytes() for file in names)
+    size = len(content)
+    figures["plain write"] = timed(functools.partial(write, plain, content))
+    content = b""
+    forget([*path.iterdir(), plain])
+    figures["plain read"] = timed(lambda: read(plain, size))
+    forget([*path.iterdir(), plain])
+    figures["load"] = timed(lambda: load(path, model, optimizer))
+    fresh(folder)
+    figures["async stall"] = timed(lambda: save(root, 1, model, optimizer, async_=True))
+    figures["async rest"] = timed(wait_for_save)
+    return figures
+
+
+def fresh(folder: Path) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds until all ranks are done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def write(path: Path, content: bytes) -> None:
+    """As simply as can be, but to the disk."""
+    view = memoryview(content)
+    with open(path, "wb", buffering=0) as file:
+        for start in range(0, len(view), BLOCK):
+            file.write(view[start : start + BLOCK])
+        os.fsync(file.fileno())
+
+
+def read(path: Path, size: int) -> None:
+    """Into new memory, as a program that uses the bytes must."""
+    target = memoryview(bytearray(size))
+    place = 0
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(target[place : place + BLOCK]):
+            place += count
+
+
+def forget(paths: list[Path]) -> None:
+    """Drop the files from the memory of the operating system, so that reading reads the disk."""
+    dist.barrier()
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+
+
+def report(rounds: list[dict[str, float]], file: str | None) -> None:
+    ratios = {
+        "throughput of save / plain write": [figures["plain write"] / figures["save"] for figures in rounds],
+        "throughput of load / plain read": [figures["plain read"] / figures["load"] for figures in rounds],
+        "stall of async save / save": [figures["async stall"] / figures["save"] for figures in rounds],
+    }
+    for name, values in ratios.items():
+        print(f"{name}: {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")
+    if file:
+        Path(file).write_text(json.dumps({"rounds": rounds, "ratios": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
