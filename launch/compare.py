@@ -123,7 +123,7 @@ def plot(out: Path, seeds: int, path: Path) -> None:
             means, errors = zip(*map(mean_and_error, gaps), strict=True)
             right.errorbar(steps, means, errors, color=color, fmt=style, capsize=2, label=LABELS[name])
     right.axhline(0.0, color="black", linewidth=0.8)
-    left.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="tiny GPT on Python sources")
+    left.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="small GPT on Python sources")
     right.set(xlabel="step", ylabel="gap to fp32 AdamW", title=f"paired over {seeds} seeds, with standard errors")
     left.legend()
     right.legend()

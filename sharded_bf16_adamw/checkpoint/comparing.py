@@ -84,7 +84,7 @@ def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Com
         for name, value in group.options.items():
             found = {fqn: options_of[fqn][name] for fqn in group.params if name in options_of.get(fqn, {})}
             options[name] = value
-            if not found:
+            if not found or name == "param_names":  # which is no option but what the caller called them
                 continue
             first = next(iter(found))
             other = next((fqn for fqn in found if found[fqn] != found[first]), None)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..sharding.local import to_local
 from .agreement import rank
 from .manifest import ParamGroup
 
@@ -70,7 +72,10 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
 
 
 def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> None:
-    """Inverse of :func:`contents`."""
+    """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
+    if _are_live(model, optimizer, values):
+        _set_options(optimizer, values.groups)
+        return
     groups = {f"{GROUPS}{fqn}.{name}": value for group in values.groups for fqn in group.params for name, value in group.options.items()}
     flat = {**values.tensors, **values.plain, **groups}
     _put_in_one_order(optimizer)
@@ -80,9 +85,44 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
     _put_in_one_order(optimizer)
 
 
+def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
+    """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
+    if values.plain or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return False
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    of_model = {_address(value) for value in chain(model.parameters(), model.buffers())}
+    given = {_address(value) for key, value in values.tensors.items() if key.startswith(STATE)}
+    return (
+        all(_address(value) in of_model for key, value in values.tensors.items() if key.startswith(MODEL))
+        and given == {_address(value) for value in states}
+        and len(states) == sum(key.startswith(STATE) for key in values.tensors)
+    )
+
+
+def _address(value: Any) -> tuple[int, int]:
+    """Where this rank's part of a tensor lies; nothing distinguishes empty ones."""
+    local = to_local(value) if isinstance(value, Tensor) else torch.empty(0)
+    return (local.data_ptr(), local.numel()) if local.numel() else (0, 0)
+
+
+def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> None:
+    """Load groups as the optimizer loads a state dict, with its checks and hooks, but leave the states where they are."""
+    states = dict(optimizer.state)
+    places = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+    loaded = [
+        {**here.options, "params": [next(places) for _ in group["params"]]}
+        for here, group in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": {}, "param_groups": loaded})
+    optimizer.state.update(states)
+
+
 def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
-    """Sort the states of each parameter as an optimizer makes them. torch's FSDP1 code gathers them one after the other in the order of each rank's own
-    dict, and builds those dicts in the order of a set, which differs between ranks: one moment would end up in the place of another."""
+    """Sort the states of each parameter as an optimizer makes them.
+
+    torch's FSDP1 code gathers them one after the other in the order of each rank's own dict, and builds those dicts in the order of a
+    set, which differs between ranks: one moment would end up in the place of another.
+    """
     for state in optimizer.state.values():
         ordered = sorted(state.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), str(item[0])))
         state.clear()

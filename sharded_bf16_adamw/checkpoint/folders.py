@@ -63,7 +63,7 @@ def begin(root: Path, step: int) -> tuple[Path, Path, int]:
         That folder, the name that the checkpoint will have (one that is free: a resumed run may come by the same step again), and
         its serial number.
     """
-    _make_folder(root)
+    root.mkdir(parents=True, exist_ok=True)
     for leftover in [*root.glob(f"{_PARTIAL}*"), *root.glob(f"{_REMOVED}*"), *root.glob(f".{LATEST}*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     complete = complete_checkpoints(root)
@@ -81,6 +81,7 @@ def publish(partial: Path, final: Path, manifest: bytes) -> None:
     write_durably(partial / MANIFEST, manifest)
     sync_folder(partial)
     os.rename(partial, final)
+    sync_folder(final.parent.absolute().parent)  # the first save has made the root
     sync_folder(final.parent)  # LATEST must not be on the disk before what it names
     temporary = final.with_name(f".{LATEST}")
     write_durably(temporary, f"{final.name}\n".encode())
@@ -121,14 +122,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _make_folder(path: Path) -> None:
-    """Like ``mkdir -p``, flushed to the disk."""
-    if not path.is_dir():
-        _make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
 
 
 def _serial(path: Path) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from . import asynchronous
 from .agreement import Group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
@@ -24,6 +24,7 @@ from .contents import contents, describe_strategy, rng_contents
 from .folders import begin, publish, remove_older
 from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
+from .staging import Staged
 from .storage import ChecksummedWriter
 
 
@@ -52,7 +53,7 @@ def save(
         keep: how many checkpoints to keep, the last saved first; None keeps all.
         async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
             next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
-            ``dist.destroy_process_group()``.
+            ``dist.destroy_process_group()``. The memory of the copy is kept for the next time.
 
     Returns:
         The checkpoint's folder; with ``async_`` what it will be.
@@ -88,7 +89,7 @@ def save(
     planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
     if async_:
         with _cleared_if_it_fails(partial, final):
-            planner = _Staged(planner, plan)
+            planner = Staged(planner, plan)
     job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
     if async_:
         asynchronous.start(lambda: job.run(group))
@@ -132,21 +133,6 @@ class _Save:
             remove_older(self.final, self.manifest.step, self.keep)
         except OSError as error:  # the save itself is done
             warnings.warn(f"an older checkpoint beside {self.final} could not be removed ({error}); remove it yourself", stacklevel=2)
-
-
-class _Staged(DefaultSavePlanner):
-    """A planner that is done, whose data has been copied to CPU memory: only what this rank is to write. Each item is given out once."""
-
-    def __init__(self, planner: DefaultSavePlanner, plan: SavePlan) -> None:
-        super().__init__()
-        self._data: dict[MetadataIndex, Tensor] = {}
-        for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
-            self._data[item.index] = tensor.detach().to("cpu", copy=True)
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._data.pop(write_item.index)
 
 
 def _plan(

@@ -12,9 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.sharding import zero_stage2
 
-from .zero_cases import SHAPES, Parameters, assert_same_bits, collect, new_optimizer, rank_gradients, traffic, train, zero
+from .zero_cases import SHAPES, Parameters, assert_same_bits, collect, new_optimizer, patience, rank_gradients, traffic, train, zero
 
 ALL = frozenset(SHAPES)
 
@@ -207,12 +206,12 @@ FP32_SUMS = {"reduce_dtype": torch.float32, "accumulate_dtype": torch.float32}
 
 
 def scenarios_worker(rank, world, options):
-    zero_stage2.PATIENCE = 0.05  # for scenarios in which another rank cannot keep up
     results = {}
     for scenario in SCENARIOS:
         loop = Loop(world, options)
         try:
-            scenario(loop)
+            with patience(0.05):  # in some scenarios another rank cannot keep up
+                scenario(loop)
         except Exception as error:
             raise AssertionError(scenario.__name__) from error
         results[scenario.__name__] = collect(loop.model, loop.optimizer)

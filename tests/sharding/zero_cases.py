@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
+from sharded_bf16_adamw.sharding import zero_stage2
 
 SMALL = 300 / 2**20  # a bucket size in MB that holds a few of the parameters below
 STATES = ("exp_avg", "exp_avg_sq", "correction")
@@ -177,6 +178,16 @@ def traffic() -> Iterator[Calls]:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """How long a backward pass waits for a bucket to leave, in this process."""
+    before, zero_stage2.PATIENCE = zero_stage2.PATIENCE, seconds
+    try:
+        yield
+    finally:
+        zero_stage2.PATIENCE = before
 
 
 class LiveBytes:

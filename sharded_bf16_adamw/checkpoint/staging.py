@@ -1,0 +1,47 @@
+"""Copies in CPU memory of what a rank is to write, so that training may change the originals.
+
+The memory is kept for the next asynchronous save: getting it from the operating system takes longer than copying.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+_buffers: dict[MetadataIndex, Tensor] = {}  # of one checkpoint; pinned where they are copied to from a GPU
+
+
+class Staged(DefaultSavePlanner):
+    """Stands for a planner that has a plan; gives out copies of the data, of what this rank is to write alone.
+
+    Args:
+        planner: knows the originals.
+        plan: what this rank writes. The save before this one is done: its copies are overwritten.
+    """
+
+    def __init__(self, planner: SavePlanner, plan: SavePlan) -> None:
+        super().__init__()
+        kept = dict(_buffers)
+        _buffers.clear()
+        on_gpu = False
+        for item in plan.items:
+            original = planner.resolve_data(item)
+            assert isinstance(original, Tensor)
+            buffer = kept.pop(item.index, None)
+            if buffer is None or buffer.shape != original.shape or buffer.dtype != original.dtype:
+                buffer = torch.empty(original.shape, dtype=original.dtype, pin_memory=original.is_cuda)
+            _buffers[item.index] = buffer.copy_(original.detach(), non_blocking=original.is_cuda)
+            on_gpu = on_gpu or original.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return _buffers[write_item.index]
+
+
+def release() -> None:
+    """Give the memory back."""
+    _buffers.clear()
