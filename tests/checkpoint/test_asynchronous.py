@@ -1,0 +1,114 @@
+"""A save in a thread holds what was there when it was asked for, one at a time, and its errors are heard."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from sharded_bf16_adamw import latest, load, save, wait_for_save
+from sharded_bf16_adamw.checkpoint import saving, staging
+
+from .victims import assert_holds, make, save_step
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds back the writing of files until it is set."""
+    opened = threading.Event()
+    write_data = saving.ChecksummedWriter.write_data
+
+    def write_later(self, plan, planner):
+        assert opened.wait(60)
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(saving.ChecksummedWriter, "write_data", write_later)
+    yield opened
+    opened.set()
+    wait_for_save()
+
+
+def test_it_holds_what_was_there_when_it_was_called(tmp_path, gate):
+    model, optimizer = make(1)
+    extra = {"step": 1}
+    path = save(tmp_path, 1, model, optimizer, extra=extra, async_=True)
+    assert latest(tmp_path) is None, "nothing is written yet"
+    extra["step"] = 5
+    with torch.no_grad():
+        for param in model.parameters():
+            for tensor in (param, *optimizer.state[param].values()):
+                tensor.fill_(5)
+    optimizer.param_groups[0]["lr"] = 5.0
+    gate.set()
+    wait_for_save()
+    assert latest(tmp_path) == path
+    assert_holds(path, 1)
+
+
+def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, gate):
+    save_step(tmp_path, 1, sharded=False, async_=True)
+    threading.Timer(0.2, gate.set).start()
+    second = save_step(tmp_path, 2, sharded=False, async_=True)
+    assert latest(tmp_path) == tmp_path / "step-00000001", "the first is done before the second begins"
+    assert_holds(tmp_path, 2)  # load waits
+    assert latest(tmp_path) == second
+
+
+@pytest.mark.parametrize("following", ["save", "load", "wait_for_save"])
+def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypatch):
+    good = save_step(tmp_path, 1, sharded=False)
+    model, optimizer = make(7)
+
+    def fails(self, plan, planner):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving.ChecksummedWriter, "write_data", fails)
+        save(tmp_path, 2, model, optimizer, async_=True)
+        call = {
+            "save": lambda: save(tmp_path, 3, model, optimizer),
+            "load": lambda: load(tmp_path, model, optimizer),
+            "wait_for_save": wait_for_save,
+        }[following]
+        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*step-00000002: on rank 0, OSError: .*No space left"):
+            call()
+    assert latest(tmp_path) == good
+    wait_for_save()
+    assert bool((next(model.parameters()) == 7).all()), "the call that raised did nothing else"
+    save_step(tmp_path, 3, sharded=False)
+    assert_holds(tmp_path, 3)
+
+
+def test_memory_of_the_copy_is_used_again(tmp_path):
+    staging.release()
+    save_step(tmp_path, 1, sharded=False, async_=True)
+    wait_for_save()
+    first = {index: tensor.data_ptr() for index, tensor in staging._buffers.items()}
+    save_step(tmp_path, 2, sharded=False, async_=True)
+    assert {index: tensor.data_ptr() for index, tensor in staging._buffers.items()} == first and first
+    assert_holds(tmp_path, 2)
+    staging.release()
+    assert not staging._buffers
+
+
+def training_worker(rank: int, world: int, root: str) -> None:
+    """Collectives of training run while the thread's do; replicas are staged once among the ranks."""
+    model, optimizer = make(4, sharded=True)
+    path = save(root, 4, model, optimizer, extra={"step": 4}, async_=True)
+    for _ in range(20):
+        model(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step(zero_grad=True)
+    wait_for_save()
+    assert latest(root) == path
+    copied = sum(tensor.nbytes for tensor in staging._buffers.values())
+    full = sum(4 * param.numel() * 2 + 4 for param in model.parameters()) + torch.get_rng_state().nbytes * world
+    total = torch.tensor(float(copied))
+    torch.distributed.all_reduce(total)
+    assert total == full
+
+
+def test_training_goes_on_meanwhile_and_a_rank_copies_its_share_alone(tmp_path):
+    run_ranks(3, training_worker, str(tmp_path))
+    assert_holds(tmp_path, 4)

@@ -1,0 +1,127 @@
+"""What loading does where checkpoint and model differ, or a group was divided otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_bf16_adamw import LR, AdamW_BF16, load, save
+
+
+def trained(model: nn.Module, **options: object) -> tuple[nn.Module, AdamW_BF16]:
+    model = model.to(torch.bfloat16)
+    optimizer = AdamW_BF16(model.parameters(), **options)
+    for step in range(3):
+        for index, param in enumerate(model.parameters()):
+            param.grad = torch.full_like(param, 0.1 * (index + step + 1))
+        optimizer.step(zero_grad=True)
+    return model, optimizer
+
+
+class Model(nn.Module):
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
+    saved, saved_optimizer = trained(Model(same=linear(3, 4), other=linear(3, 4), gone=linear(2, 2)))
+    save(tmp_path, 3, saved, saved_optimizer, extra={"a": 1})
+    here, optimizer = trained(Model(same=linear(3, 4), other=linear(5, 4), new=linear(2, 3)), lr=0.5)
+    before = {name: param.detach().clone() for name, param in here.named_parameters()}
+    moments = {name: optimizer.state[param]["exp_avg"].clone() for name, param in here.named_parameters()}
+    with pytest.raises(ValueError, match="is of another model or optimizer"):
+        load(tmp_path, here, optimizer)
+    loaded = load(tmp_path, here, optimizer, strict=False)
+    assert loaded == {"a": 1} and loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
+    params = dict(here.named_parameters())
+    assert torch.equal(params["same.weight"], saved.same.weight)
+    for key, value in optimizer.state[params["same.weight"]].items():
+        assert torch.equal(value, saved_optimizer.state[saved.same.weight][key])
+    for name in ("other.weight", "new.weight"):
+        assert torch.equal(params[name], before[name])
+        assert torch.equal(optimizer.state[params[name]]["exp_avg"], moments[name])
+    assert optimizer.param_groups[0]["weight_decay"] == saved_optimizer.param_groups[0]["weight_decay"]
+    listed = "\n".join(loaded.not_loaded)
+    for sentence in (
+        "model.other.weight has shape (4, 3) there but (4, 5) here",
+        "it has no model.new.weight",
+        "it has model.gone.weight, which is not here",
+        "it has optimizer.state.gone.weight.exp_avg, which is not here",
+    ):
+        assert sentence in listed
+    assert "same.weight" not in listed
+    optimizer.zero_grad()
+    for param in here.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[params["same.weight"]]["step"] == 4
+
+
+def test_a_weight_without_its_correction_starts_with_none(tmp_path):
+    """A correction of other weights would be wrong by as much as they differ."""
+    saved = Model(a=linear(3, 4)).to(torch.bfloat16)
+    plain = torch.optim.AdamW(saved.parameters(), lr=1e-3)
+    saved.a.weight.grad = torch.ones_like(saved.a.weight)
+    plain.step()
+    save(tmp_path, 1, saved, plain)
+    here, optimizer = trained(Model(a=linear(3, 4)), lr=1e-3)
+    assert optimizer.state[here.a.weight]["correction"].any()
+    loaded = load(tmp_path, here, optimizer, strict=False)
+    assert loaded.not_loaded == ["it has no optimizer.state.a.weight.correction"]
+    assert torch.equal(here.a.weight, saved.a.weight) and not optimizer.state[here.a.weight]["correction"].any()
+    assert torch.equal(optimizer.state[here.a.weight]["exp_avg"], plain.state[saved.a.weight]["exp_avg"])
+
+
+def two_groups(model: nn.Module, first: float, second: float) -> AdamW_BF16:
+    a, b = model.parameters()
+    return AdamW_BF16([{"params": [a], "weight_decay": first}, {"params": [b], "weight_decay": second}], lr=1e-3)
+
+
+def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
+    model = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
+    save(tmp_path, 1, model, two_groups(model, 0.25, 0.25))
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    load(tmp_path, model, optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25 and optimizer.param_groups[0]["lr"] == 1e-3
+    save(tmp_path, 2, model, two_groups(model, 0.25, 0.5))
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"weight_decay of a.weight is 0.25 there and of b.weight 0.5, but here they are in one group"):
+        load(tmp_path, model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    load(tmp_path, model, optimizer, strict=False)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_options_keep_their_types(tmp_path):
+    """Tuples, a learning rate that is a tensor, infinity; and the schedule's position goes on."""
+    model, optimizer = trained(Model(a=linear(3, 4)), lr=torch.tensor(0.1), betas=(0.8, 0.95), eps=1e-30)
+    optimizer.param_groups[0]["mine"] = [float("inf"), None, (1, "x")]
+    save(tmp_path, 1, model, optimizer)
+    fresh = AdamW_BF16(model.parameters(), lr=torch.tensor(0.5))
+    fresh.param_groups[0]["mine"] = None
+    load(tmp_path, model, fresh)
+    group = fresh.param_groups[0]
+    assert isinstance(group["lr"], torch.Tensor) and group["lr"].dtype == torch.float32 and group["lr"] == torch.tensor(0.1)
+    assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-30 and group["mine"] == [float("inf"), None, (1, "x")]
+    scheduled = AdamW_BF16(model.parameters(), lr_function=LR(lr=1.0, preheat_steps=10))
+    load(tmp_path, model, scheduled)
+    assert scheduled.param_groups[0]["schedule_step"] == 3
+    model.a.weight.grad = torch.zeros_like(model.a.weight)
+    scheduled.step()
+    assert scheduled.param_groups[0]["lr"] == LR(lr=1.0, preheat_steps=10)(3), "the schedule is the code's, its position the checkpoint's"
+
+
+def test_loading_copies_into_the_memory_that_is_there(tmp_path):
+    """No second copy of the optimizer's state is made, which would double its memory."""
+    model, optimizer = trained(Model(a=linear(3, 4)), lr=0.1)
+    save(tmp_path, 1, model, optimizer)
+    places = {key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()}
+    load(tmp_path, model, optimizer)
+    assert {key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()} == places
