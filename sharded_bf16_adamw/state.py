@@ -11,6 +11,7 @@ from torch import Tensor
 from .sharding.local import zeros_like_shard
 from .sharding.strategy import Sharding
 
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
 
 
@@ -82,6 +83,9 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
         state.setdefault("correction", zeros_like_shard(sharding.shard(param), torch.bfloat16))
     else:
         state.pop("correction", None)
+    # One order on every rank: torch's FSDP1 code gathers a state's tensors in the order in which each rank's dict happens to hold them.
+    for key in (key for key in STATE_KEYS if key in state):
+        state[key] = state.pop(key)
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 TIMEOUT = 100  # seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks
 _pool: list[tuple[Any, Connection]] = []
@@ -102,3 +103,4 @@ def _run(rank: int, world_size: int, store: str, function: Callable[..., Any], a
         return buffer.getvalue()
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it keeps meshes, and a later run's mesh would be taken for one whose groups are gone

@@ -363,6 +363,15 @@ class TestSaving:
         train(b, 3, seed=9)
         assert equal(snapshot(a), snapshot(b))
 
+    def test_loaded_states_have_one_order(self):
+        """torch's FSDP1 code gathers by the order of each rank's own dict, which its loading code takes from a set."""
+        a, b = AdamW_BF16([param(30)]), AdamW_BF16([param(30)])
+        train(a, 2)
+        shuffled = a.state_dict()
+        shuffled["state"] = {0: dict(reversed(shuffled["state"][0].items()))}
+        b.load_state_dict(shuffled)
+        assert [list(state) for state in b.state.values()] == [["step", "exp_avg", "exp_avg_sq", "correction"]]
+
     def test_loading_copies_its_input(self):
         a, b = AdamW_BF16([param(30)]), AdamW_BF16([param(30)])
         train(a, 2)

@@ -29,6 +29,7 @@ def test_what_is_written_is_read_by_us_and_by_the_formats_own_package(tmp_path):
     content = tensors()
     file = SafetensorsFile(write(tmp_path / "a.safetensors", content))
     assert all(same(file.read(name), value) for name, value in content.items()) and file.infos.keys() == content.keys()
+    assert int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") % 8 == 0, "aligned for those that map the file"
     package = pytest.importorskip("safetensors.torch")
     theirs = package.load_file(tmp_path / "a.safetensors")
     assert theirs.keys() == content.keys() and all(same(theirs[name], value) for name, value in content.items())

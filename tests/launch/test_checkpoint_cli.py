@@ -210,19 +210,25 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
 
     from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text, read_manifest
 
+    evil = (tmp_path / "evil.pt").read_bytes()
     commands = [("inspect", "{path}"), ("verify", "{path}"), ("export", "{path}", "{root}/out"), ("prune", "{root}/run", "--keep", "1")]
-    for name, content in ((".metadata", pickle.dumps(Evil(), protocol=2)), ("*.distcp", (tmp_path / "evil.pt").read_bytes())):
-        root = tmp_path / f"with {name.strip('.*')}"
+    for what in ("metadata", "tensors"):
+        root = tmp_path / what
         make_run(root / "run")
         path = root / "run" / "step-00000001"
-        (file,) = path.glob(name)
-        content += b"\0" * max(0, file.stat().st_size - len(content))
-        file.write_bytes(content)
+        (file,) = path.glob("*.distcp")
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, len(evil)
+        contents = {".metadata": pickle.dumps(Evil() if what == "metadata" else metadata, protocol=2), file.name: evil}
         manifest = read_manifest(path)
-        manifest.files[file.name] = FileRecord(len(content), crc32_text(zlib.crc32(content)))
+        for name, content in contents.items():
+            (path / name).write_bytes(content)
+            manifest.files[name] = FileRecord(len(content), crc32_text(zlib.crc32(content)))
         (path / "manifest.json").write_bytes(manifest.to_bytes())
         codes = {command[0]: run(capsys, *[part.format(path=path, root=root) for part in command])[0] for command in commands}
         assert codes["verify"] == 0 and codes["export"] == 1 and not (root / "out").exists()
+        assert not (tmp_path / "evil").exists(), what
     assert run(capsys, "import", tmp_path / "evil.pt", tmp_path / "new")[0] == 1
     assert not (tmp_path / "evil").exists()
 
