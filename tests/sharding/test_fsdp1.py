@@ -24,7 +24,7 @@ from sharded_bf16_adamw import AdamW_BF16, load, save
 from sharded_bf16_adamw.sharding import fsdp1
 from sharded_bf16_adamw.sharding.fsdp1 import full_optimizer_state_dict
 
-from .strategy_cases import BY_NAME, Layers, Wrapped, backward, collect, make_batch, make_optimizer, single_process
+from .strategy_cases import BY_NAME, CLIP, Layers, Wrapped, backward, collect, make_batch, make_optimizer, single_process
 
 BF16 = torch.bfloat16
 
@@ -131,7 +131,7 @@ def accumulation_worker(rank, world, use_orig_params):
         with model.module.no_sync():
             backward(model, first)
         backward(model, second)
-        optimizer.clip_grad_norm_(0.5)
+        optimizer.clip_grad_norm_(CLIP)
         optimizer.step(zero_grad=True)
     return collect(model.module, optimizer)
 
