@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -198,9 +199,14 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None
     module = _backend_module(sum_sq.device, backend)
     if hasattr(module, "clip_coefficient"):
         return module.clip_coefficient(sum_sq, max_norm)
-    norm = sum_sq.sqrt()
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return norm.float(), coefficient.float(), (~sum_sq.isfinite()).float()
+    if sum_sq.device.type == "cpu":  # the value is at hand: a dozen tensor operations would cost more than a small step
+        total = sum_sq.item()
+        norm = math.sqrt(total)
+        values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(total) else 1.0)
+        return tuple(torch.tensor(value, dtype=torch.float32) for value in values)  # type: ignore[return-value]
+    norms = sum_sq.sqrt()
+    coefficient = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()
 
 
 def grad_norm_clip(grads: list[Tensor], max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
