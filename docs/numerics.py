@@ -80,7 +80,7 @@ def round_to_nearest() -> AbstractContextManager:
 
 
 def step_left_out_of_hash() -> AbstractContextManager:
-    return mock.patch.object(reference, "GOLDEN", 0)
+    return mock.patch.object(reference, "step_key", return_value=0)
 
 
 Rules = Mapping[str, Callable[[Tensor], "Ours | Stock"]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import _mix, stochastic_round
+from ..kernels.reference import lowbias32, stochastic_round
 from ..optimizer import AdamW_BF16
 from .agreement import errors_on_every_rank
 from .blocks import (
@@ -39,7 +39,7 @@ def round_moment(x: Tensor) -> Tensor:
     The random bits are a hash of the value's own bits: the result is the same on every run and for every sharding, and over many values
     the mean error is zero. A value that bfloat16 holds stays as it is.
     """
-    return stochastic_round(x, _mix(x.view(torch.int32)) & 0xFFFF)
+    return stochastic_round(x, lowbias32(x.view(torch.int32)) & 0xFFFF)
 
 
 @torch.no_grad()

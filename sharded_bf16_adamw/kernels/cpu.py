@@ -21,7 +21,7 @@ from torch import Tensor
 ISAS = ("baseline", "avx2", "avx512")  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _dtype_of = attrgetter("dtype")
 _library: ctypes.CDLL | None = None

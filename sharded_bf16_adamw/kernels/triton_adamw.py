@@ -16,6 +16,8 @@ Python floats as float32.
 import triton
 import triton.language as tl
 
+from . import reference
+
 BLOCK = tl.constexpr(1024)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
 TAIL = tl.constexpr(128)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
 CHUNK = tl.constexpr(8192)
@@ -31,6 +33,13 @@ ROW_NUMEL = tl.constexpr(5)
 FP32_GRAD = tl.constexpr(1)
 UNALIGNED_GRAD = tl.constexpr(2)
 UNALIGNED_ROW = tl.constexpr(4)  # parameter or state off a 16-byte boundary; implies UNALIGNED_GRAD
+
+SPREAD_M = tl.constexpr(reference.SPREAD_M)
+SPREAD_V = tl.constexpr(reference.SPREAD_V)
+SPREAD_C = tl.constexpr(reference.SPREAD_C)
+MIX = tl.constexpr(reference.MIX)
+DRAW_M = tl.constexpr(reference.DRAW_M)
+DRAW_C = tl.constexpr(reference.DRAW_C)
 
 THREADS = BLOCK.value // 8
 BLOCK_ROWS = tl.constexpr(128)
@@ -77,7 +86,7 @@ def adamw_kernel(
             this_row = rows + row * ROW_WIDTH
             t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
             scalars = _step_scalars(t, lr64, _double(beta1_bits), _double(beta2_bits), _double(eps_bits), _double(weight_decay_bits))
-            salt = t.to(tl.uint32) * 0x9E3779B9
+            key = _lowbias32(t.to(tl.uint32))
             start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
             g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
@@ -91,10 +100,10 @@ def adamw_kernel(
             offsets = tl.arange(0, BLOCK)
             full = n - n % BLOCK
             for i in range(0, full, BLOCK):
-                _update(g, p, m, v, c, i + offsets, None, scale, salt, scalars, fp32_param, zero_grads, hardware_cast)
+                _update(g, p, m, v, c, i + offsets, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
             for i in range(full, n, TAIL):
                 tail = i + tl.arange(0, TAIL)
-                _update(g, p, m, v, c, tail, tail < n, scale, salt, scalars, fp32_param, zero_grads, hardware_cast)
+                _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
 
         # Every program reads its row's step, so only the last one to finish may count the steps up. The barrier makes all
         # threads' reads happen before this program counts as finished.
@@ -110,24 +119,24 @@ def adamw_kernel(
 
 
 @triton.jit
-def _update(g, p, m, v, c, i, mask, scale, salt, scalars, fp32_param, zero_grads, hardware_cast):
+def _update(g, p, m, v, c, i, mask, scale, key, scalars, fp32_param, zero_grads, hardware_cast):
     """Step the elements ``i`` of one row; ``mask`` None means that all of them exist."""
     if fp32_param:
         _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars)
     else:
-        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, salt, scalars, hardware_cast)
+        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, key, scalars, hardware_cast)
     if zero_grads:
         tl.store(g + i, tl.zeros(i.shape, g.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _update_bf16(g, p, m, v, c, mask, scale, salt, scalars, hardware_cast: tl.constexpr):
+def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.constexpr):
     g_bits = tl.load(g, mask=mask)
     p16 = tl.load(p, mask=mask).to(tl.uint32)
     m16 = tl.load(m, mask=mask).to(tl.uint32)
     v16 = tl.load(v, mask=mask).to(tl.uint32)
     c16 = tl.load(c, mask=mask).to(tl.uint32)
-    h = _mix(_pattern(g_bits) ^ m16 << 16 ^ v16 << 13 ^ p16 << 5 ^ c16 << 10 ^ salt)
+    random = _random_bits(_pattern(g_bits), p16, m16, v16, c16, key)
     p32 = _widen(p16)
     c32 = _widen(c16)
     mn, vn, upd = _moments(_gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars)
@@ -135,9 +144,9 @@ def _update_bf16(g, p, m, v, c, mask, scale, salt, scalars, hardware_cast: tl.co
     pn = _round_nearest(p32 + d, hardware_cast)
     cn = (p32 - _widen(pn.to(tl.uint32))) + d
     tl.store(p, pn, mask=mask)
-    tl.store(v, _stochastic_round(vn, h & 0xFFFF), mask=mask)
-    tl.store(m, _stochastic_round(mn, h >> 16), mask=mask)
-    tl.store(c, _stochastic_round(cn, h >> 8 & 0xFFFF), mask=mask)
+    tl.store(v, _stochastic_round(vn, random), mask=mask)
+    tl.store(m, _stochastic_round(mn, random * DRAW_M), mask=mask)
+    tl.store(c, _stochastic_round(cn, random * DRAW_C), mask=mask)
 
 
 @triton.jit
@@ -225,13 +234,23 @@ def _pattern(bits):
 
 
 @triton.jit
-def _mix(x):
-    """lowbias32 on uint32."""
+def _lowbias32(x):
+    """``reference.lowbias32`` on uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     x = x * 0x846CA68B
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _random_bits(g, p, m, v, c, key):
+    """``reference._random_bits`` before the last multiplications, on uint32 of which only the low halves count."""
+    x = (g ^ m * SPREAD_M ^ c * SPREAD_C ^ key) & 0xFFFF
+    w = (p ^ v * SPREAD_V ^ key >> 16) & 0xFFFF
+    product = x * w
+    y = product ^ product >> 16 ^ x
+    return (y ^ (y >> 8 & 0xFF) ^ key >> 16) * MIX
 
 
 @triton.jit
@@ -245,13 +264,13 @@ def _round_nearest(x, hardware_cast: tl.constexpr):
 
 @triton.jit
 def _stochastic_round(x, r):
-    """float32 to the bits of a bfloat16, up where the discarded bits plus ``r`` (uint32 below 65536) carry.
+    """float32 to the bits of a bfloat16, up where the discarded bits exceed the low half of ``r`` (uint32).
 
     NVIDIA's NaN 0x7fffffff would wrap to -0.0 and is lowered first, which costs less than a test for NaN. Elsewhere a computed
     NaN has the payload of an operand, and those end in 16 zero bits: see ``_without_payload``.
     """
     bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
-    return ((bits.to(tl.uint32, bitcast=True) + r) >> 16).to(tl.uint16)
+    return ((bits.to(tl.uint32, bitcast=True) + (~r & 0xFFFF)) >> 16).to(tl.uint16)  # carries where they exceed it
 
 
 @triton.jit

@@ -30,10 +30,11 @@ class Mutant(NamedTuple):
     module: ModuleType = reference
 
 
-V_ROUNDED = "stochastic_round(vn, h & 0xFFFF)"
-M_ROUNDED = "stochastic_round(mn, h >> 16 & 0xFFFF)"
-C_ROUNDED = "stochastic_round(cn, h >> 8 & 0xFFFF)"
-STEP_IN_HASH = " ^ _int32(s.step * GOLDEN)"
+V_ROUNDED = "stochastic_round(vn, rv)"
+M_ROUNDED = "stochastic_round(mn, rm)"
+C_ROUNDED = "stochastic_round(cn, rc)"
+STEP_IN_HASH = "step_key(s.step)"
+FOLD = "y = (product ^ product >> 16 ^ x) & 0xFFFF"
 SPLIT = """    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)  # p + c only scales the decay: storing it would lose the low bits
     pn = (p32 + d).bfloat16()
     cn = (p32 - pn.float()) + d
@@ -43,7 +44,7 @@ SUM_FIRST = """    w = p32 + c32
     pn = w.bfloat16()
     cn = w - pn.float()
 """
-ROUND_UP = "rounded = ((x.view(torch.int32) + r) >> 16)"
+ROUND_UP = "((bits & 0xFFFF) > r)"
 NAN_GUARD = "return torch.where(x.isnan(), torch.nan, rounded)"
 
 MUTANTS = (
@@ -53,7 +54,7 @@ MUTANTS = (
         ((V_ROUNDED, "vn.bfloat16()"),),
         ("check_one_step_unbiased", "check_v_gaussian", "check_v_long_memory", "check_v_zero_gradient", "check_oracle"),
     ),
-    Mutant("hash without the step", ((STEP_IN_HASH, ""),), ("check_v_constant_gradient", "check_uncorrelated", "check_oracle")),
+    Mutant("hash without the step", ((STEP_IN_HASH, "step_key(0)"),), ("check_v_constant_gradient", "check_uncorrelated", "check_oracle")),
     Mutant("p + c formed before decay and split", ((SPLIT, SUM_FIRST),), ("check_displacement", "check_oracle")),
     Mutant(
         "correction dropped",
@@ -63,33 +64,36 @@ MUTANTS = (
     # rounding
     Mutant("m to nearest", ((M_ROUNDED, "mn.bfloat16()"),), ("check_one_step_unbiased",)),
     Mutant("c to nearest", ((C_ROUNDED, "cn.bfloat16()"),), ("check_one_step_unbiased", "check_displacement")),
-    Mutant("p stochastically", (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, h & 0xFFFF)"),), ("check_oracle",)),
-    Mutant("15 random bits for v", ((V_ROUNDED, "stochastic_round(vn, h & 0x7FFF)"),), ("check_one_step_unbiased",)),
-    Mutant("8 random bits for m", ((M_ROUNDED, "stochastic_round(mn, h >> 24 & 0xFF)"),), ("check_one_step_unbiased",)),
-    Mutant("random bits shifted too far for c", ((C_ROUNDED, "stochastic_round(cn, h >> 20 & 0xFFF)"),), ("check_one_step_unbiased",)),
-    Mutant("always up", ((ROUND_UP, "rounded = ((x.view(torch.int32) + 0xFFFF) >> 16)"),), ("check_one_step_unbiased",)),
+    Mutant("p stochastically", (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, rv)"),), ("check_oracle",)),
+    Mutant("15 random bits for v", ((V_ROUNDED, "stochastic_round(vn, rv & 0x7FFF)"),), ("check_one_step_unbiased",)),
+    Mutant("8 random bits for m", ((M_ROUNDED, "stochastic_round(mn, rm >> 8)"),), ("check_one_step_unbiased",)),
+    Mutant("random bits shifted too far for c", ((C_ROUNDED, "stochastic_round(cn, rc >> 4)"),), ("check_one_step_unbiased",)),
+    Mutant("always up", ((ROUND_UP, "((bits & 0xFFFF) > 0)"),), ("check_one_step_unbiased",)),
     Mutant(
-        "a carry too many",
-        ((ROUND_UP, "rounded = ((x.view(torch.int32) + r + 1) >> 16)"),),
-        ("check_nonfinite", "check_oracle"),
+        "up at equality, too",
+        ((ROUND_UP, "((bits & 0xFFFF) >= r)"),),
+        ("check_oracle",),
     ),
     Mutant("NaN guard dropped", ((NAN_GUARD, "return rounded"),), ("check_nonfinite", "check_oracle")),
     Mutant("infinity rounds to NaN", ((NAN_GUARD, "return torch.where(x.isfinite(), rounded, torch.nan)"),), ("check_nonfinite",)),
     # the hash
-    Mutant("first xorshift dropped", (("    x = x ^ (x >> 16 & 0xFFFF)\n", ""),), ("check_each_input_mixes", "check_oracle")),
-    Mutant("arithmetic shift in the hash", (("x ^ (x >> 15 & 0x1FFFF)", "x ^ (x >> 15)"),), ("check_oracle",)),
-    Mutant("no multiplications", (("    x = x * 0x7FEB352D\n", ""), ("    x = x * _int32(0x846CA68B)\n", "")), ("check_uncorrelated",)),
-    Mutant("hash without p", ((" ^ _pattern(p) << 5", ""),), ("check_v_zero_gradient", "check_each_input_mixes")),
-    Mutant("hash without g", (("_pattern(g) ^ _pattern(m)", "_pattern(m)"),), ("check_oracle",)),
-    Mutant("hash without c", ((" ^ _pattern(c) << 10", ""),), ("check_oracle",)),
+    Mutant("product not folded", ((FOLD, "y = (product ^ x) & 0xFFFF"),), ("check_oracle",)),
+    Mutant("no product", (("product = x * w", "product = x ^ w"),), ("check_each_input_mixes", "check_oracle")),
+    Mutant("xorshift dropped", (("y ^ y >> 8 ^ high", "y ^ high"),), ("check_oracle",)),
+    Mutant("shifted bits not masked", ((FOLD, "y = product ^ product >> 16 ^ x"),), ("check_oracle",)),
+    Mutant("hash without p", (("_pattern(p) ^ ", ""),), ("check_v_zero_gradient", "check_each_input_mixes")),
+    Mutant("hash without g", (("_pattern(g) ^ ", ""),), ("check_oracle",)),
+    Mutant("hash without m", ((" ^ _pattern(m) * SPREAD_M", ""),), ("check_oracle",)),
+    Mutant("hash without v", ((" ^ _pattern(v) * SPREAD_V", ""),), ("check_oracle",)),
+    Mutant("hash without c", ((" ^ _pattern(c) * SPREAD_C", ""),), ("check_oracle",)),
     Mutant(
         "hash with the index",
-        ((STEP_IN_HASH, STEP_IN_HASH + " ^ torch.arange(p.numel(), dtype=torch.int32)"),),
+        ((" ^ low) & 0xFFFF", " ^ low ^ torch.arange(p.numel(), dtype=torch.int32)) & 0xFFFF"),),
         ("check_layout_free",),
     ),
     Mutant(
         "hash of the scaled gradient",
-        (("_mix(_pattern(g)", "_mix(_pattern((g.float() * scale).to(g.dtype))"),),
+        (("_random_bits(g, p", "_random_bits((g.float() * scale).to(g.dtype), p"),),
         ("check_scaled",),
     ),
     Mutant(

@@ -67,7 +67,8 @@ def check_float32_gradient_folds(update: Update) -> None:
     narrow, wide = stepped(update, state, 4), stepped(update, state._replace(g=state.g.float()), 4)
     assert_equal(wide._replace(g=narrow.g), narrow, "float32 gradient")
     finer = stepped(update, state._replace(g=state.g.float() * (1 + 2**-20)), 4)
-    assert not torch.equal(finer.v, narrow.v), "the low bits of a float32 gradient do not reach the random bits"
+    rounded_otherwise = (finer.v != narrow.v).float().mean().item()  # by the value's own change in next to none
+    assert rounded_otherwise > 0.1, "the low bits of a float32 gradient do not reach the random bits"
 
 
 def check_found_inf(update: Update) -> None:

@@ -1,6 +1,6 @@
 """The update rule once more, in numpy and from its specification alone, to compare every back end with.
 
-It shares no code with the package: bit patterns are numpy integers, the hash runs in 64-bit arithmetic with masks, rounding is
+It shares no code with the package: bit patterns are numpy integers, the hash runs in wrapping uint16 arithmetic, rounding is
 done on integers, and the scalars of a step come from 60-digit decimals. Every function works on whole arrays and on scalars.
 """
 
@@ -54,13 +54,24 @@ def exact_scalars(t: int, h: Hyper) -> dict[str, Decimal]:
         }
 
 
-def lowbias32(x: Array) -> Array:
-    """The 32-bit mixing function, on uint64 values below 2^32."""
-    x = x ^ x >> 16
-    x = x * 0x7FEB352D & MASK
-    x = x ^ x >> 15
-    x = x * 0x846CA68B & MASK
+def lowbias32(x: Any) -> Any:
+    """The 32-bit mixing function, on integers or uint64 arrays below 2^32."""
+    x = (x ^ x >> 16) * 0x7FEB352D & MASK
+    x = (x ^ x >> 15) * 0x846CA68B & MASK
     return x ^ x >> 16
+
+
+def random_bits(g: Array, p: Array, m: Array, v: Array, c: Array, t: int) -> tuple[Array, Array, Array]:
+    """The bits for m, v and c, from uint16 patterns and the step, in uint16 arithmetic that wraps by itself."""
+    u16, u32 = np.uint16, np.uint32
+    low, high = u16(lowbias32(t) & 0xFFFF), u16(lowbias32(t) >> 16)
+    with np.errstate(over="ignore"):
+        x = g ^ m * u16(0x1643) ^ c * u16(0xC09D) ^ low
+        w = p ^ v * u16(0x6771) ^ high
+        product = x.astype(u32) * w.astype(u32)
+        y = product.astype(u16) ^ (product >> u32(16)).astype(u16) ^ x
+        y = (y ^ y >> u16(8) ^ high) * u16(0x365B)
+        return y * u16(0x2851), y, y * u16(0xFAED)
 
 
 def widen(pattern: Array) -> Array:
@@ -76,9 +87,9 @@ def to_nearest_even(x: Array) -> Array:
 
 
 def round_stochastically(x: Array, r: Array) -> Array:
-    """The bfloat16 pattern of a float32 rounded away from zero where the 16 discarded bits plus ``r`` carry."""
+    """The bfloat16 pattern of a float32 rounded away from zero where the 16 discarded bits exceed ``r``."""
     bits = x.view(np.uint32).astype(np.uint64)
-    return np.where(np.isnan(x), 0x7FC0, (bits + r) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), 0x7FC0, (bits + 0xFFFF - r) >> 16).astype(np.uint16)
 
 
 def step_bf16(p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyper, scale: float = 1.0) -> Stepped:
@@ -93,12 +104,10 @@ def step_bf16(p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyper
     """
     s = {name: np.float32(float(value)) for name, value in exact_scalars(t, h).items()}
     if g.dtype == np.uint32:
-        g_hash, g32 = (g >> np.uint32(16) ^ g) & np.uint32(0xFFFF), g.view(np.float32)
+        g_hash, g32 = (g >> np.uint32(16) ^ g).astype(np.uint16), g.view(np.float32)
     else:
         g_hash, g32 = g, widen(g)
-    u = {name: x.astype(np.uint64) for name, x in {"g": g_hash, "p": p, "m": m, "v": v, "c": c}.items()}
-    mixed_in = u["g"] ^ (u["m"] << 16) ^ (u["v"] << 13) ^ (u["p"] << 5) ^ (u["c"] << 10) ^ (t * 0x9E3779B9 & MASK)
-    h32 = lowbias32(mixed_in & MASK)
+    rm, rv, rc = random_bits(g_hash, p, m, v, c, t)
     with np.errstate(all="ignore"):
         p32, m32, v32, c32 = widen(p), widen(m), widen(v), widen(c)
         g32 = g32 * np.float32(scale)
@@ -110,9 +119,9 @@ def step_bf16(p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyper
         cn = (p32 - widen(pn)) + d
         return Stepped(
             pn,
-            round_stochastically(mn, h32 >> 16),
-            round_stochastically(vn, h32 & 0xFFFF),
-            round_stochastically(cn, h32 >> 8 & 0xFFFF),
+            round_stochastically(mn, rm),
+            round_stochastically(vn, rv),
+            round_stochastically(cn, rc),
             mn,
             vn,
             cn,

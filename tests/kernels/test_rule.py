@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_bf16_adamw.kernels.reference import _mix, _sqrt, power, step_scalars, stochastic_round
+from sharded_bf16_adamw.kernels.reference import _random_bits, _sqrt, lowbias32, power, step_key, step_scalars, stochastic_round
 
-from . import rule_checks, rule_long_checks, rule_option_checks
+from . import rule_checks, rule_long_checks, rule_option_checks, rule_oracle
 from .backends import cpu_backends, update_of
 from .rule_checks import bits, from_bits, random_patterns, typical
-from .rule_oracle import Hyper, exact_scalars, lowbias32, round_stochastically, step_bf16, to_nearest_even
+from .rule_oracle import Hyper, exact_scalars, round_stochastically, step_bf16, to_nearest_even
 
 CHECKS = [
     pytest.param(check, id=name)
@@ -60,16 +60,44 @@ def test_oracle_rounds_as_torch_casts():
 
 def test_hash():
     x = np.random.default_rng(54).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
-    assert (bits_of_int32(_mix(torch.from_numpy(x.view(np.int32)))) == lowbias32(x.astype(np.uint64))).all()
+    assert (bits_of_int32(lowbias32(torch.from_numpy(x.view(np.int32)))) == rule_oracle.lowbias32(x.astype(np.uint64))).all()
 
 
 def test_hash_is_lowbias32():
     """The inverse that hash-prospector publishes undoes it, which a wrong shift or constant would not survive."""
     x = np.random.default_rng(57).integers(0, 1 << 32, 1 << 16, dtype=np.uint64)
-    y = lowbias32(x)
+    y = rule_oracle.lowbias32(x)
     y = (y ^ y >> 16) * 0x43021123 & 0xFFFFFFFF
     y = (y ^ y >> 15 ^ y >> 30) * 0x1D69E2A5 & 0xFFFFFFFF
     assert (y ^ y >> 16 == x).all()
+
+
+INPUTS = [(source, bit) for source in "gpmvc" for bit in range(16)]
+
+
+@pytest.mark.parametrize(("source", "bit"), INPUTS, ids=[f"{source}{bit}" for source, bit in INPUTS])
+def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
+    """Elements that differ in one stored bit get draws that have nothing to do with each other, over random elements and steps."""
+    rng = np.random.default_rng(58)
+    element = {name: rng.integers(0, 1 << 16, 1 << 12, dtype=np.uint16) for name in "gpmvc"}
+    other = element | {source: element[source] ^ np.uint16(1 << bit)}
+    pairs = [
+        [_random_bits(**{name: from_bits(x) for name, x in e.items()}, key=step_key(t)) for e in (element, other)] for t in range(1, 17)
+    ]
+    for draw in range(3):
+        a, b = (np.concatenate([pair[i][draw].numpy() for pair in pairs]) for i in range(2))
+        r = rule_checks.correlation(a, b)
+        assert abs(r) < 0.02, f"draw {draw}: correlation {r:.3f}"  # five standard deviations of independent ones
+
+
+def test_random_bits_of_an_element_at_rest():
+    """Where nothing but the step changes, draws are uniform over time and do not follow each other."""
+    at_rest = {name: torch.tensor([x]).bfloat16() for name, x in (("g", 0.0), ("p", 1.0), ("m", 0.0), ("v", 1e-4), ("c", 0.0))}
+    draws = np.array([[int(x) for x in _random_bits(**at_rest, key=step_key(t))] for t in range(1, 8001)])
+    for r in draws.T:
+        counts = np.bincount(r >> 12, minlength=16)
+        assert ((counts - 500) ** 2 / 500).sum() < 45  # chi squared of 15 degrees of freedom: 1 in 10,000
+        assert abs(rule_checks.correlation(r[1:], r[:-1])) < 0.045  # four standard deviations
 
 
 def bits_of_int32(x: torch.Tensor) -> np.ndarray:

@@ -5,10 +5,11 @@
  * words. `x` in the names below: e (even elements, the low halves), o (odd ones, the high halves).
  *
  * No SR or RTNE below guards NaN. All NaNs that arise here have zeros in the low 16 bits of their payload (they come from bf16
- * values, from canonical scalars or from the processor), so adding up to 0xffff cannot carry out of the mantissa. A float32 gradient
- * is the one exception and is made canonical as it is read.
+ * values, from canonical scalars or from the processor), so neither ever rounds one up, out of the mantissa. A float32 gradient is the
+ * one exception and is made canonical as it is read.
  */
 typedef uint32_t NAME(u) __attribute__((vector_size(4 * W)));
+typedef uint16_t NAME(h) __attribute__((vector_size(4 * W)));
 typedef int32_t NAME(i) __attribute__((vector_size(4 * W)));
 typedef float NAME(f) __attribute__((vector_size(4 * W)));
 typedef uint32_t NAME(u_memory) __attribute__((vector_size(4 * W), aligned(1), may_alias));
@@ -18,16 +19,48 @@ typedef uint32_t NAME(half_u_memory) __attribute__((vector_size(2 * W), aligned(
 typedef double NAME(d) __attribute__((vector_size(4 * W)));
 #define U NAME(u)
 #define F NAME(f)
+#define H NAME(h)
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define LOAD(address) ((U) * (const NAME(u_memory) *)(address))
 #define STORE(address, x) (*(NAME(u_memory) *)(address) = (NAME(u_memory))(x))
 
-INLINE U NAME(mix)(U x) {
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ x >> 16;
+/* What each step of 2 W elements needs besides the scalars. */
+typedef struct {
+    H spread_m, spread_v, spread_c, mix, draw_m, draw_c, key_low, key_high; /* of the hash */
+    NAME(shuffles) shuffles;
+} NAME(constants);
+
+INLINE H NAME(splat)(uint32_t x) {
+    H all = (H){0} + (uint16_t)x;
+    KEEP(all);
+    return all;
+}
+
+INLINE NAME(constants) NAME(constants_of)(const sba_scalars *s) {
+    return (NAME(constants)){
+        .spread_m = NAME(splat)(0x1643),
+        .spread_v = NAME(splat)(0x6771),
+        .spread_c = NAME(splat)(0xc09d),
+        .mix = NAME(splat)(0x365b),
+        .draw_m = NAME(splat)(0x2851),
+        .draw_c = NAME(splat)(0xfaed),
+        .key_low = NAME(splat)(s->step_key),
+        .key_high = NAME(splat)(s->step_key >> 16),
+        .shuffles = NAME(shuffles_of)(),
+    };
+}
+
+/* The random bits for v, m and c: 16 bits for each 16-bit lane, so for both elements of each word at once. See reference.py. */
+typedef struct {
+    U v, m, c;
+} NAME(draws);
+
+INLINE NAME(draws) NAME(random_bits)(U g, U p, U m, U v, U c, const NAME(constants) *k) {
+    H x = (H)g ^ (H)m * k->spread_m ^ (H)c * k->spread_c ^ k->key_low;
+    H w = (H)p ^ (H)v * k->spread_v ^ k->key_high;
+    H y = x * w ^ MULTIPLY_HIGH(x, w) ^ x;
+    y = (y ^ HIGH_BYTES(y) ^ k->key_high) * k->mix;
+    return (NAME(draws)){(U)y, (U)(y * k->draw_m), (U)(y * k->draw_c)};
 }
 
 INLINE U NAME(canonical)(U g) {
@@ -48,66 +81,48 @@ INLINE F NAME(update_of)(F numerator, F root, const sba_scalars *s) {
 
 /* Elements between the two stages of NAME(update). */
 typedef struct {
-    U p, c, r; /* parameter and correction as float32 bits; the random bits for the correction */
-    F numerator, root, upd;
+    F p, c, numerator, root, upd;
 } NAME(lane);
 typedef struct {
     NAME(lane) even, odd;
+    U random; /* for the correction */
 } NAME(lanes);
 
 #define ODD(word) ((word) & 0xffff0000u)
 
-/* One element per lane: float32 bits of bf16 values in, and of m and v also out, of which the caller keeps the high halves. `pattern`
- * is the gradient's part of the hash; the shifts of the others are those of the 16-bit patterns, less the 16 that they are shifted up. */
-INLINE void NAME(begin_lane)(U pattern, U g, U p, U *m, U *v, U c, NAME(lane) *l, const sba_scalars *s) {
-    F mn, vn;
-    NAME(moments)((F)g, (F)*m, (F)*v, &mn, &vn, s);
-    l->root = SQRT(vn);
-    l->numerator = s->step_size * mn;
-    U h = NAME(mix)(pattern ^ *m ^ *v >> 3 ^ p >> 11 ^ c >> 6 ^ s->step_hash);
-    *v = (U)vn + (h & 0xffffu);
-    *m = (U)mn + HIGH(h);
-    l->r = MIDDLE(h);
+/* The new moments of one element per lane, unrounded, and what the second stage needs. */
+INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *l, const sba_scalars *s) {
+    NAME(moments)(g, m, v, mn, vn, s);
+    l->root = SQRT(*vn);
+    l->numerator = s->step_size * *mn;
     l->p = p;
     l->c = c;
 }
 
-/* The new parameter and correction, of which the caller keeps the high halves. */
-INLINE void NAME(finish_lane)(NAME(lane) *l, const sba_scalars *s) {
-    F p32 = (F)l->p, c32 = (F)l->c;
-    F d = c32 - (s->lr_weight_decay * (p32 + c32) + l->upd);
-    U pn = (U)(p32 + d);
-    pn = ((pn | (pn >> 16 & 1u)) + 0x7fffu) & 0xffff0000u; /* RTNE: the last kept bit, made sticky, breaks ties to even */
-    F cn = (p32 - (F)pn) + d;
-    l->p = pn;
-    l->c = (U)cn + l->r;
-}
-
 /* First stage for 2 W elements of a bf16 parameter: store m and v. */
-INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, int g_is_f32, int zero) {
+INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32, int zero) {
     char *g = r->g + i * (g_is_f32 ? 4 : 2), *m = r->m + 2 * i, *v = r->v + 2 * i;
-    U ge, go, he, ho;
+    U ge, go, gw;
     if (g_is_f32) {
         U first = LOAD(g), second = LOAD(g + 4 * W);
         U even = EVENS(first, second), odd = ODDS(first, second);
         ge = NAME(canonical)(even);
         go = NAME(canonical)(odd);
-        he = (even >> 16 ^ even) & 0xffffu;
-        ho = (odd >> 16 ^ odd) & 0xffffu;
+        gw = ((even >> 16 ^ even) & 0xffffu) | ODD(odd ^ odd << 16);
     } else {
-        U word = LOAD(g);
-        ge = EVEN(word);
-        go = ODD(word);
-        he = word & 0xffffu;
-        ho = word >> 16;
+        gw = LOAD(g);
+        ge = EVEN(gw);
+        go = ODD(gw);
     }
     U pw = LOAD(r->p + 2 * i), mw = LOAD(m), vw = LOAD(v), cw = LOAD(r->c + 2 * i);
-    U me = EVEN(mw), ve = EVEN(vw), mo = ODD(mw), vo = ODD(vw);
     NAME(lanes) l;
-    NAME(begin_lane)(he, ge, EVEN(pw), &me, &ve, EVEN(cw), &l.even, s);
-    NAME(begin_lane)(ho, go, ODD(pw), &mo, &vo, ODD(cw), &l.odd, s);
-    STORE(m, PACK(me, mo));
-    STORE(v, PACK(ve, vo));
+    F me, ve, mo, vo;
+    NAME(begin_lane)((F)ge, (F)EVEN(pw), (F)EVEN(mw), (F)EVEN(vw), (F)EVEN(cw), &me, &ve, &l.even, s);
+    NAME(begin_lane)((F)go, (F)ODD(pw), (F)ODD(mw), (F)ODD(vw), (F)ODD(cw), &mo, &vo, &l.odd, s);
+    NAME(draws) random = NAME(random_bits)(gw, pw, mw, vw, cw, k);
+    l.random = random.c;
+    STORE(m, SR((U)me, (U)mo, random.m));
+    STORE(v, SR((U)ve, (U)vo, random.v));
     if (zero) {
         STORE(g, (U){0});
         if (g_is_f32) STORE(g + 4 * W, (U){0});
@@ -121,12 +136,15 @@ INLINE void NAME(divide)(NAME(lanes) *l, const sba_scalars *s) {
     l->odd.upd = NAME(update_of)(l->odd.numerator, l->odd.root, s);
 }
 
+INLINE F NAME(delta)(const NAME(lane) *l, const sba_scalars *s) { return l->c - (s->lr_weight_decay * (l->p + l->c) + l->upd); }
+
 /* Second stage: store p and c. */
-INLINE void NAME(finish)(NAME(lanes) *l, const sba_run *r, int64_t i, const sba_scalars *s) {
-    NAME(finish_lane)(&l->even, s);
-    NAME(finish_lane)(&l->odd, s);
-    STORE(r->p + 2 * i, PACK(l->even.p, l->odd.p));
-    STORE(r->c + 2 * i, PACK(l->even.c, l->odd.c));
+INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k) {
+    F even = NAME(delta)(&l->even, s), odd = NAME(delta)(&l->odd, s);
+    U pn = RTNE((U)(l->even.p + even), (U)(l->odd.p + odd));
+    F ce = (l->even.p - (F)EVEN(pn)) + even, co = (l->odd.p - (F)ODD(pn)) + odd;
+    STORE(r->p + 2 * i, pn);
+    STORE(r->c + 2 * i, SR((U)ce, (U)co, l->random));
 }
 
 /* W elements of a float32 parameter; the gradient is float32 bits. */
@@ -146,7 +164,7 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
         first = LOAD(g);
         second = LOAD(g + 4 * W);
     } else {
-        U word = LOAD(g), even = EVEN(word), odd = ODD(word);
+        U word = LOAD(g), even = word << 16, odd = ODD(word);
         first = ZIP_LOW(even, odd);
         second = ZIP_HIGH(even, odd);
     }
@@ -159,18 +177,18 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
 }
 
 /* Any two vectors, both stages. */
-INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, int p_is_f32, int g_is_f32, int zero) {
+INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero) {
     if (p_is_f32) {
         NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, zero);
         return;
     }
-    NAME(lanes) l = NAME(begin)(r, i, s, g_is_f32, zero);
+    NAME(lanes) l = NAME(begin)(r, i, s, k, g_is_f32, zero);
     NAME(divide)(&l, s);
-    NAME(finish)(&l, r, i, s);
+    NAME(finish)(&l, r, i, s, k);
 }
 
 /* The last elements of a run go through padded copies: the same code, no masks. */
-INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, int p_is_f32, int g_is_f32, int zero) {
+INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero) {
     char buffer[5][8 * W] __attribute__((aligned(64))) = {{0}};
     char *end[5] = {r->p, r->g, r->m, r->v, r->c};
     int64_t size[5];
@@ -181,7 +199,7 @@ INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s,
         memcpy(buffer[a], end[a], size[a]);
     }
     sba_run padded = {buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], 2 * W};
-    NAME(steps)(&padded, 0, s, p_is_f32, g_is_f32, zero);
+    NAME(steps)(&padded, 0, s, k, p_is_f32, g_is_f32, zero);
     for (int a = 0; a < (p_is_f32 ? 4 : 5); a++)
         if (a != 1 || zero) memcpy(end[a], buffer[a], size[a]);
 }
@@ -191,21 +209,22 @@ INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s,
 INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int zero) {
     const sba_run run = *shared_run, *r = &run; /* local copies cannot alias the stores, so they stay in registers */
     const sba_scalars scalars = *shared, *s = &scalars;
+    const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
     int64_t i = 0, whole = r->count - r->count % (2 * W);
     if (!p_is_f32 && whole) {
-        NAME(lanes) l = NAME(begin)(r, 0, s, g_is_f32, zero);
+        NAME(lanes) l = NAME(begin)(r, 0, s, k, g_is_f32, zero);
         NAME(divide)(&l, s);
         for (i = 2 * W; i < whole; i += 2 * W) {
             PREFETCH(r, i);
-            NAME(lanes) next = NAME(begin)(r, i, s, g_is_f32, zero);
-            NAME(finish)(&l, r, i - 2 * W, s);
+            NAME(lanes) next = NAME(begin)(r, i, s, k, g_is_f32, zero);
+            NAME(finish)(&l, r, i - 2 * W, s, k);
             NAME(divide)(&next, s);
             l = next;
         }
-        NAME(finish)(&l, r, i - 2 * W, s);
+        NAME(finish)(&l, r, i - 2 * W, s, k);
     }
-    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, p_is_f32, g_is_f32, zero);
-    if (i < r->count) NAME(update_tail)(r, i, s, p_is_f32, g_is_f32, zero);
+    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, k, p_is_f32, g_is_f32, zero);
+    if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, zero);
 }
 
 #define UPDATE(p, g, z) \
@@ -290,6 +309,7 @@ static const sba_kernels NAME(kernels) = {
 
 #undef U
 #undef F
+#undef H
 #undef INLINE
 #undef LOAD
 #undef STORE

@@ -42,7 +42,7 @@
 #define HALF_ODDS(a, b) SHUFFLED_HALF(JOIN(ODDS, HALF_W), a, b)
 
 #ifndef AHEAD
-#define AHEAD 1024 /* bytes: hardware prefetchers alone, which stop at each page, leave 20 % of the memory's speed unused */
+#define AHEAD 2048 /* bytes: hardware prefetchers alone, which stop at each page, leave 20 % of the memory's speed unused */
 #endif
 #define PREFETCH(r, i) \
     do { \
@@ -53,24 +53,44 @@
         __builtin_prefetch((r)->g + 2 * (i) + AHEAD); \
     } while (0)
 
-/* Baseline: what every processor of the target has. EVEN: the low halves of words, shifted up. HIGH, MIDDLE: the high and the middle
- * 16 bits. PACK: words of the high halves of two vectors. WIDEN: float to double. ADD_SQUARE: add x * x. */
+/* Baseline: what every processor of the target has.
+ * EVEN: the low halves of words, shifted up. PACK: words of the high halves of two vectors. MULTIPLY_HIGH, HIGH_BYTES: in 16-bit lanes,
+ * the high half of a product and the high byte. RTNE, SR: words of bf16 rounded from two vectors of float32 bits; SR rounds up where
+ * the low half exceeds the 16 random bits, which is where it carries with their complement. WIDEN: float to double. ADD_SQUARE: add
+ * x * x. KEEP: keep a vector in a register, do not build it anew from immediates in each turn of the loop. */
 #define ISA baseline
 #define TARGET
 #define W 4
 #define HALF_W 2
 #define EVEN(x) ((x) << 16)
-#define HIGH(x) ((x) >> 16)
-#define MIDDLE(x) ((x) >> 8 & 0xffffu)
+#define HIGH_BYTES(x) ((x) >> 8)
 #define PACK(even, odd) ((even) >> 16 | ((odd) & 0xffff0000u))
+#define NEAREST(x) (((x) | ((x) >> 16 & 1u)) + 0x7fffu) /* the last kept bit, made sticky, breaks ties to even */
+#define RTNE(even, odd) PACK(NEAREST(even), NEAREST(odd))
+#define SR(even, odd, random) PACK((even) + (~(random) & 0xffffu), (odd) + (~(random) >> 16))
 #define WIDEN(x) __builtin_convertvector(x, NAME(d))
 #define ADD_SQUARE(sum, x) ((sum) + (x) * (x))
+#define KEEP(x)
+typedef struct {
+    char unused;
+} no_shuffles;
+static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
+#define baseline_shuffles no_shuffles
+#define baseline_shuffles_of no_shuffles_of
 #if defined(__x86_64__)
 #define SQRT(x) ((baseline_f)_mm_sqrt_ps((__m128)(x)))
+#define MULTIPLY_HIGH(x, y) ((baseline_h)_mm_mulhi_epu16((__m128i)(x), (__m128i)(y)))
 #elif defined(__aarch64__)
 #define SQRT(x) ((baseline_f)vsqrtq_f32((float32x4_t)(x)))
+#define MULTIPLY_HIGH(x, y) \
+    ((baseline_h)vuzp2q_u16((uint16x8_t)vmull_u16(vget_low_u16((uint16x8_t)(x)), vget_low_u16((uint16x8_t)(y))), \
+                            (uint16x8_t)vmull_high_u16((uint16x8_t)(x), (uint16x8_t)(y))))
 #else
 #define SQRT(x) ((baseline_f){sqrtf((x)[0]), sqrtf((x)[1]), sqrtf((x)[2]), sqrtf((x)[3])})
+#define HIGH_OF(x, y, i) ((uint32_t)(x)[i] * (y)[i] >> 16)
+#define MULTIPLY_HIGH(x, y) \
+    ((baseline_h){HIGH_OF(x, y, 0), HIGH_OF(x, y, 1), HIGH_OF(x, y, 2), HIGH_OF(x, y, 3), HIGH_OF(x, y, 4), HIGH_OF(x, y, 5), \
+                  HIGH_OF(x, y, 6), HIGH_OF(x, y, 7)})
 #endif
 #include "body.h"
 
@@ -80,6 +100,7 @@
 #undef W
 #undef HALF_W
 #undef SQRT
+#undef MULTIPLY_HIGH
 #undef PACK
 #undef WIDEN
 #undef ADD_SQUARE
@@ -87,39 +108,87 @@
 #define TARGET __attribute__((target("avx2,fma")))
 #define W 8
 #define HALF_W 4
+#define avx2_shuffles no_shuffles
+#define avx2_shuffles_of no_shuffles_of
 #define SQRT(x) ((avx2_f)_mm256_sqrt_ps((__m256)(x)))
+#define MULTIPLY_HIGH(x, y) ((avx2_h)_mm256_mulhi_epu16((__m256i)(x), (__m256i)(y)))
 #define PACK(even, odd) ((avx2_u)_mm256_blend_epi16((__m256i)((even) >> 16), (__m256i)(odd), 0xaa))
 #define WIDEN(x) ((avx2_d)_mm256_cvtps_pd((__m128)(x)))
 #define ADD_SQUARE(sum, x) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(x), (__m256d)(sum)))
 #include "body.h"
 
-/* On 512 bits only two ports compute, and shifts may use but one of them: byte shuffles, which use the other, share the load. */
+/* On 512 bits only two ports compute, and shifts, roots and quotients need one of them: so byte shuffles, which use the other, take the
+ * place of shifts, and both roundings are comparisons in 16-bit lanes, whose masks let a subtraction of -1 pass. */
 #undef ISA
 #undef TARGET
 #undef W
 #undef HALF_W
 #undef SQRT
+#undef MULTIPLY_HIGH
 #undef EVEN
-#undef HIGH
-#undef MIDDLE
+#undef HIGH_BYTES
 #undef PACK
+#undef NEAREST
+#undef RTNE
+#undef SR
 #undef WIDEN
 #undef ADD_SQUARE
+#undef KEEP
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define W 16
 #define HALF_W 8
+#define KEEP(x) __asm__("" : "+v"(x))
+typedef struct {
+    __m512i up, down, bytes_down; /* halves of words up and down, high bytes of halves down; zeros in their places */
+    __m512i one, half, minus_one; /* in 16-bit lanes: 1, 0x8000, -1 */
+    __mmask64 low, high;          /* the bytes of the low and of the high halves */
+} avx512_shuffles;
+static inline __attribute__((always_inline)) TARGET avx512_shuffles avx512_shuffles_of(void) {
+    const __m512i word = _mm512_broadcast_i32x4(_mm_setr_epi32(0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    avx512_shuffles s = {
+        .up = _mm512_or_si512(word, _mm512_set1_epi32(0x01008080)), /* 0x80: a zero */
+        .down = _mm512_or_si512(word, _mm512_set1_epi32((int)0x80800302)),
+        .bytes_down = _mm512_or_si512(word, _mm512_set1_epi32((int)0x80038001)),
+        .one = _mm512_set1_epi16(1),
+        .half = _mm512_set1_epi16(-0x8000),
+        .minus_one = _mm512_set1_epi16(-1),
+        .low = 0x3333333333333333u,
+        .high = 0xccccccccccccccccu,
+    };
+    KEEP(s.up);
+    KEEP(s.down);
+    KEEP(s.bytes_down);
+    KEEP(s.one);
+    KEEP(s.half);
+    KEEP(s.minus_one);
+    __asm__("" : "+k"(s.low), "+k"(s.high));
+    return s;
+}
 #define SQRT(x) ((avx512_f)_mm512_sqrt_ps((__m512)(x)))
-#define LANES(a, b, c, d) \
-    _mm512_broadcast_i32x4( \
-        _mm_setr_epi8(a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12))
-#define BYTES(x, lanes) ((avx512_u)_mm512_shuffle_epi8((__m512i)(x), lanes))
-#define NONE -128 /* plus any lane's offset: a byte of zeros */
-#define EVEN(x) BYTES(x, LANES(NONE, NONE, 0, 1))
-#define HIGH(x) BYTES(x, LANES(2, 3, NONE, NONE))
-#define MIDDLE(x) BYTES(x, LANES(1, 2, NONE, NONE))
-#define PACK(even, odd) \
-    ((avx512_u)_mm512_mask_shuffle_epi8((__m512i)(odd), 0x3333333333333333u, (__m512i)(even), LANES(2, 3, NONE, NONE)))
+#define MULTIPLY_HIGH(x, y) ((avx512_h)_mm512_mulhi_epu16((__m512i)(x), (__m512i)(y)))
+#define EVEN(x) ((avx512_u)_mm512_shuffle_epi8((__m512i)(x), k->shuffles.up))
+#define HIGH_BYTES(x) ((avx512_h)_mm512_shuffle_epi8((__m512i)(x), k->shuffles.bytes_down))
+static inline __attribute__((always_inline)) TARGET __m512i avx512_kept(__m512i even, __m512i odd, const avx512_shuffles *s) {
+    return _mm512_mask_shuffle_epi8(odd, s->low, even, s->down);
+}
+static inline __attribute__((always_inline)) TARGET __m512i avx512_discarded(__m512i even, __m512i odd, const avx512_shuffles *s) {
+    return _mm512_mask_shuffle_epi8(even, s->high, odd, s->up);
+}
+static inline __attribute__((always_inline)) TARGET __m512i avx512_sr(__m512i even, __m512i odd, __m512i random,
+                                                                     const avx512_shuffles *s) {
+    __m512i kept = avx512_kept(even, odd, s);
+    __mmask32 up = _mm512_cmpgt_epu16_mask(avx512_discarded(even, odd, s), random);
+    return _mm512_mask_sub_epi16(kept, up, kept, s->minus_one);
+}
+static inline __attribute__((always_inline)) TARGET __m512i avx512_rtne(__m512i even, __m512i odd, const avx512_shuffles *s) {
+    __m512i kept = avx512_kept(even, odd, s);
+    __m512i least = _mm512_ternarylogic_epi32(kept, s->one, s->half, 0xae); /* ~kept & 1 | 0x8000: a tie rounds up from odd only */
+    __mmask32 up = _mm512_cmpge_epu16_mask(avx512_discarded(even, odd, s), least);
+    return _mm512_mask_sub_epi16(kept, up, kept, s->minus_one);
+}
+#define SR(even, odd, random) ((avx512_u)avx512_sr((__m512i)(even), (__m512i)(odd), (__m512i)(random), &k->shuffles))
+#define RTNE(even, odd) ((avx512_u)avx512_rtne((__m512i)(even), (__m512i)(odd), &k->shuffles))
 #define WIDEN(x) ((avx512_d)_mm512_cvtps_pd((__m256)(x)))
 #define ADD_SQUARE(sum, x) ((avx512_d)_mm512_fmadd_pd((__m512d)(x), (__m512d)(x), (__m512d)(sum)))
 #include "body.h"

@@ -129,10 +129,19 @@ static double power(double base, uint64_t exponent) {
 /* Round to float32. One NaN for all, so that no payload bit can carry in the roundings (see body.h). */
 static float f32(double x) { return x == x ? (float)x : NAN; }
 
+/* As reference.py's. */
+static uint32_t lowbias32(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
 static sba_scalars scalars_of_step(double step, const sba_hyper *h) {
     uint64_t t = step > 0 && step < 0x1p63 ? (uint64_t)step : 0;
     return (sba_scalars){
-        .step_hash = (uint32_t)t * 0x9E3779B9u,
+        .step_key = lowbias32((uint32_t)t),
         .beta1 = f32(h->beta1),
         .one_minus_beta1 = f32(1.0 - h->beta1),
         .beta2 = f32(h->beta2),
@@ -259,5 +268,6 @@ SBA_EXPORT void sba_stream_ceiling(const int64_t *address, int64_t elements, int
 
 SBA_EXPORT int sba_isa_supported(int isa) { return sba_kernels_of(isa) != 0; }
 
-/* Counts up whenever an exported function changes its meaning or arguments: cpu.py refuses a library left from another version. */
-SBA_EXPORT int sba_abi_version(void) { return 1; }
+/* Counts up whenever the rule, or the meaning or arguments of an exported function, changes: cpu.py refuses a library left from another
+ * version. */
+SBA_EXPORT int sba_abi_version(void) { return 2; }

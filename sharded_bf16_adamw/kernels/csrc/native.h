@@ -22,7 +22,7 @@
 
 /* What one element's update needs besides its tensors; each field but the first is rounded once from double. */
 typedef struct {
-    uint32_t step_hash; /* t * 0x9E3779B9 modulo 2^32 */
+    uint32_t step_key; /* the hash of the step */
     float beta1, one_minus_beta1, beta2, one_minus_beta2;
     float step_size, inv_sqrt_bias_correction2, eps, lr_weight_decay;
     float grad_scale; /* the clip scale, negated to ascend */
