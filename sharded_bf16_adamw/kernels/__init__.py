@@ -203,7 +203,7 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None
         total = sum_sq.item()
         norm = math.sqrt(total)
         values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(total) else 1.0)
-        return tuple(torch.tensor(value, dtype=torch.float32) for value in values)  # type: ignore[return-value]
+        return torch.tensor(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
     norms = sum_sq.sqrt()
     coefficient = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()

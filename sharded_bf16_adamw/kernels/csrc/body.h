@@ -266,17 +266,23 @@ INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     }
 }
 
+/* A run is walked as STREAMS equal parts side by side: the processor prefetches for each, where one alone waits for memory most of the
+ * time. What the parts leave over comes last. */
 INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
     NAME(d) lane[2][32 / W] = {{{0}}};
-    int size = is_f32 ? 4 : 2;
-    int64_t i = 0, tail = count % 32;
-    for (; i < count - tail; i += 32) {
-        __builtin_prefetch(x + i * size + 8192); /* farther than a step's: one stream must cover the latency that five share there */
-        NAME(squares)(x + i * size, lane, is_f32);
+    const int64_t size = is_f32 ? 4 : 2, part = count / (32 * STREAMS) * 32, tail = count % 32;
+    for (int64_t i = 0; i < part; i += 32) {
+        int64_t next_run = i * size + AHEAD < part * size ? 0 : (STREAMS - 1) * part * size; /* which starts behind the last part */
+        for (int k = 0; k < STREAMS; k++) {
+            const char *at = x + (k * part + i) * size;
+            __builtin_prefetch(at + AHEAD + next_run);
+            NAME(squares)(at, lane, is_f32);
+        }
     }
+    for (int64_t i = STREAMS * part; i < count - tail; i += 32) NAME(squares)(x + i * size, lane, is_f32);
     if (tail) {
         char buffer[128] __attribute__((aligned(64))) = {0};
-        memcpy(buffer, x + i * size, tail * size);
+        memcpy(buffer, x + (count - tail) * size, tail * size);
         NAME(squares)(buffer, lane, is_f32);
     }
     double sums[32], total = 0;
