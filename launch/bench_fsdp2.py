@@ -1,8 +1,9 @@
-"""Clipping and a step on an FSDP2 model over 2 gloo ranks: our ``clip_grad_norm_`` against torch's, with the same optimizer."""
+"""Clipping and a step on an FSDP2 model over 2 gloo ranks: ours against ``torch.nn.utils.clip_grad_norm_`` and torch's AdamW."""
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -18,14 +19,16 @@ from sharded_bf16_adamw import AdamW_BF16
 
 RANKS, LAYERS, WIDTH = 2, 50, 256  # a weight and a bias in each layer: 100 parameters
 WARM_UP = 3
+CONTENDERS = ("ours", "torch", "torch fused", "torch clip with our step")
 
 
 def measure_fsdp2(rounds: int) -> dict[str, Any]:
-    """Time both, in turn, in each round.
+    """Time each of :data:`CONTENDERS`, in turn, in each round.
 
     Returns:
-        ``times``: seconds by ``ours_clip``, ``ours_step``, ``torch_clip``, ``torch_step`` and round, each of the slowest rank;
-        ``clip_ratio`` and ``clip_and_step_ratio``: torch's time over ours, median over rounds.
+        ``times``: seconds by ``<contender> clip`` and ``<contender> step`` and round, each of the slowest rank;
+        ``clip_ratio``: torch's time of clipping alone over ours, median over rounds;
+        ``ratios``: for each contender but ours, its time of both over ours, median over rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (folder, rounds), nprocs=RANKS)
@@ -33,12 +36,13 @@ def measure_fsdp2(rounds: int) -> dict[str, Any]:
     return {"ranks": RANKS, "parameters": 2 * LAYERS, "times": times, **ratios(times)}
 
 
-def ratios(times: dict[str, list[float]]) -> dict[str, float]:
-    rounds = list(zip(times["ours_clip"], times["ours_step"], times["torch_clip"], times["torch_step"], strict=True))
-    return {
-        "clip_ratio": statistics.median(clip / ours for ours, _, clip, _ in rounds),
-        "clip_and_step_ratio": statistics.median((clip + step) / (ours + our_step) for ours, our_step, clip, step in rounds),
-    }
+def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
+    def over_ours(name: str, *parts: str) -> float:
+        own, theirs = (zip(*(times[f"{key} {part}"] for part in parts), strict=True) for key in ("ours", name))
+        return statistics.median(sum(a) / sum(b) for a, b in zip(theirs, own, strict=True))
+
+    others = [name for name in CONTENDERS if name != "ours"]
+    return {"clip_ratio": over_ours("torch", "clip"), "ratios": {name: over_ours(name, "clip", "step") for name in others}}
 
 
 def _rank(rank: int, folder: str, rounds: int) -> None:
@@ -53,25 +57,31 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
-        optimizer = AdamW_BF16(model.parameters(), lr=1e-4)
+        ours = AdamW_BF16(model.parameters(), lr=1e-4)
+        optimizers = {
+            "ours": ours,
+            "torch": torch.optim.AdamW(model.parameters(), lr=1e-4),
+            "torch fused": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+            "torch clip with our step": ours,
+        }
         model(torch.randn(8, WIDTH, dtype=torch.bfloat16)).square().mean().backward()
-        times: dict[str, list[float]] = {name: [] for name in ("ours_clip", "ours_step", "torch_clip", "torch_step")}
+        times: dict[str, list[float]] = {f"{name} {part}": [] for name in CONTENDERS for part in ("clip", "step")}
         for round_ in range(-WARM_UP, rounds):
-            for name in ("ours", "torch") if round_ % 2 else ("torch", "ours"):
+            for name in random.Random(round_).sample(CONTENDERS, len(CONTENDERS)):
                 dist.barrier()
                 start = time.perf_counter()
                 if name == "ours":
-                    optimizer.clip_grad_norm_(1.0)
+                    ours.clip_grad_norm_(1.0)
                 else:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 clipped = time.perf_counter()
-                optimizer.step()
+                optimizers[name].step()
                 done = time.perf_counter()
                 if round_ >= 0:
                     slowest = torch.tensor([clipped - start, done - clipped])
                     dist.all_reduce(slowest, dist.ReduceOp.MAX)
                     for part, seconds in zip(("clip", "step"), slowest.tolist(), strict=True):
-                        times[f"{name}_{part}"].append(seconds)
+                        times[f"{name} {part}"].append(seconds)
         if rank == 0:
             (Path(folder) / "times.json").write_text(json.dumps(times))
     finally:
