@@ -1,0 +1,36 @@
+"""Parameters with random gradients, to give an optimizer something to do, and bitwise comparison of what it did."""
+
+import torch
+from torch import nn
+
+BF16 = torch.bfloat16
+
+
+def param(*shape, dtype=BF16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
+
+
+def give_gradients(params, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def train(optimizer, steps, seed=0):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(steps):
+        give_gradients(params, seed=seed * 1000 + step)
+        optimizer.step(zero_grad=True)
+
+
+def snapshot(optimizer):
+    """Copies of all weights and states, to compare bit for bit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [[p.detach().clone(), *[value.clone() for _, value in sorted(optimizer.state[p].items())]] for p in params]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True)) for x, y in zip(a, b, strict=True)
+    )

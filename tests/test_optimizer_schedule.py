@@ -1,0 +1,69 @@
+"""The learning rate: schedules of our own, of torch and of the user."""
+
+import torch
+from small_optimizers import param, train
+
+from sharded_bf16_adamw import LR, AdamW_BF16
+
+
+class TestSchedule:
+    def test_default_is_lr(self):
+        optimizer = AdamW_BF16([param(2)])
+        seen = []
+        for _ in range(3):
+            train(optimizer, 1)
+            seen.append(optimizer.param_groups[0]["lr"])
+        assert seen == [LR()(0), LR()(1), LR()(2)]
+
+    def test_group_with_its_own_lr_does_not_get_the_default_schedule(self):
+        optimizer = AdamW_BF16([{"params": [param(2)], "lr": 0.5}, {"params": [param(2)]}])
+        train(optimizer, 2)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, LR()(1)]
+
+    def test_constant_lr_may_be_changed_by_torch_schedulers(self):
+        optimizer = AdamW_BF16([param(2)], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        seen = []
+        for _ in range(3):
+            seen.append(optimizer.param_groups[0]["lr"])
+            train(optimizer, 1)
+            scheduler.step()
+        assert seen == [1.0, 0.5, 0.25]
+
+    def test_torch_scheduler_wins_over_lr_function(self):
+        optimizer = AdamW_BF16([param(2)], lr_function=lambda step: 1.0 / (step + 1))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 7.0 + epoch)
+        used = []
+        for _ in range(3):
+            train(optimizer, 1)
+            used.append(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+        assert used == [7.0, 8.0, 9.0]
+
+    def test_changed_lr_holds_until_it_is_put_back(self):
+        """torch's checkpoint code sets lr to 0, steps with zero gradients to make the state, and puts the lr back."""
+        p = param(100)
+        optimizer = AdamW_BF16([p], lr_function=lambda step: 0.1 * (step + 1), weight_decay=1.0)
+        before = p.detach().clone()
+        p.grad = torch.zeros_like(p)
+        written, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
+        optimizer.step(closure=None)
+        assert torch.equal(p, before), "a step at lr 0 must not decay"
+        optimizer.param_groups[0]["lr"] = written
+        train(optimizer, 1)
+        assert optimizer.param_groups[0]["lr"] == 0.1 * 2
+
+    def test_late_group_joins_at_the_position_of_the_others(self):
+        optimizer = AdamW_BF16([param(2)], lr_function=lambda step: float(step))
+        train(optimizer, 5)
+        optimizer.add_param_group({"params": [param(3)]})
+        train(optimizer, 1)
+        assert [group["lr"] for group in optimizer.param_groups] == [5.0, 5.0]
+
+    def test_loading_restores_the_position_and_keeps_the_codes_schedule(self):
+        saved = AdamW_BF16([param(2)], lr_function=lambda step: 1.0)
+        train(saved, 4)
+        resumed = AdamW_BF16([param(2)], lr_function=lambda step: 100.0 + step)
+        resumed.load_state_dict(saved.state_dict())
+        train(resumed, 1)
+        assert resumed.param_groups[0]["lr"] == 104.0
