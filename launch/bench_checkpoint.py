@@ -1,5 +1,8 @@
 """Time saving and loading a checkpoint against writing and reading the same bytes, and an asynchronous save against a blocking one.
 
+An asynchronous save costs training the time of its call, and then, while a thread writes, whatever of the machine that thread needs too:
+on a CPU its cores and memory. ``hold-up`` counts both: how much longer steps took from the call until the checkpoint was on the disk.
+
 All are measured in turn, repeatedly, in one run on one disk, so that a busy machine slows them alike; ratios are medians of rounds::
 
     python launch/bench_checkpoint.py --gb 1 --rounds 5
@@ -26,10 +29,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
+from sharded_bf16_adamw.sharding.local import to_local
 
 BLOCK = 1 << 23  # bytes per plain read or write
 BYTES_PER_PARAMETER = 8  # bf16 weight, two moments and correction
 WIDTH = 2048
+ROWS = 64  # of a training step's batch, on each rank
 
 
 def main() -> None:
@@ -45,7 +50,7 @@ def main() -> None:
     rounds = []
     try:
         for index in range(args.rounds + 1):
-            figures = measure(folder, model, optimizer)
+            figures = measure(folder, model, optimizer, plain_first=bool(index % 2))
             if index:  # the first warms up
                 rounds.append(figures)
                 if world.rank == 0:
@@ -73,19 +78,25 @@ def build(gb: float, ranks: int, device: torch.device) -> tuple[nn.Module, AdamW
     return model, optimizer
 
 
-def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16) -> dict[str, float]:
-    """Seconds of one round."""
+def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: bool) -> dict[str, float]:
+    """Seconds of one round. What is written after something else can be several times slower, so both begin with an empty folder, and
+    rounds take turns in which is first."""
     figures = {}
     root, plain = folder / "run", folder / f"plain-{dist.get_rank()}"
-    fresh(folder)
-    figures["save"] = timed(lambda: save(root, 1, model, optimizer))
+    size = sum(tensor.nbytes for param in model.parameters() for tensor in parts(param, optimizer))
+    content = (os.urandom(BLOCK) * (size // BLOCK + 1))[:size]
+    writes: dict[str, Callable[[], object]] = {
+        "save": lambda: save(root, 1, model, optimizer),
+        "plain write": functools.partial(write, plain, content),
+    }
+    order = list(reversed(writes)) if plain_first else list(writes)
+    for name in order:
+        fresh(folder)
+        figures[name] = timed(writes[name])
+    writes[order[0]]()  # its files are gone
+    dist.barrier()
     path = latest(root)
     assert path is not None
-    names = sorted(file for file in path.iterdir() if file.name.startswith(f"__{dist.get_rank()}_"))
-    content = b"".join(file.read_bytes() for file in names)
-    size = len(content)
-    figures["plain write"] = timed(functools.partial(write, plain, content))
-    content = b""
     forget([*path.iterdir(), plain])
     figures["plain read"] = timed(lambda: read(plain, size))
     forget([*path.iterdir(), plain])
@@ -93,7 +104,43 @@ def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16) -> dict[str, 
     fresh(folder)
     figures["async stall"] = timed(lambda: save(root, 1, model, optimizer, async_=True))
     figures["async rest"] = timed(wait_for_save)
+    fresh(folder)
+    steps = 0
+
+    def train_meanwhile() -> None:
+        nonlocal steps
+        while not done_everywhere(latest(root) is not None):
+            train(model, optimizer)
+            steps += 1
+
+    def train_alone() -> None:
+        for _ in range(steps):
+            done_everywhere(latest(root) is None)
+            train(model, optimizer)
+
+    figures["call"] = timed(lambda: save(root, 1, model, optimizer, async_=True))
+    figures["steps meanwhile"] = timed(train_meanwhile)
+    wait_for_save()
+    figures["steps alone"] = timed(train_alone)
     return figures
+
+
+def parts(param: torch.Tensor, optimizer: AdamW_BF16) -> list[torch.Tensor]:
+    """What this rank holds of a parameter: weight, moments and correction."""
+    return [to_local(tensor) for tensor in (param, *optimizer.state[param].values())]
+
+
+def train(model: nn.Module, optimizer: AdamW_BF16) -> None:
+    device = next(model.parameters()).device
+    model(torch.ones(ROWS, WIDTH, dtype=torch.bfloat16, device=device)).sum().backward()
+    optimizer.step(zero_grad=True)
+
+
+def done_everywhere(done: bool) -> bool:
+    """Whether all ranks say so: they must take the same number of steps."""
+    count = torch.tensor(int(done))
+    dist.all_reduce(count)
+    return int(count) == dist.get_world_size()
 
 
 def fresh(folder: Path) -> None:
@@ -101,6 +148,7 @@ def fresh(folder: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        os.sync()
     dist.barrier()
 
 
@@ -150,6 +198,10 @@ def report(rounds: list[dict[str, float]], file: str | None) -> None:
         "throughput of save / plain write": [figures["plain write"] / figures["save"] for figures in rounds],
         "throughput of load / plain read": [figures["plain read"] / figures["load"] for figures in rounds],
         "stall of async save / save": [figures["async stall"] / figures["save"] for figures in rounds],
+        "hold-up of training by async save / save": [
+            (figures["call"] + figures["steps meanwhile"] - figures["steps alone"]) / figures["save"] for figures in rounds
+        ],
+        "speed of training while a save is written / alone": [figures["steps alone"] / figures["steps meanwhile"] for figures in rounds],
     }
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")

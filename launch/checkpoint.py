@@ -18,10 +18,10 @@ import torch
 
 from sharded_bf16_adamw.checkpoint import convert_fp32, export_fp32
 from sharded_bf16_adamw.checkpoint.contents import MODEL, STATE
-from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints, remove
+from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints, find_checkpoint, no_checkpoint, remove
 from sharded_bf16_adamw.checkpoint.manifest import find_damage, read_manifest
 from sharded_bf16_adamw.checkpoint.sources import open_weights
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint, find_checkpoint
+from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -96,9 +96,10 @@ def inspect(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Read every file and compare checksums; of all checkpoints of a run with ``--all``."""
-    paths = complete_checkpoints(Path(args.path)) if args.all else [find_checkpoint(args.path)]
+    found = find_checkpoint(args.path)
+    paths = complete_checkpoints(Path(args.path)) if args.all else [found] if found else []
     if not paths:
-        raise UsageError(f"there is no checkpoint at {args.path}; give the folder of a run that has saved one")
+        raise no_checkpoint(args.path)
     damaged = False
     for path in paths:
         problems = find_problems(path)
@@ -136,7 +137,7 @@ def prune(args: argparse.Namespace) -> int:
     root = Path(args.root)
     checkpoints = complete_checkpoints(root)
     if not checkpoints:
-        raise UsageError(f"there is no checkpoint at {root}; give the folder of a run that has saved one")
+        raise no_checkpoint(root)
     whole: list[Path] = []
     for path in reversed(checkpoints):
         problems = find_problems(path)

@@ -13,12 +13,12 @@ Result = TypeVar("Result")
 Group = dist.ProcessGroup | None  # None: all ranks of the default group
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: Group = None) -> int:
+    return 0 if _alone(group) else dist.get_rank(group)
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: Group = None) -> int:
+    return 1 if _alone(group) else dist.get_world_size(group)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def errors_on_every_rank(doing: str, group: Group = None) -> Iterator[None]:
             raise _as_raised_everywhere(doing, failed_rank, *outcome) from error
 
 
-def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -> Result:
+def on_rank_0(doing: str, function: Callable[[], Result]) -> Result:
     """What ``function`` returns on rank 0, on every rank; its errors too. Collective."""
     outcome: list[Any] = [None, None, None]
     error: Exception | None = None
@@ -50,8 +50,8 @@ def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -
         except Exception as caught:
             error = caught
             outcome = [isinstance(error, ValueError), _one_line(error), None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, group=group)
+    if not _alone(None):
+        dist.broadcast_object_list(outcome, src=0)
     is_value_error, message, result = outcome
     if message is not None:
         raise _as_raised_everywhere(doing, 0, is_value_error, message) from error
@@ -60,33 +60,41 @@ def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -
 
 def gather_everywhere(value: Result, group: Group = None) -> list[Result]:
     """What each rank gave, in the order of ranks. Collective."""
-    if not dist.is_initialized():
+    if _alone(group):
         return [value]
-    values: list[Any] = [None] * world_size()
+    values: list[Any] = [None] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_on_rank_0(value: Result, group: Group = None) -> list[Result]:
     """What each rank gave, on rank 0; elsewhere an empty list. Collective."""
-    if not dist.is_initialized():
+    if _alone(group):
         return [value]
-    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
     dist.gather_object(value, values, dst=0, group=group)
     return values or []
 
 
-def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
+def scatter_from_rank_0(values: list[Result]) -> Result:
     """Inverse of :func:`gather_on_rank_0`."""
-    if not dist.is_initialized():
+    if _alone(None):
         return values[0]
     received: list[Any] = [None]
-    dist.scatter_object_list(received, values if rank() == 0 else None, src=0, group=group)
+    dist.scatter_object_list(received, values if rank() == 0 else None, src=0)
     return received[0]
 
 
-def _as_raised_everywhere(doing: str, rank: int, is_value_error: bool, message: str) -> Exception:
-    return ValueError(message) if is_value_error else RuntimeError(f"{doing}: on rank {rank}, {message}")
+def _alone(group: Group) -> bool:
+    """Whether this process has nobody to agree with. One whose group was destroyed must not take itself for that: it would publish its
+    part of a checkpoint as the whole."""
+    if group is not None and not dist.is_initialized():
+        raise RuntimeError("the process group was destroyed before the save was done; call wait_for_save() first")
+    return not dist.is_initialized()
+
+
+def _as_raised_everywhere(doing: str, failed_rank: int, is_value_error: bool, message: str) -> Exception:
+    return ValueError(message) if is_value_error else RuntimeError(f"{doing}: on rank {failed_rank}, {message}")
 
 
 def _one_line(error: BaseException) -> str:

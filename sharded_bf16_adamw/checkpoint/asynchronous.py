@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from .agreement import Group
 
 
 class _Pending(threading.Thread):
-    """Not a daemon: an interpreter that ends waits for it."""
+    """Not a daemon: an interpreter that ends waits for it, and the save with it is complete."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         super().__init__(name="checkpoint save")
@@ -25,8 +26,6 @@ class _Pending(threading.Thread):
             self._function()
         except Exception as error:
             self.error = error
-            if not threading.main_thread().is_alive():  # nobody will ask any more
-                print(f"an asynchronous save failed: {error}", file=sys.stderr)
 
 
 _pending: _Pending | None = None
@@ -54,6 +53,13 @@ def wait_for_save() -> None:
     error, _pending = _pending.error, None
     if error is not None:
         raise error
+
+
+@atexit.register
+def _say_what_nobody_asked_for() -> None:
+    """Of a program that ends without :func:`wait_for_save`, this is the last chance to tell of an error. All threads are done by now."""
+    if _pending is not None and _pending.error is not None:
+        print(f"an asynchronous save failed: {_pending.error}", file=sys.stderr)
 
 
 def own_group() -> Group:

@@ -5,9 +5,6 @@ Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,13 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sharding.local import to_local
 from .agreement import rank
 from .manifest import ParamGroup
+from .torch_state import has_fsdp1, set_sharded_model_state, set_sharded_optimizer_state, sharded_model_state, sharded_optimizer_state
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model.", "optimizer.", "optimizer.state.", "optimizer.param_groups."
-_ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
-FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)  # the form that reshards between every pair of strategies
 
 
 @dataclass
@@ -50,19 +39,11 @@ class Contents:
     groups: list[ParamGroup]
 
 
-def model_contents(model: nn.Module) -> dict[str, Any]:
-    """The model's part; the tensors are the live ones where they are not FSDP1's."""
-    with _quiet():
-        return _prefixed(MODEL, get_model_state_dict(model))
-
-
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
-    """The parts of model and optimizer, which gets its states if it has none at all. Collective under FSDP1."""
-    values = model_contents(model)  # first: it reshards what an evaluation left gathered, which the optimizer's part relies on
-    if not optimizer.state:
-        init_state(optimizer)
-    with _quiet():
-        state_dict: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    """The parts of model and optimizer, which gets its states if it has none at all; the live tensors, except under FSDP1, where it is
+    collective."""
+    values = {MODEL + name: value for name, value in sharded_model_state(model).items()}
+    state_dict = sharded_optimizer_state(model, optimizer)
     for fqn, state in state_dict["state"].items():
         values.update(_flat(f"{STATE}{fqn}", state))
     tensors = {key: value for key, value in values.items() if isinstance(value, (Tensor, ShardedTensor))}
@@ -78,16 +59,13 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
         return
     groups = {f"{GROUPS}{fqn}.{name}": value for group in values.groups for fqn in group.params for name, value in group.options.items()}
     flat = {**values.tensors, **values.plain, **groups}
-    _put_in_one_order(optimizer)
-    with _quiet():
-        set_model_state_dict(model, _section(MODEL, flat))
-        set_optimizer_state_dict(model, optimizer, _section(OPTIMIZER, flat), options=FLATTENED)
-    _put_in_one_order(optimizer)
+    set_sharded_model_state(model, _section(MODEL, flat))
+    set_sharded_optimizer_state(model, optimizer, _section(OPTIMIZER, flat), flattened=True)  # this form reshards between all strategies
 
 
 def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
     """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
-    if values.plain or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if values.plain or has_fsdp1(model):
         return False
     states = [value for state in optimizer.state.values() for value in state.values()]
     of_model = {_address(value) for value in chain(model.parameters(), model.buffers())}
@@ -115,25 +93,6 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
     ]
     optimizer.load_state_dict({"state": {}, "param_groups": loaded})
     optimizer.state.update(states)
-
-
-def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
-    """Sort the states of each parameter as an optimizer makes them.
-
-    torch's FSDP1 code gathers them one after the other in the order of each rank's own dict, and builds those dicts in the order of a
-    set, which differs between ranks: one moment would end up in the place of another.
-    """
-    for state in optimizer.state.values():
-        ordered = sorted(state.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), str(item[0])))
-        state.clear()
-        state.update(ordered)
-
-
-def init_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let ours make its state at step 0; for others torch takes a step with zero gradients, which counts."""
-    make = getattr(optimizer, "init_state", None)
-    if make is not None:
-        make()
 
 
 def rng_contents() -> dict[str, Tensor]:
@@ -174,12 +133,8 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
     return ", ".join(dict.fromkeys(words)) or "not sharded"
 
 
-def _prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    return {prefix + key: value for key, value in state.items()}
-
-
 def _section(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of :func:`_prefixed`, of the keys that have the prefix."""
+    """The values whose keys have a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -189,12 +144,3 @@ def _flat(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     for key, value in state.items():
         result.update(_flat(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value})
     return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that torch's FSDP1 gives of its own functions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends are registered with this ProcessGroup")
-        yield

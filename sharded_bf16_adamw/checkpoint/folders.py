@@ -7,6 +7,7 @@ one rename and disappears by one. Before a rename the content is flushed to the 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .manifest import MANIFEST, read_manifest
 
 LATEST = "LATEST"
 _PARTIAL, _REMOVED = ".partial-", ".removed-"
+_NAME = re.compile(r"step-(\d{8,})(-\d+)?")  # a copy that somebody keeps as step-00000200-best is not one of ours to count or remove
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
@@ -27,6 +29,17 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
         return path
     complete = complete_checkpoints(root)
     return complete[-1] if complete else None
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint that ``path`` means: its folder, or the root of a run, which stands for its latest; None where there is none."""
+    path = Path(path)
+    return path if (path / MANIFEST).is_file() else latest(path)
+
+
+def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
+    """What to raise where :func:`find_checkpoint` found none."""
+    return FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
 
 
 def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
@@ -53,7 +66,8 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """In the order in which they were saved. One whose manifest is damaged counts as older than all others."""
-    return [path for _, path in sorted((_serial(path.parent), path.parent) for path in root.glob(f"step-*/{MANIFEST}"))]
+    found = [path.parent for path in root.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=lambda path: (_serial(path), path))
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path, int]:
@@ -63,7 +77,7 @@ def begin(root: Path, step: int) -> tuple[Path, Path, int]:
         That folder, the name that the checkpoint will have (one that is free: a resumed run may come by the same step again), and
         its serial number.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    _make_folders(root)
     for leftover in [*root.glob(f"{_PARTIAL}*"), *root.glob(f"{_REMOVED}*"), *root.glob(f".{LATEST}*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     complete = complete_checkpoints(root)
@@ -81,7 +95,6 @@ def publish(partial: Path, final: Path, manifest: bytes) -> None:
     write_durably(partial / MANIFEST, manifest)
     sync_folder(partial)
     os.rename(partial, final)
-    sync_folder(final.parent.absolute().parent)  # the first save has made the root
     sync_folder(final.parent)  # LATEST must not be on the disk before what it names
     temporary = final.with_name(f".{LATEST}")
     write_durably(temporary, f"{final.name}\n".encode())
@@ -91,8 +104,8 @@ def publish(partial: Path, final: Path, manifest: bytes) -> None:
 
 def remove_older(newest: Path, step: int, keep: int | None) -> None:
     """After ``newest`` was published: remove earlier saves of the same step, and all but the ``keep`` newest."""
-    for path in newest.parent.glob(f"step-{step:08d}*"):
-        if path != newest and (path.name == f"step-{step:08d}" or path.name.startswith(f"step-{step:08d}-")):
+    for path in complete_checkpoints(newest.parent):
+        if path != newest and _step(path) == step:
             remove(path)
     if keep is not None:
         prune(newest.parent, keep)
@@ -104,7 +117,13 @@ def remove(path: Path) -> None:
     if hidden.exists():
         shutil.rmtree(hidden)
     os.rename(path, hidden)
+    sync_folder(path.parent)  # what is missing from it must not be on the disk before its new name
     shutil.rmtree(hidden)
+
+
+def _step(path: Path) -> int:
+    """``step-00000200-2`` -> 200."""
+    return int(path.name.split("-")[1])
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -113,6 +132,14 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, and flush them to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -94,7 +94,7 @@ def export_fp32(
             progress(tensor.nbytes)
         return tensor
 
-    partial = out.with_name(f".partial-{out.name}")
+    partial = out.with_name(f".exporting-{out.name}")  # a name that no save takes for its own leftover
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
     partial.mkdir(parents=True)
     try:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .agreement import gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
-from .blocks import has_fsdp1, local_blocks, set_sharded_optimizer_state, sharded_optimizer_state
-from .contents import init_state
+from .agreement import errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
+from .blocks import local_blocks
+from .torch_state import has_fsdp1, init_state, new_states_only_if_it_succeeds, set_sharded_optimizer_state, sharded_optimizer_state
 from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
@@ -49,16 +49,15 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
         Tensors of their own memory, contiguous, in CPU memory.
 
     Raises:
-        TypeError: a state is no tensor.
-        ValueError: the ranks' blocks do not add up to the whole tensor (an uneven mix of shardings that a box cannot describe).
+        ValueError: a state is no tensor, or the ranks' blocks do not add up to the whole tensor (an uneven mix of shardings that a box
+            cannot describe).
     """
-    if not optimizer.state:
-        init_state(optimizer)
     sharded = sharded_optimizer_state(model, optimizer)
-    tensors = _tensors(sharded["state"])
-    tables = gather_on_rank_0(table_of(tensors))
+    tensors, tables = _gathered_tables(sharded["state"])
     wholes = _merged(tables)
-    transfers = _agreed(plan_transfers(tables, wholes, replicas=False))
+    with errors_on_every_rank("cannot gather the optimizer state"):
+        plan = plan_transfers(tables, wholes, replicas=False)
+    transfers = scatter_from_rank_0(plan)
     if rank() != 0:
         for transfer in transfers:
             send(held(tensors[transfer.key], transfer), 0, transfer.wire)
@@ -96,21 +95,18 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
         ValueError: on every rank, where ``full`` is of another model or optimizer: a parameter or state is missing, unexpected or of
             another shape or dtype, or the groups divide the parameters otherwise. Nothing is changed.
     """
-    init_state(optimizer)
-    sharded = sharded_optimizer_state(model, optimizer)
-    tensors = _tensors(sharded["state"])
-    tables = gather_on_rank_0(table_of(tensors))
-    wholes = _merged(tables)
-    plan: list[list[Transfer]] | str = []
-    if rank() == 0:
-        problems = _differences(wholes, sharded["param_groups"], full)
-        if problems:
-            more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
-            plan = f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}"
-        else:
-            assert full is not None
-            plan = plan_transfers(tables, {key: entry for key, entry in wholes.items() if key[0] in full["state"]}, replicas=True)
-    transfers = _agreed(plan)
+    with new_states_only_if_it_succeeds(optimizer):
+        init_state(optimizer)
+        sharded = sharded_optimizer_state(model, optimizer)
+        tensors, tables = _gathered_tables(sharded["state"])
+        plan: list[list[Transfer]] = []
+        with errors_on_every_rank("cannot scatter the full state"):
+            if rank() == 0:
+                wholes = _merged(tables)
+                _check(wholes, sharded["param_groups"], full)
+                assert full is not None
+                plan = plan_transfers(tables, {key: entry for key, entry in wholes.items() if key[0] in full["state"]}, replicas=True)
+    transfers = scatter_from_rank_0(plan)
     given = on_rank_0("cannot scatter the full state", lambda: (full or {})["param_groups"])
     for transfer in transfers:
         block = transfer.block.of(torch.as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank() == 0 else None
@@ -133,18 +129,28 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
 # ----------------------------------------------------------------------------------------------------------------- checks
 
 
-def _tensors(state: dict[str, dict[str, Any]]) -> dict[Key, Tensor]:
+def _gathered_tables(state: dict[str, dict[str, Any]]) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
+    """This rank's tensors, and on rank 0 what each rank holds of them. Collective."""
     tensors = {}
-    for fqn, values in state.items():
-        for name, value in values.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
-            tensors[fqn, name] = value
-    return tensors
+    with errors_on_every_rank("cannot gather the optimizer state"):
+        for fqn, values in state.items():
+            for name, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
+                tensors[fqn, name] = value
+        table = table_of(tensors)
+    return tensors, gather_on_rank_0(table)
 
 
-def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: dict[str, Any] | None) -> list[str]:
-    """How ``full`` does not fit this model and optimizer, on rank 0."""
+def _check(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) -> None:
+    """Refuse a full state that does not fit this model and optimizer."""
+    problems = _differences(wholes, groups, full)
+    if problems:
+        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
+        raise ValueError(f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}")
+
+
+def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) -> list[str]:
     if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
         return ['rank 0 must pass a dict with "state" and "param_groups"']
     state, problems = full["state"], []
@@ -176,15 +182,6 @@ def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: d
 def _merged(tables: list[dict[Key, Entry]]) -> dict[Key, Entry]:
     """Everything that any rank holds a part of, in the order of rank 0; empty on the others."""
     return {key: entry for table in tables for key, entry in table.items()}
-
-
-def _agreed(plan: list[list[Transfer]] | str) -> list[Transfer]:
-    """This rank's part of rank 0's plan; what is wrong is raised on every rank. Collective."""
-    plans: list[list[Transfer] | str] = [plan] * world_size() if isinstance(plan, str) else [*plan]
-    own = scatter_from_rank_0(plans)
-    if isinstance(own, str):
-        raise ValueError(own)
-    return own
 
 
 def _plain_group(group: dict[str, Any]) -> dict[str, Any]:

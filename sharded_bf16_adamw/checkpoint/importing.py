@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from ..kernels.reference import lowbias32, stochastic_round
 from ..optimizer import AdamW_BF16
 from .agreement import errors_on_every_rank
-from .blocks import (
+from .blocks import local_blocks
+from .folders import latest
+from .fp32 import Progress, split
+from .saving import save
+from .sources import Source, open_optimizer_state, open_weights
+from .torch_state import (
     has_fsdp1,
-    local_blocks,
+    init_state,
+    new_states_only_if_it_succeeds,
     set_sharded_model_state,
     set_sharded_optimizer_state,
     sharded_model_state,
     sharded_optimizer_state,
 )
-from .contents import init_state
-from .fp32 import Progress, split
-from .saving import save
-from .sources import Source, open_optimizer_state, open_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")  # of torch.optim.AdamW's that mean the same here
@@ -73,17 +75,18 @@ def import_fp32(
         RuntimeError: a rank cannot find or read a file, and nothing is changed; or it could not in the midst of reading, and the model is
             then part old, part new, as the message says.
     """
-    with errors_on_every_rank("cannot import"):
+    with errors_on_every_rank("cannot import"):  # before anything collective: a rank that fails here must not leave the others in it
         weights = open_weights(source)
+        opened = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+    with new_states_only_if_it_succeeds(optimizer):
         init_state(optimizer)
-        optimizer_part = sharded_optimizer_state(model, optimizer)
-    model_part = sharded_model_state(model)
-    with errors_on_every_rank("cannot import"):
-        names = _names_in_source(weights, model, model_part)
-        imported = None if optimizer_state is None else _by_name(open_optimizer_state(optimizer_state), optimizer_part["param_groups"])
-        if imported is not None:
-            _check_states(imported["state"], optimizer_part["state"])
-            groups = [_group_of(group, imported["param_groups"]) for group in optimizer_part["param_groups"]]
+        optimizer_part, model_part = sharded_optimizer_state(model, optimizer), sharded_model_state(model)
+        with errors_on_every_rank("cannot import"):
+            names = _names_in_source(weights, model, model_part)
+            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"])
+            if imported is not None:
+                _check_states(imported["state"], optimizer_part["state"])
+                groups = [_group_of(group, imported["param_groups"]) for group in optimizer_part["param_groups"]]
     with errors_on_every_rank("cannot import, and the model is now part old, part new"):
         for key, tensor in model_part.items():
             if isinstance(tensor, Tensor):
@@ -133,8 +136,6 @@ def convert_fp32(
         FileNotFoundError: there is nothing at ``source`` or ``optimizer_state``.
         ValueError: as :func:`import_fp32`.
     """
-    from .folders import latest
-
     if latest(root) is not None:
         raise FileExistsError(f"{root} has a checkpoint already; give another folder")
     weights = open_weights(source)
@@ -144,7 +145,7 @@ def convert_fp32(
         holder = model
         *parents, leaf = name.split(".")
         for parent in parents:
-            if parent not in holder._modules:
+            if parent not in dict(holder.named_children()):
                 holder.add_module(parent, nn.Module())
             holder = holder.get_submodule(parent)
         if not info.dtype.is_floating_point or _matches(name, buffers):
@@ -237,6 +238,9 @@ def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]]) -> dict[str,
             f"{[len(group['params']) for group in own]}; build it with the same groups, or export the state keyed by parameter names"
         )
     name_of = {key: name for keys, group in zip(theirs, own, strict=True) for key, name in zip(keys, group["params"], strict=True)}
+    unknown = [key for key in state_dict["state"] if key not in name_of]
+    if unknown:
+        raise ValueError(f"the optimizer state to import has a state of {unknown[0]}, which is in none of its groups")
     groups = [{**group, "params": [name_of[key] for key in group["params"]]} for group in state_dict["param_groups"]]
     return {"state": {name_of[key]: values for key, values in state_dict["state"].items()}, "param_groups": groups}
 

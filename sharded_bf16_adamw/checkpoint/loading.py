@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from .agreement import errors_on_every_rank, on_rank_0, rank, world_size
 from .asynchronous import wait_for_save
 from .comparing import compare, restored
-from .contents import contents, init_state, rng_contents, set_contents, set_rng_contents
-from .folders import latest
-from .manifest import MANIFEST, FileRecord, Manifest, find_damage, read_manifest
+from .contents import contents, rng_contents, set_contents, set_rng_contents
+from .folders import find_checkpoint, no_checkpoint
+from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .storage import METADATA, PlainReader, read_metadata
+from .torch_state import init_state, new_states_only_if_it_succeeds
 
 
 class Loaded(dict[str, Any]):
@@ -63,10 +62,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
     path = Path(path)
     found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path))
     if found is None:
-        raise FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
+        raise no_checkpoint(path)
     folder, manifest = found
     metadata = _checked_metadata(folder, manifest)
-    with _states_as_before_if_it_fails(optimizer):
+    with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
             init_state(optimizer)
             here = contents(model, optimizer)
@@ -101,14 +100,14 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     if found is None:
-        raise FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
+        raise no_checkpoint(path)
     folder, manifest = found
     return find_damage(folder, manifest.files)
 
 
 def _find(path: Path) -> tuple[Path, Manifest] | None:
     """The checkpoint that ``path`` means, and its manifest. ValueError where that is damaged."""
-    folder = path if (path / MANIFEST).exists() else latest(path)
+    folder = find_checkpoint(path)
     return None if folder is None else (folder, read_manifest(folder))
 
 
@@ -169,15 +168,3 @@ def _zero_(tensor: Any) -> None:
     shards = [shard.tensor for shard in tensor.local_shards()] if hasattr(tensor, "local_shards") else [tensor]
     for shard in shards:
         shard.detach().zero_()
-
-
-@contextmanager
-def _states_as_before_if_it_fails(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Forget states that the body made: loading needs somewhere to load to."""
-    had_state = {param for param, state in optimizer.state.items() if state}
-    try:
-        yield
-    except BaseException:
-        for param in [param for param in optimizer.state if param not in had_state]:
-            del optimizer.state[param]
-        raise

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Manifest:
             body = json.loads(content)
             checksum = body.pop("checksum")
             version = body.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ValueError("it is damaged: it is not the JSON that a save writes") from None
         if not isinstance(checksum, str) or len(checksum) != len(_UNKNOWN):
             raise ValueError("it is damaged: its checksum is unreadable")
@@ -90,12 +91,27 @@ class Manifest:
             raise ValueError("it is damaged: its checksum does not match its content")
         if version != FORMAT:
             raise ValueError(f"it is of format {version} but this version reads format {FORMAT}")
-        files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-        foreign = [name for name in files if Path(name).name != name]
+        try:
+            files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
+            groups = [ParamGroup(**group) for group in body.pop("groups")]
+            manifest = Manifest(**body, groups=groups, files=files)
+            understood = manifest._is_well_formed()
+        except (KeyError, AttributeError, TypeError):
+            understood = False
+        if not understood:
+            raise ValueError("it is not what this version writes, although its checksum is right")
+        foreign = [name for name in files if not is_file_name(name)]
         if foreign:
             raise ValueError(f"it names {foreign[0]!r}, which is no file of the checkpoint's own folder")
-        groups = [ParamGroup(**group) for group in body.pop("groups")]
-        return Manifest(**body, groups=groups, files=files)
+        return manifest
+
+    def _is_well_formed(self) -> bool:
+        numbers = [self.step, self.serial, self.world_size, *(record.bytes for record in self.files.values())]
+        texts = [self.strategy, *(record.crc32 for record in self.files.values()), *chain(*(group.params for group in self.groups))]
+        mappings = [self.versions, self.values, self.extra, *(group.options for group in self.groups)]
+        return all(
+            isinstance(part, kind) for kind, parts in ((int, numbers), (str, texts), (dict, mappings)) for part in parts
+        )  # fmt: skip
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -139,6 +155,11 @@ def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
             if crc32_text(crc) != record.crc32:
                 problems.append(f"{name} is not what was written (CRC-32 {crc32_text(crc)}, not {record.crc32})")
     return problems
+
+
+def is_file_name(name: object) -> bool:
+    """Whether ``name``, found in a file from elsewhere, means a file of a given folder and cannot lead out of it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
 
 
 def crc32_text(crc: int) -> str:

@@ -32,13 +32,20 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Inverse of :func:`encode`."""
+    """Inverse of :func:`encode`.
+
+    Raises:
+        ValueError: it is not what :func:`encode` makes.
+    """
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):
         if _TUPLE in value:
             return tuple(decode(item) for item in value[_TUPLE])
         if _TENSOR in value:
-            return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
+            dtype = getattr(torch, str(value.get("dtype")), None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{value.get('dtype')} is no dtype of torch")
+            return torch.tensor(value[_TENSOR], dtype=dtype)
         return {key: decode(item) for key, item in value.items()}
     return value

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .manifest import is_file_name
+
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -73,7 +75,7 @@ class SafetensorsFile:
         self._offsets: dict[str, int] = {}
         try:
             self._read_header(json.loads(header), 8 + length, size)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path} is not a safetensors file, or is damaged: its header is not understood ({error!r})") from error
 
     def _read_header(self, header: dict[str, Any], start: int, size: int) -> None:
@@ -84,9 +86,11 @@ class SafetensorsFile:
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, which torch does not have; convert the file first")
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            begin, end = entry["data_offsets"]
-            if not all(type(x) is int and x >= 0 for x in (begin, end, *info.shape)) or end - begin != info.nbytes:
-                raise ValueError(f"{self.path} is damaged: the bytes {begin} to {end} of {name} do not fit its shape {list(info.shape)}")
+            offsets = entry["data_offsets"]
+            numbers = all(type(x) is int and x >= 0 for x in (*offsets, *info.shape)) and len(offsets) == 2
+            if not numbers or offsets[1] - offsets[0] != info.nbytes:
+                raise ValueError(f"{self.path} is damaged: the bytes {offsets} of {name} do not fit its shape {list(info.shape)}")
+            begin, end = offsets
             self.infos[name], self._offsets[name] = info, start + begin
             ranges.append((begin, end))
         expected = 0
@@ -138,10 +142,10 @@ def _read_index(path: Path) -> dict[str, SafetensorsFile]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not an index of safetensors files, or is damaged ({error!r})") from error
     for name in names:
-        if Path(name).name != name:  # an index from elsewhere must not reach outside its folder
+        if not is_file_name(name):
             raise ValueError(f"{path} names the file {name!r}, which does not lie in its own folder")
         if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path} names the file {name}, which is missing")

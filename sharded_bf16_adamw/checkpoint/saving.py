@@ -37,7 +37,8 @@ def save(
     keep: int | None = None,
     async_: bool = False,
 ) -> Path:
-    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank calls it with the same arguments.
+    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank calls it with the same arguments (of ``step``,
+    ``extra`` and ``keep`` those of rank 0 count).
 
     Files are written under another name, flushed to the disk, and renamed into place when all ranks are done; then ``LATEST`` is replaced
     and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
@@ -49,7 +50,7 @@ def save(
             older save of it; the new folder has a name of its own, such as ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
-        extra: plain data (what JSON holds) of rank 0 that :func:`load` gives back, such as the position in the data.
+        extra: plain data (what JSON holds) that :func:`load` gives back, such as the position in the data.
         keep: how many checkpoints to keep, the last saved first; None keeps all.
         async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
             next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
@@ -63,28 +64,25 @@ def save(
         RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
     """
     asynchronous.wait_for_save()
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"Invalid step: {step}; it must be an integer that is not negative")
-    if keep is not None and keep < 1:
-        raise ValueError(f"Invalid keep: {keep}; it must be at least 1 or None")
-    try:
-        extra = json.loads(json.dumps(extra or {}))  # a copy: the caller may change it while a thread writes
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
     root = Path(root)
-    partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", lambda: begin(root, step))
+
+    def prepare() -> tuple[Any, ...]:
+        _check_arguments(step, keep)
+        return _copy_of(extra), *begin(root, step)
+
+    extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
     group = asynchronous.own_group() if async_ else None
     with _cleared_if_it_fails(partial, final):
         found = contents(model, optimizer)
-        groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
-        about = (groups, _encoded(found.plain), describe_strategy(model, optimizer))
-    about_each = gather_on_rank_0(about)
+        own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
+        own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
+    of_each = gather_on_rank_0((own_groups, own_values))
     manifest = None
     if rank() == 0:
-        values = {key: value for _, values, _ in reversed(about_each) for key, value in values.items()}
-        groups = _merged([groups for groups, _, _ in about_each])
-        manifest = Manifest(step, serial, world_size(), about[2], _versions(), groups, values, extra)
-    writer = ChecksummedWriter(partial)
+        groups = _merged([groups for groups, _ in of_each])
+        values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
+        manifest = Manifest(step, serial, world_size(), strategy, _versions(), groups, values, extra)
+    writer = ChecksummedWriter(partial, staged=async_)
     planner: SavePlanner
     planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
     if async_:
@@ -121,7 +119,7 @@ class _Save:
             results = self.writer.write_data(self.plan, self.planner).wait()
         gathered = gather_on_rank_0((results, self.writer.files), group)
         with _cleared_if_it_fails(self.partial, self.final, group):
-            if rank() == 0:
+            if rank(group) == 0:
                 self._finish([results for results, _ in gathered], [files for _, files in gathered])
 
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
@@ -155,6 +153,22 @@ def _plan(
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
     return planner, planner.finish_plan(scatter_from_rank_0(plans)), metadata
+
+
+def _check_arguments(step: Any, keep: int | None) -> None:
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"Invalid step: {step}; it must be an integer that is not negative")
+    if keep is not None and keep < 1:
+        raise ValueError(f"Invalid keep: {keep}; it must be at least 1 or None")
+
+
+def _copy_of(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """The caller may change the original while a thread writes."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(extra or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
+    return copy
 
 
 def _encoded(values: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +206,6 @@ def _cleared_if_it_fails(partial: Path, final: Path, group: Group = None) -> Ite
         with errors_on_every_rank(f"cannot save the checkpoint {final}", group):
             yield
     except (RuntimeError, ValueError):
-        if rank() == 0:
+        if rank(group) == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -70,7 +70,8 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Sourc
             break
     if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{what} holds no state dict of tensors, neither itself nor under {', '.join(_WEIGHTS_KEYS)}")
-    return _Tensors(_whole(what, content))
+    _refuse_shards(what, content)
+    return _Tensors(content)
 
 
 def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -89,11 +90,24 @@ def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not {"state", "param_groups"} <= content.keys():
+    if not _is_optimizer_state(content):
         raise ValueError(f'{what} holds no optimizer state dict, which has "state" and "param_groups"')
     for values in content["state"].values():
-        _whole(what, values)
+        _refuse_shards(what, values)
     return dict(content)
+
+
+def _is_optimizer_state(content: Any) -> bool:
+    if not isinstance(content, Mapping) or not {"state", "param_groups"} <= content.keys():
+        return False
+    state, groups = content["state"], content["param_groups"]
+    return (
+        isinstance(state, Mapping)
+        and all(isinstance(values, Mapping) for values in state.values())
+        and isinstance(groups, list)
+        and bool(groups)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+    )
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -117,9 +131,8 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is no torch file, or is damaged ({type(error).__name__})") from error
 
 
-def _whole(what: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Refuse shards: which part of a tensor they are is known to their own process group alone."""
+def _refuse_shards(what: str, tensors: Mapping[str, Any]) -> None:
+    """Which part of a tensor they are is known to their own process group alone."""
     for name, value in tensors.items():
         if isinstance(value, DTensor):
             raise ValueError(f"{what}: {name} is a shard of a tensor; gather the full state dict first")
-    return tensors

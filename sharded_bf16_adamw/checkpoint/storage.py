@@ -11,7 +11,7 @@ import os
 import pickle
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
+from torch.utils.serialization import config
 
 from .manifest import FileRecord, crc32_text
 
@@ -30,14 +34,24 @@ _HASH_ASIDE = 1 << 20  # bytes from which hashing in another thread, while this 
 class ChecksummedWriter(FileSystemWriter):
     """Writes to an empty folder and flushes every file to the disk.
 
+    Args:
+        path: the folder.
+        staged: whether all tensors are in CPU memory, so that there is nothing to copy from a GPU while another is written.
+
     Attributes:
         files: a record of each file that this process has finished.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=True, overwrite=False)
+    def __init__(self, path: Path, staged: bool) -> None:
+        super().__init__(path, sync_files=False, overwrite=False)  # DCP's fsync comes before the last bytes have left Python's buffer
+        if staged:  # else DCP would wait for the current GPU, which for a new thread is the first one, whatever this rank's is
+            self.per_thread_copy_ahead = 0
         self.fs = _ChecksummedFiles()
         self.files = self.fs.files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # a second checksum would cost more than ours
+            return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)  # no checkpoint_id: it would be the path of the unfinished folder, as a pickled Path
@@ -85,7 +99,9 @@ def parse_metadata(content: bytes) -> Metadata:
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"it is no metadata of a checkpoint ({error})") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+    if not (
+        isinstance(metadata, Metadata) and all(isinstance(part, dict) for part in (metadata.state_dict_metadata, metadata.storage_data))
+    ):
         raise ValueError("it is no metadata of a checkpoint")
     pickled = [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
     if pickled:
@@ -139,6 +155,7 @@ class _ChecksummedFiles(FileSystem):
             stream = _ChecksummedStream(file, pool)
             try:
                 yield stream
+                stream.close()
             except Exception:
                 if stream.error is not None:  # such as a full disk, of which torch.save only says that a position is unexpected
                     raise stream.error from None
@@ -168,17 +185,19 @@ class _ChecksummedStream(io.IOBase):
             raise
 
     def _write(self, data: memoryview) -> int:
-        if data.nbytes < _HASH_ASIDE:
-            self.crc = zlib.crc32(data, self.crc)
+        hashing = self._hash_aside(data) if data.nbytes >= _HASH_ASIDE else None
+        try:
             self._file.write(data)
-        else:
-            crc = self._pool.submit(zlib.crc32, data, self.crc)
-            try:
-                self._file.write(data)
-            finally:
-                self.crc = crc.result()  # the buffer is the caller's again when this returns
+        finally:  # the buffer is the caller's again when this returns
+            self.crc = zlib.crc32(data, self.crc) if hashing is None else hashing.result()
         self.count += data.nbytes
         return data.nbytes
+
+    def _hash_aside(self, data: memoryview) -> Future[int] | None:
+        try:
+            return self._pool.submit(zlib.crc32, data, self.crc)
+        except RuntimeError:  # the main thread has ended, and Python starts no more threads
+            return None
 
     def writable(self) -> bool:
         return True
@@ -186,15 +205,14 @@ class _ChecksummedStream(io.IOBase):
     def tell(self) -> int:
         return self.count
 
-    def fileno(self) -> int:
-        fileno: int = self._file.fileno()
-        return fileno
-
     def flush(self) -> None:
         if not self._file.closed:
             self._file.flush()
 
     def close(self) -> None:
-        """DCP closes after it has flushed to the disk; errors of closing are errors of the save."""
-        self._file.close()
+        """Flush to the disk, too: errors of that are errors of the save."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         super().close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from .blocks import Block
-from .folders import latest
+from .folders import find_checkpoint, no_checkpoint
 from .manifest import MANIFEST, find_damage, read_manifest
 from .plain import decode
 from .safetensors_io import TensorInfo
 from .storage import METADATA, read_metadata
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint's folder at ``path``, which may be the root of a run and then stands for its latest.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = Path(path)
-    found = path if (path / MANIFEST).is_file() else latest(path)
-    if found is None:
-        raise FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
-    return found
 
 
 class StoredCheckpoint:
@@ -50,7 +36,10 @@ class StoredCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = find_checkpoint(path)
+        found = find_checkpoint(path)
+        if found is None:
+            raise no_checkpoint(path)
+        self.path = found
         self.manifest = read_manifest(self.path)
         if METADATA not in self.manifest.files:
             raise self._unusable(f"{MANIFEST} does not list {METADATA}")

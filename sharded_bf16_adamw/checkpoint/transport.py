@@ -45,7 +45,7 @@ def table_of(tensors: dict[Key, Tensor]) -> dict[Key, Entry]:
     return table
 
 
-def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool) -> list[list[Transfer]] | str:
+def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool) -> list[list[Transfer]]:
     """Which blocks each rank exchanges with rank 0, in one order for all.
 
     Args:
@@ -54,7 +54,10 @@ def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], rep
         replicas: whether every rank that holds a block takes part (to receive it), or the first alone (to send it).
 
     Returns:
-        The list of each rank (that of rank 0 is all of them), or what is wrong in one sentence.
+        The list of each rank; that of rank 0 has all of them.
+
+    Raises:
+        ValueError: the ranks' blocks do not add up to a whole tensor.
     """
     plan: list[list[Transfer]] = [[] for _ in tables]
     for key, whole in wholes.items():
@@ -65,7 +68,7 @@ def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], rep
         covered = sum(block.numel for block in holders)
         expected = Block((), whole.shape).numel
         if covered != expected:
-            return (
+            raise ValueError(
                 f"the ranks hold {covered} elements of {'.'.join(key)} in blocks that should make up {expected}; its sharding "
                 f"is too uneven to be described by blocks, so choose sizes that divide by the mesh"
             )

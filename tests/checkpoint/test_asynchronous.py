@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from distributed import run_ranks
+from torch.distributed.checkpoint import filesystem
 
-from sharded_bf16_adamw import latest, load, save, wait_for_save
+from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
 from sharded_bf16_adamw.checkpoint import saving, staging
 
-from .victims import assert_holds, make, save_step
+from .victims import assert_holds, make, run, save_step
 
 
 @pytest.fixture
@@ -81,16 +88,81 @@ def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypa
     assert_holds(tmp_path, 3)
 
 
+def test_a_destroyed_process_group_is_an_error_and_no_part_is_published_as_the_whole(tmp_path):
+    root = tmp_path / "run"
+    good = save_step(root, 2, sharded=False)
+    assert run("destroying", root, world=2, victim=0, at=None, everybody=False) == [1, 1]
+    assert latest(root) == good and not list(root.glob("step-00000003*"))
+    assert_holds(good, 2)
+
+
+FORGETFUL = """
+import sys, threading
+from sharded_bf16_adamw import AdamW_BF16, save
+from sharded_bf16_adamw.checkpoint import storage
+import torch
+
+write_data = storage.ChecksummedWriter.write_data
+
+def write_at_the_end(self, plan, planner):
+    threading.main_thread().join()
+    if sys.argv[2] == "full":
+        raise OSError(28, "No space left on device")
+    return write_data(self, plan, planner)
+
+storage.ChecksummedWriter.write_data = write_at_the_end
+model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
+save(sys.argv[1], 1, model, AdamW_BF16(model.parameters(), lr=1e-3), async_=True)
+"""
+
+
+@pytest.mark.parametrize("disk", ["empty", "full"])
+def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(disk, tmp_path):
+    """With tensors large enough to be hashed by a thread of a pool, which Python has closed by then."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(saving.__file__).parents[2])}
+    command = [sys.executable, "-c", FORGETFUL, str(tmp_path / "run"), disk]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if disk == "empty":
+        assert verify(tmp_path / "run") == [] and done.stderr == ""
+    else:
+        assert latest(tmp_path / "run") is None
+        assert re.fullmatch(r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n", done.stderr)
+
+
+def test_the_thread_leaves_the_gpu_alone(tmp_path, monkeypatch):
+    """For a new thread the current GPU is the first, whatever this rank's is; there is nothing to copy from it any more."""
+    loader = mock.Mock(side_effect=AssertionError("DCP is to copy from the GPU"))
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", loader)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    save_step(tmp_path, 1, sharded=False, async_=True)
+    wait_for_save()
+    with pytest.raises(RuntimeError, match="DCP is to copy from the GPU"):
+        save_step(tmp_path, 2, sharded=False)
+    monkeypatch.undo()
+    assert_holds(tmp_path, 1)
+
+
+def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
+    model, optimizer = make(1, sharded=True)
+    for wrong, message in (({"extra": {"f": print}}, "extra must be plain data"), ({"keep": 0}, "Invalid keep: 0")):
+        with pytest.raises(ValueError, match=message):
+            save(root, 1, model, optimizer, **(wrong if rank == 0 else {}))
+    assert save(root, 1, model, optimizer, extra={"step": 1} if rank == 0 else None) == latest(root)
+
+
+def test_arguments_of_rank_0_count_and_a_wrong_one_is_an_error_on_every_rank(tmp_path):
+    run_ranks(2, rank_0_alone_is_wrong_worker, str(tmp_path))
+    assert_holds(tmp_path, 1)
+
+
 def test_memory_of_the_copy_is_used_again(tmp_path):
-    staging.release()
+    staging._buffers.clear()
     save_step(tmp_path, 1, sharded=False, async_=True)
     wait_for_save()
     first = {index: tensor.data_ptr() for index, tensor in staging._buffers.items()}
     save_step(tmp_path, 2, sharded=False, async_=True)
     assert {index: tensor.data_ptr() for index, tensor in staging._buffers.items()} == first and first
     assert_holds(tmp_path, 2)
-    staging.release()
-    assert not staging._buffers
 
 
 def training_worker(rank: int, world: int, root: str) -> None:

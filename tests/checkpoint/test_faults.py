@@ -209,8 +209,8 @@ def test_metadata_with_pickled_objects_is_refused():
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
     with pytest.raises(ValueError, match=r"optimizer\.x is a pickled object, which is not loaded"):
-        storage.parse_metadata(pickle.dumps(Metadata({"optimizer.x": BytesStorageMetadata()})))
-    for content in (b"", b"\x80", pickle.dumps({}), pickle.dumps(Metadata([]))):
+        storage.parse_metadata(pickle.dumps(Metadata({"optimizer.x": BytesStorageMetadata()}, storage_data={})))
+    for content in (b"", b"\x80", pickle.dumps({}), pickle.dumps(Metadata([], storage_data={})), pickle.dumps(Metadata({}))):
         with pytest.raises(ValueError, match="it is no metadata of a checkpoint"):
             storage.parse_metadata(content)
 

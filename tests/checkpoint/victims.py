@@ -75,12 +75,26 @@ def same_step_again(root: Path, sharded: bool) -> None:
     save_step(root, 2, sharded)
 
 
+def destroying(root: Path, sharded: bool) -> None:
+    """As a script that forgets to wait: the other ranks are still writing."""
+    write_data = storage.ChecksummedWriter.write_data
+
+    def write_later(self: Any, plan: Any, planner: Any) -> Any:
+        time.sleep(0.5 + dist.get_rank() if dist.is_initialized() else 0)
+        return write_data(self, plan, planner)
+
+    storage.ChecksummedWriter.write_data = write_later  # type: ignore[method-assign]
+    save_step(root, 3, sharded, keep=1, async_=True)
+    dist.destroy_process_group()
+    wait_for_save()
+
+
 def pruning(root: Path, sharded: bool) -> None:
     prune(root, 1)
 
 
 ACTIONS: dict[str, Callable[[Path, bool], None]] = {
-    action.__name__: action for action in (synchronous, asynchronous, same_step_again, pruning)
+    action.__name__: action for action in (synchronous, asynchronous, same_step_again, destroying, pruning)
 }
 
 

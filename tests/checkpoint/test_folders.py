@@ -1,0 +1,170 @@
+"""The folders under a root: whose they are, in what order they come and go, and manifests that nobody of ours has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from sharded_bf16_adamw import AdamW_BF16, latest, load, prune, save, verify
+from sharded_bf16_adamw.checkpoint import folders
+from sharded_bf16_adamw.checkpoint.manifest import crc32_text, read_manifest
+
+from .victims import assert_holds, make, save_step
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_folders_that_are_not_ours_are_neither_counted_nor_removed(tmp_path):
+    first = save_step(tmp_path, 1, sharded=False)
+    kept = [tmp_path / name for name in ("step-00000001-best", "step-one", "step-1")]
+    for path in kept:
+        shutil.copytree(first, path)
+    (tmp_path / ".exporting-out").mkdir()
+    save_step(tmp_path, 1, sharded=False, keep=2)
+    save_step(tmp_path, 2, sharded=False, keep=2)
+    ours = ["step-00000001-2", "step-00000002"]
+    assert names(tmp_path) == sorted([".exporting-out", "LATEST", *ours, *(path.name for path in kept)])
+    assert prune(tmp_path, 1) == [tmp_path / "step-00000001-2"]
+    (tmp_path / "LATEST").unlink()
+    assert latest(tmp_path) == tmp_path / "step-00000002"
+    for path in kept:
+        assert_holds(path, 1)
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """What is done to folders and files, with paths."""
+    done: list[tuple[str, str]] = []
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            done.append((name, str(path)))
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("rename", "replace", "mkdir"):
+        watch(os, name)
+    watch(folders, "sync_folder")
+    watch(folders.shutil, "rmtree")
+    return done
+
+
+def test_every_file_is_flushed_with_all_its_bytes_before_its_name_is_seen(tmp_path, monkeypatch):
+    """A flush that comes before the last bytes have left Python's own buffer looks the same until the power fails. The model is so small
+    that all of the metadata fits into that buffer."""
+    flushed: dict[int, int] = {}
+    fsync, rename = os.fsync, os.rename
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def check(source: Any, target: Any) -> None:
+        for path in Path(source).iterdir() if Path(source).is_dir() else [Path(source)]:
+            assert flushed.get(path.stat().st_ino) == path.stat().st_size > 0, path
+            checked.add(path.name)
+        rename(source, target)
+
+    checked: set[str] = set()
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", check)
+    model = nn.Linear(2, 2, bias=False).bfloat16()
+    path = save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=1e-2))
+    assert (path / ".metadata").stat().st_size < 4096
+    assert checked == {".metadata.tmp", ".metadata", "__0_0.distcp", "manifest.json"}
+
+
+def test_what_is_removed_has_lost_its_name_on_the_disk_before_its_files_go(tmp_path, operations):
+    path = save_step(tmp_path, 1, sharded=False)
+    operations.clear()
+    folders.remove(path)
+    hidden = tmp_path / ".removed-step-00000001"
+    assert operations == [("rename", str(path)), ("sync_folder", str(tmp_path)), ("rmtree", str(hidden))]
+
+
+def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_path, operations):
+    root = tmp_path / "a" / "b"
+    save_step(root, 1, sharded=False)
+    synced = [Path(path) for name, path in operations if name == "sync_folder"]
+    assert {tmp_path, tmp_path / "a", root} <= set(synced) and tmp_path.parent not in synced
+    operations.clear()
+    save_step(root, 2, sharded=False)
+    synced = [Path(path) for name, path in operations if name == "sync_folder"]
+    assert set(synced) == {root, root / ".partial-step-00000002"}, "a user may not be allowed to read the folder above"
+
+
+# ----------------------------------------------------------------------------------------------------- manifests of strangers
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """A manifest with other values and a right checksum."""
+    body = {**json.loads((path / "manifest.json").read_bytes()), **changes}
+    body = {key: value for key, value in body.items() if value is not ... and key != "checksum"} | {"checksum": "0" * 8}  # the last
+    blank = json.dumps(body).encode()
+    (path / "manifest.json").write_bytes(blank[:-10] + f'{crc32_text(zlib.crc32(blank))}"}}'.encode())
+
+
+STRANGE = {
+    "another key": ({"more": 1}, "it is not what this version writes"),
+    "no groups": ({"groups": ...}, "it is not what this version writes"),
+    "groups of numbers": ({"groups": [1]}, "it is not what this version writes"),
+    "parameters that are no names": ({"groups": [{"params": [1], "options": {}}]}, "it is not what this version writes"),
+    "files in a list": ({"files": []}, "it is not what this version writes"),
+    "size that is no number": ({"files": {"a": {"bytes": "1", "crc32": ""}}}, "it is not what this version writes"),
+    "serial that is no number": ({"serial": "newest"}, "it is not what this version writes"),
+    "extra that is no dict": ({"extra": None}, "it is not what this version writes"),
+    "file elsewhere": ({"files": {"../a": {"bytes": 1, "crc32": ""}}}, r"it names '../a', which is no file of the checkpoint's own folder"),
+    "folder above": ({"files": {"..": {"bytes": 1, "crc32": ""}}}, r"it names '..', which is no file"),
+    "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is no file"),
+    "name that no file can have": ({"files": {"a\0": {"bytes": 1, "crc32": ""}}}, r"it names 'a\\x00', which is no file"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_manifest_of_somebody_else_is_refused_and_hinders_nothing(case, tmp_path):
+    changes, message = STRANGE[case]
+    good, bad = (save_step(tmp_path, step, sharded=False) for step in (1, 2))
+    rewrite(good)
+    assert verify(good) == [], "only what is changed is wrong"
+    rewrite(bad, **changes)
+    for call in (read_manifest, lambda path: load(path, *make(0))):
+        with pytest.raises(ValueError, match=f"the checkpoint {bad} cannot be used: manifest.json: {message}"):
+            call(bad)
+    (tmp_path / "LATEST").unlink()
+    assert latest(tmp_path) == good, "a damaged one counts as older"
+    assert_holds(save_step(tmp_path, 3, sharded=False), 3)
+
+
+def test_a_manifest_of_nested_brackets_is_refused(tmp_path):
+    path = save_step(tmp_path, 1, sharded=False)
+    (path / "manifest.json").write_bytes(b"[" * 200_000)
+    with pytest.raises(ValueError, match="it is damaged: it is not the JSON that a save writes"):
+        read_manifest(path)
+
+
+def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
+    path = save_step(tmp_path, 1, sharded=False)
+    groups = json.loads((path / "manifest.json").read_bytes())["groups"]
+    groups[0]["options"]["lr"] = {"__tensor__": 0.1, "dtype": "load"}
+    rewrite(path, groups=groups)
+    with pytest.raises(ValueError, match="load is no dtype of torch"):
+        load(path, *make(0))
+
+
+def test_saving_an_earlier_step_again_makes_it_the_latest(tmp_path):
+    for step in (1, 2, 1):
+        path = save(tmp_path, step, *make(step))
+    assert latest(tmp_path) == path == tmp_path / "step-00000001-2"
+    assert names(tmp_path) == ["LATEST", "step-00000001-2", "step-00000002"]

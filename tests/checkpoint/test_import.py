@@ -1,0 +1,201 @@
+"""Weights and states of fp32 training in: the same bits under every layout, and nothing wrong, foreign or executable is read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from sharded_bf16_adamw import load
+from sharded_bf16_adamw.checkpoint.importing import convert_fp32, import_fp32
+
+from .layouts import BY_NAME, LAYOUTS, everything, train
+from .trainings import expected_states, fp32_training, named_state, trained, written
+
+
+def import_worker(rank: int, world: int, folder: str, state_file: str) -> list[tuple[str, dict[str, torch.Tensor], dict[str, Any]]]:
+    results = []
+    for layout in LAYOUTS:
+        if world in layout.worlds:
+            module, optimizer = layout.build(world, seed=9)
+            train(module, optimizer, 1)
+            import_fp32(folder, module, optimizer, state_file)
+            results.append((layout.name, *everything(module, optimizer)))
+            train(module, optimizer, 1)
+            assert optimizer.param_groups[0]["schedule_step"] == 5
+    return results
+
+
+def test_import_gives_the_same_bits_under_every_layout(tmp_path):
+    model, optimizer = fp32_training()
+    folder = written(tmp_path / "weights", model.state_dict())
+    torch.save(named_state(model, optimizer), tmp_path / "optimizer.pt")
+    expected = expected_states(model, optimizer)
+    world = 4
+    for results in run_ranks(world, import_worker, str(folder), str(tmp_path / "optimizer.pt")):
+        for layout, values, options in results:
+            assert values.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(values[key], value), (layout, world, key)
+            group = options["precise.weight"]
+            assert (group["lr"], group["betas"], group["schedule_step"]) == (4e-3, (0.8, 0.95), 4)
+            assert group["scheduled_lr"] is None, "this group brought its own lr"
+            assert options["up.weight"]["scheduled_lr"] == options["up.weight"]["lr"] == 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("keyed_by", ["integers", "names"])
+def test_import_of_torch_files(dtype, keyed_by, tmp_path):
+    model, optimizer = fp32_training(dtype)
+    state = optimizer.state_dict() if keyed_by == "integers" else named_state(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "other.pt")
+    module, ours = LAYOUTS[0].build(1, seed=9)
+    import_fp32(tmp_path / "other.pt", module, ours, tmp_path / "other.pt")
+    values, _ = everything(module, ours)
+    for key, value in expected_states(model, optimizer).items():
+        assert torch.equal(values[key], value), key
+    if dtype == torch.bfloat16:
+        assert not values["up.weight.correction"].any() and torch.equal(values["up.weight"], model.up.weight)
+
+
+def test_import_without_optimizer_state_starts_afresh_and_keeps_hyper_parameters(tmp_path):
+    model, optimizer = fp32_training()
+    module, ours = trained()
+    before = [{key: value for key, value in group.items() if key != "params"} for group in ours.param_groups]
+    import_fp32(model.state_dict(), module, ours)
+    values, _ = everything(module, ours)
+    expected = expected_states(model, optimizer)
+    for key, value in values.items():
+        if key.endswith((".exp_avg", ".exp_avg_sq", ".step")):
+            assert not value.any(), key
+        else:
+            assert torch.equal(value, expected[key]), key
+    assert [{key: value for key, value in group.items() if key != "params"} for group in ours.param_groups] == before
+
+
+def test_conversion_without_the_models_code(tmp_path):
+    model, optimizer = fp32_training()
+    folder = written(tmp_path / "weights", {**model.state_dict(), "table": torch.arange(3), "scale": torch.ones(2)})
+    state = named_state(model, optimizer)
+    path = convert_fp32(folder, tmp_path / "run", state, fp32=["precise.*"], buffers=["scale"])
+    assert path == tmp_path / "run" / "step-00000004"
+    module, ours = LAYOUTS[0].build(1, seed=9)
+    module.register_buffer("table", torch.zeros(3, dtype=torch.int64))
+    module.register_buffer("scale", torch.zeros(2))
+    load(tmp_path / "run", module, ours)
+    values, options = everything(module, ours)
+    for key, value in expected_states(model, optimizer).items():
+        assert torch.equal(values[key], value), key
+    assert torch.equal(values["table"], torch.arange(3)) and options["precise.weight"]["lr"] == 4e-3
+    with pytest.raises(FileExistsError, match="run has a checkpoint already"):
+        convert_fp32(folder, tmp_path / "run", state)
+
+
+def weights_without(model, name):
+    return {key: value for key, value in model.state_dict().items() if key != name}
+
+
+def change_state(state, name, **changes):
+    return {**state, "state": {**state["state"], name: {**state["state"][name], **changes}}}
+
+
+def by_integers(named, more):
+    """A named state with integers for names, and more states."""
+    number = {name: index for index, name in enumerate(name for group in named["param_groups"] for name in group["params"])}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]]
+    return {"state": {**{number[name]: values for name, values in named["state"].items()}, **more}, "param_groups": groups}
+
+
+WRONG = {
+    "missing": (lambda m, s: (weights_without(m, "up.bias"), s), "weights to import are of another model: it has no up.bias"),
+    "unexpected": (lambda m, s: ({**m.state_dict(), "x": torch.ones(1)}, s), "it has x, which is not here"),
+    "shape": (lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(5)}, s), r"up.bias has shape \(5,\) there but \(12,\) here"),
+    "dtype": (
+        lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(12).int()}, s),
+        "up.bias is torch.int32 there but torch.bfloat16 here",
+    ),
+    "no weights": (lambda m, s: ({"epoch": 3}, s), "the source holds no state dict of tensors"),
+    "no state": (lambda m, s: (m.state_dict(), {"state": {}}), "holds no optimizer state dict"),
+    "state is a list": (lambda m, s: (m.state_dict(), {**s, "state": [1]}), "holds no optimizer state dict"),
+    "no groups": (lambda m, s: (m.state_dict(), {**s, "param_groups": []}), "holds no optimizer state dict"),
+    "group without parameters": (lambda m, s: (m.state_dict(), {**s, "param_groups": [{"lr": 1.0}]}), "holds no optimizer state dict"),
+    "state of no group": (
+        lambda m, s: (m.state_dict(), by_integers(s, {99: {}})),
+        "has a state of 99, which is in none of its groups",
+    ),
+    "unknown state": (lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}), "it has a state of x, which is no parameter here"),
+    "state of SGD": (lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg=None)), "it has no exp_avg of up.bias"),
+    "state shape": (
+        lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg_sq=torch.ones(2))),
+        r"exp_avg_sq of up.bias has shape \(2,\) there but \(12,\) here",
+    ),
+    "groups": (
+        lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
+        r"has groups of \[2\] parameters but this optimizer has \[\d+, \d+\]",
+    ),
+    "groups by name": (lambda m, s: (m.state_dict(), {**s, "param_groups": s["param_groups"][:1]}), "has all of precise.weight"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused_and_nothing_changes(case):
+    change, message = WRONG[case]
+    model, optimizer = fp32_training()
+    source, state = change(model, named_state(model, optimizer))
+    module, ours = trained()
+    before = everything(module, ours)
+    with pytest.raises(ValueError, match=message):
+        import_fp32(source, module, ours, state)
+    after = everything(module, ours)
+    assert before[1] == after[1] and all(torch.equal(after[0][key], value) for key, value in before[0].items())
+    module, ours = LAYOUTS[0].build(1, seed=9)
+    with pytest.raises(ValueError, match=message):
+        import_fp32(source, module, ours, state)
+    assert not ours.state, "nor are states made"
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_FOLDER"],))
+
+
+@pytest.mark.parametrize("as_what", ["weights", "optimizer state"])
+def test_no_pickle_is_executed(as_what, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
+    torch.save({"up.weight": torch.ones(1), "x": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    module, ours = trained(1)
+    for name in ("evil.pt", "raw.pt"):
+        arguments = (tmp_path / name, module, ours) if as_what == "weights" else (module.state_dict(), module, ours, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is no torch file, or "):
+            import_fp32(*arguments)
+    assert not (tmp_path / "evil").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "evil").exists(), "the file must be able to do harm for this test to show anything"
+
+
+def missing_file_worker(rank: int, world: int, folder: str, what: str) -> list[str]:
+    """Under FSDP1 the states are gathered collectively, which a rank that lacks the file never comes to."""
+    messages = []
+    for layout in ("FSDP1", "FSDP2"):
+        module, optimizer = BY_NAME[layout].build(world, 0)
+        paths = {"weights": folder, "state": f"{folder}/../optimizer.pt"}
+        paths[what] += "" if rank == 0 else "/elsewhere"
+        with pytest.raises(RuntimeError) as caught:
+            import_fp32(paths["weights"], module, optimizer, paths["state"])
+        messages.append(str(caught.value))
+        assert not optimizer.state
+    return messages
+
+
+@pytest.mark.parametrize("what", ["weights", "state"])
+def test_file_that_one_rank_cannot_see_is_an_error_on_all(what, tmp_path):
+    model, optimizer = fp32_training()
+    folder = written(tmp_path / "weights", model.state_dict())
+    torch.save(named_state(model, optimizer), tmp_path / "optimizer.pt")
+    for messages in run_ranks(2, missing_file_worker, str(folder), what):
+        assert all("on rank 1" in message and "elsewhere" in message for message in messages)
