@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import check_backend, clip_coefficient, grad_norm_clip, grad_sum_sq
+from .grad_norm import Gradients, GradNorm
+from .kernels import check_backend
 from .plan import Plan
 from .schedule import LR
-from .sharding.local import all_reduce_sums, group_by, to_local
+from .sharding.local import to_local
 from .sharding.misuse import sharded_after_construction
 from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
 
-ShardGroups = tuple[list[Tensor], list[tuple[Any, ...]], dict[tuple[Any, ...], torch.device]]  # parameters, groups of each, places
-_dtype_of, _layout_of, _device_of = attrgetter("dtype"), attrgetter("layout"), attrgetter("device")
+_dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 Work = tuple[dict[str, Any], Plan | None, list[Tensor]]  # a group, what its step works on (None: no gradients) and this rank's gradients
 
 
@@ -101,7 +101,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._checked_not_replaced = False
         self._plans: dict[int, Plan] = {}  # by the group's index
         self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state at the last step
-        self._groups_of_params: dict[int, ShardGroups] = {}  # by the group's index
+        self._grad_norm = GradNorm(self._sharding)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -157,7 +157,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("_grad_found_inf", None)
         self.__dict__.setdefault("_plans", {})
         self.__dict__.setdefault("_seen_state", ([], []))
-        self.__dict__.setdefault("_groups_of_params", {})
+        self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding))
         self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
 
@@ -217,8 +217,9 @@ class AdamW_BF16(torch.optim.Optimizer):
                 loss = closure()
 
         self._sharding.reduce()
-        work = self._plan_step()
-        found_inf = self._found_inf(work) if self.skip_nonfinite else None
+        gradients = self._gradients()
+        work = self._plan_step(gradients)
+        found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
         for group, plan, grads in work:
             self._apply_schedule(group)
             if plan is None:
@@ -240,12 +241,9 @@ class AdamW_BF16(torch.optim.Optimizer):
             self.zero_grad()
         return loss
 
-    def _plan_step(self) -> list[Work]:
-        """What each group's step works on, with this rank's gradients; plans are taken from the last step where they still hold.
-
-        All gradients are checked before any state is made, so an error leaves nothing half done.
-        """
-        with_grad = []
+    def _gradients(self) -> list[Gradients]:
+        """What has a gradient in each group, all of it checked: before any state is made, so that an error leaves nothing half done."""
+        found: list[Gradients] = []
         for group in self.param_groups:
             params, grads = group["params"], self._sharding.grads(group["params"])
             if not all(map(is_not, grads, repeat(None))):
@@ -254,10 +252,14 @@ class AdamW_BF16(torch.optim.Optimizer):
                 grads = [grad for grad in grads if grad is not None]
             if not _strided_and_known_dtypes(grads):
                 check_grads(group)
-            with_grad.append((group, params, grads))
+            found.append((group, params, grads))
+        return found
+
+    def _plan_step(self, gradients: list[Gradients]) -> list[Work]:
+        """What each group's step works on, with this rank's gradients; plans are taken from the last step where they still hold."""
         work: list[Work] = []
         same_state = self._same_state()
-        for index, (group, params, grads) in enumerate(with_grad):
+        for index, (group, params, grads) in enumerate(gradients):
             if not params:
                 work.append((group, None, []))
                 continue
@@ -315,43 +317,16 @@ class AdamW_BF16(torch.optim.Optimizer):
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         self._sharding.reduce()
-        norm, self._grad_scale, self._grad_found_inf = self._clip(self._plan_step(), max_norm)
+        norm, self._grad_scale, self._grad_found_inf = self._grad_norm.clip(self._gradients(), max_norm, self.backend)
         return norm
 
-    def _found_inf(self, work: list[Work]) -> Tensor:
+    def _found_inf(self, gradients: list[Gradients]) -> Tensor:
         """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
         found_inf = self._grad_found_inf
         if found_inf is None:
-            _, _, found_inf = self._clip(work, math.inf)
+            _, _, found_inf = self._grad_norm.clip(gradients, math.inf, self.backend)
         self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
         return found_inf
-
-    def _clip(self, work: list[Work], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm of all gradients of all ranks, clip coefficient and whether any is not finite; see ``kernels.clip_coefficient``."""
-        places: dict[tuple[Any, ...], torch.device] = {}  # every rank takes part in every sum, also where it has no gradient itself:
-        for index, (group, _, _) in enumerate(work):  # FSDP1 may leave a rank no part of a parameter
-            places.update(self._shard_groups(index, group["params"])[2])
-        grads = [grad for _, _, local_grads in work for grad in local_grads]
-        if grads and list(places) == [()] and len(set(map(_device_of, grads))) == 1:
-            return grad_norm_clip(grads, max_norm, self.backend)
-        sums = {groups: torch.zeros((), dtype=torch.float64, device=device) for groups, device in places.items()}
-        for index, (group, plan, local_grads) in enumerate(work):
-            if plan is None:
-                continue
-            groups_of = dict(zip(map(id, group["params"]), self._shard_groups(index, group["params"])[1], strict=True))
-            placed = [(groups_of[id(param)], grad) for param, grad in zip(plan.params, local_grads, strict=True)]
-            for (groups, _), members in group_by(placed, lambda item: (item[0], item[1].device)).items():
-                sums[groups] += grad_sum_sq([grad for _, grad in members], self.backend).to(sums[groups].device)
-        return clip_coefficient(all_reduce_sums(sums), max_norm, self.backend)
-
-    def _shard_groups(self, index: int, params: list[Tensor]) -> ShardGroups:
-        """The process groups over which each of a group's parameters is spread; kept while the parameters are the same."""
-        known = self._groups_of_params.get(index)
-        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
-            groups = [self._sharding.shard_groups(param) for param in params]
-            places = {group: param.device for group, param in zip(groups, params, strict=True)}
-            known = self._groups_of_params[index] = (list(params), groups, places)
-        return known
 
     @property
     def skipped_steps(self) -> int:

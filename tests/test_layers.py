@@ -13,7 +13,8 @@ ALLOWED = {
     "sharding": set(),
     "state": {"sharding"},
     "plan": {"kernels", "sharding"},
-    "optimizer": {"kernels", "plan", "schedule", "sharding", "state"},
+    "grad_norm": {"kernels", "sharding"},
+    "optimizer": {"grad_norm", "kernels", "plan", "schedule", "sharding", "state"},
     "checkpoint": {"kernels", "optimizer", "sharding"},
 }
 

@@ -140,6 +140,7 @@ INLINE F NAME(delta)(const NAME(lane) *l, const sba_scalars *s) { return l->c - 
 
 /* Second stage: store p and c. */
 INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k) {
+    (void)k; /* the macros of some instruction sets use it */
     F even = NAME(delta)(&l->even, s), odd = NAME(delta)(&l->odd, s);
     U pn = RTNE((U)(l->even.p + even), (U)(l->odd.p + odd));
     F ce = (l->even.p - (F)EVEN(pn)) + even, co = (l->odd.p - (F)ODD(pn)) + odd;
