@@ -73,6 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--eval-batches", type=positive, default=16, metavar="N")
     group.add_argument("--out", metavar="FOLDER", help="default: runs/<preset>-<optimizer>")
     group.add_argument("--save-every", type=count, metavar="STEPS", default=200, help="0: at the end only")
+    group.add_argument(
+        "--async-save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write checkpoints while training goes on, from a copy of each rank's part in CPU memory; the last one is always waited for",
+    )
     group.add_argument("--keep", type=positive, metavar="N", default=2, help="newest checkpoints to keep")
     group.add_argument("--resume", metavar="auto|PATH", help="auto: from the newest checkpoint in --out, if there is one")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")

@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 from data import UsageError
+from strategies import on_all_ranks
 
-from sharded_bf16_adamw import latest
+from sharded_bf16_adamw.checkpoint import folders
+from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that ``--resume`` means; None to start afresh."""
+    """The checkpoint that ``--resume`` means, which is of this run; None to start afresh. Collective.
+
+    Rank 0 looks for all: other ranks may see an older state of a network's file system.
+    """
     if args.resume is None:
         return None
+    found = [on_all_ranks(_find, args) if dist.get_rank() == 0 else on_all_ranks(lambda: None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _find(args: argparse.Namespace) -> Path | None:
     if args.resume == "auto":
-        return latest(Path(args.out) / "checkpoints")
-    path = Path(args.resume)
-    found = path if (path / "manifest.json").exists() else latest(path) or latest(path / "checkpoints")
-    if found is None:
-        raise UsageError(f"--resume {path} is neither a checkpoint nor a folder with one: check the path, or use --resume auto.")
-    return found
+        path = folders.latest(Path(args.out) / "checkpoints")
+    else:
+        given = Path(args.resume)
+        path = folders.find_checkpoint(given) or folders.latest(given / "checkpoints")
+        if path is None:
+            raise UsageError(f"--resume {given} is neither a checkpoint nor a folder with one: check the path, or use --resume auto.")
+    if path is not None:
+        _check_same_run(path, args)
+    return path
 
 
-def check_same_run(path: Path, args: argparse.Namespace) -> None:
+def _check_same_run(path: Path, args: argparse.Namespace) -> None:
     """Refuse a checkpoint of another model or optimizer; say so where the data will not continue where it stopped."""
-    extra = json.loads((path / "manifest.json").read_text())["extra"]
+    try:
+        extra = read_manifest(path).extra
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
     if "step" not in extra or "config" not in extra:
         raise UsageError(f"the checkpoint {path} was not saved by train.py: give --resume one that was.")
     saved, given = extra["config"], vars(args)
@@ -39,5 +55,5 @@ def check_same_run(path: Path, args: argparse.Namespace) -> None:
                 "or another --out to start afresh."
             )
     changed = [n for n in ("data", "seed", "batch_size", "seq_len") if saved.get(n, given[n]) != given[n]]
-    if changed and dist.get_rank() == 0:
+    if changed:
         print(f"note: {', '.join(changed)} changed since the checkpoint: the batches are not those of one run", file=sys.stderr)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from tensor_parallel import parallelize
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sharded_bf16_adamw import ZeRO
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Strategy:
     Attributes:
         shard: replaces parameters by shards, before they have memory.
         wrap: returns the module to call, once there are weights; its parameters are the optimizer's.
-        set_gradient_sync: whether the next backward reduces gradients over ranks (off for all but the last micro-batch).
+        no_sync: from the wrapped module and its optimizer to a context in which gradients are accumulated and not reduced over ranks, for
+            all micro-batches of a step but the last.
         sharding: what AdamW_BF16 is to shard by itself, of a model that is whole on every rank.
         mesh_shape: from the number of ranks to the size of each mesh dimension by its name. The ranks along "tensor" see the same rows
             of a batch, all others have rows of their own.
@@ -39,7 +41,7 @@ class Strategy:
 
     shard: Callable[[GPT, DeviceMesh], None]
     wrap: Callable[[GPT, DeviceMesh], nn.Module]
-    set_gradient_sync: Callable[[nn.Module, bool], None]
+    no_sync: Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[None]]
     sharding: Callable[[DeviceMesh], ZeRO | None] = lambda mesh: None
     mesh_shape: Callable[[int], dict[str, int]] = lambda ranks: {"data": ranks}
 
@@ -52,16 +54,18 @@ def _no_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _no_gradient_sync(module: nn.Module, on: bool) -> None:
+def _never_syncs(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
     """There is nobody to reduce with."""
+    return nullcontext()
+
+
+def _wrappers_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """DDP and FSDP1 have one: gradients accumulate in the dtype of the weights."""
+    return module.no_sync()  # type: ignore[operator]
 
 
 def _ddp_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_mesh=mesh, gradient_as_bucket_view=True)
-
-
-def _ddp_gradient_sync(module: nn.Module, on: bool) -> None:
-    module.require_backward_grad_sync = on  # type: ignore[assignment]  # what DDP's no_sync() does
 
 
 def _fsdp2_shard(model: GPT, mesh: DeviceMesh) -> None:
@@ -73,8 +77,14 @@ def _fsdp2_shard(model: GPT, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def _fsdp2_gradient_sync(module: nn.Module, on: bool) -> None:
-    module.set_requires_gradient_sync(on)  # type: ignore[operator]
+@contextmanager
+def _fsdp2_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Gradients accumulate whole, in the policy's ``reduce_dtype``."""
+    module.set_requires_gradient_sync(False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)  # type: ignore[operator]
 
 
 def _zero1(mesh: DeviceMesh) -> ZeRO:
@@ -85,8 +95,10 @@ def _zero2(mesh: DeviceMesh) -> ZeRO:
     return ZeRO(mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32)  # for the reason given for FSDP
 
 
-def _every_gradient_is_reduced(module: nn.Module, on: bool) -> None:
-    """ZeRO-2 sums up the reduced rows of the micro-batches: more is sent than with ``no_sync()``, and no rank holds whole gradients."""
+def _zero2_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Gradients accumulate whole, in ``accumulate_dtype``."""
+    assert isinstance(optimizer, AdamW_BF16)
+    return optimizer.no_sync()
 
 
 def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
@@ -104,13 +116,6 @@ def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
             device_id=torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu"),
             use_orig_params=True,
         )
-
-
-def _fsdp1_gradient_sync(module: nn.Module, on: bool) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    for wrapped in FullyShardedDataParallel.fsdp_modules(module):
-        wrapped._sync_gradients = on  # type: ignore[assignment]  # what FSDP's no_sync() does
 
 
 def _tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
@@ -134,15 +139,15 @@ def _in_pairs(first: str, first_is_two: bool, second: str) -> Callable[[int], di
 
 
 STRATEGIES = {
-    "single": Strategy(_no_shard, _no_wrap, _no_gradient_sync),
-    "ddp": Strategy(_no_shard, _ddp_wrap, _ddp_gradient_sync),
-    "fsdp1": Strategy(_no_shard, _fsdp1_wrap, _fsdp1_gradient_sync),
-    "fsdp2": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_gradient_sync),
-    "hsdp": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_gradient_sync, mesh_shape=_in_pairs("replicate", True, "shard")),
-    "tp": Strategy(_tensor_parallel_shard, _no_wrap, _no_gradient_sync, mesh_shape=lambda ranks: {"tensor": ranks}),
-    "fsdp2+tp": Strategy(_fsdp2_tensor_parallel_shard, _no_wrap, _fsdp2_gradient_sync, mesh_shape=_in_pairs("data", False, "tensor")),
-    "zero1": Strategy(_no_shard, _ddp_wrap, _ddp_gradient_sync, _zero1),
-    "zero2": Strategy(_no_shard, _no_wrap, _every_gradient_is_reduced, _zero2),
+    "single": Strategy(_no_shard, _no_wrap, _never_syncs),
+    "ddp": Strategy(_no_shard, _ddp_wrap, _wrappers_no_sync),
+    "fsdp1": Strategy(_no_shard, _fsdp1_wrap, _wrappers_no_sync),
+    "fsdp2": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_no_sync),
+    "hsdp": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_no_sync, mesh_shape=_in_pairs("replicate", True, "shard")),
+    "tp": Strategy(_tensor_parallel_shard, _no_wrap, _never_syncs, mesh_shape=lambda ranks: {"tensor": ranks}),
+    "fsdp2+tp": Strategy(_fsdp2_tensor_parallel_shard, _no_wrap, _fsdp2_no_sync, mesh_shape=_in_pairs("data", False, "tensor")),
+    "zero1": Strategy(_no_shard, _ddp_wrap, _wrappers_no_sync, _zero1),
+    "zero2": Strategy(_no_shard, _no_wrap, _zero2_no_sync, _zero2),
 }
 
 

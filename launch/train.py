@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from data import Text, UsageError, load_text
 from model import GPT, PRESETS
 from options import parse_args
 from report import Metrics, optimizer_state_bytes, plot_losses, summary
-from resuming import check_same_run, find_checkpoint
+from resuming import find_checkpoint
 from stopping import StopRequest, stop_requests
 from strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-from sharded_bf16_adamw import AdamW_BF16, latest, load, save
+from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
 
 
 @dataclass
@@ -74,8 +75,7 @@ def train(args: argparse.Namespace) -> None:
     with stop_requests() as stop:
         metrics = Metrics(run.folder / "metrics.jsonl", run.step, args.steps, args.progress) if run.world.rank == 0 else None
         stopped = loop(run, metrics, stop)
-        if run.saved_step != run.step:
-            checkpoint(run)
+        save_the_end(run)
         if metrics is not None:
             metrics.close()
         finish(run, stopped)
@@ -101,7 +101,7 @@ def loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
         if run.step % args.eval_every == 0 or run.step == args.steps:
             record_evaluation(run, metrics)
         if args.save_every and run.step % args.save_every == 0:
-            checkpoint(run)
+            checkpoint(run, in_background=args.async_save)
     return False
 
 
@@ -143,9 +143,10 @@ def backward(run: Run) -> Tensor:
     batch = run.text.batch(args.seed, run.step, args.batch_size)[world.rows].to(world.device)
     total = torch.zeros((), device=world.device)
     for index, rows in enumerate(batch.chunk(args.grad_accum)):
-        run.strategy.set_gradient_sync(run.module, index == args.grad_accum - 1)
-        loss = loss_of(run.module, rows) / args.grad_accum
-        loss.backward()
+        is_last = index == args.grad_accum - 1
+        with nullcontext() if is_last else run.strategy.no_sync(run.module, run.optimizer):
+            loss = loss_of(run.module, rows) / args.grad_accum
+            loss.backward()
         total += loss.detach()
     return total
 
@@ -208,11 +209,22 @@ def record_evaluation(run: Run, metrics: Metrics | None) -> None:
         metrics.evaluation(run.step, loss)
 
 
-def checkpoint(run: Run) -> None:
-    """Save everything that a resumed run needs; the data position is the step."""
+def checkpoint(run: Run, in_background: bool) -> None:
+    """Save everything that a resumed run needs; the data position is the step. First waits for the save before it, if that goes on."""
     extra = {"step": run.step, "config": vars(run.args)}
-    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, run.args.keep)
+    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, run.args.keep, in_background)
     run.saved_step = run.step
+
+
+def save_the_end(run: Run) -> None:
+    """Leave a complete checkpoint of the last step, also where the save before it failed in the background: that is raised afterwards."""
+    try:
+        wait_for_save()
+    except RuntimeError:
+        checkpoint(run, in_background=False)
+        raise
+    if run.saved_step != run.step:
+        checkpoint(run, in_background=False)
 
 
 def resume(run: Run) -> None:
@@ -221,7 +233,6 @@ def resume(run: Run) -> None:
     if path is None:
         return
     try:
-        check_same_run(path, run.args)
         extra = load(path, run.module, run.optimizer)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error

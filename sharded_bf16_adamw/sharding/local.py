@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
+from .collectives import exchange
 from .fsdp1 import is_flattened, shard_group
 
 
@@ -22,7 +23,7 @@ def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = (tensor.detach() if torch.is_grad_enabled() else tensor).to_local()  # type: ignore[attr-defined]  # detached: no autograd
+    local = tensor._local_tensor  # what to_local() gives, less its step of autograd, which every tensor would pay at every step
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
@@ -67,10 +68,14 @@ def all_reduce_sums(sums: dict[tuple[dist.ProcessGroup, ...], Tensor]) -> Tensor
 
     Returns:
         The total, 0-dim float64, the same on every rank.
+
+    Raises:
+        RuntimeError: another rank has died or hangs.
     """
     for groups, value in sums.items():
         for group in groups:
-            dist.all_reduce(value, group=group)
+            with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
+                dist.all_reduce(value, group=group)
     values = list(sums.values())
     return torch.stack([value.to(values[0].device) for value in values]).sum() if values else torch.zeros((), dtype=torch.float64)
 

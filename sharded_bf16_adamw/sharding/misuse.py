@@ -18,13 +18,18 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
     ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module, ``FullyShardedDataParallel`` (unless with
     ``use_orig_params=True``) new flat ones. They leave no trace on the old ones, which then never receive a gradient. So it is
     recognised from the other side: a live module has such a parameter with a gradient, which the optimizer does not hold, and which
-    stands for a parameter whose global shape is that of one of ``params`` without a gradient.
+    stands for a parameter whose global shape is that of one of ``params`` without a gradient. A hook may have taken a gradient away, as
+    ZeRO's do: of such parameters it tells nothing.
     """
     held = {id(param) for param in params}
     starved = {
         tuple(param.shape)
         for param in params
-        if param.grad is None and param.requires_grad and not isinstance(param, DTensor) and not is_flattened(param)
+        if param.grad is None
+        and param.requires_grad
+        and not param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        and not isinstance(param, DTensor)
+        and not is_flattened(param)
     }
     return any(
         tuple(shape) in starved

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .collectives import Exchange
 from .zero_comm import MeanOnItsWay, all_gather_start, all_reduce_mean
 from .zero_rows import Rows
 
@@ -122,7 +122,7 @@ def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: i
     ranks, group = mesh.size(axis), mesh.get_group(axis)
     if ranks == 1:
         return
-    in_flight: list[tuple[list[Rows], Tensor | None, Any]] = []
+    in_flight: list[tuple[list[Rows], Tensor | None, Exchange]] = []
     for bucket in buckets:
         if len(in_flight) == max_in_flight:
             _receive(*in_flight.pop(0))
@@ -139,7 +139,7 @@ def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: i
         _receive(*item)
 
 
-def _receive(bucket: list[Rows], lines: Tensor | None, work: Any) -> None:
+def _receive(bucket: list[Rows], lines: Tensor | None, work: Exchange) -> None:
     work.wait()
     if lines is None:  # it came in where it belongs
         torch.autograd.graph.increment_version([rows.param for rows in bucket])

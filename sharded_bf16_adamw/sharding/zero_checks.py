@@ -39,15 +39,15 @@ def check_same_parameters(agreement: Agreement, params: list[Tensor], names: lis
     if all(agreement.are_equal([len(params), digest])):
         return
     everyones = agreement.everyones(signatures)
-    for rank, theirs in enumerate(everyones):
+    for rank, theirs in zip(agreement.ranks, everyones, strict=True):
         if theirs == everyones[0]:
             continue
         for index in range(max(len(theirs), len(everyones[0]))):
             a, b = [row[index] if index < len(row) else "none" for row in (everyones[0], theirs)]
             if a != b:
                 raise ValueError(
-                    f"the parameters given to ZeRO differ between ranks: number {index} is {a} on rank 0 but {b} on rank {rank} of the "
-                    "mesh; build the same model and the same groups in the same order on every rank"
+                    f"the parameters given to ZeRO differ between ranks: number {index} is {a} on rank {agreement.ranks[0]} but {b} on "
+                    f"rank {rank}; build the same model and the same groups in the same order on every rank"
                 )
 
 
@@ -79,7 +79,7 @@ def _odd_weights(count: int, device: torch.device) -> Tensor:
 def wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
     """Whether a live DistributedDataParallel holds one of the parameters: it would reduce the same gradients again."""
     ours = {id(param) for param in params}
-    return any(id(p) in ours for ddp in gc.get_objects() if type(ddp) is DistributedDataParallel for p in ddp.parameters())
+    return any(id(p) in ours for ddp in gc.get_objects() if issubclass(type(ddp), DistributedDataParallel) for p in ddp.parameters())
 
 
 class Owners:

@@ -12,13 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .collectives import Exchange, exchange
+
+REDUCING, AGREEING = "averaging gradients", "agreeing on what to exchange"  # for messages
+BEYOND_A_BYTE = 255  # in the place of a value that does not fit into a byte
 SUM_CHUNK = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
 
 
-def all_gather_start(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> Any:
-    """Start gathering the ranks' 1-D ``own`` into ``output``, end to end. Returns the work to wait for."""
+def all_gather_start(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> Exchange:
+    """Start gathering the ranks' 1-D ``own`` into ``output``, end to end."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    return gather(output, own, group=group, async_op=True)
+    return Exchange("gathering the updated weights", gather, output, own, group=group)
 
 
 class MeanOnItsWay:
@@ -39,19 +43,19 @@ class MeanOnItsWay:
         self._lines: Tensor | None = lines  # kept from being freed while it is sent
         self._received = lines
         self._mean: Tensor | None = None
-        self._work: Any = None
-        self._second_work: Any = None  # over the dimension of replicas
+        self._work: Exchange | None = None
+        self._second_work: Exchange | None = None  # over the dimension of replicas
         group, ranks = mesh.get_group(mesh.ndim - 1), lines.shape[0]
         self._host_waits = is_gloo(group, lines.device)
         if ranks == 1:
             return
         if self._host_waits:
             self._received = torch.empty_like(lines)
-            self._work = dist.all_to_all_single(self._received, lines, group=group, async_op=True)
+            self._work = Exchange(REDUCING, dist.all_to_all_single, self._received, lines, group=group)
         else:
             reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             self._received = torch.empty_like(lines[0])
-            self._work = reduce_scatter(self._received, lines.view(-1), op=dist.ReduceOp.AVG, group=group, async_op=True)
+            self._work = Exchange(REDUCING, reduce_scatter, self._received, lines.view(-1), group=group, op=dist.ReduceOp.AVG)
 
     @property
     def is_settled(self) -> bool:
@@ -81,7 +85,7 @@ class MeanOnItsWay:
         self._lines = self._work = None
         del self._received
         if self._mesh.ndim > 1 and self._mesh.size(0) > 1:
-            self._second_work = dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=self._mesh.get_group(0), async_op=True)
+            self._second_work = Exchange(REDUCING, dist.all_reduce, mean, group=self._mesh.get_group(0), op=dist.ReduceOp.AVG)
         return True
 
     def wait(self) -> Tensor:
@@ -93,7 +97,7 @@ class MeanOnItsWay:
         return self._mean.to(self._dtype)
 
 
-def _completed_within(work: Any, seconds: float) -> bool:
+def _completed_within(work: Exchange, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while not work.is_completed():
         if time.monotonic() > end:
@@ -106,13 +110,17 @@ def all_reduce_mean(value: Tensor, mesh: DeviceMesh) -> None:
     """Average over all ranks of the mesh, in place."""
     for axis in reversed(range(mesh.ndim)):
         if mesh.size(axis) > 1:
-            dist.all_reduce(value, op=dist.ReduceOp.AVG, group=mesh.get_group(axis))
+            group = mesh.get_group(axis)
+            with exchange(REDUCING, dist.get_process_group_ranks(group)):
+                dist.all_reduce(value, op=dist.ReduceOp.AVG, group=group)
 
 
 def broadcast_first(value: Tensor, mesh: DeviceMesh) -> None:
     """Give every rank of the mesh the value of its first rank, in place."""
     for axis in reversed(range(mesh.ndim)):
-        dist.broadcast(value, group=mesh.get_group(axis), group_src=0)
+        group = mesh.get_group(axis)
+        with exchange("broadcasting the initial weights", dist.get_process_group_ranks(group)):
+            dist.broadcast(value, group=group, group_src=0)
 
 
 def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -133,14 +141,19 @@ def _mean_of_lines(lines: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Agreement:
     """Small exchanges on the CPU between all ranks of a mesh, in a gloo group of their own: they wait for no device, and their order
-    among the bucket reductions, which may differ between ranks, does not matter."""
+    among the bucket reductions, which may differ between ranks, does not matter.
+
+    Attributes:
+        ranks: the global ranks of the mesh, ascending.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        ranks = sorted(mesh.mesh.flatten().tolist())
-        timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
-        self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        self.ranks: list[int] = sorted(mesh.mesh.flatten().tolist())
         self._first = int(mesh.mesh.flatten()[0])
-        self._is_alone = len(ranks) == 1
+        self._is_alone = len(self.ranks) == 1
+        timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
+        with exchange(AGREEING, self.ranks):
+            self._group = dist.new_group(self.ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
 
     def maximum(self, values: Sequence[int], problem: str | None = None, error: type[Exception] = RuntimeError) -> list[int]:
         """The element-wise maximum over ranks; every rank passes as many values.
@@ -155,12 +168,9 @@ class Agreement:
 
     def maximum_and_problems(self, values: Sequence[int], problem: str | None) -> tuple[list[int], str | None]:
         """The element-wise maximum over ranks, and the problems of all of them in one sentence."""
-        row = torch.tensor([problem is not None, *values], dtype=torch.int64)
-        if not self._is_alone:
-            dist.all_reduce(row, op=dist.ReduceOp.MAX, group=self._group)
-        anywhere, *result = row.tolist()
+        anywhere, *result = self._maximum([problem is not None, *values])
         if anywhere:
-            found = {text: rank for rank, text in reversed(list(enumerate(self.everyones(problem)))) if text is not None}
+            found = {text: rank for rank, text in reversed(list(zip(self.ranks, self.everyones(problem), strict=True))) if text is not None}
             return result, "; ".join(f"on rank {rank}, {text}" for text, rank in found.items())
         return result, None
 
@@ -171,18 +181,31 @@ class Agreement:
         return [highest == -lowest for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)]
 
     def everyones(self, value: Any) -> list[Any]:
-        """What each rank passed, in the order of ranks."""
+        """What each rank passed, in the order of ``ranks``."""
         if self._is_alone:
             return [value]
-        values = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
+        values = [None] * len(self.ranks)
+        with exchange(AGREEING, self.ranks):
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def of_first(self, values: Sequence[int]) -> list[int]:
         """What the first rank of the mesh passed."""
         row = torch.tensor(values, dtype=torch.int64)
         if not self._is_alone:
-            dist.broadcast(row, src=self._first, group=self._group)
+            Exchange(AGREEING, dist.broadcast, row, group=self._group, src=self._first).wait()
+        return row.tolist()
+
+    def _maximum(self, values: Sequence[int]) -> list[int]:
+        """A byte for each value, since flags need no more; then, if one is beyond that on any rank, all again in eight."""
+        if self._is_alone:
+            return list(values)
+        result = self._maximum_in(torch.uint8, [value if 0 <= value < BEYOND_A_BYTE else BEYOND_A_BYTE for value in values])
+        return self._maximum_in(torch.int64, values) if BEYOND_A_BYTE in result else result
+
+    def _maximum_in(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
+        row = torch.tensor(values, dtype=dtype)
+        Exchange(AGREEING, dist.all_reduce, row, group=self._group, op=dist.ReduceOp.MAX).wait()
         return row.tolist()
 
 

@@ -32,6 +32,7 @@ class Rows:
         self._mesh = mesh
         axis = mesh.ndim - 1
         ranks, rank = mesh.size(axis), mesh.get_local_rank(axis)
+        self._ranks = ranks
         self.dim = shard_dim(param.shape, ranks)
         size = 1 if self.dim is None else param.shape[self.dim]
         self._inner = () if self.dim is None else (*param.shape[: self.dim], *param.shape[self.dim + 1 :])
@@ -50,7 +51,7 @@ class Rows:
     @property
     def is_even(self) -> bool:
         """Whether the parameter's memory is just its place: equal chunks one after the other."""
-        return self.dim == 0 and self._rest == 0 and self._full_ranks == self._mesh.size(-1) and self.param.is_contiguous()
+        return self.dim == 0 and self._rest == 0 and self._full_ranks == self._ranks and self.param.is_contiguous()
 
     def own(self, full: Tensor) -> Tensor:
         """This rank's rows of a tensor of the parameter's shape: a view."""

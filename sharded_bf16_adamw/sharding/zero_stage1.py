@@ -128,13 +128,14 @@ class Stage1(Stage):
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
         self._compared = False  # whether the ranks' gradients have been found to be the same
+        self._agreed_has: list[bool] = []  # which parameters, in the order of groups, had gradients in the last reduce()
 
     @torch.no_grad()
     def reduce(self) -> None:
-        if self._ready:
-            return
         all_rows = list(self._rows.values())
         has = [rows.param.grad is not None for rows in all_rows]
+        if self._ready and has == self._agreed_has:  # a backward pass may have come after clip_grad_norm_, alike on all ranks
+            return
         agreed = self._agreement.maximum([*has, *[not x for x in has]], self._problem())
         for rows, somewhere, missing in zip(all_rows, agreed, agreed[len(has) :], strict=False):
             if somewhere and missing:
@@ -144,6 +145,7 @@ class Stage1(Stage):
                     "ZeRO(stage=2) on the plain module"
                 )
         self._with_grad = [rows for rows, somewhere in zip(all_rows, agreed, strict=False) if somewhere]
+        self._agreed_has = has
         if not self._compared and self._with_grad:
             self._compare_gradients()
         self._ready = True

@@ -59,7 +59,7 @@ class Stage2(Stage):
         self._built_for: list[Rows] = []
 
     def attach(self, params: list[Tensor], names: list[str]) -> None:
-        if self._is_busy():
+        if any(self._agreement.maximum([self._is_busy()])):
             self.reduce()  # what is under way goes by the old buckets
         super().attach(params, names)
         self._ready = False
@@ -88,9 +88,9 @@ class Stage2(Stage):
     @torch.no_grad()
     def _arrived(self, param: Tensor) -> None:
         rows, grad = self._rows[param], param.grad
+        self._ready = False
         if grad is None or grad_problem(grad) or param_form(param) != rows.form:
             return  # reduce() tells all ranks
-        self._ready = False
         if self._syncs:
             if self._arrival is not None:
                 self._arrival.setdefault(rows)
@@ -148,10 +148,13 @@ class Stage2(Stage):
 
     # -------------------------------------------------------------------------------------------------------------- in a step
 
-    @torch.no_grad()
     def reduce(self) -> None:
-        if self._ready:
-            return
+        if not self._ready or any(param.grad is not None for param in self._rows):  # set by hand after clip_grad_norm_
+            self._reduce(discarding=False)
+
+    @torch.no_grad()
+    def _reduce(self, discarding: bool) -> None:
+        """``discarding``: for :meth:`clear_grads`, not for a step."""
         problem = self._problem()
         if problem is None:
             for rows in self._order:
@@ -161,9 +164,10 @@ class Stage2(Stage):
         all_rows = list(self._rows.values())
         own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
         has = [rows in self._has_grad for rows in all_rows]
-        values = [*own, *has, *[not x for x in has], bool(self._arrival)]
+        values = [*own, *has, *[not x for x in has], bool(self._arrival), discarding, not discarding]
         agreed, problems = self._agreement.maximum_and_problems(values, problem)
-        times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -1]
+        times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -3]
+        any_arrival, any_discards, any_keeps = agreed[-3:]
         self._send_rest(times[: self._active], self._buckets[: self._active])
         self._send_rest(times[self._active :], self._buckets[self._active :])
         while self._in_flight:
@@ -173,9 +177,14 @@ class Stage2(Stage):
         self._next = 0
         if problems is not None:  # raised when all that was under way has arrived, so that the ranks can still talk
             raise RuntimeError(problems)
+        if any_discards and any_keeps:
+            raise RuntimeError(
+                "some ranks have discarded gradients by zero_grad() between a backward pass and its step, and others have not; every rank "
+                "must call it there, and must have taken part in the backward pass"
+            )
         self._with_grad = [rows for rows, some in zip(all_rows, somewhere, strict=True) if some]
         self._is_patient = not any(map(operator.and_, somewhere, missing))
-        self._agreed_arrival = bool(agreed[-1])
+        self._agreed_arrival = bool(any_arrival)
         self._reduced = {rows.param: self._reduced_rows(rows) for rows in self._with_grad}
         self._ready = True
 
@@ -215,10 +224,10 @@ class Stage2(Stage):
         self._adapt()
 
     def clear_grads(self) -> None:
-        if self._is_busy():
-            self.reduce()  # other ranks may have sent what this one is to forget
-        self._reduced.clear()
         self._accumulated.clear()
+        if self._is_busy():
+            self._reduce(discarding=True)  # other ranks may have sent what this one is to forget
+        self._reduced.clear()
         self._has_grad.clear()
         self._ready = False
 

@@ -9,8 +9,16 @@ import math
 import distributed
 import pytest
 import torch
+import torch.distributed as dist
 import train
+from model import GPT, PRESETS
+from options import parse_args
 from report import read_metrics
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharded_bf16_adamw.sharding.zero_rows import Rows
 
 SHORT = ["--device=cpu", "--no-progress", "--preset=nano", "--seq-len=16", "--batch-size=8"]
 SHORT += ["--eval-batches=2", "--eval-every=3", "--save-every=0"]
@@ -105,3 +113,88 @@ def test_micro_batches_train_like_whole_ones(tmp_path, single, strategy, ranks):
     lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", 0.01, "--grad-accum", 3)
     assert norms(lines) == pytest.approx(norms(single), rel=0.01)
     assert held_out(lines)[6] == pytest.approx(held_out(single)[6], abs=LIMIT)
+
+
+class Reductions(TorchDispatchMode):
+    """Counts the collectives that reduce gradients, those of torch's C++ included; agreements and norms are among them, but not what
+    tensor parallelism does to activations, which are functional collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.count += name.startswith("c10d.") and any(kind in name for kind in ("allreduce", "reduce_scatter", "alltoall"))
+        return function(*args, **(kwargs or {}))
+
+
+def counting_worker(rank, world, folder, strategy):
+    """Reductions in a step, once the order of gradients is known, of one micro-batch and of three."""
+    counts = []
+    for micro_batches in (1, 3):
+        out = f"{folder}/{micro_batches}"
+        args = ["--out", out, "--strategy", strategy, "--batch-size", "12", "--steps", "3", "--grad-accum", str(micro_batches)]
+        run = train.set_up(parse_args([*SHORT, *args]))
+        for step in range(3):
+            run.step = step
+            with Reductions() as reductions:
+                train.backward(run)
+                train.update(run)
+        counts.append(reductions.count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [("ddp", 2), ("zero1", 2), ("zero2", 2), ("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2+tp", 4)]
+)
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path, strategy, ranks):
+    for one, three in distributed.run_ranks(ranks, counting_worker, str(tmp_path), strategy):
+        assert one == three > 0
+
+
+def whole_gradients(run):
+    """The reduced gradients of a step, by parameter name."""
+    sharding = run.optimizer._sharding
+    sharding.reduce()
+    if isinstance(run.module, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(run.module, with_grads=True):
+            return {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in run.module.named_parameters()}
+    found = {}
+    for name, p in run.model.named_parameters():
+        (grad,) = sharding.grads([p])
+        if not isinstance(grad, DTensor) and grad.shape != p.shape:
+            grad = Rows(p, run.world.mesh(), name).as_dtensor(grad)
+        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+    return found
+
+
+def accumulation_worker(rank, world, folder, strategy, dtype):
+    """What the strategy reduces, against the sums of micro-batches in ``dtype``, averaged over the ranks in float32."""
+    args = parse_args([*SHORT, "--out", folder, "--strategy", strategy, "--batch-size", "12", "--steps", "1", "--grad-accum", "3"])
+    run = train.set_up(args)
+    alone = GPT(PRESETS[args.preset]).bfloat16()
+    alone.init_weights(args.seed)
+    sums = {}
+    for rows in run.text.batch(args.seed, 0, 12)[run.world.rows].chunk(3):
+        (train.loss_of(alone, rows) / 3).backward()
+        for name, p in alone.named_parameters():
+            sums[name] = sums[name] + p.grad.to(dtype) if name in sums else p.grad.to(dtype)
+            p.grad = None
+    train.backward(run)
+    unlike = []
+    for name, found in whole_gradients(run).items():
+        mean = sums[name].float()
+        dist.all_reduce(mean)
+        if not torch.equal(found, (mean / world).to(found.dtype)):
+            unlike.append(name)
+    return unlike, len(sums)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [("ddp", torch.bfloat16), ("zero1", torch.bfloat16), ("fsdp1", torch.bfloat16), ("zero2", torch.float32), ("fsdp2", torch.float32)],
+)
+def test_micro_batches_add_up_to_the_bits_of_their_sum(tmp_path, strategy, dtype):
+    for unlike, parameters in distributed.run_ranks(2, accumulation_worker, str(tmp_path), strategy, dtype):
+        assert not unlike and parameters > 10

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from data import Text, UsageError
 from options import parse_args
 from report import Metrics, read_metrics
 from strategies import on_all_ranks
+
+from sharded_bf16_adamw import AdamW_BF16, latest, save, verify
+from sharded_bf16_adamw.checkpoint.storage import ChecksummedWriter
+from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 SCRIPT = Path(train.__file__)
 OPTIMIZERS = ("bf16", "torch-fp32", "torch-bf16")
@@ -237,13 +242,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_pa
     code, out, err = finish(start(2, "--out", tmp_path / "killed", *arguments, "--resume", "auto"))
     assert code == 0, err
     resumed_at = int(re.search(r"steps (\d+) to 40", out).group(1))
-    assert 8 <= resumed_at < 40 and resumed_at % 4 == 0
+    assert 4 <= resumed_at < 40 and resumed_at % 4 == 0, "the save of step 8 has waited for that of step 4"
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert before == curve(tmp_path / "whole")[: len(before)]
 
 
 def test_when_one_rank_is_told_to_stop_all_save_and_exit_cleanly(tmp_path):
-    process = start(2, "--out", tmp_path, "--steps", 100_000, "--save-every", 0, "--eval-every", 100_000)
+    process = start(2, "--out", tmp_path, "--steps", 100_000, "--save-every", 1, "--eval-every", 100_000)
     wait_for_step(process, tmp_path, 3)
     ranks = workers(process)
     assert len(ranks) == 2
@@ -253,6 +258,59 @@ def test_when_one_rank_is_told_to_stop_all_save_and_exit_cleanly(tmp_path):
     step = int(re.search(r"stopped at step (\d+), saved", out).group(1))
     assert json.loads((tmp_path / f"checkpoints/step-{step:08d}/manifest.json").read_text())["extra"]["step"] == step
     assert curve(tmp_path)[-1]["step"] == step
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """Steps saved so far, each with whether it was in the background. A step in ``failing`` meets a full disk there."""
+    done: list[tuple[int, bool]] = []
+    failing: set[int] = set()
+    write_data = ChecksummedWriter.write_data
+
+    def write(self, plan, planner):
+        step, background = int(self.path.name.rpartition("-")[2]), threading.current_thread() is not threading.main_thread()
+        if background and step in failing:
+            raise OSError(28, "No space left on device")
+        done.append((step, background))
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(ChecksummedWriter, "write_data", write)
+    return done, failing
+
+
+@pytest.mark.parametrize(("option", "background"), [((), True), (("--no-async-save",), False)])
+def test_a_run_saves_in_the_background_and_when_told_to_stop_completely(tmp_path, stop_at, saves, option, background):
+    arguments = ("--steps", 8, "--eval-every", 2, "--save-every", 2, *option)
+    assert run("--out", tmp_path / "whole", *arguments) == 0
+    assert saves[0] == [(2, background), (4, background), (6, background), (8, background)]
+    assert latest(tmp_path / "whole/checkpoints").name == "step-00000008", "the last one has been waited for"
+    saves[0].clear()
+    stop_at(4)
+    assert run("--out", tmp_path / "stopped", *arguments) == 0
+    assert saves[0] == [(2, background), (4, background), (5, False)]
+    assert run("--out", tmp_path / "stopped", *arguments, "--resume", "auto") == 0
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    for name in ("whole", "stopped"):
+        assert verify(tmp_path / name / "checkpoints") == []
+    assert values_in(tmp_path / "stopped") == values_in(tmp_path / "whole")
+
+
+def values_in(folder: Path) -> dict[str, list[float]]:
+    stored = StoredCheckpoint(folder / "checkpoints")
+    return {key: stored.read(key).flatten().tolist() for key in stored.infos if key.startswith(("model.", "optimizer."))}
+
+
+@pytest.mark.parametrize(("failing", "steps"), [(4, 5), (4, 4)])
+def test_a_save_that_failed_in_the_background_ends_the_run_after_one_of_its_end(tmp_path, saves, failing, steps):
+    saves[1].add(failing)
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*step-00000004: on rank 0, OSError: .*No space left"):
+            run("--out", tmp_path, "--steps", steps, "--save-every", 2)
+        assert dist.is_initialized(), "it was said before the process group was destroyed"
+    finally:
+        dist.destroy_process_group()
+    assert saves[0] == [(2, True), (steps, False)]
+    assert latest(tmp_path / "checkpoints").name == f"step-{steps:08d}"
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -352,6 +410,18 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, capsys, argum
     assert run("--out", tmp_path, "--steps", 2, *arguments) == 2
     assert re.fullmatch(rf"error: [^\n]*{sentence}[^\n]*\n", capsys.readouterr().err)
     assert curve(tmp_path) == before
+
+
+def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
+    assert run("--out", tmp_path, "--steps", 2) == 0
+    damaged = latest(tmp_path / "checkpoints")
+    (damaged / "manifest.json").write_bytes((damaged / "manifest.json").read_bytes().replace(b'"serial": 1', b'"serial": 2'))
+    layer = torch.nn.Linear(2, 2).bfloat16()
+    foreign = save(tmp_path / "foreign", 1, layer, AdamW_BF16(layer.parameters(), lr=0.1))
+    for path, sentence in ((damaged, "cannot be used: manifest.json: it is damaged"), (foreign, "was not saved by train.py")):
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--steps", 2, "--resume", path) == 2
+        assert re.fullmatch(rf"error: the checkpoint {path} {sentence}[^\n]*\n", capsys.readouterr().err)
 
 
 def test_a_changed_seed_is_noted_on_resume(tmp_path, capsys):

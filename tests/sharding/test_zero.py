@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_bf16_adamw.sharding import zero_comm
 from sharded_bf16_adamw.sharding.zero_comm import MeanOnItsWay
 
 from .zero_cases import (
@@ -123,6 +124,27 @@ def test_stage_1_beside_ddp(world):
         assert_same_bits(weights, single_process(5)[0])
 
 
+def reduce_scatter_worker(rank, world, shape):
+    """As NCCL does it, here by gloo."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(2, mesh))
+    original, zero_comm.is_gloo = zero_comm.is_gloo, lambda *args: False
+    try:
+        with traffic() as calls:
+            train(model, optimizer, 5, averaged=False)
+    finally:
+        zero_comm.is_gloo = original
+    return collect(model, optimizer), {name.partition("_single")[0].partition("_tensor")[0] for name, _, _ in calls}
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+def test_reduce_scatter_gives_the_same_bits(shape):
+    for weights, names in run_ranks(torch.Size(shape).numel(), reduce_scatter_worker, shape):
+        assert "reduce_scatter" in names and "all_to_all" not in names
+        assert_same_bits(weights, single_process(5)[0])
+
+
 def mean_worker(rank, world):
     """Sums that round: in float32 in the order of ranks, then once."""
     torch.manual_seed(rank)
@@ -180,7 +202,7 @@ def test_stage_2_sends_each_gradient_and_each_weight_once(world):
         share = (world - 1) / world * WEIGHT_BYTES
         assert sent["all_to_all_single"] == pytest.approx(share) and sent["all_gather_single"] == pytest.approx(share)
         rest = [(name, size) for name, _, size in calls if name not in ("all_to_all_single", "all_gather_single")]
-        flags = 8 * (1 + LAYERS // 2 + 2 * LAYERS + 1)  # int64: any problem, buckets, parameters with and without, any arrival
+        flags = 1 + LAYERS // 2 + 2 * LAYERS + 3  # bytes: any problem, buckets, parameters with and without, arrival, discarding or not
         assert sorted(rest) == [("all_reduce", 8), ("all_reduce", flags)], "the norm and who has gradients"
 
 
@@ -188,7 +210,7 @@ def test_stage_1_sends_each_weight_once():
     for calls in run_ranks(3, traffic_worker, 1):
         assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(2 / 3 * WEIGHT_BYTES)
         assert {name for name, _, _ in calls} == {"all_gather_single", "all_reduce"}
-        assert all(size <= 8 * (1 + 2 * LAYERS) for name, _, size in calls if name == "all_reduce")
+        assert sorted(size for name, _, size in calls if name == "all_reduce") == [8, 1 + 2 * LAYERS]
 
 
 def overlap_worker(rank, world):

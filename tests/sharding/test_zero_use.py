@@ -1,4 +1,4 @@
-"""Whatever a training loop does, ZeRO does as one process would: each scenario is run on both and compared bit for bit."""
+"""Uses of ZeRO beside the plain loop: float32 sums, the guard, tied weights, late groups, loaded states, initial and true weights."""
 
 from __future__ import annotations
 
@@ -6,230 +6,26 @@ import contextlib
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.sharding.zero_comm import Agreement
 
-from .zero_cases import SHAPES, Parameters, assert_same_bits, collect, new_optimizer, patience, rank_gradients, traffic, train, zero
-
-ALL = frozenset(SHAPES)
-
-
-class Loop:
-    """A model, an optimizer and backward passes: on one process the gradients of all ``ranks`` averaged, else those of this rank."""
-
-    def __init__(self, ranks, options=None):
-        self.ranks = ranks
-        self.alone = options is None
-        self.model = Parameters()
-        self.optimizer = new_optimizer(self.model, None if options is None else zero(**options), skip_nonfinite=True)
-
-    def backward(self, step, names_of=lambda rank: ALL):
-        """``names_of(rank)``: the parameters that the rank uses."""
-        if self.alone:
-            used = frozenset().union(*(names_of(rank) for rank in range(self.ranks)))
-            contributions = [{name: grad for name, grad in self._grads(step, rank) if name in names_of(rank)} for rank in range(self.ranks)]
-            sums = {name: sum(each[name].double() for each in contributions if name in each) for name in ALL if name in used}
-            self.run({name: (total / self.ranks).to(self.model.get_parameter(name).dtype) for name, total in sums.items()})
-        else:
-            self.run({name: grad for name, grad in self._grads(step, dist.get_rank()) if name in names_of(dist.get_rank())})
-
-    def run(self, grads):
-        if any(self.model.get_parameter(name).requires_grad for name in grads):
-            self.model(grads).backward()
-
-    def _grads(self, step, rank):
-        return rank_gradients(step, rank, self.ranks).items()
-
-    def no_sync(self):
-        return contextlib.nullcontext() if self.alone else self.optimizer.no_sync()
-
-    def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def unused_on_some_ranks(loop):
-    for step in range(6):
-        loop.backward(step, lambda rank: ALL - {"even", "large"} if rank == 0 else {"even", "scalar", "uneven"})
-        loop.step()
-
-
-def unused_on_changing_ranks(loop):
-    for step in range(8):
-        loop.backward(step, lambda rank, step=step: {name for i, name in enumerate(SHAPES) if (i + rank + step) % 3})
-        loop.step()
-
-
-def unused_everywhere_for_a_while(loop):
-    for step in range(9):
-        loop.backward(step, lambda rank, step=step: ALL - {"conv", "fp32", "wide"} if 2 <= step < 7 else ALL)
-        loop.step()
-
-
-def a_rank_without_any_gradient(loop):
-    for step in range(4):
-        loop.backward(step, lambda rank, step=step: ALL if rank == step % loop.ranks else frozenset())
-        loop.step()
-
-
-def several_backwards(loop):
-    for step in range(4):
-        for micro in range(3):
-            loop.backward(7 * step + micro)
-        loop.step()
-
-
-def several_backwards_with_other_uses(loop):
-    for step in range(4):
-        loop.backward(7 * step, lambda rank: ALL if rank == 0 else {"even", "conv"})
-        loop.backward(7 * step + 1, lambda rank: {"uneven", "scalar"} if rank == 0 else ALL - {"conv"})
-        loop.step()
-
-
-def no_sync(loop):
-    for step in range(4):
-        with loop.no_sync():
-            loop.backward(7 * step)
-            loop.backward(7 * step + 1, lambda rank: {"even", "fp32", "scalar"} if rank == 0 else ALL)
-        loop.backward(7 * step + 2, lambda rank: ALL - {"large", "scalar"})
-        loop.step()
-
-
-def frozen_and_unfrozen(loop):
-    loop.model.conv.requires_grad_(False)
-    for step in range(9):
-        if step in (2, 5):
-            loop.model.uneven.requires_grad_(step == 5)
-        if step == 4:
-            loop.model.conv.requires_grad_(True)
-        loop.backward(step)
-        loop.step()
-
-
-def kept_gradients(loop):
-    """Without ``zero_grad`` gradients add up, and stay for the next step."""
-    for step in range(3):
-        loop.backward(step)
-        loop.optimizer.step()
-    loop.optimizer.step()
-
-
-def discarded_gradients(loop):
-    for step in range(3):
-        loop.backward(100 + step, lambda rank: ALL if rank == 0 else {"even"})
-        loop.optimizer.zero_grad()
-        loop.backward(step)
-        loop.step()
-
-
-def gradients_set_by_hand(loop):
-    class Setting:
-        def __call__(self, grads):
-            for name, grad in grads.items():
-                loop.model.get_parameter(name).grad = grad
-
-    loop.run = Setting()
-    for step in range(3):
-        loop.backward(step, lambda rank: ALL if rank == 0 else {"even", "scalar", "empty"})
-        loop.step()
-
-
-def gradients_that_are_views(loop):
-    """Of other strides than their parameters."""
-
-    def run(grads):
-        for name, grad in grads.items():
-            strided = torch.empty(*grad.shape, 2, dtype=grad.dtype)[..., 0] if grad.dim() else grad
-            loop.model.get_parameter(name).grad = strided.copy_(grad)
-
-    loop.run = run
-    for step in range(3):
-        loop.backward(step)
-        loop.step()
-
-
-def memory_of_parameters_replaced(loop):
-    for step in range(4):
-        if step == 2:
-            for p in loop.model.parameters():
-                p.data = p.data.clone()
-        loop.backward(step)
-        loop.step()
-
-
-def state_reloaded(loop):
-    for step in range(4):
-        if step == 2:
-            loop.optimizer.load_state_dict(loop.optimizer.state_dict())
-        loop.backward(step)
-        loop.step()
-
-
-def clipped_before_and_after_the_last_backward(loop):
-    for step in range(3):
-        loop.backward(7 * step)
-        loop.optimizer.clip_grad_norm_(0.25)
-        loop.backward(7 * step + 1)
-        loop.optimizer.clip_grad_norm_(0.5)
-        loop.step()
-
-
-def closure(loop):
-    for step in range(3):
-        loop.optimizer.zero_grad()
-        loop.optimizer.step(lambda step=step: loop.backward(step))
-
-
-SCENARIOS = [
-    unused_on_some_ranks,
-    unused_on_changing_ranks,
-    unused_everywhere_for_a_while,
-    a_rank_without_any_gradient,
-    several_backwards,
-    several_backwards_with_other_uses,
-    no_sync,
-    frozen_and_unfrozen,
-    kept_gradients,
-    discarded_gradients,
-    gradients_set_by_hand,
-    gradients_that_are_views,
-    memory_of_parameters_replaced,
-    state_reloaded,
-    clipped_before_and_after_the_last_backward,
-    closure,
-]
-FP32_SUMS = {"reduce_dtype": torch.float32, "accumulate_dtype": torch.float32}
-
-
-def scenarios_worker(rank, world, options):
-    results = {}
-    for scenario in SCENARIOS:
-        loop = Loop(world, options)
-        try:
-            with patience(0.05):  # in some scenarios another rank cannot keep up
-                scenario(loop)
-        except Exception as error:
-            raise AssertionError(scenario.__name__) from error
-        results[scenario.__name__] = collect(loop.model, loop.optimizer)
-    return results
-
-
-@pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
-def test_every_loop_gives_the_bits_of_one_process(world, options):
-    found = run_ranks(world, scenarios_worker, options)
-    for scenario in SCENARIOS:
-        loop = Loop(world)
-        scenario(loop)
-        expected = collect(loop.model, loop.optimizer)
-        for each in found:
-            try:
-                assert_same_bits(each[scenario.__name__], expected)
-            except AssertionError as error:
-                raise AssertionError(scenario.__name__) from error
+from .zero_cases import (
+    Parameters,
+    assert_same_bits,
+    collect,
+    mean_gradients,
+    new_optimizer,
+    one_dimensional,
+    rank_gradients,
+    traffic,
+    train,
+    zero,
+)
 
 
 def fp32_accumulation_worker(rank, world):
@@ -324,6 +120,98 @@ def late_group_worker(rank, world):
 
 def test_a_group_added_between_backward_and_step():
     run_ranks(2, late_group_worker)
+
+
+def late_group_of_one_busy_rank_worker(rank, world):
+    """Rank 1 has no gradient, so nothing of it is on its way when the group comes."""
+    p, late = (nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = AdamW_BF16([p], lr=0.5, weight_decay=0.0, sharding=zero())
+    if rank == 0:
+        p.sum().backward()
+    optimizer.add_param_group({"params": [late]})
+    late.sum().backward()
+    optimizer.step()
+    return p.tolist(), late.tolist()
+
+
+def test_a_group_added_while_one_rank_alone_has_gradients():
+    assert run_ranks(2, late_group_of_one_busy_rank_worker) == [([-0.5] * 4, [-0.5] * 4)] * 2
+
+
+def beside_fsdp_worker(rank, world):
+    """An FSDP2 model of the same shapes lives in the process, and one parameter here is unused on every rank."""
+    other = fully_shard(nn.Linear(6, 6).bfloat16())
+    other(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
+    model = nn.Linear(6, 6).bfloat16()
+    optimizer = AdamW_BF16(model.parameters(), lr=0.5, sharding=zero(broadcast_initial=True))
+    before = model.bias.tolist()
+    model.weight.sum().backward()
+    optimizer.step()
+    assert other.weight.grad is not None and model.bias.tolist() == before
+    return optimizer.state[model.weight]["step"].item()
+
+
+def test_beside_a_model_of_the_same_shapes_that_fsdp_has_sharded():
+    assert run_ranks(2, beside_fsdp_worker) == [1.0, 1.0]
+
+
+def after_the_norm(model, optimizer, of_step):
+    """Gradients of one parameter before clip_grad_norm_, and of all after it."""
+    for step in range(3):
+        model({"even": of_step(step)["even"]}).backward()
+        optimizer.clip_grad_norm_(0.5)
+        model(of_step(step)).backward()
+        optimizer.step(zero_grad=True)
+
+
+def after_the_norm_worker(rank, world):
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(1))
+    after_the_norm(model, optimizer, mean_gradients)
+    return collect(model, optimizer)
+
+
+def test_gradients_that_first_come_after_the_norm_in_stage_1():
+    model = Parameters()
+    optimizer = new_optimizer(model)
+    after_the_norm(model, optimizer, mean_gradients)
+    for found in run_ranks(2, after_the_norm_worker):
+        assert_same_bits(found, collect(model, optimizer))
+
+
+def set_after_the_norm_worker(rank, world):
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = AdamW_BF16([p], lr=0.5, weight_decay=0.0, betas=(0.0, 0.0), sharding=zero())
+    p.grad = torch.ones(4, dtype=torch.bfloat16)
+    optimizer.clip_grad_norm_(1e9)
+    p.grad = torch.full((4,), -3.0, dtype=torch.bfloat16)
+    optimizer.step()
+    assert p.grad is None
+    return p.tolist()
+
+
+def test_gradients_set_by_hand_after_the_norm_count():
+    assert run_ranks(2, set_after_the_norm_worker) == [[0.5] * 4] * 2
+
+
+def agreement_worker(rank, world):
+    """Most values fit into a byte; all are right if some do not."""
+    agreement = Agreement(one_dimensional())
+    with traffic() as calls:
+        assert agreement.maximum([rank, 1 - rank, 254]) == [1, 1, 254]
+    assert [size for _, _, size in calls] == [4]
+    for values, expected in (
+        ([255 - rank, 3], [255, 3]),
+        ([300 * rank, 7], [300, 7]),
+        ([-5 - rank, 3], [-5, 3]),
+        ([2**60 + rank], [2**60 + 1]),
+    ):
+        assert agreement.maximum(values) == expected
+    assert agreement.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [True, False, True, False]
+
+
+def test_agreements_take_a_byte_for_a_flag_and_any_integer():
+    run_ranks(2, agreement_worker)
 
 
 def one_process_state_worker(rank, world, saved):

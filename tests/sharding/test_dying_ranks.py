@@ -1,0 +1,150 @@
+"""When a rank dies or hangs, each of the others says so in one sentence, its weights and states as they were where they could be."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+from sharded_bf16_adamw.sharding.collectives import Exchange, exchange
+from sharded_bf16_adamw.sharding.local import to_local
+
+from .fsdp1_cases import wrap
+from .zero_cases import zero
+
+ADVICE = (
+    r"; most likely one of them has died or hangs, so look for the first error in their logs, then start all ranks again from the last "
+    "checkpoint"
+)
+
+
+def build(strategy):
+    """The module to call and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)]).to(torch.bfloat16)
+    if strategy.startswith("ZeRO"):
+        optimizer = AdamW_BF16(model.parameters(), lr=1e-2, sharding=zero(int(strategy[-1])), skip_nonfinite=True)
+        return (DistributedDataParallel(model) if strategy == "ZeRO-1" else model), optimizer
+    model = fully_shard(model) if strategy == "FSDP2" else wrap(model)
+    return model, AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True)
+
+
+def die(*args, **kwargs):
+    os._exit(3)
+
+
+def arrange_death(moment, model, optimizer):
+    if moment == "backward":
+        next(model.parameters()).register_post_accumulate_grad_hook(die)  # the last gradient: others are on their way
+    elif moment == "agreement":
+        optimizer._sharding.reduce = die
+    elif moment == "norm":
+        optimizer._grad_norm.clip = die
+    else:
+        optimizer._sharding.gather = die
+
+
+def memory_of(model, optimizer):
+    states = [value for param in model.parameters() for value in optimizer.state[param].values()]
+    return [to_local(tensor).detach().clone() for tensor in (*model.parameters(), *states)]
+
+
+def one_step(model, optimizer, clip):
+    model(torch.ones(2, 12, dtype=torch.bfloat16)).float().sum().backward()
+    if clip:
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.step(zero_grad=True)
+
+
+def dying_worker(rank, world, folder, strategy, moment, clip):
+    """Rank 1 dies in the second step; rank 0 writes down what it sees."""
+    model, optimizer = build(strategy)
+    one_step(model, optimizer, clip)
+    if rank == 1:
+        arrange_death(moment, model, optimizer)
+    before = memory_of(model, optimizer)
+    with pytest.raises(RuntimeError) as caught:
+        one_step(model, optimizer, clip)
+    unchanged = [torch.equal(a, b) for a, b in zip(before, memory_of(model, optimizer), strict=True)]
+    torch.save((str(caught.value), str(caught.value.__cause__), all(unchanged)), f"{folder}/seen")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "moment", "clip", "what", "unchanged"),
+    [
+        ("ZeRO-2", "backward", True, "(averaging gradients|agreeing on what to exchange)", True),
+        ("ZeRO-2", "agreement", True, "agreeing on what to exchange", True),
+        ("ZeRO-2", "norm", True, "summing the gradient norm", True),
+        ("ZeRO-2", "norm", False, "summing the gradient norm", True),
+        ("ZeRO-2", "gather", False, "gathering the updated weights", False),
+        ("ZeRO-1", "agreement", False, "agreeing on what to exchange", True),
+        ("ZeRO-1", "gather", False, "gathering the updated weights", False),
+        ("FSDP2", "norm", True, "summing the gradient norm", True),
+        ("FSDP1", "norm", False, "summing the gradient norm", True),
+    ],
+)
+def test_a_rank_that_dies_is_one_sentence_on_the_other(tmp_path, strategy, moment, clip, what, unchanged):
+    with pytest.raises(AssertionError, match=r"rank 1:\nthe process died") as caught:
+        run_ranks(2, dying_worker, str(tmp_path), strategy, moment, clip)
+    assert (tmp_path / "seen").exists(), str(caught.value)
+    message, cause, same = torch.load(tmp_path / "seen")
+    assert re.fullmatch(rf"{what} between ranks 0, 1 failed on rank 0{ADVICE}", message)
+    assert cause not in ("", "None", message), "torch's own words are kept"
+    assert same or not unchanged
+
+
+def impatient_mesh() -> DeviceMesh:
+    return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
+
+
+def hanging_worker(rank, world, moment):
+    """Rank 1 is alive, and does not come. The wait is the mesh's 3 seconds, not the 100 of the default group."""
+    mesh = impatient_mesh()
+    model = nn.Linear(4, 4).bfloat16()
+    if moment == "construction":
+        if rank == 0:
+            with pytest.raises(RuntimeError, match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$"):
+                AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))
+        return
+    optimizer = AdamW_BF16(model.parameters(), sharding=ZeRO(mesh, broadcast_initial=True))
+    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("moment", ["construction", "step"])
+def test_a_rank_that_hangs_is_an_error_within_the_meshs_timeout(moment):
+    run_ranks(2, hanging_worker, moment)
+
+
+def test_the_message_names_the_ranks_and_keeps_other_errors():
+    for ranks, words in (([0, 1], "ranks 0, 1 "), ([4, 5, 6, 7], "ranks 4 to 7 "), ([0, 2, 4], "ranks 0, 2, 4 ")):
+        run_ranks(1, naming_worker, ranks, words)
+    with pytest.raises(KeyError), exchange("counting", [0, 1]):
+        raise KeyError("not torch's")
+
+
+def naming_worker(rank, world, ranks, words):
+    with pytest.raises(RuntimeError, match=f"counting between {words}failed on rank 0") as caught, exchange("counting", ranks):
+        raise RuntimeError("torch's words")
+    assert str(caught.value.__cause__) == "torch's words"
+
+
+def refused_worker(rank, world):
+    with pytest.raises(RuntimeError, match=r"^counting between ranks 0, 1 failed"):
+        Exchange("counting", dist.all_reduce, torch.zeros(2).to_sparse(), group=dist.group.WORLD, op=dist.ReduceOp.BXOR)
+
+
+def test_a_collective_that_cannot_start_is_reported_alike():
+    run_ranks(2, refused_worker)
