@@ -27,7 +27,7 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
         for param in params
         if param.grad is None
         and param.requires_grad
-        and not param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        and not param._post_accumulate_grad_hooks
         and not isinstance(param, DTensor)
         and not is_flattened(param)
     }
