@@ -1,8 +1,9 @@
-/* The kernels, written once and included once for each instruction set (see kernels.c, which defines ISA, TARGET, W and the macros of instructions).
+/* The kernels, written once and included once for each instruction set: see kernels.c, which defines ISA, TARGET, W and macros of
+ * instructions.
  *
  * Memory is walked as uint32 words of two bf16. With the low half shifted up, or masked off, each half *is* the float32 of the same
- * value: no conversion instruction, no flushing of subnormals, and the words need no shuffle on the way in or out. A vector holds W
- * words. `x` in the names below: e (even elements, the low halves), o (odd ones, the high halves).
+ * value: no conversion instruction, and no flushing of subnormals. A vector holds W words. "Even" elements are the low halves, "odd"
+ * ones the high halves. Arithmetic takes one half of each word at a time; hash and rounding take both, in 16-bit lanes.
  *
  * No SR or RTNE below guards NaN. All NaNs that arise here have zeros in the low 16 bits of their payload (they come from bf16
  * values, from canonical scalars or from the processor), so neither ever rounds one up, out of the mantissa. A float32 gradient is the
@@ -69,8 +70,8 @@ INLINE U NAME(canonical)(U g) {
 }
 
 /* The new moments, in the order of reference.py's _moments, and from them the update's numerator and the root of its denominator. */
-INLINE void NAME(moments)(F g, F m, F v, F *mn, F *vn, const sba_scalars *s) {
-    g = g * s->grad_scale;
+INLINE void NAME(moments)(F g, F m, F v, F *mn, F *vn, const sba_scalars *s, int scaled) {
+    if (scaled) g = g * s->grad_scale;
     *mn = s->beta1 * m + s->one_minus_beta1 * g;
     *vn = s->beta2 * v + s->one_minus_beta2 * (g * g);
 }
@@ -91,8 +92,8 @@ typedef struct {
 #define ODD(word) ((word) & 0xffff0000u)
 
 /* The new moments of one element per lane, unrounded, and what the second stage needs. */
-INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *l, const sba_scalars *s) {
-    NAME(moments)(g, m, v, mn, vn, s);
+INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *l, const sba_scalars *s, int scaled) {
+    NAME(moments)(g, m, v, mn, vn, s, scaled);
     l->root = SQRT(*vn);
     l->numerator = s->step_size * *mn;
     l->p = p;
@@ -100,7 +101,8 @@ INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *
 }
 
 /* First stage for 2 W elements of a bf16 parameter: store m and v. */
-INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32, int zero) {
+INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32, int zero,
+                               int scaled) {
     char *g = r->g + i * (g_is_f32 ? 4 : 2), *m = r->m + 2 * i, *v = r->v + 2 * i;
     U ge, go, gw;
     if (g_is_f32) {
@@ -117,8 +119,8 @@ INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s
     U pw = LOAD(r->p + 2 * i), mw = LOAD(m), vw = LOAD(v), cw = LOAD(r->c + 2 * i);
     NAME(lanes) l;
     F me, ve, mo, vo;
-    NAME(begin_lane)((F)ge, (F)EVEN(pw), (F)EVEN(mw), (F)EVEN(vw), (F)EVEN(cw), &me, &ve, &l.even, s);
-    NAME(begin_lane)((F)go, (F)ODD(pw), (F)ODD(mw), (F)ODD(vw), (F)ODD(cw), &mo, &vo, &l.odd, s);
+    NAME(begin_lane)((F)ge, (F)EVEN(pw), (F)EVEN(mw), (F)EVEN(vw), (F)EVEN(cw), &me, &ve, &l.even, s, scaled);
+    NAME(begin_lane)((F)go, (F)ODD(pw), (F)ODD(mw), (F)ODD(vw), (F)ODD(cw), &mo, &vo, &l.odd, s, scaled);
     NAME(draws) random = NAME(random_bits)(gw, pw, mw, vw, cw, k);
     l.random = random.c;
     STORE(m, SR((U)me, (U)mo, random.m));
@@ -149,9 +151,9 @@ INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, cons
 }
 
 /* W elements of a float32 parameter; the gradient is float32 bits. */
-INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s) {
+INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s, int scaled) {
     F mn, vn, p32 = (F)LOAD(p);
-    NAME(moments)((F)g, (F)LOAD(m), (F)LOAD(v), &mn, &vn, s);
+    NAME(moments)((F)g, (F)LOAD(m), (F)LOAD(v), &mn, &vn, s, scaled);
     F upd = NAME(update_of)(s->step_size * mn, SQRT(vn), s);
     STORE(p, (U)(p32 - (s->lr_weight_decay * p32 + upd)));
     STORE(v, (U)vn);
@@ -159,7 +161,7 @@ INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s)
 }
 
 /* The same for 2 W elements, so that every kernel takes steps of 2 W. */
-INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalars *s, int g_is_f32, int zero) {
+INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalars *s, int g_is_f32, int zero, int scaled) {
     U first, second;
     if (g_is_f32) {
         first = LOAD(g);
@@ -169,8 +171,8 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
         first = ZIP_LOW(even, odd);
         second = ZIP_HIGH(even, odd);
     }
-    NAME(step_f32)(p, first, m, v, s);
-    NAME(step_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s);
+    NAME(step_f32)(p, first, m, v, s, scaled);
+    NAME(step_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s, scaled);
     if (zero) {
         STORE(g, (U){0});
         if (g_is_f32) STORE(g + 4 * W, (U){0});
@@ -178,18 +180,20 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
 }
 
 /* Any two vectors, both stages. */
-INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero) {
+INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero,
+                        int scaled) {
     if (p_is_f32) {
-        NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, zero);
+        NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, zero, scaled);
         return;
     }
-    NAME(lanes) l = NAME(begin)(r, i, s, k, g_is_f32, zero);
+    NAME(lanes) l = NAME(begin)(r, i, s, k, g_is_f32, zero, scaled);
     NAME(divide)(&l, s);
     NAME(finish)(&l, r, i, s, k);
 }
 
 /* The last elements of a run go through padded copies: the same code, no masks. */
-INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero) {
+INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32,
+                              int zero, int scaled) {
     char buffer[5][8 * W] __attribute__((aligned(64))) = {{0}};
     char *end[5] = {r->p, r->g, r->m, r->v, r->c};
     int64_t size[5];
@@ -200,45 +204,44 @@ INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s,
         memcpy(buffer[a], end[a], size[a]);
     }
     sba_run padded = {buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], 2 * W};
-    NAME(steps)(&padded, 0, s, k, p_is_f32, g_is_f32, zero);
+    NAME(steps)(&padded, 0, s, k, p_is_f32, g_is_f32, zero, scaled);
     for (int a = 0; a < (p_is_f32 ? 4 : 5); a++)
         if (a != 1 || zero) memcpy(end[a], buffer[a], size[a]);
 }
 
 /* The second stage of one vector runs between the first stages of the next: so the long wait for a root and a quotient is filled with
  * work that needs neither, and the processor's window reaches the next loads (85 % -> 90 % of the memory's speed). */
-INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int zero) {
+INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int zero, int scaled) {
     const sba_run run = *shared_run, *r = &run; /* local copies cannot alias the stores, so they stay in registers */
     const sba_scalars scalars = *shared, *s = &scalars;
     const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
     int64_t i = 0, whole = r->count - r->count % (2 * W);
     if (!p_is_f32 && whole) {
-        NAME(lanes) l = NAME(begin)(r, 0, s, k, g_is_f32, zero);
+        NAME(lanes) l = NAME(begin)(r, 0, s, k, g_is_f32, zero, scaled);
         NAME(divide)(&l, s);
         for (i = 2 * W; i < whole; i += 2 * W) {
             PREFETCH(r, i);
-            NAME(lanes) next = NAME(begin)(r, i, s, k, g_is_f32, zero);
+            NAME(lanes) next = NAME(begin)(r, i, s, k, g_is_f32, zero, scaled);
             NAME(finish)(&l, r, i - 2 * W, s, k);
             NAME(divide)(&next, s);
             l = next;
         }
         NAME(finish)(&l, r, i - 2 * W, s, k);
     }
-    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, k, p_is_f32, g_is_f32, zero);
-    if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, zero);
+    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, k, p_is_f32, g_is_f32, zero, scaled);
+    if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, zero, scaled);
 }
 
-#define UPDATE(p, g, z) \
-    static TARGET void NAME(update_##p##g##z)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, z); }
-UPDATE(0, 0, 0)
-UPDATE(0, 0, 1)
-UPDATE(0, 1, 0)
-UPDATE(0, 1, 1)
-UPDATE(1, 0, 0)
-UPDATE(1, 0, 1)
-UPDATE(1, 1, 0)
-UPDATE(1, 1, 1)
+#define UPDATE(p, g, z, c) \
+    static TARGET void NAME(update_##p##g##z##c)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, z, c); }
+#define UPDATES(p, g) UPDATE(p, g, 0, 0) UPDATE(p, g, 0, 1) UPDATE(p, g, 1, 0) UPDATE(p, g, 1, 1)
+UPDATES(0, 0)
+UPDATES(0, 1)
+UPDATES(1, 0)
+UPDATES(1, 1)
 #undef UPDATE
+#undef UPDATES
+#define UPDATES(p, g) {{NAME(update_##p##g##00), NAME(update_##p##g##01)}, {NAME(update_##p##g##10), NAME(update_##p##g##11)}}
 
 #define HALF NAME(half_u)
 #define LOAD_HALF(address) ((HALF) * (const NAME(half_u_memory) *)(address))
@@ -308,12 +311,12 @@ static TARGET void NAME(stream)(char *const array[5], int64_t bytes) {
 }
 
 static const sba_kernels NAME(kernels) = {
-    .update = {{{NAME(update_000), NAME(update_001)}, {NAME(update_010), NAME(update_011)}},
-               {{NAME(update_100), NAME(update_101)}, {NAME(update_110), NAME(update_111)}}},
+    .update = {{UPDATES(0, 0), UPDATES(0, 1)}, {UPDATES(1, 0), UPDATES(1, 1)}},
     .sum_sq = {NAME(sum_sq_bf16), NAME(sum_sq_f32)},
     .stream = NAME(stream),
 };
 
+#undef UPDATES
 #undef U
 #undef F
 #undef H

