@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#define PIECES_AHEAD 4 /* to prefetch */
+#define STEPS_AHEAD 16 /* likewise */
 #define SMALL (2 * SBA_PIECE) /* elements below which waking a helper costs more than it gains */
 
 /* The rule knows IEEE arithmetic only. torch.set_flush_denormal and others change a thread's mode, so each thread that computes sets
@@ -159,6 +161,7 @@ static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *gr
     int64_t used = 0;
     float last = 0;
     for (int64_t i = 0; i < t->tensors; i++) {
+        if (i + STEPS_AHEAD < t->tensors) __builtin_prefetch(t->step[i + STEPS_AHEAD], 1);
         float step = *t->step[i] += 1.0f;
         if (!used || step != last) t->scalars[used++] = scalars_of_step(step, hyper);
         last = step;
@@ -167,10 +170,24 @@ static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *gr
     }
 }
 
+/* Ask for the beginning of a piece: small tensors lie where the processor does not expect them. */
+static void prefetch_piece(const sba_table *t, const sba_piece *piece) {
+    const sba_run *run = &t->run[piece->tensor];
+    int p_is_f32 = t->p_is_f32[piece->tensor];
+    int64_t at = piece->begin * (p_is_f32 ? 4 : 2);
+    __builtin_prefetch(run->p + at, 1);
+    __builtin_prefetch(run->m + at, 1);
+    __builtin_prefetch(run->v + at, 1);
+    if (!p_is_f32) __builtin_prefetch(run->c + at, 1);
+    __builtin_prefetch(run->g + piece->begin * (t->g_is_f32[piece->tensor] ? 4 : 2));
+}
+
 static void update_chunk(void *context, int64_t chunk) {
     const sba_table *t = context;
     fp_mode old = enter_ieee();
-    for (int64_t k = t->plan.chunk[chunk]; k < t->plan.chunk[chunk + 1]; k++) {
+    int64_t end = t->plan.chunk[chunk + 1];
+    for (int64_t k = t->plan.chunk[chunk]; k < end; k++) {
+        if (k + PIECES_AHEAD < end) prefetch_piece(t, &t->plan.piece[k + PIECES_AHEAD]);
         const sba_piece *piece = &t->plan.piece[k];
         const sba_run *whole = &t->run[piece->tensor];
         int p_is_f32 = t->p_is_f32[piece->tensor], g_is_f32 = t->g_is_f32[piece->tensor];
