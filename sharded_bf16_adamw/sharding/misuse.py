@@ -18,26 +18,28 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
     ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module, ``FullyShardedDataParallel`` (unless with
     ``use_orig_params=True``) new flat ones. They leave no trace on the old ones, which then never receive a gradient. So it is
     recognised from the other side: a live module has such a parameter with a gradient, which the optimizer does not hold, and which
-    stands for a parameter whose global shape is that of one of ``params`` without a gradient. A hook may have taken a gradient away, as
-    ZeRO's do: of such parameters it tells nothing.
+    stands for a parameter whose global shape is that of one of ``params`` that has no gradient and is in no module any more.
     """
     held = {id(param) for param in params}
-    starved = {
-        tuple(param.shape)
-        for param in params
-        if param.grad is None
+    in_modules: set[int] = set()
+    replaced: set[tuple[int, ...]] = set()  # shapes
+    for module in gc.get_objects():
+        if not issubclass(type(module), torch.nn.Module):  # isinstance would run code of proxies and lazy modules
+            continue
+        for param in module.__dict__.get("_parameters", {}).values():
+            if param is None:
+                continue
+            in_modules.add(id(param))
+            if id(param) not in held and param.grad is not None:
+                replaced.update(map(tuple, _shapes_replaced_by(param)))
+    return any(
+        param.grad is None
         and param.requires_grad
-        and not param._post_accumulate_grad_hooks
+        and id(param) not in in_modules
         and not isinstance(param, DTensor)
         and not is_flattened(param)
-    }
-    return any(
-        tuple(shape) in starved
-        for module in gc.get_objects()
-        if issubclass(type(module), torch.nn.Module)  # isinstance would run code of proxies and lazy modules
-        for param in module.__dict__.get("_parameters", {}).values()
-        if param is not None and id(param) not in held and param.grad is not None
-        for shape in _shapes_replaced_by(param)
+        and tuple(param.shape) in replaced
+        for param in params
     )
 
 

@@ -138,12 +138,13 @@ def test_a_group_added_while_one_rank_alone_has_gradients():
     assert run_ranks(2, late_group_of_one_busy_rank_worker) == [([-0.5] * 4, [-0.5] * 4)] * 2
 
 
-def beside_fsdp_worker(rank, world):
+def beside_fsdp_worker(rank, world, sharding):
     """An FSDP2 model of the same shapes lives in the process, and one parameter here is unused on every rank."""
     other = fully_shard(nn.Linear(6, 6).bfloat16())
     other(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
+    torch.manual_seed(0)
     model = nn.Linear(6, 6).bfloat16()
-    optimizer = AdamW_BF16(model.parameters(), lr=0.5, sharding=zero(broadcast_initial=True))
+    optimizer = AdamW_BF16(model.parameters(), lr=0.5, sharding=None if sharding is None else zero(sharding))
     before = model.bias.tolist()
     model.weight.sum().backward()
     optimizer.step()
@@ -151,8 +152,9 @@ def beside_fsdp_worker(rank, world):
     return optimizer.state[model.weight]["step"].item()
 
 
-def test_beside_a_model_of_the_same_shapes_that_fsdp_has_sharded():
-    assert run_ranks(2, beside_fsdp_worker) == [1.0, 1.0]
+@pytest.mark.parametrize("sharding", [None, 1, 2])
+def test_beside_a_model_of_the_same_shapes_that_fsdp_has_sharded(sharding):
+    assert run_ranks(2, beside_fsdp_worker, sharding) == [1.0, 1.0]
 
 
 def after_the_norm(model, optimizer, of_step):
