@@ -51,11 +51,12 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
     found.append(_overhead(run, "ours", "step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
     fsdp2 = run.get("fsdp2")
-    name = "clip_grad_norm_ + step >= 5x as fast as torch.nn.utils.clip_grad_norm_ + torch.optim.AdamW.step: FSDP2, 2 ranks, 100 parameters"
-    if fsdp2 is None:
-        found.append(Target(name, "add --fsdp2", None))
-    else:
-        found.append(Target(name, ", ".join(f"{key} {x:.1f}x" for key, x in fsdp2["ratios"].items()), fsdp2["ratios"]["torch"] >= 5.0))
+    for key, step in (("torch", "torch.optim.AdamW.step"), ("torch clip with our step", "the same step")):
+        name = f"clip_grad_norm_ + step >= 5x as fast as torch.nn.utils.clip_grad_norm_ + {step}: FSDP2, 2 ranks, 100 parameters"
+        if fsdp2 is None:
+            found.append(Target(name, "add --fsdp2", None))
+        else:
+            found.append(Target(name, f"{fsdp2['ratios'][key]:.1f}x", fsdp2["ratios"][key] >= 5.0))
     return found
 
 

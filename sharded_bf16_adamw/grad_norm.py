@@ -24,7 +24,7 @@ class _Group:
 
     params: list[Tensor]
     ranks: list[tuple[dist.ProcessGroup, ...]]  # over which each parameter is spread
-    devices: dict[tuple[dist.ProcessGroup, ...], torch.device]  # by each of ``ranks``
+    one_of: dict[tuple[dist.ProcessGroup, ...], Tensor]  # a parameter for each of ``ranks``: its device is where their sum is
     plain: bool  # whether all gradients lie here as they are
 
     def is_of(self, params: list[Tensor]) -> bool:
@@ -46,7 +46,7 @@ class GradNorm:
             grads if known.plain else self._sharding.local_grads(params)
             for known, (_, params, grads) in zip(groups, gradients, strict=True)
         ]
-        devices = {ranks: device for known in groups for ranks, device in known.devices.items()}
+        devices = {ranks: param.device for known in groups for ranks, param in known.one_of.items()}
         together = [grad for grads in local for grad in grads]
         if together and list(devices) == [()] and len(set(map(_device_of, together))) == 1:
             return grad_norm_clip(together, max_norm, backend)
@@ -63,6 +63,5 @@ class GradNorm:
         if known is None or not known.is_of(params):
             ranks = [self._sharding.shard_groups(param) for param in params]
             plain = not any(isinstance(self._sharding.shard(param), DTensor) for param in params)
-            devices = {ranks_: param.device for ranks_, param in zip(ranks, params, strict=True)}
-            known = self._groups[index] = _Group(list(params), ranks, devices, plain)
+            known = self._groups[index] = _Group(list(params), ranks, dict(zip(ranks, params, strict=True)), plain)
         return known

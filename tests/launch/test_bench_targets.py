@@ -64,9 +64,9 @@ def test_targets_tell_numbers_of_threads_apart() -> None:
 
 
 def test_fsdp2_target() -> None:
-    for value, met in ((5.1, True), (4.9, False)):
-        run = run_of([], fsdp2={"ratios": {"torch": value, "torch fused": 6.0}, "clip_ratio": 9.0})
-        assert [t.met for t in bench_targets.targets(run) if "FSDP2" in t.name] == [met]
+    for ratios, met in (((5.1, 4.9), [True, False]), ((4.9, 5.1), [False, True])):
+        run = run_of([], fsdp2={"ratios": dict(zip(("torch", "torch clip with our step"), ratios, strict=True)), "clip_ratio": 9.0})
+        assert [t.met for t in bench_targets.targets(run) if "FSDP2" in t.name] == met
 
 
 def test_targets_of_a_gpu() -> None:
