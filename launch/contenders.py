@@ -110,9 +110,9 @@ def _make_kernel_alone(shapes: Shapes, device: torch.device) -> Runner:
     exp_avgs, exp_avg_sqs, corrections = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(3))
     steps = [torch.zeros((), device=device) for _ in params]
     table = kernels.Table([p.detach() for p in params], exp_avgs, exp_avg_sqs, corrections, steps)
-    hyper = {"lr": HYPER["lr"], "beta1": 0.9, "beta2": 0.999, "eps": HYPER["eps"], "weight_decay": HYPER["weight_decay"]}
+    hyper = kernels.Hyper(HYPER["lr"], 0.9, 0.999, HYPER["eps"], HYPER["weight_decay"])
     select = partial(cpu.select_isa, None) if device.type == "cpu" else _nothing
-    return Runner(lambda: table.update_(grads, **hyper), select)
+    return Runner(lambda: table.update_(grads, [hyper]), select)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- torch

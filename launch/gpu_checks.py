@@ -26,7 +26,7 @@ if str(REPO) not in sys.path:
 
 from contenders import HYPER, Runner, contenders  # noqa: E402
 
-from sharded_bf16_adamw import AdamW_BF16  # noqa: E402
+from sharded_bf16_adamw import LR, AdamW_BF16, kernels  # noqa: E402
 from sharded_bf16_adamw.kernels import cuda, reference  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -55,7 +55,7 @@ def run_checks(device: torch.device) -> list[Check]:
     """Run and print all checks. One that raises has failed; the others still run."""
     checks: dict[str, Callable[[torch.device], tuple[bool, str]]] = {
         "bits of the CPU reference": check_bits,
-        "1 launch a step, 2 with clipping": check_launches,
+        "1 launch a step, 2 with clipping, for two parameter groups": check_launches,
         "no host sync": check_no_sync,
         "a captured CUDA graph replays to the bits of eager steps": check_graph,
         "peak memory below torch's fused fp32 AdamW": check_memory,
@@ -112,11 +112,12 @@ def bits_that_differ(
         name: [None if x is None else placed(x, device, param_offset) for x in column] for name, column in columns.items()
     }
     grads_on_device = [placed(g, device, grad_offset) for g in grads]
-    hyper: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-    hyper |= {key: torch.tensor(x) if isinstance(x, float) else x for key, x in option.items()}
-    reference.Table(**columns).update_(grads, **hyper)
-    hyper |= {key: x.to(device) for key, x in hyper.items() if isinstance(x, Tensor)}
-    cuda.Table(**on_device).update_(grads_on_device, **hyper)
+    hypers = [kernels.Hyper(lr, 0.9, 0.999, 1e-8, 0.1, maximize=option.get("maximize", False)) for lr in (1e-3, 3e-4)]
+    flags: dict[str, Any] = {key: torch.tensor(x) if isinstance(x, float) else x for key, x in option.items() if key != "maximize"}
+    groups = [i % 2 for i in range(len(sizes))]
+    reference.Table(**columns, groups=groups).update_(grads, hypers, **flags)
+    flags |= {key: x.to(device) for key, x in flags.items() if isinstance(x, Tensor)}
+    cuda.Table(**on_device, groups=groups).update_(grads_on_device, hypers, **flags)
     wanted, found = {**columns, "grads": grads}, {**on_device, "grads": grads_on_device}
     return [
         f"{name}[{i}], {sizes[i]} elements"
@@ -157,13 +158,14 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 class Twin:
-    """An optimizer over random bf16 parameters; equal seeds make equal twins."""
+    """An optimizer over random bf16 parameters in two groups; equal seeds make equal twins."""
 
     def __init__(self, device: torch.device, **options: Any) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
         self.params = [torch.nn.Parameter(self._random(shape, device, 0.02)) for shape in SHAPES]
         self.new_grads()
-        self.optimizer = AdamW_BF16(self.params, **{**HYPER, **options})
+        groups: list[dict[str, Any]] = [{"params": self.params[:2]}, {"params": self.params[2:], "weight_decay": 0.0}]
+        self.optimizer = AdamW_BF16(groups, **{**HYPER, **options})
 
     def _random(self, shape: tuple[int, ...], device: torch.device, std: float) -> Tensor:
         return torch.empty(shape, dtype=BF16, device=device).normal_(0.0, std, generator=self.generator)
@@ -219,8 +221,8 @@ def host_syncs_raise() -> Iterator[None]:
 
 
 def check_no_sync(device: torch.device) -> tuple[bool, str]:
-    """Steps with and without clipping and guard, on gradients where they lay before and elsewhere."""
-    for options in ({}, {"skip_nonfinite": True}):
+    """Steps with and without clipping, guard and schedule, on gradients where they lay before and elsewhere."""
+    for options in ({}, {"skip_nonfinite": True}, {"lr": None, "lr_function": LR()}):
         twin = Twin(device, **options)
         twin.clipped_step()  # compiling and making states may wait
         twin.optimizer.step()
@@ -231,7 +233,7 @@ def check_no_sync(device: torch.device) -> tuple[bool, str]:
             for param in twin.params:
                 assert param.grad is not None
                 param.grad = param.grad.clone()  # the old one is freed only afterwards, so this lies elsewhere
-    return True, "step and clip_grad_norm_ + step, with and without skip_nonfinite, on old and new gradients"
+    return True, "step and clip_grad_norm_ + step, with and without skip_nonfinite and lr_function, on old and new gradients"
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA graphs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grad_norm import Gradients, GradNorm
-from .kernels import check_backend
+from .kernels import Hyper, check_backend
 from .plan import Plan
 from .schedule import LR
 from .sharding.local import to_local
@@ -23,7 +23,6 @@ from .sharding.zero import ZeRO
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
 
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
-Work = tuple[dict[str, Any], Plan | None, list[Tensor]]  # a group, what its step works on (None: no gradients) and this rank's gradients
 
 
 class AdamW_BF16(torch.optim.Optimizer):
@@ -99,8 +98,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._grad_found_inf: Tensor | None = None  # likewise
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
-        self._plans: dict[int, Plan] = {}  # by the group's index
-        self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state at the last step
+        self._plan: Plan | None = None
+        self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state when the plan was made
         self._grad_norm = GradNorm(self._sharding)
         defaults = {
             "lr": lr,
@@ -155,7 +154,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_grad_found_inf", None)
-        self.__dict__.setdefault("_plans", {})
+        self.__dict__.setdefault("_plan", None)
         self.__dict__.setdefault("_seen_state", ([], []))
         self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding))
         self.__dict__.setdefault("_checked_not_replaced", False)
@@ -218,23 +217,12 @@ class AdamW_BF16(torch.optim.Optimizer):
 
         self._sharding.reduce()
         gradients = self._gradients()
-        work = self._plan_step(gradients)
+        plan = self._current_plan(gradients)
+        grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
         found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
-        for group, plan, grads in work:
-            self._apply_schedule(group)
-            if plan is None:
-                continue
-            plan.update_(
-                grads,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                grad_scale=self._grad_scale,
-                found_inf=found_inf,
-            )
+        self._apply_schedule()
+        if plan is not None:
+            plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._grad_scale, found_inf=found_inf)
         self._sharding.gather()
         self._grad_scale = self._grad_found_inf = None
         if zero_grad:
@@ -255,28 +243,24 @@ class AdamW_BF16(torch.optim.Optimizer):
             found.append((group, params, grads))
         return found
 
-    def _plan_step(self, gradients: list[Gradients]) -> list[Work]:
-        """What each group's step works on, with this rank's gradients; plans are taken from the last step where they still hold."""
-        work: list[Work] = []
-        same_state = self._same_state()
-        for index, (group, params, grads) in enumerate(gradients):
-            if not params:
-                work.append((group, None, []))
-                continue
-            plan = self._plans.get(index)
-            if plan is None or not (same_state and plan.is_current(params)):
-                states = [self.state[param] for param in params]
-                for param, state in zip(params, states, strict=True):
-                    if not state:
-                        state.update(new_state(param, self._sharding))
-                plan = self._plans[index] = Plan(list(params), states, self._sharding, self.backend)
-            work.append((group, plan, plan.local_grads(grads)))
-        if not same_state or len(self.state) != len(self._seen_state[0]):
+    def _current_plan(self, gradients: list[Gradients]) -> Plan | None:
+        """What this step works on: that of the last step where it still holds. None where nothing has a gradient."""
+        groups = [params for _, params, _ in gradients]
+        if not any(groups):
+            return None
+        if self._plan is None or not (self._same_state() and self._plan.is_current(groups)):
+            states = []
+            for param in chain.from_iterable(groups):
+                state = self.state[param]
+                if not state:
+                    state.update(new_state(param, self._sharding))
+                states.append(state)
+            self._plan = Plan(groups, states, self._sharding, self.backend)
             self._seen_state = (list(self.state), list(self.state.values()))
-        return work
+        return self._plan
 
     def _same_state(self) -> bool:
-        """Whether the state has the same keys, and the same dict for each, as at the last step. What is in those, the plans check."""
+        """Whether the state has the same keys, and the same dict for each, as when the plan was made, which checks what is in those."""
         params, states = self._seen_state
         return len(self.state) == len(params) and all(map(is_, self.state, params)) and all(map(is_, self.state.values(), states))
 
@@ -291,11 +275,15 @@ class AdamW_BF16(torch.optim.Optimizer):
             )
         self._checked_not_replaced = True  # a walk over all objects of the process: once is enough
 
-    def _apply_schedule(self, group: dict[str, Any]) -> None:
-        """Move ``group["lr"]`` to this step's value, unless it is not what the schedule last wrote: then it is somebody else's."""
-        if group["scheduled_lr"] is not None and group["lr"] == group["scheduled_lr"] and self.lr_function is not None:
-            group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
-        group["schedule_step"] += 1
+    def _apply_schedule(self) -> None:
+        """Move each group's ``"lr"`` to this step's value, unless it is not what the schedule last wrote: then it is somebody else's."""
+        follow = [g for g in self.param_groups if g["scheduled_lr"] is not None and g["lr"] == g["scheduled_lr"]]
+        if self.lr_function is not None:
+            rates = [self.lr_function(group["schedule_step"]) for group in follow]  # all before any is written: it is the user's code
+            for group, lr in zip(follow, rates, strict=True):
+                group["lr"] = group["scheduled_lr"] = lr
+        for group in self.param_groups:
+            group["schedule_step"] += 1
 
     # ----------------------------------------------------------------------------------------- gradient norm and the guard
 
@@ -360,6 +348,11 @@ class AdamW_BF16(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.requires_grad and not self.state[param]:
                     self.state[param] = new_state(param, self._sharding)
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    beta1, beta2 = group["betas"]
+    return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
 def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:

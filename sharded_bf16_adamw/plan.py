@@ -1,4 +1,4 @@
-"""What a step of one parameter group works on, kept between steps for as long as it is what the optimizer holds.
+"""What a step works on, kept between steps for as long as it is what the optimizer holds.
 
 Unwrapping DTensors, sorting by device and handing pointers to a kernel cost more than the update of a small tensor, so they are done
 once. Anybody may change an optimizer between two steps, though: load a state, swap ``group["params"]``, move the model, replace
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels import Table
+from .kernels import Hyper, Table
 from .sharding.local import DTensor, group_by, to_local
 from .sharding.strategy import Sharding
 
@@ -23,23 +23,25 @@ class Plan:
     """Parameters that take part in a step, their states and a kernel table for each device.
 
     Args:
-        params: parameters with a gradient, plain or DTensor.
+        groups: for each parameter group its parameters with a gradient, plain or DTensor; at least one in all.
+        states: the state of each parameter, group after group, by the names of :func:`sharded_bf16_adamw.state.new_state`.
         sharding: how they are spread over ranks.
-        states: the state of each, by the names of :func:`sharded_bf16_adamw.state.new_state`.
         backend: see :class:`sharded_bf16_adamw.kernels.Table`.
 
     Raises:
         RuntimeError: a state is not of its parameter's shape.
     """
 
-    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], sharding: Sharding, backend: str | None) -> None:
-        self.params = params
+    def __init__(self, groups: list[list[Tensor]], states: list[dict[str, Any]], sharding: Sharding, backend: str | None) -> None:
+        params = self.params = list(chain.from_iterable(groups))
+        self._sizes = list(map(len, groups))
         self._states = states
         self._sharding = sharding
         shards = [sharding.shard(param) for param in params]
         self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
         self._addresses = self._read_addresses()
         self._tables = []
+        group_of = [number for number, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
             local_params = [to_local(shards[i]) for i in indices]
             columns: dict[str, list[Any]] = {key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS}
@@ -49,14 +51,16 @@ class Plan:
                         f"a parameter has local shape {tuple(param.shape)} but its optimizer state has {tuple(exp_avg.shape)}: the model "
                         "was sharded after the optimizer's first step; build AdamW_BF16(model.parameters()) after sharding the model"
                     )
-            table = Table(local_params, columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"], backend=backend)
+            groups_here = [group_of[i] for i in indices]
+            states_here = (columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"])
+            table = Table(local_params, *states_here, groups=groups_here, backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
-    def is_current(self, params: list[Tensor]) -> bool:
+    def is_current(self, groups: list[list[Tensor]]) -> bool:
         """Whether the plan is for just these parameters, and all memory of theirs and of their states lies where it lay."""
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
+            list(map(len, groups)) == self._sizes
+            and all(map(is_, chain.from_iterable(groups), self.params))
             and self._addresses is not None
             and self._addresses == self._read_addresses()
         )
@@ -65,14 +69,14 @@ class Plan:
         """This rank's part of each parameter's gradient."""
         return grads if self._plain else self._sharding.local_grads(self.params)
 
-    def update_(self, grads: list[Tensor], *, grad_scale: Tensor | None, found_inf: Tensor | None, **hyperparameters: Any) -> None:
-        """Take one step; ``grads`` are local."""
+    def update_(self, grads: list[Tensor], hypers: list[Hyper], *, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""
         for device, indices, table in self._tables:
             table.update_(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
+                hypers,
                 grad_scale=None if grad_scale is None else grad_scale.to(device),
                 found_inf=None if found_inf is None else found_inf.to(device),
-                **hyperparameters,
             )
 
     def _read_addresses(self) -> list[int] | None:

@@ -1,5 +1,6 @@
 """The learning rate: schedules of our own, of torch and of the user."""
 
+import pytest
 import torch
 from small_optimizers import param, train
 
@@ -52,6 +53,17 @@ class TestSchedule:
         optimizer.param_groups[0]["lr"] = written
         train(optimizer, 1)
         assert optimizer.param_groups[0]["lr"] == 0.1 * 2
+
+    def test_a_schedule_that_fails_for_one_group_leaves_all_as_they_were(self):
+        p, q = param(4), param(4)
+        calls = iter([0.1, 0.1, 0.1])  # the construction's for the default and both groups, and none for the steps
+        optimizer = AdamW_BF16([{"params": [p]}, {"params": [q]}], lr_function=lambda step: next(calls) if step == 0 else 0.1)
+        calls = iter([0.2])
+        before = [p.detach().clone(), q.detach().clone()]
+        with pytest.raises(StopIteration):
+            train(optimizer, 1)
+        assert torch.equal(p, before[0]) and torch.equal(q, before[1])
+        assert [(group["lr"], group["schedule_step"]) for group in optimizer.param_groups] == [(0.1, 0), (0.1, 0)]
 
     def test_late_group_joins_at_the_position_of_the_others(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: float(step))

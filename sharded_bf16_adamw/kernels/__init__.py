@@ -25,6 +25,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .reference import Hyper
+
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
@@ -42,6 +44,7 @@ class Table:
         exp_avg_sqs: of the squared gradients, likewise.
         corrections: bfloat16 of the parameter's shape, or None for a float32 parameter.
         steps: 0-dim float32, the steps taken so far.
+        groups: for each parameter which of the hyper-parameters given to :meth:`update_` are its own; None: the first, for all.
         backend: one of ``BACKENDS``, or None to choose by device.
     """
 
@@ -52,6 +55,7 @@ class Table:
         exp_avg_sqs: list[Tensor],
         corrections: Sequence[Tensor | None],
         steps: list[Tensor],
+        groups: Sequence[int] | None = None,
         backend: str | None = None,
     ) -> None:
         self._backend = _backend_module(params[0].device, backend)
@@ -60,32 +64,29 @@ class Table:
         rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
         assert all((c is None) == (p.dtype == torch.float32) for p, _, _, c, _ in rows), "bf16 parameters have a correction, fp32 ones none"
         self._rows = rows
+        self._groups = groups or [0] * len(rows)
         self._storages = [x.untyped_storage() for row in rows for x in row if x is not None]
         # A row of unlike strides, or with gaps, cannot be walked as one range: each step works on contiguous copies of it.
         self._flat = [i for i, row in enumerate(rows) if _walkable(row[:4])]
         self._strided = [i for i in range(len(rows)) if i not in set(self._flat)]
-        self._table = self._make([rows[i] for i in self._flat]) if self._flat else None
+        self._table = self._make([rows[i] for i in self._flat], self._flat) if self._flat else None
 
     def update_(
         self,
         grads: list[Tensor],
+        hypers: Sequence[Hyper],
         *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         zero_grads: bool = False,
     ) -> None:
-        """Take one step in place; see :func:`adamw_bf16_`."""
-        update = functools.partial(
-            self._update_rows,
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads,
-        )  # fmt: skip
+        """Take one step in place, on all parameters together; the arguments by name are those of :func:`adamw_bf16_`.
+
+        Args:
+            grads: one for each parameter, of its shape and device.
+            hypers: hyper-parameters, one for each group.
+        """
+        update = functools.partial(self._update_rows, hypers=hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
         if self._all_contiguous and all(map(Tensor.is_contiguous, grads)):
             update(self._table, grads, grads)
         else:
@@ -95,20 +96,20 @@ class Table:
             for i in self._strided:
                 row = self._rows[i]
                 copies = [x if x is None else x.contiguous() for x in row[:4]]
-                update(self._make([(*copies, row[4])]), [grads[i]], [grads[i].contiguous()])
+                update(self._make([(*copies, row[4])], [i]), [grads[i]], [grads[i].contiguous()])
                 for original, copy in zip(row[:4], copies, strict=True):
                     if original is not None and copy is not None and copy is not original:
                         original.copy_(copy)
         # so that autograd notices a backward pass through overwritten weights, as after any in-place operation of torch
         torch.autograd.graph.increment_version(self._params)
 
-    def _make(self, rows: Sequence[tuple[Tensor | None, ...]]) -> object:
-        return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)])
+    def _make(self, rows: Sequence[tuple[Tensor | None, ...]], indices: list[int]) -> object:
+        return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)], [self._groups[i] for i in indices])
 
     @staticmethod
-    def _update_rows(table, grads, laid_out, *, zero_grads, **hyper) -> None:  # type: ignore[no-untyped-def]
+    def _update_rows(table, grads, laid_out, *, hypers, zero_grads, **flags) -> None:  # type: ignore[no-untyped-def]
         """One call of the back end; ``laid_out`` are the gradients, copied where they have not their parameter's strides."""
-        table.update_(laid_out, zero_grads=zero_grads, **hyper)
+        table.update_(laid_out, hypers, zero_grads=zero_grads, **flags)
         if zero_grads and laid_out is not grads:
             for grad, copy in zip(grads, laid_out, strict=True):
                 if copy is not grad:
@@ -162,18 +163,9 @@ def adamw_bf16_(
     """
     if not params:
         return
-    Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend).update_(
-        grads,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        zero_grads=zero_grads,
-    )
+    hyper = Hyper(lr, beta1, beta2, eps, weight_decay, maximize)
+    table = Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend=backend)
+    table.update_(grads, [hyper], grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
 
 
 def grad_sum_sq(grads: list[Tensor], backend: str | None = None) -> Tensor:

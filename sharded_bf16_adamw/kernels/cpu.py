@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .reference import Hyper
+
 ISAS = ("baseline", "avx2", "avx512")  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _dtype_of = attrgetter("dtype")
 _library: ctypes.CDLL | None = None
@@ -30,7 +32,7 @@ _isa: int | None = None
 
 
 class _Hyper(ctypes.Structure):
-    """``sba_hyper`` of csrc/native.h."""
+    """``sba_hyper`` of csrc/native.h: the hyper-parameters of a group, with the scale of its gradients."""
 
     _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")]
 
@@ -85,6 +87,7 @@ class Table:
         exp_avgs, exp_avg_sqs: n tensors of the parameters' dtypes, sizes and strides.
         corrections: for each parameter a bfloat16 tensor of its size and strides, or None where it is float32.
         steps: n 0-dim float32 tensors, the steps taken so far.
+        groups: n indices into the hyper-parameters of a step; None: 0 for all.
 
     Raises:
         TypeError: a tensor has another dtype.
@@ -98,6 +101,7 @@ class Table:
         exp_avg_sqs: list[Tensor],
         corrections: Sequence[Tensor | None],
         steps: list[Tensor],
+        groups: Sequence[int] | None = None,
     ) -> None:
         self._tensors = (list(params), list(exp_avgs), list(exp_avg_sqs), list(corrections), list(steps))
         for p, m, v, c, step in zip(*self._tensors, strict=True):
@@ -109,7 +113,10 @@ class Table:
         address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
         is_f32 = np.array([p.dtype == torch.float32 for p in params], np.uint8)
-        self._handle = self._library.sba_table_new(len(params), address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data)
+        group = np.array(groups or [0] * len(params), np.int64)
+        self._group_count = int(group.max(initial=0)) + 1
+        columns_of_numbers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data, group.ctypes.data)
+        self._handle = self._library.sba_table_new(len(params), *columns_of_numbers)
         if not self._handle:
             raise MemoryError("no memory for the pointer table of the optimizer step")
         weakref.finalize(self, self._library.sba_table_free, self._handle)
@@ -117,18 +124,13 @@ class Table:
     def update_(
         self,
         grads: list[Tensor],
+        hypers: Sequence[Hyper],
         *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         zero_grads: bool = False,
     ) -> None:
-        """Take one step, in place; arguments as :func:`sharded_bf16_adamw.kernels.adamw_bf16_`.
+        """Take one step, in place; arguments as :meth:`sharded_bf16_adamw.kernels.Table.update_`.
 
         Tables may step in several threads at once, but each in one.
 
@@ -136,11 +138,13 @@ class Table:
             grads: n tensors, bfloat16 or float32, of the parameters' sizes and strides; 2-byte (4-byte) alignment is enough.
 
         Raises:
-            ValueError: there are not as many gradients as parameters.
+            ValueError: there are not as many gradients as parameters, or too few hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
         if len(grads) != len(self._tensors[0]):
             raise ValueError(f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}")
+        if len(hypers) < self._group_count:
+            raise ValueError(f"update_ needs hyper-parameters for {self._group_count} groups, but got {len(hypers)}")
         if found_inf is not None and found_inf.item() != 0:
             return
         dtypes = list(map(_dtype_of, grads))
@@ -149,9 +153,10 @@ class Table:
             self._grad_dtypes = dtypes
         address = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        hyper = _Hyper(float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
+        per_group = [_Hyper(float(h.lr), h.beta1, h.beta2, h.eps, h.weight_decay, -scale if h.maximize else scale) for h in hypers]
         threads = torch.get_num_threads()
         flags = self._grad_is_f32.ctypes.data
+        hyper = (_Hyper * len(hypers))(*per_group)
         self._library.sba_table_update(self._handle, address.ctypes.data, flags, hyper, zero_grads, threads, _selected_isa())
 
 
@@ -215,7 +220,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the signatures of csrc/native.c; without them ctypes would truncate pointers to 32 bits."""
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures: dict[str, tuple[list[type], type | None]] = {
-        "sba_table_new": ([int64, pointer, pointer, pointer], pointer),
+        "sba_table_new": ([int64, pointer, pointer, pointer, pointer], pointer),
         "sba_table_free": ([pointer], None),
         "sba_table_update": ([pointer, pointer, pointer, ctypes.POINTER(_Hyper), int32, int32, int32], None),
         "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from .device_memory import (
     ALIGNMENT,
     WARM_UP,
+    DeviceArray,
     GradientAddresses,
     chunk_map,
     double_bits,
@@ -26,6 +28,7 @@ from .device_memory import (
     upload,
     warps,
 )
+from .reference import Hyper
 
 MAX_LAYOUTS = 16  # sets of gradients (models) whose norm tables are kept
 
@@ -57,6 +60,7 @@ class Table:
         exp_avgs, exp_avg_sqs: the parameter's dtype.
         corrections: bfloat16, or None for a float32 parameter.
         steps: 0-dim float32 on the device, one for each parameter.
+        groups: for each parameter the index of its hyper-parameters; None: 0 for all.
     """
 
     def __init__(
@@ -66,47 +70,48 @@ class Table:
         exp_avg_sqs: list[Tensor],
         corrections: list[Tensor | None],
         steps: list[Tensor],
+        groups: Sequence[int] | None = None,
     ) -> None:
         rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        group_of = groups or [0] * len(rows)
+        from .triton_adamw import HYPER_WIDTH
+
         self.device = params[0].device
         self._tensors = [x for row in rows for x in row if x is not None]
         assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
         if is_capturing(self.device):
             raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
-        self._groups = []
+        self._group_count = max(group_of) + 1
+        self._hypers = DeviceArray((self._group_count, HYPER_WIDTH.value), self.device)
+        self._by_dtype = []
         for dtype in (torch.bfloat16, torch.float32):
             indices = [i for i, p in enumerate(params) if p.dtype == dtype]
             if indices:
-                self._groups.append(_Group(indices, [rows[i] for i in indices]))
+                self._by_dtype.append(_Rows(indices, [rows[i] for i in indices], [group_of[i] for i in indices]))
 
     def update_(
         self,
         grads: list[Tensor],
+        hypers: Sequence[Hyper],
         *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         zero_grads: bool = False,
     ) -> None:
-        """Take one step; see :func:`sharded_bf16_adamw.kernels.adamw_bf16_` for the arguments.
+        """Take one step; see :meth:`sharded_bf16_adamw.kernels.Table.update_` for the arguments.
 
-        One launch, and one more for each further kind of row: float32 parameters, float32 gradients of bfloat16 parameters,
-        tensors off a 16-byte boundary. In a captured graph a Python ``lr`` is a constant; a tensor on the device is read anew.
+        One launch, whatever the number of groups, and one more for each further kind of row: float32 parameters, float32 gradients of
+        bfloat16 parameters, tensors off a 16-byte boundary. In a captured graph a Python ``lr`` is a constant; a tensor on the device
+        is read anew.
 
         Raises:
-            RuntimeError: while a graph is captured, if the addresses of the gradients changed and no step outside of the
-                capture has set aside the pinned memory for them.
+            RuntimeError: while a graph is captured, if the addresses of the gradients or the hyper-parameters changed and no step outside
+                of the capture has set aside the pinned memory for them.
         """
-        lr_tensor = lr if isinstance(lr, Tensor) and lr.device.type == self.device.type else None
-        scalars = [double_bits(x) for x in (0.0 if lr_tensor is not None else float(lr), beta1, beta2, eps, weight_decay)]
         with on_device_of(self.device):
-            for group in self._groups:
-                group.launch(grads, lr_tensor, grad_scale, found_inf, scalars, maximize, zero_grads)
+            table = self._hypers.holding([_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]])
+            for rows in self._by_dtype:
+                rows.launch(grads, table, grad_scale, found_inf, zero_grads)
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:
@@ -148,16 +153,26 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
 _Row = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]  # param, exp_avg, exp_avg_sq, correction, step
 
 
-class _Group:
+def _hyper_values(hyper: Hyper, device: torch.device) -> list[int]:
+    """The ``HYPER_WIDTH`` values of triton_adamw.py."""
+    lr = hyper.lr
+    if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):  # it may change on the device
+        return [*map(double_bits, (0.0, *hyper[1:5])), int(hyper.maximize), lr.data_ptr(), int(lr.dtype == torch.float64)]
+    return [*map(double_bits, (float(lr), *hyper[1:5])), int(hyper.maximize), 0, 0]
+
+
+class _Rows:
     """The parameters of one dtype: what is constant between steps, on the device. ``indices`` tells which gradients are theirs."""
 
-    def __init__(self, indices: list[int], rows: list[_Row]) -> None:
+    def __init__(self, indices: list[int], rows: list[_Row], groups: list[int]) -> None:
         from . import triton_adamw as kernels
 
         self.indices = indices
         device = rows[0][0].device
         self.fp32 = rows[0][0].dtype == torch.float32
-        table = [[*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), 0, 0] for row in rows]
+        table = [
+            [*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), group, 0] for row, group in zip(rows, groups, strict=True)
+        ]
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
         off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
         self.rows = upload(torch.tensor(table, dtype=torch.int64), device)
@@ -168,11 +183,9 @@ class _Group:
     def launch(
         self,
         grads: list[Tensor],
-        lr: Tensor | None,
+        hypers: Tensor,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        scalars: list[int],
-        maximize: bool,
         zero_grads: bool,
     ) -> None:
         from . import triton_adamw as kernels
@@ -182,14 +195,12 @@ class _Group:
             kernels.adamw_kernel[(self.chunks.shape[0],)](
                 self.rows,
                 table,
+                hypers,
                 self.chunks,
                 self.finished,
                 len(self.indices),
-                lr,
                 grad_scale,
                 found_inf,
-                *scalars,
-                int(maximize),
                 kind=kind,
                 fp32_param=self.fp32,
                 zero_grads=zero_grads,
@@ -230,8 +241,8 @@ def _norm_layout(numels: tuple[int, ...], device: torch.device) -> _NormLayout:
     if device.type == "cuda":
         twin = _layouts.pop(for_capture) if for_capture in _layouts else _NormLayout(numels, device, layout)
         _layouts[for_capture] = twin
-        twin.grads.keep_spare()
-    for old in [k for k, x in _layouts.items() if not x.grads.captured][:-MAX_LAYOUTS]:
+        twin.grads.array.keep_spare()
+    for old in [k for k, x in _layouts.items() if not x.grads.array.captured][:-MAX_LAYOUTS]:
         del _layouts[old]
     return layout
 

@@ -2,9 +2,9 @@
 
 Nothing here waits for the device, and everything may be captured into a CUDA graph:
 
-* Addresses that change from step to step (the gradients') reach the device by one asynchronous copy from pinned memory. torch's
-  host allocator does not reuse pinned memory before a copy from it is done.
-* An array of addresses is never overwritten on the device. A captured graph goes on reading the one that it was captured with,
+* What changes from step to step (the gradients' addresses, hyper-parameters) reaches the device by one asynchronous copy from pinned
+  memory. torch's host allocator does not reuse pinned memory before a copy from it is done.
+* Such an array is never overwritten on the device. A captured graph goes on reading the one that it was captured with,
   and the owner keeps that one alive: it must live as long as the graph.
 """
 
@@ -23,45 +23,60 @@ ALIGNMENT = 16  # bytes of one vector load
 WARM_UP = "take a step like it before each capture, as for every captured torch.optim optimizer"
 
 
-class GradientAddresses:
-    """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``, uploaded anew only where one changed."""
+class DeviceArray:
+    """An int64 matrix on the device, uploaded anew only where it changed."""
 
-    def __init__(self, row_kinds: list[int], device: torch.device) -> None:
-        self._row_kinds = row_kinds
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self._shape = shape
         self._device = device
-        self._key: tuple[list[int], list[torch.dtype]] | None = None
-        self._kinds: list[int] = []
-        self._table = torch.empty(0)
+        self._values: list[list[int]] | None = None
+        self._array = torch.empty(0)
         self._spare: Tensor | None = None  # pinned memory for a capture, during which none can be allocated
         self.captured: list[tuple[Tensor, Tensor | None]] = []  # what CUDA graphs go on reading
         self.keep_spare()
 
-    def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """The array and the kinds that occur in it."""
+    def holding(self, values: list[list[int]]) -> Tensor:
+        """The matrix with these values."""
         capturing = is_capturing(self._device)
-        key = (data_pointers(grads), [g.dtype for g in grads])
-        if key == self._key:
+        if values == self._values:
             if capturing:
-                self.captured.append((self._table, None))
-            return self._table, self._kinds
-        kinds = [self._kind(*x) for x in zip(*key, self._row_kinds, strict=True)]
-        host = torch.tensor([key[0], kinds], dtype=torch.int64)
+                self.captured.append((self._array, None))
+            return self._array
+        host = torch.tensor(values, dtype=torch.int64)
         if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
             if self._spare is None:
-                raise RuntimeError(f"a CUDA graph captures gradients at new addresses for a second time; {WARM_UP}")
+                raise RuntimeError(f"a CUDA graph captures new gradients or hyper-parameters for a second time; {WARM_UP}")
             self._spare.copy_(host)
-            table = self._spare.to(self._device, non_blocking=True)
-            self.captured.append((table, self._spare))
+            array = self._spare.to(self._device, non_blocking=True)
+            self.captured.append((array, self._spare))
             self._spare = None
-            return table, sorted(set(kinds))
-        self._table, self._kinds, self._key = upload(host, self._device), sorted(set(kinds)), key
+            return array
+        self._array, self._values = upload(host, self._device), values
         self.keep_spare()
-        return self._table, self._kinds
+        return self._array
 
     def keep_spare(self) -> None:
         """Set pinned memory aside for the next capture, if there is none."""
         if self._spare is None and self._device.type == "cuda":
-            self._spare = torch.empty(2, len(self._row_kinds), dtype=torch.int64, pin_memory=True)
+            self._spare = torch.empty(self._shape, dtype=torch.int64, pin_memory=True)
+
+
+class GradientAddresses:
+    """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``."""
+
+    def __init__(self, row_kinds: list[int], device: torch.device) -> None:
+        self._row_kinds = row_kinds
+        self._key: tuple[list[int], list[torch.dtype]] | None = None
+        self._kinds: list[int] = []
+        self.array = DeviceArray((2, len(row_kinds)), device)
+
+    def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """The array and the kinds that occur in it."""
+        key = (data_pointers(grads), [g.dtype for g in grads])
+        if key != self._key:
+            self._kinds = [self._kind(*x) for x in zip(*key, self._row_kinds, strict=True)]
+            self._key = key
+        return self.array.holding([key[0], self._kinds]), sorted(set(self._kinds))
 
     @staticmethod
     def _kind(address: int, dtype: torch.dtype, row_kind: int) -> int:

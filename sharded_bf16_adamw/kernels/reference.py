@@ -19,6 +19,7 @@ Wellons' hash-prospector, whose "lowbias32" hashes the step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,17 @@ CHUNK = 1 << 16  # elements per pass: the temporaries of one pass stay in a CPU'
 SPREAD_M, SPREAD_V, SPREAD_C = 0x1643, 0x6771, 0xC09D
 MIX = 0x365B
 DRAW_M, DRAW_C = 0x2851, 0xFAED
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of a step, which the parameters of a group share. ``lr`` may be a one-element tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False  # ascend instead of descend
 
 
 class StepScalars(NamedTuple):
@@ -58,8 +70,10 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def step_scalars(step: int, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> StepScalars:
+def step_scalars(step: int, hyper: Hyper) -> StepScalars:
     """Compute the scalars of one step in double and round each once to float32."""
+    lr, beta1, beta2, eps, weight_decay, _ = hyper
+    lr = float(lr)
 
     def f32(x: float) -> float:
         with np.errstate(over="ignore"):  # an infinite step size is the user's choice of lr, as in torch
@@ -89,41 +103,36 @@ class Table:
         exp_avg_sqs: list[Tensor],
         corrections: list[Tensor | None],
         steps: list[Tensor],
+        groups: Sequence[int] | None = None,
     ) -> None:
-        self._rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        self._rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, groups or [0] * len(params), strict=True))
 
     @torch.no_grad()
     def update_(
         self,
         grads: list[Tensor],
+        hypers: Sequence[Hyper],
         *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        maximize: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         zero_grads: bool = False,
     ) -> None:
-        """Take one step in place; see :func:`sharded_bf16_adamw.kernels.adamw_bf16_`."""
+        """Take one step in place; see :meth:`sharded_bf16_adamw.kernels.Table.update_`."""
         if found_inf is not None and found_inf.item() != 0:
             return
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        scale = -scale if maximize else scale
-        scalars: dict[int, StepScalars] = {}  # most parameters of a model share their step
-        for (p, m, v, c, step), g in zip(self._rows, grads, strict=True):
+        scalars: dict[tuple[int, int], StepScalars] = {}  # most parameters of a group share their step
+        for (p, m, v, c, step, group), g in zip(self._rows, grads, strict=True):
             step += 1
             t = int(step.item())
-            if t not in scalars:
-                scalars[t] = step_scalars(t, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+            if (t, group) not in scalars:
+                scalars[t, group] = step_scalars(t, hypers[group])
             if p.numel() == 0:
                 continue
             flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
             update = _update_fp32 if c is None else _update_bf16
             for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
-                update(*chunk, scale=scale, s=scalars[t])  # type: ignore[misc]
+                update(*chunk, scale=-scale if hypers[group].maximize else scale, s=scalars[t, group])  # type: ignore[misc]
             if zero_grads:
                 g.zero_()
 

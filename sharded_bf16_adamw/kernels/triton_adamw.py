@@ -2,13 +2,13 @@
 
 Vocabulary:
 
-* row: one parameter. ``rows`` holds the addresses of its tensors and its length, as int64 (see the ``ROW_*`` offsets).
+* row: one parameter. ``rows`` holds the addresses of its tensors, its length and its group, as int64 (see the ``ROW_*`` offsets).
+* group: rows that share hyper-parameters. ``hypers`` holds those, as int64 (see the ``HYPER_*`` offsets).
 * chunk: ``CHUNK`` consecutive elements of one row, the work of one program. ``chunks`` maps programs to (row, chunk) pairs.
 * kind: what the compiler must know of a row (``FP32_GRAD``, ``UNALIGNED_GRAD``, ``UNALIGNED_ROW``). A launch serves one kind.
 
 Arithmetic follows ``reference.py`` operation by operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add rounds
-once where the rule rounds twice. Scalars that the rule takes in double arrive as the bits of a double, because Triton passes
-Python floats as float32.
+once where the rule rounds twice. Scalars that the rule takes in double arrive as the bits of a double.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,6 +29,17 @@ ROW_EXP_AVG_SQ = tl.constexpr(2)
 ROW_CORRECTION = tl.constexpr(3)
 ROW_STEP = tl.constexpr(4)
 ROW_NUMEL = tl.constexpr(5)
+ROW_GROUP = tl.constexpr(6)
+
+HYPER_WIDTH = tl.constexpr(8)
+HYPER_LR = tl.constexpr(0)  # like the next four, the bits of a double
+HYPER_BETA1 = tl.constexpr(1)
+HYPER_BETA2 = tl.constexpr(2)
+HYPER_EPS = tl.constexpr(3)
+HYPER_WEIGHT_DECAY = tl.constexpr(4)
+HYPER_MAXIMIZE = tl.constexpr(5)  # 0 or 1
+HYPER_LR_ADDRESS = tl.constexpr(6)  # of a tensor that is read in place of HYPER_LR, or 0
+HYPER_LR_DOUBLE = tl.constexpr(7)  # 1 where that is float64, 0 where float32
 
 FP32_GRAD = tl.constexpr(1)
 UNALIGNED_GRAD = tl.constexpr(2)
@@ -44,26 +55,19 @@ DRAW_C = tl.constexpr(reference.DRAW_C)
 THREADS = BLOCK.value // 8
 BLOCK_ROWS = tl.constexpr(128)
 
-_RUNTIME_VALUES = ["n_rows", "lr_bits", "beta1_bits", "beta2_bits", "eps_bits", "weight_decay_bits", "maximize"]
-_SCALAR_POINTERS = ["lr", "grad_scale", "found_inf"]  # 0-dim tensors may be views at any address
+_SCALAR_POINTERS = ["grad_scale", "found_inf"]  # 0-dim tensors may be views at any address
 
 
-@triton.jit(do_not_specialize=_RUNTIME_VALUES, do_not_specialize_on_alignment=_SCALAR_POINTERS)
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
 def adamw_kernel(
     rows,  # *int64 [n_rows, ROW_WIDTH]
     grads,  # *int64 [2, n_rows]: addresses, then kinds
+    hypers,  # *int64 [groups, HYPER_WIDTH]
     chunks,  # *int32 [programs, 2]: row, chunk of the row
     finished,  # *int32 [1]: programs that are done with reading steps; zero between launches
     n_rows,
-    lr,  # *float of one element, or None to use lr_bits
     grad_scale,  # *float of one element, or None
     found_inf,  # *float of one element, or None
-    lr_bits: tl.int64,
-    beta1_bits: tl.int64,
-    beta2_bits: tl.int64,
-    eps_bits: tl.int64,
-    weight_decay_bits: tl.int64,
-    maximize,
     kind: tl.constexpr,  # rows of other kinds are left to other launches
     fp32_param: tl.constexpr,
     zero_grads: tl.constexpr,
@@ -79,13 +83,11 @@ def adamw_kernel(
             scale = tl.full((), 1.0, tl.float32)
             if grad_scale is not None:
                 scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
-            scale = tl.where(maximize != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
-            lr64 = _double(lr_bits)
-            if lr is not None:
-                lr64 = tl.load(lr).to(tl.float64)
             this_row = rows + row * ROW_WIDTH
+            hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
+            scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
             t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
-            scalars = _step_scalars(t, lr64, _double(beta1_bits), _double(beta2_bits), _double(eps_bits), _double(weight_decay_bits))
+            scalars = _step_scalars(t, hyper)
             key = _lowbias32(t.to(tl.uint32))
             start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
             n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
@@ -170,8 +172,17 @@ def _moments(g, m, v, scalars):
 
 
 @triton.jit
-def _step_scalars(t, lr, beta1, beta2, eps, weight_decay):
+def _step_scalars(t, hyper):
     """``reference.step_scalars`` on the device: in double, each rounded once to float32."""
+    lr = _double_at(hyper + HYPER_LR)
+    lr_address = tl.load(hyper + HYPER_LR_ADDRESS)
+    if lr_address != 0:
+        if tl.load(hyper + HYPER_LR_DOUBLE) != 0:
+            lr = tl.load(lr_address.to(tl.pointer_type(tl.float64)))
+        else:
+            lr = tl.load(lr_address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    beta1 = _double_at(hyper + HYPER_BETA1)
+    beta2 = _double_at(hyper + HYPER_BETA2)
     return (
         beta1.to(tl.float32),
         (1.0 - beta1).to(tl.float32),
@@ -179,8 +190,8 @@ def _step_scalars(t, lr, beta1, beta2, eps, weight_decay):
         (1.0 - beta2).to(tl.float32),
         (lr / (1.0 - _power(beta1, t))).to(tl.float32),
         (1.0 / tl.sqrt(1.0 - _power(beta2, t))).to(tl.float32),
-        (lr * weight_decay).to(tl.float32),
-        eps.to(tl.float32),
+        (lr * _double_at(hyper + HYPER_WEIGHT_DECAY)).to(tl.float32),
+        _double_at(hyper + HYPER_EPS).to(tl.float32),
     )
 
 
@@ -198,6 +209,11 @@ def _power(base, exponent):
 @triton.jit
 def _double(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _double_at(address):
+    return _double(tl.load(address))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ typedef struct {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
 } hyper;
 
-void *sba_table_new(int64_t, const int64_t *, const int64_t *, const unsigned char *);
+void *sba_table_new(int64_t, const int64_t *, const int64_t *, const unsigned char *, const int64_t *);
 void sba_table_free(void *);
 void sba_table_update(void *, const int64_t *, const unsigned char *, const hyper *, int, int, int);
 double sba_sum_sq(int64_t, const int64_t *, const int64_t *, const unsigned char *, int, int);
@@ -47,7 +47,7 @@ typedef struct {
 
 static void *run(void *argument) {
     caller *c = argument;
-    int64_t states[COLUMNS * MOST] = {0}, grads[MOST], numel[MOST];
+    int64_t states[COLUMNS * MOST] = {0}, grads[MOST], numel[MOST], group[MOST];
     unsigned char p_is_f32[MOST], g_is_f32[MOST];
     c->step = malloc(tensors * sizeof *c->step);
     for (int i = 0; i < tensors; i++) {
@@ -66,12 +66,14 @@ static void *run(void *argument) {
         c->step[i] = (float)s->step;
         states[4 * tensors + i] = (int64_t)&c->step[i];
         numel[i] = s->numel;
+        group[i] = i % 2; /* of two with the same hyper-parameters */
         p_is_f32[i] = s->p_is_f32;
         g_is_f32[i] = s->g_is_f32;
     }
     c->sum_sq = sba_sum_sq(tensors, grads, numel, g_is_f32, threads, c->isa);
-    void *table = sba_table_new(tensors, states, numel, p_is_f32);
-    sba_table_update(table, grads, g_is_f32, &arguments, zero, threads, c->isa);
+    void *table = sba_table_new(tensors, states, numel, p_is_f32, group);
+    const hyper hypers[2] = {arguments, arguments};
+    sba_table_update(table, grads, g_is_f32, hypers, zero, threads, c->isa);
     sba_table_free(table);
     return NULL;
 }

@@ -13,6 +13,7 @@ from sharded_bf16_adamw import kernels
 from sharded_bf16_adamw.kernels import reference
 
 from .rule_checks import Update
+from .tables import take_step
 
 
 class Mutant(NamedTuple):
@@ -115,7 +116,7 @@ MUTANTS = (
     Mutant("one step for all", (("t = int(step.item())", "t = int(self._rows[0][4].item())"),), ("check_many_tensors",)),
     Mutant("float32 parameters without decay", (("p.sub_(s.lr_weight_decay * p + upd)", "p.sub_(upd)"),), ("check_float32_parameters",)),
     # the switches
-    Mutant("maximize ignored", (("-scale if maximize else scale", "scale"),), ("check_scaled", "check_float32_parameters")),
+    Mutant("maximize ignored", (("-scale if hypers[group].maximize else scale", "scale"),), ("check_scaled", "check_float32_parameters")),
     Mutant("grad_scale ignored", (("float(grad_scale)", "1.0"),), ("check_scaled",)),
     Mutant("found_inf ignored", (("found_inf.item() != 0", "False"),), ("check_found_inf",)),
     Mutant("found_inf inverted", (("found_inf.item() != 0", "found_inf.item() == 0"),), ("check_found_inf",)),
@@ -146,7 +147,7 @@ MUTANTS = (
     Mutant("copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels),
     Mutant(
         "found_inf not passed on",
-        (("grad_scale=grad_scale, found_inf=found_inf, zero_grads", "grad_scale=grad_scale, found_inf=None, zero_grads"),),
+        (("hypers=hypers, grad_scale=grad_scale, found_inf=found_inf", "hypers=hypers, grad_scale=grad_scale, found_inf=None"),),
         ("check_skipped_in_any_layout",),
         kernels,
     ),
@@ -174,6 +175,6 @@ def mutated(mutant: Mutant) -> Update:
         steps: list[Tensor],
         **kwargs: Any,
     ) -> None:
-        module.Table(params, exp_avgs, exp_avg_sqs, corrections, steps).update_(grads, **kwargs)
+        take_step(module.Table(params, exp_avgs, exp_avg_sqs, corrections, steps), grads, **kwargs)
 
     return update

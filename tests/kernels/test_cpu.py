@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cpu, reference
 
+from .tables import take_step
+
 BF16, F32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 DTYPES = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]  # parameter, gradient
@@ -90,7 +92,7 @@ class Problem:
         grads, *states = self.columns
         table = back_end.Table(*states, self.steps)  # type: ignore[attr-defined]
         for _ in range(times):
-            table.update_(grads, **(HYPER | arguments))
+            take_step(table, grads, **(HYPER | arguments))
         return self
 
     def tensors(self) -> list[Tensor | None]:
@@ -219,7 +221,7 @@ def test_found_inf_leaves_everything_unchanged(found_inf: float) -> None:
 def test_empty_tensors_and_lists_count_steps_only() -> None:
     problem = Problem([0, 0], BF16, BF16, wild=False).step(times=3)
     assert [step.item() for step in problem.steps] == [3.0, 1002.0]
-    cpu.Table([], [], [], [], []).update_([], **HYPER)
+    take_step(cpu.Table([], [], [], [], []), [], **HYPER)
     assert cpu.grad_sum_sq([]).item() == 0.0
 
 
@@ -231,8 +233,8 @@ def test_a_dtype_may_change_between_steps() -> None:
     expected_table = reference.Table(*expected.columns[1:], expected.steps)
     table = cpu.Table(*states, problem.steps)
     for batch in (grads, wide, [grads[0], wide[1]], grads):
-        table.update_(batch, **HYPER)
-        expected_table.update_(batch, **HYPER)
+        take_step(table, batch, **HYPER)
+        take_step(expected_table, batch, **HYPER)
     assert_same_bits(problem.tensors(), expected.tensors())
 
 
@@ -336,10 +338,12 @@ def test_wrong_tensors_are_refused_before_anything_changes() -> None:
         cpu.Table(p, m, v, c, [torch.tensor(1)])
     table = cpu.Table(p, m, v, c, steps)
     with pytest.raises(ValueError, match="one gradient for each of the 1 parameters, but got 2"):
-        table.update_([*g, *g], **HYPER)
+        take_step(table, [*g, *g], **HYPER)
+    with pytest.raises(ValueError, match="hyper-parameters for 3 groups, but got 1"):
+        take_step(cpu.Table(p, m, v, c, steps, [2]), g, **HYPER)
     for grads in ([g[0].half()], [g[0].double()]):
         with pytest.raises(TypeError, match="only bfloat16 and float32 gradients"):
-            table.update_(grads, **HYPER)
+            take_step(table, grads, **HYPER)
         with pytest.raises(TypeError, match="only bfloat16 and float32 gradients"):
             cpu.grad_sum_sq(grads)
     assert_same_bits(problem.tensors(), before.tensors())

@@ -21,6 +21,8 @@ from torch import Tensor
 import sharded_bf16_adamw.kernels as kernels
 from sharded_bf16_adamw.kernels import reference
 
+from .tables import take_step
+
 BF16, F32 = torch.bfloat16, torch.float32
 CSRC = Path(kernels.__file__).with_name("csrc")
 DRIVER = Path(__file__).with_name("native_driver.c")
@@ -81,7 +83,7 @@ def run_and_compare_cases(all_cases: list[Case], command: list[str], folder: Pat
     for case in all_cases:
         g, p, m, v, *c = case.columns
         table = reference.Table([p], [m], [v], c or [None], [case.step])
-        table.update_([g], **HYPER, grad_scale=torch.tensor(SCALE), zero_grads=True)
+        take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE), zero_grads=True)
     written = target.read_bytes()
     one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
     assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0

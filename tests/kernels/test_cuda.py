@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not cuda.available(), reason=f"no GPU to test on
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
 from . import triton_checks  # noqa: E402 (it imports Triton)
+from .tables import take_step  # noqa: E402
 from .triton_checks import BF16, FP32, HYPER, differing  # noqa: E402
 
 SHAPES = [(1000, 512), (333,), (0,), (1,), (4096, 1024)]
@@ -86,8 +87,8 @@ def test_more_than_2_to_31_elements() -> None:
     large[3].abs_()
     parts = [slice(0, 10000), slice(2**30 - 5000, 2**30 + 5000), slice(2**31 - 5000, 2**31 + 5000), slice(n - 10000, n)]
     p, g, m, v, c = ([x[part].cpu() for part in parts] for x in large)
-    reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]).update_(g, **HYPER)  # type: ignore[arg-type]
-    cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]).update_([large[1]], **HYPER)
+    take_step(reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
+    take_step(cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]), [large[1]], **HYPER)
     for name, ours, theirs in zip("pgmvc", large, (p, g, m, v, c), strict=True):
         assert differing(name, [ours[part] for part in parts], theirs) == []
     large[1].fill_(1.0)
@@ -99,10 +100,10 @@ def test_one_launch_a_step_and_two_with_clipping() -> None:
 
     def clipped() -> None:
         _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
-        model.table.update_(grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
+        take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
 
-    assert kernels_in(lambda: model.table.update_(grads, **HYPER)) == ["adamw_kernel"]
-    assert kernels_in(lambda: model.table.update_([g.clone().detach() for g in grads], **HYPER)).count("adamw_kernel") == 1
+    assert kernels_in(lambda: take_step(model.table, grads, **HYPER)) == ["adamw_kernel"]
+    assert kernels_in(lambda: take_step(model.table, [g.clone().detach() for g in grads], **HYPER)).count("adamw_kernel") == 1
     assert kernels_in(clipped) == ["norm_kernel", "adamw_kernel"]
     sum_sq = cuda.grad_sum_sq(grads)
     assert kernels_in(lambda: cuda.clip_coefficient(sum_sq, 1.0)) == ["clip_kernel"]
@@ -117,8 +118,8 @@ def test_no_host_sync() -> None:
         for own in (grads, grads, moved, grads):
             sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0)
             cuda.clip_coefficient(sum_sq, 1.0)
-            model.table.update_(own, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
-            model.table.update_(own, **HYPER | {"lr": lr})
+            take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+            take_step(model.table, own, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
     with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):  # the debug mode can see a sync
         float(lr)
@@ -132,25 +133,25 @@ def test_gradients_at_new_addresses() -> None:
         for g, new in zip(grads, random_grads(seed), strict=True):
             g.copy_(new)
         kept.append([g.clone() for g in grads])
-        fixed.table.update_(grads, **HYPER)
-        moving.table.update_(kept[-1], **HYPER)  # enqueued at once: many uploads are in flight together
+        take_step(fixed.table, grads, **HYPER)
+        take_step(moving.table, kept[-1], **HYPER)  # enqueued at once: many uploads are in flight together
     assert differing("after", moving.tensors(), fixed.tensors()) == []
 
 
 def test_found_inf_skips_on_the_device() -> None:
     model, grads = Model(), random_grads(1)
-    model.table.update_(grads, **HYPER)
+    take_step(model.table, grads, **HYPER)
     before = [x.clone() for x in model.tensors()]
     grads[0].view(-1)[123] = float("nan")
     _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
-    model.table.update_(grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+    take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
     assert differing("after", model.tensors(), before) == []
     assert bool(grads[0].any())
 
 
 def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
     _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
-    model.table.update_(grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
+    take_step(model.table, grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["same addresses", "new addresses"])

@@ -10,6 +10,7 @@ from sharded_bf16_adamw import kernels
 
 from . import layout_checks
 from .backends import cpu_backends, update_of
+from .tables import take_step
 
 CHECKS = [pytest.param(check, id=name) for name, check in vars(layout_checks).items() if name.startswith("check_")]
 
@@ -38,6 +39,32 @@ def test_unknown_backend():
         update_of("fast")(*row, [torch.zeros(())], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
 
 
+def test_groups_of_a_table_have_their_own_hyperparameters(backend):
+    """One call steps all of them, as a call of the reference for each would."""
+    hypers = [
+        kernels.Hyper(1e-3, 0.9, 0.999, 1e-8, 0.1),
+        kernels.Hyper(torch.tensor(3e-4), 0.8, 0.99, 1e-6, 0.0, maximize=True),
+        kernels.Hyper(0.0, 0.9, 0.95, 1e-8, 0.1),
+    ]
+    groups = [0, 2, 1, 1, 0, 2, 1]  # out of order, so that neighbours differ; the third state is off the fast path
+    states = [layout_checks.typical(512, seed) for seed in range(len(groups))]
+    states[2] = states[2].map(lambda x: x.view(16, 32)[:, ::2])
+    together, apart = ([state.map(torch.clone) for state in states] for _ in range(2))
+    together[2] = states[2]
+    counts = [[torch.tensor(float(group == 1)) for group in groups] for _ in range(2)]
+    p, g, m, v, c = (list(column) for column in zip(*together, strict=True))
+    table = kernels.Table(p, m, v, c, counts[0], groups=groups, backend=backend)
+    for _ in range(3):
+        table.update_(g, hypers, grad_scale=torch.tensor(0.5))
+        for i, group in enumerate(groups):
+            p1, g1, m1, v1, c1 = ([x] for x in apart[i])
+            hyper = hypers[group]._asdict()
+            kernels.adamw_bf16_(p1, g1, m1, v1, c1, [counts[1][i]], **hyper, grad_scale=torch.tensor(0.5), backend="reference")
+    for a, b in zip(together, apart, strict=True):
+        assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
+    assert counts[0] == counts[1]
+
+
 def test_table_serves_many_steps(backend):
     """A table made once takes the steps that separate calls take, also when a gradient's layout or dtype changes in between."""
     states = [layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE)) for seed in (68, 69)]
@@ -50,7 +77,7 @@ def test_table_serves_many_steps(backend):
     table = kernels.Table(p, m, v, c, counts[0], backend=backend)
     for change in (torch.clone, lay, torch.Tensor.float, lambda g: lay(g).float(), torch.clone):
         grads = [change(state.g) for state in states]
-        table.update_(grads, **hyper)
+        take_step(table, grads, **hyper)
         p, _, m, v, c = (list(column) for column in zip(*each, strict=True))
         kernels.adamw_bf16_(p, grads, m, v, c, counts[1], **hyper, backend=backend)
         for a, b in zip(once, each, strict=True):

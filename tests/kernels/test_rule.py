@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sharded_bf16_adamw import kernels
 from sharded_bf16_adamw.kernels.reference import _random_bits, _sqrt, lowbias32, power, step_key, step_scalars, stochastic_round
 
 from . import rule_checks, rule_long_checks, rule_option_checks, rule_oracle
@@ -137,7 +138,7 @@ def test_sqrt_is_correctly_rounded():
 )
 def test_step_scalars(t: int, hyper: Hyper):
     """Each is the float32 nearest to the exact value."""
-    actual = step_scalars(t, **hyper._asdict())
+    actual = step_scalars(t, kernels.Hyper(**hyper._asdict()))
     assert actual.step == t
     for name, exact in exact_scalars(t, hyper).items():
         assert getattr(actual, name) == float(np.float32(float(exact))), name

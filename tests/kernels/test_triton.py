@@ -67,15 +67,16 @@ def test_offsets_beyond_32_bits(interpreted: Run) -> None:
 
 def test_launches_and_uploads(interpreted: Run) -> None:
     results = interpreted(triton_checks.host_side)
-    assert results.pop("steps") == [6.0] * len(triton_checks.SIZES)
+    assert results.pop("steps") == [7.0] * len(triton_checks.SIZES)
     assert results.pop("step of an empty parameter") == 1.0
     # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
     assert results.pop("kinds") == [0, 6]
     assert results.pop("counter") == 0
     assert results == {  # (launches, uploads)
-        "first": (1, 1),
+        "first": (1, 2),
         "again": (1, 0),
-        "other lr": (1, 0),
+        "other hyper-parameters": (1, 1),
+        "first hyper-parameters again": (1, 1),
         "other addresses": (1, 1),
         "one unaligned": (2, 1),
         "other dtype at the same addresses": (1, 1),

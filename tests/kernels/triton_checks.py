@@ -10,10 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import cuda, reference
+from sharded_bf16_adamw.kernels import Hyper, cuda, reference
+
+from .tables import split, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+OTHER_GROUP = Hyper(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
 SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly a chunk, several chunks and a tail
 
 
@@ -83,20 +86,22 @@ def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
 
 
 def differences(name: str, device: str = "cpu") -> list[str]:
-    """Step a model by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
+    """Step a model of two groups by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
     assert triton.knobs.runtime.interpret == (device == "cpu"), "only the interpreter serves CPU tensors"
     case = CASES[name]
     theirs = model(case)
     ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
     before = {name: [copied(x) for x in column] for name, column in theirs.items()}
-    hyper = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
-    table = cuda.Table(**ours)  # type: ignore[arg-type]
+    hyper, flags = split(case.hyper)
+    own_hyper, own_flags = split({name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()})
+    groups = [i // 2 % 2 for i in range(len(SIZES))]
+    table, reference_table = cuda.Table(**ours, groups=groups), reference.Table(**theirs, groups=groups)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
         grads = [patterns(n, d, generator, case.grad_offset, case.finite) for n, d in zip(SIZES, case.grads, strict=True)]
         same: list[Any] = [copied(g, device) for g in grads]
-        reference.Table(**theirs).update_(grads, **case.hyper)
-        table.update_(same, **hyper)
+        reference_table.update_(grads, [hyper, OTHER_GROUP], **flags)
+        table.update_(same, [own_hyper, OTHER_GROUP], **own_flags)
         lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing("grads", same, grads)
         if lines:
             return lines
@@ -156,11 +161,11 @@ def differences_beyond_32_bits() -> list[str]:
         x[tail] = patterns(n - 2**31, BF16, generator, finite=True)
     large[3][tail].abs_()
     p, g, m, v, c = ([x[tail].clone()] for x in large)
-    reference.Table(p, m, v, c, [torch.zeros(())]).update_(g, **HYPER)
+    take_step(reference.Table(p, m, v, c, [torch.zeros(())]), g, **HYPER)
     table = cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
-    group = table._groups[0]
+    group = table._by_dtype[0]
     group.chunks = group.chunks[2**31 // triton_adamw.CHUNK.value :]
-    table.update_([large[1]], **HYPER)
+    take_step(table, [large[1]], **HYPER)
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "corrections")
     lines = [line for name, x, y in zip(names, large, (p, g, m, v, c), strict=True) for line in differing(name, [x[tail]], y)]
     return lines + (["the first element changed"] if large[2][:8].any() else [])
@@ -192,24 +197,25 @@ def host_side() -> dict[str, Any]:
 
         def step(name: str, grads: list[Tensor], **options: Any) -> None:
             counts.update(launches=0, uploads=0)
-            table.update_(grads, **HYPER, **options)
+            take_step(table, grads, **HYPER, **options)
             results[name] = (counts["launches"], counts["uploads"])
 
         step("first", grads)
         step("again", grads)
-        step("other lr", grads, maximize=True)
+        step("other hyper-parameters", grads, maximize=True)
+        step("first hyper-parameters again", grads)
         step("other addresses", [g.clone() for g in grads])
         step("one unaligned", [patterns(SIZES[0], BF16, torch.Generator(), 1), *grads[1:]])
         step("other dtype at the same addresses", [g.float() for g in grads])
         kinds.clear()
-        cuda.Table(**model(CASES["unaligned"])).update_(grads, **HYPER)
+        take_step(cuda.Table(**model(CASES["unaligned"])), grads, **HYPER)
         results["kinds"] = list(kinds)
         only_empty = [torch.zeros(0, dtype=BF16)]
         table_of_empty = cuda.Table(only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())])
-        table_of_empty.update_(only_empty, **HYPER)
+        take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
         results["steps"] = [float(x) for x in ours["steps"]]
-        results["counter"] = int(table._groups[0].finished)
+        results["counter"] = int(table._by_dtype[0].finished)
         return results
     finally:
         triton_adamw.adamw_kernel, device_memory.upload = kernel, upload
@@ -287,8 +293,8 @@ def signatures(target: str) -> list[tuple[str, str]]:
         rows = [torch.zeros(n, dtype=BF16) for _ in range(n)]
         table = cuda.Table(rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
         for lr in (1e-3, 0.0, 1.0):
-            table.update_(rows, **HYPER | {"lr": lr})
-            table.update_(rows, **HYPER, grad_scale=torch.ones(4)[n % 4], found_inf=torch.ones(4)[(n + 1) % 4], maximize=n == 1)
+            take_step(table, rows, **HYPER | {"lr": lr})
+            take_step(table, rows, **HYPER, grad_scale=torch.ones(4)[n % 4], found_inf=torch.ones(4)[(n + 1) % 4], maximize=n == 1)
         cuda.grad_norm_clip(rows, float(n))
         cuda.clip_coefficient(cuda.grad_sum_sq(rows), 1.0)
     return [(x.metadata.name, x.hash) for x in compiled]

@@ -27,18 +27,12 @@ STORE_16 = r"\bSTG\.E\S*\.128|(?:global|buffer)_store_dwordx4"
 ADAMW_ARGUMENTS: dict[str, str] = {
     "rows": "*i64",
     "grads": "*i64",
+    "hypers": "*i64",
     "chunks": "*i32",
     "finished": "*i32",
     "n_rows": "i32",
-    "lr": "*fp32",
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
-    "lr_bits": "i64",
-    "beta1_bits": "i64",
-    "beta2_bits": "i64",
-    "eps_bits": "i64",
-    "weight_decay_bits": "i64",
-    "maximize": "i32",
 }
 NORM_ARGUMENTS: dict[str, str] = {
     "numels": "*i64",
@@ -91,7 +85,7 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
     gpu = TARGETS[target]
     constant_arguments = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: arguments.get(name, "constexpr") for name in function.arg_names}
-    aligned = {i: name for i, name in enumerate(function.arg_names) if name not in ("lr", "grad_scale", "found_inf")}
+    aligned = {i: name for i, name in enumerate(function.arg_names) if name not in ("grad_scale", "found_inf")}
     source = ASTSource(
         function,
         signature,

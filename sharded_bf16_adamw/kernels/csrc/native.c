@@ -74,7 +74,8 @@ typedef struct {
     sba_run *run;             /* per tensor; g is set by each step */
     float **step;             /* per tensor: its 0-dim step count */
     unsigned char *p_is_f32;  /* per tensor */
-    sba_scalars *scalars;     /* of one step: one for each run of equal step counts */
+    int64_t *group;           /* per tensor: index into the hyper-parameters of a step */
+    sba_scalars *scalars;     /* of one step: one for each run of tensors of one group with equal step counts */
     int64_t *scalars_of;      /* per tensor: index into scalars */
     const sba_kernels *kernels; /* of one step, like the rest */
     const unsigned char *g_is_f32;
@@ -87,23 +88,26 @@ SBA_EXPORT void sba_table_free(sba_table *t) {
     free(t->run);
     free(t->step);
     free(t->p_is_f32);
+    free(t->group);
     free(t->scalars);
     free(t->scalars_of);
     free(t);
 }
 
-/* Keep the addresses of p, m, v, c (0 for a float32 parameter) and step (`address`: five rows of `tensors`), sizes and dtypes.
+/* Keep the addresses of p, m, v, c (0 for a float32 parameter) and step (`address`: five rows of `tensors`), sizes, dtypes and groups.
  * Returns NULL where memory is short. Inverse of sba_table_free. */
-SBA_EXPORT sba_table *sba_table_new(int64_t tensors, const int64_t *address, const int64_t *numel, const unsigned char *p_is_f32) {
+SBA_EXPORT sba_table *sba_table_new(int64_t tensors, const int64_t *address, const int64_t *numel, const unsigned char *p_is_f32,
+                                    const int64_t *group) {
     sba_table *t = calloc(1, sizeof *t);
     if (!t) return NULL;
     t->tensors = tensors;
     t->run = malloc((tensors + 1) * sizeof *t->run);
     t->step = malloc((tensors + 1) * sizeof *t->step);
     t->p_is_f32 = malloc(tensors + 1);
+    t->group = malloc((tensors + 1) * sizeof *t->group);
     t->scalars = malloc((tensors + 1) * sizeof *t->scalars);
     t->scalars_of = malloc((tensors + 1) * sizeof *t->scalars_of);
-    if (!t->run || !t->step || !t->p_is_f32 || !t->scalars || !t->scalars_of || sba_plan_make(&t->plan, numel, tensors)) {
+    if (!t->run || !t->step || !t->p_is_f32 || !t->group || !t->scalars || !t->scalars_of || sba_plan_make(&t->plan, numel, tensors)) {
         t->plan = (sba_plan){0};
         sba_table_free(t);
         return NULL;
@@ -113,6 +117,7 @@ SBA_EXPORT sba_table *sba_table_new(int64_t tensors, const int64_t *address, con
         t->run[i] = (sba_run){p, NULL, m, v, (char *)address[3 * tensors + i], numel[i]};
         t->step[i] = (float *)address[4 * tensors + i];
         t->p_is_f32[i] = p_is_f32[i];
+        t->group[i] = group[i];
         t->numel += numel[i];
     }
     return t;
@@ -156,15 +161,16 @@ static sba_scalars scalars_of_step(double step, const sba_hyper *h) {
     };
 }
 
-/* Count every tensor's step up and work out its scalars; most tensors of a model share them. */
-static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *grads, const sba_hyper *hyper) {
-    int64_t used = 0;
+/* Count every tensor's step up and work out its scalars; most tensors of a group share them. */
+static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *grads, const sba_hyper *hypers) {
+    int64_t used = 0, last_group = 0;
     float last = 0;
     for (int64_t i = 0; i < t->tensors; i++) {
         if (i + STEPS_AHEAD < t->tensors) __builtin_prefetch(t->step[i + STEPS_AHEAD], 1);
         float step = *t->step[i] += 1.0f;
-        if (!used || step != last) t->scalars[used++] = scalars_of_step(step, hyper);
+        if (!used || step != last || t->group[i] != last_group) t->scalars[used++] = scalars_of_step(step, &hypers[t->group[i]]);
         last = step;
+        last_group = t->group[i];
         t->scalars_of[i] = used - 1;
         t->run[i].g = (char *)grads[i];
     }
@@ -200,11 +206,11 @@ static void update_chunk(void *context, int64_t chunk) {
     leave_ieee(old);
 }
 
-/* Take one step. `grads`: addresses, `g_is_f32`: their dtypes, per tensor. One call at a time for each table. */
-SBA_EXPORT void sba_table_update(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hyper,
+/* Take one step. `grads`: addresses, `g_is_f32`: their dtypes, per tensor; `hypers`: per group. One call at a time for each table. */
+SBA_EXPORT void sba_table_update(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers,
                                  int zero, int threads, int isa) {
     fp_mode old = enter_ieee();
-    begin_step(t, grads, hyper);
+    begin_step(t, grads, hypers);
     leave_ieee(old);
     t->kernels = sba_kernels_of(isa);
     t->g_is_f32 = g_is_f32;
@@ -288,4 +294,4 @@ SBA_EXPORT int sba_isa_supported(int isa) { return sba_kernels_of(isa) != 0; }
 
 /* Counts up whenever the rule, or the meaning or arguments of an exported function, changes: cpu.py refuses a library left from another
  * version. */
-SBA_EXPORT int sba_abi_version(void) { return 2; }
+SBA_EXPORT int sba_abi_version(void) { return 3; }

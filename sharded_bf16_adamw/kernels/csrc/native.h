@@ -28,7 +28,7 @@ typedef struct {
     float grad_scale; /* the clip scale, negated to ascend */
 } sba_scalars;
 
-/* The hyper-parameters of one call, as cpu.py passes them. */
+/* The hyper-parameters of one group in one call, as cpu.py passes them. */
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
 } sba_hyper;
