@@ -18,6 +18,7 @@ from contenders import Contender, Runner, Shapes
 Times = dict[str, list[float]]  # seconds a step, by contender and round
 MIN_ROUNDS = 5
 MEMORY_SHARE = 0.7  # of what is free
+LONG = 0.05  # seconds: a step that walks more memory than caches hold
 SETTLE = 0.002  # seconds before a turn: an OpenMP pool's threads go on spinning for about that long, on cores that the next one needs
 
 
@@ -51,7 +52,7 @@ def batches(contenders: list[Contender], numel: int, free: float) -> tuple[list[
     by_key = {c.key: c for c in contenders}
 
     def with_needs(members: list[Contender]) -> list[Contender]:
-        keys = {contenders[0].key} | {key for c in [contenders[0], *members] for key in (c.key, c.ceiling) if key in by_key}
+        keys = {contenders[0].key} | {key for c in [contenders[0], *members] for key in (c.key, c.on, c.ceiling) if key in by_key}
         return [c for c in contenders if c.key in keys]
 
     def fits(members: list[Contender]) -> bool:
@@ -98,7 +99,7 @@ def measure_size(
     Args:
         contenders: ours first.
         rounds, seconds: stop a batch after so many rounds, or after so much time and ``MIN_ROUNDS``.
-        turn: a turn takes as many steps as fill these seconds, at least one; if more than one, then after one that is not timed.
+        turn: a turn takes as many steps as fill these seconds, at least one; one that is not timed comes first, unless it takes long.
         report: told what is going on.
 
     Returns:
@@ -113,7 +114,7 @@ def measure_size(
         for contender in group:
             if contender.key not in failures:
                 try:
-                    runners[contender.key] = _made(contender, shapes, device)
+                    runners[contender.key] = _made(contender, shapes, device, runners)
                 except Exception as error:
                     failures[contender.key] = why_failed(error, contender.package)
                     report(f"  {contender.label}: {failures[contender.key]}")
@@ -124,10 +125,15 @@ def measure_size(
     return {"batches": measured, "failures": failures}
 
 
-def _made(contender: Contender, shapes: Shapes, device: torch.device) -> Runner:
+def _made(contender: Contender, shapes: Shapes, device: torch.device, others: dict[str, Runner]) -> Runner:
     """The contender with its tensors, after a first step, which makes states and may compile."""
-    runner = contender.make(shapes, device)
-    _turn(runner, 1, device)
+    if contender.on is None:
+        runner = contender.make(shapes, device)
+    elif contender.on in others:
+        runner = contender.make(shapes, device, others[contender.on].optimizer)
+    else:
+        raise LookupError(f"it runs on the tensors of {contender.on}, which failed")
+    _turn(runner, 1, device, warm=False)
     return runner
 
 
@@ -139,6 +145,7 @@ def measure(
     The order is drawn anew each round: in a fixed one, even if it rotated, each would always find the caches that the same other left.
     """
     repeats: dict[str, int] = {}
+    warm: dict[str, bool] = {}
     order_of = random.Random(0)
     times: Times = {key: [] for key in runners}
     deadline = math.inf
@@ -152,13 +159,14 @@ def measure(
                 break
             for key in order_of.sample(list(times), len(times)):
                 try:
-                    elapsed = _turn(runners[key], repeats.get(key, 1), device)
+                    elapsed = _turn(runners[key], repeats.get(key, 1), device, warm=warm.get(key, False))
                 except Exception as error:
                     failures[key] = why_failed(error, None)
                     del times[key]
                     continue
                 if round_ < 0:
                     repeats[key] = max(1, math.ceil(turn / elapsed))
+                    warm[key] = repeats[key] > 1 or elapsed < LONG
                 else:
                     times[key].append(elapsed)
     finally:
@@ -166,10 +174,10 @@ def measure(
     return times
 
 
-def _turn(runner: Runner, repeats: int, device: torch.device) -> float:
-    """Seconds a step. Short steps are timed in their steady state, after one that is not timed."""
+def _turn(runner: Runner, repeats: int, device: torch.device, *, warm: bool) -> float:
+    """Seconds a step; if ``warm``, after one that is not timed, so that it finds the caches as steps find them that follow each other."""
     runner.before()
-    if repeats > 1:
+    if warm:
         runner.step()
     _synchronize(device)
     if device.type == "cpu" and torch.get_num_threads() > 1:

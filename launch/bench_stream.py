@@ -1,4 +1,4 @@
-"""The memory traffic of a step on a GPU, with next to no arithmetic: what no step can beat. Imports Triton."""
+"""The memory traffic of a step on a GPU, with next to no arithmetic. Imports Triton."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
         found += [_times_as_fast(run, size, 1, key, least, name) for size in ("1M", "16M", "128M")]
     name = "torch fused fp32 + bf16 copy of the weights"
     found.append(_times_as_fast(run, "1000x1000", 1, "torch-fused-fp32", 2.2, name))
-    found.append(_overhead(run, "ours", "step()", 0.3))
+    found.append(_overhead(run, "ours-kernel", "the kernel call, with cached pointers,", 0.3))
+    found.append(_overhead(run, "ours", "the whole step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
     fsdp2 = run.get("fsdp2")
     for key, step in (("torch", "torch.optim.AdamW.step"), ("torch clip with our step", "the same step")):
@@ -96,13 +97,18 @@ def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
     result = _result(run, "1000x1", 1)
     if not times_of(result, key):
         return Target(name, "", None)
-    others = {"kernel call alone": "ours-kernel", "torch fused": "torch-fused-bf16", "torch foreach": "torch-foreach-bf16"}
-    per_tensor = {label: times_of(result, other) for label, other in {what: key, **others}.items()}
+    others = {"": key, "torch fused ": "torch-fused-bf16", "torch foreach ": "torch-foreach-bf16"}
+    per_tensor = {label: times_of(result, other) for label, other in others.items()}
     micros = {label: 1e6 * statistics.median(times) / result["tensors"] for label, times in per_tensor.items() if times}
-    return Target(name, ", ".join(f"{label} {value:.2f} us" for label, value in micros.items()), micros[what] <= most)
+    return Target(name, ", ".join(f"{label}{value:.2f} us" for label, value in micros.items()), micros[""] <= most)
 
 
 def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
     name = f"clip_grad_norm_ + step <= 1.15x the step at {size}" + (", one thread" if threads == 1 else "")
-    found = ratio(_result(run, size, threads), "ours-clip", "ours")
-    return Target(name, "", None) if found is None else Target(name, f"{found:.3f}x", found <= 1.15)
+    result = _result(run, size, threads)
+    found = ratio(result, "ours-clip", "ours")
+    if found is None:
+        return Target(name, "", None)
+    reading = ratio(result, f"reading-{run['machine']['isa']}", "ours")
+    floor = "" if reading is None else f", where reading the gradients once more is {1 + reading:.3f}x"
+    return Target(name, f"{found:.3f}x{floor}", found <= 1.15)

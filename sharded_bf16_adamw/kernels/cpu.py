@@ -185,10 +185,10 @@ def grad_sum_sq(grads: list[Tensor]) -> Tensor:
     return torch.tensor(total, dtype=torch.float64)
 
 
-def stream_ceiling_(arrays: Sequence[Tensor]) -> None:
-    """Read five arrays and write all but the first in place, with next to no arithmetic: the memory traffic of a step.
+def stream_ceiling(arrays: Sequence[Tensor]) -> None:
+    """Read five arrays and write all but the first in place, as they were, with next to no arithmetic: the memory traffic of a step.
 
-    No step can be faster than this. For benchmarks; what is written is meaningless.
+    For benchmarks: what a plain loop makes of this machine's memory.
 
     Args:
         arrays: five contiguous bfloat16 tensors of one size, in the roles g, p, m, v, c.
@@ -197,6 +197,19 @@ def stream_ceiling_(arrays: Sequence[Tensor]) -> None:
     assert len({a.numel() for a in arrays}) == 1
     address = np.array([a.data_ptr() for a in arrays], np.int64)
     _required_library().sba_stream_ceiling(address.ctypes.data, arrays[0].numel(), torch.get_num_threads(), _selected_isa())
+
+
+def read_ceiling(tensors: Sequence[Tensor]) -> int:
+    """Read contiguous bfloat16 tensors, with next to no arithmetic: no gradient norm can be faster. For benchmarks.
+
+    Returns:
+        The exclusive or of all whole 64-byte blocks, folded to 32 bits.
+    """
+    assert all(x.is_contiguous() and x.dtype == torch.bfloat16 for x in tensors)
+    address = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    numel = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
+    pointers = (address.ctypes.data, numel.ctypes.data)
+    return int(_required_library().sba_read_ceiling(len(tensors), *pointers, torch.get_num_threads(), _selected_isa()))
 
 
 def _load() -> ctypes.CDLL | None:
@@ -225,6 +238,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "sba_table_update": ([pointer, pointer, pointer, ctypes.POINTER(_Hyper), int32, int32, int32], None),
         "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),
         "sba_stream_ceiling": ([pointer, int64, int32, int32], None),
+        "sba_read_ceiling": ([int64, pointer, pointer, int32, int32], ctypes.c_uint32),
         "sba_isa_supported": ([int32], int32),
         "sba_abi_version": ([], int32),
     }

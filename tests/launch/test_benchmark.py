@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def fake(key: str, log: list[str] | None = None, *, memory: int = 1, fail_at: in
         if taken[0] == fail_at:
             raise RuntimeError(f"{key} gives up\nwith a traceback")
 
-    return Contender(key, key, lambda shapes, device: Runner(step), memory, ceiling=ceiling)
+    return Contender(key, key, lambda *_: Runner(step), memory, ceiling=ceiling)
 
 
-def test_rounds_are_interleaved_in_changing_order() -> None:
+def test_rounds_are_interleaved_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_measure, "LONG", 0.0)  # so that no step goes before those that are timed
     log: list[str] = []
     result = measure_size([fake(key, log) for key in "abcd"], [(10,)], CPU, **(FEW | {"rounds": 8}), report=lambda _: None)
     rounds = [log[i : i + 4] for i in range(4, len(log), 4)]  # the first four are the first steps
@@ -134,6 +136,8 @@ def test_short_steps_fill_a_turn_after_one_that_is_not_timed(monkeypatch: pytest
     assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=400.0) == {"a": [1.0, 1.0]}
     assert taken == [1 + 400]
     assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {"a": [100.0, 100.0]}
+    monkeypatch.setattr(bench_measure, "LONG", 101.0)
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {"a": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 5])
@@ -206,25 +210,57 @@ def test_every_contender_of_ours_and_torch_steps_all_of_its_parameters(monkeypat
     weights = {}
     for contender in contenders.contenders(CPU):
         if contender.package is None and contender.color != contenders.CEILING:
-            runner = contender.make([(300,), (5, 7)], CPU)
+            on = [runner_of_ours().optimizer] if contender.on else []  # which has taken a step
+            runner = contender.make([(300,), (5, 7)], CPU, *on)
             before = [p.detach().clone() for p in made[-1]]
             runner.before()
             runner.step()
             assert all((p != q).float().mean() > 0.01 for p, q in zip(made[-1], before, strict=True)), contender.key
+            if not contender.on:
+                runner.step()  # a second one, as the others
             weights[contender.key] = [p.detach() for p in made[-1]]
     same = [key for key in weights if key.startswith("ours") and key != "ours-clip"]
-    assert "ours-reference" in same
+    assert {"ours-reference", "ours-kernel"} <= set(same)
     for key in same:
         assert all(map(torch.equal, weights[key], weights["ours"])), key
     monkeypatch.undo()
     contenders.cpu.select_isa(None)
 
 
+def runner_of_ours(shapes: tuple[tuple[int, ...], ...] = ((300,), (5, 7))) -> Runner:
+    runner = next(c for c in contenders.contenders(CPU) if c.key == "ours").make(shapes, CPU)
+    runner.step()
+    return runner
+
+
+@pytest.mark.parametrize("shapes", [((4096,),), ((300,), (5, 7))])
+def test_ceilings_leave_our_tensors_as_they_were(shapes: tuple[tuple[int, ...], ...]) -> None:
+    ours = runner_of_ours(shapes).optimizer
+    assert ours is not None
+    before = [[x.clone() for x in column] for column in contenders._columns(ours)]
+    ceilings = [c for c in contenders.contenders(CPU) if c.on and c.color == contenders.CEILING]
+    assert len(ceilings) >= 2
+    for contender in ceilings:
+        runner = contender.make(shapes, CPU, ours)
+        runner.before()
+        runner.step()
+        assert all(torch.equal(x, y) for a, b in zip(contenders._columns(ours), before, strict=True) for x, y in zip(a, b, strict=True))
+    contenders.cpu.select_isa(None)
+
+
+def test_what_runs_on_the_tensors_of_one_that_failed_fails() -> None:
+    everyone = [fake("ours"), fake("bad", fail_at=1), replace(fake("there"), on="bad"), replace(fake("fine"), on="ours")]
+    result = measure_size(everyone, [(10,)], CPU, **FEW, report=lambda _: None)
+    assert result["failures"] == {"bad": "failed: bad gives up", "there": "failed: it runs on the tensors of bad, which failed"}
+    assert result["batches"][0].keys() == {"ours", "fine"}
+
+
 def test_the_clipping_contender_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = runner_of_ours().optimizer
     calls: list[str] = []
     for name in ("clip_grad_norm_", "step"):
         monkeypatch.setattr(contenders.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name))
-    clip = next(c for c in contenders.contenders(CPU) if c.key == "ours-clip").make([(4,)], CPU)
+    clip = next(c for c in contenders.contenders(CPU) if c.key == "ours-clip").make([(4,)], CPU, ours)
     clip.step()
     assert calls == ["clip_grad_norm_", "step"]
 

@@ -298,11 +298,12 @@ INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
 static TARGET double NAME(sum_sq_bf16)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 0); }
 static TARGET double NAME(sum_sq_f32)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 1); }
 
-/* Read five arrays and write four of them in place with next to no arithmetic: the traffic of a step, so its speed limit. */
-static TARGET void NAME(stream)(char *const array[5], int64_t bytes) {
+/* Read five arrays and write four of them in place with next to no arithmetic: the traffic of a step. `none` is 0, which the compiler must
+ * not know: then all five are read, and what is written is what was there. */
+static TARGET void NAME(stream)(char *const array[5], int64_t bytes, uint32_t none) {
     char *g = array[0], *p = array[1], *m = array[2], *v = array[3], *c = array[4];
     for (int64_t i = 0; i + 4 * W <= bytes; i += 4 * W) {
-        U x = LOAD(g + i);
+        U x = LOAD(g + i) & none;
         STORE(p + i, LOAD(p + i) ^ x);
         STORE(m + i, LOAD(m + i) ^ x);
         STORE(v + i, LOAD(v + i) ^ x);
@@ -310,10 +311,31 @@ static TARGET void NAME(stream)(char *const array[5], int64_t bytes) {
     }
 }
 
+/* The exclusive or of all whole 64-byte blocks, read as sum_sq reads: its traffic with next to no arithmetic. */
+static TARGET uint32_t NAME(read)(const char *x, int64_t bytes) {
+    U all = {0};
+    const int64_t part = bytes / (64 * STREAMS) * 64;
+    for (int64_t i = 0; i < part; i += 64) {
+        int64_t next_run = i + AHEAD < part ? 0 : (STREAMS - 1) * part;
+        for (int k = 0; k < STREAMS; k++) {
+            const char *at = x + k * part + i;
+            __builtin_prefetch(at + AHEAD + next_run);
+            for (int j = 0; j < 64; j += 4 * W) all ^= LOAD(at + j);
+        }
+    }
+    for (int64_t i = STREAMS * part; i + 64 <= bytes; i += 64)
+        for (int j = 0; j < 64; j += 4 * W) all ^= LOAD(x + i + j);
+    uint32_t words[W], folded = 0;
+    memcpy(words, &all, sizeof words);
+    for (int k = 0; k < W; k++) folded ^= words[k];
+    return folded;
+}
+
 static const sba_kernels NAME(kernels) = {
     .update = {{UPDATES(0, 0), UPDATES(0, 1)}, {UPDATES(1, 0), UPDATES(1, 1)}},
     .sum_sq = {NAME(sum_sq_bf16), NAME(sum_sq_f32)},
     .stream = NAME(stream),
+    .read = NAME(read),
 };
 
 #undef UPDATES

@@ -1,4 +1,4 @@
-/* The exported functions: one multi-tensor step, one multi-tensor sum of squares and the speed limit of both. See cpu.py. */
+/* The exported functions: one multi-tensor step, one multi-tensor sum of squares and the memory traffic of both. See cpu.py. */
 #include "native.h"
 
 #include <math.h>
@@ -266,12 +266,13 @@ SBA_EXPORT double sba_sum_sq(int64_t tensors, const int64_t *address, const int6
     return total;
 }
 
-/* ---- speed limit ---- */
+/* ---- memory traffic ---- */
 
 typedef struct {
     const sba_kernels *kernels;
     char *array[5];
     int64_t bytes;
+    uint32_t none; /* 0 */
 } stream;
 
 static void stream_chunk(void *context, int64_t chunk) {
@@ -279,15 +280,41 @@ static void stream_chunk(void *context, int64_t chunk) {
     int64_t begin = chunk * 2 * SBA_PIECE, bytes = s->bytes - begin < 2 * SBA_PIECE ? s->bytes - begin : 2 * SBA_PIECE;
     char *array[5];
     for (int a = 0; a < 5; a++) array[a] = s->array[a] + begin;
-    s->kernels->stream(array, bytes);
+    s->kernels->stream(array, bytes, s->none);
 }
 
-/* Walk five arrays of 2 * `elements` bytes as a step does, reading all and writing all but the first (g, p, m, v, c), with next to no
- * arithmetic. For benchmarks: no step can be faster. */
+/* Walk five arrays of 2 * `elements` bytes as a step does, reading all and writing all but the first (g, p, m, v, c) as they were, with
+ * next to no arithmetic. For benchmarks: what a plain loop makes of this machine's memory. */
 SBA_EXPORT void sba_stream_ceiling(const int64_t *address, int64_t elements, int threads, int isa) {
-    stream s = {.kernels = sba_kernels_of(isa), .bytes = 2 * elements};
+    static volatile uint32_t none;
+    stream s = {.kernels = sba_kernels_of(isa), .bytes = 2 * elements, .none = none};
     for (int a = 0; a < 5; a++) s.array[a] = (char *)address[a];
     sba_parallel(stream_chunk, &s, (s.bytes + 2 * SBA_PIECE - 1) / (2 * SBA_PIECE), threads);
+}
+
+typedef struct {
+    sba_plan plan;
+    const sba_kernels *kernels;
+    const int64_t *address;
+    _Atomic uint32_t all;
+} reading;
+
+static void read_chunk(void *context, int64_t chunk) {
+    reading *r = context;
+    for (int64_t k = r->plan.chunk[chunk]; k < r->plan.chunk[chunk + 1]; k++) {
+        const sba_piece *piece = &r->plan.piece[k];
+        r->all ^= r->kernels->read((const char *)r->address[piece->tensor] + 2 * piece->begin, 2 * piece->count);
+    }
+}
+
+/* Read tensors of bf16 as sba_sum_sq does, with next to no arithmetic. For benchmarks: no norm can be faster. Returns the exclusive or of
+ * all whole 64-byte blocks of each piece, or 0 where memory is short. */
+SBA_EXPORT uint32_t sba_read_ceiling(int64_t tensors, const int64_t *address, const int64_t *numel, int threads, int isa) {
+    reading r = {.kernels = sba_kernels_of(isa), .address = address};
+    if (sba_plan_make(&r.plan, numel, tensors)) return 0;
+    sba_parallel(read_chunk, &r, r.plan.chunks, threads);
+    sba_plan_free(&r.plan);
+    return r.all;
 }
 
 SBA_EXPORT int sba_isa_supported(int isa) { return sba_kernels_of(isa) != 0; }

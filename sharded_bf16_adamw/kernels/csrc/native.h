@@ -44,7 +44,8 @@ typedef struct {
     /* [parameter is float32][gradient is float32][zero it][scale it] */
     void (*update[2][2][2][2])(const sba_run *, const sba_scalars *);
     double (*sum_sq[2])(const char *, int64_t);                    /* [float32]; at most SBA_PIECE elements */
-    void (*stream)(char *const arrays[5], int64_t bytes);
+    void (*stream)(char *const arrays[5], int64_t bytes, uint32_t none);
+    uint32_t (*read)(const char *, int64_t bytes);
 } sba_kernels;
 
 enum { SBA_BASELINE, SBA_AVX2, SBA_AVX512, SBA_ISAS };
