@@ -9,14 +9,13 @@ reference every device; the specification of the others ``reference.py``
 ========= ============================================= ===========================================
 
 Every back end module has ``Table`` (one device's parameters and states, with ``update_``), ``grad_sum_sq``, ``available`` and
-``unavailable_reason``.
+``unavailable_reason``; those that do better than tensor operations also ``clip_coefficient`` and ``grad_norm_clip``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import math
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -191,11 +190,6 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None
     module = _backend_module(sum_sq.device, backend)
     if hasattr(module, "clip_coefficient"):
         return module.clip_coefficient(sum_sq, max_norm)
-    if sum_sq.device.type == "cpu":  # the value is at hand: a dozen tensor operations would cost more than a small step
-        total = sum_sq.item()
-        norm = math.sqrt(total)
-        values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(total) else 1.0)
-        return torch.tensor(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
     norms = sum_sq.sqrt()
     coefficient = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()
@@ -205,7 +199,7 @@ def grad_norm_clip(grads: list[Tensor], max_norm: float, backend: str | None = N
     """:func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch where the back end can, for gradients that are whole here."""
     module = _backend_module(grads[0].device, backend)
     if hasattr(module, "grad_norm_clip"):
-        return module.grad_norm_clip(grads, max_norm)[1:]
+        return module.grad_norm_clip(grads, max_norm)[-3:]
     return clip_coefficient(module.grad_sum_sq(grads), max_norm, backend)
 
 

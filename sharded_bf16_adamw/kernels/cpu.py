@@ -8,8 +8,10 @@ pool has ``torch.get_num_threads()`` threads, the caller among them. ctypes rele
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import weakref
+from array import array
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -108,13 +110,14 @@ class Table:
             _check_row(p, m, v, c, step)
         self._library = _required_library()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
-        self._grad_is_f32 = np.zeros(0, np.uint8)
+        self._grad_is_f32 = _Column(len(params), np.uint8)
+        self._grad_address = _Column(len(params), np.int64)
         columns = [[0 if x is None else x.data_ptr() for x in column] for column in self._tensors]
         address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
         is_f32 = np.array([p.dtype == torch.float32 for p in params], np.uint8)
         group = np.array(groups or [0] * len(params), np.int64)
-        self._group_count = int(group.max(initial=0)) + 1
+        self._hypers = (_Hyper * (int(group.max(initial=0)) + 1))()
         columns_of_numbers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data, group.ctypes.data)
         self._handle = self._library.sba_table_new(len(params), *columns_of_numbers)
         if not self._handle:
@@ -143,21 +146,36 @@ class Table:
         """
         if len(grads) != len(self._tensors[0]):
             raise ValueError(f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}")
-        if len(hypers) < self._group_count:
-            raise ValueError(f"update_ needs hyper-parameters for {self._group_count} groups, but got {len(hypers)}")
+        if len(hypers) < len(self._hypers):
+            raise ValueError(f"update_ needs hyper-parameters for {len(self._hypers)} groups, but got {len(hypers)}")
         if found_inf is not None and found_inf.item() != 0:
             return
         dtypes = list(map(_dtype_of, grads))
         if dtypes != self._grad_dtypes:
-            self._grad_is_f32 = _float32_flags(dtypes)
+            self._grad_is_f32.values[:] = np.frombuffer(_float32_flags(dtypes), np.uint8)
             self._grad_dtypes = dtypes
-        address = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        self._grad_address.values[:] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        per_group = [_Hyper(float(h.lr), h.beta1, h.beta2, h.eps, h.weight_decay, -scale if h.maximize else scale) for h in hypers]
-        threads = torch.get_num_threads()
-        flags = self._grad_is_f32.ctypes.data
-        hyper = (_Hyper * len(hypers))(*per_group)
-        self._library.sba_table_update(self._handle, address.ctypes.data, flags, hyper, zero_grads, threads, _selected_isa())
+        for i in range(len(self._hypers)):
+            lr, beta1, beta2, eps, weight_decay, maximize = hypers[i]
+            self._hypers[i] = _Hyper(float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
+        self._library.sba_table_update(
+            self._handle,
+            self._grad_address.pointer,
+            self._grad_is_f32.pointer,
+            self._hypers,
+            zero_grads,
+            torch.get_num_threads(),
+            _selected_isa(),
+        )
+
+
+class _Column:
+    """A numpy array with its address, which numpy takes longer to tell than a kernel takes for a thousand elements."""
+
+    def __init__(self, count: int, dtype: type) -> None:
+        self.values: np.ndarray = np.zeros(count, dtype)
+        self.pointer = self.values.ctypes.data
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:
@@ -172,17 +190,37 @@ def grad_sum_sq(grads: list[Tensor]) -> Tensor:
     Raises:
         TypeError: a gradient has another dtype.
     """
+    return torch.tensor(_sum_sq(grads), dtype=torch.float64)
+
+
+def grad_norm_clip(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`grad_sum_sq` and :func:`clip_coefficient` together."""
+    return _clip(_sum_sq(grads), max_norm)
+
+
+def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sharded_bf16_adamw.kernels.clip_coefficient`."""
+    return _clip(sum_sq.item(), max_norm)
+
+
+def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """In Python, as the value is at hand: a dozen tensor operations would cost more than a small step."""
+    norm = math.sqrt(sum_sq)
+    values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0)
+    return torch.tensor(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
+
+
+def _sum_sq(grads: list[Tensor]) -> float:
     library = _required_library()
-    is_f32 = _float32_flags(list(map(_dtype_of, grads)))
+    is_f32 = array("B", _float32_flags(list(map(_dtype_of, grads))))
     if not all(map(Tensor.is_contiguous, grads)):
         grads = [g.contiguous() for g in grads]  # also dense ones: the order of the sum is that of the elements, not of memory
-    address = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
-    numel = np.fromiter(map(Tensor.numel, grads), np.int64, len(grads))
-    pointers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data)
-    total = library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa())
+    address, numel = array("q", list(map(Tensor.data_ptr, grads))), array("q", list(map(Tensor.numel, grads)))
+    pointers = (column.buffer_info()[0] for column in (address, numel, is_f32))
+    total = float(library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa()))
     if total < 0:
         raise MemoryError("no memory for the partial sums of the gradient norm")
-    return torch.tensor(total, dtype=torch.float64)
+    return total
 
 
 def stream_ceiling(arrays: Sequence[Tensor]) -> None:
@@ -272,12 +310,15 @@ def _isa_number(name: str, origin: str) -> int:
     return ISAS.index(name)
 
 
-def _float32_flags(dtypes: list[torch.dtype]) -> np.ndarray:
-    """uint8, 1 where a gradient is float32."""
-    for dtype in set(dtypes):
+def _float32_flags(dtypes: list[torch.dtype]) -> bytes:
+    """For each gradient 1 where it is float32, else 0."""
+    found = set(dtypes)
+    for dtype in found:
         if dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"a gradient has dtype {dtype}, but only bfloat16 and float32 gradients are supported")
-    return np.fromiter((dtype is torch.float32 for dtype in dtypes), np.uint8, len(dtypes))
+    if torch.float32 not in found:
+        return bytes(len(dtypes))
+    return bytes(dtype is torch.float32 for dtype in dtypes)
 
 
 def _check_row(p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:

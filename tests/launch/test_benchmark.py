@@ -239,7 +239,7 @@ def test_ceilings_leave_our_tensors_as_they_were(shapes: tuple[tuple[int, ...], 
     assert ours is not None
     before = [[x.clone() for x in column] for column in contenders._columns(ours)]
     ceilings = [c for c in contenders.contenders(CPU) if c.on and c.color == contenders.CEILING]
-    assert len(ceilings) >= 2
+    assert len(ceilings) >= 1
     for contender in ceilings:
         runner = contender.make(shapes, CPU, ours)
         runner.before()
