@@ -106,8 +106,10 @@ def measure_size(
         ``{"batches": [Times], "failures": {key: why it was not measured}}``. Every batch has its own times of ours.
     """
     numel = sum(torch.Size(shape).numel() for shape in shapes)
-    groups, too_large = batches(contenders, numel, free_memory(device))
-    failures = {c.key: f"not measured: {c.memory * numel / 2**30:.1f} GiB beside ours do not fit into memory" for c in too_large}
+    slow = [c for c in contenders if numel > c.most]
+    groups, too_large = batches([c for c in contenders if c not in slow], numel, free_memory(device))
+    failures = {c.key: "not measured: a step would take seconds" for c in slow}
+    failures |= {c.key: f"not measured: {c.memory * numel / 2**30:.1f} GiB beside ours do not fit into memory" for c in too_large}
     measured = []
     for number, group in enumerate(groups):
         runners: dict[str, Runner] = {}

@@ -56,6 +56,7 @@ def main() -> int:
             result["rows"] = rows(chosen, result)
             run["results"].append(result)
             print(plain_table(result), flush=True)
+            write_json(run, args)
     if args.fsdp2:
         from bench_fsdp2 import measure_fsdp2
 
@@ -64,7 +65,8 @@ def main() -> int:
     run["targets"] = as_data(judged)
     lines = [str(target) for target in judged]
     print("\nTargets\n" + "\n".join(lines))
-    write(run, lines, args)
+    write_json(run, args)
+    write_charts(run, lines, args)
     return int(any(not check["passed"] for check in run.get("gpu_checks", [])))
 
 
@@ -76,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes", nargs="+", default=None, help="elements (128M; K, M, B are powers of 1024) or tensors x elements (1000x1000)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each size")
-    parser.add_argument("--seconds", type=float, default=120.0, help="stop after so long for each size, but not before 5 rounds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="stop after so long for each size, but not before 5 rounds")
     parser.add_argument("--turn", type=float, default=None, help="least ms of a turn: shorter steps are repeated (5; cuda: 20)")
     parser.add_argument(
         "--only", nargs="+", default=None, metavar="KEY", help="only these contenders, beside ours (keys as in the JSON file)"
@@ -119,12 +121,17 @@ def repeat_command() -> str:
     return shlex.join(["python", "launch/benchmark.py", *words])
 
 
-def write(run: dict[str, Any], targets: list[str], args: argparse.Namespace) -> None:
-    """JSON, chart and docs, where asked for."""
-    device = run["machine"]["device"]
+def write_json(run: dict[str, Any], args: argparse.Namespace) -> None:
+    """What was measured so far, where asked for: a run that is cut short loses no size that was done."""
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(run, indent=1) + "\n")
+
+
+def write_charts(run: dict[str, Any], targets: list[str], args: argparse.Namespace) -> None:
+    """The chart beside the JSON file, and the docs, where asked for."""
+    device = run["machine"]["device"]
+    if args.json is not None:
         plot(run, args.json.with_suffix(".png"))
         print(f"\nwrote {os.path.relpath(args.json)} and {args.json.with_suffix('.png').name}")
     if args.docs is not None:

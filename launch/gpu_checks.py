@@ -188,17 +188,23 @@ class Twin:
 def kernels_launched(function: Callable[[], Any]) -> list[str]:
     """Names of the kernels that a call launches, in the order of the profile. Copies and fills by the driver are not kernels.
 
-    The call is made twice before, since the first compiles and uploads.
+    The call is made twice before, since the first compiles and uploads. A profile that saw nothing at all is taken again: now and then
+    one loses its events.
     """
     function()
     function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
+    names: list[str] = []
+    for _ in range(3):
         torch.cuda.synchronize()
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [event.name for event in on_device if not getattr(event, "is_user_annotation", False)]  # torch marks each step as one
-    return [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function()
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [event.name for event in on_device if not getattr(event, "is_user_annotation", False)]  # torch marks each step as one
+        names = [name for name in kernels if not name.startswith(("Memcpy", "Memset", "Context Sync"))]
+        if names:
+            break
+    return names
 
 
 def check_launches(device: torch.device) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grad_norm import Gradients, GradNorm
-from .kernels import Hyper, check_backend
+from .kernels import Hyper, check_backend, is_capturing
 from .plan import Plan
 from .schedule import LR
 from .sharding.local import to_local
@@ -96,9 +96,11 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._sharding: Sharding = Local() if sharding is None else sharding.start()
         self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
         self._grad_found_inf: Tensor | None = None  # likewise
+        self._clip_captured = False  # whether a CUDA graph captured that call
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
         self._plan: Plan | None = None
+        self._captured_plans: list[Plan] = []  # that CUDA graphs still read, though another has taken their place
         self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state when the plan was made
         self._grad_norm = GradNorm(self._sharding)
         defaults = {
@@ -154,7 +156,9 @@ class AdamW_BF16(torch.optim.Optimizer):
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_grad_found_inf", None)
+        self.__dict__.setdefault("_clip_captured", False)
         self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_seen_state", ([], []))
         self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding))
         self.__dict__.setdefault("_checked_not_replaced", False)
@@ -207,7 +211,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or the parameters were wrapped by FSDP after the optimizer was built; nothing is changed.
+            RuntimeError: a gradient is sparse, the parameters were wrapped by FSDP after the optimizer was built, or a CUDA graph captures
+                this step but not its :meth:`clip_grad_norm_`; nothing is changed.
             TypeError: a gradient is neither bfloat16 nor float32; nothing is changed.
         """
         loss = None
@@ -215,6 +220,10 @@ class AdamW_BF16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if self._grad_scale is not None and is_capturing(self._grad_scale.device) != self._clip_captured:
+            raise RuntimeError(
+                "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; capture both or neither"
+            )
         self._sharding.reduce()
         gradients = self._gradients()
         plan = self._current_plan(gradients)
@@ -255,7 +264,10 @@ class AdamW_BF16(torch.optim.Optimizer):
                 if not state:
                     state.update(new_state(param, self._sharding))
                 states.append(state)
-            self._plan = Plan(groups, states, self._sharding, self.backend)
+            plan = Plan(groups, states, self._sharding, self.backend)
+            if self._plan is not None and self._plan.captured:
+                self._captured_plans.append(self._plan)
+            self._plan = plan
             self._seen_state = (list(self.state), list(self.state.values()))
         return self._plan
 
@@ -306,6 +318,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         self._sharding.reduce()
         norm, self._grad_scale, self._grad_found_inf = self._grad_norm.clip(self._gradients(), max_norm, self.backend)
+        self._clip_captured = is_capturing(norm.device)
         return norm
 
     def _found_inf(self, gradients: list[Gradients]) -> Tensor:

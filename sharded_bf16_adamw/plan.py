@@ -65,6 +65,11 @@ class Plan:
             and self._addresses == self._read_addresses()
         )
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads from it; see :attr:`sharded_bf16_adamw.kernels.Table.captured`."""
+        return any(table.captured for _, _, table in self._tables)
+
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
         """This rank's part of each parameter's gradient."""
         return grads if self._plain else self._sharding.local_grads(self.params)

@@ -79,7 +79,7 @@ def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Conten
 
 def _address(value: Any) -> tuple[int, int]:
     """Where this rank's part of a tensor lies; nothing distinguishes empty ones."""
-    local = to_local(value) if isinstance(value, Tensor) else torch.empty(0)
+    local = to_local(value) if isinstance(value, Tensor) else torch.empty(0, device="cpu")
     return (local.data_ptr(), local.numel()) if local.numel() else (0, 0)
 
 

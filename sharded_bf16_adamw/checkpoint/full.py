@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .agreement import errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
 from .blocks import local_blocks
+from .plain import as_tensor
 from .torch_state import has_fsdp1, init_state, new_states_only_if_it_succeeds, set_sharded_optimizer_state, sharded_optimizer_state
 from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
 
@@ -67,7 +68,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
         by_key[transfer.key].append(transfer)
     full: dict[str, dict[str, Tensor]] = {}
     for (fqn, name), entry in wholes.items():
-        whole = full.setdefault(fqn, {})[name] = torch.empty(entry.shape, dtype=entry.dtype)
+        whole = full.setdefault(fqn, {})[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         for transfer in by_key[fqn, name]:
             (sender,) = transfer.ranks
             place = transfer.block.of(whole)
@@ -109,7 +110,7 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
     transfers = scatter_from_rank_0(plan)
     given = on_rank_0("cannot scatter the full state", lambda: (full or {})["param_groups"])
     for transfer in transfers:
-        block = transfer.block.of(torch.as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank() == 0 else None
+        block = transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank() == 0 else None
         deliver(transfer, block, tensors)
     for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
@@ -162,10 +163,10 @@ def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: A
         value = state[fqn].get(name)
         if value is None:
             problems.append(f"it has no {name} of {fqn}")
-        elif tuple(torch.as_tensor(value).shape) != entry.shape:
-            problems.append(f"{name} of {fqn} has shape {tuple(torch.as_tensor(value).shape)} there but {entry.shape} here")
-        elif torch.as_tensor(value).dtype != entry.dtype:
-            problems.append(f"{name} of {fqn} is {torch.as_tensor(value).dtype} there but {entry.dtype} here")
+        elif tuple(as_tensor(value).shape) != entry.shape:
+            problems.append(f"{name} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {entry.shape} here")
+        elif as_tensor(value).dtype != entry.dtype:
+            problems.append(f"{name} of {fqn} is {as_tensor(value).dtype} there but {entry.dtype} here")
     problems += [
         f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
     ]
@@ -198,6 +199,6 @@ def _matching(group: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, A
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(live.get(key), Tensor):
-            live[key].copy_(torch.as_tensor(value))  # a captured graph reads lr from this memory
+            live[key].copy_(as_tensor(value))  # a captured graph reads lr from this memory
         else:
             live[key] = value

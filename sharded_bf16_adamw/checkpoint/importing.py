@@ -17,6 +17,7 @@ from .agreement import errors_on_every_rank
 from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
+from .plain import as_tensor
 from .saving import save
 from .sources import Source, open_optimizer_state, open_weights
 from .torch_state import (
@@ -149,10 +150,10 @@ def convert_fp32(
                 holder.add_module(parent, nn.Module())
             holder = holder.get_submodule(parent)
         if not info.dtype.is_floating_point or _matches(name, buffers):
-            holder.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype))
+            holder.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype, device="cpu"))
         else:
             dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
-            holder.register_parameter(leaf, nn.Parameter(torch.empty(info.shape, dtype=dtype)))
+            holder.register_parameter(leaf, nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu")))
     optimizer = AdamW_BF16(_like_groups(model, state), **{"lr": 1e-3, **hyperparameters})
     import_fp32(source, model, optimizer, state, progress)
     step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
@@ -178,7 +179,7 @@ def _fill_state(tensor: Tensor, value: Any) -> None:
         if value is None:
             local.zero_()
             continue
-        x = block.of(torch.as_tensor(value)).detach().float()
+        x = block.of(as_tensor(value)).detach().float()
         local.copy_(round_moment(x) if local.dtype == torch.bfloat16 else x)
 
 
@@ -186,7 +187,7 @@ def _set_hyperparameters(live: dict[str, Any], group: dict[str, Any], step: int)
     for key in HYPERPARAMETERS:
         if key in group:
             if isinstance(live[key], Tensor):
-                live[key].copy_(torch.as_tensor(group[key]))  # a captured graph reads lr from this memory
+                live[key].copy_(as_tensor(group[key]))  # a captured graph reads lr from this memory
             else:
                 live[key] = float(group[key]) if isinstance(group[key], Tensor) else group[key]
     live["schedule_step"] = step
@@ -253,8 +254,8 @@ def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
             expected = () if kind == "step" else tuple(own[fqn][kind].shape)
             if value is None:
                 problems.append(f"it has no {kind} of {fqn}")
-            elif tuple(torch.as_tensor(value).shape) != expected:
-                problems.append(f"{kind} of {fqn} has shape {tuple(torch.as_tensor(value).shape)} there but {expected} here")
+            elif tuple(as_tensor(value).shape) != expected:
+                problems.append(f"{kind} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {expected} here")
     _raise("the optimizer state to import is of another model, or not of AdamW", problems)
 
 

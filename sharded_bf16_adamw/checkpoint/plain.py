@@ -46,6 +46,11 @@ def decode(value: Any) -> Any:
             dtype = getattr(torch, str(value.get("dtype")), None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{value.get('dtype')} is no dtype of torch")
-            return torch.tensor(value[_TENSOR], dtype=dtype)
+            return torch.tensor(value[_TENSOR], dtype=dtype, device="cpu")
         return {key: decode(item) for key, item in value.items()}
     return value
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, and anything else as one on the CPU. torch's own moves even tensors to the default device."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")

@@ -107,7 +107,7 @@ class SafetensorsFile:
         offsets, sizes = offsets if offsets is not None else (0,) * len(shape), sizes if sizes is not None else shape
         row = math.prod(shape[1:]) * dtype.itemsize
         first, rows = (offsets[0], sizes[0]) if shape else (0, 1)
-        raw = torch.empty(rows * row, dtype=torch.uint8)
+        raw = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
         with self.path.open("rb") as file:
             file.seek(self._offsets[name] + first * row)
             if file.readinto(raw.numpy().data) != raw.numel():

@@ -35,7 +35,7 @@ class Staged(DefaultSavePlanner):
             assert isinstance(original, Tensor)
             buffer = kept.pop(item.index, None)
             if buffer is None or buffer.shape != original.shape or buffer.dtype != original.dtype:
-                buffer = torch.empty(original.shape, dtype=original.dtype, pin_memory=original.is_cuda)
+                buffer = torch.empty(original.shape, dtype=original.dtype, device="cpu", pin_memory=original.is_cuda)
             _buffers[item.index] = buffer
             if original.is_cuda:
                 buffer.copy_(original.detach(), non_blocking=True)

@@ -67,7 +67,7 @@ class StoredCheckpoint:
         info, blocks = self.infos[key], self.blocks[key]
         if len(blocks) == 1 and blocks[0].sizes == info.shape:
             return self._read_block(key, blocks[0])
-        whole = torch.empty(info.shape, dtype=info.dtype)
+        whole = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         for block in blocks:
             block.of(whole).copy_(self._read_block(key, block))
         return whole

@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .device_memory import is_capturing
 from .reference import Hyper
 
 BACKENDS = ("reference", "native", "triton")
@@ -85,6 +86,12 @@ class Table:
             grads: one for each parameter, of its shape and device.
             hypers: hyper-parameters, one for each group.
         """
+        if self._strided and is_capturing(self._params[0].device):
+            shape = tuple(self._params[self._strided[0]].shape)
+            raise RuntimeError(
+                f"a CUDA graph captures a step of a parameter of shape {shape} whose memory has gaps, or another order than its state's; "
+                "make both contiguous"
+            )
         update = functools.partial(self._update_rows, hypers=hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
         if self._all_contiguous and all(map(Tensor.is_contiguous, grads)):
             update(self._table, grads, grads)
@@ -101,6 +108,11 @@ class Table:
                         original.copy_(copy)
         # so that autograd notices a backward pass through overwritten weights, as after any in-place operation of torch
         torch.autograd.graph.increment_version(self._params)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has captured a step, and so reads what this table holds whenever it is replayed."""
+        return getattr(self._table, "captured", False)
 
     def _make(self, rows: Sequence[tuple[Tensor | None, ...]], indices: list[int]) -> object:
         return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)], [self._groups[i] for i in indices])

@@ -190,7 +190,7 @@ def grad_sum_sq(grads: list[Tensor]) -> Tensor:
     Raises:
         TypeError: a gradient has another dtype.
     """
-    return torch.tensor(_sum_sq(grads), dtype=torch.float64)
+    return torch.tensor(_sum_sq(grads), dtype=torch.float64, device="cpu")
 
 
 def grad_norm_clip(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +207,7 @@ def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """In Python, as the value is at hand: a dozen tensor operations would cost more than a small step."""
     norm = math.sqrt(sum_sq)
     values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0)
-    return torch.tensor(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
+    return torch.tensor(values, dtype=torch.float32, device="cpu").unbind()  # type: ignore[return-value]
 
 
 def _sum_sq(grads: list[Tensor]) -> float:

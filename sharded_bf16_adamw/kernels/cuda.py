@@ -53,7 +53,8 @@ def unavailable_reason() -> str | None:
 class Table:
     """Addresses of one device's parameters and their states, kept on the device between steps.
 
-    The tensors are referenced; that their memory stays where it was is for the caller to see.
+    The tensors are referenced; that their memory stays where it was is for the caller to see. ``captured`` tells that a CUDA graph has
+    captured a step: its replays read this table, which must live as long.
 
     Args:
         params: bfloat16 or float32, all on one device. Tensors of one index are dense and share their strides.
@@ -77,6 +78,7 @@ class Table:
         from .triton_adamw import HYPER_WIDTH
 
         self.device = params[0].device
+        self.captured = False
         self._tensors = [x for row in rows for x in row if x is not None]
         assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
         if is_capturing(self.device):
@@ -109,13 +111,14 @@ class Table:
                 of the capture has set aside the pinned memory for them.
         """
         with on_device_of(self.device):
+            self.captured |= is_capturing(self.device)
             table = self._hypers.holding([_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]])
             for rows in self._by_dtype:
                 rows.launch(grads, table, grad_scale, found_inf, zero_grads)
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:
-    """Sum the squares of all gradients (bfloat16 or float32, dense, one device) in one launch.
+    """Sum the squares of all gradients (bfloat16 or float32, any strides, one device) in one launch.
 
     Returns:
         0-dim float64 on the device. Equal gradients of equal shapes give equal bits.
@@ -175,7 +178,7 @@ class _Rows:
         ]
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
         off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
-        self.rows = upload(torch.tensor(table, dtype=torch.int64), device)
+        self.rows = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
         self.chunks = chunk_map([row[0].numel() for row in rows], kernels.CHUNK.value, device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([unaligned if x else 0 for x in off], device)
@@ -216,7 +219,7 @@ class _NormLayout:
     def __init__(self, numels: tuple[int, ...], device: torch.device, twin: _NormLayout | None = None) -> None:
         from . import triton_norm as kernels
 
-        self.numels: Tensor = twin.numels if twin else upload(torch.tensor(numels, dtype=torch.int64), device)
+        self.numels: Tensor = twin.numels if twin else upload(torch.tensor(numels, dtype=torch.int64, device="cpu"), device)
         self.chunk = kernels.MIN_CHUNK
         while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
             self.chunk *= 2
@@ -252,6 +255,8 @@ def _norm(grads: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor |
     from . import triton_norm as kernels
 
     device = grads[0].device
+    if not all(map(Tensor.is_contiguous, grads)):
+        grads = [g.contiguous() for g in grads]  # the kernel walks memory from the first element on
     with on_device_of(device):
         layout = _norm_layout(tuple(map(Tensor.numel, grads)), device)
         table, _ = layout.grads.on_device(grads)

@@ -30,7 +30,7 @@ class DeviceArray:
         self._shape = shape
         self._device = device
         self._values: list[list[int]] | None = None
-        self._array = torch.empty(0)
+        self._array = torch.empty(0, device="cpu")
         self._spare: Tensor | None = None  # pinned memory for a capture, during which none can be allocated
         self.captured: list[tuple[Tensor, Tensor | None]] = []  # what CUDA graphs go on reading
         self.keep_spare()
@@ -42,7 +42,7 @@ class DeviceArray:
             if capturing:
                 self.captured.append((self._array, None))
             return self._array
-        host = torch.tensor(values, dtype=torch.int64)
+        host = torch.tensor(values, dtype=torch.int64, device="cpu")
         if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
             if self._spare is None:
                 raise RuntimeError(f"a CUDA graph captures new gradients or hyper-parameters for a second time; {WARM_UP}")
@@ -58,7 +58,7 @@ class DeviceArray:
     def keep_spare(self) -> None:
         """Set pinned memory aside for the next capture, if there is none."""
         if self._spare is None and self._device.type == "cuda":
-            self._spare = torch.empty(self._shape, dtype=torch.int64, pin_memory=True)
+            self._spare = torch.empty(self._shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 class GradientAddresses:
@@ -88,10 +88,10 @@ class GradientAddresses:
 
 def chunk_map(numels: list[int], chunk: int, device: torch.device) -> Tensor:
     """int32 ``[programs, 2]``: the row and the chunk of each program. An empty row has one chunk, so that its step counts."""
-    counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64)
-    row = torch.arange(len(numels)).repeat_interleave(counts)
+    counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64, device="cpu")
+    row = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return upload(torch.stack([row, torch.arange(len(row)) - first], dim=1).to(torch.int32), device)
+    return upload(torch.stack([row, torch.arange(len(row), device="cpu") - first], dim=1).to(torch.int32), device)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

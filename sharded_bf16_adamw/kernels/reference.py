@@ -212,7 +212,7 @@ def lowbias32(x: Tensor) -> Tensor:
 
 def step_key(step: int) -> int:
     """32 random bits of a step, from :func:`lowbias32`."""
-    return int(lowbias32(torch.tensor(step).to(torch.int32))) & 0xFFFFFFFF
+    return int(lowbias32(torch.tensor(step, device="cpu").to(torch.int32))) & 0xFFFFFFFF
 
 
 def _random_bits(g: Tensor, p: Tensor, m: Tensor, v: Tensor, c: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,47 +77,75 @@ def adamw_kernel(
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
     if active:
-        program = tl.program_id(0)
-        row = tl.load(chunks + 2 * program)
-        if tl.load(grads + n_rows + row) == kind:
-            scale = tl.full((), 1.0, tl.float32)
-            if grad_scale is not None:
-                scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
-            this_row = rows + row * ROW_WIDTH
-            hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
-            scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
-            t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
-            scalars = _step_scalars(t, hyper)
-            key = _lowbias32(t.to(tl.uint32))
-            start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-            n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
-            g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
-            aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
-            p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
-            m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
-            v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
-            c = p  # a float32 parameter has no correction
-            if not fp32_param:
-                c = _pointer(tl.load(this_row + ROW_CORRECTION), start, fp32_param, aligned)
-            offsets = tl.arange(0, BLOCK)
-            full = n - n % BLOCK
-            for i in range(0, full, BLOCK):
-                _update(g, p, m, v, c, i + offsets, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
-            for i in range(full, n, TAIL):
-                tail = i + tl.arange(0, TAIL)
-                _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
+        _update_chunk(rows, grads, hypers, chunks, n_rows, grad_scale, kind, fp32_param, zero_grads, hardware_cast)
+        _count_steps(rows, grads, finished, n_rows, kind)
 
-        # Every program reads its row's step, so only the last one to finish may count the steps up. The barrier makes all
-        # threads' reads happen before this program counts as finished.
-        tl.debug_barrier()
-        if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(finished, 0)
-            for first in range(0, n_rows, BLOCK_ROWS):
-                index = first + tl.arange(0, BLOCK_ROWS)
-                mask = index < n_rows
-                mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == kind)
-                step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-                tl.store(step, tl.load(step, mask=mask, other=0.0) + 1.0, mask=mask)
+
+# At every launch Triton compares the global constants that the kernel itself names with what they were when it was compiled, which for all
+# of them takes longer than the rest of the launch. Those that only the functions below name are part of the compiled kernel's key alone.
+
+
+@triton.jit
+def _update_chunk(
+    rows,
+    grads,
+    hypers,
+    chunks,
+    n_rows,
+    grad_scale,
+    kind: tl.constexpr,
+    fp32_param: tl.constexpr,
+    zero_grads: tl.constexpr,
+    hardware_cast: tl.constexpr,
+):
+    """Step this program's chunk, if its row is of this kind."""
+    program = tl.program_id(0)
+    row = tl.load(chunks + 2 * program)
+    if tl.load(grads + n_rows + row) == kind:
+        scale = tl.full((), 1.0, tl.float32)
+        if grad_scale is not None:
+            scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
+        this_row = rows + row * ROW_WIDTH
+        hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
+        scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
+        t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
+        scalars = _step_scalars(t, hyper)
+        key = _lowbias32(t.to(tl.uint32))
+        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+        n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
+        g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
+        aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
+        p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
+        m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
+        v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
+        c = p  # a float32 parameter has no correction
+        if not fp32_param:
+            c = _pointer(tl.load(this_row + ROW_CORRECTION), start, fp32_param, aligned)
+        offsets = tl.arange(0, BLOCK)
+        full = n - n % BLOCK
+        for i in range(0, full, BLOCK):
+            _update(g, p, m, v, c, i + offsets, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
+        for i in range(full, n, TAIL):
+            tail = i + tl.arange(0, TAIL)
+            _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
+
+
+@triton.jit
+def _count_steps(rows, grads, finished, n_rows, kind: tl.constexpr):
+    """Count up the steps of all rows of this kind.
+
+    Every program reads its row's step, so only the last one to finish may do so. The barrier makes all threads' reads happen before this
+    program counts as finished.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(finished, 0)
+        for first in range(0, n_rows, BLOCK_ROWS):
+            index = first + tl.arange(0, BLOCK_ROWS)
+            mask = index < n_rows
+            mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == kind)
+            step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+            tl.store(step, tl.load(step, mask=mask, other=0.0) + 1.0, mask=mask)
 
 
 @triton.jit

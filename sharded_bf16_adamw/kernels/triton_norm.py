@@ -31,6 +31,19 @@ def norm_kernel(
     chunk,  # elements of one program, a multiple of BLOCK
     max_norm_bits: tl.int64,
 ):
+    tl.store(partials + tl.program_id(0), _sum_of_program(numels, grads, chunks, n_rows, chunk))
+    tl.debug_barrier()  # the partial sum must be stored before this program counts as finished
+    if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(finished, 0)
+        total = _sum_of_partials(partials)
+        tl.store(sum_sq, total)
+        if clip is not None:
+            _store_clip(clip, total, _double(max_norm_bits))
+
+
+@triton.jit
+def _sum_of_program(numels, grads, chunks, n_rows, chunk):
+    """The sum of squares of this program's chunk. Not in the kernel itself for what triton_adamw says of global constants."""
     program = tl.program_id(0)
     row = tl.load(chunks + 2 * program)
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
@@ -46,20 +59,17 @@ def norm_kernel(
         total = _sum_chunk(address, start, n, False, False)
     else:
         total = _sum_chunk(address, start, n, True, False)
-    tl.store(partials + program, total)
+    return total
 
-    tl.debug_barrier()  # the partial sum must be stored before this program counts as finished
+
+@triton.jit
+def _sum_of_partials(partials):
     programs = tl.num_programs(0)
-    if tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1:
-        tl.store(finished, 0)
-        acc = tl.zeros((BLOCK_PARTIALS,), tl.float64)
-        for first in range(0, programs, BLOCK_PARTIALS):
-            index = first + tl.arange(0, BLOCK_PARTIALS)
-            acc += tl.load(partials + index, mask=index < programs, other=0.0, cache_modifier=".cg")  # L1 may hold older ones
-        total = tl.sum(acc, axis=0)
-        tl.store(sum_sq, total)
-        if clip is not None:
-            _store_clip(clip, total, _double(max_norm_bits))
+    acc = tl.zeros((BLOCK_PARTIALS,), tl.float64)
+    for first in range(0, programs, BLOCK_PARTIALS):
+        index = first + tl.arange(0, BLOCK_PARTIALS)
+        acc += tl.load(partials + index, mask=index < programs, other=0.0, cache_modifier=".cg")  # L1 may hold older ones
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["max_norm_bits"], do_not_specialize_on_alignment=["sum_sq"])

@@ -77,7 +77,11 @@ def all_reduce_sums(sums: dict[tuple[dist.ProcessGroup, ...], Tensor]) -> Tensor
             with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
                 dist.all_reduce(value, group=group)
     values = list(sums.values())
-    return torch.stack([value.to(values[0].device) for value in values]).sum() if values else torch.zeros((), dtype=torch.float64)
+    return (
+        torch.stack([value.to(values[0].device) for value in values]).sum()
+        if values
+        else torch.zeros((), dtype=torch.float64, device="cpu")
+    )
 
 
 def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

@@ -191,7 +191,7 @@ class Agreement:
 
     def of_first(self, values: Sequence[int]) -> list[int]:
         """What the first rank of the mesh passed."""
-        row = torch.tensor(values, dtype=torch.int64)
+        row = torch.tensor(values, dtype=torch.int64, device="cpu")
         if not self._is_alone:
             Exchange(AGREEING, dist.broadcast, row, group=self._group, src=self._first).wait()
         return row.tolist()
@@ -204,7 +204,7 @@ class Agreement:
         return self._maximum_in(torch.int64, values) if BEYOND_A_BYTE in result else result
 
     def _maximum_in(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
-        row = torch.tensor(values, dtype=dtype)
+        row = torch.tensor(values, dtype=dtype, device="cpu")
         Exchange(AGREEING, dist.all_reduce, row, group=self._group, op=dist.ReduceOp.MAX).wait()
         return row.tolist()
 

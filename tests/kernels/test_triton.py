@@ -83,6 +83,16 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     }
 
 
+def test_what_a_graph_reads_is_kept_and_half_a_clipped_step_is_refused(interpreted: Run) -> None:
+    refusal = "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; capture both or neither"
+    assert interpreted(triton_checks.graphs) == {
+        "a plan that no graph reads": False,
+        "a plan that a graph reads": True,
+        "clip captured: False, step: True": refusal,
+        "clip captured: True, step: False": refusal,
+    }
+
+
 def test_unavailable_without_a_device() -> None:
     if torch.cuda.is_available():
         assert cuda.available() == (cuda.unavailable_reason() is None)

@@ -226,6 +226,67 @@ def integers(n: int, dtype: torch.dtype, offset: int, generator: torch.Generator
     return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
 
 
+def graphs() -> dict[str, Any]:
+    """What an optimizer does where a CUDA graph captures its steps; here no more than told so."""
+    import gc
+    import weakref
+
+    from sharded_bf16_adamw import AdamW_BF16, kernels, optimizer
+    from sharded_bf16_adamw.kernels import device_memory
+
+    modules = (kernels, optimizer, device_memory, cuda)
+
+    def capture(capturing: bool) -> None:
+        for module in modules:
+            module.is_capturing = lambda device: capturing  # type: ignore[attr-defined]
+
+    known, was_available = kernels._BY_DEVICE, cuda.available
+    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda: True
+    kernels._backend_module.cache_clear()
+    try:
+        params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        ours = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
+        ours.step()
+        assert ours._plan is not None
+        replaced = weakref.ref(ours._plan)
+        params[1].grad = None
+        ours.step()
+        gc.collect()
+        results: dict[str, Any] = {"a plan that no graph reads": replaced() is not None}
+        captured = weakref.ref(ours._plan)
+        capture(True)
+        ours.step()
+        capture(False)
+        params[2].grad = None
+        ours.step()
+        gc.collect()
+        results["a plan that a graph reads"] = captured() is not None
+        for clips, steps in ((False, True), (True, False)):
+            before = [p.detach().clone() for p in params]
+            capture(clips)
+            if clips:
+                ours._grad_scale = torch.ones(())  # the norm itself would ask for a layout that no call outside has made
+                ours._clip_captured = True
+            else:
+                ours.clip_grad_norm_(1.0)
+            capture(steps)
+            try:
+                ours.step()
+                results[f"clip captured: {clips}, step: {steps}"] = "no error"
+            except RuntimeError as error:
+                results[f"clip captured: {clips}, step: {steps}"] = str(error)
+            assert all(map(torch.equal, params, before))
+            ours._grad_scale = None
+        return results
+    finally:
+        kernels._BY_DEVICE, cuda.available = known, was_available
+        kernels._backend_module.cache_clear()
+        for module in modules:
+            module.is_capturing = device_memory.__dict__["is_capturing"]  # type: ignore[attr-defined]
+
+
 def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
     """Pairs (found, wanted)."""
     from sharded_bf16_adamw.kernels import triton_norm
@@ -238,6 +299,9 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
         pairs[name] = (float(cuda.grad_sum_sq(grads)), sum(int((g.long() ** 2).sum()) for g in grads))
         pairs[f"{name}, again"] = (float(cuda.grad_sum_sq(grads)), pairs[name][1])
     mixed = [integers(n, (BF16, FP32)[i % 2], i % 3, generator, device) for i, n in enumerate(sizes)]
+    table = integers(5000, BF16, 0, generator, device).view(50, 100)
+    strided = [table.t(), table[:, ::3], table[0, :1].expand(2000)]  # the last has one element of memory
+    pairs["strided"] = (float(cuda.grad_sum_sq(strided)), sum(int((g.long() ** 2).sum()) for g in strided))
     pairs["mixed"] = (float(cuda.grad_sum_sq(mixed)), float(reference.grad_sum_sq(mixed)))
     pairs["empty"] = (float(cuda.grad_sum_sq([torch.zeros(0, device=device)])), 0.0)
     triton_norm.MAX_PROGRAMS, programs = 2, triton_norm.MAX_PROGRAMS
