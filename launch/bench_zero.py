@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from leaving import leave
 from strategies import init_world
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -144,7 +145,7 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

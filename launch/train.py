@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from building import Schedule, build_model, make_optimizer, make_schedule, set_seeds
 from data import Text, UsageError, load_text
+from leaving import leave
 from model import GPT, PRESETS
 from options import parse_args
 from report import Metrics, optimizer_state_bytes, plot_losses, summary
@@ -59,14 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         train(args)
-        dist.barrier()  # rank 0 may still be drawing; a rank that left the group meanwhile has been seen to abort
+        dist.barrier()  # rank 0 may still be drawing
         code = 0
     except UsageError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         code = 2
     if dist.is_initialized() and not joined_before:
-        dist.destroy_process_group()
+        leave()
     return code
 
 
