@@ -73,10 +73,10 @@ class Table:
         steps: list[Tensor],
         groups: Sequence[int] | None = None,
     ) -> None:
-        rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
-        group_of = groups or [0] * len(rows)
         from .triton_adamw import HYPER_WIDTH
 
+        rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
+        group_of = groups or [0] * len(rows)
         self.device = params[0].device
         self.captured = False
         self._tensors = [x for row in rows for x in row if x is not None]
