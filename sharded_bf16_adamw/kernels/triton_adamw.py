@@ -314,7 +314,8 @@ def _stochastic_round(x, r):
     NaN has the payload of an operand, and those end in 16 zero bits: see ``_without_payload``.
     """
     bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
-    return ((bits.to(tl.uint32, bitcast=True) + (~r & 0xFFFF)) >> 16).to(tl.uint16)  # carries where they exceed it
+    complement = r & 0xFFFF ^ 0xFFFF  # not ~r, in which Triton's interpreter meets -1 as a uint32 that numpy 2.5 refuses
+    return ((bits.to(tl.uint32, bitcast=True) + complement) >> 16).to(tl.uint16)  # carries where they exceed it
 
 
 @triton.jit
