@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .grad_norm import Gradients, GradNorm
 from .kernels import Hyper, check_backend, is_capturing
+from .kernels.device_memory import WARM_UP
 from .plan import Plan
 from .schedule import LR
 from .sharding.local import to_local
@@ -21,6 +22,8 @@ from .sharding.misuse import sharded_after_construction
 from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
 from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
+
+MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
 
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 
@@ -99,8 +102,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._clip_captured = False  # whether a CUDA graph captured that call
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
-        self._plan: Plan | None = None
-        self._captured_plans: list[Plan] = []  # that CUDA graphs still read, though another has taken their place
+        self._plans: list[Plan] = []  # of the last sets of parameters with gradients, the newest last
+        self._captured_plans: list[Plan] = []  # that CUDA graphs still read, though they no longer hold
         self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state when the plan was made
         self._grad_norm = GradNorm(self._sharding)
         defaults = {
@@ -157,7 +160,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("_grad_scale", None)
         self.__dict__.setdefault("_grad_found_inf", None)
         self.__dict__.setdefault("_clip_captured", False)
-        self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_plans", [])
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_seen_state", ([], []))
         self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding))
@@ -228,8 +231,9 @@ class AdamW_BF16(torch.optim.Optimizer):
         gradients = self._gradients()
         plan = self._current_plan(gradients)
         grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
+        rates = self._scheduled_rates()  # the user's code, so before anything is written
         found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
-        self._apply_schedule()
+        self._apply_schedule(rates)
         if plan is not None:
             plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._grad_scale, found_inf=found_inf)
         self._sharding.gather()
@@ -257,22 +261,37 @@ class AdamW_BF16(torch.optim.Optimizer):
         groups = [params for _, params, _ in gradients]
         if not any(groups):
             return None
-        if self._plan is None or not (self._same_state() and self._plan.is_current(groups)):
+        if not self._same_state():
+            self._drop_plans(self._plans)
+        plan = next((plan for plan in self._plans if plan.is_for(groups)), None)
+        if plan is None or not plan.is_current():
+            params = list(chain.from_iterable(groups))
+            if is_capturing(params[0].device):  # before any state is made, whose zeros the failing capture would not write
+                raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
             states = []
-            for param in chain.from_iterable(groups):
+            for param in params:
                 state = self.state[param]
                 if not state:
                     state.update(new_state(param, self._sharding))
                 states.append(state)
+            self._drop_plans([other for other in self._plans if other is plan or not self._has_all_of(other)])
+            self._drop_plans(self._plans[: 1 - MAX_PLANS])
             plan = Plan(groups, states, self._sharding, self.backend)
-            if self._plan is not None and self._plan.captured:
-                self._captured_plans.append(self._plan)
-            self._plan = plan
+            self._plans.append(plan)
             self._seen_state = (list(self.state), list(self.state.values()))
-        return self._plan
+        return plan
+
+    def _has_all_of(self, plan: Plan) -> bool:
+        """Whether the plan's parameters are all still there; one with others would keep their memory for nothing."""
+        known = {id(param) for group in self.param_groups for param in group["params"]}
+        return all(id(param) in known for param in plan.params)
+
+    def _drop_plans(self, plans: list[Plan]) -> None:
+        self._captured_plans += [plan for plan in plans if plan.captured]
+        self._plans = [plan for plan in self._plans if not any(plan is other for other in plans)]
 
     def _same_state(self) -> bool:
-        """Whether the state has the same keys, and the same dict for each, as when the plan was made, which checks what is in those."""
+        """Whether the state has the same keys, and the same dict for each, as when the last plan was made; plans check what is in those."""
         params, states = self._seen_state
         return len(self.state) == len(params) and all(map(is_, self.state, params)) and all(map(is_, self.state.values(), states))
 
@@ -287,14 +306,20 @@ class AdamW_BF16(torch.optim.Optimizer):
             )
         self._checked_not_replaced = True  # a walk over all objects of the process: once is enough
 
-    def _apply_schedule(self) -> None:
-        """Move each group's ``"lr"`` to this step's value, unless it is not what the schedule last wrote: then it is somebody else's."""
-        follow = [g for g in self.param_groups if g["scheduled_lr"] is not None and g["lr"] == g["scheduled_lr"]]
-        if self.lr_function is not None:
-            rates = [self.lr_function(group["schedule_step"]) for group in follow]  # all before any is written: it is the user's code
-            for group, lr in zip(follow, rates, strict=True):
+    def _scheduled_rates(self) -> list[float | None]:
+        """Each group's learning rate of this step; None where its ``"lr"`` is not what the schedule last wrote and so somebody else's."""
+        schedule = self.lr_function
+        return [
+            schedule(group["schedule_step"])
+            if schedule is not None and group["scheduled_lr"] is not None and group["lr"] == group["scheduled_lr"]
+            else None
+            for group in self.param_groups
+        ]
+
+    def _apply_schedule(self, rates: list[float | None]) -> None:
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if lr is not None:
                 group["lr"] = group["scheduled_lr"] = lr
-        for group in self.param_groups:
             group["schedule_step"] += 1
 
     # ----------------------------------------------------------------------------------------- gradient norm and the guard

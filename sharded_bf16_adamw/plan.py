@@ -40,6 +40,7 @@ class Plan:
         shards = [sharding.shard(param) for param in params]
         self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
         self._addresses = self._read_addresses()
+        self._layouts = self._read_layouts()
         self._tables = []
         group_of = [number for number, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
@@ -56,14 +57,13 @@ class Plan:
             table = Table(local_params, *states_here, groups=groups_here, backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
-    def is_current(self, groups: list[list[Tensor]]) -> bool:
-        """Whether the plan is for just these parameters, and all memory of theirs and of their states lies where it lay."""
-        return (
-            list(map(len, groups)) == self._sizes
-            and all(map(is_, chain.from_iterable(groups), self.params))
-            and self._addresses is not None
-            and self._addresses == self._read_addresses()
-        )
+    def is_for(self, groups: list[list[Tensor]]) -> bool:
+        """Whether the plan is for just these parameters in these groups."""
+        return list(map(len, groups)) == self._sizes and all(map(is_, chain.from_iterable(groups), self.params))
+
+    def is_current(self) -> bool:
+        """Whether all memory of the parameters and of their states lies where it lay, and the parameters are laid out as they were."""
+        return self._addresses is not None and self._addresses == self._read_addresses() and self._layouts == self._read_layouts()
 
     @property
     def captured(self) -> bool:
@@ -83,6 +83,14 @@ class Plan:
                 grad_scale=None if grad_scale is None else grad_scale.to(device),
                 found_inf=None if found_inf is None else found_inf.to(device),
             )
+
+    def _read_layouts(self) -> list[Any]:
+        """What tells which elements the parameters have, and in which order, where the memory stays: ``param.data = param.data.t()``.
+        Strides take long to read and tell more only of what is not contiguous."""
+        locals_ = self.params if self._plain else list(map(to_local, self.params))
+        contiguous = list(map(Tensor.is_contiguous, locals_))
+        strides = [] if all(contiguous) else list(map(Tensor.stride, locals_))
+        return [*map(Tensor.numel, locals_), *contiguous, *strides]
 
     def _read_addresses(self) -> list[int] | None:
         """Where every tensor's memory lies now; None where a state holds what is no tensor, which is never taken to be current."""

@@ -142,7 +142,7 @@ def run(change, forget_plan):
         if step == 3:
             change(model, optimizer)
         if forget_plan:
-            optimizer._plan = None
+            optimizer._plans.clear()
         optimizer.step()
     params = list(model.parameters())
     states = [optimizer.state[p] for p in params]
@@ -164,11 +164,88 @@ def test_an_unchanged_optimizer_keeps_its_plan():
     _, optimizer = make()
     give_gradients(optimizer, 0)
     optimizer.step(zero_grad=True)
-    plan = optimizer._plan
+    plans = list(optimizer._plans)
     for step in (1, 2):
         give_gradients(optimizer, step)
         optimizer.step(zero_grad=True)
-    assert plan is not None and optimizer._plan is plan
+    assert len(plans) == 1 and optimizer._plans == plans
+
+
+def train_in_turns(optimizer, turns):
+    """Steps in which only one of the two groups has gradients, as generator and discriminator do."""
+    for turn in turns:
+        give_gradients(optimizer, turn)
+        for p in optimizer.param_groups[1 - turn]["params"]:
+            p.grad = None
+        optimizer.step()
+
+
+def test_sets_of_parameters_that_take_turns_keep_their_plans():
+    _, optimizer = make()
+    train_in_turns(optimizer, [0, 1])
+    plans = list(optimizer._plans)
+    train_in_turns(optimizer, [0, 1, 1, 0])
+    assert len(plans) == 2 and optimizer._plans == plans
+
+
+def test_a_state_replaced_while_others_step_is_seen():
+    """The plan of the first group must not outlive it, though the second group's step is the one that follows."""
+    results = []
+    for forget_plans in (False, True):
+        model, optimizer = make()
+        train_in_turns(optimizer, [0, 1])
+        param = model[0].weight
+        optimizer.state[param] = {key: value.clone() + 1 for key, value in optimizer.state[param].items()}
+        train_in_turns(optimizer, [1])
+        if forget_plans:
+            optimizer._plans.clear()
+        train_in_turns(optimizer, [0])
+        results.append([param.detach(), *optimizer.state[param].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_more_plans_are_kept_than_are_of_use():
+    params = [nn.Parameter(torch.ones(3, dtype=BF16)) for _ in range(7)]
+    optimizer = AdamW_BF16([{"params": params[:5]}, {"params": params[5:]}], lr=1e-2)
+    for left_out in range(7):
+        give_gradients(optimizer, left_out)
+        params[left_out].grad = None
+        optimizer.step()
+    assert len(optimizer._plans) == 4
+    del optimizer.param_groups[1]
+    optimizer.step()
+    assert len(optimizer._plans) == 1, "the others would keep the memory of parameters that are gone"
+
+
+def test_other_sizes_at_the_same_address_are_seen():
+    param = nn.Parameter(torch.ones(8, dtype=BF16))
+    memory = param.data
+    optimizer = AdamW_BF16([param], lr=1e-1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = memory.clone()
+    param.grad = None
+    param.data = param.data[:4]
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"local shape \(4,\) but its optimizer state has \(8,\)"):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
+def test_other_strides_at_the_same_address_are_seen():
+    results = []
+    for forget_plans in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(4, 4).to(BF16))
+        optimizer = AdamW_BF16([param], lr=1e-1)
+        param.grad = torch.randn(4, 4).to(BF16)
+        optimizer.step()
+        param.data = param.data.t()
+        if forget_plans:
+            optimizer._plans.clear()
+        optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("change", [memory_of_a_parameter_replaced, one_state_tensor_replaced, step_replaced, memory_of_a_state_replaced])

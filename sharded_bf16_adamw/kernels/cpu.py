@@ -238,7 +238,7 @@ def stream_ceiling(arrays: Sequence[Tensor]) -> None:
 
 
 def read_ceiling(tensors: Sequence[Tensor]) -> int:
-    """Read contiguous bfloat16 tensors, with next to no arithmetic: no gradient norm can be faster. For benchmarks.
+    """Read contiguous bfloat16 tensors, with next to no arithmetic. For benchmarks: what a plain loop makes of it.
 
     Returns:
         The exclusive or of all whole 64-byte blocks, folded to 32 bits.

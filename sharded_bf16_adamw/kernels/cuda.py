@@ -53,8 +53,7 @@ def unavailable_reason() -> str | None:
 class Table:
     """Addresses of one device's parameters and their states, kept on the device between steps.
 
-    The tensors are referenced; that their memory stays where it was is for the caller to see. ``captured`` tells that a CUDA graph has
-    captured a step: its replays read this table, which must live as long.
+    The tensors are referenced; that their memory stays where it was is for the caller to see.
 
     Args:
         params: bfloat16 or float32, all on one device. Tensors of one index are dense and share their strides.
@@ -78,7 +77,7 @@ class Table:
         rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
         group_of = groups or [0] * len(rows)
         self.device = params[0].device
-        self.captured = False
+        self._graphs_read: list[Sequence[Hyper]] = []
         self._tensors = [x for row in rows for x in row if x is not None]
         assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
         if is_capturing(self.device):
@@ -111,10 +110,16 @@ class Table:
                 of the capture has set aside the pinned memory for them.
         """
         with on_device_of(self.device):
-            self.captured |= is_capturing(self.device)
+            if is_capturing(self.device):
+                self._graphs_read.append(hypers)  # whose tensors they read
             table = self._hypers.holding([_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]])
             for rows in self._by_dtype:
                 rows.launch(grads, table, grad_scale, found_inf, zero_grads)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has captured a step. Its replays read this table, which must live as long."""
+        return bool(self._graphs_read)
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:

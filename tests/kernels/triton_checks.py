@@ -235,12 +235,21 @@ def graphs() -> dict[str, Any]:
     from sharded_bf16_adamw.kernels import device_memory
 
     modules = (kernels, optimizer, device_memory, cuda)
+    truth, known, was_available = device_memory.is_capturing, kernels._BY_DEVICE, cuda.available
 
     def capture(capturing: bool) -> None:
         for module in modules:
             module.is_capturing = lambda device: capturing  # type: ignore[attr-defined]
 
-    known, was_available = kernels._BY_DEVICE, cuda.available
+    def refusal(function: Any) -> str:
+        before = [p.detach().clone() for p in params]
+        try:
+            function()
+        except RuntimeError as error:
+            assert all(map(torch.equal, params, before))
+            return str(error)
+        return "no error"
+
     kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda: True
     kernels._backend_module.cache_clear()
     try:
@@ -248,43 +257,41 @@ def graphs() -> dict[str, Any]:
         for p in params:
             p.grad = torch.ones_like(p)
         ours = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
+        capture(True)
+        results: dict[str, Any] = {"first step": refusal(ours.step), "states after it": len(ours.state)}
+        capture(False)
         ours.step()
-        assert ours._plan is not None
-        replaced = weakref.ref(ours._plan)
-        params[1].grad = None
+        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()  # so that the plan no longer holds
+        replaced = weakref.ref(ours._plans[0])
         ours.step()
         gc.collect()
-        results: dict[str, Any] = {"a plan that no graph reads": replaced() is not None}
-        captured = weakref.ref(ours._plan)
+        results["a plan that no graph reads"] = replaced() is not None
+        captured = weakref.ref(ours._plans[0])
+        ours.param_groups[0]["lr"] = torch.tensor(2e-3)  # the first one is also among the optimizer's defaults
+        ours.step()
         capture(True)
         ours.step()
         capture(False)
-        params[2].grad = None
+        lr = weakref.ref(ours.param_groups[0]["lr"])
+        ours.param_groups[0]["lr"] = torch.tensor(1e-4)
+        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
         ours.step()
         gc.collect()
-        results["a plan that a graph reads"] = captured() is not None
-        for clips, steps in ((False, True), (True, False)):
-            before = [p.detach().clone() for p in params]
+        results["a plan that a graph reads"] = captured() is not None and captured() not in ours._plans
+        results["the learning rate that it reads"] = lr() is not None
+        clip = ours._grad_norm.clip(ours._gradients(), 1.0, None)
+        ours._grad_norm.clip = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
+        for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)
-            if clips:
-                ours._grad_scale = torch.ones(())  # the norm itself would ask for a layout that no call outside has made
-                ours._clip_captured = True
-            else:
-                ours.clip_grad_norm_(1.0)
+            ours.clip_grad_norm_(1.0)
             capture(steps)
-            try:
-                ours.step()
-                results[f"clip captured: {clips}, step: {steps}"] = "no error"
-            except RuntimeError as error:
-                results[f"clip captured: {clips}, step: {steps}"] = str(error)
-            assert all(map(torch.equal, params, before))
-            ours._grad_scale = None
+            results[f"clip captured: {clips}, step: {steps}"] = refusal(ours.step)
         return results
     finally:
         kernels._BY_DEVICE, cuda.available = known, was_available
         kernels._backend_module.cache_clear()
         for module in modules:
-            module.is_capturing = device_memory.__dict__["is_capturing"]  # type: ignore[attr-defined]
+            module.is_capturing = truth  # type: ignore[attr-defined]
 
 
 def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:

@@ -265,6 +265,17 @@ def test_the_clipping_contender_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["clip_grad_norm_", "step"]
 
 
+def test_the_reading_contender_reads_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = runner_of_ours().optimizer
+    assert ours is not None
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(contenders.cpu, "read_ceiling", read.extend)
+    reading = next(c for c in contenders.contenders(CPU) if c.key == "ours-reading").make([(300,), (5, 7)], CPU, ours)
+    reading.step()
+    assert len(read) == 2 and all(x is p.grad for x, p in zip(read, ours.state, strict=True))
+    assert all(state["step"] == 2 for state in ours.state.values())
+
+
 def test_the_copies_of_mixed_precision_are_made() -> None:
     master = contenders._parameters([(64,)], CPU, torch.float32)
     seen = []

@@ -307,8 +307,8 @@ static void read_chunk(void *context, int64_t chunk) {
     }
 }
 
-/* Read tensors of bf16 as sba_sum_sq does, with next to no arithmetic. For benchmarks: no norm can be faster. Returns the exclusive or of
- * all whole 64-byte blocks of each piece, or 0 where memory is short. */
+/* Read tensors of bf16 as sba_sum_sq does, with next to no arithmetic. For benchmarks. Returns the exclusive or of all whole 64-byte
+ * blocks of each piece, or 0 where memory is short. */
 SBA_EXPORT uint32_t sba_read_ceiling(int64_t tensors, const int64_t *address, const int64_t *numel, int threads, int isa) {
     reading r = {.kernels = sba_kernels_of(isa), .address = address};
     if (sba_plan_make(&r.plan, numel, tensors)) return 0;
