@@ -1,13 +1,15 @@
 /* A small thread pool. The caller works too and never waits for a helper to wake: whatever is unclaimed it does itself, and at the
  * end it waits only for helpers that have joined its job. So a busy core delays a step by the few chunks of one claim at most.
  *
- * Helpers are detached, sleep between jobs and block all signals. They live until the process ends, so nothing is joined at exit.
+ * Helpers are detached and block all signals; between jobs they look for the next for a moment and then sleep. They live until the
+ * process ends, so nothing is joined at exit.
  * A forked child has none of its parent's threads: it starts with an empty pool and fills it when first needed.
  */
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 
 #include "native.h"
 
@@ -18,7 +20,7 @@ typedef struct job {
     _Atomic int64_t next; /* first chunk that nobody has claimed */
     int threads;          /* at most, the caller among them */
     int places;           /* helpers that may still join; under the lock, like the rest */
-    int active;           /* helpers that have joined and not left */
+    _Atomic int active;   /* helpers that have joined and not left; raised under the lock only */
     struct job *following;
 } job;
 
@@ -29,6 +31,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t posted = PTHREAD_COND_INITIALIZER; /* a job has places */
 static pthread_cond_t left = PTHREAD_COND_INITIALIZER;   /* a job has no active helper any more */
 static job *jobs;
+static _Atomic unsigned posts; /* jobs ever posted; raised under the lock */
 static int helpers;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -60,13 +63,48 @@ static void work(job *j) {
     }
 }
 
+/* For how long a thread looks for what it waits for before it sleeps. To be woken takes long, during which the others work alone, and the
+ * optimizer's calls of the library follow each other within this time where they are short (1M elements, two threads: a step takes 20 %
+ * less, with clipping 27 %). OpenMP's threads look for longer. */
+#define LOOK_NS 200000
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+#define LOOK_WHILE(condition) \
+    do { \
+        int64_t until = 0; \
+        for (unsigned turn = 1; condition; turn++) { \
+            relax(); \
+            if (turn % 32) continue; \
+            int64_t now = now_ns(); \
+            if (!until) until = now + LOOK_NS; \
+            if (now > until) break; \
+        } \
+    } while (0)
+
 static void *helper(void *unused) {
     pthread_mutex_lock(&lock);
     for (;;) {
         job *j = jobs;
         while (j && !j->places) j = j->following;
         if (!j) {
-            pthread_cond_wait(&posted, &lock);
+            unsigned seen = posts;
+            pthread_mutex_unlock(&lock);
+            LOOK_WHILE(posts == seen);
+            pthread_mutex_lock(&lock);
+            if (posts == seen) pthread_cond_wait(&posted, &lock);
             continue;
         }
         j->places--;
@@ -74,7 +112,7 @@ static void *helper(void *unused) {
         pthread_mutex_unlock(&lock);
         work(j);
         pthread_mutex_lock(&lock);
-        if (--j->active == 0) pthread_cond_broadcast(&left);
+        if (--j->active == 0) pthread_cond_broadcast(&left); /* the job may be gone now */
     }
     return unused;
 }
@@ -107,6 +145,7 @@ void sba_parallel(sba_task task, void *context, int64_t chunks, int threads) {
     ensure_helpers(wanted);
     j.following = jobs;
     jobs = &j;
+    posts++;
     for (int i = 0; i < wanted; i++) pthread_cond_signal(&posted);
     pthread_mutex_unlock(&lock);
     work(&j);
@@ -114,6 +153,9 @@ void sba_parallel(sba_task task, void *context, int64_t chunks, int threads) {
     job **link = &jobs;
     while (*link != &j) link = &(*link)->following;
     *link = j.following; /* nobody joins any more */
+    pthread_mutex_unlock(&lock);
+    LOOK_WHILE(j.active);
+    pthread_mutex_lock(&lock);
     while (j.active) pthread_cond_wait(&left, &lock);
     pthread_mutex_unlock(&lock);
 }
