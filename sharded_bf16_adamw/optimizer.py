@@ -395,4 +395,4 @@ def _hyper(group: dict[str, Any]) -> Hyper:
 
 def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:
     """Whether the gradients are what the kernels take; quick, since it runs at every step."""
-    return set(map(_dtype_of, grads)) <= DTYPES and set(map(_layout_of, grads)) <= {torch.strided}
+    return DTYPES.issuperset(map(_dtype_of, grads)) and {torch.strided}.issuperset(map(_layout_of, grads))

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Table:
         # A row of unlike strides, or with gaps, cannot be walked as one range: each step works on contiguous copies of it.
         self._flat = [i for i, row in enumerate(rows) if _walkable(row[:4])]
         self._strided = [i for i in range(len(rows)) if i not in set(self._flat)]
-        self._table = self._make([rows[i] for i in self._flat], self._flat) if self._flat else None
+        self._table: Any = self._make([rows[i] for i in self._flat], self._flat) if self._flat else None
 
     def update_(
         self,
@@ -92,20 +93,10 @@ class Table:
                 f"a CUDA graph captures a step of a parameter of shape {shape} whose memory has gaps, or another order than its state's; "
                 "make both contiguous"
             )
-        update = functools.partial(self._update_rows, hypers=hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
         if self._all_contiguous and all(map(Tensor.is_contiguous, grads)):
-            update(self._table, grads, grads)
+            self._table.update_(grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
         else:
-            if self._table is not None:
-                own = [grads[i] for i in self._flat]
-                update(self._table, own, [_laid_out_as(self._params[i], grads[i]) for i in self._flat])
-            for i in self._strided:
-                row = self._rows[i]
-                copies = [x if x is None else x.contiguous() for x in row[:4]]
-                update(self._make([(*copies, row[4])], [i]), [grads[i]], [grads[i].contiguous()])
-                for original, copy in zip(row[:4], copies, strict=True):
-                    if original is not None and copy is not None and copy is not original:
-                        original.copy_(copy)
+            self._update_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
         # so that autograd notices a backward pass through overwritten weights, as after any in-place operation of torch
         torch.autograd.graph.increment_version(self._params)
 
@@ -114,14 +105,27 @@ class Table:
         """Whether a CUDA graph has captured a step, and so reads what this table holds whenever it is replayed."""
         return getattr(self._table, "captured", False)
 
-    def _make(self, rows: Sequence[tuple[Tensor | None, ...]], indices: list[int]) -> object:
+    def _make(self, rows: Sequence[tuple[Tensor | None, ...]], indices: list[int]) -> Any:
         return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)], [self._groups[i] for i in indices])
 
+    def _update_any_strides(self, grads: list[Tensor], hypers: Sequence[Hyper], **flags: Any) -> None:
+        """As :meth:`update_`, where some tensor is not contiguous."""
+        if self._flat:
+            laid_out = [_laid_out_as(self._params[i], grads[i]) for i in self._flat]
+            self._update_rows(self._table, [grads[i] for i in self._flat], laid_out, hypers, **flags)
+        for i in self._strided:
+            row = self._rows[i]
+            copies = [x if x is None else x.contiguous() for x in row[:4]]
+            self._update_rows(self._make([(*copies, row[4])], [i]), [grads[i]], [grads[i].contiguous()], hypers, **flags)
+            for original, copy in zip(row[:4], copies, strict=True):
+                if original is not None and copy is not None and copy is not original:
+                    original.copy_(copy)
+
     @staticmethod
-    def _update_rows(table, grads, laid_out, *, hypers, zero_grads, **flags) -> None:  # type: ignore[no-untyped-def]
+    def _update_rows(table: Any, grads: list[Tensor], laid_out: list[Tensor], hypers: Sequence[Hyper], **flags: Any) -> None:
         """One call of the back end; ``laid_out`` are the gradients, copied where they have not their parameter's strides."""
-        table.update_(laid_out, hypers, zero_grads=zero_grads, **flags)
-        if zero_grads and laid_out is not grads:
+        table.update_(laid_out, hypers, **flags)
+        if flags["zero_grads"]:
             for grad, copy in zip(grads, laid_out, strict=True):
                 if copy is not grad:
                     grad.copy_(copy)  # zero where the step was taken

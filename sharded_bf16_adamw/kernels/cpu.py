@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import struct
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -27,16 +28,11 @@ ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
 ABI_VERSION = 3
 
+_HYPER = struct.Struct("6d")  # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
 _dtype_of = attrgetter("dtype")
 _library: ctypes.CDLL | None = None
 _unavailable_reason: str | None = None
 _isa: int | None = None
-
-
-class _Hyper(ctypes.Structure):
-    """``sba_hyper`` of csrc/native.h: the hyper-parameters of a group, with the scale of its gradients."""
-
-    _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale")]
 
 
 def available() -> bool:
@@ -110,14 +106,17 @@ class Table:
             _check_row(p, m, v, c, step)
         self._library = _required_library()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
-        self._grad_is_f32 = _Column(len(params), np.uint8)
-        self._grad_address = _Column(len(params), np.int64)
+        # What a step writes for the library to read. ctypes and struct fill a few numbers with less code to fetch than numpy does, which
+        # counts where the step before has left no cache warm.
+        self._grad_is_f32 = (ctypes.c_uint8 * len(params))()
+        self._grad_address = (ctypes.c_int64 * len(params))()
         columns = [[0 if x is None else x.data_ptr() for x in column] for column in self._tensors]
         address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in params], np.int64)
         is_f32 = np.array([p.dtype == torch.float32 for p in params], np.uint8)
         group = np.array(groups or [0] * len(params), np.int64)
-        self._hypers = (_Hyper * (int(group.max(initial=0)) + 1))()
+        self._groups = int(group.max(initial=0)) + 1
+        self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
         columns_of_numbers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data, group.ctypes.data)
         self._handle = self._library.sba_table_new(len(params), *columns_of_numbers)
         if not self._handle:
@@ -146,36 +145,28 @@ class Table:
         """
         if len(grads) != len(self._tensors[0]):
             raise ValueError(f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}")
-        if len(hypers) < len(self._hypers):
-            raise ValueError(f"update_ needs hyper-parameters for {len(self._hypers)} groups, but got {len(hypers)}")
+        if len(hypers) < self._groups:
+            raise ValueError(f"update_ needs hyper-parameters for {self._groups} groups, but got {len(hypers)}")
         if found_inf is not None and found_inf.item() != 0:
             return
         dtypes = list(map(_dtype_of, grads))
         if dtypes != self._grad_dtypes:
-            self._grad_is_f32.values[:] = np.frombuffer(_float32_flags(dtypes), np.uint8)
+            self._grad_is_f32[:] = list(_float32_flags(dtypes))
             self._grad_dtypes = dtypes
-        self._grad_address.values[:] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        self._grad_address[:] = list(map(Tensor.data_ptr, grads))
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        for i in range(len(self._hypers)):
+        for i in range(self._groups):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[i]
-            self._hypers[i] = _Hyper(float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
+            _HYPER.pack_into(self._hypers, i * _HYPER.size, float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
         self._library.sba_table_update(
             self._handle,
-            self._grad_address.pointer,
-            self._grad_is_f32.pointer,
+            self._grad_address,
+            self._grad_is_f32,
             self._hypers,
             zero_grads,
             torch.get_num_threads(),
             _selected_isa(),
         )
-
-
-class _Column:
-    """A numpy array with its address, which numpy takes longer to tell than a kernel takes for a thousand elements."""
-
-    def __init__(self, count: int, dtype: type) -> None:
-        self.values: np.ndarray = np.zeros(count, dtype)
-        self.pointer = self.values.ctypes.data
 
 
 def grad_sum_sq(grads: list[Tensor]) -> Tensor:
@@ -273,7 +264,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures: dict[str, tuple[list[type], type | None]] = {
         "sba_table_new": ([int64, pointer, pointer, pointer, pointer], pointer),
         "sba_table_free": ([pointer], None),
-        "sba_table_update": ([pointer, pointer, pointer, ctypes.POINTER(_Hyper), int32, int32, int32], None),
+        "sba_table_update": ([pointer, pointer, pointer, pointer, int32, int32, int32], None),
         "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),
         "sba_stream_ceiling": ([pointer, int64, int32, int32], None),
         "sba_read_ceiling": ([int64, pointer, pointer, int32, int32], ctypes.c_uint32),
