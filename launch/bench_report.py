@@ -140,10 +140,13 @@ def write_between_markers(path: Path, device: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def plot(run: dict[str, Any], path: Path) -> None:
-    """Bars of the time over ours, a panel for each size, at the first number of threads."""
-    import matplotlib
-
+def plot(run: dict[str, Any], path: Path) -> bool:
+    """Bars of the time over ours, a panel for each size, at the first number of threads. Returns False, and draws nothing, where
+    matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -169,3 +172,4 @@ def plot(run: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True

@@ -30,7 +30,10 @@ from bench_report import describe, machine, markdown, plain_table, plot, rows, w
 from bench_targets import as_data, targets  # noqa: E402
 from contenders import contenders  # noqa: E402
 
-SIZES = {"cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"], "cuda": ["1M", "16M", "128M", "1B", "1000x1000", "1000x1"]}
+SIZES = {
+    "cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"],
+    "cuda": ["1M", "16M", "128M", "1000x1000", "1000x1", "1B"],  # what may run out of memory or time comes last
+}
 DOCS = REPO / "docs" / "benchmarks.md"
 
 
@@ -43,6 +46,7 @@ def main() -> int:
         from gpu_checks import run_checks
 
         run["gpu_checks"] = [check.as_data() for check in run_checks(device)]
+        write_json(run, args)
     everyone = contenders(device)
     chosen = [c for c in everyone if args.only is None or c.key == "ours" or c.key in args.only]
     for threads in args.threads:
@@ -129,15 +133,17 @@ def write_json(run: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def write_charts(run: dict[str, Any], targets: list[str], args: argparse.Namespace) -> None:
-    """The chart beside the JSON file, and the docs, where asked for."""
+    """The docs and the chart of each, where asked for."""
     device = run["machine"]["device"]
-    if args.json is not None:
-        plot(run, args.json.with_suffix(".png"))
-        print(f"\nwrote {os.path.relpath(args.json)} and {args.json.with_suffix('.png').name}")
+    charts = []
     if args.docs is not None:
         write_between_markers(args.docs, device, markdown(run, targets))
-        plot(run, args.docs.parent / "img" / f"benchmark_{device}.png")
-        print(f"wrote {os.path.relpath(args.docs)} and its picture")
+        charts.append((args.docs, args.docs.parent / "img" / f"benchmark_{device}.png"))
+    if args.json is not None:
+        charts.append((args.json, args.json.with_suffix(".png")))
+    for written, chart in charts:
+        drawn = plot(run, chart)
+        print(f"wrote {os.path.relpath(written)} and " + (os.path.relpath(chart) if drawn else "no chart, as matplotlib is not installed"))
 
 
 if __name__ == "__main__":

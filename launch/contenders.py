@@ -273,14 +273,19 @@ def _make_gpu_ceiling(shapes: Shapes, device: torch.device) -> Runner:
     from bench_stream import stream_ceiling_
 
     words = -(-_numel(shapes) // 32) * 16  # of two bf16 each, whole vectors
-    arrays = [torch.zeros(words, dtype=torch.int32, device=device) for _ in range(5)]
+    arrays = [_random_words(words, device) for _ in range(5)]
     return Runner(lambda: stream_ceiling_(arrays))
 
 
 def _make_copy(shapes: Shapes, device: torch.device) -> Runner:
-    source = torch.zeros(BYTES_PER_PARAM // 2 * _numel(shapes), dtype=torch.uint8, device=device)
+    source = _random_words(-(-BYTES_PER_PARAM * _numel(shapes) // 8), device)  # half of the bytes are read, half written
     target = torch.zeros_like(source)
     return Runner(lambda: target.copy_(source))
+
+
+def _random_words(count: int, device: torch.device) -> Tensor:
+    """Zeros take less power to move, so on a GPU less time."""
+    return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32, device=device)
 
 
 def _numel(shapes: Shapes) -> int:

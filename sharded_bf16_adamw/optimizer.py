@@ -309,12 +309,9 @@ class AdamW_BF16(torch.optim.Optimizer):
     def _scheduled_rates(self) -> list[float | None]:
         """Each group's learning rate of this step; None where its ``"lr"`` is not what the schedule last wrote and so somebody else's."""
         schedule = self.lr_function
-        return [
-            schedule(group["schedule_step"])
-            if schedule is not None and group["scheduled_lr"] is not None and group["lr"] == group["scheduled_lr"]
-            else None
-            for group in self.param_groups
-        ]
+        if schedule is None:
+            return [None] * len(self.param_groups)
+        return [schedule(group["schedule_step"]) if _lr_is_scheduled(group) else None for group in self.param_groups]
 
     def _apply_schedule(self, rates: list[float | None]) -> None:
         for group, lr in zip(self.param_groups, rates, strict=True):
@@ -386,6 +383,13 @@ class AdamW_BF16(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.requires_grad and not self.state[param]:
                     self.state[param] = new_state(param, self._sharding)
+
+
+def _lr_is_scheduled(group: dict[str, Any]) -> bool:
+    lr, scheduled = group["lr"], group["scheduled_lr"]
+    if scheduled is None or lr is scheduled:
+        return scheduled is not None
+    return not isinstance(lr, Tensor) and lr == scheduled  # to compare a tensor would wait for its device
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:

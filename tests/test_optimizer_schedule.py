@@ -54,6 +54,17 @@ class TestSchedule:
         train(optimizer, 1)
         assert optimizer.param_groups[0]["lr"] == 0.1 * 2
 
+    def test_a_tensor_that_somebody_put_there_holds_without_being_compared(self):
+        optimizer = AdamW_BF16([param(2)], lr_function=lambda step: 0.5)
+        own = optimizer.param_groups[0]["lr"] = torch.tensor(0.5)  # to compare one on a GPU would wait for it
+        train(optimizer, 2)
+        assert optimizer.param_groups[0]["lr"] is own
+
+    def test_a_schedule_may_give_tensors(self):
+        optimizer = AdamW_BF16([param(2)], lr_function=lambda step: torch.tensor(float(step)))
+        train(optimizer, 3)
+        assert optimizer.param_groups[0]["lr"] == 2.0
+
     def test_a_schedule_that_fails_for_one_group_leaves_all_as_they_were(self):
         p, q = param(4), param(4)
         calls = iter([0.1, 0.1, 0.1])  # the construction's for the default and both groups, and none for the steps

@@ -197,8 +197,8 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
 def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """In Python, as the value is at hand: a dozen tensor operations would cost more than a small step."""
     norm = math.sqrt(sum_sq)
-    values = (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0)
-    return torch.tensor(values, dtype=torch.float32, device="cpu").unbind()  # type: ignore[return-value]
+    values = array("f", (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0))
+    return torch.frombuffer(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
 
 
 def _sum_sq(grads: list[Tensor]) -> float:

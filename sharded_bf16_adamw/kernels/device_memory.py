@@ -41,6 +41,8 @@ class DeviceArray:
         if values == self._values:
             if capturing:
                 self.captured.append((self._array, None))
+            else:
+                self.keep_spare()
             return self._array
         host = torch.tensor(values, dtype=torch.int64, device="cpu")
         if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
@@ -51,6 +53,8 @@ class DeviceArray:
             self.captured.append((array, self._spare))
             self._spare = None
             return array
+        if self._array.is_cuda:  # a kernel of another stream than the one that it was made on may still read the old one
+            self._array.record_stream(torch.cuda.current_stream(self._device))
         self._array, self._values = upload(host, self._device), values
         self.keep_spare()
         return self._array

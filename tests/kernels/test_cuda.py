@@ -188,6 +188,23 @@ def test_graph_replays_equal_eager_steps(moved: bool) -> None:
     assert differing("after", captured.tensors(), eager.tensors()) == []
 
 
+def test_each_of_several_captures_needs_but_a_step_before() -> None:
+    eager, captured = Model(), Model()
+    warm, lr = random_grads(1), torch.tensor(1e-3, device="cuda")
+    graphs = []
+    for seed in (2, 3):
+        for model in (captured, eager):
+            clipped_step(model, warm, lr)  # before every capture the gradients lie where they lay
+        static = random_grads(seed)
+        graphs.append((torch.cuda.CUDAGraph(), static))
+        with torch.cuda.graph(graphs[-1][0]):
+            clipped_step(captured, static, lr)
+    for graph, static in graphs:
+        graph.replay()
+        clipped_step(eager, static, lr)
+    assert differing("after", captured.tensors(), eager.tensors()) == []
+
+
 def test_capture_without_a_step_before_is_refused() -> None:
     model, grads = Model(), random_grads(1)
     with pytest.raises(RuntimeError, match="take a step like it before each capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
