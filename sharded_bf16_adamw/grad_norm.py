@@ -10,12 +10,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import clip_coefficient, grad_norm_clip, grad_sum_sq
+from .kernels import clip_coefficient, grad_norm_clip, grad_sum_sq, is_capturing
 from .sharding.local import DTensor, all_reduce_sums, group_by
 from .sharding.strategy import Sharding
 
 Gradients = tuple[dict[str, Any], list[Tensor], list[Any]]  # a group, its parameters that have a gradient, and these
 _device_of = attrgetter("device")
+
+
+@dataclass
+class PendingClip:
+    """What ``clip_grad_norm_`` leaves for the next step.
+
+    In an object of its own, which is never replaced: a wrapper around the optimizer, such as Lightning Fabric's, may pass reads of
+    attributes on and keep what is set to itself, but it comes to the same object.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    captured: bool = False  # whether a CUDA graph captured that call
+
+    def set(self, grad_scale: Tensor, found_inf: Tensor) -> None:
+        self.grad_scale, self.found_inf, self.captured = grad_scale, found_inf, is_capturing(grad_scale.device)
+
+    def check_capture(self) -> None:
+        """Raise RuntimeError where a CUDA graph captures the clipping and not the step, or the step alone."""
+        if self.grad_scale is not None and is_capturing(self.grad_scale.device) != self.captured:
+            raise RuntimeError(
+                "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; capture both or neither"
+            )
+
+    def forget(self) -> None:
+        self.grad_scale = self.found_inf = None
 
 
 @dataclass

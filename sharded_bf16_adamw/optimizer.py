@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grad_norm import Gradients, GradNorm
+from .grad_norm import Gradients, GradNorm, PendingClip
 from .kernels import Hyper, check_backend, is_capturing
 from .kernels.device_memory import WARM_UP
 from .plan import Plan
-from .schedule import LR
+from .schedule import LR, Schedule, apply_rates, rate_at, scheduled_rates
 from .sharding.local import to_local
 from .sharding.misuse import sharded_after_construction
 from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
-from .state import DTYPES, check_grads, check_hyperparameters, check_param, complete_state, new_state, param_name
+from .state import DTYPES, check_grads, check_hyperparameters, check_param, check_state, complete_state, new_state, param_name
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
 
@@ -68,7 +68,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        lr_function: Callable[[int], float] | None = None,
+        lr_function: Schedule | None = None,
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
@@ -85,7 +85,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         if lr is None and lr_function is None:
             lr_function = LR()
         if lr_function is not None:
-            lr = lr_function(0)
+            lr = rate_at(lr_function, 0)
         assert lr is not None
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -97,9 +97,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._sharding: Sharding = Local() if sharding is None else sharding.start()
-        self._grad_scale: Tensor | None = None  # set by clip_grad_norm_, used by the next step
-        self._grad_found_inf: Tensor | None = None  # likewise
-        self._clip_captured = False  # whether a CUDA graph captured that call
+        self._clip = PendingClip()
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
         self._plans: list[Plan] = []  # of the last sets of parameters with gradients, the newest last
@@ -140,7 +138,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self.lr_function is not None and not brings_lr:
-            group["lr"] = group["scheduled_lr"] = self.lr_function(group["schedule_step"])
+            group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._sharding.check_copyable()
@@ -151,15 +149,15 @@ class AdamW_BF16(torch.optim.Optimizer):
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
         self.__dict__.setdefault("_sharding", Local())  # an optimizer with another one cannot be pickled
         for group in state["param_groups"]:
-            for key, value in (("maximize", False), ("capturable", False), ("schedule_step", 0), ("scheduled_lr", None)):
+            if "schedule_step" not in group:  # of torch.optim.AdamW
+                group["schedule_step"] = max((int(state["state"].get(param, {}).get("step", 0)) for param in group["params"]), default=0)
+            for key, value in (("maximize", False), ("capturable", False), ("scheduled_lr", None)):
                 group.setdefault(key, value)
             for index, param in enumerate(group["params"]):
                 if state["state"].get(param):
                     complete_state(state["state"][param], param, param_name(group, index), self._sharding)
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
-        self.__dict__.setdefault("_grad_scale", None)
-        self.__dict__.setdefault("_grad_found_inf", None)
-        self.__dict__.setdefault("_clip_captured", False)
+        self.__dict__.setdefault("_clip", PendingClip())
         self.__dict__.setdefault("_plans", [])
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_seen_state", ([], []))
@@ -168,9 +166,11 @@ class AdamW_BF16(torch.optim.Optimizer):
         super().__setstate__(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all parameters; see :meth:`torch.optim.Optimizer.zero_grad`."""
+        """Reset the gradients of all parameters, and forget a :meth:`clip_grad_norm_` of them; see
+        :meth:`torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none)
         self._sharding.clear_grads()
+        self._clip.forget()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which ZeRO stage 2 lets backward passes accumulate gradients on this rank, to be reduced with the next one outside.
@@ -223,21 +223,18 @@ class AdamW_BF16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if self._grad_scale is not None and is_capturing(self._grad_scale.device) != self._clip_captured:
-            raise RuntimeError(
-                "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; capture both or neither"
-            )
+        self._clip.check_capture()
         self._sharding.reduce()
         gradients = self._gradients()
         plan = self._current_plan(gradients)
-        grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
-        rates = self._scheduled_rates()  # the user's code, so before anything is written
+        grads = [] if plan is None else self._local_grads(plan, [grad for _, _, grads in gradients for grad in grads])
+        rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is written
         found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
-        self._apply_schedule(rates)
+        apply_rates(self.param_groups, rates)
         if plan is not None:
-            plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._grad_scale, found_inf=found_inf)
+            plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._clip.grad_scale, found_inf=found_inf)
         self._sharding.gather()
-        self._grad_scale = self._grad_found_inf = None
+        self._clip.forget()
         if zero_grad:
             self.zero_grad()
         return loss
@@ -268,18 +265,34 @@ class AdamW_BF16(torch.optim.Optimizer):
             params = list(chain.from_iterable(groups))
             if is_capturing(params[0].device):  # before any state is made, whose zeros the failing capture would not write
                 raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
-            states = []
+            names = self._names()
             for param in params:
-                state = self.state[param]
-                if not state:
-                    state.update(new_state(param, self._sharding))
-                states.append(state)
+                if self.state.get(param):
+                    check_state(self.state[param], param, names[param], self._sharding)
+            for param in params:
+                if not self.state[param]:
+                    self.state[param].update(new_state(param, self._sharding))
+            states = [self.state[param] for param in params]
             self._drop_plans([other for other in self._plans if other is plan or not self._has_all_of(other)])
             self._drop_plans(self._plans[: 1 - MAX_PLANS])
             plan = Plan(groups, states, self._sharding, self.backend)
             self._plans.append(plan)
             self._seen_state = (list(self.state), list(self.state.values()))
         return plan
+
+    def _local_grads(self, plan: Plan, grads: list[Tensor]) -> list[Tensor]:
+        local = plan.local_grads(grads)
+        unfit = plan.unfit(local)
+        if unfit is not None:
+            raise RuntimeError(
+                f"the gradient of parameter {self._names()[plan.params[unfit]]} has {local[unfit].numel()} elements, not as many as the "
+                "parameter, which was resized after the backward pass; call zero_grad() when you resize a parameter"
+            )
+        return local
+
+    def _names(self) -> dict[Tensor, str]:
+        """What messages call each parameter."""
+        return {param: param_name(group, index) for group in self.param_groups for index, param in enumerate(group["params"])}
 
     def _has_all_of(self, plan: Plan) -> bool:
         """Whether the plan's parameters are all still there; one with others would keep their memory for nothing."""
@@ -306,21 +319,9 @@ class AdamW_BF16(torch.optim.Optimizer):
             )
         self._checked_not_replaced = True  # a walk over all objects of the process: once is enough
 
-    def _scheduled_rates(self) -> list[float | None]:
-        """Each group's learning rate of this step; None where its ``"lr"`` is not what the schedule last wrote and so somebody else's."""
-        schedule = self.lr_function
-        if schedule is None:
-            return [None] * len(self.param_groups)
-        return [schedule(group["schedule_step"]) if _lr_is_scheduled(group) else None for group in self.param_groups]
-
-    def _apply_schedule(self, rates: list[float | None]) -> None:
-        for group, lr in zip(self.param_groups, rates, strict=True):
-            if lr is not None:
-                group["lr"] = group["scheduled_lr"] = lr
-            group["schedule_step"] += 1
-
     # ----------------------------------------------------------------------------------------- gradient norm and the guard
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global gradient norm in the next :meth:`step`: its scale is folded into the update, the gradients stay as they are.
@@ -339,13 +340,13 @@ class AdamW_BF16(torch.optim.Optimizer):
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         self._sharding.reduce()
-        norm, self._grad_scale, self._grad_found_inf = self._grad_norm.clip(self._gradients(), max_norm, self.backend)
-        self._clip_captured = is_capturing(norm.device)
+        norm, grad_scale, found_inf = self._grad_norm.clip(self._gradients(), max_norm, self.backend)
+        self._clip.set(grad_scale, found_inf)
         return norm
 
     def _found_inf(self, gradients: list[Gradients]) -> Tensor:
         """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
-        found_inf = self._grad_found_inf
+        found_inf = self._clip.found_inf
         if found_inf is None:
             _, _, found_inf = self._grad_norm.clip(gradients, math.inf, self.backend)
         self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
@@ -361,10 +362,10 @@ class AdamW_BF16(torch.optim.Optimizer):
     @torch.no_grad()
     def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(parameter, weight)`` for every parameter, where ``weight`` is ``p + correction`` in float32, sharded as the parameter
-        is, or with ZeRO as its state is. For averages of weights, export and evaluation."""
+        is, or with ZeRO as its state is: a new tensor. For averages of weights, export and evaluation."""
         for group in self.param_groups:
             for param in group["params"]:
-                weight = self._sharding.shard(param).detach().float()
+                weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)
                 correction = self.state[param].get("correction") if param in self.state else None
                 yield param, weight if correction is None else weight + correction.float()
 
@@ -383,13 +384,6 @@ class AdamW_BF16(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.requires_grad and not self.state[param]:
                     self.state[param] = new_state(param, self._sharding)
-
-
-def _lr_is_scheduled(group: dict[str, Any]) -> bool:
-    lr, scheduled = group["lr"], group["scheduled_lr"]
-    if scheduled is None or lr is scheduled:
-        return scheduled is not None
-    return not isinstance(lr, Tensor) and lr == scheduled  # to compare a tensor would wait for its device
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:

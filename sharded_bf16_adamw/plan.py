@@ -24,12 +24,10 @@ class Plan:
 
     Args:
         groups: for each parameter group its parameters with a gradient, plain or DTensor; at least one in all.
-        states: the state of each parameter, group after group, by the names of :func:`sharded_bf16_adamw.state.new_state`.
+        states: the state of each parameter, group after group, by the names of :func:`sharded_bf16_adamw.state.new_state`; each fits its
+            parameter (:func:`sharded_bf16_adamw.state.check_state`).
         sharding: how they are spread over ranks.
         backend: see :class:`sharded_bf16_adamw.kernels.Table`.
-
-    Raises:
-        RuntimeError: a state is not of its parameter's shape.
     """
 
     def __init__(self, groups: list[list[Tensor]], states: list[dict[str, Any]], sharding: Sharding, backend: str | None) -> None:
@@ -41,17 +39,12 @@ class Plan:
         self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
         self._addresses = self._read_addresses()
         self._layouts = self._read_layouts()
+        self._numels = [to_local(shard).numel() for shard in shards]
         self._tables = []
         group_of = [number for number, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
             local_params = [to_local(shards[i]) for i in indices]
             columns: dict[str, list[Any]] = {key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS}
-            for param, exp_avg in zip(local_params, columns["exp_avg"], strict=True):
-                if exp_avg.shape != param.shape:
-                    raise RuntimeError(
-                        f"a parameter has local shape {tuple(param.shape)} but its optimizer state has {tuple(exp_avg.shape)}: the model "
-                        "was sharded after the optimizer's first step; build AdamW_BF16(model.parameters()) after sharding the model"
-                    )
             groups_here = [group_of[i] for i in indices]
             states_here = (columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"])
             table = Table(local_params, *states_here, groups=groups_here, backend=backend)
@@ -73,6 +66,12 @@ class Plan:
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
         """This rank's part of each parameter's gradient."""
         return grads if self._plain else self._sharding.local_grads(self.params)
+
+    def unfit(self, grads: list[Tensor]) -> int | None:
+        """The first of the local gradients that has not as many elements as its parameter: one that was resized after the backward pass.
+        A kernel would read beyond it."""
+        numels = list(map(Tensor.numel, grads))
+        return None if numels == self._numels else next(i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b)
 
     def update_(self, grads: list[Tensor], hypers: list[Hyper], *, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""

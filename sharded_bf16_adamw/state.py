@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding.local import zeros_like_shard
+from .sharding.local import to_local, zeros_like_shard
 from .sharding.strategy import Sharding
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
@@ -63,6 +63,39 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     return state
 
 
+def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
+    """Raise RuntimeError, naming the parameter, where its state no longer fits it: kernels go by addresses, and would not notice."""
+    shard = to_local(sharding.shard(param))
+    dtypes = {"step": torch.float32, "exp_avg": param.dtype, "exp_avg_sq": param.dtype}
+    if param.dtype == torch.bfloat16:
+        dtypes["correction"] = torch.bfloat16
+    for key, dtype in dtypes.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"the state {key!r} of parameter {name} is {value!r} where a tensor must be; somebody has changed optimizer.state, so load "
+                "it anew or drop it with optimizer.state.clear()"
+            )
+        local = to_local(value)
+        if local.dtype != dtype:
+            raise RuntimeError(
+                f"parameter {name} is {param.dtype} but its {key} {local.dtype}: the model was converted after the optimizer's first step; "
+                "convert it before, or drop the states with optimizer.state.clear()"
+            )
+        if local.device != shard.device:
+            raise RuntimeError(
+                f"parameter {name} is on {shard.device} but its {key} on {local.device}; move the model before the optimizer's first step, "
+                "or move the states too"
+            )
+        if key != "step" and local.shape != shard.shape:
+            raise RuntimeError(
+                f"parameter {name} has local shape {tuple(shard.shape)} but its {key} {tuple(local.shape)}: the model was sharded, or the "
+                "parameter resized, after the optimizer's first step; build AdamW_BF16(model.parameters()) afterwards"
+            )
+        if key == "step" and local.numel() != 1:
+            raise RuntimeError(f"the step of parameter {name} has shape {tuple(local.shape)}; it must be a 0-dim float32 tensor")
+
+
 def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
     """Check a loaded state against its parameter and shard it; add what a torch.optim.AdamW state lacks and drop what only that one has."""
     for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -90,6 +123,8 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise torch's own ``ValueError`` messages."""
+    if callable(lr) or isinstance(lr, str):
+        raise ValueError(f"Invalid learning rate: {lr!r}; it must be a number or a tensor, and a schedule is given as lr_function=")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= eps:

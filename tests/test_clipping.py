@@ -48,6 +48,39 @@ class TestClipping:
         b.step()
         assert equal(snapshot(a), snapshot(b))
 
+    @pytest.mark.parametrize("skip_nonfinite", [False, True])
+    def test_zero_grad_forgets_it(self, skip_nonfinite):
+        """As where a bad batch is left out after a look at its norm."""
+        p = param(100)
+        a, b = (AdamW_BF16([x], lr=1e-2, skip_nonfinite=skip_nonfinite) for x in (p, param(100)))
+        p.grad = torch.full_like(p, torch.nan)
+        assert a.clip_grad_norm_(1.0).isnan()
+        a.zero_grad()
+        for optimizer in (a, b):
+            train(optimizer, 1)
+        assert equal(snapshot(a), snapshot(b)) and a.skipped_steps == 0
+
+    def test_reaches_the_step_through_a_wrapper(self):
+        """Such as Lightning Fabric's: of the optimizer's class, with attributes read from the optimizer and set on itself."""
+
+        class Wrapper(AdamW_BF16):
+            def __init__(self, optimizer):
+                self.__dict__["optimizer"] = optimizer
+
+            def __getattr__(self, name):
+                return getattr(self.__dict__["optimizer"], name)
+
+            def step(self):
+                self.optimizer.step()
+
+        p = param(100)
+        a, b = (AdamW_BF16([x], lr=1e-2) for x in (p, param(100)))
+        for optimizer in (Wrapper(a), b):
+            give_gradients(optimizer.param_groups[0]["params"])
+            optimizer.clip_grad_norm_(1e-2)
+            optimizer.step()
+        assert equal(snapshot(a), snapshot(b)) and a.state[p]["exp_avg"].norm() < 0.01
+
     def test_max_norm_must_be_positive(self):
         with pytest.raises(ValueError, match=r"Invalid max_norm: 0\.0"):
             AdamW_BF16([param(2)]).clip_grad_norm_(0.0)

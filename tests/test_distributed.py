@@ -1,5 +1,7 @@
 """The optimizer under DDP and FSDP2 on gloo: every rank holds its shard and no more, and the bits are those of one process."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,6 +148,88 @@ def built_too_early_worker(rank, world):
 
 def test_optimizer_built_before_fully_shard_is_refused():
     run_ranks(2, built_too_early_worker)
+
+
+def model_that_is_gone_worker(rank, world):
+    def train_another():
+        sharded = fully_shard(nn.Linear(5, 3).to(torch.bfloat16))
+        sharded(torch.ones(1, 5, dtype=torch.bfloat16)).sum().backward()
+        sharded.itself = [sharded]  # goes when the collector comes
+
+    plain = AdamW_BF16(nn.Linear(5, 3).to(torch.bfloat16).parameters(), lr=1e-2)
+    gc.disable()
+    train_another()
+    plain.step()
+    gc.enable()
+
+
+def test_unused_parameters_beside_a_model_that_is_gone_are_no_error():
+    run_ranks(2, model_that_is_gone_worker)
+
+
+def raw_tensor_worker(rank, world):
+    """A tensor that is no module's parameter has not been replaced in one, whatever its shape."""
+    sharded = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))
+    prompt = torch.zeros(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    optimizers = [AdamW_BF16(sharded.parameters(), lr=1e-2), AdamW_BF16([prompt], lr=1e-2)]
+    sharded(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_raw_tensors_beside_a_sharded_model_are_no_error():
+    run_ranks(2, raw_tensor_worker)
+
+
+def whole_state_worker(rank, world, whole):
+    model = fsdp2(make_model())
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    optimizer.load_state_dict(whole)
+    held = {key: value.to_local().numel() for key, value in optimizer.state[next(model.parameters())].items() if key != "step"}
+    assert set(held.values()) == {next(model.parameters()).to_local().numel()}, "each rank keeps its rows"
+    found = collect(model, optimizer)
+    train_on_full_gradients(model, optimizer)
+    return found, held
+
+
+def train_on_full_gradients(model, optimizer):
+    for p, grad in zip(model.parameters(), full_gradients(1, model), strict=True):
+        p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("of", [AdamW_BF16, torch.optim.AdamW])
+def test_fsdp2_loads_the_whole_state_of_one_process(of):
+    model = make_model()
+    optimizer = of(model.parameters(), lr=1e-2)
+    for p, grad in zip(model.parameters(), full_gradients(0, model), strict=True):
+        p.grad = grad
+    optimizer.step()
+    for found, held in run_ranks(2, whole_state_worker, optimizer.state_dict()):
+        assert set(held) == {"exp_avg", "exp_avg_sq", "correction"}
+        for name, p in model.named_parameters():
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(found[f"{name}.{key}"], value), (name, key)
+
+
+def of_another_world_worker(rank, world, path):
+    """What torch.save wrote on another number of ranks is a DTensor of the right global shape with another part here."""
+    model = fsdp2(make_model())
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    train_on_full_gradients(model, optimizer)
+    state = optimizer.state_dict()
+    wrong = state["state"][0]["exp_avg"]
+    state["state"][0]["exp_avg"] = DTensor.from_local(
+        wrong.to_local()[:-1], wrong.device_mesh, wrong.placements, shape=wrong.shape, stride=wrong.stride(), run_check=False
+    )
+    with pytest.raises(
+        ValueError, match=r"this rank's part of the loaded exp_avg of parameter 0 .* but that of the parameter .*; load what"
+    ):
+        optimizer.load_state_dict(state)
+
+
+def test_a_shard_of_another_size_is_refused():
+    run_ranks(2, of_another_world_worker, None)
 
 
 def second_model_worker(rank, world):

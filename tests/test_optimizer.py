@@ -33,6 +33,13 @@ class TestConstructor:
             AdamW_BF16([param(2)], **arguments)
         assert str(ours.value) == str(theirs.value)
 
+    @pytest.mark.parametrize("lr", [LR(), "1e-3"])
+    def test_a_schedule_or_text_as_lr_is_refused(self, lr):
+        with pytest.raises(
+            ValueError, match=r"Invalid learning rate: .*; it must be a number or a tensor, and a schedule is given as lr_func"
+        ):
+            AdamW_BF16([param(2)], lr)
+
     def test_empty_parameter_list_raises_as_in_torch(self):
         with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
             AdamW_BF16([])
@@ -263,6 +270,13 @@ class TestTrueWeights:
         moved = (weights[p].double() - before).abs().mean()
         assert moved == pytest.approx(1e-5, rel=0.01), "updates far below a bf16 step of the weight are kept"
         assert torch.equal(weights[q], q) and torch.equal(weights[r], r.float())
+
+    def test_weights_are_new_tensors_of_every_dtype(self):
+        p, q = param(10), param(5, dtype=torch.float32)
+        before = [p.detach().clone(), q.detach().clone()]
+        for _, weight in AdamW_BF16([p, q], lr=1e-5).true_weights():
+            weight.zero_()  # as an average of weights does, in place
+        assert torch.equal(p, before[0]) and torch.equal(q, before[1])
 
     def test_reset_correction(self):
         p, q = param(100), param(100)

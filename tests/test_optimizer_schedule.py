@@ -1,8 +1,11 @@
 """The learning rate: schedules of our own, of torch and of the user."""
 
+import math
+import warnings
+
 import pytest
 import torch
-from small_optimizers import param, train
+from small_optimizers import give_gradients, param, train
 
 from sharded_bf16_adamw import LR, AdamW_BF16
 
@@ -31,6 +34,7 @@ class TestSchedule:
             scheduler.step()
         assert seen == [1.0, 0.5, 0.25]
 
+    @pytest.mark.filterwarnings("ignore:a torch learning-rate scheduler was built")
     def test_torch_scheduler_wins_over_lr_function(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: 1.0 / (step + 1))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 7.0 + epoch)
@@ -53,6 +57,38 @@ class TestSchedule:
         optimizer.param_groups[0]["lr"] = written
         train(optimizer, 1)
         assert optimizer.param_groups[0]["lr"] == 0.1 * 2
+
+    def test_a_torch_scheduler_over_a_schedule_is_warned_of(self):
+        """It takes the first rate of a warm-up for its base rate."""
+        optimizer = AdamW_BF16([param(2)])
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+        with pytest.warns(UserWarning, match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07, and takes over; pass lr="):
+            train(optimizer, 1)
+        with warnings.catch_warnings(action="error"):
+            train(optimizer, 1)
+
+    @pytest.mark.parametrize("wrong", [None, -1.0, math.nan, math.inf, "0.1"])
+    def test_what_is_no_rate_is_refused_at_any_step(self, wrong):
+        rates = [0.5, 0.5, 0.5, wrong]  # the construction's for the default and the group, and those of two steps
+        p = param(4)
+        optimizer = AdamW_BF16([p], lr_function=lambda step: rates.pop(0))
+        train(optimizer, 1)
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match=rf"Invalid learning rate: lr_function\(1\) is {wrong!r}; it must be a finite number"):
+            train(optimizer, 1)
+        assert torch.equal(p, before) and optimizer.param_groups[0]["schedule_step"] == 1
+        with pytest.raises(ValueError, match=r"Invalid learning rate: lr_function\(0\) is"):
+            AdamW_BF16([p], lr_function=lambda step: wrong)
+
+    def test_a_state_of_torch_goes_on_where_it_was(self):
+        source = torch.optim.AdamW([param(3)], lr=0.5)
+        for _ in range(7):
+            give_gradients(source.param_groups[0]["params"])
+            source.step()
+        optimizer = AdamW_BF16([param(3)], lr_function=float)
+        optimizer.load_state_dict(source.state_dict())
+        train(optimizer, 1)
+        assert optimizer.param_groups[0]["lr"] == 7.0
 
     def test_a_tensor_that_somebody_put_there_holds_without_being_compared(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: 0.5)

@@ -227,9 +227,76 @@ def test_other_sizes_at_the_same_address_are_seen():
     param.grad = None
     param.data = param.data[:4]
     param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match=r"local shape \(4,\) but its optimizer state has \(8,\)"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(4,\)\) has local shape \(4,\) but its exp_avg \(8,\)"):
         optimizer.step()
     assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_gradient_of_another_size_is_refused(steps_before):
+    """A kernel would read beyond its end."""
+    first, param = nn.Parameter(torch.ones(4, dtype=BF16)), nn.Parameter(torch.ones(8, dtype=BF16))
+    memory = param.data
+    optimizer = AdamW_BF16([("first", first), ("second", param)], lr=1e-1)
+    for _ in range(steps_before):
+        first.grad, param.grad = torch.ones_like(first), torch.ones_like(param)
+        optimizer.step()
+    param.grad, first.grad = None, torch.ones_like(first)
+    param.data = memory[:4]
+    param.grad = torch.ones_like(param)
+    param.data = memory
+    before = [first.detach().clone(), memory.clone()]
+    with pytest.raises(RuntimeError, match="gradient of parameter 'second' has 4 elements, not as many as the parameter"):
+        optimizer.step()
+    assert torch.equal(first, before[0]) and torch.equal(memory, before[1])
+    assert optimizer.param_groups[0]["schedule_step"] == steps_before
+
+
+def damaged(key, change):
+    def damage(optimizer, param):
+        state = optimizer.state[param]
+        state[key] = change(state[key])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda optimizer, param: setattr(param, "data", param.data.float()),
+            "'w' is torch.float32 but its exp_avg torch.bfloat16: the model",
+        ),
+        (damaged("exp_avg_sq", torch.Tensor.float), "'w' is torch.bfloat16 but its exp_avg_sq torch.float32: the model was converted"),
+        (damaged("correction", lambda x: None), "state 'correction' of parameter 'w' is None where a tensor must be"),
+        (damaged("step", lambda x: 1), "state 'step' of parameter 'w' is 1 where a tensor must be"),
+        (damaged("exp_avg", lambda x: x.to("meta")), "'w' is on cpu but its exp_avg on meta"),
+        (damaged("step", lambda x: torch.ones(2)), r"the step of parameter 'w' has shape \(2,\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named(damage, message):
+    param = nn.Parameter(torch.ones(8, dtype=BF16))
+    optimizer = AdamW_BF16([("w", param)], lr=1e-1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    damage(optimizer, param)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+def test_a_converted_model_trains_on_after_its_states_were_dropped():
+    param = nn.Parameter(torch.ones(8, dtype=BF16))
+    optimizer = AdamW_BF16([param], lr=1e-1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    param.grad = None
+    param.data = param.data.float()
+    optimizer.state.clear()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert sorted(optimizer.state[param]) == ["exp_avg", "exp_avg_sq", "step"]
 
 
 def test_other_strides_at_the_same_address_are_seen():

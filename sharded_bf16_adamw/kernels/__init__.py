@@ -47,6 +47,10 @@ class Table:
         steps: 0-dim float32, the steps taken so far.
         groups: for each parameter which of the hyper-parameters given to :meth:`update_` are its own; None: the first, for all.
         backend: one of ``BACKENDS``, or None to choose by device.
+
+    Raises:
+        ValueError: a state has another number of elements than its parameter.
+        TypeError: a tensor has a dtype that is none of the above.
     """
 
     def __init__(
@@ -63,7 +67,8 @@ class Table:
         self._params = params
         self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(params, exp_avgs, exp_avg_sqs, corrections))
         rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
-        assert all((c is None) == (p.dtype == torch.float32) for p, _, _, c, _ in rows), "bf16 parameters have a correction, fp32 ones none"
+        for index, row in enumerate(rows):
+            _check_row(index, *row)
         self._rows = rows
         self._groups = groups or [0] * len(rows)
         self._storages = [x.untyped_storage() for row in rows for x in row if x is not None]
@@ -174,10 +179,14 @@ def adamw_bf16_(
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: ``backend`` is unknown or cannot serve here.
+        ValueError: ``backend`` is unknown or cannot serve here, or a tensor has another number of elements than its parameter.
+        TypeError: a tensor has a dtype that is none of the above.
     """
     if not params:
         return
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad.numel() != param.numel():
+            raise ValueError(f"gradient {index} has {grad.numel()} elements but its parameter {param.numel()}")
     hyper = Hyper(lr, beta1, beta2, eps, weight_decay, maximize)
     table = Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend=backend)
     table.update_(grads, [hyper], grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
@@ -246,6 +255,20 @@ def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
         )
         chosen = _module("reference")
     return chosen
+
+
+def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:
+    if p.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"parameter {index} has dtype {p.dtype}; only bfloat16 and float32 are supported")
+    if (c is None) == (p.dtype == torch.bfloat16):
+        raise TypeError(f"parameter {index} has dtype {p.dtype} and {'no' if c is None else 'a'} correction; bfloat16 ones alone have one")
+    for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
+        if x is not None and x.dtype != p.dtype:
+            raise TypeError(f"{name} {index} has dtype {x.dtype} but its parameter {p.dtype}; they must be the same")
+        if x is not None and x.numel() != p.numel():
+            raise ValueError(f"{name} {index} has {x.numel()} elements but its parameter {p.numel()}")
+    if step.dtype != torch.float32 or step.numel() != 1:
+        raise TypeError(f"step {index} must be a 0-dim float32 tensor, but is {step.dtype} of shape {tuple(step.shape)}")
 
 
 def _walkable(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -88,7 +88,6 @@ class Table:
         groups: n indices into the hyper-parameters of a step; None: 0 for all.
 
     Raises:
-        TypeError: a tensor has another dtype.
         RuntimeError: the library is not there, see :func:`unavailable_reason`.
     """
 
@@ -102,8 +101,6 @@ class Table:
         groups: Sequence[int] | None = None,
     ) -> None:
         self._tensors = (list(params), list(exp_avgs), list(exp_avg_sqs), list(corrections), list(steps))
-        for p, m, v, c, step in zip(*self._tensors, strict=True):
-            _check_row(p, m, v, c, step)
         self._library = _required_library()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
         # What a step writes for the library to read. ctypes and struct fill a few numbers with less code to fetch than numpy does, which
@@ -310,16 +307,3 @@ def _float32_flags(dtypes: list[torch.dtype]) -> bytes:
     if torch.float32 not in found:
         return bytes(len(dtypes))
     return bytes(dtype is torch.float32 for dtype in dtypes)
-
-
-def _check_row(p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:
-    if p.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"a parameter has dtype {p.dtype}, but only bfloat16 and float32 parameters are supported")
-    for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
-        if x is None and p.dtype == torch.bfloat16:
-            raise TypeError("a bfloat16 parameter has no correction")
-        if x is not None and x.dtype != p.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, but its parameter has {p.dtype}; they must be the same")
-        assert x is None or x.numel() == p.numel()
-    if step.dtype != torch.float32 or step.numel() != 1:
-        raise TypeError(f"a step count must be a 0-dim float32 tensor, but got {step.dtype} of shape {tuple(step.shape)}")

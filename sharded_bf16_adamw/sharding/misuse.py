@@ -20,6 +20,13 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
     recognised from the other side: a live module has such a parameter with a gradient, which the optimizer does not hold, and which
     stands for a parameter whose global shape is that of one of ``params`` that has no gradient and is in no module any more.
     """
+    if not _seem_replaced(params):
+        return False
+    gc.collect()  # was it a module that is gone, but for the collector?
+    return _seem_replaced(params)
+
+
+def _seem_replaced(params: list[Tensor]) -> bool:
     held = {id(param) for param in params}
     in_modules: set[int] = set()
     replaced: set[tuple[int, ...]] = set()  # shapes
@@ -33,7 +40,8 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
             if id(param) not in held and param.grad is not None:
                 replaced.update(map(tuple, _shapes_replaced_by(param)))
     return any(
-        param.grad is None
+        isinstance(param, torch.nn.Parameter)  # others were in no module before either
+        and param.grad is None
         and param.requires_grad
         and id(param) not in in_modules
         and not isinstance(param, DTensor)

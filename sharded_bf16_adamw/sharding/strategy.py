@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .local import local_grad, shard_groups
+from .local import local_grad, shard_groups, to_local
 
 
 class Sharding(Protocol):
@@ -82,10 +82,18 @@ class Local:
         return param
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
+        if isinstance(param, DTensor) and not isinstance(value, DTensor):  # whole on every rank, as a plain state_dict is
+            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
         if isinstance(value, DTensor) and not isinstance(param, DTensor):
             raise ValueError(
                 f"{what} is a shard but the parameter is whole here; load what ZeRO or FSDP sharded with sharded_bf16_adamw.load or with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        here, expected = to_local(value).shape, to_local(param).shape
+        if here != expected:
+            raise ValueError(
+                f"this rank's part of {what} has shape {tuple(here)} but that of the parameter {tuple(expected)}; load what was sharded "
+                "otherwise with sharded_bf16_adamw.load or with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         return value
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from .zero import ZeRO
 
 PATIENCE = 1.0  # seconds that a backward pass waits for a bucket to leave before it lets more of them pile up
+PILED_UP = (
+    "gradients have come on top of those that the step before has taken; ZeRO stage 2 holds gradients itself, where model.zero_grad() "
+    "does not reach them, so call optimizer.zero_grad() or step(zero_grad=True) after each step"
+)
 _taker: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the one Stage2, the newest, that takes its gradients
 
 
@@ -52,6 +56,8 @@ class Stage2(Stage):
         self._accumulated: dict[Tensor, Tensor] = {}  # whole gradients of this rank, float32, where asked for
         self._reduced: dict[Tensor, Tensor] = {}  # the mean over ranks, of this rank's rows
         self._has_grad: set[Rows] = set()  # on this rank, since clear_grads()
+        self._stepped = False  # whether a step has taken the gradients that are held
+        self._piled_up = False  # whether others have come on top of them since
         self._arrival: dict[Rows, None] | None = {}  # order in which gradients first came; None once the ranks have agreed on one
         self._agreed_arrival = False
         self._order: list[Rows] = []
@@ -109,6 +115,7 @@ class Stage2(Stage):
             total.add_(grad)
         whole = grad if total is None else total
         assert whole is not None
+        self._piled_up |= self._stepped
         self._has_grad.add(rows)
         if rows in self._bucket_of:
             self._bucket_of[rows].add(rows, whole)
@@ -161,6 +168,8 @@ class Stage2(Stage):
                 if rows.param.grad is not None or rows.param in self._accumulated:  # set by hand, unfrozen lately, or of no_sync()
                     self._take(rows)
                     self._send_complete()
+            if self._piled_up and not discarding:
+                problem = PILED_UP
         all_rows = list(self._rows.values())
         own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
         has = [rows in self._has_grad for rows in all_rows]
@@ -209,6 +218,13 @@ class Stage2(Stage):
                     "the model is wrapped by DistributedDataParallel, which would reduce the gradients too; ZeRO stage 2 goes on the plain "
                     "module, or use ZeRO(stage=1) beside DDP"
                 )
+        for param, rows in self._rows.items():
+            taker = _taker.get(param)
+            if taker is not None and taker() not in (None, self):
+                return (
+                    f"the gradients of parameter {rows.name} go to a ZeRO stage 2 optimizer that was built later; delete that one, or use "
+                    "that one alone"
+                )
         return super()._problem()
 
     def grads(self, params: list[Tensor]) -> list[Any]:
@@ -220,6 +236,7 @@ class Stage2(Stage):
     @torch.no_grad()
     def gather(self) -> None:
         super().gather()
+        self._stepped = True
         self._hook_all()
         self._adapt()
 
@@ -229,7 +246,7 @@ class Stage2(Stage):
             self._reduce(discarding=True)  # other ranks may have sent what this one is to forget
         self._reduced.clear()
         self._has_grad.clear()
-        self._ready = False
+        self._ready = self._stepped = self._piled_up = False
 
     def _is_busy(self) -> bool:
         """Whether gradients of this rank are on their way or wait for others."""

@@ -330,18 +330,10 @@ def test_ceilings_leave_the_tensors_as_they_were(isa: str) -> None:
     assert cpu.read_ceiling(arrays) == np.bitwise_xor.reduce(words)  # of whole blocks of 32 elements: every one was read
 
 
-def test_wrong_tensors_are_refused_before_anything_changes() -> None:
+def test_wrong_gradients_are_refused_before_anything_changes() -> None:
     problem = Problem([8], BF16, BF16, wild=False)
     before = problem.copy()
     (g, p, m, v, c), steps = (list(column) for column in problem.columns), problem.steps
-    with pytest.raises(TypeError, match=r"a parameter has dtype torch\.float16"):
-        cpu.Table([p[0].half()], m, v, c, steps)
-    with pytest.raises(TypeError, match=r"exp_avg_sq has dtype torch\.float32"):
-        cpu.Table(p, m, [v[0].float()], c, steps)
-    with pytest.raises(TypeError, match="no correction"):
-        cpu.Table(p, m, v, [None], steps)
-    with pytest.raises(TypeError, match=r"a step count must be a 0-dim float32 tensor, but got torch\.int64"):
-        cpu.Table(p, m, v, c, [torch.tensor(1)])
     table = cpu.Table(p, m, v, c, steps)
     with pytest.raises(ValueError, match="one gradient for each of the 1 parameters, but got 2"):
         take_step(table, [*g, *g], **HYPER)

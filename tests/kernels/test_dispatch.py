@@ -39,6 +39,30 @@ def test_unknown_backend():
         update_of("fast")(*row, [torch.zeros(())], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
 
 
+WRONG = {  # what is wrong: the column of (p, g, m, v, c, step) that is replaced, by what, and the message
+    "parameter dtype": (0, torch.Tensor.half, "parameter 1 has dtype torch.float16"),
+    "float32 parameter with a correction": (0, torch.Tensor.float, "parameter 1 has dtype torch.float32 and a correction"),
+    "no correction": (4, lambda _: None, "parameter 1 has dtype torch.bfloat16 and no correction"),
+    "state dtype": (3, torch.Tensor.float, "exp_avg_sq 1 has dtype torch.float32 but its parameter torch.bfloat16"),
+    "state size": (2, lambda x: x[:-1], "exp_avg 1 has 99 elements but its parameter 100"),
+    "correction size": (4, lambda x: x[:-1], "correction 1 has 99 elements but its parameter 100"),
+    "gradient size": (1, lambda x: x[:-1], "gradient 1 has 99 elements but its parameter 100"),
+    "step dtype": (5, torch.Tensor.long, "step 1 must be a 0-dim float32 tensor, but is torch.int64"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_tensors_are_refused_before_anything_changes(backend, what):
+    column, change, message = WRONG[what]
+    rows = [[*layout_checks.typical(100, seed), torch.zeros(())] for seed in range(2)]
+    before = [[x.clone() for x in row] for row in rows]
+    given = [list(row) for row in rows]
+    given[1][column] = change(given[1][column])
+    with pytest.raises((TypeError, ValueError), match=message):
+        update_of(backend)(*map(list, zip(*given, strict=True)), lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+    assert all(torch.equal(x, y) for row, old in zip(rows, before, strict=True) for x, y in zip(row, old, strict=True))
+
+
 def test_groups_of_a_table_have_their_own_hyperparameters(backend):
     """One call steps all of them, as a call of the reference for each would."""
     hypers = [

@@ -107,11 +107,12 @@ def frozen_and_unfrozen(loop):
 
 
 def kept_gradients(loop):
-    """Without ``zero_grad`` gradients add up, and stay for the next step."""
+    """Without ``zero_grad`` gradients stay for the next step."""
     for step in range(3):
         loop.backward(step)
         loop.optimizer.step()
-    loop.optimizer.step()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
 
 
 def discarded_gradients(loop):

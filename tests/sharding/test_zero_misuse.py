@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -190,6 +191,28 @@ def no_sync_without_zero(rank, world):
     AdamW_BF16(linears().parameters()).no_sync()
 
 
+def a_second_one_of_stage_2(rank, world):
+    model = linears()
+    first = AdamW_BF16(model.named_parameters(), sharding=zero())
+    second = AdamW_BF16(model.named_parameters(), sharding=zero())
+    run(model, second)
+    del second
+    gc.collect()
+    run(model, first)  # alone again
+    assert len(first.state) == 4
+    third = AdamW_BF16(model.named_parameters(), sharding=zero())
+    run(model, first)
+    del third
+
+
+def zero_grad_of_the_model(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.named_parameters(), sharding=zero())
+    for _ in range(2):
+        model.zero_grad()
+        run(model, optimizer)
+
+
 MISUSES = [
     (fsdp2, ValueError, "is a DTensor .* which is sharded already; leave out sharding="),
     (fsdp1, ValueError, "is a part of FullyShardedDataParallel, which is sharded already; leave out sharding="),
@@ -210,8 +233,14 @@ MISUSES = [
     (stage_2_with_ddp, RuntimeError, "wrapped by DistributedDataParallel, which would reduce the gradients too; .*stage=1"),
     (stage_1_without_ddp, RuntimeError, "the gradients of parameter 'even' differ between ranks; .*stage=2"),
     (stage_1_unused_on_a_rank, RuntimeError, "parameter '1.weight' has a gradient on some ranks and none on others"),
+    (
+        a_second_one_of_stage_2,
+        RuntimeError,
+        "the gradients of parameter '0.weight' go to a ZeRO stage 2 optimizer that was built later; delete",
+    ),
     (sparse_on_one_rank, RuntimeError, "on rank 1, the gradient of parameter 0 .* is sparse, .* sparse=False"),
     (zero_grad_on_one_rank, RuntimeError, r"some ranks have discarded gradients by zero_grad\(\) between .* and others have not"),
+    (zero_grad_of_the_model, RuntimeError, r"model.zero_grad\(\) does not reach them, so call optimizer.zero_grad\(\) or step"),
     (zero_grad_where_a_rank_has_none, RuntimeError, r"some ranks have discarded gradients by zero_grad\(\)"),
     (stage_3, ValueError, "Invalid stage: 3"),
     (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),

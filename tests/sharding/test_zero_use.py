@@ -261,3 +261,38 @@ def true_weights_worker(rank, world):
 
 def test_true_weights():
     run_ranks(3, true_weights_worker)
+
+
+def after_piling_up_worker(rank, world):
+    """What is refused is forgotten by ``zero_grad()``, and gradients that are discarded before the next backward pass do not count."""
+    model = Parameters()
+    optimizer = new_optimizer(model, zero())
+    train(model, optimizer, 1, averaged=False)
+    optimizer.step()
+    for discarded in (3, 4):  # as a generator's loss gives gradients to the discriminator
+        model(rank_gradients(discarded, rank, world)).backward()
+        optimizer.zero_grad()
+    model(rank_gradients(1, rank, world)).backward()
+    optimizer.step()
+    before = collect(model, optimizer)
+    model.zero_grad()
+    if rank == 0:
+        model(rank_gradients(2, rank, world)).backward()
+    for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match="on rank 0, gradients have come on top of those that the step before has taken"):
+            refused()
+    assert_same_bits(collect(model, optimizer), before)
+    optimizer.zero_grad()
+    train(model, optimizer, 1, averaged=False, start=2)
+    return collect(model, optimizer)
+
+
+def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
+    model = Parameters()
+    optimizer = new_optimizer(model)
+    for step in range(3):
+        train(model, optimizer, 1, averaged=True, start=step)
+        if step == 0:
+            optimizer.step()  # without gradients, as above
+    for found in run_ranks(2, after_piling_up_worker):
+        assert_same_bits(found, collect(model, optimizer))
