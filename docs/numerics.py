@@ -1,7 +1,7 @@
 """Reproduce the table and the plots of numerics.md: ``python docs/numerics.py``.
 
 Rewrites what stands between the markers in ``numerics.md`` and the pictures in ``img/``. About a minute on one core; seeded, so a second
-run writes the same figures. Needs matplotlib (``pip install .[docs]``).
+run writes the same figures. Needs matplotlib (``pip install '.[docs]'``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Fill in the table of ``docs/strategies.md``: ``python docs/strategies.py``. Needs no GPU; runs gloo on the CPU."""
+"""Fill in the table of ``docs/strategies.md``: ``python docs/strategies.py``. Needs no GPU; runs gloo on the CPU.
+
+Runs the case that the tests run, so it needs their packages (``pip install -e '.[test]'``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Clipping and a step on an FSDP2 model over 2 gloo ranks: ours against ``torch.nn.utils.clip_grad_norm_`` and torch's AdamW."""
+"""For ``benchmark.py --fsdp2``: clipping and a step on an FSDP2 model over 2 gloo ranks, ours against ``torch.nn.utils.clip_grad_norm_``
+and torch's AdamW."""
 
 from __future__ import annotations
 

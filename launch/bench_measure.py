@@ -1,5 +1,5 @@
-"""Timing, interleaved: every contender takes one turn a round, so that what disturbs the machine disturbs them all, and only times of
-the same round are compared."""
+"""The timing of ``benchmark.py``, interleaved: every contender takes one turn a round, so that what disturbs the machine disturbs them
+all, and only times of the same round are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and the picture of a run of the benchmark."""
+"""Tables and the picture of a run of ``benchmark.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory traffic of a step on a GPU, with next to no arithmetic. Imports Triton."""
+"""A kernel for ``benchmark.py``: the memory traffic of a step on a GPU, with next to no arithmetic. Imports Triton."""
 
 from __future__ import annotations
 

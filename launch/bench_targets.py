@@ -1,4 +1,4 @@
-"""What the project promises about its speed, and whether a run of the benchmark shows it."""
+"""What the project promises about its speed, and whether a run of ``benchmark.py`` shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark times: our step, those of other libraries, and the memory traffic of a step alone.
+"""What ``benchmark.py`` times: our step, those of other libraries, and the memory traffic of a step alone.
 
 Optimizers make their own parameters, gradients and states. What is compared with our step to tell of our step alone (its share of the
 copy ceiling, the cost of clipping) runs on the very tensors of our step, or for a ceiling beside many tensors on one flat copy: where

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -301,7 +302,8 @@ def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_checks.py needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
         return 2

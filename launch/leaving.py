@@ -1,4 +1,4 @@
-"""The end of a distributed program."""
+"""How ``train.py`` and the benchmarks of several ranks end."""
 
 from __future__ import annotations
 

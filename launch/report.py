@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a progress bar, ``metrics.jsonl``, ``loss.png`` and a closing summary."""
+"""What a run of ``train.py`` leaves behind: a progress bar, ``metrics.jsonl``, ``loss.png`` and a closing summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint ``--resume`` means, and whether it belongs to this run."""
+"""Which checkpoint ``train.py --resume`` means, and whether it belongs to this run."""
 
 from __future__ import annotations
 

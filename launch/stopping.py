@@ -1,4 +1,4 @@
-"""Stopping on a signal: take note, finish the step, save."""
+"""Stopping ``train.py`` on a signal: take note, finish the step, save."""
 
 from __future__ import annotations
 

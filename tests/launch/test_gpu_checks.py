@@ -50,6 +50,13 @@ def test_a_check_that_raises_fails_and_the_others_run(monkeypatch: pytest.Monkey
     assert "FAIL  no host sync: RuntimeError: called a synchronizing operation" in capsys.readouterr().out
 
 
+def test_help_runs_no_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_checks, "run_checks", lambda device: pytest.fail("ran"))
+    with pytest.raises(SystemExit) as left:
+        gpu_checks.main(["--help"])
+    assert left.value.code == 0 and "What only a GPU can show" in capsys.readouterr().out
+
+
 INTERPRETED = """
 import sys
 sys.path[:0] = sys.argv[1:3]

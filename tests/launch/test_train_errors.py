@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import train
 from data import UsageError
+from options import parse_args
 from strategies import on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
@@ -42,7 +43,10 @@ ERRORS = {
     "not a number": (lambda t: ["--steps", "many"], "--steps: invalid positive value: 'many'"),
     "bad hyper-parameter": (lambda t: ["--betas", 0.9, 1.5], "Invalid beta parameter at index 1: 1.5"),
     "bad hyper-parameter of torch's": (lambda t: ["--optimizer", "torch-fp32", "--weight-decay", -1], "Invalid weight_decay value: -1"),
-    "negative lr": (lambda t: ["--lr", -1], "Invalid learning rate: -"),
+    "negative lr": (lambda t: ["--lr", -1], "--lr: -1 is not a number from 0 on"),
+    "negative last lr": (lambda t: ["--final-lr", -1], "--final-lr: -1 is not a number from 0 on"),
+    "negative clip": (lambda t: ["--clip", -1], "--clip: -1 is not a number from 0 on"),
+    "clip without a value": (lambda t: ["--clip", "nan"], "--clip: nan is not a number from 0 on"),
     "unknown back end": (lambda t: ["--optimizer-backend", "abacus"], "Invalid backend: 'abacus'"),
 }
 
@@ -56,6 +60,32 @@ def test_an_error_of_use_is_one_sentence_and_exit_code_2(tmp_path, capsys, case)
     assert said.out == ""
     assert not (tmp_path / "out/metrics.jsonl").exists()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        ("--optimizer torch-bf16 --optimizer-backend native", "--optimizer-backend native has no effect with --optimizer torch-bf16"),
+        ("--schedule constant --final-lr 1e-5", "--final-lr 1e-05 has no effect with --schedule constant"),
+        ("--steps 4 --warmup 5", "--warmup 5 is longer than --steps 4: the learning rate will not reach --lr 0.003"),
+        ("--steps 4 --warmup 4 --optimizer-backend native --final-lr 1e-5", None),
+        ("--steps 1", None),
+    ],
+)
+def test_what_has_no_effect_is_noted_once(monkeypatch, capsys, arguments, note):
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        parse_args(arguments.split())
+    said = capsys.readouterr().err
+    assert said == "" if note is None else re.fullmatch(rf"note: {note}[^\n]*\n", said)
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    _, *options = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)
+    without = [option.split()[0] for option in options if "default:" not in option]
+    assert len(options) > 20 and without == ["-h,", "--deterministic", "--no-progress"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
