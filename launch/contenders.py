@@ -2,7 +2,7 @@
 
 Optimizers make their own parameters, gradients and states. What is compared with our step to tell of our step alone (its share of the
 copy ceiling, the cost of clipping) runs on the very tensors of our step, or for a ceiling beside many tensors on one flat copy: where
-the pages of two equal sets of tensors come to lie made differences of up to 25 % between them. Gradients are set once and kept, so a step
+the pages of two equal sets of tensors come to lie makes a difference. Gradients are set once and kept, so a step
 is the optimizer's work alone. A contender whose package is missing raises ImportError when made, and nothing before.
 """
 

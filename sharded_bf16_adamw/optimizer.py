@@ -91,7 +91,11 @@ class AdamW_BF16(torch.optim.Optimizer):
             raise ValueError("Tensor lr must be 1-element")
         if capturable and not isinstance(lr, Tensor):
             raise ValueError("capturable=True needs lr as a one-element tensor: a captured graph replays without running Python")
-        betas = (float(betas[0]), float(betas[1]))
+        try:
+            beta1, beta2 = map(float, betas)
+        except (TypeError, ValueError):
+            raise ValueError(f"Invalid betas: {betas!r}; it must be two numbers") from None
+        betas = (beta1, beta2)
         check_hyperparameters(lr, betas, eps, weight_decay)
         self.lr_function = lr_function
         self.skip_nonfinite = skip_nonfinite

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .sharding.local import to_local, zeros_like_shard
 from .sharding.strategy import Sharding
@@ -17,6 +18,8 @@ DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of grad
 
 def check_param(param: Tensor, name: str) -> None:
     """Raise TypeError or ValueError, naming the parameter, unless it can be optimized."""
+    if is_lazy(param):
+        raise ValueError(f"parameter {name} has no shape yet; run one forward pass before you build the optimizer")
     if param.dtype not in DTYPES:
         raise TypeError(
             f"parameter {name} is {param.dtype}; AdamW_BF16 takes bfloat16 and float32, "
@@ -140,4 +143,5 @@ def param_name(group: dict[str, Any], index: int) -> str:
     """A parameter's name for a message: its FQN where the optimizer was given named parameters, else its place in its group."""
     if "param_names" in group:
         return f"{group['param_names'][index]!r}"
-    return f"{index} (shape {tuple(group['params'][index].shape)})"
+    param = group["params"][index]
+    return f"{index} (of a lazy module)" if is_lazy(param) else f"{index} (shape {tuple(param.shape)})"

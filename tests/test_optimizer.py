@@ -40,6 +40,18 @@ class TestConstructor:
         ):
             AdamW_BF16([param(2)], lr)
 
+    @pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, "b"), None])
+    def test_betas_that_are_no_pair_are_named(self, betas):
+        with pytest.raises(ValueError, match=r"Invalid betas: .*; it must be two numbers"):
+            AdamW_BF16([param(2)], betas=betas)
+
+    def test_lazy_parameter_says_what_to_do(self):
+        lazy = nn.LazyLinear(3, dtype=BF16)
+        with pytest.raises(ValueError, match=r"parameter 0 \(of a lazy module\) has no shape yet; run one forward pass before"):
+            AdamW_BF16(lazy.parameters())
+        lazy(torch.ones(1, 2, dtype=BF16))
+        AdamW_BF16(lazy.parameters())
+
     def test_empty_parameter_list_raises_as_in_torch(self):
         with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
             AdamW_BF16([])

@@ -19,8 +19,9 @@ class ZeRO:
     """Shard the optimizer of a model that every rank holds in full: ``AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))``.
 
     Stage 1 goes beside ``DistributedDataParallel``, which averages the gradients: it shards optimizer states. Stage 2 takes the plain
-    module, averages gradients itself while the backward pass goes on, and keeps only this rank's rows of them: ``param.grad`` is None
-    after the backward pass, so only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. Either way ``step`` updates this rank's rows and gathers the others' from their ranks.
+    module, averages gradients itself while the backward pass goes on, and keeps only this rank's rows of them: ``param.grad`` is None after
+    the backward pass, so only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. Either way ``step`` updates this rank's
+    rows and gathers the others' from their ranks.
 
     Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass and its step, are collective: every
     rank calls them, in the same order.
