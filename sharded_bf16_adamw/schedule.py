@@ -62,7 +62,7 @@ def rate_at(schedule: Schedule, step: int) -> float:
         valid = False
     if not valid:
         raise ValueError(f"Invalid learning rate: lr_function({step}) is {rate!r}; it must be a finite number, not below 0")
-    return rate
+    return float(rate)  # a numpy number would not load with weights_only=True
 
 
 def scheduled_rates(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from small_optimizers import give_gradients, param, train
@@ -79,6 +80,11 @@ class TestSchedule:
         assert torch.equal(p, before) and optimizer.param_groups[0]["schedule_step"] == 1
         with pytest.raises(ValueError, match=r"Invalid learning rate: lr_function\(0\) is"):
             AdamW_BF16([p], lr_function=lambda step: wrong)
+
+    def test_numpy_numbers_become_plain_data(self):
+        optimizer = AdamW_BF16([param(2)], lr_function=lambda step: np.float32(0.5) / (step + 1))
+        train(optimizer, 2)
+        assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.25
 
     def test_a_state_of_torch_goes_on_where_it_was(self):
         source = torch.optim.AdamW([param(3)], lr=0.5)
