@@ -4,7 +4,8 @@ Vocabulary:
 
 * program: one CTA, whose threads run together. Programs run one after another, in a shuffled order.
 * warp: 32 threads of consecutive numbers. Threads of a program that diverge meet again where their program counters do: those with the
-  lowest run first. ``by_warp`` runs each warp alone until it waits at a barrier: then a barrier that is missing shows.
+  lowest run first. ``by_warp`` runs each warp alone until it waits at a barrier, and looks for races (see ``ptx_races.py``): then a
+  barrier that is missing shows, within a program and between programs.
 * lane: the place of one thread in a numpy array. A register is such an array, of the unsigned integers of its width.
 * mask: the lanes that execute an instruction; None for all.
 * guard: the predicate ``@%p`` of an instruction.
@@ -16,93 +17,31 @@ kernel is parsed, whether or not it would be executed.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from .ptx_instructions import OPERATIONS, TYPES, Array
+from .ptx_memory import Memory, Shared
+from .ptx_races import ATOMIC, READ, WRITE, AccessLog
 
 Mask = Any  # numpy.ndarray of bool, or None for all lanes
 
 WARP = 32
 JUNK = 0xA5A5A5A5A5A5A5A5  # in lanes that were never written: negative as an integer, a tiny number as a float
-BASE = 64  # numpy wants no array at address zero
 SYMBOL = "global_smem"  # the one shared array, at address 0 of shared memory
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
 ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.cg)?(?:\.v([24]))?\.(b16|b32|b64)")  # .cg is about caches
 ADD = "atom.global.gpu.acq_rel.add.u32"
 SHUFFLE = "shfl.sync.bfly.b32"
+KINDS = {"ld": READ, "st": WRITE}
 
 
 class LaunchError(RuntimeError):
     """What a GPU would answer with an error, with somebody else's data or by waiting for ever."""
-
-
-# --------------------------------------------------------------------------------------------------------------------- memory
-
-
-class Memory:
-    """This process's memory, of which some ranges (address, bytes) may be touched. They may overlap."""
-
-    base = BASE
-
-    def __init__(self, allowed: Sequence[tuple[int, int]]) -> None:
-        ranges = sorted(allowed)
-        self._starts = np.array([start for start, _ in ranges], dtype=np.int64)
-        self._ends = np.maximum.accumulate(np.array([start + size for start, size in ranges], dtype=np.int64))
-
-    def cells(self, dtype: Any) -> Array:
-        return _address_space(dtype)
-
-    def objection(self, addresses: Array, size: int, writes: bool) -> str:
-        """What is wrong with an access of ``size`` bytes at one of the addresses, or nothing."""
-        if (addresses % size).any():
-            return f"{hex(addresses[addresses % size != 0][0])} is not a multiple of {size}"
-        before = np.searchsorted(self._starts, addresses, "right") - 1
-        outside = (before < 0) | (addresses + size > self._ends[before])
-        return f"{size} bytes at {hex(addresses[outside][0])} are in no tensor" if outside.any() else ""
-
-
-class Shared:
-    """The shared memory of one program."""
-
-    base = 0
-
-    def __init__(self, size: int) -> None:
-        self._bytes = np.zeros(-(-size // 16) * 16, dtype=np.uint8)
-        self._written = np.zeros(size, dtype=np.bool_)
-
-    def cells(self, dtype: Any) -> Array:
-        return self._bytes.view(dtype)
-
-    def objection(self, addresses: Array, size: int, writes: bool) -> str:
-        """As of Memory; what nobody has written may not be read, either."""
-        if (addresses % size).any() or addresses.min() < 0 or addresses.max() + size > len(self._written):
-            return f"{size} bytes at one of {sorted(set(addresses.tolist()))} of {len(self._written)} in shared memory"
-        touched = (addresses[:, None] + np.arange(size)).ravel()
-        if writes:
-            self._written[touched] = True
-        return "" if self._written[touched].all() else "reads shared memory that nobody has written"
-
-
-@functools.cache
-def _address_space(dtype: Any) -> Array:
-    """All of the address space that processes have, as one array: numpy touches no more of it than what is indexed."""
-    size = np.dtype(dtype).itemsize
-
-    class Everything:
-        __array_interface__: ClassVar = {
-            "data": (BASE, False),
-            "shape": ((1 << 47) // size - BASE,),
-            "typestr": np.dtype(dtype).str,
-            "version": 3,
-        }
-
-    return np.asarray(Everything())
 
 
 # -------------------------------------------------------------------------------------------------------------------- parsing
@@ -250,10 +189,12 @@ class Kernel:
         size = len(registers) * np.dtype(dtype).itemsize
 
         def run(program: Program, mask: Mask) -> None:
-            cells, first = program.locate(text, space, program.read(base, mask) + offset, size, dtype, writes=kind == "st")
+            cells, first = program.locate(text, space, program.read(base, mask) + offset, size, mask, dtype, KINDS[kind])
             for i, register in enumerate(registers):
                 if kind == "st":
-                    cells[first + i] = program.read((register, dtype), mask)
+                    cells[first + i] = stored = program.read((register, dtype), mask)
+                    if (cells[first + i] != stored).any():
+                        raise LaunchError(f"{text}: threads store different values at one address")
                 else:
                     program.write(register, cells[first + i], mask)
 
@@ -263,7 +204,7 @@ class Kernel:
         target, (base, offset), added = self._target(to, np.uint32), self._address(address), self._source(value, np.uint32)
 
         def run(program: Program, mask: Mask) -> None:
-            cells, where = program.locate(text, "global", program.read(base, mask) + offset, 4, np.uint32, writes=True)
+            cells, where = program.locate(text, "global", program.read(base, mask) + offset, 4, mask, np.uint32, ATOMIC)
             old = np.zeros(len(where), np.uint32)
             for i, (cell, more) in enumerate(zip(where, program.read(added, mask), strict=True)):
                 old[i] = cells[cell]
@@ -302,14 +243,25 @@ class Program:
         number, programs: its index, of how many.
         arguments: one integer for each parameter.
         warp_order: which warps run first, where each runs alone; None where they run together.
+        log: notes all accesses.
     """
 
     def __init__(
-        self, kernel: Kernel, number: int, programs: int, arguments: Sequence[int], memory: Memory, warp_order: Sequence[int] | None
+        self,
+        kernel: Kernel,
+        number: int,
+        programs: int,
+        arguments: Sequence[int],
+        memory: Memory,
+        warp_order: Sequence[int] | None = None,
+        log: AccessLog | None = None,
     ) -> None:
         lanes = np.arange(kernel.threads)
         self.arguments = arguments
         self._kernel = kernel
+        self._number = number
+        self._log = log
+        self._epoch = 0
         self._spaces: dict[str, Memory | Shared] = {"global": memory, "shared": Shared(kernel.shared)}
         values = zip(SPECIAL, (lanes, number, programs), strict=True)
         self._values: dict[str, Array] = {name: np.full(len(lanes), value, np.uint32) for name, value in values}
@@ -338,11 +290,15 @@ class Program:
     def _junk(self, dtype: Any) -> Array:
         return np.full(self._kernel.threads, JUNK % (1 << 8 * np.dtype(dtype).itemsize), dtype)
 
-    def locate(self, text: str, space: str, addresses: Array, size: int, dtype: Any, writes: bool) -> tuple[Array, Array]:
+    def locate(self, text: str, space: str, addresses: Array, size: int, mask: Mask, dtype: Any, kind: int) -> tuple[Array, Array]:
         """An array and the indices in it of the first elements at the addresses, once the access is seen to be allowed."""
         memory = self._spaces[space]
-        if objection := memory.objection(addresses, size, writes):
+        if objection := memory.objection(addresses, size, kind != READ):
             raise LaunchError(f"{text}: {objection}")
+        if self._log:
+            threads = np.arange(self._kernel.threads) if mask is None else np.flatnonzero(mask)
+            place = 0 if space == "global" else -(self._number + 1) << 20
+            self._log.add(text, kind, self._number, self._epoch, threads, addresses.astype(np.int64) + place, size)
         return memory.cells(dtype), (addresses - memory.base) // np.dtype(dtype).itemsize
 
     def run(self) -> None:
@@ -388,14 +344,20 @@ class Program:
         if not self._waiting.all() or len(set(self._next.tolist())) > 1:
             raise LaunchError("threads wait at different barriers, or for threads that have returned")
         self._waiting[:] = False
+        self._epoch += 1
 
 
 def launch(
     kernel: Kernel, programs: int, arguments: Sequence[int], memory: Memory, *, by_warp: bool, generator: np.random.Generator
 ) -> None:
-    """Run all programs of a launch. Of very many only the last to run do it by warp, which takes long; what the others do is the same."""
+    """Run all programs of a launch. Of very many only the last to run do it by warp, which takes long; the others do nothing else."""
     assert len(arguments) == len(kernel.parameters)
+    log = AccessLog()
     with np.errstate(all="ignore"):
-        for left, number in zip(range(programs, 0, -1), generator.permutation(programs), strict=True):
-            warps = generator.permutation(kernel.threads // WARP) if by_warp and left <= 100 else None
-            Program(kernel, number, programs, arguments, memory, warps).run()
+        for left, number in zip(range(programs, 0, -1), generator.permutation(programs).tolist(), strict=True):
+            if by_warp and left <= 40:
+                Program(kernel, number, programs, arguments, memory, generator.permutation(kernel.threads // WARP), log).run()
+            else:
+                Program(kernel, number, programs, arguments, memory).run()
+    if by_warp and (races := log.races()):
+        raise LaunchError("; ".join(races))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, reference, triton_adamw, triton_norm
 
-from . import ptx_emulator, triton_checks, triton_offline
+from . import ptx_emulator, ptx_memory, triton_checks, triton_offline
 
 KERNELS = ((triton_adamw, "adamw_kernel"), (triton_norm, "norm_kernel"), (triton_norm, "clip_kernel"))
 
@@ -36,10 +36,10 @@ class Exposed:
         self._tensors[id(tensor)] = weakref.ref(tensor)
         return self._address(tensor)
 
-    def memory(self) -> ptx_emulator.Memory:
+    def memory(self) -> ptx_memory.Memory:
         self._tensors = {key: ref for key, ref in self._tensors.items() if ref() is not None}
         alive = [tensor for ref in self._tensors.values() if (tensor := ref()) is not None and tensor.numel()]
-        return ptx_emulator.Memory([(self._address(x), x.numel() * x.element_size()) for x in alive])
+        return ptx_memory.Memory([(self._address(x), x.numel() * x.element_size()) for x in alive])
 
 
 class EmulatedKernel:

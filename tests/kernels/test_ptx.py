@@ -1,7 +1,7 @@
 """The compiled kernels without a GPU: what Triton emits for NVIDIA, executed by an emulator, has the bits of the reference and touches
 nothing but its tensors, aligned. ``test_triton.py`` interprets the same cases before compilation.
 
-An emulator shows neither what ptxas makes of the PTX nor what happens where programs run at the same time.
+An emulator does not show what ptxas makes of the PTX.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 
 from . import ptx_launch, triton_checks
 from .processes import pool
-from .ptx_emulator import Kernel, LaunchError, Memory, launch
+from .ptx_emulator import Kernel, LaunchError, launch
 from .ptx_instructions import OPERATIONS, TYPES
+from .ptx_memory import Memory
 
 Run = Callable[..., Any]
 
@@ -200,6 +201,7 @@ def test_atomic_additions_of_all_programs() -> None:
         (EXCHANGE.format(barrier=""), "nobody has written"),
         ("mov.b32 %r1, 256;\nst.shared.b32 [%r1], %r0;", "in shared memory"),
         ("setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:", "threads wait at different barriers"),
+        ("st.global.b32 [%rd0], %r0;", "different values"),
         ("setp.lt.u32 %p1, %r0, 9;\n@%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "only a part of a warp"),
     ],
 )
@@ -208,6 +210,45 @@ def test_what_a_launch_may_not_do(body: str, message: str) -> None:
     out = out[-out.ctypes.data % 16 :][:256].view(np.uint32)
     with pytest.raises(LaunchError, match=message):
         run(body, out, by_warp=True)
+
+
+TAKE_TICKET = """
+	setp.eq.b32 	%p1, %r0, 0;
+	mov.b32 	%r2, 1;
+	@%p1 atom.global.gpu.acq_rel.add.u32 %r1, [%rd0], %r2;
+	@%p1 st.shared.b32 [global_smem], %r1;
+	bar.sync 	0;
+	ld.shared.b32 	%r1, [global_smem];
+	mov.u32 	%r3, %nctaid.x;
+	add.s32 	%r3, %r3, -1;
+	setp.ne.b32 	%p2, %r1, %r3;
+"""
+READ = "ld.global.b32 	%r4, [%rd0+4];\n"
+WRITE = "	setp.eq.b32 	%p3, %r0, 63;\n@%p3 st.global.b32 	[%rd0+4], %r2;\n"
+LAST = "@%p2 bra $L1;\n"
+BARRIER = "bar.sync 	0;\n"
+END = "$L1:"
+
+
+@pytest.mark.parametrize(
+    ("body", "ordered"),
+    [  # of three programs: their threads read, take a ticket, and the last one writes
+        (READ + BARRIER + TAKE_TICKET + LAST + WRITE + END, True),  # as adamw_kernel counts up the steps
+        (READ + TAKE_TICKET + LAST + WRITE + END, False),  # threads of other warps may read later than the ticket is taken
+        (READ + BARRIER + TAKE_TICKET + WRITE, False),
+        (TAKE_TICKET + WRITE.replace("63", "0") + LAST + END, False),
+        (WRITE.replace("63", "0").replace("%r2", "%r0") + TAKE_TICKET + LAST + END, False),  # all programs write
+        (READ + WRITE, False),
+        (READ, True),
+    ],
+)
+def test_races(body: str, ordered: bool) -> None:
+    out = np.zeros(64, np.uint32)
+    if ordered:
+        run(body, out, by_warp=True, programs=3)
+    else:
+        with pytest.raises(LaunchError, match="nothing orders"):
+            run(body, out, by_warp=True, programs=3)
 
 
 @pytest.mark.parametrize(
