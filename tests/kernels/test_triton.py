@@ -5,10 +5,8 @@ Triton reads TRITON_INTERPRET when it is imported, so interpreted cases run in o
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,9 @@ from sharded_bf16_adamw.kernels import cuda
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
 from . import triton_checks, triton_offline  # noqa: E402 (they import Triton)
+from .processes import pool  # noqa: E402
 
 Run = Callable[..., Any]
-
-
-def pool(interpret: str) -> ProcessPoolExecutor:
-    """One fresh process that imports Triton with TRITON_INTERPRET set."""
-    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", interpret)
-        executor.submit(int).result()  # starts it
-    return executor
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 OTHER_GROUP = Hyper(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
 SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly a chunk, several chunks and a tail
+BORDERS = (127, 129, 1025, 1152, 8191, 8193)  # one element to either side of a tail's turn, of a block and of a chunk
 
 
 @dataclass(frozen=True)
 class Case:
     """One model and how it is stepped. Several updates need ``finite`` patterns: a NaN's payload is hashed, and not promised."""
 
+    sizes: tuple[int, ...] = SIZES
     params: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
     grads: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
     steps: tuple[int, ...] = (0,) * len(SIZES)
@@ -50,7 +52,7 @@ def patterns(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int
 def model(case: Case) -> dict[str, list[Any]]:
     generator = torch.Generator().manual_seed(3)
     result: dict[str, list[Any]] = {name: [] for name in ("params", "exp_avgs", "exp_avg_sqs", "corrections", "steps")}
-    for n, dtype, step in zip(SIZES, case.params, case.steps, strict=True):
+    for n, dtype, step in zip(case.sizes, case.params, case.steps, strict=True):
         p, m, v, c = (patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4))
         half = slice(0, n // 2) if not case.finite else slice(None)  # a square root of negative numbers is NaN: not for all
         v[half] = v[half].abs()
@@ -87,18 +89,21 @@ def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
 
 def differences(name: str, device: str = "cpu") -> list[str]:
     """Step a model of two groups by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
-    assert triton.knobs.runtime.interpret == (device == "cpu"), "only the interpreter serves CPU tensors"
+    from sharded_bf16_adamw.kernels import triton_adamw
+
+    if device == "cpu":
+        assert not isinstance(triton_adamw.adamw_kernel, triton.JITFunction), "CPU tensors are for the interpreter or an emulator"
     case = CASES[name]
     theirs = model(case)
     ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
     before = {name: [copied(x) for x in column] for name, column in theirs.items()}
     hyper, flags = split(case.hyper)
     own_hyper, own_flags = split({name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()})
-    groups = [i // 2 % 2 for i in range(len(SIZES))]
+    groups = [i // 2 % 2 for i in range(len(case.sizes))]
     table, reference_table = cuda.Table(**ours, groups=groups), reference.Table(**theirs, groups=groups)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
-        grads = [patterns(n, d, generator, case.grad_offset, case.finite) for n, d in zip(SIZES, case.grads, strict=True)]
+        grads = [patterns(n, d, generator, case.grad_offset, case.finite) for n, d in zip(case.sizes, case.grads, strict=True)]
         same: list[Any] = [copied(g, device) for g in grads]
         reference_table.update_(grads, [hyper, OTHER_GROUP], **flags)
         table.update_(same, [own_hyper, OTHER_GROUP], **own_flags)
@@ -130,6 +135,12 @@ CASES = {
     "unaligned": replace(ONE[0], grad_offset=1, state_offset=3),
     "unaligned fp32 gradients": replace(ONE[1], grad_offset=3),
     "unaligned fp32": replace(ONE[3], state_offset=1),
+    "unaligned fp32, bf16 gradients": replace(ONE[2], grad_offset=1, state_offset=3),
+    "all unaligned, zero_grads": replace(ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"zero_grads": True}),
+    "all unaligned, grad_scale": replace(ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
+    "borders": replace(ONE[0], sizes=BORDERS),
+    "borders, unaligned fp32 gradients": replace(ONE[1], sizes=BORDERS, grad_offset=1),
+    "borders, fp32": replace(ONE[3], sizes=BORDERS),
     "several updates": replace(ONE[0], finite=True, updates=5),
     "mixed": MIXED,
     "maximize": replace(MIXED, hyper=HYPER | {"maximize": True}),
@@ -314,8 +325,9 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
     triton_norm.MAX_PROGRAMS, programs = 2, triton_norm.MAX_PROGRAMS
     pairs["large chunks"] = (float(cuda.grad_sum_sq([*mixed, torch.ones(1, device=device)])), float(reference.grad_sum_sq(mixed)) + 1)
     triton_norm.MAX_PROGRAMS = programs
-    programs = 4101 if device != "cpu" else 9  # more than one block adds
-    block, triton_norm.BLOCK_PARTIALS = triton_norm.BLOCK_PARTIALS, triton_norm.BLOCK_PARTIALS if device != "cpu" else 4
+    interpreted = triton.knobs.runtime.interpret  # then the block can change; compiled, it is part of the kernel
+    programs = 9 if interpreted else 2053  # more than one block adds
+    block, triton_norm.BLOCK_PARTIALS = triton_norm.BLOCK_PARTIALS, 4 if interpreted else triton_norm.BLOCK_PARTIALS
     many = [torch.full((1,), 2.0, device=device) for _ in range(programs)]
     pairs["more programs than one block adds"] = (float(cuda.grad_sum_sq(many)), 4.0 * len(many))
     triton_norm.BLOCK_PARTIALS = block
@@ -336,16 +348,9 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
 
 def signatures(target: str) -> list[tuple[str, str]]:
     """Compile, through the launcher and for a device that is not there, what a few calls would launch."""
-    from triton.runtime import driver
-
     from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
 
-    from .triton_offline import TARGETS
-
-    class Driver:
-        get_current_target = staticmethod(lambda: TARGETS[target])
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device=0: 0)
+    from .triton_offline import pretend
 
     compiled: list[Any] = []
 
@@ -356,7 +361,7 @@ def signatures(target: str) -> list[tuple[str, str]]:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
-    driver.set_active(Driver())
+    pretend(target)
     triton_adamw.adamw_kernel = Warmed(triton_adamw.adamw_kernel)
     triton_norm.norm_kernel = Warmed(triton_norm.norm_kernel)
     triton_norm.clip_kernel = Warmed(triton_norm.clip_kernel)

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
 
@@ -99,6 +100,17 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
         vgprs, spilled = (sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text))) for key in ("vgpr_count", "[sv]gpr_spill_count"))
         return Compiled(text, binary.asm["llir"], "", vgprs, spilled)
     return Compiled(binary.asm["ptx"], binary.asm["llir"], *_machine_code(binary.asm["cubin"]))
+
+
+def pretend(target: str) -> None:
+    """Have this process's launchers compile for ``TARGETS[target]``, as if there were such a device."""
+
+    class Driver:
+        get_current_target = staticmethod(lambda: TARGETS[target])
+        get_current_device = staticmethod(lambda: list(TARGETS).index(target))  # launchers keep what they compiled by device
+        get_current_stream = staticmethod(lambda device=0: 0)
+
+    driver.set_active(Driver())
 
 
 def _machine_code(cubin: bytes) -> tuple[str, int, int]:
