@@ -242,10 +242,10 @@ def graphs() -> dict[str, Any]:
     import gc
     import weakref
 
-    from sharded_bf16_adamw import AdamW_BF16, kernels, optimizer
+    from sharded_bf16_adamw import AdamW_BF16, grad_norm, kernels, optimizer
     from sharded_bf16_adamw.kernels import device_memory
 
-    modules = (kernels, optimizer, device_memory, cuda)
+    modules = (kernels, optimizer, grad_norm, device_memory, cuda)
     truth, known, was_available = device_memory.is_capturing, kernels._BY_DEVICE, cuda.available
 
     def capture(capturing: bool) -> None:
