@@ -218,9 +218,11 @@ class AdamW_BF16(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, the parameters were wrapped by FSDP after the optimizer was built, or a CUDA graph captures
-                this step but not its :meth:`clip_grad_norm_`; nothing is changed.
+            RuntimeError: a gradient is sparse or of another size than its parameter, a state no longer fits its parameter, the parameters
+                were wrapped by FSDP after the optimizer was built, or a CUDA graph captures this step but not its
+                :meth:`clip_grad_norm_`; nothing is changed.
             TypeError: a gradient is neither bfloat16 nor float32; nothing is changed.
+            ValueError: ``lr_function`` gives what is no learning rate; nothing is changed.
         """
         loss = None
         if closure is not None:
