@@ -1,8 +1,10 @@
 """Sharded checkpoints: exact, under any other number of ranks, and nothing is lost or half changed when something is wrong."""
 
 import json
+import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -229,10 +231,92 @@ def test_extra_must_be_plain_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_keep_must_be_positive(tmp_path):
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([1, 2], "extra must be a dict of plain data, but it is of type list; put it into a dict"),
+        (0, "extra must be a dict of plain data, but it is of type int; put it into a dict"),
+        ({1: (1, 2)}, r"extra is {1: \(1, 2\)} but would come back as {'1': \[1, 2\]}; use strings as keys"),
+        ({"a": [0, ({2: 3},)]}, r"extra\['a'\]\[1\]\[0\] is {2: 3} but would come back as {'2': 3}; use strings as keys"),
+        ({"a": {None: 1, "null": 2}}, r"extra\['a'\] is {None: 1, 'null': 2} but would come back as {'null': 2}"),
+    ],
+)
+def test_extra_that_would_not_come_back_as_it_was_is_refused_and_nothing_is_written(extra, message, tmp_path):
     model, optimizer = trained()
-    with pytest.raises(ValueError, match="Invalid keep: 0"):
-        save(tmp_path, 1, model, optimizer, keep=0)
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path, 1, model, optimizer, extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_extra_comes_back_as_it_was_but_for_tuples(tmp_path):
+    model, optimizer = trained()
+    extra = {"a": [1, 2.5, True, None, "x", {"": []}], "inf": math.inf, "mean": np.float64(0.5), "nan": math.nan, "big": 2**70}
+    given = {**extra, "betas": (0.9, (0.95, math.nan))}
+    save(tmp_path, 1, model, optimizer, extra=given)
+    loaded = load(tmp_path, model, optimizer)
+    betas = loaded.pop("betas")
+    assert betas[0] == 0.9 and isinstance(betas[1], list) and math.isnan(betas[1][1])
+    assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), "a loss that is not a number hinders no save"
+    assert loaded == extra and loaded["a"][2] is True
+
+
+def wrong_arguments_worker(rank, world, root):
+    model = DistributedDataParallel(make_model())
+    optimizer = train_on_given_gradients(model, 1)
+    messages = []
+    for arguments in ((1, model, optimizer, [1]), ("1", model, optimizer), (1, *((model, optimizer) if rank == 0 else (optimizer, model)))):
+        with pytest.raises(ValueError, match="must be") as caught:
+            save(root, *arguments)
+        messages.append(str(caught.value))
+    save(root, 1, model, optimizer)
+    with pytest.raises(ValueError, match="must be") as caught:
+        load(root, *((model, optimizer) if rank == 0 else (model, None)))
+    return [*messages, str(caught.value)]
+
+
+def test_wrong_arguments_are_refused_on_every_rank(tmp_path):
+    first, second = run_ranks(2, wrong_arguments_worker, str(tmp_path))
+    assert first == second
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
+
+
+@pytest.mark.parametrize("keep", [0, "2", 1.5])
+def test_keep_must_be_positive(keep, tmp_path):
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match=f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None"):
+        save(tmp_path, 1, model, optimizer, keep=keep)
+
+
+@pytest.mark.parametrize("step", ["7", -1, 7.0, None])
+def test_step_must_be_an_integer_that_is_not_negative(step, tmp_path):
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match=f"^Invalid step: {step!r}; it must be an integer that is not negative$"):
+        save(tmp_path, step, model, optimizer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7)], ids=["numpy", "torch"])
+def test_step_may_be_an_integer_of_numpy_or_torch(step, tmp_path):
+    model, optimizer = trained()
+    assert save(tmp_path, step, model, optimizer, keep=np.int32(1)) == tmp_path / "step-00000007"
+    assert load(tmp_path, model, optimizer).step == 7
+
+
+def test_swapped_and_missing_arguments_are_named_with_their_order(tmp_path):
+    model, optimizer = trained()
+    of_save, of_load = (
+        f"the order of arguments is {call}" for call in (r"save\(root, step, model, optimizer\)", r"load\(path, model, optimizer\)")
+    )
+    with pytest.raises(ValueError, match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_save}$"):
+        save(tmp_path, 1, optimizer, model)
+    with pytest.raises(ValueError, match=f"^optimizer must be a torch.optim.Optimizer, but it is of type NoneType; {of_save}$"):
+        save(tmp_path, 1, model, None)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path, 1, model, optimizer)
+    with pytest.raises(ValueError, match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_load}$"):
+        load(tmp_path, optimizer, model)
+    with pytest.raises(ValueError, match=f"^optimizer must be a torch.optim.Optimizer, but it is of type int; {of_load}$"):
+        load(tmp_path, model, 1)
 
 
 def fails(*args):

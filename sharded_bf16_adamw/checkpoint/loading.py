@@ -18,7 +18,7 @@ from .contents import contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .storage import METADATA, PlainReader, read_metadata
-from .torch_state import init_state, new_states_only_if_it_succeeds
+from .torch_state import check_model_and_optimizer, init_state, new_states_only_if_it_succeeds
 
 
 class Loaded(dict[str, Any]):
@@ -54,12 +54,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: a file is missing, damaged or from another checkpoint, or the checkpoint belongs to another model. Nothing is changed.
+        ValueError: a file is missing, damaged or from another checkpoint, the checkpoint belongs to another model, or the optimizer does.
+            Nothing is changed.
         RuntimeError: a rank could not read it, or a file changed after it was checked, in which case weights may be partly loaded; the
             message says so. Or an asynchronous save that was under way failed.
     """
     wait_for_save()
     path = Path(path)
+    with errors_on_every_rank(f"cannot load the checkpoint {path}"):
+        check_model_and_optimizer("load(path, model, optimizer)", model, optimizer)
     found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path))
     if found is None:
         raise no_checkpoint(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
 from .staging import Staged
 from .storage import ChecksummedWriter
+from .torch_state import check_model_and_optimizer
 
 
 def save(
@@ -50,7 +53,8 @@ def save(
             older save of it; the new folder has a name of its own, such as ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
-        extra: plain data (what JSON holds) that :func:`load` gives back, such as the position in the data.
+        extra: a dict of plain data that :func:`load` gives back, such as the position in the data: what JSON holds, with strings for keys.
+            Tuples come back as lists.
         keep: how many checkpoints to keep, the last saved first; None keeps all.
         async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
             next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
@@ -60,17 +64,23 @@ def save(
         The checkpoint's folder; with ``async_`` what it will be.
 
     Raises:
-        ValueError: ``step``, ``keep`` or ``extra`` is not as above; nothing is written.
+        ValueError: an argument is not as above; nothing is written.
         RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
     """
     asynchronous.wait_for_save()
     root = Path(root)
+    with errors_on_every_rank(f"cannot save a checkpoint in {root}"):
+        check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
 
     def prepare() -> tuple[Any, ...]:
-        _check_arguments(step, keep)
-        return _copy_of(extra), *begin(root, step)
+        position = _integer(step)
+        if position < 0:
+            raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
+        if keep is not None and _integer(keep) < 1:
+            raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
+        return position, _copy_of(extra), *begin(root, position)
 
-    extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
+    step, extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
     group = asynchronous.own_group() if async_ else None
     with _cleared_if_it_fails(partial, final):
         found = contents(model, optimizer)
@@ -155,20 +165,39 @@ def _plan(
     return planner, planner.finish_plan(scatter_from_rank_0(plans)), metadata
 
 
-def _check_arguments(step: Any, keep: int | None) -> None:
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"Invalid step: {step}; it must be an integer that is not negative")
-    if keep is not None and keep < 1:
-        raise ValueError(f"Invalid keep: {keep}; it must be at least 1 or None")
-
-
-def _copy_of(extra: dict[str, Any] | None) -> dict[str, Any]:
-    """The caller may change the original while a thread writes."""
+def _integer(value: Any) -> int:
+    """What stands for an integer (also numpy's) as Python's own, and -1 for anything else."""
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(extra or {}))
+        return int(operator.index(value))
+    except TypeError:
+        return -1
+
+
+def _copy_of(extra: Any) -> dict[str, Any]:
+    """The caller may change the original while a thread writes."""
+    if extra is None:
+        return {}
+    if not isinstance(extra, dict):
+        raise ValueError(f"extra must be a dict of plain data, but it is of type {type(extra).__name__}; put it into a dict")
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(extra))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
+    for change in _changes("extra", extra, copy):
+        raise ValueError(f"extra must be plain data that JSON gives back as it was: {change}; use strings as keys")
     return copy
+
+
+def _changes(place: str, value: Any, copy: Any) -> Iterator[str]:
+    """What JSON made something else of: dicts with keys that are no strings. Tuples may become lists, and NaN stays what it is."""
+    if isinstance(value, dict) and value.keys() == copy.keys():
+        for key in value:
+            yield from _changes(f"{place}[{key!r}]", value[key], copy[key])
+    elif isinstance(value, (list, tuple)):
+        for index, (item, other) in enumerate(zip(value, copy, strict=True)):
+            yield from _changes(f"{place}[{index}]", item, other)
+    elif value != copy and value == value:
+        yield f"{place} is {reprlib.repr(value)} but would come back as {reprlib.repr(copy)}"
 
 
 def _encoded(values: dict[str, Any]) -> dict[str, Any]:

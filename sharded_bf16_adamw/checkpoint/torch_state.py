@@ -19,6 +19,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 _ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
+# What Lightning Fabric's wrapper has: the module as wrapped by its strategy, and the plain one.
+_FABRIC = {"_forward_module", "_original_module"}
+
+
+def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
+    """Raise ValueError unless they are; ``call`` shows the order of arguments."""
+    for name, value, kind, what in (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer"),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {what}, but it is of type {type(value).__name__}; the order of arguments is {call}")
 
 
 def has_fsdp1(model: nn.Module) -> bool:
