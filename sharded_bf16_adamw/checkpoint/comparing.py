@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Comparison:
     loadable: keys of tensors that the checkpoint has in the same shape and dtype.
     unsaved_states: keys of states that it lacks although it has the parameter's weight; they start at zero.
     plain: values that are no tensors, by key.
-    groups: the groups here with the saved options.
+    groups: the groups here with the saved options, also those that are not here.
     differences: a sentence without a full stop for each entry that does not fit.
     """
 
@@ -54,8 +55,12 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents) -> Compariso
             result.plain[key] = value
             if param_of_state(key) is None or param_of_state(key) in with_state:
                 result.differences.append(f"it has no {key}")
+    with_state_here = {param_of_state(key) for key in [*here.tensors, *here.plain]}
+    unused = {param for param in with_state if param is not None and param not in with_state_here and MODEL + param in here.tensors}
+    for param in sorted(unused):
+        result.differences.append(f"it has a state of {param}, which has none here, as where it is frozen, tied or not in the optimizer")
     for key in [*saved, *saved_plain]:
-        if key.startswith((MODEL, STATE)) and key not in here.tensors and key not in here.plain:
+        if key.startswith((MODEL, STATE)) and key not in here.tensors and key not in here.plain and param_of_state(key) not in unused:
             result.differences.append(f"it has {key}, which is not here")
     _compare_groups(manifest.groups, here.groups, result)
     return result
@@ -76,20 +81,20 @@ def _difference(key: str, entry: Any, value: Any) -> str | None:
 
 
 def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Comparison) -> None:
-    """Options by name, of those that both have: which there are depends on versions. Groups may have been divided otherwise, as long
-    as the parameters of one group here were saved with the same options."""
+    """Options by name: which there are depends on versions, and on what others (a scheduler's ``initial_lr``) wrote there, so one that
+    either lacks is no difference, and is kept. Groups may have been divided otherwise, as long as the parameters of one group here were
+    saved with the same options."""
     options_of = {fqn: group.options for group in saved for fqn in group.params}
     for group in here:
-        options = {}
-        for name, value in group.options.items():
+        options = dict(group.options)
+        for name in dict.fromkeys(chain(options, *(options_of.get(fqn, {}) for fqn in group.params))):
             found = {fqn: options_of[fqn][name] for fqn in group.params if name in options_of.get(fqn, {})}
-            options[name] = value
             if not found or name == "param_names":  # which is no option but what the caller called them
                 continue
             first = next(iter(found))
             other = next((fqn for fqn in found if found[fqn] != found[first]), None)
             if other is None:
-                options[name] = _like(value, decode(found[first]))
+                options[name] = _like(options.get(name), decode(found[first]))
             else:
                 result.differences.append(
                     f"{name} of {first} is {found[first]} there and of {other} {found[other]}, but here they are in one group"

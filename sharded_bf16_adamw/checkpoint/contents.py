@@ -63,6 +63,9 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
     set_sharded_optimizer_state(model, optimizer, _section(OPTIMIZER, flat), flattened=True)  # this form reshards between all strategies
 
 
+    for live, group in zip(optimizer.param_groups, values.groups, strict=True):
+        for name, value in group.options.items():
+            live.setdefault(name, value)  # of the options torch loads those that are here
 def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
     """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
     if values.plain or has_fsdp1(model):

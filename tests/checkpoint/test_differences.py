@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distributed import run_ranks
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sharded_bf16_adamw import LR, AdamW_BF16, load, save
+
+from .layouts import BY_NAME, train
 
 
 def trained(model: nn.Module, **options: object) -> tuple[nn.Module, AdamW_BF16]:
@@ -116,6 +120,70 @@ def test_options_keep_their_types(tmp_path):
     model.a.weight.grad = torch.zeros_like(model.a.weight)
     scheduled.step()
     assert scheduled.param_groups[0]["lr"] == LR(lr=1.0, preheat_steps=10)(3), "the schedule is the code's, its position the checkpoint's"
+
+
+def test_a_scheduler_resumes_after_a_load(tmp_path):
+    """Schedulers write ``initial_lr`` into the groups, and one that is built at a later epoch reads it from there."""
+    model, optimizer = trained(Model(a=linear(3, 4)), lr=0.1)
+    scheduler = CosineAnnealingLR(optimizer, 10)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    save(tmp_path, 4, model, optimizer)
+    for fresh in (AdamW_BF16(model.parameters(), lr=0.5), AdamW_BF16(model.parameters(), lr=torch.tensor(0.5))):
+        load(tmp_path, model, fresh)
+        resumed = CosineAnnealingLR(fresh, 10, last_epoch=4 - 1)
+        assert resumed.base_lrs == scheduler.base_lrs == [0.1]
+        assert resumed.get_last_lr()[0] == pytest.approx(scheduler.get_last_lr()[0])
+
+
+def options_worker(rank: int, world: int, root: str) -> None:
+    for name in ("DDP", "FSDP1", "FSDP1 use_orig_params", "FSDP2", "ZeRO-2"):
+        module, optimizer = BY_NAME[name].build(world, seed=0)
+        train(module, optimizer, 1)
+        for index, group in enumerate(optimizer.param_groups):
+            group["initial_lr"], group["mine"] = 0.5 + index, ("x", index)
+        save(f"{root}/{name}", 1, module, optimizer)
+        module, optimizer = BY_NAME[name].build(world, seed=1)
+        load(f"{root}/{name}", module, optimizer)
+        found = [(group.get("initial_lr"), group.get("mine")) for group in optimizer.param_groups]
+        assert found == [(0.5, ("x", 0)), (1.5, ("x", 1))], name
+
+
+def test_options_that_only_the_checkpoint_has_are_loaded_under_every_strategy(tmp_path):
+    run_ranks(2, options_worker, str(tmp_path))
+
+
+def test_options_that_only_the_checkpoint_has_must_agree_within_a_group(tmp_path):
+    model = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
+    optimizer = two_groups(model, 0.25, 0.25)
+    optimizer.param_groups[0]["mine"] = 1
+    save(tmp_path, 1, model, optimizer)
+    whole = AdamW_BF16(model.parameters(), lr=1e-2)
+    load(tmp_path, model, whole)
+    assert whole.param_groups[0]["mine"] == 1
+    optimizer.param_groups[1]["mine"] = 2
+    save(tmp_path, 2, model, optimizer)
+    with pytest.raises(ValueError, match=r"mine of a.weight is 1 there and of b.weight 2, but here they are in one group"):
+        load(tmp_path, model, AdamW_BF16(model.parameters(), lr=1e-2))
+
+
+@pytest.mark.parametrize("how", ["frozen", "left out"])
+def test_a_parameter_that_is_no_longer_trained_keeps_its_weight_and_loses_its_state(how, tmp_path):
+    saved, saved_optimizer = trained(Model(a=linear(3, 4), b=linear(4, 2)))
+    save(tmp_path, 3, saved, saved_optimizer)
+    here = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
+    here.a.weight.requires_grad_(how != "frozen")
+    optimizer = AdamW_BF16(here.parameters() if how == "frozen" else here.b.parameters(), lr=0.5)
+    sentence = "it has a state of a.weight, which has none here, as where it is frozen, tied or not in the optimizer"
+    with pytest.raises(ValueError, match=f"another model or optimizer: {sentence}; build .* or load what fits with strict=False"):
+        load(tmp_path, here, optimizer)
+    assert load(tmp_path, here, optimizer, strict=False).not_loaded == [sentence]
+    assert torch.equal(here.a.weight, saved.a.weight) and torch.equal(here.b.weight, saved.b.weight)
+    assert here.a.weight not in optimizer.state or not optimizer.state[here.a.weight]
+    for key, value in optimizer.state[here.b.weight].items():
+        assert torch.equal(value, saved_optimizer.state[saved.b.weight][key])
+    assert optimizer.param_groups[0]["lr"] == saved_optimizer.param_groups[0]["lr"]
 
 
 def test_loading_copies_into_the_memory_that_is_there(tmp_path):
