@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sharding.local import to_local
+from ..sharding.zero import ZeRO
 from .agreement import rank
 from .manifest import ParamGroup
 from .torch_state import has_fsdp1, set_sharded_model_state, set_sharded_optimizer_state, sharded_model_state, sharded_optimizer_state
@@ -61,11 +63,11 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
     flat = {**values.tensors, **values.plain, **groups}
     set_sharded_model_state(model, _section(MODEL, flat))
     set_sharded_optimizer_state(model, optimizer, _section(OPTIMIZER, flat), flattened=True)  # this form reshards between all strategies
-
-
     for live, group in zip(optimizer.param_groups, values.groups, strict=True):
         for name, value in group.options.items():
             live.setdefault(name, value)  # of the options torch loads those that are here
+
+
 def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
     """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
     if values.plain or has_fsdp1(model):
@@ -129,11 +131,14 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
             words.append("fully_shard")
     for param in model.parameters():
         if isinstance(param, DTensor):
-            mesh = param.device_mesh
-            words.append(f"mesh {tuple(mesh.shape)} {mesh.mesh_dim_names or ''} {param.placements}".replace("  ", " "))
-    sharding = getattr(optimizer, "sharding", None)
-    words += [] if sharding is None else [type(sharding).__name__]
+            words.append(f"{_describe_mesh(param.device_mesh)} {param.placements}")
+    policy = getattr(getattr(optimizer, "_sharding", None), "_policy", None)
+    words += [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)] if isinstance(policy, ZeRO) else []
     return ", ".join(dict.fromkeys(words)) or "not sharded"
+
+
+def _describe_mesh(mesh: DeviceMesh) -> str:
+    return f"mesh {tuple(mesh.shape)} {mesh.mesh_dim_names or ''}".rstrip()
 
 
 def _section(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

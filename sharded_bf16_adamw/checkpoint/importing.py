@@ -32,7 +32,7 @@ from .torch_state import (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")  # of torch.optim.AdamW's that mean the same here
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}  # segments that torch puts into names
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}  # segments put into names
 _Path = str | os.PathLike[str]
 
 

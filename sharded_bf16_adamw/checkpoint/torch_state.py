@@ -41,26 +41,31 @@ def has_fsdp1(model: nn.Module) -> bool:
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:
     """The model's tensors by name: the live ones, except under FSDP1, where it is collective."""
     with _quiet():
-        return get_model_state_dict(model)
+        return get_model_state_dict(_unwrapped(model))
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`sharded_model_state`, where its tensors are copies."""
     with _quiet():
-        set_model_state_dict(model, state)
+        set_model_state_dict(_unwrapped(model), state)
 
 
 def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """``{"state": {"layer.weight": {"step": ..., "exp_avg": ...}}, "param_groups": [{"params": ["layer.weight"], "lr": ...}]}``: the live
-    tensors, except under FSDP1, where it is collective. An optimizer that has no state yet gets it."""
-    if not optimizer.state:
-        init_state(optimizer)
+    tensors, except under FSDP1, where it is collective. An optimizer that has no state yet gets it.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is none of the model's.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation leaves plain parameters in the place of those that the optimizer knows
+    _check_every_parameter_has_a_name(model, optimizer)
+    if not optimizer.state:
+        init_state(optimizer)
     _put_in_one_order(optimizer)
     with _quiet():
-        return get_optimizer_state_dict(model, optimizer)
+        return get_optimizer_state_dict(_unwrapped(model), optimizer)
 
 
 def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], flattened: bool = False) -> None:
@@ -68,7 +73,7 @@ def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimiz
     ``state.layer.weight.exp_avg``."""
     _put_in_one_order(optimizer)
     with _quiet():
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(flatten_optimizer_state_dict=flattened))
+        set_optimizer_state_dict(_unwrapped(model), optimizer, state, options=StateDictOptions(flatten_optimizer_state_dict=flattened))
     _put_in_one_order(optimizer)
 
 
@@ -89,6 +94,28 @@ def new_states_only_if_it_succeeds(optimizer: torch.optim.Optimizer) -> Iterator
         for param in [param for param in optimizer.state if param not in had_state]:
             del optimizer.state[param]
         raise
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without Lightning Fabric's wrapper. torch leaves out those of its own in names, but not that one."""
+    own = [*model.named_children(), *model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
+    inner = getattr(model, "_forward_module", None)
+    return inner if isinstance(inner, nn.Module) and _FABRIC.issuperset(name for name, _ in own) else model
+
+
+def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if has_fsdp1(model):
+        return  # which can hide its parameters between a forward pass and its backward pass
+    known = set(model.parameters())
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    foreign = [(index, param) for index, param in enumerate(params) if param not in known]
+    if foreign:
+        index, param = foreign[0]
+        more = f" (nor are {len(foreign) - 1} more)" if foreign[1:] else ""
+        raise ValueError(
+            f"the optimizer holds parameter {index} (shape {tuple(param.shape)}), which is no parameter of this model{more}; "
+            "pass the model and the optimizer of its parameters, and make every tensor that is optimized an nn.Parameter of the model"
+        )
 
 
 def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
