@@ -271,7 +271,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("source", help="safetensors file, folder of them with an index, or torch file")
     command.add_argument("out", help="folder for the checkpoints of a new run")
     command.add_argument("--optimizer", metavar="FILE", help="torch file with the state of a torch.optim.AdamW")
-    command.add_argument("--fp32", action="append", default=[], metavar="PATTERN", help="parameters that stay float32, such as '*.norm.*'")
+    command.add_argument("--fp32", action="append", default=[], metavar="PATTERN", help="parameters that stay float32, such as '*norm*'")
     command.add_argument("--buffer", action="append", default=[], metavar="PATTERN", help="floating tensors that are no parameters")
     command.add_argument("--lr", type=float, help="where no --optimizer brings it (default: 1e-3)")
     command.add_argument("--betas", type=float, nargs=2)

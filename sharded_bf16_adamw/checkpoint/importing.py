@@ -125,8 +125,9 @@ def convert_fp32(
         source: as for :func:`import_fp32`.
         root: folder of the checkpoints of a run, which must not have one yet; the new one's step is that of ``optimizer_state``.
         optimizer_state: as for :func:`import_fp32`.
-        fp32: patterns (``"*.norm.weight"``) of names of parameters that are float32 in the model; all other parameters become bfloat16.
-        buffers: patterns of names that are buffers in the model; they keep their dtype, as does everything that is not floating.
+        fp32: a list of patterns (``["*norm*"]``) of names of parameters that are float32 in the model; all other parameters become
+            bfloat16.
+        buffers: a list of patterns of names that are buffers in the model; they keep their dtype, as does everything that is not floating.
         hyperparameters: lr, betas, eps, weight_decay, where ``optimizer_state`` does not bring them.
 
     Returns:
@@ -135,11 +136,12 @@ def convert_fp32(
     Raises:
         FileExistsError: there is a checkpoint under ``root``.
         FileNotFoundError: there is nothing at ``source`` or ``optimizer_state``.
-        ValueError: as :func:`import_fp32`.
+        ValueError: as :func:`import_fp32`, or a pattern matches no name.
     """
     if latest(root) is not None:
         raise FileExistsError(f"{root} has a checkpoint already; give another folder")
     weights = open_weights(source)
+    fp32, buffers = _checked_patterns("fp32", fp32, weights), _checked_patterns("buffers", buffers, weights)
     state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
     model = nn.Module()
     for name, info in weights.infos.items():
@@ -274,6 +276,18 @@ def _group_of(group: dict[str, Any], theirs: list[dict[str, Any]]) -> dict[str, 
 
 def _steps(state: dict[str, Any], names: list[str]) -> int:
     return max((int(state[name]["step"]) for name in names if name in state), default=0)
+
+
+def _checked_patterns(argument: str, patterns: Iterable[str], weights: Source) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument} must be a list of patterns, but it is the string {patterns!r}; write [{patterns!r}]")
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(_matches(name, [pattern]) for name in weights.infos):
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches none of the names, which are such as {', '.join([*weights.infos][:2])}"
+            )
+    return patterns
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

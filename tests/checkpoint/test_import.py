@@ -12,6 +12,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import load
 from sharded_bf16_adamw.checkpoint.importing import convert_fp32, import_fp32
+from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
 from .trainings import expected_states, fp32_training, named_state, trained, written
@@ -93,6 +94,32 @@ def test_conversion_without_the_models_code(tmp_path):
     assert torch.equal(values["table"], torch.arange(3)) and options["precise.weight"]["lr"] == 4e-3
     with pytest.raises(FileExistsError, match="run has a checkpoint already"):
         convert_fp32(folder, tmp_path / "run", state)
+
+
+@pytest.mark.parametrize("argument", ["fp32", "buffers"])
+def test_patterns_are_a_list_and_each_matches_something(argument, tmp_path):
+    weights = {"blocks.0.attention_norm.weight": torch.ones(2), "norm.weight": torch.ones(2), "head.weight": torch.ones(2, 2)}
+    with pytest.raises(
+        ValueError, match=rf"^{argument} must be a list of patterns, but it is the string '\*norm\*'; write \['\*norm\*'\]$"
+    ):
+        convert_fp32(weights, tmp_path / "run", **{argument: "*norm*"})
+    message = (
+        rf"^{argument}: the pattern '\*.norm.\*' matches none of the names, which are such as blocks.0.attention_norm.weight, norm.weight$"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert_fp32(weights, tmp_path / "run", **{argument: ["*norm*", "*.norm.*"]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_patterns_may_come_one_by_one(tmp_path):
+    weights = {"blocks.0.attention_norm.weight": torch.ones(2), "norm.weight": torch.ones(2), "head.weight": torch.ones(2, 2)}
+    path = convert_fp32(weights, tmp_path / "run", fp32=(pattern for pattern in ["*norm*"]))
+    infos = StoredCheckpoint(path).infos
+    assert {name: infos[f"model.{name}"].dtype for name in weights} == {
+        "blocks.0.attention_norm.weight": torch.float32,
+        "norm.weight": torch.float32,
+        "head.weight": torch.bfloat16,
+    }
 
 
 def weights_without(model, name):

@@ -188,7 +188,9 @@ def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
     make_run(tmp_path / "run")
     name = damage(tmp_path / "run" / "step-00000001")
     (tmp_path / "weights.safetensors").write_bytes(b"\xff" * 100)
+    torch.save(make()[0].state_dict(), tmp_path / "weights.pt")
     for arguments, message in (
+        (("import", tmp_path / "weights.pt", tmp_path / "new", "--fp32", "*.norm.*"), "the pattern '*.norm.*' matches none of the names"),
         (("export", tmp_path / "run", tmp_path / "out"), f"{name} is not what was written"),
         (("import", tmp_path / "weights.safetensors", tmp_path / "new"), "weights.safetensors is not a safetensors file, or is damaged"),
     ):
