@@ -1,8 +1,8 @@
 """``manifest.json``: what a complete checkpoint holds, with the size and checksum of every file and of itself.
 
-Checksums are CRC-32 (``zlib.crc32``): of the hashes in Python's standard library the fastest, and certain to notice any damage that
-spans no more than 32 bits; other damage passes with a probability of 2^-32. It guards against accidents, not against somebody who
-rewrites files.
+Checksums are CRC-32 (``zlib.crc32``): in Python's standard library, less work than the cryptographic hashes there, and certain to notice
+any damage that spans no more than 32 bits; other damage passes with a probability of 2^-32. It guards against accidents, not against
+somebody who rewrites files.
 """
 
 from __future__ import annotations
