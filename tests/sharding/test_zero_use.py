@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -296,3 +297,19 @@ def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
             optimizer.step()  # without gradients, as above
     for found in run_ranks(2, after_piling_up_worker):
         assert_same_bits(found, collect(model, optimizer))
+
+
+def one_after_another_worker(rank, world):
+    model = Parameters()
+    first = new_optimizer(model, zero())
+    second = new_optimizer(model, zero())
+    train(model, second, 1, averaged=False)
+    del second
+    gc.collect()
+    train(model, first, 2, averaged=False, start=1)  # alone again
+    return [state["step"].item() for state in first.state.values()]
+
+
+def test_an_optimizer_of_stage_2_trains_again_when_a_later_one_is_gone():
+    for steps in run_ranks(2, one_after_another_worker):
+        assert set(steps) == {2.0}
