@@ -25,6 +25,7 @@ from .state import DTYPES, check_grads, check_hyperparameters, check_param, chec
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
 
+STRIDED = frozenset({torch.strided})
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 
 
@@ -233,7 +234,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._sharding.reduce()
         gradients = self._gradients()
         plan = self._current_plan(gradients)
-        grads = [] if plan is None else self._local_grads(plan, [grad for _, _, grads in gradients for grad in grads])
+        grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
         rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is written
         found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
         apply_rates(self.param_groups, rates)
@@ -254,7 +255,7 @@ class AdamW_BF16(torch.optim.Optimizer):
                 self._check_not_replaced()
                 params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
-            if not _strided_and_known_dtypes(grads):
+            if not (DTYPES.issuperset(map(_dtype_of, grads)) and STRIDED.issuperset(map(_layout_of, grads))):
                 check_grads(group)
             found.append((group, params, grads))
         return found
@@ -281,20 +282,10 @@ class AdamW_BF16(torch.optim.Optimizer):
             states = [self.state[param] for param in params]
             self._drop_plans([other for other in self._plans if other is plan or not self._has_all_of(other)])
             self._drop_plans(self._plans[: 1 - MAX_PLANS])
-            plan = Plan(groups, states, self._sharding, self.backend)
+            plan = Plan(groups, states, [names[param] for param in params], self._sharding, self.backend)
             self._plans.append(plan)
             self._seen_state = (list(self.state), list(self.state.values()))
         return plan
-
-    def _local_grads(self, plan: Plan, grads: list[Tensor]) -> list[Tensor]:
-        local = plan.local_grads(grads)
-        unfit = plan.unfit(local)
-        if unfit is not None:
-            raise RuntimeError(
-                f"the gradient of parameter {self._names()[plan.params[unfit]]} has {local[unfit].numel()} elements, not as many as the "
-                "parameter, which was resized after the backward pass; call zero_grad() when you resize a parameter"
-            )
-        return local
 
     def _names(self) -> dict[Tensor, str]:
         """What messages call each parameter."""
@@ -395,8 +386,3 @@ class AdamW_BF16(torch.optim.Optimizer):
 def _hyper(group: dict[str, Any]) -> Hyper:
     beta1, beta2 = group["betas"]
     return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
-
-
-def _strided_and_known_dtypes(grads: list[Tensor]) -> bool:
-    """Whether the gradients are what the kernels take; quick, since it runs at every step."""
-    return DTYPES.issuperset(map(_dtype_of, grads)) and {torch.strided}.issuperset(map(_layout_of, grads))

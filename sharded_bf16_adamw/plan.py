@@ -26,14 +26,18 @@ class Plan:
         groups: for each parameter group its parameters with a gradient, plain or DTensor; at least one in all.
         states: the state of each parameter, group after group, by the names of :func:`sharded_bf16_adamw.state.new_state`; each fits its
             parameter (:func:`sharded_bf16_adamw.state.check_state`).
+        names: what messages call each parameter.
         sharding: how they are spread over ranks.
         backend: see :class:`sharded_bf16_adamw.kernels.Table`.
     """
 
-    def __init__(self, groups: list[list[Tensor]], states: list[dict[str, Any]], sharding: Sharding, backend: str | None) -> None:
+    def __init__(
+        self, groups: list[list[Tensor]], states: list[dict[str, Any]], names: list[str], sharding: Sharding, backend: str | None
+    ) -> None:
         params = self.params = list(chain.from_iterable(groups))
         self._sizes = list(map(len, groups))
         self._states = states
+        self._names = names
         self._sharding = sharding
         shards = [sharding.shard(param) for param in params]
         self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
@@ -64,14 +68,21 @@ class Plan:
         return any(table.captured for _, _, table in self._tables)
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
-        """This rank's part of each parameter's gradient."""
-        return grads if self._plain else self._sharding.local_grads(self.params)
+        """This rank's part of each parameter's gradient.
 
-    def unfit(self, grads: list[Tensor]) -> int | None:
-        """The first of the local gradients that has not as many elements as its parameter: one that was resized after the backward pass.
-        A kernel would read beyond it."""
-        numels = list(map(Tensor.numel, grads))
-        return None if numels == self._numels else next(i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b)
+        Raises:
+            RuntimeError: one has not as many elements as its parameter, which was resized after the backward pass: a kernel would read
+                beyond it.
+        """
+        local = grads if self._plain else self._sharding.local_grads(self.params)
+        numels = list(map(Tensor.numel, local))
+        if numels != self._numels:
+            index = next(i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b)
+            raise RuntimeError(
+                f"the gradient of parameter {self._names[index]} has {numels[index]} elements, not as many as the parameter, which was "
+                "resized after the backward pass; call zero_grad() when you resize a parameter"
+            )
+        return local
 
     def update_(self, grads: list[Tensor], hypers: list[Hyper], *, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""
