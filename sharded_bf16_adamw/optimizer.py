@@ -138,12 +138,12 @@ class AdamW_BF16(torch.optim.Optimizer):
             check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
             for index, param in enumerate(group["params"]):
                 check_param(param, param_name(group, index))
+            if self.lr_function is not None and not brings_lr:
+                group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
             self._sharding.attach(group["params"], [param_name(group, index) for index in range(len(group["params"]))])
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        if self.lr_function is not None and not brings_lr:
-            group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._sharding.check_copyable()

@@ -81,6 +81,13 @@ class TestSchedule:
         with pytest.raises(ValueError, match=r"Invalid learning rate: lr_function\(0\) is"):
             AdamW_BF16([p], lr_function=lambda step: wrong)
 
+    def test_a_group_for_which_the_schedule_has_no_rate_is_not_added(self):
+        rates = [0.5, 0.5, math.nan]
+        optimizer = AdamW_BF16([param(4)], lr_function=lambda step: rates.pop(0))
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            optimizer.add_param_group({"params": [param(3)]})
+        assert len(optimizer.param_groups) == 1
+
     def test_numpy_numbers_become_plain_data(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: np.float32(0.5) / (step + 1))
         train(optimizer, 2)
