@@ -147,7 +147,18 @@ MUTANTS = (
     Mutant("copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels),
     Mutant(
         "found_inf not passed on",
-        (("hypers=hypers, grad_scale=grad_scale, found_inf=found_inf", "hypers=hypers, grad_scale=grad_scale, found_inf=None"),),
+        (
+            (
+                "_table.update_(grads, hypers, grad_scale=grad_scale, found_inf=found_inf",
+                "_table.update_(grads, hypers, grad_scale=grad_scale",
+            ),
+        ),
+        ("check_found_inf",),
+        kernels,
+    ),
+    Mutant(
+        "found_inf not passed on for other strides",
+        (("_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf", "_any_strides(grads, hypers, grad_scale=grad_scale"),),
         ("check_skipped_in_any_layout",),
         kernels,
     ),
