@@ -141,7 +141,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             if self.lr_function is not None and not brings_lr:
                 group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
             self._sharding.attach(group["params"], [param_name(group, index) for index in range(len(group["params"]))])
-        except (TypeError, ValueError, RuntimeError):
+        except BaseException:  # also of the user's schedule
             self.param_groups.pop()
             raise
 
@@ -153,10 +153,11 @@ class AdamW_BF16(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
         self.__dict__.setdefault("_sharding", Local())  # an optimizer with another one cannot be pickled
+        position = 0
+        if any("schedule_step" not in group for group in state["param_groups"]):  # of torch.optim.AdamW
+            position = max((int(param_state.get("step", 0)) for param_state in state["state"].values()), default=0)
         for group in state["param_groups"]:
-            if "schedule_step" not in group:  # of torch.optim.AdamW
-                group["schedule_step"] = max((int(state["state"].get(param, {}).get("step", 0)) for param in group["params"]), default=0)
-            for key, value in (("maximize", False), ("capturable", False), ("scheduled_lr", None)):
+            for key, value in (("maximize", False), ("capturable", False), ("schedule_step", position), ("scheduled_lr", None)):
                 group.setdefault(key, value)
             for index, param in enumerate(group["params"]):
                 if state["state"].get(param):

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16
@@ -212,24 +212,34 @@ def test_fsdp2_loads_the_whole_state_of_one_process(of):
                 assert torch.equal(found[f"{name}.{key}"], value), (name, key)
 
 
-def of_another_world_worker(rank, world, path):
-    """What torch.save wrote on another number of ranks is a DTensor of the right global shape with another part here."""
-    model = fsdp2(make_model())
+def sharded_otherwise_worker(rank, world):
+    """States as torch.save wrote them elsewhere: of the right global shape, with other elements on this rank."""
+    model = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))  # of equal parts
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
-    train_on_full_gradients(model, optimizer)
-    state = optimizer.state_dict()
-    wrong = state["state"][0]["exp_avg"]
-    state["state"][0]["exp_avg"] = DTensor.from_local(
-        wrong.to_local()[:-1], wrong.device_mesh, wrong.placements, shape=wrong.shape, stride=wrong.stride(), run_check=False
-    )
-    with pytest.raises(
-        ValueError, match=r"this rank's part of the loaded exp_avg of parameter 0 .* but that of the parameter .*; load what"
+    model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    before = collect(model, optimizer)
+    right = optimizer.state[model.weight]["exp_avg"]
+    mesh, other_mesh = right.device_mesh, DeviceMesh("cpu", list(reversed(range(world))))
+    whole = {"shape": right.shape, "stride": right.stride(), "run_check": False}
+    for local, on, placements in (
+        (right.to_local()[:-1], mesh, right.placements),  # another number of rows
+        (right.to_local(), other_mesh, right.placements),  # other rows
+        (right.full_tensor(), mesh, (Replicate(),)),
     ):
-        optimizer.load_state_dict(state)
+        state = optimizer.state_dict()
+        state["state"][0]["exp_avg"] = DTensor.from_local(local, on, placements, **whole)
+        with pytest.raises(ValueError, match=r"the loaded exp_avg of parameter 0 .* is sharded otherwise than the parameter .*; load it"):
+            optimizer.load_state_dict(state)
+    named = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))  # the same ranks by another name
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = DTensor.from_local(right.to_local(), named, right.placements, **whole)
+    optimizer.load_state_dict(state)
+    assert_same_bits(collect(model, optimizer), before)
 
 
-def test_a_shard_of_another_size_is_refused():
-    run_ranks(2, of_another_world_worker, None)
+def test_states_that_are_sharded_otherwise_are_refused():
+    run_ranks(2, sharded_otherwise_worker)
 
 
 def second_model_worker(rank, world):

@@ -82,8 +82,8 @@ def _difference(key: str, entry: Any, value: Any) -> str | None:
 
 def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Comparison) -> None:
     """Options by name: which there are depends on versions, and on what others (a scheduler's ``initial_lr``) wrote there, so one that
-    either lacks is no difference, and is kept. Groups may have been divided otherwise, as long as the parameters of one group here were
-    saved with the same options."""
+    either lacks is no difference; where it was the same for all parameters of a group here, it is kept. Groups may have been divided
+    otherwise, as long as the parameters of one group here were saved with the same options."""
     options_of = {fqn: group.options for group in saved for fqn in group.params}
     for group in here:
         options = dict(group.options)
@@ -95,7 +95,7 @@ def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Com
             other = next((fqn for fqn in found if found[fqn] != found[first]), None)
             if other is None:
                 options[name] = _like(options.get(name), decode(found[first]))
-            else:
+            elif name in group.options:
                 result.differences.append(
                     f"{name} of {first} is {found[first]} there and of {other} {found[other]}, but here they are in one group"
                 )

@@ -89,7 +89,7 @@ class Table:
         """Take one step in place, on all parameters together; the arguments by name are those of :func:`adamw_bf16_`.
 
         Args:
-            grads: one for each parameter, of its shape and device.
+            grads: one for each parameter, of its shape and device, which is for the caller to see.
             hypers: hyper-parameters, one for each group.
         """
         if self._strided and is_capturing(self._params[0].device):
@@ -179,14 +179,16 @@ def adamw_bf16_(
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: ``backend`` is unknown or cannot serve here, or a tensor has another number of elements than its parameter.
+        ValueError: ``backend`` is unknown or cannot serve here, or a tensor has another number of elements, or device, than its parameter.
         TypeError: a tensor has a dtype that is none of the above.
     """
     if not params:
         return
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad.numel() != param.numel():
-            raise ValueError(f"gradient {index} has {grad.numel()} elements but its parameter {param.numel()}")
+        if (grad.numel(), grad.device) != (param.numel(), param.device):
+            raise ValueError(
+                f"gradient {index} has {grad.numel()} elements on {grad.device} but its parameter {param.numel()} on {param.device}"
+            )
     hyper = Hyper(lr, beta1, beta2, eps, weight_decay, maximize)
     table = Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend=backend)
     table.update_(grads, [hyper], grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
@@ -265,10 +267,12 @@ def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, st
     for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
         if x is not None and x.dtype != p.dtype:
             raise TypeError(f"{name} {index} has dtype {x.dtype} but its parameter {p.dtype}; they must be the same")
-        if x is not None and x.numel() != p.numel():
-            raise ValueError(f"{name} {index} has {x.numel()} elements but its parameter {p.numel()}")
-    if step.dtype != torch.float32 or step.numel() != 1:
-        raise TypeError(f"step {index} must be a 0-dim float32 tensor, but is {step.dtype} of shape {tuple(step.shape)}")
+        if x is not None and (x.numel(), x.device) != (p.numel(), p.device):
+            raise ValueError(f"{name} {index} has {x.numel()} elements on {x.device} but its parameter {p.numel()} on {p.device}")
+    if step.dtype != torch.float32 or step.numel() != 1 or step.device != p.device:
+        raise TypeError(
+            f"step {index} must be a 0-dim float32 tensor on {p.device}, but is {step.dtype} of shape {tuple(step.shape)} on {step.device}"
+        )
 
 
 def _walkable(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -83,17 +84,16 @@ class Local:
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
         if isinstance(param, DTensor) and not isinstance(value, DTensor):  # whole on every rank, as a plain state_dict is
-            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+            return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None).to(param.device)
         if isinstance(value, DTensor) and not isinstance(param, DTensor):
             raise ValueError(
                 f"{what} is a shard but the parameter is whole here; load what ZeRO or FSDP sharded with sharded_bf16_adamw.load or with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        here, expected = to_local(value).shape, to_local(param).shape
-        if here != expected:
+        if isinstance(value, DTensor) and isinstance(param, DTensor) and not _sharded_alike(value, param):
             raise ValueError(
-                f"this rank's part of {what} has shape {tuple(here)} but that of the parameter {tuple(expected)}; load what was sharded "
-                "otherwise with sharded_bf16_adamw.load or with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                f"{what} is sharded otherwise than the parameter ({value.placements} and {param.placements}); load it with "
+                "sharded_bf16_adamw.load or with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         return value
 
@@ -108,3 +108,8 @@ class Local:
 
     def check_copyable(self) -> None:
         """Nothing here belongs to one process alone."""
+
+
+def _sharded_alike(a: DTensor, b: DTensor) -> bool:
+    """Whether each rank has the same elements of both. Dimensions of meshes may have different names."""
+    return a.placements == b.placements and torch.equal(a.device_mesh.mesh, b.device_mesh.mesh) and to_local(a).shape == to_local(b).shape

@@ -34,9 +34,17 @@ if TYPE_CHECKING:
 PATIENCE = 1.0  # seconds that a backward pass waits for a bucket to leave before it lets more of them pile up
 PILED_UP = (
     "gradients have come on top of those that the step before has taken; ZeRO stage 2 holds gradients itself, where model.zero_grad() "
-    "does not reach them, so call optimizer.zero_grad() or step(zero_grad=True) after each step"
+    "does not reach them, so call optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
 _taker: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the one Stage2, the newest, that takes its gradients
+
+_takeovers = 0  # how often that has changed
+
+
+def _take_over(param: Tensor, taker: weakref.ref[Stage2]) -> None:
+    global _takeovers
+    _taker[param] = taker
+    _takeovers += 1
 
 
 class Stage2(Stage):
@@ -47,6 +55,7 @@ class Stage2(Stage):
         self._hooked: set[Tensor] = set()
         self._syncs = True
         self._checked_ddp = False
+        self._seen_takeovers = 0
         self._is_patient = True  # whether the other ranks can be expected to keep up during the backward pass
         self._buckets: list[Bucket] = []
         self._active = 0  # the first buckets: of parameters that had gradients lately; the others go only when asked for
@@ -82,13 +91,14 @@ class Stage2(Stage):
 
         def arrived(param: Tensor) -> None:
             stage = me()
-            if stage is not None and _taker.get(param) is me:
+            taker = _taker.get(param)
+            if stage is not None and (taker is me or taker is None or taker() is None):
                 stage._arrived(param)
 
         for param in self._rows:
             if param.requires_grad and param not in self._hooked:
                 self._hooked.add(param)
-                _taker[param] = me
+                _take_over(param, me)
                 weakref.finalize(self, param.register_post_accumulate_grad_hook(arrived).remove)
 
     @torch.no_grad()
@@ -115,7 +125,6 @@ class Stage2(Stage):
             total.add_(grad)
         whole = grad if total is None else total
         assert whole is not None
-        self._piled_up |= self._stepped
         self._has_grad.add(rows)
         if rows in self._bucket_of:
             self._bucket_of[rows].add(rows, whole)
@@ -168,15 +177,14 @@ class Stage2(Stage):
                 if rows.param.grad is not None or rows.param in self._accumulated:  # set by hand, unfrozen lately, or of no_sync()
                     self._take(rows)
                     self._send_complete()
-            if self._piled_up and not discarding:
-                problem = PILED_UP
         all_rows = list(self._rows.values())
         own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
         has = [rows in self._has_grad for rows in all_rows]
-        values = [*own, *has, *[not x for x in has], bool(self._arrival), discarding, not discarding]
+        values = [*own, *has, *[not x for x in has], bool(self._arrival), self._stepped, discarding, not discarding]
         agreed, problems = self._agreement.maximum_and_problems(values, problem)
-        times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -3]
-        any_arrival, any_discards, any_keeps = agreed[-3:]
+        times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -4]
+        any_arrival, any_stepped, any_discards, any_keeps = agreed[-4:]
+        self._piled_up |= bool(any_stepped and any(times))
         self._send_rest(times[: self._active], self._buckets[: self._active])
         self._send_rest(times[self._active :], self._buckets[self._active :])
         while self._in_flight:
@@ -186,6 +194,8 @@ class Stage2(Stage):
         self._next = 0
         if problems is not None:  # raised when all that was under way has arrived, so that the ranks can still talk
             raise RuntimeError(problems)
+        if self._piled_up and not any_discards:
+            raise RuntimeError(PILED_UP)
         if any_discards and any_keeps:
             raise RuntimeError(
                 "some ranks have discarded gradients by zero_grad() between a backward pass and its step, and others have not; every rank "
@@ -218,14 +228,19 @@ class Stage2(Stage):
                     "the model is wrapped by DistributedDataParallel, which would reduce the gradients too; ZeRO stage 2 goes on the plain "
                     "module, or use ZeRO(stage=1) beside DDP"
                 )
-        for param, rows in self._rows.items():
-            taker = _taker.get(param)
-            if taker is not None and taker() not in (None, self):
+        if self._seen_takeovers != _takeovers:
+            if rows := self._taken_over():
                 return (
                     f"the gradients of parameter {rows.name} go to a ZeRO stage 2 optimizer that was built later; delete that one, or use "
                     "that one alone"
                 )
+            self._seen_takeovers = _takeovers
         return super()._problem()
+
+    def _taken_over(self) -> Rows | None:
+        """The first parameter whose gradients another optimizer takes."""
+        takers = ((rows, _taker[param]()) for param, rows in self._rows.items() if param in _taker)
+        return next((rows for rows, taker in takers if taker not in (None, self)), None)
 
     def grads(self, params: list[Tensor]) -> list[Any]:
         return [self._reduced.get(param) for param in params]
@@ -236,7 +251,7 @@ class Stage2(Stage):
     @torch.no_grad()
     def gather(self) -> None:
         super().gather()
-        self._stepped = True
+        self._stepped = bool(self._with_grad)  # a step without any leaves nothing to pile up on
         self._hook_all()
         self._adapt()
 

@@ -44,10 +44,13 @@ WRONG = {  # what is wrong: the column of (p, g, m, v, c, step) that is replaced
     "float32 parameter with a correction": (0, torch.Tensor.float, "parameter 1 has dtype torch.float32 and a correction"),
     "no correction": (4, lambda _: None, "parameter 1 has dtype torch.bfloat16 and no correction"),
     "state dtype": (3, torch.Tensor.float, "exp_avg_sq 1 has dtype torch.float32 but its parameter torch.bfloat16"),
-    "state size": (2, lambda x: x[:-1], "exp_avg 1 has 99 elements but its parameter 100"),
-    "correction size": (4, lambda x: x[:-1], "correction 1 has 99 elements but its parameter 100"),
-    "gradient size": (1, lambda x: x[:-1], "gradient 1 has 99 elements but its parameter 100"),
-    "step dtype": (5, torch.Tensor.long, "step 1 must be a 0-dim float32 tensor, but is torch.int64"),
+    "state size": (2, lambda x: x[:-1], "exp_avg 1 has 99 elements on cpu but its parameter 100 on cpu"),
+    "correction size": (4, lambda x: x[:-1], "correction 1 has 99 elements on cpu but its parameter 100"),
+    "gradient size": (1, lambda x: x[:-1], "gradient 1 has 99 elements on cpu but its parameter 100"),
+    "state device": (2, lambda x: x.to("meta"), "exp_avg 1 has 100 elements on meta but its parameter 100 on cpu"),
+    "gradient device": (1, lambda x: x.to("meta"), "gradient 1 has 100 elements on meta but its parameter 100 on cpu"),
+    "step device": (5, lambda x: x.to("meta"), "step 1 must be a 0-dim float32 tensor on cpu, but is .* on meta"),
+    "step dtype": (5, torch.Tensor.long, "step 1 must be a 0-dim float32 tensor on cpu, but is torch.int64"),
 }
 
 

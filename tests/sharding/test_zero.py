@@ -202,7 +202,9 @@ def test_stage_2_sends_each_gradient_and_each_weight_once(world):
         share = (world - 1) / world * WEIGHT_BYTES
         assert sent["all_to_all_single"] == pytest.approx(share) and sent["all_gather_single"] == pytest.approx(share)
         rest = [(name, size) for name, _, size in calls if name not in ("all_to_all_single", "all_gather_single")]
-        flags = 1 + LAYERS // 2 + 2 * LAYERS + 3  # bytes: any problem, buckets, parameters with and without, arrival, discarding or not
+        flags = (
+            1 + LAYERS // 2 + 2 * LAYERS + 4
+        )  # bytes: any problem, buckets, parameters with and without, arrival, stepped, discarding or not
         assert sorted(rest) == [("all_reduce", 8), ("all_reduce", flags)], "the norm and who has gradients"
 
 

@@ -268,6 +268,7 @@ def after_piling_up_worker(rank, world):
     """What is refused is forgotten by ``zero_grad()``, and gradients that are discarded before the next backward pass do not count."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
+    optimizer.step()  # one that takes nothing leaves nothing
     train(model, optimizer, 1, averaged=False)
     optimizer.step()
     for discarded in (3, 4):  # as a generator's loss gives gradients to the discriminator
@@ -280,7 +281,7 @@ def after_piling_up_worker(rank, world):
     if rank == 0:
         model(rank_gradients(2, rank, world)).backward()
     for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
-        with pytest.raises(RuntimeError, match="on rank 0, gradients have come on top of those that the step before has taken"):
+        with pytest.raises(RuntimeError, match="gradients have come on top of those that the step before has taken"):
             refused()
     assert_same_bits(collect(model, optimizer), before)
     optimizer.zero_grad()
@@ -291,6 +292,7 @@ def after_piling_up_worker(rank, world):
 def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
     model = Parameters()
     optimizer = new_optimizer(model)
+    optimizer.step()
     for step in range(3):
         train(model, optimizer, 1, averaged=True, start=step)
         if step == 0:
@@ -306,10 +308,33 @@ def one_after_another_worker(rank, world):
     train(model, second, 1, averaged=False)
     del second
     gc.collect()
-    train(model, first, 2, averaged=False, start=1)  # alone again
+    train(model, first, 1, averaged=False, start=1)  # alone again
+    model(rank_gradients(2, rank, world)).backward()
+    assert model.large.grad is None, "it takes gradients as they come"
+    first.step(zero_grad=True)
     return [state["step"].item() for state in first.state.values()]
 
 
 def test_an_optimizer_of_stage_2_trains_again_when_a_later_one_is_gone():
     for steps in run_ranks(2, one_after_another_worker):
         assert set(steps) == {2.0}
+
+
+def cleared_on_some_ranks_worker(rank, world):
+    """A rank that keeps the mean of the step before would add the new one to it, though no gradient came on that rank."""
+    model = Parameters()
+    optimizer = new_optimizer(model, zero())
+    train(model, optimizer, 1, averaged=False)
+    model(rank_gradients(1, rank, world)).backward()
+    optimizer.step()
+    before = collect(model, optimizer)
+    if rank == 0:
+        optimizer.zero_grad()
+        model(rank_gradients(2, rank, world)).backward()
+    with pytest.raises(RuntimeError, match=r"gradients have come on top .* after each step, on every rank"):
+        optimizer.step()
+    assert_same_bits(collect(model, optimizer), before)
+
+
+def test_gradients_of_stage_2_that_pile_up_on_another_rank_are_refused():
+    run_ranks(2, cleared_on_some_ranks_worker)

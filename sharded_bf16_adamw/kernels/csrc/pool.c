@@ -6,6 +6,7 @@
  * A forked child has none of its parent's threads: it starts with an empty pool and fills it when first needed.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -88,6 +89,7 @@ static void relax(void) {
         for (unsigned turn = 1; condition; turn++) { \
             relax(); \
             if (turn % 32) continue; \
+            sched_yield(); /* to whom we wait for, should it be on this core */ \
             int64_t now = now_ns(); \
             if (!until) until = now + LOOK_NS; \
             if (now > until) break; \
