@@ -226,6 +226,7 @@ def sharded_otherwise_worker(rank, world):
         (right.to_local()[:-1], mesh, right.placements),  # another number of rows
         (right.to_local(), other_mesh, right.placements),  # other rows
         (right.full_tensor(), mesh, (Replicate(),)),
+        (right.to_local(), mesh, (Replicate(),)),  # stands for placements on a mesh of more dimensions that give this shape too
     ):
         state = optimizer.state_dict()
         state["state"][0]["exp_avg"] = DTensor.from_local(local, on, placements, **whole)
