@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from building import Schedule, build_model, make_optimizer, make_schedule, set_seeds
 from data import Text, UsageError, load_text
-from leaving import leave
 from model import GPT, PRESETS
 from options import parse_args
 from report import Metrics, optimizer_state_bytes, plot_losses, summary
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         code = 2
     if dist.is_initialized() and not joined_before:
-        leave()
+        dist.destroy_process_group()
     return code
 
 
