@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, find_damage, read_manifest
 
 LATEST = "LATEST"
 _PARTIAL, _REMOVED = ".partial-", ".removed-"
@@ -42,6 +42,37 @@ def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
     return FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
 
 
+def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint under ``root`` that is undamaged, by comparing every file with its checksum.
+
+    Starts with :func:`latest` and goes back in the order of saving, so an undamaged latest checkpoint is the only one that is read.
+    For one process: in a distributed run call it on rank 0, broadcast the path, and pass that to :func:`load` on every rank.
+
+    Args:
+        root: folder of all checkpoints of a run.
+
+    Returns:
+        The checkpoint's folder, or None if there is no undamaged one; and a sentence for each folder that was skipped, because it is
+        damaged or has no manifest. A folder without a readable manifest may be newer or older than the checkpoint returned.
+    """
+    root = Path(root)
+    first = latest(root)
+    rest = [path for path in reversed(complete_checkpoints(root)) if path != first]
+    unordered = [path for path in rest if _serial(path) == 0]
+    ordered = [path for path in rest if path not in unordered]
+    skipped = [f"{path} has no {MANIFEST}" for path in incomplete_checkpoints(root)]
+    for path in [*([first] if first else []), *unordered, *ordered]:
+        try:
+            damage = find_damage(path, read_manifest(path).files)
+        except (FileNotFoundError, ValueError) as error:
+            skipped.append(str(error))
+            continue
+        if not damage:
+            return path, skipped
+        skipped.append(f"the checkpoint {path} is damaged: {'; '.join(damage)}")
+    return None, skipped
+
+
 def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
     """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest. For one process.
 
@@ -68,6 +99,12 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """In the order in which they were saved. One whose manifest is damaged counts as older than all others."""
     found = [path.parent for path in root.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(path.parent.name)]
     return sorted(found, key=lambda path: (_serial(path), path))
+
+
+def incomplete_checkpoints(root: Path) -> list[Path]:
+    """Return the folders that have a checkpoint's name but no manifest, by name. No save leaves one: a copy or a removal was cut short."""
+    found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(path for path in found if not (path / MANIFEST).exists())
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path, int]:
