@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,6 +44,10 @@ class Exchange:
         """Wait for it: on gloo this thread does, on NCCL the current stream."""
         with exchange(self._what, self._ranks):
             self._work.wait()
+
+
+def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    return device
 
 
 def _in_words(ranks: Sequence[int]) -> str:
