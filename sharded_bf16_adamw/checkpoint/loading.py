@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
             comparison = compare(metadata, manifest, here)
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))
-        random = {key: value for key, value in rng_contents().items() if key in metadata.state_dict_metadata}
+        random = {key: value for key, value in rng_contents(every_device=True).items() if key in metadata.state_dict_metadata}
     tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
     with errors_on_every_rank(f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked"):
         _read_into(tensors, folder, metadata)
