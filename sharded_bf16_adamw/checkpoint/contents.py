@@ -1,6 +1,6 @@
 """What of a model and an optimizer goes to disk, by key: tensors, and plain data beside them.
 
-Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
+Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu`` (see :func:`rng_contents`).
 """
 
 from __future__ import annotations
@@ -146,18 +146,38 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
     optimizer.state.update(states)
 
 
-def rng_contents(group: Group = None) -> dict[str, Tensor]:
-    """torch's random state on this rank."""
+def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
+    """Return torch's random state on this rank.
+
+    Keys: ``rng.<rank>.cpu``; ``rng.<rank>.cuda`` of the current GPU, whichever index it has after a restart; and, where the
+    process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
+
+    Args:
+        group: in which ranks are counted.
+        every_device: all GPUs that the process sees, to load whatever a checkpoint has; else those that it uses.
+    """
     state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state[f"rng.{rank(group)}.cuda"] = torch.cuda.get_rng_state()
+        gpus = [gpu for gpu in range(torch.cuda.device_count()) if every_device or _is_used(gpu)]
+        if len(gpus) > 1:
+            state.update({f"rng.{rank(group)}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus})
     return state
 
 
 def set_rng_contents(state: dict[str, Tensor]) -> None:
     """Inverse of :func:`rng_contents`."""
-    for key, value in state.items():
-        (torch.cuda.set_rng_state if key.endswith(".cuda") else torch.set_rng_state)(value)
+    for key in sorted(state):  # the current GPU's before those by index, which know better where both are there
+        kind, _, index = key.split(".", 2)[2].partition(".")
+        if kind == "cpu":
+            torch.set_rng_state(state[key])
+        else:
+            torch.cuda.set_rng_state(state[key], int(index) if index else "cuda")
+
+
+def _is_used(gpu: int) -> bool:
+    """Whether this process has a context on the GPU, without which nothing has drawn random numbers there."""
+    return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 
 def param_of_state(key: str) -> str | None:

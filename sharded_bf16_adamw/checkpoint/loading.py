@@ -97,7 +97,7 @@ def load(
             comparison = compare(metadata, manifest, here, elsewhere)
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))
-        random = {key: value for key, value in rng_contents(group).items() if key in metadata.state_dict_metadata}
+        random = {key: value for key, value in rng_contents(group, every_device=True).items() if key in metadata.state_dict_metadata}
     tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
     with errors_on_every_rank(
         f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked", group

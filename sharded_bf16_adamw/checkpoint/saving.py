@@ -122,7 +122,7 @@ def save(
         groups = merged([groups for groups, _ in of_each])
         values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
         manifest = Manifest(step, serial, world_size(group), strategy, _versions(), groups, values, extra)
-    writer = ChecksummedWriter(partial, staged=async_)
+    writer = ChecksummedWriter(partial)
     planner: SavePlanner
     planner, plan, metadata = _plan({**found.tensors, **rng_contents(group)}, writer, partial, final, group)
     if async_:

@@ -29,7 +29,7 @@ class Staged(DefaultSavePlanner):
         super().__init__()
         kept = dict(_buffers)
         _buffers.clear()
-        on_gpu, on_cpu = False, []
+        gpus, on_cpu = set(), []
         for item in plan.items:
             original = planner.resolve_data(item)
             assert isinstance(original, Tensor)
@@ -39,13 +39,13 @@ class Staged(DefaultSavePlanner):
             _buffers[item.index] = buffer
             if original.is_cuda:
                 buffer.copy_(original.detach(), non_blocking=True)
-                on_gpu = True
+                gpus.add(original.device)
             else:
                 on_cpu.append((buffer, original.detach()))
         with ThreadPoolExecutor(_COPIERS) as pool:
             list(pool.map(lambda pair: pair[0].copy_(pair[1]), on_cpu))
-        if on_gpu:
-            torch.cuda.synchronize()
+        for gpu in gpus:  # not the current one alone, which may be another: each copy was queued where its original lies
+            torch.cuda.current_stream(gpu).synchronize()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return _buffers[write_item.index]

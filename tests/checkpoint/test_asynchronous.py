@@ -8,12 +8,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from distributed import run_ranks
-from torch.distributed.checkpoint import filesystem
 
 from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
 from sharded_bf16_adamw.checkpoint import saving, staging
@@ -127,19 +125,6 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(
     else:
         assert latest(tmp_path / "run") is None
         assert re.fullmatch(r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n", done.stderr)
-
-
-def test_the_thread_leaves_the_gpu_alone(tmp_path, monkeypatch):
-    """For a new thread the current GPU is the first, whatever this rank's is; there is nothing to copy from it any more."""
-    loader = mock.Mock(side_effect=AssertionError("DCP is to copy from the GPU"))
-    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", loader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    save_step(tmp_path, 1, sharded=False, async_=True)
-    wait_for_save()
-    with pytest.raises(RuntimeError, match="DCP is to copy from the GPU"):
-        save_step(tmp_path, 2, sharded=False)
-    monkeypatch.undo()
-    assert_holds(tmp_path, 1)
 
 
 def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
