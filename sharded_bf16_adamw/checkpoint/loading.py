@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .agreement import errors_on_every_rank, on_rank_0, rank, world_size
-from .asynchronous import wait_for_save
+from .asynchronous import wait_for_own_saves
 from .comparing import compare, restored
 from .contents import contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
@@ -37,7 +37,36 @@ class Loaded(dict[str, Any]):
         self.not_loaded = not_loaded
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, strict: bool = True) -> Loaded:
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: Literal[False] = False,
+) -> Loaded: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool,
+) -> Loaded | None: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool = False,
+) -> Loaded | None:
     """Load a checkpoint into ``model`` and ``optimizer``, whatever layout and number of ranks saved it. Collective.
 
     Restores weights, optimizer states and groups, and torch's random state for each rank that the saving run had too. Parameters that
@@ -48,23 +77,28 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
         path: a checkpoint's folder, or the ``root`` of a run, which stands for its latest.
         strict: whether a difference in names, shapes or dtypes is an error. Otherwise what fits is loaded, the optimizer's states
             that are missing for a loaded weight are set to zero, the rest stays as it is, and ``not_loaded`` of the result lists all of it.
+        missing_ok: return None on every rank if there is no checkpoint at ``path``, as rank 0 sees it, instead of raising. So all ranks
+            resume or none does; ranks that each ask :func:`latest` may see different states of a network file system.
 
     Returns:
-        The ``extra`` that was saved, with some facts as attributes.
+        The ``extra`` that was saved, with some facts as attributes. It is an empty dict if no ``extra`` was saved, so compare the
+        result of ``missing_ok=True`` with None.
 
     Raises:
-        FileNotFoundError: there is no checkpoint at ``path``.
+        FileNotFoundError: there is no checkpoint at ``path``, and not ``missing_ok``.
         ValueError: a file is missing, damaged or from another checkpoint, the checkpoint belongs to another model, or the optimizer does.
             Nothing is changed.
         RuntimeError: a rank could not read it, or a file changed after it was checked, in which case weights may be partly loaded; the
             message says so. Or an asynchronous save that was under way failed.
     """
-    wait_for_save()
+    wait_for_own_saves()
     path = Path(path)
     with errors_on_every_rank(f"cannot load the checkpoint {path}"):
         check_model_and_optimizer("load(path, model, optimizer)", model, optimizer)
     found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path))
     if found is None:
+        if missing_ok:
+            return None
         raise no_checkpoint(path)
     folder, manifest = found
     metadata = _checked_metadata(folder, manifest)

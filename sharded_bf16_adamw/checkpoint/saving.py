@@ -6,10 +6,7 @@ import json
 import operator
 import os
 import reprlib
-import shutil
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from . import asynchronous
 from .agreement import Group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
 from .contents import contents, describe_strategy, rng_contents
-from .folders import begin, publish, remove_older
 from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
+from .publishing import UNPUBLISHED, abandoned_on_error, begin, check_arrived, check_shared, publish, release, remove_older
 from .staging import Staged
 from .storage import ChecksummedWriter
 from .torch_state import check_model_and_optimizer
@@ -67,7 +64,7 @@ def save(
         ValueError: an argument is not as above; nothing is written.
         RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
     """
-    asynchronous.wait_for_save()
+    asynchronous.wait_for_own_saves()
     root = Path(root)
     with errors_on_every_rank(f"cannot save a checkpoint in {root}"):
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
@@ -78,31 +75,35 @@ def save(
             raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
         if keep is not None and _integer(keep) < 1:
             raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
-        return position, _copy_of(extra), *begin(root, position)
+        begun.append((folders := begin(root, position))[0])
+        return position, _copy_of(extra), *folders
 
-    step, extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
-    group = asynchronous.own_group() if async_ else None
-    with _cleared_if_it_fails(partial, final):
-        found = contents(model, optimizer)
-        own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
-        own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-    of_each = gather_on_rank_0((own_groups, own_values))
-    manifest = None
-    if rank() == 0:
-        groups = _merged([groups for groups, _ in of_each])
-        values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
-        manifest = Manifest(step, serial, world_size(), strategy, _versions(), groups, values, extra)
-    writer = ChecksummedWriter(partial, staged=async_)
-    planner: SavePlanner
-    planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
-    if async_:
-        with _cleared_if_it_fails(partial, final):
-            planner = Staged(planner, plan)
-    job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
-    if async_:
-        asynchronous.start(lambda: job.run(group))
-    else:
-        job.run(None)
+    begun: list[Path] = []  # on rank 0
+    with abandoned_on_error(begun):
+        step, extra, partial, final = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
+        group = asynchronous.own_group() if async_ else None
+        with errors_on_every_rank(f"cannot save the checkpoint {final}"):
+            check_shared(root, partial, rank())
+            found = contents(model, optimizer)
+            own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
+            own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
+        of_each = gather_on_rank_0((own_groups, own_values))
+        manifest = None
+        if rank() == 0:
+            groups = _merged([groups for groups, _ in of_each])
+            values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
+            manifest = Manifest(step, UNPUBLISHED, world_size(), strategy, _versions(), groups, values, extra)
+        writer = ChecksummedWriter(partial, staged=async_)
+        planner: SavePlanner
+        planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, final)
+        if async_:
+            with errors_on_every_rank(f"cannot save the checkpoint {final}"):
+                planner = Staged(planner, plan, optimizer)
+        job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
+        if async_:
+            asynchronous.start(lambda: job.run(group))
+        else:
+            job.run(None)
     return final
 
 
@@ -125,40 +126,42 @@ class _Save:
         Raises:
             RuntimeError: a rank could not write.
         """
-        with _cleared_if_it_fails(self.partial, self.final, group):
-            results = self.writer.write_data(self.plan, self.planner).wait()
-        gathered = gather_on_rank_0((results, self.writer.files), group)
-        with _cleared_if_it_fails(self.partial, self.final, group):
-            if rank(group) == 0:
-                self._finish([results for results, _ in gathered], [files for _, files in gathered])
+        with abandoned_on_error([self.partial]):
+            try:
+                with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+                    results = self.writer.write_data(self.plan, self.planner).wait()
+            finally:
+                if isinstance(self.planner, Staged):
+                    self.planner.give_back()
+            gathered = gather_on_rank_0((results, self.writer.files), group)
+            with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+                if rank(group) == 0:
+                    self._finish([results for results, _ in gathered], [files for _, files in gathered])
 
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
+        check_arrived(self.partial, files)
         self.writer.finish(self.metadata, results)
         self.manifest.files = {name: record for part in [*files, self.writer.files] for name, record in part.items()}
-        publish(self.partial, self.final, self.manifest.to_bytes())
-        try:
-            remove_older(self.final, self.manifest.step, self.keep)
-        except OSError as error:  # the save itself is done
-            warnings.warn(f"an older checkpoint beside {self.final} could not be removed ({error}); remove it yourself", stacklevel=2)
+        publish(self.partial, self.final, self.manifest)
+        remove_older(self.final, self.manifest, self.keep)
+        release(self.partial)
 
 
-def _plan(
-    tensors: dict[str, Any], writer: ChecksummedWriter, partial: Path, final: Path
-) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
+def _plan(tensors: dict[str, Any], writer: ChecksummedWriter, final: Path) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
     """Agree on who writes what: replicas are written once, by ranks in turn. Collective.
 
     Returns:
         The planner, which knows the tensors; what this rank writes; and on rank 0 the metadata, which lacks the places in files.
     """
     planner = DefaultSavePlanner()
-    with _cleared_if_it_fails(partial, final):
+    with errors_on_every_rank(f"cannot save the checkpoint {final}"):
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=rank() == 0)
         writer.set_up_storage_writer(rank() == 0, rank=rank(), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
     plans = gather_on_rank_0(local_plan)
     metadata = None
-    with _cleared_if_it_fails(partial, final):
+    with errors_on_every_rank(f"cannot save the checkpoint {final}"):
         if rank() == 0:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
@@ -226,15 +229,3 @@ def _versions() -> dict[str, str]:
     from .. import __version__
 
     return {"torch": torch.__version__, "sharded_bf16_adamw": __version__}
-
-
-@contextmanager
-def _cleared_if_it_fails(partial: Path, final: Path, group: Group = None) -> Iterator[None]:
-    """Raise errors on every rank, and free the space of what was written: a full disk is the likeliest of errors. Collective."""
-    try:
-        with errors_on_every_rank(f"cannot save the checkpoint {final}", group):
-            yield
-    except (RuntimeError, ValueError):
-        if rank(group) == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
