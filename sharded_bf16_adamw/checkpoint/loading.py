@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .agreement import Group, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
-from .asynchronous import wait_for_save
+from .asynchronous import wait_for_own_saves
 from .comparing import compare, keys_elsewhere, restored
 from .contents import MODEL, contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
@@ -39,14 +39,39 @@ class Loaded(dict[str, Any]):
         self.not_loaded = not_loaded
 
 
+@overload
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     strict: bool = True,
     *,
+    missing_ok: Literal[False] = False,
     group: dist.ProcessGroup | None = None,
-) -> Loaded:
+) -> Loaded: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None:
     """Load a checkpoint into ``model`` and ``optimizer``, whatever layout and number of ranks saved it. Collective: every rank of
     ``group`` calls it.
 
@@ -59,19 +84,22 @@ def load(
         strict: whether a difference in names, shapes or dtypes is an error. Otherwise what fits is loaded, the optimizer's states
             that are missing for a loaded weight are set to zero, the rest stays as it is, and ``not_loaded`` of the result lists all of it.
             What only other ranks have (pipeline stages, experts) is no difference.
+        missing_ok: return None on every rank if there is no checkpoint at ``path``, as rank 0 sees it, instead of raising. So all ranks
+            resume or none does; ranks that each ask :func:`latest` may see different states of a network file system.
         group: the ranks that hold the model, where several models share a job; None for all ranks.
 
     Returns:
-        The ``extra`` that was saved, with some facts as attributes.
+        The ``extra`` that was saved, with some facts as attributes. It is an empty dict if no ``extra`` was saved, so compare the
+        result of ``missing_ok=True`` with None.
 
     Raises:
-        FileNotFoundError: there is no checkpoint at ``path``.
+        FileNotFoundError: there is no checkpoint at ``path``, and not ``missing_ok``.
         ValueError: a file is missing, damaged or from another checkpoint, the checkpoint belongs to another model, or the optimizer does.
             Nothing is changed. Or ranks give different paths.
         RuntimeError: a rank could not read it, or a file changed after it was checked, in which case weights may be partly loaded; the
             message says so. Or an asynchronous save that was under way failed.
     """
-    wait_for_save()
+    wait_for_own_saves()
     check_group(group)
     path = Path(path)
     with errors_on_every_rank(f"cannot load the checkpoint {path}", group):
@@ -79,6 +107,8 @@ def load(
     same_on_every_rank("the checkpoint to load", str(path), group)
     found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path), group)
     if found is None:
+        if missing_ok:
+            return None
         raise no_checkpoint(path)
     folder, manifest = found
     metadata = _checked_metadata(folder, manifest, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -141,13 +142,19 @@ def test_arguments_of_rank_0_count_and_a_wrong_one_is_an_error_on_every_rank(tmp
 
 
 def test_memory_of_the_copy_is_used_again(tmp_path):
-    staging._buffers.clear()
-    save_step(tmp_path, 1, sharded=False, async_=True)
+    """By the same optimizer, for as long as it lives."""
+    model, optimizer = make(1)
+    save(tmp_path, 1, model, optimizer, async_=True)
     wait_for_save()
-    first = {index: tensor.data_ptr() for index, tensor in staging._buffers.items()}
-    save_step(tmp_path, 2, sharded=False, async_=True)
-    assert {index: tensor.data_ptr() for index, tensor in staging._buffers.items()} == first and first
-    assert_holds(tmp_path, 2)
+    first = {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()}
+    save(tmp_path, 2, model, optimizer, extra={"step": 1}, async_=True)
+    wait_for_save()
+    assert {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()} == first and first
+    assert_holds(tmp_path, 1)
+    before = len(staging._spare)
+    del model, optimizer
+    gc.collect()
+    assert len(staging._spare) == before - 1
 
 
 def training_worker(rank: int, world: int, root: str) -> None:
@@ -159,7 +166,7 @@ def training_worker(rank: int, world: int, root: str) -> None:
         optimizer.step(zero_grad=True)
     wait_for_save()
     assert latest(root) == path
-    copied = sum(tensor.nbytes for tensor in staging._buffers.values())
+    copied = sum(tensor.nbytes for tensor in staging._spare[optimizer].values())
     full = sum(4 * param.numel() * 2 + 4 for param in model.parameters()) + torch.get_rng_state().nbytes * world
     total = torch.tensor(float(copied))
     torch.distributed.all_reduce(total)
