@@ -213,6 +213,7 @@ class _Rows:
                 fp32_param=self.fp32,
                 zero_grads=zero_grads,
                 hardware_cast=not interpreted(),
+                flushing_sqrt=torch.version.hip is not None,
                 num_warps=warps(kernels.THREADS, self.rows.device),
                 enable_fp_fusion=False,
             )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+# Per default process group, how many groups each set of ranks has made. A new default group has a new store.
+_groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -43,6 +52,53 @@ class Exchange:
         """Wait for it: on gloo this thread does, on NCCL the current stream."""
         with exchange(self._what, self._ranks):
             self._work.wait()
+
+
+def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    return device
+
+
+def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Create a gloo process group of these ranks. Collective over them; no other rank takes part.
+
+    ``dist.new_group`` wants all ranks of the default group, or with ``use_local_synchronization``
+    names the group by how many groups this rank is in: ranks that disagree on the name wait for
+    each other. The name used here counts the groups of just these ranks. They agree on it without
+    communication, because each of those creations was collective over them.
+
+    Args:
+        ranks: global ranks in any order, this one among them.
+        timeout: of the creation and of each collective; None for torch's default.
+
+    Returns:
+        The group, its ranks ascending. ``dist.destroy_process_group`` frees it; the name is not used again.
+
+    Raises:
+        ValueError: a rank is listed twice or does not exist, or this rank is missing.
+        RuntimeError: another rank has died or hangs.
+    """
+    members, world = tuple(sorted(ranks)), dist.get_world_size()
+    if len(set(members)) != len(members) or not set(members) <= set(range(world)):
+        raise ValueError(f"Invalid ranks: {list(ranks)}; list distinct global ranks below {world}")
+    if dist.get_rank() not in members:
+        raise ValueError(f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on the ranks that it lists")
+    assert dist.group.WORLD is not None
+    made = _groups_made.setdefault(dist.group.WORLD, Counter())
+    made[members] += 1  # even if this fails: the store then holds stale addresses under the name
+    # The digest keeps the name short for any number of ranks.
+    digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
+    name: Any = f"sharded_bf16_adamw:{digest}:{made[members]}"
+    group, _ = c10d._new_process_group_helper(
+        len(members),
+        members.index(dist.get_rank()),
+        list(members),
+        dist.Backend.GLOO,
+        c10d._get_default_store(),
+        name,
+        timeout=timeout or c10d.default_pg_timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
+    return group
 
 
 def _in_words(ranks: Sequence[int]) -> str:

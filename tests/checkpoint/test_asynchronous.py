@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from distributed import run_ranks
-from torch.distributed.checkpoint import filesystem
 
 from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
 from sharded_bf16_adamw.checkpoint import saving, staging
@@ -129,19 +128,6 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(
         assert re.fullmatch(r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n", done.stderr)
 
 
-def test_the_thread_leaves_the_gpu_alone(tmp_path, monkeypatch):
-    """For a new thread the current GPU is the first, whatever this rank's is; there is nothing to copy from it any more."""
-    loader = mock.Mock(side_effect=AssertionError("DCP is to copy from the GPU"))
-    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", loader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    save_step(tmp_path, 1, sharded=False, async_=True)
-    wait_for_save()
-    with pytest.raises(RuntimeError, match="DCP is to copy from the GPU"):
-        save_step(tmp_path, 2, sharded=False)
-    monkeypatch.undo()
-    assert_holds(tmp_path, 1)
-
-
 def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
     model, optimizer = make(1, sharded=True)
     for wrong, message in (({"extra": {"f": print}}, "extra must be plain data"), ({"keep": 0}, "Invalid keep: 0")):
@@ -156,13 +142,19 @@ def test_arguments_of_rank_0_count_and_a_wrong_one_is_an_error_on_every_rank(tmp
 
 
 def test_memory_of_the_copy_is_used_again(tmp_path):
-    staging._buffers.clear()
-    save_step(tmp_path, 1, sharded=False, async_=True)
+    """By the same optimizer, for as long as it lives."""
+    model, optimizer = make(1)
+    save(tmp_path, 1, model, optimizer, async_=True)
     wait_for_save()
-    first = {index: tensor.data_ptr() for index, tensor in staging._buffers.items()}
-    save_step(tmp_path, 2, sharded=False, async_=True)
-    assert {index: tensor.data_ptr() for index, tensor in staging._buffers.items()} == first and first
-    assert_holds(tmp_path, 2)
+    first = {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()}
+    save(tmp_path, 2, model, optimizer, extra={"step": 1}, async_=True)
+    wait_for_save()
+    assert {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()} == first and first
+    assert_holds(tmp_path, 1)
+    before = len(staging._spare)
+    del model, optimizer
+    gc.collect()
+    assert len(staging._spare) == before - 1
 
 
 def training_worker(rank: int, world: int, root: str) -> None:
@@ -174,7 +166,7 @@ def training_worker(rank: int, world: int, root: str) -> None:
         optimizer.step(zero_grad=True)
     wait_for_save()
     assert latest(root) == path
-    copied = sum(tensor.nbytes for tensor in staging._buffers.values())
+    copied = sum(tensor.nbytes for tensor in staging._spare[optimizer].values())
     full = sum(4 * param.numel() * 2 + 4 for param in model.parameters()) + torch.get_rng_state().nbytes * world
     total = torch.tensor(float(copied))
     torch.distributed.all_reduce(total)

@@ -106,6 +106,34 @@ def test_norm_and_clip(interpreted: Run) -> None:
     assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
 
 
+# ------------------------------------------------------------------------------------------------ the square root of AMD
+
+
+def test_a_square_root_that_flushes_subnormals_is_made_exact(interpreted: Run) -> None:
+    wrong = interpreted(triton_checks.square_roots, False)
+    assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, "the model has no fault to mend"
+    assert not any(interpreted(triton_checks.square_roots, True).values())
+
+
+POWER_96, POWER_32 = r"(?:0x39F0000000000000|f0x0F800000)", r"(?:0x41F0000000000000|f0x4F800000)"  # as older and newer LLVM write them
+
+
+def elements(pattern: str, llvm: str) -> int:
+    """Matches in LLVM IR, where one that has the group ``v`` is of two elements."""
+    return sum(2 if match["v"] else 1 for match in re.finditer(pattern, llvm))
+
+
+@pytest.mark.parametrize(("target", "scales"), [("gfx942", True), ("sm_90", False)])
+@pytest.mark.parametrize("kernel", ["bf16", "fp32"])
+def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales: bool) -> None:
+    compiled = triton_offline.compile_kernel(kernel, target)
+    roots = elements(r"@llvm\.(?:sqrt|amdgcn\.rsq)\.(?P<v>v2)?f32\(", compiled.llvm.partition("\ndefine")[2].partition("\n}")[0])
+    tiny = elements(rf"fcmp olt (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_96}", compiled.llvm)
+    scaled = elements(rf"fmul (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_32}", compiled.llvm)
+    assert (tiny, scaled) == ((roots, roots) if scales else (0, 0))
+    assert roots >= 9 or not scales, "the loop has 8 elements, its tail 1"
+
+
 # ---------------------------------------------------------------------------------------------------- compiled offline
 
 
