@@ -81,12 +81,25 @@ def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: 
         names.add_stage(map(fqn_of, between_stages))
         found = with_stages(found, names)
     if within:
-        left_out = {divergence.key for divergence in within if rank(group) != divergence.ranks[0]}
+        left_out = {
+            divergence.key
+            for divergence in within
+            if rank(group) != divergence.ranks[0] and _holders(found.tensors.get(divergence.key)) == ()
+        }
+        left_out |= {key for key, value in found.tensors.items() if _is_further_replica(value)}
         if rank(group) == 0:
             shown = ", ".join(sorted(divergence.key for divergence in within)[:3])
             warnings.warn(f"{len(within)} tensors differ between ranks and are saved as the first rank has them: {shown}", stacklevel=4)
         found = Contents({key: value for key, value in found.tensors.items() if key not in left_out}, found.plain, found.groups)
     return found
+
+
+def _is_further_replica(value: Any) -> bool:
+    """Return whether a DTensor's mesh has the same shard on an earlier rank."""
+    if not isinstance(value, DTensor):
+        return False
+    coordinate = value.device_mesh.get_coordinate()
+    return coordinate is not None and any(place and kind.is_replicate() for place, kind in zip(coordinate, value.placements, strict=True))
 
 
 def _refusal(within: list[Divergence], found: Contents, group: Group) -> str:

@@ -186,7 +186,7 @@ def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[K
 
 def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
     if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
-        raise ValueError('the full state cannot be scattered: rank 0 must pass a dict with "state" and "param_groups"')
+        raise ValueError('the full state is of another model or optimizer: rank 0 must pass a dict with "state" and "param_groups"')
     return list(full["state"]), full["param_groups"]
 
 
