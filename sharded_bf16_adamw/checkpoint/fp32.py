@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .agreement import Group, by_first_rank, check_group
+from .asynchronous import wait_for_own_saves
 from .contents import MODEL, STATE
 from .folders import sync_folder
 from .safetensors_io import NAMES, TensorInfo, write_folder
@@ -52,7 +53,7 @@ def export_fp32(
     """Write the weights of a checkpoint as safetensors in the Hugging Face layout: files and ``model.safetensors.index.json``.
 
     Needs no GPU, no process group and no model, and memory for a few times the largest tensor. The checkpoint is verified first. The
-    folder appears at once when it is complete.
+    folder appears at once when it is complete. An asynchronous save of this process is waited for.
 
     In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits for no other rank; the
     others return once it is done, and raise if it failed.
@@ -73,8 +74,9 @@ def export_fp32(
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is no checkpoint at ``path``.
         ValueError: the checkpoint is damaged, or an argument or a dtype in the model cannot be served. Nothing is written.
-        OSError: the folder cannot be written. Other ranks than the one that writes raise RuntimeError, also where that one
-            does not call within the timeout of the process group.
+        OSError: the folder cannot be written; on the other ranks this is a RuntimeError.
+        RuntimeError: an asynchronous save that was under way failed, or the rank that writes has not called within the
+            timeout of the process group.
     """
     out = Path(out)
     check_group(group)
@@ -87,6 +89,7 @@ def export_fp32(
 
 
 def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_shard_bytes: int, progress: Progress | None) -> None:
+    wait_for_own_saves()  # else the root would stand for the checkpoint before
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p alone)")
     if max_shard_bytes < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sharded_bf16_adamw import save
 from sharded_bf16_adamw.checkpoint import fp32
 from sharded_bf16_adamw.checkpoint.fp32 import export_fp32, joined
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
+from sharded_bf16_adamw.checkpoint.storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 from .layouts import LAYOUTS, everything, train
@@ -119,6 +121,24 @@ def test_export_into_the_folder_of_a_run_goes_on_while_the_run_saves(tmp_path, m
     monkeypatch.setattr(fp32, "write_folder", write_and_save)
     export_fp32(tmp_path, tmp_path / "out")
     assert read_folder(tmp_path / "out").keys() == dict(module.named_parameters()).keys()
+
+
+def test_export_waits_for_this_process_own_save(tmp_path, monkeypatch):
+    """Else it would export the checkpoint before, without a word."""
+    module, optimizer = trained()
+    save(tmp_path / "run", 3, module, optimizer)
+    train(module, optimizer, 1)
+    write_data = ChecksummedWriter.write_data
+
+    def slow(*args):
+        time.sleep(0.3)
+        return write_data(*args)
+
+    monkeypatch.setattr(ChecksummedWriter, "write_data", slow)
+    save(tmp_path / "run", 4, module, optimizer, async_=True)
+    export_fp32(tmp_path / "run", tmp_path / "out")
+    found, expected = read_folder(tmp_path / "out"), true_values(module, optimizer)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_damaged_checkpoint_is_not_exported(tmp_path):
