@@ -1,5 +1,6 @@
 """AdamW for models whose weights are bfloat16, sharded over any number of ranks."""
 
+from . import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .checkpoint import (
     convert_fp32,
     export_fp32,

@@ -25,7 +25,19 @@ from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import check_replicas
 from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
-from .state import DTYPES, check_grads, check_hyperparameters, check_param, check_state, complete_state, new_state, param_name, replicas_of
+from .state import (
+    DTYPES,
+    check_grads,
+    check_hyperparameters,
+    check_param,
+    check_state,
+    complete_state,
+    log_params,
+    new_state,
+    param_name,
+    replicas_of,
+    warn_if_all_float32,
+)
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
 
@@ -134,6 +146,10 @@ class AdamW_BF16(torch.optim.Optimizer):
             "scheduled_lr": None,  # what lr_function last wrote to "lr"; None where the group's own lr rules
         }
         super().__init__(params, defaults)
+        self._is_built = True
+        all_params = [param for group in self.param_groups for param in group["params"]]
+        log_params(all_params, self._sharding)
+        warn_if_all_float32(all_params)
 
     # ------------------------------------------------------------------------------------------------- torch's conventions
 
@@ -158,6 +174,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         except BaseException:  # also of the user's schedule
             self.param_groups.pop()
             raise
+        if self.__dict__.get("_is_built"):  # the constructor logs all of its groups together
+            log_params(group["params"], self._sharding)
 
     def __getstate__(self) -> dict[str, Any]:
         self._sharding.check_copyable()
