@@ -15,12 +15,14 @@ from .checkpoint import (
 )
 from .optimizer import AdamW_BF16
 from .schedule import LR
+from .sharding.model_parallel import ModelParallel
 from .sharding.zero import ZeRO
 
 __version__ = "0.1.0"
 __all__ = [
     "LR",
     "AdamW_BF16",
+    "ModelParallel",
     "ZeRO",
     "__version__",
     "convert_fp32",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .sharding.local import to_local, zeros_like_shard
+from .sharding.local import DTensor, to_local, zeros_like_shard
+from .sharding.replicas import Replica
 from .sharding.strategy import Sharding
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
@@ -122,6 +125,23 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
     # One order on every rank: torch's FSDP1 code gathers a state's tensors in the order in which each rank's dict happens to hold them.
     for key in (key for key in STATE_KEYS if key in state):
         state[key] = state.pop(key)
+
+
+def replicas_of(param: Tensor, state: dict[str, Any], name: str, sharding: Sharding, dp: dist.ProcessGroup | None) -> Iterator[Replica]:
+    """Yield a parameter's weight and states with the ranks that hold them too. A state that is not made yet counts as zeros.
+
+    Args:
+        dp: the ranks that hold replicas of plain parameters; None where nobody does.
+    """
+    of_weight, of_state = sharding.weight_replica_groups(param), sharding.replica_groups(param)
+    is_plain = not isinstance(sharding.shard(param), DTensor) and not sharding.shard_groups(param)
+    if is_plain and not of_weight and dp is not None and dist.get_world_size(dp) > 1:
+        of_weight = of_state = (dp,)
+    if of_weight:
+        yield Replica(f"parameter {name}", to_local(param), of_weight)
+    if of_state:
+        for key in STATE_KEYS:  # the same on every rank, whatever order its dict has
+            yield Replica(f"{key} of parameter {name}", to_local(state.get(key, torch.empty(0, device=param.device))), of_state)
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 Result = TypeVar("Result")
-Group = dist.ProcessGroup | None  # None: all ranks of the default group
+Group = dist.ProcessGroup | None  # None: all ranks of the default group. Ranks below are those in the group, from 0 on
 
 
 def rank(group: Group = None) -> int:
@@ -40,18 +40,18 @@ def errors_on_every_rank(doing: str, group: Group = None) -> Iterator[None]:
             raise _as_raised_everywhere(doing, failed_rank, *outcome) from error
 
 
-def on_rank_0(doing: str, function: Callable[[], Result]) -> Result:
-    """What ``function`` returns on rank 0, on every rank; its errors too. Collective."""
+def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -> Result:
+    """Call ``function`` on the group's first rank and return its result on every rank; its errors too. Collective."""
     outcome: list[Any] = [None, None, None]
     error: Exception | None = None
-    if rank() == 0:
+    if rank(group) == 0:
         try:
             outcome[2] = function()
         except Exception as caught:
             error = caught
             outcome = [isinstance(error, ValueError), _one_line(error), None]
-    if not _alone(None):
-        dist.broadcast_object_list(outcome, src=0)
+    if not _alone(group):
+        dist.broadcast_object_list(outcome, group_src=0, group=group)
     is_value_error, message, result = outcome
     if message is not None:
         raise _as_raised_everywhere(doing, 0, is_value_error, message) from error
@@ -72,17 +72,45 @@ def gather_on_rank_0(value: Result, group: Group = None) -> list[Result]:
     if _alone(group):
         return [value]
     values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
+    dist.gather_object(value, values, group_dst=0, group=group)
     return values or []
 
 
-def scatter_from_rank_0(values: list[Result]) -> Result:
+def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
     """Inverse of :func:`gather_on_rank_0`."""
-    if _alone(None):
+    if _alone(group):
         return values[0]
     received: list[Any] = [None]
-    dist.scatter_object_list(received, values if rank() == 0 else None, src=0)
+    dist.scatter_object_list(received, values if rank(group) == 0 else None, group_src=0, group=group)
     return received[0]
+
+
+def check_group(group: Any) -> None:
+    """Raise ValueError unless ``group`` is a process group that this rank is in, or None for all ranks."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a process group or None, but it is of type {type(group).__name__}; use mesh.get_group() of a DeviceMesh"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the process group given as group; call it on the ranks of the group alone")
+
+
+def same_on_every_rank(what: str, value: str, group: Group = None) -> None:
+    """Raise ValueError on every rank unless all pass the same ``value``. Collective."""
+    values = gather_everywhere(value, group)
+    for index, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(
+                f"ranks give different values of {what}: {values[0]!r} on rank {global_rank(0, group)} and {other!r} on rank "
+                f"{global_rank(index, group)}; give the same on all ranks, and with models on parts of the job each part's group="
+            )
+
+
+def global_rank(rank_in_group: int, group: Group = None) -> int:
+    """Return the rank in the default group of a rank of ``group``."""
+    return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)
 
 
 def _alone(group: Group) -> bool:

@@ -62,7 +62,7 @@ def _say_what_nobody_asked_for() -> None:
         print(f"an asynchronous save failed: {_pending.error}", file=sys.stderr)
 
 
-def own_group() -> Group:
+def own_group(group: Group = None) -> Group:
     """A gloo group of all ranks for the thread. Collective at the first call for a default process group."""
     global _group
     if not dist.is_initialized():

@@ -5,11 +5,13 @@ Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,9 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sharding.local import to_local
+from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero import ZeRO
-from .agreement import rank
+from .agreement import Group, rank
 from .manifest import ParamGroup
+from .rank_names import RankNames
 from .torch_state import has_fsdp1, set_sharded_model_state, set_sharded_optimizer_state, sharded_model_state, sharded_optimizer_state
 
 MODEL, OPTIMIZER, STATE, GROUPS = "model.", "optimizer.", "optimizer.state.", "optimizer.param_groups."
@@ -41,26 +45,73 @@ class Contents:
     groups: list[ParamGroup]
 
 
-def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
-    """The parts of model and optimizer, which gets its states if it has none at all; the live tensors, except under FSDP1, where it is
-    collective."""
-    values = {MODEL + name: value for name, value in sharded_model_state(model).items()}
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
+    """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
+    where it is collective. Keys hold the names that ``names`` gives."""
+    model_part = {MODEL + names.stored(name): value for name, value in sharded_model_state(model).items()}
+    optimizer_part = optimizer_contents(model, optimizer, names)
+    tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
+    plain = {key: value for key, value in model_part.items() if key not in tensors}
+    return Contents({**tensors, **optimizer_part.tensors}, {**plain, **optimizer_part.plain}, optimizer_part.groups)
+
+
+def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
+    """Return the optimizer's part of :func:`contents`."""
     state_dict = sharded_optimizer_state(model, optimizer)
+    values: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
-        values.update(_flat(f"{STATE}{fqn}", state))
-    tensors = {key: value for key, value in values.items() if isinstance(value, (Tensor, ShardedTensor))}
+        values.update(_flat(f"{STATE}{names.stored(fqn)}", state))
+    tensors = {key: value for key, value in values.items() if _is_tensor(value)}
     plain = {key: value for key, value in values.items() if key not in tensors}
-    groups = [ParamGroup(list(group.pop("params")), group) for group in state_dict["param_groups"]]
+    groups = [ParamGroup(list(map(names.stored, group.pop("params"))), group) for group in state_dict["param_groups"]]
     return Contents(tensors, plain, groups)
 
 
-def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> None:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, ShardedTensor))
+
+
+def with_stages(found: Contents, names: RankNames) -> Contents:
+    """Return the same with the names that :meth:`RankNames.add_stage` has changed since."""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {_with_fqn(key, names.of_stage): value for key, value in values.items()}
+
+    groups = [ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in found.groups]
+    return Contents(renamed(found.tensors), renamed(found.plain), groups)
+
+
+def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
+    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one."""
+    result: list[ParamGroup] = []
+    places: list[int] = []
+    seen: set[str] = set()
+    for groups in groups_of_ranks:
+        for place, (params, options) in enumerate(groups):
+            new = [fqn for fqn in params if fqn not in seen]
+            seen.update(new)
+            known = next((group for group, at in zip(result, places, strict=True) if at == place and group.options == options), None)
+            if known is not None:
+                known.params.extend(new)
+            elif new:
+                result.append(ParamGroup(new, options))
+                places.append(place)
+    return result
+
+
+def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames) -> None:
     """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
     if _are_live(model, optimizer, values):
         _set_options(optimizer, values.groups)
         return
-    groups = {f"{GROUPS}{fqn}.{name}": value for group in values.groups for fqn in group.params for name, value in group.options.items()}
-    flat = {**values.tensors, **values.plain, **groups}
+    tensors, plain = [{_with_fqn(key, names.local): value for key, value in part.items()} for part in (values.tensors, values.plain)]
+    groups = {
+        f"{GROUPS}{names.local(fqn)}.{name}": value
+        for group in values.groups
+        for fqn in group.params
+        for name, value in group.options.items()
+    }
+    flat = {**tensors, **plain, **groups}
     set_sharded_model_state(model, _section(MODEL, flat))
     set_sharded_optimizer_state(model, optimizer, _section(OPTIMIZER, flat), flattened=True)  # this form reshards between all strategies
     for live, group in zip(optimizer.param_groups, values.groups, strict=True):
@@ -100,21 +151,22 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
     optimizer.state.update(states)
 
 
-def rng_contents(every_device: bool = False) -> dict[str, Tensor]:
+def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
     """Return torch's random state on this rank.
 
     Keys: ``rng.<rank>.cpu``; ``rng.<rank>.cuda`` of the current GPU, whichever index it has after a restart; and, where the
     process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
 
     Args:
+        group: the ranks that hold the model, which number the keys.
         every_device: all GPUs that the process sees, to load whatever a checkpoint has; else those that it uses.
     """
-    state = {f"rng.{rank()}.cpu": torch.get_rng_state()}
+    state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state[f"rng.{rank()}.cuda"] = torch.cuda.get_rng_state()
+        state[f"rng.{rank(group)}.cuda"] = torch.cuda.get_rng_state()
         gpus = [gpu for gpu in range(torch.cuda.device_count()) if every_device or _is_used(gpu)]
         if len(gpus) > 1:
-            state.update({f"rng.{rank()}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus})
+            state.update({f"rng.{rank(group)}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus})
     return state
 
 
@@ -138,6 +190,19 @@ def param_of_state(key: str) -> str | None:
     return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else None
 
 
+def fqn_of(key: str) -> str:
+    """``model.<fqn>`` and ``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``."""
+    return param_of_state(key) or key.removeprefix(MODEL)
+
+
+def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
+    """Return the key of another name: ``model.a`` or ``optimizer.state.a.step`` -> ``model.<rename(a)>``..."""
+    fqn = param_of_state(key)
+    if fqn is None:
+        return MODEL + rename(key.removeprefix(MODEL)) if key.startswith(MODEL) else key
+    return f"{STATE}{rename(fqn)}{key.removeprefix(STATE + fqn)}"
+
+
 def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """How the model is sharded, in words for people: ``"fully_shard, mesh (2, 2) ('data', 'tensor') (Shard(0), Shard(1))"``."""
     words = []
@@ -152,6 +217,9 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
         if isinstance(param, DTensor):
             words.append(f"{_describe_mesh(param.device_mesh)} {param.placements}")
     policy = getattr(getattr(optimizer, "_sharding", None), "_policy", None)
+    parallel = getattr(optimizer, "model_parallel", None)
+    if isinstance(parallel, ModelParallel):
+        words += [f"{name} {dist.get_world_size(group)}" for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group)) if group]
     words += [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)] if isinstance(policy, ZeRO) else []
     return ", ".join(dict.fromkeys(words)) or "not sharded"
 

@@ -15,17 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from . import asynchronous
-from .agreement import Group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
-from .contents import contents, describe_strategy, rng_contents
+from .agreement import (
+    Group,
+    check_group,
+    errors_on_every_rank,
+    gather_on_rank_0,
+    on_rank_0,
+    rank,
+    same_on_every_rank,
+    scatter_from_rank_0,
+    world_size,
+)
+from .contents import contents, describe_strategy, merged, rng_contents
+from .divergence import one_of_each
 from .folders import begin, publish, remove_older
 from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
+from .rank_names import RankNames
 from .staging import Staged
 from .storage import ChecksummedWriter
 from .torch_state import check_model_and_optimizer
@@ -39,9 +52,12 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int | None = None,
     async_: bool = False,
+    *,
+    group: dist.ProcessGroup | None = None,
+    on_divergence: str = "raise",
 ) -> Path:
-    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank calls it with the same arguments (of ``step``,
-    ``extra`` and ``keep`` those of rank 0 count).
+    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank of ``group`` calls it with the same arguments (of
+    ``step``, ``extra`` and ``keep`` those of its first rank count).
 
     Files are written under another name, flushed to the disk, and renamed into place when all ranks are done; then ``LATEST`` is replaced
     and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
@@ -59,18 +75,27 @@ def save(
         async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
             next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
             ``dist.destroy_process_group()``. The memory of the copy is kept for the next time.
+        group: the ranks that hold the model, where several models share a job; None for all ranks.
+        on_divergence: what to do where replicas of a tensor differ between ranks, such as the running statistics of BatchNorm:
+            ``"raise"``, or ``"first"`` to save the replica of the first rank, with a warning.
 
     Returns:
         The checkpoint's folder; with ``async_`` what it will be.
 
     Raises:
-        ValueError: an argument is not as above; nothing is written.
+        ValueError: an argument is not as above, ranks give different roots, or tensors of one name differ between ranks that
+            ``AdamW_BF16(..., model_parallel=...)`` does not tell apart; nothing is written.
         RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
     """
     asynchronous.wait_for_save()
+    check_group(group)
     root = Path(root)
-    with errors_on_every_rank(f"cannot save a checkpoint in {root}"):
+    cannot = f"cannot save a checkpoint in {root}"
+    with errors_on_every_rank(cannot, group):
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
+        if on_divergence not in ("raise", "first"):
+            raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
+    same_on_every_rank("the folder to save in", str(root), group)
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)
@@ -80,29 +105,34 @@ def save(
             raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
         return position, _copy_of(extra), *begin(root, position)
 
-    step, extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
-    group = asynchronous.own_group() if async_ else None
-    with _cleared_if_it_fails(partial, final):
-        found = contents(model, optimizer)
+    step, extra, partial, final, serial = on_rank_0(cannot, prepare, group)
+    writing_group = asynchronous.own_group(group) if async_ else group
+    with _cleared_if_it_fails(partial, final, group):
+        names = RankNames(model, optimizer)
+    names.number_experts()
+    with _cleared_if_it_fails(partial, final, group):
+        found = contents(model, optimizer, names)
+    with _cleared_if_it_fails(partial, final, group):
+        found = one_of_each(found, names, group, on_divergence)
         own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
         own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-    of_each = gather_on_rank_0((own_groups, own_values))
+    of_each = gather_on_rank_0((own_groups, own_values), group)
     manifest = None
-    if rank() == 0:
-        groups = _merged([groups for groups, _ in of_each])
+    if rank(group) == 0:
+        groups = merged([groups for groups, _ in of_each])
         values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
-        manifest = Manifest(step, serial, world_size(), strategy, _versions(), groups, values, extra)
+        manifest = Manifest(step, serial, world_size(group), strategy, _versions(), groups, values, extra)
     writer = ChecksummedWriter(partial)
     planner: SavePlanner
-    planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
+    planner, plan, metadata = _plan({**found.tensors, **rng_contents(group)}, writer, partial, final, group)
     if async_:
-        with _cleared_if_it_fails(partial, final):
+        with _cleared_if_it_fails(partial, final, group):
             planner = Staged(planner, plan)
     job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
     if async_:
-        asynchronous.start(lambda: job.run(group))
+        asynchronous.start(lambda: job.run(writing_group))
     else:
-        job.run(None)
+        job.run(writing_group)
     return final
 
 
@@ -144,7 +174,7 @@ class _Save:
 
 
 def _plan(
-    tensors: dict[str, Any], writer: ChecksummedWriter, partial: Path, final: Path
+    tensors: dict[str, Any], writer: ChecksummedWriter, partial: Path, final: Path, group: Group
 ) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
     """Agree on who writes what: replicas are written once, by ranks in turn. Collective.
 
@@ -152,17 +182,18 @@ def _plan(
         The planner, which knows the tensors; what this rank writes; and on rank 0 the metadata, which lacks the places in files.
     """
     planner = DefaultSavePlanner()
-    with _cleared_if_it_fails(partial, final):
-        planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=rank() == 0)
-        writer.set_up_storage_writer(rank() == 0, rank=rank(), use_collectives=True)
+    is_first = rank(group) == 0
+    with _cleared_if_it_fails(partial, final, group):
+        planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
+        writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans = gather_on_rank_0(local_plan)
+    plans = gather_on_rank_0(local_plan, group)
     metadata = None
-    with _cleared_if_it_fails(partial, final):
-        if rank() == 0:
+    with _cleared_if_it_fails(partial, final, group):
+        if is_first:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
-    return planner, planner.finish_plan(scatter_from_rank_0(plans)), metadata
+    return planner, planner.finish_plan(scatter_from_rank_0(plans, group)), metadata
 
 
 def _integer(value: Any) -> int:
@@ -208,18 +239,6 @@ def _encoded(values: dict[str, Any]) -> dict[str, Any]:
         except TypeError as error:
             raise ValueError(f"{key} cannot be saved: {error}; only tensors and plain data can") from None
     return result
-
-
-def _merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Each parameter once, also where ranks hold different ones."""
-    seen: set[str] = set()
-    merged = []
-    for groups in groups_of_ranks:
-        for params, options in groups:
-            new = [fqn for fqn in params if fqn not in seen]
-            seen.update(new)
-            merged += [ParamGroup(new, options)] if new else []
-    return merged
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import rank, world_size
+from .agreement import Group, rank, world_size
 from .blocks import Block, local_blocks
 
 Key = tuple[str, str]  # parameter name and what of its state, such as ("layer.weight", "exp_avg")
@@ -81,28 +81,28 @@ def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], rep
     return plan
 
 
-def held(tensor: Tensor, transfer: Transfer) -> Tensor:
+def held(tensor: Tensor, transfer: Transfer, group: Group) -> Tensor:
     """This rank's memory of the block."""
     blocks = list(local_blocks(tensor))
-    return blocks[transfer.places[rank()]][1]
+    return blocks[transfer.places[rank(group)]][1]
 
 
-def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor]) -> None:
+def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor], group: Group) -> None:
     """Bring a block from rank 0 (where it is ``block``) to all ranks of the transfer."""
     ranks = transfer.ranks
-    if len(ranks) == world_size() > 1:
-        place = held(tensors[transfer.key], transfer)
+    if len(ranks) == world_size(group) > 1:
+        place = held(tensors[transfer.key], transfer, group)
         if block is not None:
             place.copy_(block)
-        _broadcast(place, transfer.wire)
+        _broadcast(place, transfer.wire, group)
     elif block is not None:
         for receiver in ranks:
             if receiver == 0:
-                held(tensors[transfer.key], transfer).copy_(block)
+                held(tensors[transfer.key], transfer, group).copy_(block)
             else:
-                send(block, receiver, transfer.wire)
+                send(block, receiver, transfer.wire, group)
     else:
-        receive(held(tensors[transfer.key], transfer), 0, transfer.wire)
+        receive(held(tensors[transfer.key], transfer, group), 0, transfer.wire, group)
 
 
 def _wire(kind: str) -> str:
@@ -123,21 +123,21 @@ def _buffer(tensor: Tensor, wire: str, copy_values: bool) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def send(tensor: Tensor, receiver: int, wire: str) -> None:
-    dist.send(_buffer(tensor, wire, copy_values=True), dst=receiver)
+def send(tensor: Tensor, receiver: int, wire: str, group: Group) -> None:
+    dist.send(_buffer(tensor, wire, copy_values=True), group_dst=receiver, group=group)
 
 
-def receive(place: Tensor, sender: int, wire: str) -> None:
+def receive(place: Tensor, sender: int, wire: str, group: Group) -> None:
     """Inverse of :func:`send`, into ``place``."""
     buffer = _buffer(place, wire, copy_values=False)
-    dist.recv(buffer, src=sender)
+    dist.recv(buffer, group_src=sender, group=group)
     _take(place, buffer)
 
 
-def _broadcast(place: Tensor, wire: str) -> None:
+def _broadcast(place: Tensor, wire: str, group: Group) -> None:
     """From rank 0's ``place`` to that of every rank."""
-    buffer = _buffer(place, wire, copy_values=rank() == 0)
-    dist.broadcast(buffer, src=0)
+    buffer = _buffer(place, wire, copy_values=rank(group) == 0)
+    dist.broadcast(buffer, group_src=0, group=group)
     _take(place, buffer)
 
 

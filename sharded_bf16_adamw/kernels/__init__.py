@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .device_memory import is_capturing
-from .reference import Hyper
+from .reference import Hyper, double_device
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
@@ -198,7 +198,8 @@ def grad_sum_sq(grads: list[Tensor], backend: str | None = None) -> Tensor:
     """Sum the squares of all elements of ``grads`` (bfloat16 or float32, one device; at least one tensor).
 
     Returns:
-        0-dim float64 on the gradients' device, so that sums over ranks can be added before the square root.
+        0-dim float64 on the gradients' device (:func:`double_device`: on the CPU where that has no float64), so that sums over
+        ranks can be added before the square root.
     """
     return _backend_module(grads[0].device, backend).grad_sum_sq(grads)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
@@ -94,6 +95,30 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
     )
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
     return group
+
+
+def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
+    """Return the device types whose tensors the group's back ends take, such as ``["cuda"]`` for NCCL alone."""
+    return [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+
+
+def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Return the device from which ``group`` can exchange a tensor of ``device``: that one if a back end serves it, else another.
+
+    FSDP2's ``CPUOffloadPolicy`` keeps parameters on the CPU, which NCCL does not serve.
+    """
+    served = served_devices(group)
+    if device.type in served:
+        return device
+    return torch.device("cpu") if served[0] == "cpu" else torch.device(served[0], torch.accelerator.current_device_index())
+
+
+def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up over the group in place, by way of a device that the group serves."""
+    moved = value.to(device_for(group, value.device))
+    dist.all_reduce(moved, group=group)
+    if moved is not value:
+        value.copy_(moved)
 
 
 def _in_words(ranks: Sequence[int]) -> str:

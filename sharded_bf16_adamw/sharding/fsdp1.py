@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._common_utils import _get_module_fsdp_state
 from torch.utils.weak import WeakIdKeyDictionary
 
 _handles: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the handle that flattened it
@@ -45,6 +46,20 @@ def shard_group(param: Tensor) -> dist.ProcessGroup | None:
             "no global gradient norm can be had; use fully_shard (FSDP2) after parallelize_module instead"
         )
     return handle.process_group if handle.uses_sharded_strategy else None
+
+
+def replica_group(param: Tensor) -> dist.ProcessGroup | None:
+    """Return the group of the ranks that hold the same part of a flattened parameter; None where no other rank does.
+
+    With ``HYBRID_SHARD`` it is the group that replicates, with ``NO_SHARD`` that of all ranks of the FSDP module.
+    """
+    handle = _find_handle(param)
+    if handle is None:
+        return None
+    if not handle.uses_sharded_strategy:
+        return handle.process_group
+    state = _get_module_fsdp_state(handle._fully_sharded_module)
+    return getattr(state, "_inter_node_pg", None)
 
 
 def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, cpu_offload: bool = False) -> dict[str, Any]:
