@@ -27,7 +27,7 @@ from .manifest import ParamGroup
 from .rank_names import RankNames
 from .torch_state import has_fsdp1, set_sharded_model_state, set_sharded_optimizer_state, sharded_model_state, sharded_optimizer_state
 
-MODEL, OPTIMIZER, STATE, GROUPS = "model.", "optimizer.", "optimizer.state.", "optimizer.param_groups."
+MODEL, STATE = "model.", "optimizer.state."
 
 
 @dataclass
@@ -104,16 +104,11 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
     if _are_live(model, optimizer, values):
         _set_options(optimizer, values.groups)
         return
-    tensors, plain = [{_with_fqn(key, names.local): value for key, value in part.items()} for part in (values.tensors, values.plain)]
-    groups = {
-        f"{GROUPS}{names.local(fqn)}.{name}": value
-        for group in values.groups
-        for fqn in group.params
-        for name, value in group.options.items()
-    }
-    flat = {**tensors, **plain, **groups}
+    flat = {_with_fqn(key, names.local): value for key, value in {**values.tensors, **values.plain}.items()}
+    groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
     set_sharded_model_state(model, _section(MODEL, flat))
-    set_sharded_optimizer_state(model, optimizer, _section(OPTIMIZER, flat), flattened=True)  # this form reshards between all strategies
+    state = _nested(_section(STATE, flat), [fqn for group in groups for fqn in group["params"]])
+    set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
     for live, group in zip(optimizer.param_groups, values.groups, strict=True):
         for name, value in group.options.items():
             live.setdefault(name, value)  # of the options torch loads those that are here
@@ -158,7 +153,7 @@ def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, T
     process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
 
     Args:
-        group: the ranks that hold the model, which number the keys.
+        group: in which ranks are counted.
         every_device: all GPUs that the process sees, to load whatever a checkpoint has; else those that it uses.
     """
     state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
@@ -238,4 +233,18 @@ def _flat(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     result = {}
     for key, value in state.items():
         result.update(_flat(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value})
+    return result
+
+
+def _nested(flat: dict[str, Any], fqns: list[str]) -> dict[str, Any]:
+    """Inverse of :func:`_flat` for the states of the parameters ``fqns``: names have dots too."""
+    result: dict[str, Any] = {}
+    known = set(fqns)
+    for key, value in flat.items():
+        segments = key.split(".")
+        split = next(i for i in range(len(segments) - 1, 0, -1) if ".".join(segments[:i]) in known)
+        place = result.setdefault(".".join(segments[:split]), {})
+        for segment in segments[split:-1]:
+            place = place.setdefault(segment, {})
+        place[segments[-1]] = value
     return result

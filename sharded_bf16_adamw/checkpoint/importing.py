@@ -17,6 +17,7 @@ from .agreement import errors_on_every_rank
 from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
+from .names import plain_name, unwrapped
 from .plain import as_tensor
 from .saving import save
 from .sources import Source, open_optimizer_state, open_weights
@@ -32,7 +33,6 @@ from .torch_state import (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")  # of torch.optim.AdamW's that mean the same here
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}  # segments put into names
 _Path = str | os.PathLike[str]
 
 
@@ -208,8 +208,8 @@ def _report(progress: Progress | None, tensor: Tensor) -> None:
 def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, Any]) -> dict[str, str]:
     """By the model's names those in the source, which differ for tied parameters alone. Raises ValueError where they do not fit."""
     tied: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(param), []).append(".".join(part for part in name.split(".") if name in model_part or part not in _WRAPPERS))
+    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
+        tied.setdefault(id(param), []).append(plain_name(model, name))
     names = {name: name for name in model_part}
     for group in tied.values():
         present = [name for name in group if name in weights.infos]

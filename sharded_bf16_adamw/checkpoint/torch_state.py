@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    ShardingStrategy,
+    StateDictType,
 )
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from .names import named_tensors, plain_name, state_dict_key, unwrapped
+
+HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
-# What Lightning Fabric's wrapper has: the module as wrapped by its strategy, and the plain one.
-_FABRIC = {"_forward_module", "_original_module"}
 
 
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
@@ -40,14 +42,16 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:
     """The model's tensors by name: the live ones, except under FSDP1, where it is collective."""
-    with _quiet():
-        return get_model_state_dict(_unwrapped(model))
+    model = unwrapped(model)
+    with _sharded_by_fsdp1(model):
+        return {plain_name(model, key): value for key, value in model.state_dict().items()}
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`sharded_model_state`, where its tensors are copies."""
-    with _quiet():
-        set_model_state_dict(_unwrapped(model), state)
+    model = unwrapped(model)
+    with _sharded_by_fsdp1(model):
+        model.load_state_dict({state_dict_key(model, name): value for name, value in state.items()})
 
 
 def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -64,16 +68,26 @@ def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) 
     if not optimizer.state:
         init_state(optimizer)
     _put_in_one_order(optimizer)
-    with _quiet():
-        return get_optimizer_state_dict(_unwrapped(model), optimizer)
+    model = unwrapped(model)
+    state_dict = optimizer.state_dict()
+    if has_fsdp1(model):
+        with _sharded_by_fsdp1(model):
+            state_dict = FullyShardedDataParallel.optim_state_dict(model, optimizer, state_dict, group=_fsdp1_group(model))
+        return _renamed(state_dict, lambda name: plain_name(model, name))
+    return _renamed(state_dict, _names_of_params(model, optimizer).__getitem__)
 
 
-def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], flattened: bool = False) -> None:
-    """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies. A ``flattened`` state has keys such as
-    ``state.layer.weight.exp_avg``."""
+def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies."""
+    model = unwrapped(model)
     _put_in_one_order(optimizer)
-    with _quiet():
-        set_optimizer_state_dict(_unwrapped(model), optimizer, state, options=StateDictOptions(flatten_optimizer_state_dict=flattened))
+    if has_fsdp1(model):
+        state_dict = _renamed(state, lambda name: state_dict_key(model, name))
+        with _sharded_by_fsdp1(model):
+            state_dict = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state_dict, group=_fsdp1_group(model))
+    else:
+        state_dict = _renamed(state, {name: index for index, name in enumerate(_names_of_params(model, optimizer))}.__getitem__)
+    optimizer.load_state_dict(state_dict)
     _put_in_one_order(optimizer)
 
 
@@ -96,11 +110,36 @@ def new_states_only_if_it_succeeds(optimizer: torch.optim.Optimizer) -> Iterator
         raise
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without Lightning Fabric's wrapper. torch leaves out those of its own in names, but not that one."""
-    own = [*model.named_children(), *model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
-    inner = getattr(model, "_forward_module", None)
-    return inner if isinstance(inner, nn.Module) and _FABRIC.issuperset(name for name, _ in own) else model
+def _names_of_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The first name of each parameter, group after group."""
+    names: dict[Any, str] = {}
+    for name, param in named_tensors(model):
+        names.setdefault(param, plain_name(model, name))
+    return [names[param] for group in optimizer.param_groups for param in group["params"]]
+
+
+def _renamed(state_dict: dict[str, Any], rename: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state dict with other keys for the parameters."""
+    groups = [{**group, "params": [rename(key) for key in group["params"]]} for group in state_dict["param_groups"]]
+    return {"state": {rename(key): dict(state) for key, state in state_dict["state"].items()}, "param_groups": groups}
+
+
+def _fsdp1_group(model: nn.Module) -> ProcessGroup | None:
+    """The group over which FSDP1 gathers states; None where it shards over one group and replicates over another."""
+    module = FullyShardedDataParallel.fsdp_modules(model)[0]
+    return None if module.sharding_strategy in HYBRID else module.process_group
+
+
+@contextmanager
+def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
+    """Let FSDP1 give out and take sharded tensors, without the warnings that it gives of its own functions."""
+    with _quiet():
+        if not has_fsdp1(model):
+            yield
+            return
+        configs = ShardedStateDictConfig(offload_to_cpu=False), ShardedOptimStateDictConfig(offload_to_cpu=False)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, *configs):
+            yield
 
 
 def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

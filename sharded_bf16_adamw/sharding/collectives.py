@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 
 # Per default process group, how many groups each set of ranks has made. A new default group has a new store.
 _groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -95,6 +96,20 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
     )
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
     return group
+
+
+def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """Return a process group of the same ranks that serves CPU tensors: ``group`` itself if it does, else a gloo group.
+
+    Collective over ``group`` at its first call, and free afterwards. Ranks may be numbered otherwise in the result.
+    """
+    own = group or dist.group.WORLD
+    assert own is not None
+    if "cpu" in served_devices(own):
+        return own
+    if own not in _cpu_groups:
+        _cpu_groups[own] = new_cpu_group(dist.get_process_group_ranks(own))
+    return _cpu_groups[own]
 
 
 def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:

@@ -113,8 +113,10 @@ def outcome(case: Case) -> dict[str, str]:
         full = results[0]["full"].get("state", {})
         gathered = all(result["scattered"] for result in results) and (
             not case.reloads
-            or full.keys() == case.shapes.keys()
-            and all(torch.equal(value, reference[f"{name}.{key}"]) for name, state in full.items() for key, value in state.items())
+            or (
+                full.keys() == case.shapes.keys()
+                and all(torch.equal(value, reference[f"{name}.{key}"]) for name, state in full.items() for key, value in state.items())
+            )
         )
     assert norms
     return {

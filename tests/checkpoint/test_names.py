@@ -1,0 +1,190 @@
+"""Names are those of the plain module under every order of wrappers."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import (
+    AdamW_BF16,
+    gather_full_state_dict,
+    import_fp32,
+    load,
+    save,
+    scatter_full_state_dict,
+)
+from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
+
+
+class Counter(nn.Module):
+    """A user's module whose child is called as DDP's is, with a buffer and an extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(4, 4, bias=False)
+        self.register_buffer("count", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(Counter(), nn.Linear(4, 3))
+        self.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+NAMES = ["block.0.module.weight", "block.1.weight", "block.1.bias"]
+OTHERS = ["block.0.count", "block.0._extra_state"]
+
+
+def ac(module: nn.Module) -> nn.Module:
+    return checkpoint_wrapper(module)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return module
+
+
+def ddp(module: nn.Module) -> nn.Module:
+    return DistributedDataParallel(module)
+
+
+def fsdp1(module: nn.Module, use_orig_params: bool = True) -> nn.Module:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(module, device_mesh=mesh, device_id=device, use_orig_params=use_orig_params)
+
+
+def fsdp1_flat(module: nn.Module) -> nn.Module:
+    return fsdp1(module, use_orig_params=False)
+
+
+def fsdp2(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+
+
+def build(inner: tuple[Any, ...], outer: tuple[Any, ...], seed: int) -> tuple[nn.Module, AdamW_BF16]:
+    """Wrap a block by ``inner``, the first first, and the whole by ``outer``."""
+    torch.manual_seed(seed)
+    model: nn.Module = Net()
+    for wrap in inner:
+        model.block = wrap(model.block)
+    for wrap in outer:
+        model = wrap(model)
+    return model, AdamW_BF16(model.parameters(), lr=1e-2)
+
+
+def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int) -> None:
+    for step in range(steps):
+        model(torch.full((2, 4), 1.0 + step, dtype=torch.bfloat16)).float().square().sum().backward()
+        optimizer.step(zero_grad=True)
+
+
+def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
+    """Save and load in this nesting, then in the plain model and back, and compare bits with the plain model's training."""
+    plain, plain_optimizer = build((), (), seed=1)
+    take_steps(plain, plain_optimizer, 2)
+    for module in plain.modules():
+        if isinstance(module, Counter):
+            module.calls = 7
+    save(f"{root}/plain", 2, plain, plain_optimizer)
+    model, optimizer = build(inner, outer, seed=2)
+    load(f"{root}/plain", model, optimizer)
+    assert [module.calls for module in model.modules() if isinstance(module, Counter)] == [7]
+    path = save(f"{root}/wrapped", 2, model, optimizer)
+    found, expected = StoredCheckpoint(path), StoredCheckpoint(f"{root}/plain")
+    assert found.manifest.groups[0].params == NAMES and found.manifest.values == expected.manifest.values
+    kept = {key for key in expected.infos if not key.startswith("rng.")}
+    assert {key for key in found.infos if not key.startswith("rng.")} == kept
+    assert all(torch.equal(found.read(key), expected.read(key)) for key in kept)
+    load(path, model, optimizer)
+    fresh, fresh_optimizer = build((), (), seed=3)
+    load(path, fresh, fresh_optimizer)
+    full = gather_full_state_dict(model, optimizer)
+    assert not full or sorted(full["state"]) == sorted(full["param_groups"][0]["params"]) == sorted(NAMES)
+    scatter_full_state_dict(model, optimizer, full)
+    import_fp32({name: value.float() for name, value in plain.state_dict().items() if name not in OTHERS[1:]}, model, optimizer)
+
+
+def single_nestings() -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    wraps = (ac, compiled, compiled_in_place)
+    orders = [(), *((wrap,) for wrap in wraps), *itertools.permutations(wraps, 2)]
+    return [*itertools.product(orders, orders)]
+
+
+def test_every_order_of_checkpointing_and_compiling(tmp_path):
+    for index, (inner, outer) in enumerate(single_nestings()):
+        check(str(tmp_path / str(index)), inner, outer)
+
+
+RANKS_NESTINGS = [
+    ((), (ac, ddp)),
+    ((), (ddp, ac)),
+    ((), (ddp, compiled)),
+    ((compiled, ac), (ac, ddp, compiled)),
+    ((ac, compiled), (compiled, ddp)),
+    ((ac, fsdp2), (fsdp2,)),
+    ((fsdp2, ac), (fsdp2,)),
+    ((ac, compiled), (fsdp2,)),
+    ((compiled, ac), (fsdp2, compiled)),
+    ((compiled, ac, fsdp2), (fsdp2, ac)),
+    *(
+        nesting
+        for one in (fsdp1, fsdp1_flat)
+        for nesting in (
+            ((ac, one), (one,)),
+            ((one, ac), (one,)),
+            ((compiled, one), (one,)),
+            ((one, compiled), (one,)),
+            ((ac, compiled), (one,)),
+            ((compiled, ac, one), (one, compiled)),
+            ((compiled, ac), (one, compiled, ac)),
+        )
+    ),
+]
+
+
+def nestings_worker(rank: int, world: int, root: str, indices: list[int]) -> list[str]:
+    failed = []
+    for index in indices:
+        inner, outer = RANKS_NESTINGS[index]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                check(f"{root}/{index}", inner, outer)
+            except BaseException as error:
+                import traceback
+
+                traceback.print_exc()
+                failed.append(f"{[f.__name__ for f in inner]} {[f.__name__ for f in outer]}: {type(error).__name__} {error}")
+    return failed
+
+
+def test_every_order_of_parallel_wrappers(tmp_path):
+    assert run_ranks(2, nestings_worker, str(tmp_path), list(range(len(RANKS_NESTINGS)))) == [[], []]
