@@ -27,7 +27,7 @@ from .torch_state import (
     new_states_only_if_it_succeeds,
     set_sharded_optimizer_state,
 )
-from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
+from .transport import Entry, Key, Transfer, connect, deliver, held, plan_transfers, receive, send, table_of
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
 
@@ -37,7 +37,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
     """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank of ``group`` calls it.
 
     Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
-    contiguously in CPU memory. Blocks travel between CPUs (over gloo where the process group is NCCL's alone). Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
+    contiguously in CPU memory. Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
     and of one flat parameter's whole state while that is made.
 
     Example, on rank 0; the other ranks get ``{}``::
@@ -181,6 +181,7 @@ def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[K
             fqn, _, name = key.removeprefix(STATE).rpartition(".")
             tensors[fqn, name] = tensor
         table = table_of(tensors)
+    connect(group)
     return tensors, gather_on_rank_0(table, group)
 
 

@@ -107,6 +107,12 @@ def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor]
         receive(held(tensors[transfer.key], transfer, group), 0, group)
 
 
+def connect(group: Group) -> None:
+    """Prepare for what follows, on every rank of the group: also on those that will exchange nothing."""
+    if dist.is_initialized():
+        cpu_group(group)
+
+
 def send(tensor: Tensor, receiver: int, group: Group) -> None:
     dist.send(_buffer(tensor, copy_values=True), dst=_global_rank(receiver, group), group=cpu_group(group))
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from .device_memory import is_capturing
-from .reference import Hyper, double_device
+from .reference import Hyper
+from .reference import double_device as double_device
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
