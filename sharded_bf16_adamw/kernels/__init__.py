@@ -253,10 +253,9 @@ def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
         check_backend(backend)
         return _module(backend)
     chosen = _module(_BY_DEVICE.get(device.type, "reference"))
-    if not chosen.available():
-        warnings.warn(
-            f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {chosen.unavailable_reason()}", stacklevel=2
-        )
+    if not chosen.available(device):
+        reason = chosen.unavailable_reason(device)
+        warnings.warn(f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {reason}", stacklevel=2)
         chosen = _module("reference")
     return chosen
 

@@ -35,7 +35,7 @@ _unavailable_reason: str | None = None
 _isa: int | None = None
 
 
-def available() -> bool:
+def available(device: torch.device | None = None) -> bool:
     """Whether the library was built and loads here.
 
     Raises:
@@ -47,7 +47,7 @@ def available() -> bool:
     return True
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why :func:`available` is False, as one clause; None where it is True."""
     _load()
     return _unavailable_reason

@@ -33,20 +33,42 @@ from .reference import Hyper
 MAX_LAYOUTS = 16  # sets of gradients (models) whose norm tables are kept
 
 
-def available() -> bool:
-    """Whether this back end can serve CUDA or ROCm tensors here."""
-    return unavailable_reason() is None
+def available(device: torch.device | None = None) -> bool:
+    """Whether this back end can serve tensors of ``device``, or of the current one."""
+    return unavailable_reason(device) is None
 
 
-@functools.cache
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why not, in a clause; None if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
+    return _reason_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+@functools.cache
+def _reason_on(index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8:
-        return f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic (compute capability 8.0 or newer is needed)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index)[0] < 8:
+        return f"{torch.cuda.get_device_name(index)} has no bfloat16 arithmetic (compute capability 8.0 or newer is needed)"
+    return _launch_problem(torch.device("cuda", index))
+
+
+def _launch_problem(device: torch.device) -> str | None:
+    """Launch a small kernel; return why that failed, in a clause. Triton compiles a launcher in C when it first needs one."""
+    if is_capturing(device):
+        raise RuntimeError(f"a CUDA graph captures the first use of {device}; {WARM_UP}")
+    sum_sq = torch.ones((), dtype=torch.float64, device=device)
+    try:
+        clip_coefficient(sum_sq, 1.0)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # of the device, which the reference back end would meet as well
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        return (
+            f"Triton cannot launch a kernel on {device} ({type(error).__name__}: {first_line}); it needs a C compiler (gcc or clang "
+            "in PATH, or one named by CC) and a cache folder that it may write to"
+        )
     return None
 
 

@@ -138,12 +138,12 @@ class Table:
                 g.zero_()
 
 
-def available() -> bool:
+def available(device: torch.device | None = None) -> bool:
     """Always: it is plain torch."""
     return True
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """None: it is available."""
     return None
 
