@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device_memory import NormScratch
+
 CHUNK = 1 << 16  # elements per pass: the temporaries of one pass stay in a CPU's second-level cache
 
 # Odd multipliers of the hash. Of thousands of random sets none was measurably better than another.
@@ -148,7 +150,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
-def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """See :func:`sharded_bf16_adamw.kernels.grad_sum_sq`."""
     device = double_device(grads[0].device) if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
