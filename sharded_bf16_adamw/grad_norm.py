@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import clip_coefficient, grad_norm_clip, grad_sum_sq, is_capturing
+from .kernels import NormScratch, clip_coefficient, double_device, grad_norm_clip, grad_sum_sq, is_capturing
 from .sharding.global_norm import Key, all_reduce_sums
 from .sharding.local import DTensor, group_by
 from .sharding.model_parallel import ModelParallel
@@ -107,6 +108,7 @@ class GradNorm:
         self._is_local = parallel is None or (parallel.pp_group is None and parallel.ep_group is None)
         self._groups: dict[int, _Group] = {}  # by the group's index
         self._mismatch = PlainMismatch()
+        self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)  # by what is summed apart
 
     def clip(self, gradients: list[Gradients], max_norm: float, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, clip coefficient and whether any gradient is not finite; see :func:`.kernels.clip_coefficient`.
@@ -125,13 +127,14 @@ class GradNorm:
         together = [grad for grads in local for grad in grads]
         is_whole = self._is_local and not replicas and all(key == () for _, key in devices)
         if together and is_whole and len(set(map(_device_of, together))) == 1:
-            return grad_norm_clip(together, max_norm, backend)
-        sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key, device in devices.items()}
-        for known, (_, params, _), grads in zip(groups, gradients, local, strict=True):
+            return grad_norm_clip(together, max_norm, backend, self._scratch[()])
+        sums = {key: torch.zeros((), dtype=torch.float64, device=double_device(device)) for key, device in devices.items()}
+        for index, (known, (_, params, _), grads) in enumerate(zip(groups, gradients, local, strict=True)):
             key_of = dict(zip(map(id, known.params), known.keys, strict=True))
             placed = [(key_of[id(param)], grad) for param, grad in zip(params, grads, strict=True)]
             for (key, _), members in group_by(placed, lambda item: (item[0], item[1].device)).items():
-                sums[key] += grad_sum_sq([grad for _, grad in members], backend).to(sums[key].device)
+                total = grad_sum_sq([grad for _, grad in members], backend, self._scratch[index, key])
+                sums[key] += total.to(sums[key].device)
         dense = {key: value for (is_expert, key), value in sums.items() if not is_expert}
         experts = {key: value for (is_expert, key), value in sums.items() if is_expert}
         total, mismatch = all_reduce_sums(dense, experts, replicas, self._parallel)

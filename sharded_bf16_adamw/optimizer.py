@@ -18,6 +18,7 @@ from .kernels import Hyper, check_backend, is_capturing
 from .kernels.device_memory import WARM_UP
 from .plan import Plan
 from .schedule import LR, Schedule, apply_rates, rate_at, scheduled_rates
+from .sharding.experts import ExpertsApart
 from .sharding.local import to_local
 from .sharding.misuse import sharded_after_construction
 from .sharding.model_parallel import ModelParallel
@@ -124,6 +125,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._sharding: Sharding = Local() if sharding is None else sharding.start()
+        if sharding is not None and model_parallel is not None and model_parallel.experts:
+            self._sharding = ExpertsApart(self._sharding, model_parallel)
         self._clip = PendingClip()
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False

@@ -211,7 +211,8 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
     for param in model.parameters():
         if isinstance(param, DTensor):
             words.append(f"{_describe_mesh(param.device_mesh)} {param.placements}")
-    policy = getattr(getattr(optimizer, "_sharding", None), "_policy", None)
+    sharding = getattr(optimizer, "_sharding", None)
+    policy = getattr(getattr(sharding, "dense", sharding), "_policy", None)
     parallel = getattr(optimizer, "model_parallel", None)
     if isinstance(parallel, ModelParallel):
         words += [f"{name} {dist.get_world_size(group)}" for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group)) if group]

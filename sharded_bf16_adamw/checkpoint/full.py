@@ -27,7 +27,7 @@ from .torch_state import (
     new_states_only_if_it_succeeds,
     set_sharded_optimizer_state,
 )
-from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
+from .transport import Entry, Key, Transfer, connect, deliver, held, plan_transfers, receive, send, table_of
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
 
@@ -37,7 +37,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
     """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank of ``group`` calls it.
 
     Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
-    contiguously (none, mostly). Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
+    contiguously in CPU memory. Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
     and of one flat parameter's whole state while that is made.
 
     Example, on rank 0; the other ranks get ``{}``::
@@ -79,7 +79,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
     transfers = scatter_from_rank_0(plan, group)
     if rank(group) != 0:
         for transfer in transfers:
-            send(held(tensors[transfer.key], transfer, group), 0, transfer.wire, group)
+            send(held(tensors[transfer.key], transfer, group), 0, group)
         return {}
     by_key: dict[Key, list[Transfer]] = {key: [] for key in wholes}
     for transfer in transfers:
@@ -93,7 +93,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
             if sender == 0:
                 place.copy_(held(tensors[transfer.key], transfer, group))
             else:
-                receive(place, sender, transfer.wire, group)
+                receive(place, sender, group)
     return {"state": full, "param_groups": [{"params": params, **options} for params, options in groups]}
 
 
@@ -181,6 +181,7 @@ def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[K
             fqn, _, name = key.removeprefix(STATE).rpartition(".")
             tensors[fqn, name] = tensor
         table = table_of(tensors)
+    connect(group)
     return tensors, gather_on_rank_0(table, group)
 
 

@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 
 # Per default process group, how many groups each set of ranks has made. A new default group has a new store.
 _groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -52,10 +53,6 @@ class Exchange:
         """Wait for it: on gloo this thread does, on NCCL the current stream."""
         with exchange(self._what, self._ranks):
             self._work.wait()
-
-
-def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    return device
 
 
 def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -99,6 +96,44 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
     )
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
     return group
+
+
+def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """Return a process group of the same ranks that serves CPU tensors: ``group`` itself if it does, else a gloo group.
+
+    Collective over ``group`` at its first call, and free afterwards. Ranks may be numbered otherwise in the result.
+    """
+    own = group or dist.group.WORLD
+    assert own is not None
+    if "cpu" in served_devices(own):
+        return own
+    if own not in _cpu_groups:
+        _cpu_groups[own] = new_cpu_group(dist.get_process_group_ranks(own))
+    return _cpu_groups[own]
+
+
+def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
+    """Return the device types whose tensors the group's back ends take, such as ``["cuda"]`` for NCCL alone."""
+    return [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+
+
+def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Return the device from which ``group`` can exchange a tensor of ``device``: that one if a back end serves it, else another.
+
+    FSDP2's ``CPUOffloadPolicy`` keeps parameters on the CPU, which NCCL does not serve.
+    """
+    served = served_devices(group)
+    if device.type in served:
+        return device
+    return torch.device("cpu") if served[0] == "cpu" else torch.device(served[0], torch.accelerator.current_device_index())
+
+
+def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up over the group in place, by way of a device that the group serves."""
+    moved = value.to(device_for(group, value.device))
+    dist.all_reduce(moved, group=group)
+    if moved is not value:
+        value.copy_(moved)
 
 
 def _in_words(ranks: Sequence[int]) -> str:

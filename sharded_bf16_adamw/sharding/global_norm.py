@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import exchange
+from .collectives import all_reduce, exchange
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]
@@ -85,5 +85,5 @@ def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:
     stacked = torch.stack(values)
     for group in (groups,) if isinstance(groups, dist.ProcessGroup) else groups:
         with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
-            dist.all_reduce(stacked, group=group)
+            all_reduce(stacked, group)
     return stacked

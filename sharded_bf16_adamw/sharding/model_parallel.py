@@ -29,7 +29,8 @@ class ModelParallel:
         ep: the ranks over which ``experts`` differ: expert parallelism with plain tensors (Megatron's ``allreduce=False`` parameters).
         experts: modules, or single parameters, that this rank alone of ``ep`` holds. The modules of an ``nn.ModuleList`` are
             numbered from 0 on each rank and get numbers of the whole group in checkpoints, so that they load on another number of
-            ranks; the names of other modules get the rank in ``ep`` appended.
+            ranks; the names of other modules get the rank in ``ep`` appended. ``sharding=ZeRO(...)`` leaves them to their rank: it
+            neither shards their states nor averages their gradients.
         dp: the ranks that hold replicas of the plain parameters that are no experts, such as DistributedDataParallel's. Not needed for
             training; with it the non-finite guard acts on all replicas or on none, and ``check_replicas`` knows what to compare.
 

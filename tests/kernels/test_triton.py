@@ -6,14 +6,17 @@ Triton reads TRITON_INTERPRET when it is imported, so interpreted cases run in o
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from sharded_bf16_adamw.kernels import cuda
+from sharded_bf16_adamw import kernels
+from sharded_bf16_adamw.kernels import cuda, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
@@ -96,6 +99,68 @@ def test_unavailable_without_a_device() -> None:
     else:
         assert not cuda.available()
         assert "no CUDA or ROCm device" in str(cuda.unavailable_reason())
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Two GPUs; their compute capabilities. Kernels can be launched, as far as nobody says otherwise."""
+    capabilities = [(9, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
+    monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
+    cuda._reason_on.cache_clear()
+    kernels._backend_module.cache_clear()
+    yield capabilities
+    cuda._reason_on.cache_clear()
+    kernels._backend_module.cache_clear()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_device_is_asked_for_its_own_capability(gpus: list[tuple[int, int]], first: int) -> None:
+    for index in (first, 1 - first):
+        reason = cuda.unavailable_reason(torch.device("cuda", index))
+        assert (reason is None) == (index == 0)
+        assert reason is None or reason.startswith("GPU 1 has no bfloat16 arithmetic")
+    assert cuda.available() and cuda.available(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("module", ["missing compiler", "broken compiler", "broken Triton"])
+def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    error = {
+        "missing compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore"),
+        "broken compiler": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        "broken Triton": ImportError("libtriton.so: undefined symbol"),
+    }[module]
+    monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=error))
+    device = torch.device("cuda", 0)
+    sentence = (
+        r"^AdamW_BF16 takes slower steps on cuda, by the reference back end: Triton cannot launch a kernel on cuda:0 \("
+        + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a cache folder that it may write to$"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        assert kernels._backend_module(device, None) is reference
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"):
+        kernels.check_backend("triton")
+
+
+def test_an_error_of_the_device_is_no_reason_for_another_back_end(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.available()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="captures the first use of cuda:0; take a step like it before"):
+        cuda.available()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
+    assert cuda.available()
 
 
 # ------------------------------------------------------------------------------------------------------------ the norm

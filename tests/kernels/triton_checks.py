@@ -263,7 +263,7 @@ def graphs() -> dict[str, Any]:
             return str(error)
         return "no error"
 
-    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda: True
+    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
     kernels._backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]

@@ -208,7 +208,8 @@ def experts(*, dense: str = "", uneven: bool = False) -> Callable[[int, int, int
 
         def options(model: nn.Module) -> dict[str, Any]:
             dp = dist.group.WORLD if world > 2 else None
-            return {"model_parallel": ModelParallel(ep=mesh["ep"], experts=model.get_submodule("experts"), dp=dp)}
+            parallel = ModelParallel(ep=mesh["ep"], experts=model.get_submodule("experts"), dp=dp)
+            return {"model_parallel": parallel, **({"sharding": ZeRO(mesh["ep"])} if dense == "zero2" else {})}
 
         return part(MOE, names_of_experts(mesh["ep"].get_local_rank(), 2, uneven), seed, wrap, options)
 
@@ -282,6 +283,7 @@ CASES = [
     Case("EP2, 3 experts and 1", 2, MOE, experts(uneven=True)),
     Case("EP2 x 2 replicas", 4, MOE, experts()),
     Case("EP2, plain experts beside FSDP2", 2, MOE, experts(dense="fsdp2")),
+    Case("EP2, plain experts beside ZeRO-2", 2, MOE, experts(dense="zero2")),
     Case("EP2, plain experts in one parameter", 2, STACKED, stacked_experts, reloads=False),
     Case("EP2, experts as DTensor beside FSDP2", 2, STACKED, dtensor_experts),
     Case("PP2 x EP2", 4, TWO_MOE, pipeline_of_experts),

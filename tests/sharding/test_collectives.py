@@ -10,9 +10,11 @@ import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.collectives import new_cpu_group
+from sharded_bf16_adamw.sharding import collectives
+from sharded_bf16_adamw.sharding.collectives import device_for, new_cpu_group
 
 SOON = timedelta(seconds=5)
 
@@ -96,6 +98,60 @@ def refusing_worker(rank, world):
 
 def test_wrong_ranks_are_refused():
     run_ranks(2, refusing_worker)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "wanted"),
+    [
+        ("cuda:nccl", "cpu", "cuda:1"),
+        ("cuda:nccl", "cuda:3", "cuda:3"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo", "cuda:0", "cpu"),
+        ("cpu:gloo,cuda:gloo", "mps", "cpu"),
+    ],
+)
+def test_device_from_which_a_group_exchanges(monkeypatch, config, device, wanted):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: config)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert device_for(None, torch.device(device)) == torch.device(wanted)
+
+
+class FakeCUDA(torch.Tensor):
+    """Stands on a GPU; the copy of a CPU tensor there."""
+
+
+def nccl_only_worker(rank, world):
+    """FSDP2 with CPUOffloadPolicy keeps gradients on the CPU; the groups of its mesh play NCCL's part."""
+    model = nn.Linear(8, 8, bias=False).bfloat16()
+    fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    model(torch.full((2, 8), rank + 1.0, dtype=torch.bfloat16)).sum().backward()
+    expected = optimizer.clip_grad_norm_(1.0)
+    to, reduce = torch.Tensor.to, dist.all_reduce
+
+    def to_gpu(tensor, *args, **kwargs):
+        if args and args[0] == torch.device("cuda", 0):
+            return tensor.clone().as_subclass(FakeCUDA)
+        return to(tensor, *args, **kwargs)
+
+    def nccl_all_reduce(tensor, *args, **kwargs):
+        if not isinstance(tensor, FakeCUDA):
+            raise RuntimeError("No backend type associated with device type cpu")
+        return reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(collectives, "served_devices", lambda group=None: ["cuda"])
+        patched.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        patched.setattr(torch.Tensor, "to", to_gpu)
+        patched.setattr(dist, "all_reduce", nccl_all_reduce)
+        found = optimizer.clip_grad_norm_(1.0)
+    assert type(found) is torch.Tensor
+    return found.item(), expected.item()
+
+
+def test_norm_of_gradients_on_the_cpu_over_nccl_alone():
+    found = run_ranks(2, nccl_only_worker)
+    assert found[0] == found[1] and found[0][0] == found[0][1] > 0
 
 
 def zero_on_a_part_worker(rank, world, stage):

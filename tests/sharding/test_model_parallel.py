@@ -16,7 +16,7 @@ from sharded_bf16_adamw import gather_full_state_dict, load, save, scatter_full_
 from .model_parallel_cases import BY_NAME, CASES, CLIP, STEPS, Case, one_process, train
 
 BEGIN, END = "<!-- table of model parallelism: begin -->", "<!-- table of model parallelism: end -->"
-COLUMNS = ("norm", "guard", "bits after 20 steps", "gather and scatter", "save and load", "in one process", "from one process")
+COLUMNS = ("norm", "guard", "bits after 20 steps", "gather, scatter", "save, load", "load in one process", "load from one process")
 
 
 def folder_of(root: str, rank: int, world: int, group: Any) -> str:
@@ -123,16 +123,24 @@ def outcome(case: Case) -> dict[str, str]:
         "norm": "yes" if right_norms else "no",
         "guard": "yes" if guard == skipped else "no",
         "bits after 20 steps": "yes" if bits else "no",
-        "gather and scatter": "yes" if gathered else "no",
-        "save and load": "yes" if all(result["loaded"] for result in results) else "no",
-        "in one process": one,
-        "from one process": back,
+        "gather, scatter": "yes" if gathered else "no",
+        "save, load": "yes" if all(result["loaded"] for result in results) else "no",
+        "load in one process": one,
+        "load from one process": back,
     }
+
+
+def table() -> str:
+    """In Markdown, a row for each case."""
+    lines = [f"| job | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
+    for case in CASES:
+        lines.append(f"| {case.name} | {case.world} | {' | '.join(outcome(case)[column] for column in COLUMNS)} |")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
-    impossible = set() if case.reloads else {"in one process", "from one process"}
+    impossible = set() if case.reloads else {"load in one process", "load from one process"}
     assert outcome(case) == {column: "not possible" if column in impossible else "yes" for column in COLUMNS}
 
 
@@ -141,3 +149,9 @@ def test_the_runs_clip_some_steps_and_leave_others():
         _, norms = expected(tuple(case.shapes), 0)
         clipped = [norm > CLIP for norm in norms]
         assert any(clipped) and not all(clipped), case.name
+
+
+def test_docs_show_the_table(repo):
+    text = (repo / "docs" / "strategies.md").read_text()
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == table(), "run python docs/strategies.py"
