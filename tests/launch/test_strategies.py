@@ -139,8 +139,7 @@ def counting_worker(rank, world, folder, strategy):
         for step in range(3):
             run.step = step
             with Reductions() as reductions:
-                train.backward(run)
-                train.update(run)
+                train.update(run, float(train.backward(run)))
         counts.append(reductions.count)
     return counts
 
