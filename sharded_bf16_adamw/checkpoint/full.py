@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from .agreement import errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
 from .blocks import local_blocks
+from .groups import match_groups
 from .plain import as_tensor
-from .torch_state import has_fsdp1, init_state, new_states_only_if_it_succeeds, set_sharded_optimizer_state, sharded_optimizer_state
+from .torch_state import (
+    check_model_and_optimizer,
+    has_fsdp1,
+    init_frozen_states,
+    init_state,
+    new_states_only_if_it_succeeds,
+    set_sharded_optimizer_state,
+    sharded_optimizer_state,
+)
 from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
@@ -39,6 +48,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
             "param_groups": [{"params": ["layer.weight", "layer.bias"], "lr": 0.001, "betas": (0.9, 0.999), ...}],
         }
 
+    The states of parameters that are in no group are left out, and so are entries of ``optimizer.state`` that are no parameter's.
     This is what ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns with ``StateDictOptions(full_state_dict=True,
     cpu_offload=True)``, and its ``set_optimizer_state_dict`` takes it. Parameters that never had a gradient have no state here.
 
@@ -50,10 +60,13 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
         Tensors of their own memory, contiguous, in CPU memory.
 
     Raises:
-        ValueError: a state is no tensor, or the ranks' blocks do not add up to the whole tensor (an uneven mix of shardings that a box
-            cannot describe).
+        ValueError: on every rank, where any rank's arguments are wrong, a state is no tensor, or the ranks' blocks do not add up to the
+            whole tensor (an uneven mix of shardings that a box cannot describe).
     """
-    sharded = sharded_optimizer_state(model, optimizer)
+    with errors_on_every_rank("cannot gather the optimizer state"):
+        check_model_and_optimizer("gather_full_state_dict(model, optimizer)", model, optimizer)
+    with errors_on_every_rank("cannot gather the optimizer state"):
+        sharded = sharded_optimizer_state(model, optimizer)
     tensors, tables = _gathered_tables(sharded["state"])
     wholes = _merged(tables)
     with errors_on_every_rank("cannot gather the optimizer state"):
@@ -96,9 +109,14 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
         ValueError: on every rank, where ``full`` is of another model or optimizer: a parameter or state is missing, unexpected or of
             another shape or dtype, or the groups divide the parameters otherwise. Nothing is changed.
     """
+    with errors_on_every_rank("cannot scatter the full state"):
+        check_model_and_optimizer("scatter_full_state_dict(model, optimizer, full)", model, optimizer)
+    given_states = on_rank_0("cannot scatter the full state", lambda: _names_of_states(full))
     with new_states_only_if_it_succeeds(optimizer):
-        init_state(optimizer)
-        sharded = sharded_optimizer_state(model, optimizer)
+        with errors_on_every_rank("cannot scatter the full state"):
+            init_state(optimizer)
+            init_frozen_states(model, optimizer, given_states, given_states)
+            sharded = sharded_optimizer_state(model, optimizer)
         tensors, tables = _gathered_tables(sharded["state"])
         plan: list[list[Transfer]] = []
         with errors_on_every_rank("cannot scatter the full state"):
@@ -115,7 +133,8 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
     for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    groups = [_matching(group, given) for group in sharded["param_groups"]]
+    matches = match_groups([group["params"] for group in sharded["param_groups"]], [group["params"] for group in given])
+    groups = [_options(own if match is None else given[match]) for own, match in zip(sharded["param_groups"], matches, strict=True)]
     for live, group in zip(optimizer.param_groups, groups, strict=True):
         if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
             group["scheduled_lr"] = None if live["scheduled_lr"] is None else group["lr"]
@@ -151,6 +170,12 @@ def _check(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) ->
         raise ValueError(f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}")
 
 
+def _names_of_states(full: Any) -> list[str]:
+    """The parameters of which a full state has a state; none where it is something else, which is refused later."""
+    state = full.get("state") if isinstance(full, dict) else None
+    return list(state) if isinstance(state, dict) else []
+
+
 def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) -> list[str]:
     if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
         return ['rank 0 must pass a dict with "state" and "param_groups"']
@@ -170,9 +195,9 @@ def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: A
     problems += [
         f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
     ]
-    theirs = [set(group["params"]) for group in full["param_groups"]]
-    for index, group in enumerate(groups):
-        if not any(set(group["params"]) <= params for params in theirs):
+    matches = match_groups([group["params"] for group in groups], [group["params"] for group in full["param_groups"]])
+    for index, (group, match) in enumerate(zip(groups, matches, strict=True)):
+        if group["params"] and match is None:
             problems.append(f"no group there has all parameters of group {index} here")
     return problems
 
@@ -190,10 +215,9 @@ def _plain_group(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in group.items()}
 
 
-def _matching(group: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, Any]:
-    """A copy of the one of ``given`` that has the parameters of ``group``, without them."""
-    found = next(other for other in given if set(group["params"]) <= set(other["params"]))
-    return {key: value for key, value in _plain_group(found).items() if key not in ("params", "param_names")}
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group without its parameters."""
+    return {key: value for key, value in _plain_group(group).items() if key not in ("params", "param_names")}
 
 
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:

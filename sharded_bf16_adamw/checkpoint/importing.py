@@ -17,12 +17,16 @@ from .agreement import errors_on_every_rank
 from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
+from .groups import match_groups
 from .names import plain_name, unwrapped
+from .odd_values import is_wrapper
 from .plain import as_tensor
 from .saving import save
 from .sources import Source, open_optimizer_state, open_weights
 from .torch_state import (
+    check_model_and_optimizer,
     has_fsdp1,
+    init_frozen_states,
     init_state,
     new_states_only_if_it_succeeds,
     set_sharded_model_state,
@@ -77,17 +81,26 @@ def import_fp32(
             then part old, part new, as the message says.
     """
     with errors_on_every_rank("cannot import"):  # before anything collective: a rank that fails here must not leave the others in it
+        check_model_and_optimizer("import_fp32(source, model, optimizer)", model, optimizer)
+        if not isinstance(optimizer, AdamW_BF16):
+            raise ValueError(f"optimizer must be an AdamW_BF16, but it is of type {type(optimizer).__name__}; build one")
         weights = open_weights(source)
         opened = None if optimizer_state is None else open_optimizer_state(optimizer_state)
     with new_states_only_if_it_succeeds(optimizer):
-        init_state(optimizer)
-        optimizer_part, model_part = sharded_optimizer_state(model, optimizer), sharded_model_state(model)
+        with errors_on_every_rank("cannot import"):
+            init_state(optimizer)
+            optimizer_part = sharded_optimizer_state(model, optimizer)
+            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"])
+        with errors_on_every_rank("cannot import"):
+            if imported is not None and not imported["state"].keys() <= optimizer_part["state"].keys():
+                init_frozen_states(model, optimizer, imported["state"], imported["state"])
+                optimizer_part = sharded_optimizer_state(model, optimizer)
+            model_part = sharded_model_state(model)
         with errors_on_every_rank("cannot import"):
             names = _names_in_source(weights, model, model_part)
-            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"])
             if imported is not None:
                 _check_states(imported["state"], optimizer_part["state"])
-                groups = [_group_of(group, imported["param_groups"]) for group in optimizer_part["param_groups"]]
+                groups = _matching_groups(optimizer_part["param_groups"], imported["param_groups"])
     with errors_on_every_rank("cannot import, and the model is now part old, part new"):
         for key, tensor in model_part.items():
             if isinstance(tensor, Tensor):
@@ -102,7 +115,7 @@ def import_fp32(
                 _report(progress, tensor)
         if imported is not None:
             for live, shown, group in zip(optimizer.param_groups, optimizer_part["param_groups"], groups, strict=True):
-                _set_hyperparameters(live, group, _steps(imported["state"], shown["params"]))
+                _set_hyperparameters(live, group, _steps(imported["state"], shown["params"] or [*imported["state"]]))
                 shown.update({key: value for key, value in live.items() if key not in ("params", "param_names")})
     if has_fsdp1(model):
         set_sharded_model_state(model, model_part)
@@ -223,6 +236,8 @@ def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, An
             problems.append(f"it has no {name}")
         elif info.shape != tuple(tensor.shape):
             problems.append(f"{name} has shape {info.shape} there but {tuple(tensor.shape)} here")
+        elif is_wrapper(tensor):
+            problems.append(f"{name} is a {type(tensor).__name__} here, into which nothing can be imported; quantise it afterwards")
         elif info.dtype != tensor.dtype and not (info.dtype.is_floating_point and tensor.dtype.is_floating_point):
             problems.append(f"{name} is {info.dtype} there but {tensor.dtype} here")
     problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part]
@@ -267,11 +282,14 @@ def _raise(what: str, problems: list[str]) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were")
 
 
-def _group_of(group: dict[str, Any], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    for other in theirs:
-        if set(group["params"]) <= set(other["params"]):
-            return other
-    raise ValueError(f"no group of the optimizer state to import has all of {', '.join(group['params'][:3])}...; build the same groups")
+def _matching_groups(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each own group the imported one that it takes its hyper-parameters from."""
+    matches = match_groups([group["params"] for group in own], [group["params"] for group in theirs])
+    for group, match in zip(own, matches, strict=True):
+        if group["params"] and match is None:
+            names = ", ".join(group["params"][:3])
+            raise ValueError(f"no group of the optimizer state to import has all of {names}...; build the same groups")
+    return [{} if match is None else theirs[match] for match in matches]
 
 
 def _steps(state: dict[str, Any], names: list[str]) -> int:
@@ -307,4 +325,4 @@ def _like_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[st
         return [{"params": [next(remaining) for _ in range(size)]} for size in sizes]
     groups = [{"params": [named.pop(name) for name in group["params"] if name in named]} for group in state["param_groups"]]
     groups[0]["params"] += named.values()
-    return [group for group in groups if group["params"]]
+    return groups

@@ -13,12 +13,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .agreement import errors_on_every_rank, on_rank_0, rank, world_size
 from .asynchronous import wait_for_save
-from .comparing import compare, restored
+from .comparing import compare, params_with_state, restored
 from .contents import contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
+from .odd_values import adopt_saved
 from .storage import METADATA, PlainReader, read_metadata
-from .torch_state import check_model_and_optimizer, init_state, new_states_only_if_it_succeeds
+from .torch_state import check_model_and_optimizer, init_frozen_states, init_state, new_states_only_if_it_succeeds
 
 
 class Loaded(dict[str, Any]):
@@ -71,7 +72,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
     with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
             init_state(optimizer)
+            saved_in_groups = [fqn for group in manifest.groups for fqn in group.params]
+            init_frozen_states(model, optimizer, params_with_state(metadata, manifest), saved_in_groups)
             here = contents(model, optimizer)
+            adopt_saved(here.tensors, here.plain, metadata, manifest)
             comparison = compare(metadata, manifest, here)
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))

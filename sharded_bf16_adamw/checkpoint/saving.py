@@ -211,14 +211,14 @@ def _encoded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Each parameter once, also where ranks hold different ones."""
+    """Each parameter once, also where ranks hold different ones. Rank 0's groups without parameters stay in their places."""
     seen: set[str] = set()
     merged = []
-    for groups in groups_of_ranks:
+    for holder, groups in enumerate(groups_of_ranks):
         for params, options in groups:
             new = [fqn for fqn in params if fqn not in seen]
             seen.update(new)
-            merged += [ParamGroup(new, options)] if new else []
+            merged += [ParamGroup(new, options)] if new or (holder == 0 and not params) else []
     return merged
 
 
