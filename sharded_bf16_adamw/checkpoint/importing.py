@@ -18,11 +18,11 @@ from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
 from .groups import match_groups
-from .names import plain_name, unwrapped
 from .odd_values import is_wrapper
 from .plain import as_tensor
 from .saving import save
 from .sources import Source, open_optimizer_state, open_weights
+from .ties import same_bits, ties_of
 from .torch_state import (
     check_model_and_optimizer,
     has_fsdp1,
@@ -76,7 +76,8 @@ def import_fp32(
         progress: called with the number of bytes whenever a tensor was filled.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape, or a file is damaged or of another kind. Nothing is changed.
+        ValueError: a tensor is missing, unexpected or of another shape, names that are tied here have different values, or a file is
+            damaged or of another kind. Nothing is changed.
         RuntimeError: a rank cannot find or read a file, and nothing is changed; or it could not in the midst of reading, and the model is
             then part old, part new, as the message says.
     """
@@ -91,6 +92,7 @@ def import_fp32(
             init_state(optimizer)
             optimizer_part = sharded_optimizer_state(model, optimizer)
             imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"])
+            imported = None if imported is None else _with_ties(imported, ties_of(model), weights.ties, optimizer_part)
         with errors_on_every_rank("cannot import"):
             if imported is not None and not imported["state"].keys() <= optimizer_part["state"].keys():
                 init_frozen_states(model, optimizer, imported["state"], imported["state"])
@@ -157,6 +159,8 @@ def convert_fp32(
     fp32, buffers = _checked_patterns("fp32", fp32, weights), _checked_patterns("buffers", buffers, weights)
     state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
     model = nn.Module()
+    made: dict[str, nn.Parameter] = {}
+    first_of = {name: tied[0] for tied in weights.ties for name in tied}
     for name, info in weights.infos.items():
         holder = model
         *parents, leaf = name.split(".")
@@ -168,7 +172,11 @@ def convert_fp32(
             holder.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype, device="cpu"))
         else:
             dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
-            holder.register_parameter(leaf, nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu")))
+            param = made.get(first_of.get(name, name))  # of a name that is tied to this one
+            if param is None or param.dtype != dtype:
+                param = nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu"))
+            made.setdefault(first_of.get(name, name), param)
+            holder.register_parameter(leaf, param)
     optimizer = AdamW_BF16(_like_groups(model, state), **{"lr": 1e-3, **hyperparameters})
     import_fp32(source, model, optimizer, state, progress)
     step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
@@ -220,14 +228,17 @@ def _report(progress: Progress | None, tensor: Tensor) -> None:
 
 def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, Any]) -> dict[str, str]:
     """By the model's names those in the source, which differ for tied parameters alone. Raises ValueError where they do not fit."""
-    tied: dict[int, list[str]] = {}
-    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
-        tied.setdefault(id(param), []).append(plain_name(model, name))
     names = {name: name for name in model_part}
-    for group in tied.values():
-        present = [name for name in group if name in weights.infos]
-        names.update({name: present[0] for name in group if present and name not in weights.infos})
     problems = []
+    for tied in ties_of(model):
+        own = [name for name in tied if name in model_part]
+        present = [name for name in own if name in weights.infos]
+        names.update({name: present[0] for name in own if present})
+        problems += [
+            f"{present[0]} and {other} are one tensor here but differ there"
+            for other in present[1:]
+            if not _same_block(weights, present[0], other, model_part[own[0]])
+        ]
     for name, tensor in model_part.items():
         info = weights.infos.get(names[name])
         if not isinstance(tensor, Tensor):
@@ -243,6 +254,45 @@ def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, An
     problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part]
     _raise("the weights to import are of another model", problems)
     return names
+
+
+def _same_block(weights: Source, first: str, other: str, tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor is the same under two names."""
+    fits = weights.infos[first].shape == tuple(tensor.shape)  # else that is what is wrong
+    return weights.infos[first] == weights.infos[other] and all(
+        not fits or same_bits(weights.read(first, block), weights.read(other, block)) for block, _ in local_blocks(tensor)
+    )
+
+
+def _with_ties(state_dict: dict[str, Any], here: list[list[str]], there: list[list[str]], own: dict[str, Any]) -> dict[str, Any]:
+    """File the states of tied parameters under the names that the model has them by.
+
+    Raises:
+        ValueError: names that are one tensor here have different states.
+    """
+    states: dict[str, Any] = dict(state_dict["state"])
+    groups = [set(group["params"]) for group in state_dict["param_groups"]]
+    known = {name for group in own["param_groups"] for name in group["params"]}
+    for tied in there:  # one state for all of them
+        holder = next((name for name in tied if name in states), None)
+        for name in known.intersection(tied) if holder is not None else ():
+            states.setdefault(name, states[holder])
+            for group in groups:
+                group.update([name] if holder in group else [])
+    for first, *others in here:
+        for name in [name for name in others if name in states]:
+            state = states.pop(name)
+            if not _same_state(states.setdefault(first, state), state):
+                raise ValueError(f"{first} and {name} are one tensor here but have different states in the one to import")
+            for group in groups:
+                group.update([first] if name in group else [])
+                group.discard(name)
+    renamed = [{**group, "params": sorted(names)} for group, names in zip(state_dict["param_groups"], groups, strict=True)]
+    return {"state": states, "param_groups": renamed}
+
+
+def _same_state(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a is b or all(same_bits(as_tensor(a[key]), as_tensor(b[key])) for key in ("step", *MOMENTS) if key in a and key in b)
 
 
 def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .odd_values import adopt_saved
 from .storage import METADATA, PlainReader, read_metadata
+from .ties import align_ties
 from .torch_state import check_model_and_optimizer, init_frozen_states, init_state, new_states_only_if_it_succeeds
 
 
@@ -69,6 +70,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
         raise no_checkpoint(path)
     folder, manifest = found
     metadata = _checked_metadata(folder, manifest)
+    tied_otherwise = align_ties(folder, metadata, manifest, model)
     with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
             init_state(optimizer)
@@ -77,6 +79,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
             here = contents(model, optimizer)
             adopt_saved(here.tensors, here.plain, metadata, manifest)
             comparison = compare(metadata, manifest, here)
+            comparison.differences[:0] = tied_otherwise
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))
         random = {key: value for key, value in rng_contents().items() if key in metadata.state_dict_metadata}

@@ -28,6 +28,7 @@ from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
 from .staging import Staged
 from .storage import ChecksummedWriter
+from .ties import merged_ties, ties_of
 from .torch_state import check_model_and_optimizer
 
 
@@ -86,12 +87,14 @@ def save(
         found = contents(model, optimizer)
         own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
         own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-    of_each = gather_on_rank_0((own_groups, own_values))
+        ties = ties_of(model)
+    of_each = gather_on_rank_0((own_groups, own_values, ties))
     manifest = None
     if rank() == 0:
-        groups = _merged([groups for groups, _ in of_each])
-        values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
+        groups = _merged([groups for groups, _, _ in of_each])
+        values = {key: value for _, values, _ in reversed(of_each) for key, value in values.items()}
         manifest = Manifest(step, serial, world_size(), strategy, _versions(), groups, values, extra)
+        manifest.ties = merged_ties([ties for _, _, ties in of_each])
     writer = ChecksummedWriter(partial, staged=async_)
     planner: SavePlanner
     planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
