@@ -275,7 +275,9 @@ def _with_ties(state_dict: dict[str, Any], here: list[list[str]], there: list[li
     known = {name for group in own["param_groups"] for name in group["params"]}
     for tied in there:  # one state for all of them
         holder = next((name for name in tied if name in states), None)
-        for name in known.intersection(tied) if holder is not None else ():
+        for name in known.intersection(tied):
+            if holder is None:
+                break
             states.setdefault(name, states[holder])
             for group in groups:
                 group.update([name] if holder in group else [])

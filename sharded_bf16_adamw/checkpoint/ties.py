@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..sharding.local import to_local
 from .agreement import gather_on_rank_0, on_rank_0
 from .manifest import Manifest, ParamGroup
-from .names import named_tensors, plain_name, unwrapped
+from .names import flat_params, named_tensors, plain_name, unwrapped
 from .odd_values import MODEL, is_wrapper
 from .stored import StoredCheckpoint
 
@@ -36,20 +35,22 @@ def ties_of(model: nn.Module) -> list[list[str]]:
     classes: dict[Any, list[str]] = {}
     for name, tensor in named_tensors(model):
         classes.setdefault(_identity(tensor), []).append(plain_name(model, name))
-    for prefix, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-            dot = f"{prefix}." if prefix else ""
-            for info in module._handle.flat_param._shared_param_infos:
-                first, other = (
-                    plain_name(model, dot + (f"{path}.{name}" if path else name))
-                    for path, name in (
-                        (info.prim_module_name, info.prim_param_name),
-                        (info.module_name, info.param_name),
-                    )
-                )
-                names = classes.setdefault(("flat", first), [first])
-                names += [other] if other not in names else []
+    for dot, flat_param in flat_params(model):
+        for info in flat_param._shared_param_infos:
+            first, other = (
+                plain_name(model, dot + (f"{path}.{name}" if path else name))
+                for path, name in ((info.prim_module_name, info.prim_param_name), (info.module_name, info.param_name))
+            )
+            names = classes.setdefault(("flat", first), [first])
+            names += [other] if other not in names else []
     return _merged(classes.values())
+
+
+def _names(model: nn.Module) -> list[str]:
+    """All names of parameters and buffers, those within FSDP1's flat parameters too."""
+    names = [name for name, _ in named_tensors(model)]
+    names += [dot + name for dot, flat_param in flat_params(model) for name in flat_param._fqns]
+    return list(dict.fromkeys(plain_name(model, name) for name in names))
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -82,7 +83,7 @@ def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.M
         rewritten metadata has those of the first name.
     """
     here = ties_of(model)
-    own = [plain_name(model, name) for name, _ in named_tensors(unwrapped(model))]
+    own = _names(unwrapped(model))
     saved = _Saved(metadata, manifest)
     tied_here = {name: names for names in here for name in names}
     affected = {id(names): names for name in own if name in saved.ties for names in [tied_here.get(name, [name])]}

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parameter import is_lazy
 
 from ..state import numbered_states_only
-from .names import named_tensors, plain_name, state_dict_key, unwrapped
+from .names import flat_params, named_tensors, plain_name, state_dict_key, unwrapped
 from .odd_values import is_wrapper
 
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -155,6 +155,9 @@ def init_frozen_states(model: nn.Module, optimizer: torch.optim.Optimizer, saved
     names: dict[Any, list[str]] = {}
     for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(plain_name(model, name))
+    for dot, flat_param in flat_params(unwrapped(model)):
+        if flat_param in names:
+            names[flat_param] = [plain_name(model, dot + name) for name in flat_param._fqns]
     make(param for param, own in names.items() if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own)))
 
 
@@ -204,10 +207,8 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
 
 def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     known = set(model.parameters())
-    for module in FullyShardedDataParallel.fsdp_modules(model):  # between a forward pass and its backward pass some are hidden
-        if module._handle is not None:
-            flat_param = module._handle.flat_param
-            known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
+    for _, flat_param in flat_params(model):  # between a forward pass and its backward pass some are hidden
+        known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     foreign = [(index, param) for index, param in enumerate(params) if param not in known]
     if foreign:

@@ -134,7 +134,7 @@ def test_equal_weights_with_different_states_are_not_one_tensor(key, tmp_path):
     model, optimizer = equal_but_untied()
     optimizer.state[model.head.weight][key] += 1
     save(tmp_path, 1, model, optimizer)
-    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor here but were saved as two with different optimizer"):
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer"):
         load(tmp_path, *build((0, 1), seed=1))
 
 
@@ -144,7 +144,7 @@ def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_pa
     with torch.no_grad():
         model.head.weight.copy_(model.emb.weight)
     save(tmp_path, 1, model, optimizer)
-    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor .* states: one was trained and the other was not"):
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not"):
         load(tmp_path, *build((0, 1), seed=1))
 
 
@@ -184,7 +184,7 @@ def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
     take_steps(model, optimizer)
     path = save(tmp_path, 2, model, optimizer)
     without_record(path)
-    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor here but were saved as two with different weights"):
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights"):
         load(path, tied, tied_optimizer)
 
 
@@ -206,7 +206,7 @@ def test_imports_into_tied_weights_are_equal_or_refused():
     source = {name: value.float() for name, value in LM((), seed=5).state_dict().items()}
     tied, optimizer = build((0, 1))
     before = values_of(tied, optimizer)
-    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor here but differ there"):
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"):
         import_fp32(source, tied, optimizer)
     assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
     source["head.weight"] = source["emb.weight"].clone()
@@ -242,7 +242,7 @@ def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal
     model, _, state = fp32_run(())
     model.head.weight.data.copy_(model.emb.weight)
     tied, optimizer = build((0, 1), seed=1)
-    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor here but have different states"):
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but have different states"):
         import_fp32(model.state_dict(), tied, optimizer, state)
     state["state"]["head.weight"] = {key: value.clone() for key, value in state["state"]["emb.weight"].items()}
     import_fp32(model.state_dict(), tied, optimizer, state)
@@ -318,7 +318,7 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
     """Load what each layout saves into one process, tied and untied, and what one process saves into each layout."""
     warnings.simplefilter("ignore")
     failed = []
-    for layout, (saved, here) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()), ((), ()))):
+    for layout, (saved, here) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()))):
         folder = f"{root}/{layout} {saved} {here}"
         model, optimizer = wrapped(layout, saved, world, seed=0)
         take_steps(model, optimizer, 2)
