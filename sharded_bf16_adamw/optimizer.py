@@ -34,6 +34,7 @@ from .state import (
     complete_state,
     log_params,
     new_state,
+    numbered_states_only,
     param_name,
     replicas_of,
     warn_if_all_float32,
@@ -68,7 +69,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         capturable: whether a step may be captured in a CUDA graph; ``lr`` must then be a tensor on the device.
         skip_nonfinite: where any rank's gradient holds inf or NaN, let the step change no parameter, state or step count on any rank,
-            and count it in ``skipped_steps``.
+            and count it in ``skipped_steps``. After :meth:`clip_grad_norm_` the gradients that it saw decide, so do not write to
+            them between it and the step.
         model_parallel: names the process groups over whose ranks plain parameters differ, such as pipeline stages; see
             :class:`ModelParallel`. None: plain parameters are replicas on every rank.
         sharding: ``ZeRO(mesh)`` to let this optimizer itself shard a replicated model's states; None leaves sharding to torch.
@@ -193,7 +195,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("model_parallel", None)  # likewise
         position = 0
         if any("schedule_step" not in group for group in state["param_groups"]):  # of torch.optim.AdamW
-            position = max((int(param_state.get("step", 0)) for param_state in state["state"].values()), default=0)
+            own = [entry for key, entry in state["state"].items() if isinstance(key, Tensor)]
+            position = max((int(param_state.get("step", 0)) for param_state in own), default=0)
         for group in state["param_groups"]:
             for key, value in (("maximize", False), ("capturable", False), ("schedule_step", position), ("scheduled_lr", None)):
                 group.setdefault(key, value)
@@ -236,10 +239,14 @@ class AdamW_BF16(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, follows in zip(self.param_groups, follows_schedule, strict=True):
             group["scheduled_lr"] = group["lr"] if follows else None
-        for param_state in self.state.values():
-            for key, value in param_state.items():
-                if isinstance(value, Tensor):
-                    param_state[key] = value.clone()  # torch aliases what it was given
+        for key, entry in self.state.items():  # torch aliases what it was given
+            self.state[key] = _copied(entry)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and groups; see :meth:`torch.optim.Optimizer.state_dict`. The state of a tensor that is in no group (any
+        more) is left out, since there is no number for it."""
+        with numbered_states_only(self):
+            return super().state_dict()
 
     # ---------------------------------------------------------------------------------------------------------------- step
 
@@ -262,7 +269,7 @@ class AdamW_BF16(torch.optim.Optimizer):
                 were wrapped by FSDP after the optimizer was built, or a CUDA graph captures this step but not its
                 :meth:`clip_grad_norm_`; nothing is changed.
             TypeError: a gradient is neither bfloat16 nor float32; nothing is changed.
-            ValueError: ``lr_function`` gives what is no learning rate; nothing is changed.
+            ValueError: ``lr_function`` returned an invalid learning rate; nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -272,9 +279,9 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._clip.check_capture()
         self._sharding.reduce()
         gradients = self._gradients()
+        rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is made or written
         plan = self._current_plan(gradients)
         grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
-        rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is written
         found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
         apply_rates(self.param_groups, rates)
         if plan is not None:
@@ -315,13 +322,12 @@ class AdamW_BF16(torch.optim.Optimizer):
             for param in params:
                 if self.state.get(param):
                     check_state(self.state[param], param, names[param], self._sharding)
-            for param in params:
-                if not self.state[param]:
-                    self.state[param].update(new_state(param, self._sharding))
-            states = [self.state[param] for param in params]
+            states = [self.state.get(param) or new_state(param, self._sharding) for param in params]
             self._drop_plans([other for other in self._plans if other is plan or not self._has_all_of(other)])
             self._drop_plans(self._plans[: 1 - MAX_PLANS])
             plan = Plan(groups, states, [names[param] for param in params], self._sharding, self.backend)
+            plan.local_grads([grad for _, _, grads in gradients for grad in grads])  # an error leaves no state behind
+            self.state.update(zip(params, states, strict=True))
             self._plans.append(plan)
             self._seen_state = (list(self.state), list(self.state.values()))
         return plan
@@ -363,6 +369,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         """Clip the global gradient norm in the next :meth:`step`: its scale is folded into the update, the gradients stay as they are.
 
         Collective where parameters are sharded, replicated on a mesh or named by ``model_parallel``: every rank calls it.
+        ``skip_nonfinite`` then goes by what this call has seen: an inf or NaN that is written to a gradient between it and :meth:`step`
+        is not noticed.
 
         Args:
             max_norm: the largest 2-norm of all gradients together.
@@ -444,13 +452,24 @@ class AdamW_BF16(torch.optim.Optimizer):
             others |= {group for group in (parallel.pp_group, parallel.ep_group) if group is not None}
         check_replicas(replicas, others)
 
-    def init_state(self) -> None:
-        """Create the state of every trainable parameter now, at step 0, rather than at its first gradient. Loading a checkpoint needs
-        somewhere to load to."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad and not self.state[param]:
-                    self.state[param] = new_state(param, self._sharding)
+    def init_state(self, params: Iterable[Tensor] | None = None) -> None:
+        """Create states now, at step 0, rather than at the first gradient. Loading a checkpoint needs somewhere to load to.
+
+        Args:
+            params: whose states, unless they have one; None means every trainable parameter.
+        """
+        if params is None:
+            params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        for param in params:
+            if not self.state.get(param):
+                self.state[param] = new_state(param, self._sharding)
+
+
+def _copied(value: Any) -> Any:
+    """Copy the tensors within dicts; the rest stays."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:

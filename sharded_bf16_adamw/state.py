@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -180,6 +181,31 @@ def replicas_of(param: Tensor, state: dict[str, Any], name: str, sharding: Shard
     if of_state:
         for key in STATE_KEYS:  # the same on every rank, whatever order its dict has
             yield Replica(f"{key} of parameter {name}", to_local(state.get(key, torch.empty(0, device=param.device))), of_state)
+
+
+@contextmanager
+def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Take the states of tensors that are in no group out of ``optimizer.state`` while the body runs.
+
+    Layer freezing (a parameter taken out of its group) and code that swaps parameters leave them behind, and torch's
+    ``state_dict()`` fails on them.
+    """
+    numbered = {param for group in optimizer.param_groups for param in group["params"]}
+    if all(key in numbered for key in optimizer.state if isinstance(key, Tensor)):
+        yield
+        return
+    holder, states = optimizer.state, dict(optimizer.state)
+    leftover = {key: state for key, state in states.items() if isinstance(key, Tensor) and key not in numbered}
+    for key in leftover:
+        del optimizer.state[key]
+    try:
+        yield
+    finally:
+        if optimizer.state is holder:
+            holder.clear()  # rather than put back at the end: a changed order makes step() plan anew
+            holder.update(states)
+        else:  # the body has loaded others
+            optimizer.state.update(leftover)
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

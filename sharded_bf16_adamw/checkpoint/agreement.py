@@ -184,6 +184,11 @@ def same_on_every_rank(what: str, value: str, group: Group = None) -> None:
             )
 
 
+def known_elsewhere(unknown: set[str], group: Group = None) -> set[str]:
+    """Return those of the names unknown to this rank that another rank knows (pipeline stages, experts). Collective."""
+    return unknown - unknown.intersection(*gather_everywhere(unknown, group))
+
+
 def global_rank(rank_in_group: int, group: Group = None) -> int:
     """Return the rank in the default group of a rank of ``group``."""
     return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)

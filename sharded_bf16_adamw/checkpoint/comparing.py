@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .agreement import Group, gather_everywhere
+from .agreement import Group, known_elsewhere
 from .contents import MODEL, STATE, Contents, param_of_state
+from .groups import match_groups
 from .manifest import Manifest, ParamGroup
 from .plain import decode
 
@@ -37,8 +38,7 @@ class Comparison:
 def keys_elsewhere(metadata: Metadata, manifest: Manifest, here: Contents, group: Group) -> set[str]:
     """Return the keys of the checkpoint that other ranks alone have (pipeline stages, experts). Collective."""
     saved: set[str] = {key for key in (*metadata.state_dict_metadata, *manifest.values) if key.startswith((MODEL, STATE))}
-    unknown = saved.difference(here.tensors, here.plain)
-    return unknown - unknown.intersection(*gather_everywhere(unknown, group))
+    return known_elsewhere(saved.difference(here.tensors, here.plain), group)
 
 
 def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: Collection[str] = ()) -> Comparison:
@@ -47,7 +47,7 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: C
     result = Comparison()
     saved = metadata.state_dict_metadata
     saved_plain = manifest.values
-    with_state = {param_of_state(key) for key in [*saved, *saved_plain]} - {None}
+    with_state = params_with_state(metadata, manifest)
     for key, value in here.tensors.items():
         entry, param = saved.get(key), param_of_state(key)
         problem = f"it has no {key}" if entry is None else _difference(key, entry, value)
@@ -66,15 +66,20 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: C
             if param_of_state(key) is None or param_of_state(key) in with_state:
                 result.differences.append(f"it has no {key}")
     with_state_here = {param_of_state(key) for key in [*here.tensors, *here.plain]}
-    unused = {param for param in with_state if param is not None and param not in with_state_here and MODEL + param in here.tensors}
+    unused = {param for param in with_state if param not in with_state_here and MODEL + param in here.tensors}
     for param in sorted(unused):
-        result.differences.append(f"it has a state of {param}, which has none here, as where it is frozen, tied or not in the optimizer")
+        result.differences.append(f"it has a state of {param}, which has none here, as where it is not in the optimizer")
     for key in [*saved, *saved_plain]:
         is_here = key in here.tensors or key in here.plain or key in elsewhere
         if key.startswith((MODEL, STATE)) and not is_here and param_of_state(key) not in unused:
             result.differences.append(f"it has {key}, which is not here")
     _compare_groups(manifest.groups, here.groups, result)
     return result
+
+
+def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
+    """The names of the parameters of which the checkpoint has a state."""
+    return {fqn for key in chain(metadata.state_dict_metadata, manifest.values) if (fqn := param_of_state(key)) is not None}
 
 
 def restored(here: Contents, comparison: Comparison, loaded: dict[str, Any]) -> Contents:
@@ -94,10 +99,17 @@ def _difference(key: str, entry: Any, value: Any) -> str | None:
 def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Comparison) -> None:
     """Options by name: which there are depends on versions, and on what others (a scheduler's ``initial_lr``) wrote there, so one that
     either lacks is no difference; where it was the same for all parameters of a group here, it is kept. Groups may have been divided
-    otherwise, as long as the parameters of one group here were saved with the same options."""
+    otherwise, as long as the parameters of one group here were saved with the same options. A group without parameters is known by
+    its place."""
     options_of = {fqn: group.options for group in saved for fqn in group.params}
-    for group in here:
+    matches = match_groups([group.params for group in here], [group.params for group in saved])
+    for group, match in zip(here, matches, strict=True):
         options = dict(group.options)
+        if not group.params and match is None and "schedule_step" in options:
+            options["schedule_step"] = max((decode(other.options.get("schedule_step", 0)) for other in saved), default=0)
+        if not group.params and match is not None:
+            found = {name: decode(value) for name, value in saved[match].options.items() if name != "param_names"}
+            options.update({name: _like(options.get(name), value) for name, value in found.items()})
         for name in dict.fromkeys(chain(options, *(options_of.get(fqn, {}) for fqn in group.params))):
             found = {fqn: options_of[fqn][name] for fqn in group.params if name in options_of.get(fqn, {})}
             if not found or name == "param_names":  # which is no option but what the caller called them

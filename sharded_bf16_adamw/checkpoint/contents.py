@@ -24,10 +24,20 @@ from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero import ZeRO
 from .agreement import Group, rank
 from .manifest import ParamGroup
+from .names import named_tensors, plain_name, unwrapped
+from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states
 from .rank_names import RankNames
-from .torch_state import has_fsdp1, set_sharded_model_state, set_sharded_optimizer_state, sharded_model_state, sharded_optimizer_state
+from .torch_state import (
+    has_fsdp1,
+    other_entries,
+    removed_params,
+    set_sharded_model_state,
+    set_sharded_optimizer_state,
+    sharded_model_state,
+    sharded_optimizer_state,
+)
 
-MODEL, STATE = "model.", "optimizer.state."
+STATE = "optimizer.state."
 
 
 @dataclass
@@ -48,16 +58,20 @@ class Contents:
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
     """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
     where it is collective. Keys hold the names that ``names`` gives."""
-    model_part = {MODEL + names.stored(name): value for name, value in sharded_model_state(model).items()}
-    optimizer_part = optimizer_contents(model, optimizer, names)
-    tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
-    plain = {key: value for key, value in model_part.items() if key not in tensors}
+    values: dict[str, Any] = {}
+    own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
+    for name, value in sharded_model_state(model).items():
+        values.update(parts_of(MODEL + names.stored(name), own[name] if is_wrapper(value) and name in own else value))
+    tensors = {key: value for key, value in values.items() if _is_tensor(value)}
+    plain = {key: value for key, value in values.items() if key not in tensors}
+    plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})
+    optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
     return Contents({**tensors, **optimizer_part.tensors}, {**plain, **optimizer_part.plain}, optimizer_part.groups)
 
 
-def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
-    """Return the optimizer's part of :func:`contents`."""
-    state_dict = sharded_optimizer_state(model, optimizer)
+def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False) -> Contents:
+    """Return the states and groups of the optimizer as :func:`contents` does, those of ``removed`` parameters too if asked for."""
+    state_dict = sharded_optimizer_state(model, optimizer, removed=removed)
     values: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
         values.update(_flat(f"{STATE}{names.stored(fqn)}", state))
@@ -82,18 +96,19 @@ def with_stages(found: Contents, names: RankNames) -> Contents:
 
 
 def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one."""
+    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one. The first rank's
+    groups without parameters stay in their places."""
     result: list[ParamGroup] = []
     places: list[int] = []
     seen: set[str] = set()
-    for groups in groups_of_ranks:
+    for holder, groups in enumerate(groups_of_ranks):
         for place, (params, options) in enumerate(groups):
             new = [fqn for fqn in params if fqn not in seen]
             seen.update(new)
             known = next((group for group, at in zip(result, places, strict=True) if at == place and group.options == options), None)
             if known is not None:
                 known.params.extend(new)
-            elif new:
+            elif new or (holder == 0 and not params):
                 result.append(ParamGroup(new, options))
                 places.append(place)
     return result
@@ -101,28 +116,33 @@ def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
 
 def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames) -> None:
     """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
-    if _are_live(model, optimizer, values):
-        _set_options(optimizer, values.groups)
-        return
     flat = {_with_fqn(key, names.local): value for key, value in {**values.tensors, **values.plain}.items()}
-    groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
-    set_sharded_model_state(model, _section(MODEL, flat))
-    state = _nested(_section(STATE, flat), [fqn for group in groups for fqn in group["params"]])
-    set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
-    for live, group in zip(optimizer.param_groups, values.groups, strict=True):
-        for name, value in group.options.items():
-            live.setdefault(name, value)  # of the options torch loads those that are here
+    own = _section(MODEL, flat)
+    if _are_live(model, optimizer, values):
+        set_extra_states(model, {name: value for name, value in own.items() if is_extra_state(name)})
+        _set_options(optimizer, values.groups)
+    else:
+        set_sharded_model_state(model, {name: value for name, value in own.items() if PART not in name})
+        groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
+        state = _nested(_section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))})
+        set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups}, removed=True)
+        for live, group in zip(optimizer.param_groups, values.groups, strict=True):
+            for name, value in group.options.items():
+                live.setdefault(name, value)  # of the options torch loads those that are here
+    entries: dict[Any, Any] = optimizer.state
+    entries.update(_section(ENTRY, values.plain))
 
 
 def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
     """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
-    if values.plain or has_fsdp1(model):
+    if any(key.startswith(STATE) for key in values.plain) or has_fsdp1(model):
         return False
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    of_model = {_address(value) for value in chain(model.parameters(), model.buffers())}
+    params = [param for group in optimizer.param_groups for param in group["params"]] + removed_params(model, optimizer)
+    states = [value for param in params for value in optimizer.state.get(param, {}).values()]
+    of_model = {_address(part) for tensor in chain(model.parameters(), model.buffers()) for part in parts_of("", tensor).values()}
     given = {_address(value) for key, value in values.tensors.items() if key.startswith(STATE)}
     return (
-        all(_address(value) in of_model for key, value in values.tensors.items() if key.startswith(MODEL))
+        all(_address(value) in of_model for key, value in values.tensors.items() if key.startswith(MODEL) and not is_extra_state(key))
         and given == {_address(value) for value in states}
         and len(states) == sum(key.startswith(STATE) for key in values.tensors)
     )
@@ -237,10 +257,9 @@ def _flat(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _nested(flat: dict[str, Any], fqns: list[str]) -> dict[str, Any]:
-    """Inverse of :func:`_flat` for the states of the parameters ``fqns``: names have dots too."""
+def _nested(flat: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Inverse of :func:`_flat` for the states of parameters whose names are ``known``: names have dots too."""
     result: dict[str, Any] = {}
-    known = set(fqns)
     for key, value in flat.items():
         segments = key.split(".")
         split = next(i for i in range(len(segments) - 1, 0, -1) if ".".join(segments[:i]) in known)

@@ -24,6 +24,7 @@ from .agreement import Group, by_first_rank, check_group
 from .asynchronous import wait_for_own_saves
 from .contents import MODEL, STATE
 from .folders import sync_folder
+from .odd_values import PART
 from .safetensors_io import NAMES, TensorInfo, write_folder
 from .stored import StoredCheckpoint
 
@@ -102,6 +103,12 @@ def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_sha
     infos = {}
     for key, info in stored.infos.items():
         if key.startswith(MODEL):
+            if PART in key:
+                name = key.removeprefix(MODEL).partition(PART)[0]
+                raise ValueError(
+                    f"{name} is a quantised tensor, of which the checkpoint has the parts but not the class that joins them; "
+                    "dequantise it in the model, save that and export it"
+                )
             if info.dtype not in NAMES:
                 raise ValueError(f"{key.removeprefix(MODEL)} is {info.dtype}, which safetensors files cannot hold; export without it")
             infos[key.removeprefix(MODEL)] = TensorInfo(info.shape, torch.float32) if key in corrections else info
@@ -129,16 +136,23 @@ def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_sha
 
 
 def _corrections(stored: StoredCheckpoint) -> dict[str, str | None]:
-    """For each bfloat16 tensor of the model the key of its correction, or None where it has none: it was never updated.
-
-    Tied parameters have one state, under the first of their names, but each name has a copy of the weight on disk. They are known by that:
-    a weight without a state whose bits are all those of one with a state. A constant (all ones, all zeros) proves nothing.
-    """
+    """For each bfloat16 tensor of the model the key of its correction, or None where it has none: it was never updated."""
     own = {}
     for key, info in stored.infos.items():
         if key.startswith(MODEL) and info.dtype == torch.bfloat16:
             correction = f"{STATE}{key.removeprefix(MODEL)}.correction"
             own[key] = correction if correction in stored.infos else None
+    if stored.manifest.ties is None:
+        return _with_guessed_ties(stored, own)
+    for names in stored.manifest.ties:  # which have one state, under one of them
+        shared = next((own[MODEL + name] for name in names if own.get(MODEL + name) is not None), None)
+        own.update({MODEL + name: shared for name in names if MODEL + name in own})
+    return own
+
+
+def _with_guessed_ties(stored: StoredCheckpoint, own: dict[str, str | None]) -> dict[str, str | None]:
+    """A save before ties were recorded: take a weight without a state for tied to one with a state if all their bits are the same.
+    A constant (all ones, all zeros) proves nothing."""
     for key in [key for key, correction in own.items() if correction is None]:
         candidates = [other for other in own if own[other] is not None and stored.infos[other].shape == stored.infos[key].shape]
         if candidates:

@@ -17,12 +17,14 @@ from .agreement import Group, check_group, errors_on_every_rank, gather_on_rank_
 from .blocks import local_blocks
 from .contents import STATE, Contents, merged, optimizer_contents
 from .divergence import one_of_each
+from .groups import match_groups
 from .manifest import ParamGroup
 from .plain import as_tensor
 from .rank_names import RankNames
 from .torch_state import (
     check_model_and_optimizer,
     has_fsdp1,
+    init_frozen_states,
     init_state,
     new_states_only_if_it_succeeds,
     set_sharded_optimizer_state,
@@ -50,6 +52,7 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
             "param_groups": [{"params": ["layer.weight", "layer.bias"], "lr": 0.001, "betas": (0.9, 0.999), ...}],
         }
 
+    The states of parameters that are in no group are left out, and so are entries of ``optimizer.state`` that are no parameter's.
     This is what ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns with ``StateDictOptions(full_state_dict=True,
     cpu_offload=True)``, and its ``set_optimizer_state_dict`` takes it. Parameters that never had a gradient have no state here.
 
@@ -125,6 +128,7 @@ def scatter_full_state_dict(
     with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank(cannot, group):
             init_state(optimizer)
+            init_frozen_states(model, optimizer, map(names.local, stored), map(names.local, stored))
             found = optimizer_contents(model, optimizer, names)
         tensors, tables = _gathered_tables(cannot, found, group)
         groups_of_ranks = gather_on_rank_0([params for params, _ in found.groups], group)
@@ -142,7 +146,8 @@ def scatter_full_state_dict(
     for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    options_of = [_matching(params, given) for params, _ in found.groups]
+    matches = match_groups([params for params, _ in found.groups], [group["params"] for group in given])
+    options_of = [_options(own if match is None else given[match]) for (_, own), match in zip(found.groups, matches, strict=True)]
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
         if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
@@ -216,10 +221,10 @@ def _differences(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]
     problems += [
         f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
     ]
-    theirs = [set(group["params"]) for group in full["param_groups"]]
     for groups in groups_of_ranks:
-        for index, params in enumerate(groups):
-            if not any(set(params) <= given for given in theirs):
+        matches = match_groups(groups, [group["params"] for group in full["param_groups"]])
+        for index, (params, match) in enumerate(zip(groups, matches, strict=True)):
+            if params and match is None:
                 problems.append(f"no group there has all parameters of group {index} here")
     return list(dict.fromkeys(problems))
 
@@ -237,10 +242,9 @@ def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in options.items()}
 
 
-def _matching(params: list[str], given: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a copy of the options of the one of ``given`` that has all of ``params``."""
-    found = next(other for other in given if set(params) <= set(other["params"]))
-    return {key: value for key, value in _plain_options(found).items() if key not in ("params", "param_names")}
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group's options, without its parameters."""
+    return {key: value for key, value in _plain_options(group).items() if key not in ("params", "param_names")}
 
 
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:

@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.reference import lowbias32, stochastic_round
 from ..optimizer import AdamW_BF16
-from .agreement import by_first_rank, errors_on_every_rank
+from .agreement import by_first_rank, check_group, errors_on_every_rank, known_elsewhere
 from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
-from .names import plain_name, unwrapped
+from .groups import match_groups
+from .odd_values import is_wrapper
 from .plain import as_tensor
+from .rank_names import RankNames
 from .saving import save
 from .sources import Source, open_optimizer_state, open_weights
+from .ties import same_bits, ties_of
 from .torch_state import (
+    check_model_and_optimizer,
     has_fsdp1,
+    init_frozen_states,
     init_state,
     new_states_only_if_it_succeeds,
     set_sharded_model_state,
@@ -52,9 +58,11 @@ def import_fp32(
     optimizer: AdamW_BF16,
     optimizer_state: _Path | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Replace the weights of a model, and the states of its optimizer, by those of a training in another precision. Collective: every
-    rank calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
+    rank of ``group`` calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, what is then missing (see
     :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound). Moments are rounded stochastically, with bits that depend on the values
@@ -62,7 +70,8 @@ def import_fp32(
 
     Args:
         source: a safetensors file, a folder of them with an index (the Hugging Face layout), a torch file, or a state dict; floating
-            dtypes are converted. It has every tensor of the model's state dict by name (one of several tied ones will do), and no other.
+            dtypes are converted. It has every tensor of the model's state dict by name (one of several tied ones will do), and no other
+            than other ranks have (pipeline stages, experts).
         model: the module, wrapped or not, with its optimizer built.
         optimizer: the optimizer of its parameters.
         optimizer_state: of a ``torch.optim.AdamW`` in any floating dtype: a torch file or a dict, keyed by integers (then in the order of
@@ -70,30 +79,54 @@ def import_fp32(
             lr, betas, eps, weight_decay and maximize are taken over; an optimizer with a schedule keeps that and continues it at the
             state's step. None: moments and steps start at zero, hyper-parameters stay.
         progress: called with the number of bytes whenever a tensor was filled.
+        group: the ranks that hold the model, where several models share a job; None for all ranks.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape, or a file is damaged or of another kind. Nothing is changed.
+        ValueError: a tensor is missing, unexpected or of another shape, names that are tied here have different values, or a file is
+            damaged or of another kind. Nothing is changed.
         RuntimeError: a rank cannot find or read a file, and nothing is changed; or it could not in the midst of reading, and the model is
             then part old, part new, as the message says.
     """
-    with errors_on_every_rank("cannot import"):  # before anything collective: a rank that fails here must not leave the others in it
+    check_group(group)
+    with errors_on_every_rank("cannot import", group):
+        check_model_and_optimizer("import_fp32(source, model, optimizer)", model, optimizer)
+        if not isinstance(optimizer, AdamW_BF16):
+            raise ValueError(f"optimizer must be an AdamW_BF16, but it is of type {type(optimizer).__name__}; build one")
         weights = open_weights(source)
         opened = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+        rank_names = RankNames(model, optimizer)
+    rank_names.number_experts()
     with new_states_only_if_it_succeeds(optimizer):
-        init_state(optimizer)
-        optimizer_part, model_part = sharded_optimizer_state(model, optimizer), sharded_model_state(model)
-        with errors_on_every_rank("cannot import"):
-            names = _names_in_source(weights, model, model_part)
-            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"])
+        with errors_on_every_rank("cannot import", group):
+            init_state(optimizer)
+            optimizer_part = sharded_optimizer_state(model, optimizer)
+            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"], rank_names)
+            ties = ties_of(model, rank_names)
+            known = {rank_names.stored(name) for group_ in optimizer_part["param_groups"] for name in group_["params"]}
+            imported = None if imported is None else _with_ties(imported, ties, weights.ties, known)
+        with errors_on_every_rank("cannot import", group):
+            if imported is not None and not imported["state"].keys() <= set(map(rank_names.stored, optimizer_part["state"])):
+                with_state = list(map(rank_names.local, imported["state"]))
+                init_frozen_states(model, optimizer, with_state, with_state)
+                optimizer_part = sharded_optimizer_state(model, optimizer)
+            model_part = sharded_model_state(model)
+            stored_weights = {rank_names.stored(name): tensor for name, tensor in model_part.items()}
+            stored_states = {rank_names.stored(name): state for name, state in optimizer_part["state"].items()}
+        unknown = known_elsewhere(set(weights.infos) - stored_weights.keys(), group)
+        unknown_states = known_elsewhere(set(() if imported is None else imported["state"]) - stored_states.keys(), group)
+        with errors_on_every_rank("cannot import", group):
+            names = _names_in_source(weights, ties, stored_weights, unknown)
             if imported is not None:
-                _check_states(imported["state"], optimizer_part["state"])
-                groups = [_group_of(group, imported["param_groups"]) for group in optimizer_part["param_groups"]]
-    with errors_on_every_rank("cannot import, and the model is now part old, part new"):
-        for key, tensor in model_part.items():
+                imported["state"] = {name: state for name, state in imported["state"].items() if name not in unknown_states}
+                _check_states(imported["state"], stored_states)
+                own_groups = [_stored_group(shown, rank_names) for shown in optimizer_part["param_groups"]]
+                groups = _matching_groups(own_groups, imported["param_groups"])
+    with errors_on_every_rank("cannot import, and the model is now part old, part new", group):
+        for key, tensor in stored_weights.items():
             if isinstance(tensor, Tensor):
                 _fill_weight(tensor, weights, names[key])
                 _report(progress, tensor)
-        for fqn, state in optimizer_part["state"].items():
+        for fqn, state in stored_states.items():
             for kind, tensor in state.items():
                 if kind == "correction":
                     _fill_correction(tensor, weights, names[fqn])
@@ -101,8 +134,8 @@ def import_fp32(
                     _fill_state(tensor, None if imported is None else imported["state"].get(fqn, {}).get(kind))
                 _report(progress, tensor)
         if imported is not None:
-            for live, shown, group in zip(optimizer.param_groups, optimizer_part["param_groups"], groups, strict=True):
-                _set_hyperparameters(live, group, _steps(imported["state"], shown["params"]))
+            for live, shown, own, matching in zip(optimizer.param_groups, optimizer_part["param_groups"], own_groups, groups, strict=True):
+                _set_hyperparameters(live, matching, _steps(imported["state"], own["params"] or [*imported["state"]]))
                 shown.update({key: value for key, value in live.items() if key not in ("params", "param_names")})
     if has_fsdp1(model):
         set_sharded_model_state(model, model_part)
@@ -164,6 +197,8 @@ def _convert(
     fp32, buffers = _checked_patterns("fp32", fp32, weights), _checked_patterns("buffers", buffers, weights)
     state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
     model = nn.Module()
+    made: dict[str, nn.Parameter] = {}
+    first_of = {name: tied[0] for tied in weights.ties for name in tied}
     for name, info in weights.infos.items():
         holder = model
         *parents, leaf = name.split(".")
@@ -175,7 +210,11 @@ def _convert(
             holder.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype, device="cpu"))
         else:
             dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
-            holder.register_parameter(leaf, nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu")))
+            param = made.get(first_of.get(name, name))  # of a name that is tied to this one
+            if param is None or param.dtype != dtype:
+                param = nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu"))
+            made.setdefault(first_of.get(name, name), param)
+            holder.register_parameter(leaf, param)
     optimizer = AdamW_BF16(_like_groups(model, state), **{"lr": 1e-3, **hyperparameters})
     import_fp32(source, model, optimizer, state, progress)
     step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
@@ -225,16 +264,23 @@ def _report(progress: Progress | None, tensor: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- names and checks
 
 
-def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, Any]) -> dict[str, str]:
-    """By the model's names those in the source, which differ for tied parameters alone. Raises ValueError where they do not fit."""
-    tied: dict[int, list[str]] = {}
-    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
-        tied.setdefault(id(param), []).append(plain_name(model, name))
+def _names_in_source(weights: Source, ties: list[list[str]], model_part: dict[str, Any], elsewhere: set[str]) -> dict[str, str]:
+    """Map each of the model's names to its name in the source; they differ only for tied parameters.
+
+    Raises:
+        ValueError: they do not fit. ``elsewhere`` are names that only other ranks have.
+    """
     names = {name: name for name in model_part}
-    for group in tied.values():
-        present = [name for name in group if name in weights.infos]
-        names.update({name: present[0] for name in group if present and name not in weights.infos})
     problems = []
+    for tied in ties:
+        own = [name for name in tied if name in model_part]
+        present = [name for name in own if name in weights.infos]
+        names.update({name: present[0] for name in own if present})
+        problems += [
+            f"{present[0]} and {other} are one tensor here but differ there"
+            for other in present[1:]
+            if not _same_block(weights, present[0], other, model_part[own[0]])
+        ]
     for name, tensor in model_part.items():
         info = weights.infos.get(names[name])
         if not isinstance(tensor, Tensor):
@@ -243,14 +289,56 @@ def _names_in_source(weights: Source, model: nn.Module, model_part: dict[str, An
             problems.append(f"it has no {name}")
         elif info.shape != tuple(tensor.shape):
             problems.append(f"{name} has shape {info.shape} there but {tuple(tensor.shape)} here")
+        elif is_wrapper(tensor):
+            problems.append(f"{name} is a {type(tensor).__name__} here, into which nothing can be imported; quantise it afterwards")
         elif info.dtype != tensor.dtype and not (info.dtype.is_floating_point and tensor.dtype.is_floating_point):
             problems.append(f"{name} is {info.dtype} there but {tensor.dtype} here")
-    problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part]
+    problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part and name not in elsewhere]
     _raise("the weights to import are of another model", problems)
     return names
 
 
-def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Any]:
+def _same_block(weights: Source, first: str, other: str, tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor is the same under two names."""
+    fits = weights.infos[first].shape == tuple(tensor.shape)  # else that is what is wrong
+    return weights.infos[first] == weights.infos[other] and all(
+        not fits or same_bits(weights.read(first, block), weights.read(other, block)) for block, _ in local_blocks(tensor)
+    )
+
+
+def _with_ties(state_dict: dict[str, Any], here: list[list[str]], there: list[list[str]], known: set[str]) -> dict[str, Any]:
+    """File the states of tied parameters under the names that the model, whose parameters are ``known``, has them by.
+
+    Raises:
+        ValueError: names that are one tensor here have different states.
+    """
+    states: dict[str, Any] = dict(state_dict["state"])
+    groups = [set(group["params"]) for group in state_dict["param_groups"]]
+    for tied in there:  # one state for all of them
+        holder = next((name for name in tied if name in states), None)
+        for name in known.intersection(tied):
+            if holder is None:
+                break
+            states.setdefault(name, states[holder])
+            for group in groups:
+                group.update([name] if holder in group else [])
+    for first, *others in here:
+        for name in [name for name in others if name in states]:
+            state = states.pop(name)
+            if not _same_state(states.setdefault(first, state), state):
+                raise ValueError(f"{first} and {name} are one tensor here but have different states in the one to import")
+            for group in groups:
+                group.update([first] if name in group else [])
+                group.discard(name)
+    renamed = [{**group, "params": sorted(names)} for group, names in zip(state_dict["param_groups"], groups, strict=True)]
+    return {"state": states, "param_groups": renamed}
+
+
+def _same_state(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a is b or all(same_bits(as_tensor(a[key]), as_tensor(b[key])) for key in ("step", *MOMENTS) if key in a and key in b)
+
+
+def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]], rank_names: RankNames) -> dict[str, Any]:
     """An optimizer's state dict keyed by parameter names, from one keyed by integers or by names."""
     if all(isinstance(key, str) for key in state_dict["state"]) and state_dict["state"]:
         return state_dict
@@ -260,12 +348,18 @@ def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]]) -> dict[str,
             f"the optimizer state to import has groups of {[len(params) for params in theirs]} parameters but this optimizer has "
             f"{[len(group['params']) for group in own]}; build it with the same groups, or export the state keyed by parameter names"
         )
+    own = [_stored_group(group, rank_names) for group in own]
     name_of = {key: name for keys, group in zip(theirs, own, strict=True) for key, name in zip(keys, group["params"], strict=True)}
     unknown = [key for key in state_dict["state"] if key not in name_of]
     if unknown:
         raise ValueError(f"the optimizer state to import has a state of {unknown[0]}, which is in none of its groups")
     groups = [{**group, "params": [name_of[key] for key in group["params"]]} for group in state_dict["param_groups"]]
     return {"state": {name_of[key]: values for key, values in state_dict["state"].items()}, "param_groups": groups}
+
+
+def _stored_group(group: dict[str, Any], rank_names: RankNames) -> dict[str, Any]:
+    """Return a group with the names that its parameters have in files."""
+    return {**group, "params": list(map(rank_names.stored, group["params"]))}
 
 
 def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
@@ -287,11 +381,14 @@ def _raise(what: str, problems: list[str]) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were")
 
 
-def _group_of(group: dict[str, Any], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    for other in theirs:
-        if set(group["params"]) <= set(other["params"]):
-            return other
-    raise ValueError(f"no group of the optimizer state to import has all of {', '.join(group['params'][:3])}...; build the same groups")
+def _matching_groups(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each own group the imported one that it takes its hyper-parameters from."""
+    matches = match_groups([group["params"] for group in own], [group["params"] for group in theirs])
+    for group, match in zip(own, matches, strict=True):
+        if group["params"] and match is None:
+            names = ", ".join(group["params"][:3])
+            raise ValueError(f"no group of the optimizer state to import has all of {names}...; build the same groups")
+    return [{} if match is None else theirs[match] for match in matches]
 
 
 def _steps(state: dict[str, Any], names: list[str]) -> int:
@@ -327,4 +424,4 @@ def _like_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[st
         return [{"params": [next(remaining) for _ in range(size)]} for size in sizes]
     groups = [{"params": [named.pop(name) for name in group["params"] if name in named]} for group in state["param_groups"]]
     groups[0]["params"] += named.values()
-    return [group for group in groups if group["params"]]
+    return groups

@@ -14,13 +14,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .agreement import Group, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
 from .asynchronous import wait_for_own_saves
-from .comparing import compare, keys_elsewhere, restored
+from .comparing import compare, keys_elsewhere, params_with_state, restored
 from .contents import MODEL, contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
+from .odd_values import adopt_saved
 from .rank_names import RankNames
 from .storage import METADATA, PlainReader, read_metadata
-from .torch_state import check_model_and_optimizer, init_state, new_states_only_if_it_succeeds
+from .ties import align_ties
+from .torch_state import check_model_and_optimizer, init_frozen_states, init_state, new_states_only_if_it_succeeds
 
 
 class Loaded(dict[str, Any]):
@@ -117,14 +119,19 @@ def load(
             names = RankNames(model, optimizer)
         names.number_experts()
         with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
-            names.add_stage_as_in(
-                key.removeprefix(MODEL) for key in [*metadata.state_dict_metadata, *manifest.values] if key.startswith(MODEL)
-            )
+            keys = [*metadata.state_dict_metadata, *manifest.values]
+            names.add_stage_as_in(key.removeprefix(MODEL) for key in keys if key.startswith(MODEL))
+        tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
+        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
+            saved_in_groups = [names.local(fqn) for group_ in manifest.groups for fqn in group_.params]
+            init_frozen_states(model, optimizer, map(names.local, params_with_state(metadata, manifest)), saved_in_groups)
             here = contents(model, optimizer, names)
+            adopt_saved(here.tensors, here.plain, metadata, manifest)
         elsewhere = keys_elsewhere(metadata, manifest, here, group)
         with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             comparison = compare(metadata, manifest, here, elsewhere)
+            comparison.differences[:0] = tied_otherwise
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))
         random = {key: value for key, value in rng_contents(group, every_device=True).items() if key in metadata.state_dict_metadata}

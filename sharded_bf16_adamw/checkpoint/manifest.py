@@ -49,6 +49,7 @@ class Manifest:
         values: what else of the model and optimizer is no tensor, by key, encoded likewise.
         extra: the caller's data.
         files: of every file but the manifest.
+        ties: the names that are one tensor of the model, the one with the optimizer's state first; None where an older version saved.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Manifest:
     values: dict[str, Any]
     extra: dict[str, Any]
     files: dict[str, FileRecord] = field(default_factory=dict)
+    ties: list[list[str]] | None = None
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -107,10 +109,16 @@ class Manifest:
 
     def _is_well_formed(self) -> bool:
         numbers = [self.step, self.serial, self.world_size, *(record.bytes for record in self.files.values())]
-        texts = [self.strategy, *(record.crc32 for record in self.files.values()), *chain(*(group.params for group in self.groups))]
+        lists = [self.ties or [], *(self.ties or [])]
+        texts = [
+            *chain(*(self.ties or [])),
+            self.strategy,
+            *(record.crc32 for record in self.files.values()),
+            *chain(*(group.params for group in self.groups)),
+        ]
         mappings = [self.versions, self.values, self.extra, *(group.options for group in self.groups)]
         return all(
-            isinstance(part, kind) for kind, parts in ((int, numbers), (str, texts), (dict, mappings)) for part in parts
+            isinstance(part, kind) for kind, parts in ((int, numbers), (list, lists), (str, texts), (dict, mappings)) for part in parts
         )  # fmt: skip
 
 

@@ -70,6 +70,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def flat_params(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each flat parameter of FSDP1, after what the names within it are prefixed by."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            yield f"{prefix}." if prefix else "", module._handle.flat_param
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module without the outermost wrappers of Lightning Fabric, of activation checkpointing and of compilation.
 

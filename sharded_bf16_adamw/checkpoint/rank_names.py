@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..sharding.model_parallel import ModelParallel
-from .names import plain_name
+from .names import named_tensors, plain_name, unwrapped
 
 
 class RankNames:
@@ -38,7 +38,8 @@ class RankNames:
         self._parallel: ModelParallel = parallel if isinstance(parallel, ModelParallel) else ModelParallel()
         self._prefixes, self._exact = _find_experts(model, self._parallel)
         self._of_stage: set[str] = set()
-        self._local: dict[str, str] = {}
+        self._fqns = [plain_name(model, name) for name, _ in named_tensors(unwrapped(model))]
+        self._local: dict[str, str] | None = None
         group = self._parallel.ep_group
         self._ep_rank = 0 if group is None else dist.get_rank(group)
         self._offsets = dict.fromkeys(self._prefixes, 0)
@@ -46,6 +47,7 @@ class RankNames:
     def number_experts(self) -> None:
         """Learn how many experts the ranks before this one have. Collective over the expert group, if there is one."""
         group = self._parallel.ep_group
+        self._local = None
         if group is not None:
             counts: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(counts, self._prefixes, group=group)
@@ -66,12 +68,12 @@ class RankNames:
 
     def stored(self, fqn: str) -> str:
         """Return the name in a checkpoint of this rank's ``fqn``."""
-        name = self.of_stage(self._of_expert(fqn))
-        self._local[name] = fqn
-        return name
+        return self.of_stage(self._of_expert(fqn))
 
     def local(self, name: str) -> str:
-        """Inverse of :meth:`stored`, of names that it has given."""
+        """Inverse of :meth:`stored`, of names of parameters and buffers; others stay."""
+        if self._local is None:
+            self._local = {self.stored(fqn): fqn for fqn in self._fqns}
         return self._local.get(name, name)
 
     def of_stage(self, name: str) -> str:
@@ -81,6 +83,7 @@ class RankNames:
     def add_stage(self, names: Iterable[str]) -> None:
         """Let these names (of a checkpoint) stand for tensors of this rank's stage alone."""
         self._of_stage.update(names)
+        self._local = None
 
     def add_stage_as_in(self, stored: Iterable[str]) -> None:
         """Name tensors by their stage where a checkpoint, whose names are ``stored``, does."""

@@ -38,6 +38,7 @@ from .publishing import UNPUBLISHED, abandoned_on_error, begin, check_arrived, c
 from .rank_names import RankNames
 from .staging import Staged
 from .storage import ChecksummedWriter
+from .ties import merged_ties, ties_of
 from .torch_state import check_model_and_optimizer
 
 
@@ -117,13 +118,15 @@ def save(
         with errors_on_every_rank(cannot, group):
             found = one_of_each(found, names, group, on_divergence)
             own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
+            ties = ties_of(model, names)
             own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-        of_each = gather_on_rank_0((own_groups, own_values), group)
+        of_each = gather_on_rank_0((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
-            groups = merged([groups for groups, _ in of_each])
-            values = {key: value for _, values in reversed(of_each) for key, value in values.items()}
+            groups = merged([groups for groups, _, _ in of_each])
+            values = {key: value for _, values, _ in reversed(of_each) for key, value in values.items()}
             manifest = Manifest(step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra)
+            manifest.ties = merged_ties([ties for _, _, ties in of_each])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         planner, plan, metadata = _plan({**found.tensors, **rng_contents(group)}, writer, final, group)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .blocks import Block
+from .odd_values import is_wrapper
 from .safetensors_io import TensorInfo, find_safetensors
 
 TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -21,9 +22,15 @@ _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
 
 
 class Source(Protocol):
-    """Tensors by name, read when asked for."""
+    """Tensors by name, read when asked for.
+
+    Attributes:
+        infos: the shape and dtype of each.
+        ties: names that are one tensor, as far as the source says so.
+    """
 
     infos: dict[str, TensorInfo]
+    ties: list[list[str]]
 
     def read(self, name: str, block: Block) -> Tensor:
         """A block of a tensor, in CPU memory."""
@@ -33,6 +40,7 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._files = find_safetensors(path)
         self.infos = {name: file.infos[name] for name, file in self._files.items()}
+        self.ties: list[list[str]] = []  # a file holds each name once, and its writer left out the others or copied
 
     def read(self, name: str, block: Block) -> Tensor:
         return self._files[name].read(name, *block)
@@ -42,6 +50,12 @@ class _Tensors:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        classes: dict[Any, list[str]] = {}
+        for name, tensor in tensors.items():
+            if tensor.numel() and tensor.layout == torch.strided and not tensor.is_meta and not is_wrapper(tensor):
+                place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                classes.setdefault(place, []).append(name)
+        self.ties = [names for names in classes.values() if len(names) > 1]
 
     def read(self, name: str, block: Block) -> Tensor:
         return block.of(self._tensors[name].detach()).cpu()

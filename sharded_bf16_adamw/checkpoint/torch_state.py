@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
@@ -18,21 +19,39 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     StateDictType,
 )
+from torch.nn.parameter import is_lazy
 
-from .names import named_tensors, plain_name, state_dict_key, unwrapped
+from ..state import numbered_states_only
+from .names import flat_params, named_tensors, plain_name, state_dict_key, unwrapped
+from .odd_values import is_wrapper
 
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
 
 
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
-    """Raise ValueError unless they are; ``call`` shows the order of arguments."""
+    """Raise ValueError unless they are, belong together and have values; ``call`` shows the order of arguments.
+
+    Not collective: call it within ``errors_on_every_rank`` before anything collective, or the other ranks wait in that.
+    """
     for name, value, kind, what in (
         ("model", model, nn.Module, "a torch.nn.Module"),
         ("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer"),
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be {what}, but it is of type {type(value).__name__}; the order of arguments is {call}")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves plain parameters in the place of those that the optimizer knows
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise ValueError(f"{plain_name(model, name)} has no shape yet; run one forward pass first")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{plain_name(model, name)} is on the meta device and has no values; "
+                "call model.to_empty(device=...) and initialise it first"
+            )
+    _check_every_parameter_has_a_name(model, optimizer)
 
 
 def has_fsdp1(model: nn.Module) -> bool:
@@ -48,60 +67,104 @@ def sharded_model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Inverse of :func:`sharded_model_state`, where its tensors are copies."""
+    """Inverse of :func:`sharded_model_state`, where its tensors are copies. Tensors made of others may be missing."""
     model = unwrapped(model)
     with _sharded_by_fsdp1(model):
-        model.load_state_dict({state_dict_key(model, name): value for name, value in state.items()})
+        result = model.load_state_dict({state_dict_key(model, name): value for name, value in state.items()}, strict=False)
+    own = {plain_name(model, name): tensor for name, tensor in named_tensors(model)}
+    missing = [key for key in result.missing_keys if not is_wrapper(own.get(plain_name(model, key)))]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
-def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool = False) -> dict[str, Any]:
     """``{"state": {"layer.weight": {"step": ..., "exp_avg": ...}}, "param_groups": [{"params": ["layer.weight"], "lr": ...}]}``: the live
     tensors, except under FSDP1, where it is collective. An optimizer that has no state yet gets it.
 
-    Raises:
-        ValueError: the optimizer has a parameter that is none of the model's.
+    Args:
+        removed: include the states of the model's parameters that were taken out of their groups, which freezes them: their
+            correction is still part of their weight.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation leaves plain parameters in the place of those that the optimizer knows
-    _check_every_parameter_has_a_name(model, optimizer)
-    if not optimizer.state:
-        init_state(optimizer)
-    _put_in_one_order(optimizer)
+    init_state(optimizer, only_if_it_has_none=True)
     model = unwrapped(model)
-    state_dict = optimizer.state_dict()
-    if has_fsdp1(model):
-        with _sharded_by_fsdp1(model):
-            state_dict = FullyShardedDataParallel.optim_state_dict(model, optimizer, state_dict, group=_fsdp1_group(model))
-        return _renamed(state_dict, lambda name: plain_name(model, name))
-    return _renamed(state_dict, _names_of_params(model, optimizer).__getitem__)
+    with _named_states_only(model, optimizer, removed) as groups:
+        _put_in_one_order(optimizer)
+        state_dict = optimizer.state_dict()
+        if has_fsdp1(model):
+            with _sharded_by_fsdp1(model):
+                state_dict = FullyShardedDataParallel.optim_state_dict(model, optimizer, state_dict, group=_fsdp1_group(model))
+            result = _renamed(state_dict, lambda name: plain_name(model, name))
+        else:
+            result = _renamed(state_dict, _names_of_params(model, optimizer).__getitem__)
+    result["param_groups"] = result["param_groups"][:groups]
+    return result
 
 
-def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], removed: bool = False) -> None:
     """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies."""
     model = unwrapped(model)
-    _put_in_one_order(optimizer)
-    if has_fsdp1(model):
-        state_dict = _renamed(state, lambda name: state_dict_key(model, name))
-        with _sharded_by_fsdp1(model):
-            state_dict = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state_dict, group=_fsdp1_group(model))
-    else:
-        state_dict = _renamed(state, {name: index for index, name in enumerate(_names_of_params(model, optimizer))}.__getitem__)
-    optimizer.load_state_dict(state_dict)
-    _put_in_one_order(optimizer)
+    with _named_states_only(model, optimizer, removed) as groups:
+        _put_in_one_order(optimizer)
+        names = [] if has_fsdp1(model) else _names_of_params(model, optimizer)
+        for group in optimizer.param_groups[groups:]:
+            in_groups = {name for group in state["param_groups"] for name in group["params"]}
+            params = [name for name in names or state["state"] if name not in in_groups]
+            state = {**state, "param_groups": [*state["param_groups"], {**group, "params": params}]}
+        if has_fsdp1(model):
+            state_dict = _renamed(state, lambda name: state_dict_key(model, name))
+            with _sharded_by_fsdp1(model):
+                state_dict = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state_dict, group=_fsdp1_group(model))
+        else:
+            state_dict = _renamed(state, {name: index for index, name in enumerate(names)}.__getitem__)
+        optimizer.load_state_dict(state_dict)
+        _put_in_one_order(optimizer)
 
 
-def init_state(optimizer: torch.optim.Optimizer) -> None:
+def other_entries(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """What ``optimizer.state`` holds that belongs to no parameter; torch's optimizers keep such entries too."""
+    return {key: entry for key, entry in optimizer.state.items() if not isinstance(key, Tensor)}
+
+
+def init_state(optimizer: torch.optim.Optimizer, only_if_it_has_none: bool = False) -> None:
     """Let ours make its state at step 0; for others torch takes a step with zero gradients, which counts."""
+    has_some = any(isinstance(key, Tensor) for key in optimizer.state)
     make = getattr(optimizer, "init_state", None)
-    if make is not None:
+    if make is None and not has_some:
+        entries = other_entries(optimizer)
+        optimizer.state.clear()  # with anything in it, torch takes it for initialized
+        _init_optim_state(optimizer)
+        optimizer.state.update(entries)
+    elif make is not None and not (only_if_it_has_none and has_some):
         make()
+
+
+def init_frozen_states(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Iterable[str], saved_in_groups: Iterable[str]) -> None:
+    """Let our optimizer make the states that are to be loaded for parameters that are frozen.
+
+    A frozen parameter's correction is part of its weight, and its moments are needed where training thaws it later.
+
+    Args:
+        saved: the names of parameters of which a state is to be loaded.
+        saved_in_groups: the names of those that were in a group. A parameter that is in no group has a state only if it was in
+            none when it was saved too: elsewhere it would cost memory that nobody asked for.
+    """
+    make = getattr(optimizer, "init_state", None)
+    if make is None:
+        return
+    saved, saved_in_groups = set(saved), set(saved_in_groups)
+    in_groups = {param for group in optimizer.param_groups for param in group["params"]}
+    names: dict[Any, list[str]] = {}
+    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(plain_name(model, name))
+    for dot, flat_param in flat_params(unwrapped(model)):
+        if flat_param in names:
+            names[flat_param] = [plain_name(model, dot + name) for name in flat_param._fqns]
+    make(param for param, own in names.items() if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own)))
 
 
 @contextmanager
 def new_states_only_if_it_succeeds(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Where the body fails, forget the states that it made: filling states needs states, and a call that fails changes nothing."""
-    had_state = {param for param, state in optimizer.state.items() if state}
+    had_state = {key for key, state in optimizer.state.items() if state or not isinstance(key, Tensor)}
     try:
         yield
     except BaseException:
@@ -143,9 +206,9 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
 
 
 def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if has_fsdp1(model):
-        return  # which can hide its parameters between a forward pass and its backward pass
     known = set(model.parameters())
+    for _, flat_param in flat_params(model):  # between a forward pass and its backward pass some are hidden
+        known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     foreign = [(index, param) for index, param in enumerate(params) if param not in known]
     if foreign:
@@ -157,13 +220,45 @@ def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.O
         )
 
 
+@contextmanager
+def _named_states_only(model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool) -> Iterator[int]:
+    """Keep from torch's code what it has no name for: states of tensors in no group, and entries of no parameter.
+
+    With ``removed``, those of the model's own parameters stand in one more group meanwhile, the last.
+
+    Yields:
+        The number of groups without that one.
+    """
+    groups = len(optimizer.param_groups)
+    entries = other_entries(optimizer)
+    for key in entries:
+        del optimizer.state[key]
+    params = removed_params(model, optimizer) if removed else []
+    if params:
+        optimizer.param_groups.append({**optimizer.param_groups[0], "params": params})
+    try:
+        with numbered_states_only(optimizer):
+            yield groups
+    finally:
+        del optimizer.param_groups[groups:]
+        optimizer.state.update(entries)
+
+
+def removed_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The model's parameters that have a state but are in no group."""
+    in_groups = {param for group in optimizer.param_groups for param in group["params"]}
+    return [param for param in model.parameters() if param not in in_groups and optimizer.state.get(param)]
+
+
 def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
     """Sort the states of each parameter as an optimizer makes them.
 
     torch's FSDP1 code gathers them one after the other in the order of each rank's own dict, and builds those dicts in the order of a
     set, which differs between ranks: one moment would end up in the place of another.
     """
-    for state in optimizer.state.values():
+    for key, state in optimizer.state.items():
+        if not isinstance(key, Tensor):
+            continue
         ordered = sorted(state.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), str(item[0])))
         state.clear()
         state.update(ordered)

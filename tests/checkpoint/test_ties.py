@@ -1,0 +1,350 @@
+"""Weights that are tied when they are saved and untied when they are loaded, and the reverse, in every layout."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import (
+    AdamW_BF16,
+    ZeRO,
+    convert_fp32,
+    export_fp32,
+    gather_full_state_dict,
+    import_fp32,
+    load,
+    save,
+    scatter_full_state_dict,
+)
+from sharded_bf16_adamw.checkpoint.manifest import read_manifest
+from sharded_bf16_adamw.checkpoint.ties import ties_of
+
+from .trainings import read_folder
+
+NAMES = ("emb.weight", "head.weight", "more.weight")
+
+
+class LM(nn.Module):
+    """Three matrices of one shape; those in ``tied`` are one parameter."""
+
+    def __init__(self, tied: tuple[int, ...] = (), seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.emb, self.head, self.more = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+        layers = (self.emb, self.head, self.more)
+        for index in tied[1:]:
+            layers[index].weight = layers[tied[0]].weight
+        self.bfloat16()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.emb(tokens)
+        return self.head(hidden) + self.more(torch.tanh(hidden))
+
+
+def build(tied: tuple[int, ...], seed: int = 0, frozen: tuple[int, ...] = ()) -> tuple[LM, AdamW_BF16]:
+    model = LM(tied, seed)
+    for index in frozen:
+        (model.emb, model.head, model.more)[index].weight.requires_grad_(False)
+    return model, AdamW_BF16(model.parameters(), lr=1e-2)
+
+
+def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int = 4) -> None:
+    for step in range(steps):
+        tokens = torch.randint(0, 16, (4, 5), generator=torch.Generator().manual_seed(step))
+        model(tokens).float().square().mean().backward()
+        optimizer.step(zero_grad=True)
+
+
+def values_of(model: LM, optimizer: AdamW_BF16) -> dict[str, list[Tensor]]:
+    """By each name its weight and state."""
+    weights = dict(zip(NAMES, (model.emb.weight, model.head.weight, model.more.weight), strict=True))
+    return {name: [p.detach().clone(), *(v.clone() for v in optimizer.state.get(p, {}).values())] for name, p in weights.items()}
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+TIES = [(), (0, 1), (0, 2), (1, 2), (0, 1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("saved", TIES)
+def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tmp_path):
+    """Between all ways of tying: a name that is tied in the checkpoint has the shared weight and state, bit for bit."""
+    model, optimizer = build(saved)
+    take_steps(model, optimizer)
+    path = save(tmp_path, 4, model, optimizer)
+    expected = values_of(model, optimizer)
+    for here in TIES:
+        other, other_optimizer = build(here, seed=1)
+        before = values_of(other, other_optimizer)
+        if set(here) <= set(saved) or not here:
+            load(path, other, other_optimizer)
+            found = values_of(other, other_optimizer)
+            assert all(same(found[name], expected[name]) for name in NAMES), here
+            take_steps(other, other_optimizer, 1)
+        else:
+            first = NAMES[min(here)]
+            different = next(NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved))
+            sentence = f"{first} and {different} are one tensor here but were saved as two with different weights"
+            with pytest.raises(ValueError, match=re.escape(sentence)):
+                load(path, other, other_optimizer)
+            assert all(same(values_of(other, other_optimizer)[name], before[name]) for name in NAMES)
+            loaded = load(path, other, other_optimizer, strict=False)
+            assert any(sentence in line for line in loaded.not_loaded)
+            found = values_of(other, other_optimizer)
+            assert same(found[first], expected[first]) and same(found[different], expected[first]), here
+
+
+def test_the_manifest_records_what_is_tied(tmp_path):
+    assert read_manifest(save(tmp_path, 1, *build((2, 0)))).ties == [["emb.weight", "more.weight"]]
+    assert read_manifest(save(tmp_path, 2, *build(()))).ties == []
+
+
+def equal_but_untied() -> tuple[LM, AdamW_BF16]:
+    model, optimizer = build(())
+    take_steps(model, optimizer)
+    with torch.no_grad():
+        model.head.weight.copy_(model.emb.weight)
+        for key, value in optimizer.state[model.head.weight].items():
+            value.copy_(optimizer.state[model.emb.weight][key])
+    return model, optimizer
+
+
+def test_what_was_untied_but_equal_loads_into_one_tensor(tmp_path):
+    model, optimizer = equal_but_untied()
+    save(tmp_path, 1, model, optimizer)
+    tied, tied_optimizer = build((0, 1), seed=1)
+    load(tmp_path, tied, tied_optimizer)
+    assert same(values_of(tied, tied_optimizer)["head.weight"], values_of(model, optimizer)["emb.weight"])
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "correction"])
+def test_equal_weights_with_different_states_are_not_one_tensor(key, tmp_path):
+    model, optimizer = equal_but_untied()
+    optimizer.state[model.head.weight][key] += 1
+    save(tmp_path, 1, model, optimizer)
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer"):
+        load(tmp_path, *build((0, 1), seed=1))
+
+
+def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_path):
+    model, optimizer = build((), frozen=(1,))
+    take_steps(model, optimizer)
+    with torch.no_grad():
+        model.head.weight.copy_(model.emb.weight)
+    save(tmp_path, 1, model, optimizer)
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not"):
+        load(tmp_path, *build((0, 1), seed=1))
+
+
+def test_a_tied_weight_loads_into_one_that_is_frozen_with_its_correction(tmp_path):
+    model, optimizer = build((0, 1))
+    take_steps(model, optimizer)
+    save(tmp_path, 1, model, optimizer)
+    untied, untied_optimizer = build((), seed=1, frozen=(1,))
+    load(tmp_path, untied, untied_optimizer)
+    assert all(same(values_of(untied, untied_optimizer)[name], values_of(model, optimizer)[name]) for name in NAMES)
+
+
+def without_record(path: Any) -> None:
+    """As an older version saved."""
+    manifest = read_manifest(path)
+    manifest.ties = None
+    content = manifest.to_bytes().replace(b' "ties": null,\n', b"")
+    blank = content.rpartition(b'"checksum": "')[0] + b'"checksum": "00000000"\n}\n'
+    import zlib
+
+    (path / "manifest.json").write_bytes(blank.replace(b'"checksum": "00000000"', b'"checksum": "%08x"' % zlib.crc32(blank)))
+    assert read_manifest(path).ties is None
+
+
+def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
+    model, optimizer = build((0, 1))
+    take_steps(model, optimizer)
+    path = save(tmp_path, 1, model, optimizer)
+    without_record(path)
+    tied, tied_optimizer = build((0, 1), seed=1)
+    load(path, tied, tied_optimizer)
+    assert all(same(values_of(tied, tied_optimizer)[name], values_of(model, optimizer)[name]) for name in NAMES)
+    exported = read_folder(export_fp32(path, tmp_path / "out"))
+    true = next(weight for param, weight in optimizer.true_weights() if param is model.emb.weight)
+    assert torch.equal(exported["head.weight"], true) and torch.equal(exported["emb.weight"], true)
+    model, optimizer = build((), frozen=(1,))
+    take_steps(model, optimizer)
+    path = save(tmp_path, 2, model, optimizer)
+    without_record(path)
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights"):
+        load(path, tied, tied_optimizer)
+
+
+def test_an_export_goes_by_the_record_and_not_by_equal_bits(tmp_path):
+    model, optimizer = build((), frozen=(1,))
+    take_steps(model, optimizer)
+    with torch.no_grad():
+        model.head.weight.copy_(model.emb.weight)
+    save(tmp_path / "run", 1, model, optimizer)
+    exported = read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))
+    assert torch.equal(exported["head.weight"], model.head.weight.float()), "which no correction belongs to"
+    assert not torch.equal(exported["emb.weight"], exported["head.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- import
+
+
+def test_imports_into_tied_weights_are_equal_or_refused():
+    source = {name: value.float() for name, value in LM((), seed=5).state_dict().items()}
+    tied, optimizer = build((0, 1))
+    before = values_of(tied, optimizer)
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"):
+        import_fp32(source, tied, optimizer)
+    assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
+    source["head.weight"] = source["emb.weight"].clone()
+    import_fp32(source, tied, optimizer)
+    assert torch.equal(tied.emb.weight, source["emb.weight"].bfloat16())
+
+
+def fp32_run(tied: tuple[int, ...]) -> tuple[nn.Module, torch.optim.AdamW, dict[str, Any]]:
+    """A float32 training and its optimizer state keyed by names."""
+    model = LM(tied, seed=5).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        tokens = torch.randint(0, 16, (4, 5), generator=torch.Generator().manual_seed(step))
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [name for name, _ in model.named_parameters()]
+    state = {names[key]: value for key, value in optimizer.state_dict()["state"].items()}
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in optimizer.state_dict()["param_groups"]]
+    return model, optimizer, {"state": state, "param_groups": groups}
+
+
+def test_the_state_of_tied_weights_is_imported_into_each_untied_one():
+    model, _, state = fp32_run((0, 1))
+    untied, optimizer = build((), seed=1)
+    import_fp32(model.state_dict(), untied, optimizer, state)
+    found = values_of(untied, optimizer)
+    assert same(found["head.weight"], found["emb.weight"]) and optimizer.state[untied.head.weight]["step"] == 3
+    assert optimizer.state[untied.head.weight]["exp_avg"].any()
+
+
+def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal():
+    model, _, state = fp32_run(())
+    model.head.weight.data.copy_(model.emb.weight)
+    tied, optimizer = build((0, 1), seed=1)
+    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but have different states"):
+        import_fp32(model.state_dict(), tied, optimizer, state)
+    state["state"]["head.weight"] = {key: value.clone() for key, value in state["state"]["emb.weight"].items()}
+    import_fp32(model.state_dict(), tied, optimizer, state)
+    assert optimizer.state[tied.head.weight]["step"] == 3
+    only_other = {**state, "state": {name: value for name, value in state["state"].items() if name != "emb.weight"}}
+    import_fp32(model.state_dict(), tied, optimizer, only_other)
+    assert optimizer.state[tied.head.weight]["step"] == 3
+
+
+def test_a_conversion_keeps_ties(tmp_path):
+    model, _, state = fp32_run((0, 1))
+    path = convert_fp32(model.state_dict(), tmp_path, state)
+    assert read_manifest(path).ties == [["emb.weight", "head.weight"]]
+    for here in ((), (0, 1)):
+        load(path, *build(here, seed=1))
+
+
+def test_a_gathered_state_of_other_ties_is_refused():
+    for saved, here in (((0, 1), ()), ((), (0, 1))):
+        model, optimizer = build(saved)
+        take_steps(model, optimizer, 1)
+        full = gather_full_state_dict(model, optimizer)
+        with pytest.raises(ValueError, match="the full state is of another model or optimizer"):
+            scatter_full_state_dict(*build(here, seed=1), full)
+
+
+# ---------------------------------------------------------------------------------------------------------------- buffers
+
+
+class Buffers(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False).bfloat16()
+        self.register_buffer("a", torch.arange(4.0))
+        self.register_buffer("b", self.a.view(4) if tied else torch.arange(4.0) + 1)
+
+
+def test_buffers_that_share_memory_are_tied(tmp_path):
+    tied, untied = Buffers(True), Buffers(False)
+    assert ties_of(tied) == [["a", "b"]]
+    save(tmp_path / "tied", 1, tied, AdamW_BF16(tied.parameters(), lr=0.1))
+    save(tmp_path / "untied", 1, untied, AdamW_BF16(untied.parameters(), lr=0.1))
+    load(tmp_path / "tied", untied, AdamW_BF16(untied.parameters(), lr=0.1))
+    assert torch.equal(untied.b, torch.arange(4.0))
+    with pytest.raises(ValueError, match="a and b are one tensor here but were saved as two with different weights"):
+        load(tmp_path / "untied", tied, AdamW_BF16(tied.parameters(), lr=0.1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- layouts
+
+
+def wrapped(layout: str, tied: tuple[int, ...], world: int, seed: int) -> tuple[nn.Module, AdamW_BF16]:
+    model: nn.Module = LM(tied, seed)
+    mesh = init_device_mesh("cpu", (world,))
+    sharding = None
+    if layout == "DDP":
+        model = DistributedDataParallel(model)
+    elif layout == "FSDP2":
+        model = fully_shard(model, mesh=mesh)
+    elif layout == "ZeRO-2":
+        sharding = ZeRO(mesh)
+    else:
+        model = FullyShardedDataParallel(
+            model, device_mesh=mesh, device_id=torch.device("cpu"), use_orig_params=layout == "FSDP1 use_orig_params"
+        )
+    return model, AdamW_BF16(model.parameters(), lr=1e-2, sharding=sharding)
+
+
+LAYOUTS = ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params")
+
+
+def layouts_worker(rank: int, world: int, root: str) -> list[str]:
+    """Load what each layout saves into one process, tied and untied, and what one process saves into each layout."""
+    warnings.simplefilter("ignore")
+    failed = []
+    for layout, (saved, here) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()))):
+        folder = f"{root}/{layout} {saved} {here}"
+        model, optimizer = wrapped(layout, saved, world, seed=0)
+        take_steps(model, optimizer, 2)
+        if read_manifest(save(f"{folder}/there", 2, model, optimizer)).ties != ([["emb.weight", "head.weight"]] if saved else []):
+            failed.append(f"{folder}: ties")
+        plain, plain_optimizer = build(here, seed=1)
+        load(f"{folder}/there", plain, plain_optimizer)
+        found = values_of(plain, plain_optimizer)
+        if saved and not same(found["head.weight"], found["emb.weight"]):
+            failed.append(f"{folder}: load into one process")
+        model, optimizer = wrapped(layout, here, world, seed=2)
+        load(f"{folder}/there", model, optimizer)
+        save(f"{folder}/back", 2, model, optimizer)
+        again, again_optimizer = build(here, seed=3)
+        load(f"{folder}/back", again, again_optimizer)
+        if not all(same(values_of(again, again_optimizer)[name], found[name]) for name in NAMES):
+            failed.append(f"{folder}: load into the layout")
+        try:
+            model, optimizer = wrapped(layout, (1, 2), world, seed=2)
+            load(f"{folder}/there", model, optimizer)
+            failed.append(f"{folder}: no error")
+        except ValueError as error:
+            if "head.weight and more.weight are one tensor here" not in str(error):
+                failed.append(f"{folder}: {error}")
+    return failed
+
+
+def test_ties_change_under_every_layout(tmp_path):
+    assert run_ranks(2, layouts_worker, str(tmp_path)) == [[], []]
