@@ -106,7 +106,7 @@ def saves(monkeypatch):
     write_data = ChecksummedWriter.write_data
 
     def write(self, plan, planner):
-        step, background = int(self.path.name.rpartition("-")[2]), threading.current_thread() is not threading.main_thread()
+        step, background = int(re.search(r"step-(\d+)", self.path.name).group(1)), threading.current_thread() is not threading.main_thread()
         if background and step in failing:
             raise OSError(28, "No space left on device")
         done.append((step, background))
