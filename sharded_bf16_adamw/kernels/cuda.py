@@ -132,9 +132,10 @@ class Table:
                 of the capture has set aside the pinned memory for them.
         """
         with on_device_of(self.device):
+            values = [_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]]
             if is_capturing(self.device):
                 self._graphs_read.append(hypers)  # whose tensors they read
-            table = self._hypers.holding([_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]])
+            table = self._hypers.holding(values)
             for rows in self._by_dtype:
                 rows.launch(grads, table, grad_scale, found_inf, zero_grads)
 
@@ -191,6 +192,11 @@ def _hyper_values(hyper: Hyper, device: torch.device) -> list[int]:
     lr = hyper.lr
     if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):  # it may change on the device
         return [*map(double_bits, (0.0, *hyper[1:5])), int(hyper.maximize), lr.data_ptr(), int(lr.dtype == torch.float64)]
+    if isinstance(lr, Tensor) and is_capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph captures a step whose lr is {lr.dtype} on {lr.device}, and would keep its present value; make lr a float32 "
+            f"or float64 tensor on {device}, or a number if it is never to change"
+        )
     return [*map(double_bits, (float(lr), *hyper[1:5])), int(hyper.maximize), 0, 0]
 
 
