@@ -27,6 +27,7 @@ from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
 from .state import (
     DTYPES,
+    check_capturable_lr,
     check_grads,
     check_hyperparameters,
     check_param,
@@ -67,7 +68,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             at every step; where somebody else changed ``group["lr"]`` since, theirs holds. With neither this nor ``lr``: ``LR()``.
             A group that brings its own ``lr`` keeps it.
         maximize: ascend instead of descend.
-        capturable: whether a step may be captured in a CUDA graph; ``lr`` must then be a tensor on the device.
+        capturable: whether a step may be captured in a CUDA graph; ``lr`` must then be a float32 or float64 tensor on the parameters'
+            device, since a graph would keep the value of any other.
         skip_nonfinite: where any rank's gradient holds inf or NaN, let the step change no parameter, state or step count on any rank,
             and count it in ``skipped_steps``. After :meth:`clip_grad_norm_` the gradients that it saw decide, so do not write to
             them between it and the step.
@@ -170,6 +172,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
             for index, param in enumerate(group["params"]):
                 check_param(param, param_name(group, index))
+                if group["capturable"]:
+                    check_capturable_lr(group["lr"], param.device)
             if self.lr_function is not None and not brings_lr:
                 group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
             self._sharding.attach(group["params"], [param_name(group, index) for index in range(len(group["params"]))])

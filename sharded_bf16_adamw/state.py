@@ -223,6 +223,22 @@ def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: f
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
+def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
+    """Raise ValueError where a CUDA graph of a step on ``device`` would keep the value that ``lr`` has during the capture."""
+    if device.type != "cuda":
+        return
+    if not isinstance(lr, Tensor):
+        found = "a number"
+    elif lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+        found = f"{lr.dtype} on {lr.device}"
+    else:
+        return
+    raise ValueError(
+        f"capturable=True needs lr as a float32 or float64 tensor on {device}, where a graph reads it, but it is {found}; pass "
+        f"lr=torch.tensor(..., device={str(device)!r})"
+    )
+
+
 def param_name(group: dict[str, Any], index: int) -> str:
     """A parameter's name for a message: its FQN where the optimizer was given named parameters, else its place in its group."""
     if "param_names" in group:

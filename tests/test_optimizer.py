@@ -298,3 +298,31 @@ class TestTrueWeights:
         assert not optimizer.state[p]["correction"].any() and optimizer.state[q]["correction"].any()
         optimizer.reset_correction()
         assert not optimizer.state[q]["correction"].any()
+
+
+class OnGPU(torch.nn.Parameter):
+    """A parameter that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize(
+    ("lr", "found"),
+    [
+        (torch.tensor(0.1), "torch.float32 on cpu"),
+        (torch.tensor(0.1, dtype=torch.bfloat16), "torch.bfloat16 on cpu"),
+        (None, "a number"),
+    ],
+)
+def test_capturable_needs_a_learning_rate_that_a_graph_reads(lr, found):
+    param = OnGPU(torch.ones(3, dtype=torch.bfloat16))
+    on_cpu = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    sentence = rf"^capturable=True needs lr as a float32 or float64 tensor on cuda:1, .* but it is {found}; pass lr=torch\.tensor"
+    if lr is not None:
+        with pytest.raises(ValueError, match=sentence):
+            AdamW_BF16([param], lr=lr, capturable=True)
+        AdamW_BF16([param], lr=lr)
+    optimizer = AdamW_BF16([on_cpu], lr=torch.tensor(0.1), capturable=True)
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.add_param_group({"params": [param], "lr": 0.1 if lr is None else lr})
+    assert len(optimizer.param_groups) == 1

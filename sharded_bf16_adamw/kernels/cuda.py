@@ -30,6 +30,7 @@ from .device_memory import (
 )
 from .reference import Hyper
 
+MAX_CHUNK_MAPS = 4  # mixtures of kinds of gradients whose chunk maps are kept
 MAX_LAYOUTS = 16  # sets of gradients whose norm tables are kept, in each scratch
 
 
@@ -132,9 +133,10 @@ class Table:
                 of the capture has set aside the pinned memory for them.
         """
         with on_device_of(self.device):
+            values = [_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]]
             if is_capturing(self.device):
                 self._graphs_read.append(hypers)  # whose tensors they read
-            table = self._hypers.holding([_hyper_values(hyper, self.device) for hyper in hypers[: self._group_count]])
+            table = self._hypers.holding(values)
             for rows in self._by_dtype:
                 rows.launch(grads, table, grad_scale, found_inf, zero_grads)
 
@@ -191,6 +193,11 @@ def _hyper_values(hyper: Hyper, device: torch.device) -> list[int]:
     lr = hyper.lr
     if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):  # it may change on the device
         return [*map(double_bits, (0.0, *hyper[1:5])), int(hyper.maximize), lr.data_ptr(), int(lr.dtype == torch.float64)]
+    if isinstance(lr, Tensor) and is_capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph captures a step whose lr is {lr.dtype} on {lr.device}, and would keep its present value; make lr a float32 "
+            f"or float64 tensor on {device}, or a number if it is never to change"
+        )
     return [*map(double_bits, (float(lr), *hyper[1:5])), int(hyper.maximize), 0, 0]
 
 
@@ -209,7 +216,10 @@ class _Rows:
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
         off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
         self.rows = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
-        self.chunks = chunk_map([row[0].numel() for row in rows], kernels.CHUNK.value, device)
+        self._all_chunks = chunk_map([row[0].numel() for row in rows], kernels.CHUNK.value)
+        self.chunks = upload(self._all_chunks, device)
+        self._chunks_of: dict[tuple[int, ...], dict[int, Tensor]] = {}  # by the kinds of all rows, then by kind; the newest last
+        self._captured_chunks: list[dict[int, Tensor]] = []  # that CUDA graphs read
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([unaligned if x else 0 for x in off], device)
 
@@ -224,12 +234,13 @@ class _Rows:
         from . import triton_adamw as kernels
 
         table, kinds = self.grads.on_device([grads[i] for i in self.indices])
-        for kind in kinds:
-            kernels.adamw_kernel[(self.chunks.shape[0],)](
+        chunks_of = {kinds[0]: self.chunks} if len(kinds) == 1 else self._chunks_by_kind(kinds)
+        for kind, chunks in chunks_of.items():
+            kernels.adamw_kernel[(chunks.shape[0],)](
                 self.rows,
                 table,
                 hypers,
-                self.chunks,
+                chunks,
                 self.finished,
                 len(self.indices),
                 grad_scale,
@@ -243,6 +254,24 @@ class _Rows:
                 enable_fp_fusion=False,
             )
 
+    def _chunks_by_kind(self, kinds: list[int]) -> dict[int, Tensor]:
+        """The chunks of each kind's rows: each launch has programs for its own alone."""
+        of_rows = tuple(self.grads.kinds)
+        found = self._chunks_of.pop(of_rows, None)
+        if is_capturing(self.chunks.device):
+            if found is None:  # nothing can be uploaded: each launch skips the chunks of the other kinds
+                return dict.fromkeys(kinds, self.chunks)
+            self._captured_chunks.append(found)
+        elif found is None:
+            kind_of = torch.tensor(of_rows, dtype=torch.int64, device="cpu")[self._all_chunks[:, 0]]
+            found = {kind: upload(self._all_chunks[kind_of == kind], self.chunks.device) for kind in kinds}
+        self._chunks_of[of_rows] = found
+        for old in list(self._chunks_of)[:-MAX_CHUNK_MAPS]:
+            for chunks in self._chunks_of.pop(old).values():
+                if chunks.is_cuda:  # a kernel of another stream than the one that it was made on may still read it
+                    chunks.record_stream(torch.cuda.current_stream(chunks.device))
+        return found
+
 
 class _NormLayout:
     """What the norm of gradients of given lengths needs on the device. Its scratch memory serves one stream, or the captures."""
@@ -254,7 +283,7 @@ class _NormLayout:
         self.chunk = kernels.MIN_CHUNK
         while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
             self.chunk *= 2
-        self.chunks: Tensor = twin.chunks if twin else chunk_map(list(numels), self.chunk, device)
+        self.chunks: Tensor = twin.chunks if twin else upload(chunk_map(list(numels), self.chunk), device)
         self.partials = torch.empty(self.chunks.shape[0], dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([0] * len(numels), device)

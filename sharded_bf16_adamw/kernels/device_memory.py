@@ -80,33 +80,33 @@ class GradientAddresses:
     """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``."""
 
     def __init__(self, row_kinds: list[int], device: torch.device) -> None:
+        from . import triton_adamw as kernels
+
+        self._of_fp32, self._of_unaligned = kernels.FP32_GRAD.value, kernels.UNALIGNED_GRAD.value
         self._row_kinds = row_kinds
         self._key: tuple[list[int], list[torch.dtype]] | None = None
-        self._kinds: list[int] = []
+        self.kinds: list[int] = []  # of the last list
         self.array = DeviceArray((2, len(row_kinds)), device)
 
     def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
         """The array and the kinds that occur in it."""
-        key = (data_pointers(grads), [g.dtype for g in grads])
-        if key != self._key:
-            self._kinds = [self._kind(*x) for x in zip(*key, self._row_kinds, strict=True)]
-            self._key = key
-        return self.array.holding([key[0], self._kinds]), sorted(set(self._kinds))
-
-    @staticmethod
-    def _kind(address: int, dtype: torch.dtype, row_kind: int) -> int:
-        from . import triton_adamw as kernels
-
-        kind = row_kind | (kernels.FP32_GRAD.value if dtype == torch.float32 else 0)
-        return kind | (kernels.UNALIGNED_GRAD.value if address % ALIGNMENT else 0)
+        pointers, dtypes = data_pointers(grads), [g.dtype for g in grads]
+        if (pointers, dtypes) != self._key:
+            fp32, unaligned, is_fp32 = self._of_fp32, self._of_unaligned, torch.float32
+            self.kinds = [
+                kind | (fp32 if dtype is is_fp32 else 0) | (unaligned if pointer % ALIGNMENT else 0)
+                for pointer, dtype, kind in zip(pointers, dtypes, self._row_kinds, strict=True)
+            ]
+            self._key = (pointers, dtypes)
+        return self.array.holding([pointers, self.kinds]), sorted(set(self.kinds))
 
 
-def chunk_map(numels: list[int], chunk: int, device: torch.device) -> Tensor:
-    """int32 ``[programs, 2]``: the row and the chunk of each program. An empty row has one chunk, so that its step counts."""
+def chunk_map(numels: list[int], chunk: int) -> Tensor:
+    """int32 ``[programs, 2]`` on the CPU: the row and the chunk of each program. An empty row has one, so that its step counts."""
     counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64, device="cpu")
     row = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return upload(torch.stack([row, torch.arange(len(row), device="cpu") - first], dim=1).to(torch.int32), device)
+    return torch.stack([row, torch.arange(len(row), device="cpu") - first], dim=1).to(torch.int32)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

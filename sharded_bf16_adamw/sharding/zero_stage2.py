@@ -57,6 +57,7 @@ class Stage2(Stage):
         self._checked_ddp = False
         self._seen_takeovers = 0
         self._is_patient = True  # whether the other ranks can be expected to keep up during the backward pass
+        self._is_trusting = False  # whether they have, in the last step: the device may then wait for them
         self._buckets: list[Bucket] = []
         self._active = 0  # the first buckets: of parameters that had gradients lately; the others go only when asked for
         self._next = 0  # the bucket to be sent next
@@ -139,7 +140,7 @@ class Stage2(Stage):
         """Send a bucket when no more than ``max_in_flight`` are under way, or when ``patience`` seconds are over."""
         under_way = [mean for _, mean in self._in_flight if not mean.is_settled]
         if len(under_way) >= self._policy.max_in_flight and (patience is None or self._is_patient):
-            self._is_patient = under_way[0].settle(patience)
+            self._is_patient = under_way[0].settle(patience, self._is_trusting)
         while self._in_flight and self._in_flight[0][1].is_done:
             self._receive()
         self._in_flight.append((bucket, bucket.send()))
@@ -202,7 +203,7 @@ class Stage2(Stage):
                 "must call it there, and must have taken part in the backward pass"
             )
         self._with_grad = [rows for rows, some in zip(all_rows, somewhere, strict=True) if some]
-        self._is_patient = not any(map(operator.and_, somewhere, missing))
+        self._is_patient = self._is_trusting = not any(map(operator.and_, somewhere, missing))
         self._agreed_arrival = bool(any_arrival)
         self._reduced = {rows.param: self._reduced_rows(rows) for rows in self._with_grad}
         self._ready = True

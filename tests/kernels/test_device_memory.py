@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, device_memory
-from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch
+from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch, double_bits
+from sharded_bf16_adamw.kernels.reference import Hyper
 
 EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 
@@ -134,3 +135,17 @@ def test_scratch_of_many_sets_of_gradients_is_given_up_again(capturing: SimpleNa
     for length in range(3 * cuda.MAX_LAYOUTS):
         layout_of(scratch, length)
     assert len(scratch.layouts) == cuda.MAX_LAYOUTS
+
+
+# ------------------------------------------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_learning_rate_that_a_graph_would_freeze_is_not_captured(capturing: SimpleNamespace, dtype: torch.dtype) -> None:
+    """Eagerly any tensor serves, and is read anew at each step; in a graph one that is on the device."""
+    device, hyper = torch.device("cuda", 0), Hyper(torch.tensor(0.5, dtype=dtype), 0.9, 0.99, 1e-8, 0.0)
+    assert cuda._hyper_values(hyper, device)[0] == double_bits(0.5)
+    capturing.now = True
+    with pytest.raises(RuntimeError, match=rf"captures a step whose lr is {dtype} on cpu, .* float64 tensor on cuda:0"):
+        cuda._hyper_values(hyper, device)
+    assert cuda._hyper_values(hyper._replace(lr=0.5), device)[0] == double_bits(0.5), "a number is meant to be kept"

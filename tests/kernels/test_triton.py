@@ -60,10 +60,13 @@ def test_offsets_beyond_32_bits(interpreted: Run) -> None:
 
 def test_launches_and_uploads(interpreted: Run) -> None:
     results = interpreted(triton_checks.host_side)
-    assert results.pop("steps") == [7.0] * len(triton_checks.SIZES)
+    assert results.pop("steps") == [10.0] * len(triton_checks.SIZES)
     assert results.pop("step of an empty parameter") == 1.0
     # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
     assert results.pop("kinds") == [0, 6]
+    # Each launch has programs for its own rows: 1 chunk for each but the last, which has 3.
+    assert results.pop("programs") == {"all aligned": [8], "one unaligned": [7, 1], "one unaligned, while a graph is captured": [7, 1]}
+    assert results.pop("programs of a mixture that a graph captures first") == [8, 8]
     assert results.pop("counter") == 0
     assert results == {  # (launches, uploads)
         "first": (1, 2),
@@ -71,7 +74,8 @@ def test_launches_and_uploads(interpreted: Run) -> None:
         "other hyper-parameters": (1, 1),
         "first hyper-parameters again": (1, 1),
         "other addresses": (1, 1),
-        "one unaligned": (2, 1),
+        "one unaligned": (2, 3),
+        "one unaligned, again": (2, 0),
         "other dtype at the same addresses": (1, 1),
     }
 

@@ -190,18 +190,20 @@ def host_side() -> dict[str, Any]:
 
     counts = {"launches": 0, "uploads": 0}
     kinds: list[int] = []
+    programs: list[int] = []
     kernel, upload = triton_adamw.adamw_kernel, device_memory.upload
 
     class Counted:
         def __getitem__(self, grid: Any) -> Any:
             counts["launches"] += 1
+            programs.extend(grid)
             return lambda *args, **options: (kinds.append(options["kind"]), kernel[grid](*args, **options))
 
     def counted_upload(*args: Any) -> Tensor:
         counts["uploads"] += 1
         return upload(*args)
 
-    triton_adamw.adamw_kernel, device_memory.upload = Counted(), counted_upload
+    triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = Counted(), counted_upload, counted_upload
     try:
         results: dict[str, Any] = {}
         ours = model(replace(Case(), finite=True))
@@ -210,6 +212,7 @@ def host_side() -> dict[str, Any]:
 
         def step(name: str, grads: list[Tensor], **options: Any) -> None:
             counts.update(launches=0, uploads=0)
+            programs.clear()
             take_step(table, grads, **HYPER, **options)
             results[name] = (counts["launches"], counts["uploads"])
 
@@ -218,7 +221,20 @@ def host_side() -> dict[str, Any]:
         step("other hyper-parameters", grads, maximize=True)
         step("first hyper-parameters again", grads)
         step("other addresses", [g.clone() for g in grads])
-        step("one unaligned", [patterns(SIZES[0], BF16, torch.Generator(), 1), *grads[1:]])
+        launched = {"all aligned": list(programs)}
+        unaligned = [patterns(SIZES[0], BF16, torch.Generator(), 1), *grads[1:]]
+        step("one unaligned", unaligned)
+        launched["one unaligned"] = list(programs)
+        step("one unaligned, again", unaligned)
+        cuda.is_capturing = lambda device: True
+        step("captured", unaligned)
+        launched["one unaligned, while a graph is captured"] = list(programs)
+        del results["captured"]
+        results["programs"] = launched
+        step("captured", [*grads[:3], patterns(SIZES[3], BF16, torch.Generator(), 1), *grads[4:]])
+        del results["captured"]
+        results["programs of a mixture that a graph captures first"] = list(programs)
+        cuda.is_capturing = device_memory.is_capturing
         step("other dtype at the same addresses", [g.float() for g in grads])
         kinds.clear()
         take_step(cuda.Table(**model(CASES["unaligned"])), grads, **HYPER)
@@ -231,7 +247,7 @@ def host_side() -> dict[str, Any]:
         results["counter"] = int(table._by_dtype[0].finished)
         return results
     finally:
-        triton_adamw.adamw_kernel, device_memory.upload = kernel, upload
+        triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = kernel, upload, upload
 
 
 def integers(n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str) -> Tensor:

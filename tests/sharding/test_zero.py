@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 import torch
@@ -124,17 +126,34 @@ def test_stage_1_beside_ddp(world):
         assert_same_bits(weights, single_process(5)[0])
 
 
+@contextmanager
+def like_nccl():
+    """Reduce-scatters over gloo, whose average of bfloat16 is NCCL's: each addend is multiplied by a rounded ``1 / ranks``."""
+
+    def averaging(function, position):
+        def call(*args, group=None, op=dist.ReduceOp.SUM, async_op=False):
+            if op == dist.ReduceOp.AVG:
+                args[position].mul_(torch.tensor(1 / dist.get_world_size(group)).to(args[position].dtype))
+                op = dist.ReduceOp.SUM
+            return function(*args, group=group, op=op, async_op=async_op)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(zero_comm, "is_gloo", lambda *args: False)
+        for name, position in (("reduce_scatter_single", 1), ("reduce_scatter_tensor", 1), ("all_reduce", 0)):
+            if hasattr(dist, name):
+                patched.setattr(dist, name, averaging(getattr(dist, name), position))
+        yield
+
+
 def reduce_scatter_worker(rank, world, shape):
     """As NCCL does it, here by gloo."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = Parameters()
     optimizer = new_optimizer(model, zero(2, mesh))
-    original, zero_comm.is_gloo = zero_comm.is_gloo, lambda *args: False
-    try:
-        with traffic() as calls:
-            train(model, optimizer, 5, averaged=False)
-    finally:
-        zero_comm.is_gloo = original
+    with like_nccl(), traffic() as calls:
+        train(model, optimizer, 5, averaged=False)
     return collect(model, optimizer), {name.partition("_single")[0].partition("_tensor")[0] for name, _, _ in calls}
 
 
@@ -161,6 +180,59 @@ def test_the_mean_is_rounded_once(world):
     run_ranks(world, mean_worker)
 
 
+def nccl_mean_worker(rank, world, shape):
+    """Small integers, whose sums bfloat16 holds: only the division by the number of ranks rounds."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
+    shards = mesh.get_local_rank(mesh.ndim - 1)
+    lines = torch.randint(-8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)).bfloat16()
+    everyones = [torch.empty_like(lines) for _ in range(ranks)]
+    dist.all_gather(everyones, lines, group=group)
+    total = functools.reduce(torch.add, [theirs[shards].float() for theirs in everyones])
+    whole = lines[0, :5].clone()
+    of_all = [torch.empty_like(whole) for _ in range(world)]
+    dist.all_gather(of_all, whole)
+    for dtype in (torch.bfloat16, torch.float32):
+        wanted = (total / ranks).to(torch.bfloat16 if replicas else dtype)
+        if replicas:
+            wanted = wanted.clone()
+            dist.all_reduce(wanted, group=mesh.get_group(0))
+            wanted = (wanted.float() / replicas).to(dtype)
+        with like_nccl():
+            assert torch.equal(MeanOnItsWay(lines.clone(), mesh, dtype).wait(), wanted)
+    with like_nccl():
+        zero_comm.all_reduce_mean(whole, mesh)
+    if not replicas:
+        assert torch.equal(whole, (torch.stack(of_all).float().sum(0) / world).bfloat16())
+    return float(total.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1)])
+def test_the_average_of_nccl_is_not_used(shape):
+    assert min(run_ranks(3, nccl_mean_worker, shape)) > 0
+
+
+def first_step_worker(rank, world):
+    """Rank 1 does not use the layer whose gradient comes first, and comes to its step only when rank 0's backward pass is over."""
+    model = Linears(LAYERS, WIDTH)
+    optimizer = new_optimizer(model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True))
+    x, others = torch.ones(2, WIDTH, dtype=torch.bfloat16), dist.new_group(timeout=timedelta(seconds=5))
+    with like_nccl(), patience(0.05):
+        for _ in range(3):
+            nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
+            dist.barrier(others)  # as rank 0's loss.item() waits for its device, and with it for rank 1
+            optimizer.step(zero_grad=True)
+        for _ in range(3):
+            model(x).sum().backward()
+            optimizer.step(zero_grad=True)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_no_device_waits_in_the_first_backward_pass_for_a_rank_that_leaves_a_parameter_unused():
+    one, two = run_ranks(2, first_step_worker)
+    assert all(map(torch.equal, one, two))
+
+
 # --------------------------------------------------------------------------------------------------------- memory and traffic
 
 
@@ -182,7 +254,15 @@ WEIGHT_BYTES = LAYERS * WIDTH * WIDTH * 2
 LAYER_MB = WIDTH * WIDTH * 2 / 2**20
 
 
-def traffic_worker(rank, world, stage):
+def traffic_worker(rank, world, stage, old_names=False):
+    """``old_names``: as before torch 2.13."""
+    with pytest.MonkeyPatch.context() as patched:
+        if old_names:
+            patched.delattr(dist, "all_gather_single", raising=False)
+        return traffic_of_a_step(stage)
+
+
+def traffic_of_a_step(stage):
     model = Linears(LAYERS, WIDTH)
     optimizer = new_optimizer(model, zero(stage, bucket_size_mb=2.5 * LAYER_MB))
     for step in range(4):
@@ -195,9 +275,9 @@ def traffic_worker(rank, world, stage):
     return calls
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_stage_2_sends_each_gradient_and_each_weight_once(world):
-    for calls in run_ranks(world, traffic_worker, 2):
+@pytest.mark.parametrize(("world", "old_names"), [(2, False), (2, True), (3, False), (4, False)])
+def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
+    for calls in run_ranks(world, traffic_worker, 2, old_names):
         sent = {name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls}
         share = (world - 1) / world * WEIGHT_BYTES
         assert sent["all_to_all_single"] == pytest.approx(share) and sent["all_gather_single"] == pytest.approx(share)
@@ -205,14 +285,14 @@ def test_stage_2_sends_each_gradient_and_each_weight_once(world):
         flags = (
             1 + LAYERS // 2 + 2 * LAYERS + 4
         )  # bytes: any problem, buckets, parameters with and without, arrival, stepped, discarding or not
-        assert sorted(rest) == [("all_reduce", 8), ("all_reduce", flags)], "the norm and who has gradients"
+        assert sorted(rest) == [("all_reduce", 24), ("all_reduce", flags)], "the norm and who has gradients"
 
 
 def test_stage_1_sends_each_weight_once():
     for calls in run_ranks(3, traffic_worker, 1):
         assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(2 / 3 * WEIGHT_BYTES)
         assert {name for name, _, _ in calls} == {"all_gather_single", "all_reduce"}
-        assert sorted(size for name, _, size in calls if name == "all_reduce") == [8, 1 + 2 * LAYERS]
+        assert sorted(size for name, _, size in calls if name == "all_reduce") == [1 + 2 * LAYERS, 24]
 
 
 def overlap_worker(rank, world):

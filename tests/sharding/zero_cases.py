@@ -134,8 +134,14 @@ class Linears(nn.Sequential):
         self.to(torch.bfloat16)
 
 
+NAMES_NOW = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
+
+
 class Calls(list[tuple[str, float, float]]):
-    """(name, bytes that a rank sends, bytes of its tensor) of each collective; ``on_call`` is called with the name."""
+    """(name, bytes that a rank sends, bytes of its tensor) of each collective; ``on_call`` is called with the name.
+
+    Names are those of torch 2.13.
+    """
 
     on_call: Callable[[str], None] | None = None
 
@@ -163,10 +169,11 @@ def traffic() -> Iterator[Calls]:
         def call(*args: Any, **kwargs: Any) -> Any:
             times, position = factors[name]
             tensor = args[position] if args else kwargs["tensor"]
+            name_now = NAMES_NOW.get(name, name)
             ranks = dist.get_world_size(kwargs.get("group"))
             if calls.on_call is not None:
-                calls.on_call(name)
-            calls.append((name, times * (ranks - 1) / ranks * tensor.nbytes, tensor.nbytes))
+                calls.on_call(name_now)
+            calls.append((name_now, times * (ranks - 1) / ranks * tensor.nbytes, tensor.nbytes))
             return originals[name](*args, **kwargs)
 
         return call
