@@ -264,8 +264,8 @@ class Interleaving:
             self.published[job.published.extra["number"]] = job.published.serial
         elif before is not None:
             self.removed.add(before.extra["number"])
-            there = [read_manifest(path).serial for path in complete_checkpoints(self.root)]
-            assert max(there) > before.serial, "something newer is there"
+            newest = complete_checkpoints(self.root)[-1]
+            assert (read_manifest(newest).serial, newest) > (before.serial, source), "something newer is there"
             newer = sum(serial >= before.serial for serial in self.published.values()) - 1  # jobs without a lock give one twice
             if isinstance(job.doing, Save):
                 assert job.published is not None and before.serial < job.published.serial, "a save removes what is older than itself"
