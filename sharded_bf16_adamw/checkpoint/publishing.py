@@ -47,14 +47,14 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
         RuntimeError: another save to ``root`` is under way.
     """
     _make_folders(root)
-    lock = lock_if_possible(root)
-    final, copy = root / f"step-{step:08d}", 1
-    while os.path.lexists(final):
-        copy += 1
-        final = root / f"step-{step:08d}-{copy}"
-    partial = root / f"{PARTIAL}{final.name}{unique_suffix()}"
-    _locks[partial] = lock
+    partial = root / f"{PARTIAL}step-{step:08d}{unique_suffix()}"
+    _locks[partial] = None
     with abandoned_on_error([partial]):
+        _locks[partial] = lock_if_possible(root)
+        final, copy = root / f"step-{step:08d}", 1
+        while os.path.lexists(final):
+            copy += 1
+            final = root / f"step-{step:08d}-{copy}"
         partial.mkdir()
         _discard_leftovers(partial)
     return partial, final
