@@ -1,4 +1,4 @@
-"""Roots that ranks or jobs share or fail to share, what cannot be removed from them, and what cannot be read."""
+"""Roots that ranks or jobs share, and what cannot be removed or read there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(root: Path) -> list[str]:
     return sorted(os.listdir(root))
 
 
-# ---------------------------------------------------------------------------------------------------------- ranks of one job
+# --------------------------------------------------------------------------------- ranks of one job
 
 
 def node_local_worker(rank: int, world: int, folder: str, patience: float) -> str:
@@ -104,7 +104,7 @@ def test_all_ranks_resume_or_none(tmp_path):
     run_ranks(2, missing_ok_worker, str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------------------ two jobs
+# ----------------------------------------------------------------------------------------- two jobs
 
 
 def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_path):
@@ -227,7 +227,7 @@ def test_pruning_keeps_the_latest_and_those_saved_last_where_they_differ(tmp_pat
     assert latest(tmp_path) == paths[1]
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be removed or read
+# ------------------------------------------------------------------- what cannot be removed or read
 
 
 def test_a_link_to_an_archive_is_unlinked_and_its_target_left_alone(tmp_path):
