@@ -18,8 +18,8 @@ import torch
 
 from sharded_bf16_adamw.checkpoint import convert_fp32, export_fp32
 from sharded_bf16_adamw.checkpoint.contents import MODEL, STATE
-from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints, find_checkpoint, no_checkpoint, remove
-from sharded_bf16_adamw.checkpoint.manifest import find_damage, read_manifest
+from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints, find_checkpoint, incomplete_checkpoints, no_checkpoint, remove
+from sharded_bf16_adamw.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from sharded_bf16_adamw.checkpoint.sources import open_weights
 from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
@@ -97,10 +97,13 @@ def inspect(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Read every file and compare checksums; of all checkpoints of a run with ``--all``."""
     found = find_checkpoint(args.path)
-    paths = complete_checkpoints(Path(args.path)) if args.all else [found] if found else []
-    if not paths:
+    root = Path(args.path)
+    paths = complete_checkpoints(root) if args.all else [found] if found else []
+    incomplete = incomplete_checkpoints(root) if args.all else []
+    if not paths and not incomplete:
         raise no_checkpoint(args.path)
-    damaged = False
+    damaged = bool(incomplete)
+    report_incomplete(incomplete)
     for path in paths:
         problems = find_problems(path)
         damaged |= bool(problems)
@@ -133,8 +136,12 @@ def import_(args: argparse.Namespace) -> int:
 
 
 def prune(args: argparse.Namespace) -> int:
-    """Remove all checkpoints that are older than the newest ``--keep`` whole ones."""
+    """Remove all checkpoints that are older than the newest ``--keep`` whole ones.
+
+    Folders without a manifest are named and left alone: nobody can say how old they are, and a copy to one may be under way.
+    """
     root = Path(args.root)
+    report_incomplete(incomplete_checkpoints(root))
     checkpoints = complete_checkpoints(root)
     if not checkpoints:
         raise no_checkpoint(root)
@@ -149,13 +156,19 @@ def prune(args: argparse.Namespace) -> int:
             break
     if not whole:
         raise ValueError(f"no checkpoint at {root} is whole, so none was removed")
+    stuck = False
     for path in checkpoints[: checkpoints.index(whole[-1])]:
         if not readable(path):
             continue  # its place in the order is unknown; it has been named above, or is older than needed to be looked at
-        if not args.dry_run:
-            remove(path)
-        print(f"{path}: {'would be ' if args.dry_run else ''}removed")
-    return 0
+        try:
+            if not args.dry_run:
+                remove(path)
+        except OSError as error:
+            print(f"{path}: could not be removed: {error}", file=sys.stderr)
+            stuck = True
+        else:
+            print(f"{path}: {'would be ' if args.dry_run else ''}removed")
+    return int(stuck)
 
 
 # --------------------------------------------------------------------------------------------------------------------- parts
@@ -165,7 +178,7 @@ def find_problems(path: Path) -> list[str]:
     """What is wrong with a checkpoint's files; empty where all is well."""
     try:
         files = read_manifest(path).files
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:  # it was removed in the meantime, or is damaged
         return [str(error)]
     with progress_bar(path.name, sum(record.bytes for record in files.values())) as progress:
         problems = []
@@ -173,6 +186,12 @@ def find_problems(path: Path) -> list[str]:
             problems += find_damage(path, {name: record})
             progress(record.bytes)
     return problems
+
+
+def report_incomplete(paths: list[Path]) -> None:
+    """Name folders that have a checkpoint's name but no manifest."""
+    for path in paths:
+        print(f"{path}: has no {MANIFEST}, so it is no complete checkpoint; remove it if no copy to it is under way", file=sys.stderr)
 
 
 def readable(path: Path) -> bool:

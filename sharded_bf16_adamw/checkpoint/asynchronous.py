@@ -1,4 +1,4 @@
-"""Saves in threads, over a process group of their own, so that their messages never mix with those of training.
+"""Saves in threads, over a process group of their own: they never mix with training's messages.
 
 A thread that saves has one save under way at a time. Two threads that save two models do not wait for each other, and each gets the errors
 of its own saves; what a thread that has ended left is told to whoever waits next.
@@ -19,7 +19,10 @@ from .agreement import Group
 
 
 class _Pending(threading.Thread):
-    """A save under way. Not a daemon: an interpreter that ends waits for it, and the save with it is complete."""
+    """A save under way.
+
+    Not a daemon: an interpreter that ends waits for it, and the save with it is complete.
+    """
 
     def __init__(self, function: Callable[[], None]) -> None:
         super().__init__(name="checkpoint save")
@@ -57,11 +60,12 @@ def start(function: Callable[[], None]) -> None:
 def wait_for_save() -> None:
     """Wait until the asynchronous saves of this process, if there are any, are on the disk.
 
-    Waits for the saves of all threads. Raises errors of those that this thread started, or that a thread started that has ended since;
-    other threads get their own.
+    Waits for the saves of all threads. Raises errors of those that this thread started, or that a
+    thread started that has ended since; other threads get their own.
 
     Raises:
-        RuntimeError: a save failed, on whatever rank; earlier checkpoints are untouched. Each error is raised once.
+        RuntimeError: a save failed, on whatever rank; earlier checkpoints are untouched. Each error
+        is raised once.
     """
     with _lock:
         others = [pending for pending in _pending if not pending.concerns_this_thread()]
@@ -71,7 +75,7 @@ def wait_for_save() -> None:
 
 
 def wait_for_own_saves() -> None:
-    """Wait for the asynchronous saves that concern this thread, as :func:`wait_for_save`, but not for those of other threads."""
+    """Wait as :func:`wait_for_save`, but not for saves of other threads that are alive."""
     while True:
         with _lock:
             first = next((pending for pending in _pending if pending.concerns_this_thread()), None)

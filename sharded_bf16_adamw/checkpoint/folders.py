@@ -27,13 +27,16 @@ _NAME = re.compile(r"step-(\d{8,})(-\d+)?")  # a copy that somebody keeps as ste
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
-    """Return the newest complete checkpoint under ``root``, or None. Reads names and manifests; :func:`verify` reads it all.
+    """Return the newest complete checkpoint under ``root``, or None.
 
-    Each process looks for itself, and on a network file system ranks may see different states. To resume on all ranks or on none,
-    call :func:`load` with ``missing_ok=True``.
+    Reads names and manifests; :func:`verify` reads it all.
+
+    Each process looks for itself, and on a network file system ranks may see different states. To
+    resume on all ranks or on none, call :func:`load` with ``missing_ok=True``.
 
     Raises:
-        OSError: the root or a checkpoint in it cannot be read, for example because permission is denied.
+        OSError: the root or a checkpoint in it cannot be read, for example because permission is
+            denied.
     """
     root = Path(root)
     try:
@@ -47,7 +50,10 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint that ``path`` means: its folder, or the latest if it is the root of a run; None if there is none."""
+    """Return the checkpoint at ``path``, or the latest if that is the root of a run.
+
+    None if there is none.
+    """
     path = Path(path)
     return path if _has_manifest(path) else latest(path)
 
@@ -58,7 +64,7 @@ def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
 
 
 def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint under ``root`` that is undamaged, by comparing every file with its checksum.
+    """Find the newest checkpoint under ``root`` whose files all match their checksums.
 
     Starts with :func:`latest` and goes back in the order of saving, so an undamaged latest checkpoint is the only one that is read.
     For one process: in a distributed run call it on rank 0, broadcast the path, and pass that to :func:`load` on every rank.
@@ -89,10 +95,13 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
 
 
 def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest. For one process.
+    """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest.
 
-    A kill at any point leaves each checkpoint whole or gone. Folders without a manifest are left alone. A checkpoint that cannot be
-    removed, for example because it is another user's, is a warning; the others are removed.
+    For one process.
+
+    A kill at any point leaves each checkpoint whole or gone. Folders without a manifest are left
+    alone. A checkpoint that cannot be removed, for example because it is another user's, is a
+    warning; the others are removed.
 
     Returns:
         The folders removed, oldest first.
@@ -108,15 +117,18 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints in the order of saving. One whose manifest is damaged counts as older than all others."""
+    """Return the complete checkpoints in the order of saving.
+
+    One whose manifest is damaged counts as older than all others.
+    """
     found = [path for path in _named_as_checkpoints(root) if _has_manifest(path)]
     return sorted(found, key=lambda path: (_serial(path), path))
 
 
 def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Return serial number and folder of each complete checkpoint in the order of saving, without those that may not be read.
+    """Return serial number and folder of each checkpoint that may be read, in the order of saving.
 
-    Nobody can say how old those are, and they are no reason for a save to fail.
+    Nobody can say how old the others are, and they are no reason for a save to fail.
     """
     found = []
     for path in _named_as_checkpoints(root):
@@ -130,7 +142,10 @@ def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def incomplete_checkpoints(root: Path) -> list[Path]:
-    """Return the folders that have a checkpoint's name but no manifest, by name. No save leaves one: a copy or a removal was cut short."""
+    """Return the folders that have a checkpoint's name but no manifest, by name.
+
+    No save leaves one: a copy or a removal was cut short.
+    """
     return sorted(path for path in _named_as_checkpoints(root) if not _has_manifest(path))
 
 
@@ -145,7 +160,10 @@ def _named_as_checkpoints(root: Path) -> list[Path]:
 
 
 def _has_manifest(path: Path) -> bool:
-    """Return whether the folder has a manifest. Unlike ``Path.is_file`` in some versions of Python, raise if that cannot be seen."""
+    """Return whether the folder has a manifest.
+
+    Unlike ``Path.is_file`` in some versions of Python, raise if that cannot be seen.
+    """
     try:
         return stat.S_ISREG(os.stat(path / MANIFEST).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -183,7 +201,10 @@ def remove_all(paths: list[Path]) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, file or link that nobody reads, as far as possible. Warn if something is left."""
+    """Remove a folder, file or link that nobody reads, as far as possible.
+
+    Warn if something is left.
+    """
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -204,7 +225,10 @@ def unique_suffix() -> str:
 
 @functools.cache
 def machine() -> str:
-    """Return 8 hexadecimal digits for this boot of this machine. Processes in its containers share them."""
+    """Return 8 hexadecimal digits for this boot of this machine.
+
+    Processes in its containers share them.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:

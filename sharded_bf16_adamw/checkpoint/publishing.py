@@ -1,4 +1,4 @@
-"""One save's way to the disk: begun under a temporary name of its own, published by one rename, or abandoned.
+"""One save's way to the disk: begun under a temporary name, published by one rename, or abandoned.
 
 Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second gets an error (:mod:`.root_lock`). Where
 they do not, neither harms the other: temporary names are unique, a leftover is removed only once its save must be dead, and a save
@@ -38,23 +38,26 @@ _locks: dict[Path, RootLock | None] = {}  # by partial folder, of the saves of t
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
-    """Remove what dead saves left, and make an empty folder to write to. :func:`release` or :func:`abandon` ends it.
+    """Remove what dead saves left, and make an empty folder to write to.
+
+    :func:`release` or :func:`abandon` ends it.
 
     Returns:
-        That folder, and the name that the checkpoint will have: a free one, as a resumed run may come by the same step again.
+        That folder, and the name that the checkpoint will have: a free one, as a resumed run may
+        come by the same step again.
 
     Raises:
         RuntimeError: another save to ``root`` is under way.
     """
     _make_folders(root)
-    lock = lock_if_possible(root)
-    final, copy = root / f"step-{step:08d}", 1
-    while os.path.lexists(final):
-        copy += 1
-        final = root / f"step-{step:08d}-{copy}"
-    partial = root / f"{PARTIAL}{final.name}{unique_suffix()}"
-    _locks[partial] = lock
+    partial = root / f"{PARTIAL}step-{step:08d}{unique_suffix()}"
+    _locks[partial] = None
     with abandoned_on_error([partial]):
+        _locks[partial] = lock_if_possible(root)
+        final, copy = root / f"step-{step:08d}", 1
+        while os.path.lexists(final):
+            copy += 1
+            final = root / f"step-{step:08d}-{copy}"
         partial.mkdir()
         _discard_leftovers(partial)
     return partial, final
@@ -64,7 +67,8 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Make a folder, whose other files are on the disk, the latest checkpoint.
 
     Raises:
-        FileExistsError: another job, which no lock kept out, has published a checkpoint of this name.
+        FileExistsError: another job, which no lock kept out, has published a checkpoint of this
+            name.
     """
     root = final.parent
     manifest.serial = 1 + max((serial for serial, _ in readable_checkpoints(root)), default=0)
@@ -89,8 +93,9 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
-    """Remove what ``newest``, just published, replaces: earlier saves of its step, and all but the ``keep`` newest.
+    """Remove what ``newest``, just published, replaces.
 
+    That is earlier saves of its step, and all but the ``keep`` newest.
     Checkpoints that another job has published since are left alone. Failing to remove one is a warning.
     """
     older = [path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial]
@@ -100,7 +105,10 @@ def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
 
 
 def release(partial: Path) -> None:
-    """End the save that :func:`begin` began, and let others save. Does nothing if this process did not begin it, or has ended it."""
+    """End the save that :func:`begin` began, and let others save.
+
+    Does nothing if this process did not begin it, or has ended it.
+    """
     lock = _locks.pop(partial, None)
     if lock is not None:
         lock.release()
@@ -127,7 +135,9 @@ def abandoned_on_error(begun: list[Path]) -> Iterator[None]:
 
 
 def check_shared(root: Path, partial: Path, rank: int) -> None:
-    """Check that this rank sees the folder that rank 0 has just made. Its name is unique: it cannot be another one.
+    """Check that this rank sees the folder that rank 0 has just made.
+
+    Its name is unique: it cannot be another one.
 
     Raises:
         ValueError: it does not see it.
@@ -165,7 +175,10 @@ def check_arrived(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) ->
 
 
 def _within_patience(seen: Callable[[], bool], folder: Path) -> bool:
-    """Return whether ``seen`` becomes true soon. What another host wrote may appear late: list the folder anew before each try."""
+    """Return whether ``seen`` becomes true soon.
+
+    What another host wrote may appear late: list the folder anew before each try.
+    """
     deadline, pause = time.monotonic() + SEEN_WITHIN_S, 0.01
     while not seen():
         if time.monotonic() > deadline:
@@ -178,7 +191,10 @@ def _within_patience(seen: Callable[[], bool], folder: Path) -> bool:
 
 
 def _size(path: Path) -> int | None:
-    """Return a file's size, None if it is missing. Opening it makes a network file system ask for its attributes anew."""
+    """Return a file's size, None if it is missing.
+
+    Opening it makes a network file system ask for its attributes anew.
+    """
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_size
@@ -189,7 +205,8 @@ def _size(path: Path) -> int | None:
 def _discard_leftovers(partial: Path) -> None:
     """Remove what other saves to the root of ``partial`` left, if they must be dead.
 
-    They are if this process has the lock that they would hold on this machine, or if nothing in them has changed for so long.
+    They are if this process has the lock that they would hold on this machine, or if nothing in
+    them has changed for so long.
     """
     root, locked = partial.parent, _locks[partial] is not None
     now = partial.stat().st_mtime  # of the file system's own clock

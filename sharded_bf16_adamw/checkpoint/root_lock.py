@@ -1,4 +1,4 @@
-"""A lock that one save at a time holds on a root, so that a second job that saves to the same root gets an error.
+"""A lock that one save at a time holds on a root, so that a second job there gets an error.
 
 It is an flock: the kernel releases it when its process dies. A network file system may pass it on to other hosts, keep it on one host,
 or have no locks. So nothing relies on the lock alone: every temporary name of a save is its own.
@@ -21,7 +21,8 @@ class RootLock:
 
     Raises:
         RuntimeError: another save holds it.
-        OSError: the root cannot be written to. With an errno of ``_NO_LOCKS``, its file system has no locks.
+        OSError: the root cannot be written to. With an errno of ``_NO_LOCKS``, its file system has
+        no locks.
     """
 
     def __init__(self, root: Path) -> None:
@@ -74,7 +75,10 @@ def lock_if_possible(root: Path) -> RootLock | None:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open the lock's file. Return its descriptor, and whether it may be written to: it may be another user's."""
+    """Open the lock's file.
+
+    Return its descriptor, and whether it may be written to: it may be another user's.
+    """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
     except PermissionError:

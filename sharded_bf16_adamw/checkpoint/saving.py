@@ -61,8 +61,13 @@ def save(
     and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
     moments, the new one is), and the next save removes what is left of it.
 
+    Before anything is written, every rank must see ``root`` as rank 0 does. Before the checkpoint
+    is published, rank 0 must see every file. An older checkpoint that cannot be removed is a warning.
+
     Args:
-        root: folder of all checkpoints of a run, on a file system that every rank sees.
+        root: folder of all checkpoints of one run, on a file system that every rank sees. While a
+            save is under way, another one to the same root raises; where the file system has no
+            locks, neither harms the other.
         step: position of the run, not negative. Saving a step again (a run that was resumed from an earlier one comes by) replaces the
             older save of it; the new folder has a name of its own, such as ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
@@ -70,9 +75,10 @@ def save(
         extra: a dict of plain data that :func:`load` gives back, such as the position in the data: what JSON holds, with strings for keys.
             Tuples come back as lists.
         keep: how many checkpoints to keep, the last saved first; None keeps all.
-        async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
-            next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
-            ``dist.destroy_process_group()``. The memory of the copy is kept for the next time.
+        async_: return once this rank's part has been copied to CPU memory, and write in a thread.
+            Training may go on at once. The next ``save`` or ``load`` of this thread, or
+            :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save`
+            before ``dist.destroy_process_group()``. The memory of the copy is kept for the optimizer's next save.
         group: the ranks that hold the model, where several models share a job; None for all ranks.
         on_divergence: what to do where replicas of a tensor differ between ranks, such as the running statistics of BatchNorm:
             ``"raise"``, or ``"first"`` to save the replica of the first rank, with a warning.
@@ -81,9 +87,12 @@ def save(
         The checkpoint's folder; with ``async_`` what it will be.
 
     Raises:
-        ValueError: an argument is not as above, ranks give different roots, or tensors of one name differ between ranks that
+        ValueError: an argument is not as above, ranks give different roots, a rank does not see
+            ``root`` as the first rank does, or tensors of one name differ between ranks that
             ``AdamW_BF16(..., model_parallel=...)`` does not tell apart; nothing is written.
-        RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
+        RuntimeError: a rank could not write, rank 0 does not see what a rank wrote, another save to
+            ``root`` is under way, or the asynchronous save before failed; earlier checkpoints are
+            untouched.
     """
     asynchronous.wait_for_own_saves()
     check_group(group)

@@ -1,7 +1,7 @@
 """Copies in CPU memory of what a rank is to write, so that training may change the originals.
 
-The memory belongs to one save at a time. Afterwards it is kept with the optimizer for its next asynchronous save: getting it from the
-operating system takes longer than copying.
+The memory belongs to one save at a time. Afterwards it is kept with the optimizer for its next
+asynchronous save: getting it from the operating system takes longer than copying.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _spare_lock = threading.Lock()
 
 
 class Staged(DefaultSavePlanner):
-    """Stands for a planner that has a plan; gives out copies of the data, of what this rank is to write alone.
+    """A planner that gives out copies of what this rank is to write.
 
     Args:
         planner: knows the originals.

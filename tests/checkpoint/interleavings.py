@@ -1,4 +1,4 @@
-"""Two jobs that save to one root by mistake, interleaved operation by operation in a seeded order, and killed anywhere.
+"""Two jobs that save to one root, interleaved in a seeded order, and killed anywhere.
 
 Each job is a thread that stops before every operation on files; a scheduler says which goes on. A killed job runs no further operation,
 also not those of its error handlers, and its locks are released, as by the kernel. Whenever all threads stand still, ``latest`` must
@@ -111,10 +111,10 @@ class Interleaving:
             self.check_reports()
             self.check_recovery()
 
-    # ------------------------------------------------------------------------------------------------------------- checks
+    # --------------------------------------------------------------------------------------- checks
 
     def check(self) -> None:
-        """Whatever is seen is whole and the latest is there if anything was ever published."""
+        """Assert that all that is seen is whole, and a latest there if anything was published."""
         assert (latest(self.root) is not None) == bool(self.published)
         for path in complete_checkpoints(self.root):
             assert verify(path) == []
@@ -122,7 +122,7 @@ class Interleaving:
             assert latest(self.root) == self.root / (self.root / "LATEST").read_text().strip()
 
     def check_reports(self) -> None:
-        """What reported success is there, unless a save that came later has removed it; the latest is one save's, completely."""
+        """Assert that what reported success is there, or was removed by a later save."""
         there = {number_of(path): path for path in complete_checkpoints(self.root)}
         for number, path in there.items():
             assert_holds(path, number)
@@ -134,7 +134,7 @@ class Interleaving:
             assert number_of(newest) in self.published
 
     def check_recovery(self) -> None:
-        """An hour later, the next save works and leaves nothing but itself."""
+        """Assert that a save an hour later works and leaves nothing but itself."""
         for path in [*self.root.glob(".*"), *self.root.glob(".partial-*/*")]:
             os.utime(path, (0, 0))
         path = save(self.root, 9, *make(255), extra={"number": 255}, keep=1)
@@ -142,7 +142,7 @@ class Interleaving:
         assert sorted(os.listdir(self.root)) == ["LATEST", path.name]
         assert not publishing._locks
 
-    # --------------------------------------------------------------------------------------------------------------- jobs
+    # ----------------------------------------------------------------------------------------- jobs
 
     def _life(self, name: str) -> Job:
         """Return a job that saves, and is killed at some operation or not at all."""
@@ -186,7 +186,10 @@ class Interleaving:
             self.refused += 1
 
     def _stop(self) -> bool:
-        """Let the scheduler choose who goes on. Return False if this job is dead, and so may not do its next operation."""
+        """Let the scheduler choose who goes on.
+
+        Return False if this job is dead, and so may not do its next operation.
+        """
         job = self._jobs.get(threading.get_ident())
         if job is None or self._observing:  # the scheduler's own checks
             return True
@@ -199,7 +202,7 @@ class Interleaving:
             self.operations += 1
         return not job.killed
 
-    # ------------------------------------------------------------------------------------------------------------- patches
+    # -------------------------------------------------------------------------------------- patches
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
@@ -213,7 +216,7 @@ class Interleaving:
             return call
 
         def write(stream: Any, data: memoryview) -> int:
-            """As a stream's own; a dead job's write does nothing, for torch's C++ code that calls it is not to see an exception."""
+            """Write, or do nothing for a dead job: torch's C++ code must not see an exception."""
             return real_write(stream, data) if self._stop() else data.nbytes
 
         def rename(source: Any, target: Any, **kwargs: Any) -> None:
@@ -264,8 +267,8 @@ class Interleaving:
             self.published[job.published.extra["number"]] = job.published.serial
         elif before is not None:
             self.removed.add(before.extra["number"])
-            there = [read_manifest(path).serial for path in complete_checkpoints(self.root)]
-            assert max(there) > before.serial, "something newer is there"
+            newest = complete_checkpoints(self.root)[-1]
+            assert (read_manifest(newest).serial, newest) > (before.serial, source), "something newer is there"
             newer = sum(serial >= before.serial for serial in self.published.values()) - 1  # jobs without a lock give one twice
             if isinstance(job.doing, Save):
                 assert job.published is not None and before.serial < job.published.serial, "a save removes what is older than itself"

@@ -1,4 +1,4 @@
-"""Roots that ranks or jobs share or fail to share, what cannot be removed from them, and what cannot be read."""
+"""Roots that ranks or jobs share, and what cannot be removed or read there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(root: Path) -> list[str]:
     return sorted(os.listdir(root))
 
 
-# ---------------------------------------------------------------------------------------------------------- ranks of one job
+# --------------------------------------------------------------------------------- ranks of one job
 
 
 def node_local_worker(rank: int, world: int, folder: str, patience: float) -> str:
@@ -104,7 +104,7 @@ def test_all_ranks_resume_or_none(tmp_path):
     run_ranks(2, missing_ok_worker, str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------------------ two jobs
+# ----------------------------------------------------------------------------------------- two jobs
 
 
 def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_path):
@@ -135,9 +135,8 @@ def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_
 
 def test_the_lock_is_free_again_after_a_save_that_failed_or_was_interrupted(tmp_path, monkeypatch):
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        for place in ("contents", "publish", "begin"):
+        for module, name in ((os.path, "lexists"), (publishing, "_discard_leftovers"), (saving, "contents"), (saving, "publish")):
             with monkeypatch.context() as patched:
-                module, name = (publishing, "_discard_leftovers") if place == "begin" else (saving, place)
                 patched.setattr(module, name, mock.Mock(side_effect=error))
                 with pytest.raises((RuntimeError, KeyboardInterrupt)):
                     save_step(tmp_path, 1, sharded=False)
@@ -145,7 +144,9 @@ def test_the_lock_is_free_again_after_a_save_that_failed_or_was_interrupted(tmp_
     assert_holds(save_step(tmp_path, 1, sharded=False), 1)
 
 
-def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+def test_a_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
+    """Also where its file, which another user made in a sticky folder, may not be removed."""
+    monkeypatch.setattr(os, "unlink", mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
     lock = RootLock(tmp_path)
     copy = os.dup(lock._descriptor)  # as a fork has it: of the same open file
     lock.release()
@@ -226,7 +227,7 @@ def test_pruning_keeps_the_latest_and_those_saved_last_where_they_differ(tmp_pat
     assert latest(tmp_path) == paths[1]
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be removed or read
+# ------------------------------------------------------------------- what cannot be removed or read
 
 
 def test_a_link_to_an_archive_is_unlinked_and_its_target_left_alone(tmp_path):

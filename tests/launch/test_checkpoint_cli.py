@@ -153,6 +153,40 @@ def test_prune_keeps_a_checkpoint_whose_place_in_the_order_is_unknown(tmp_path, 
     assert steps_left(tmp_path) == [2, 3]
 
 
+def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_alone(tmp_path, capsys):
+    """What a copy or a removal that was cut short leaves."""
+    make_run(tmp_path, (1, 2, 3))
+    empty, partly = tmp_path / "step-00000004", tmp_path / "step-00000002"
+    empty.mkdir()
+    (partly / "manifest.json").unlink()
+    (tmp_path / "step-2").mkdir()  # not ours
+    assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000003: ok\n", "")
+    code, out, err = run(capsys, "verify", "--all", tmp_path)
+    assert code == 1 and out == f"{tmp_path}/step-00000001: ok\n{tmp_path}/step-00000003: ok\n"
+    sentence = "has no manifest.json, so it is no complete checkpoint; remove it if no copy to it is under way"
+    assert err.splitlines() == [f"{path}: {sentence}" for path in (partly, empty)]
+    code, out, pruned = run(capsys, "prune", tmp_path, "--keep", 1)
+    assert (code, out, pruned) == (0, f"{tmp_path}/step-00000001: removed\n", err)
+    assert empty.is_dir() and partly.is_dir()
+    (tmp_path / "step-00000003" / "manifest.json").unlink()
+    assert run(capsys, "verify", "--all", tmp_path)[0] == 1, "also where nothing else is there"
+
+
+def test_prune_goes_on_after_a_checkpoint_that_cannot_be_removed(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path, (1, 2, 3))
+    rename = os.rename
+
+    def refuses(source, target):
+        if Path(source).name == "step-00000001":
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    code, out, err = run(capsys, "prune", tmp_path, "--keep", 1)
+    assert code == 1 and out == f"{tmp_path}/step-00000002: removed\n"
+    assert err.startswith(f"{tmp_path}/step-00000001: could not be removed: [Errno 13] Permission denied")
+
+
 USAGE = {
     "no command": ((), "the following arguments are required"),
     "unknown command": (("paint",), "invalid choice: 'paint'"),
