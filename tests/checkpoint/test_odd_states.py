@@ -142,23 +142,32 @@ def wrapped(layout: str, world: int, seed: int) -> tuple[nn.Module, list[nn.Modu
     return model, own, AdamW_BF16(model.parameters(), lr=1e-2, sharding=sharding)
 
 
-def frozen_worker(rank: int, world: int, root: str) -> list[str]:
+def stop_training(layer: nn.Module, optimizer: AdamW_BF16, how: str) -> None:
+    layer.requires_grad_(how != "frozen")
+    if how == "removed":
+        own = {id(param) for param in layer.parameters()}
+        group = optimizer.param_groups[0]
+        group["params"] = [param for param in group["params"] if id(param) not in own]
+
+
+def frozen_worker(rank: int, world: int, root: str, how: str) -> list[str]:
     warnings.simplefilter("ignore")
     failed = []
     for layout in ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params"):
         model, own, optimizer = wrapped(layout, world, seed=0)
         take_steps(model, optimizer)
-        own[0].requires_grad_(False)
+        stop_training(own[0], optimizer, how)
+        optimizer.state[torch.ones(3)] = {"step": torch.ones(()), "exp_avg": torch.ones(3)}
         save(f"{root}/{layout}", 1, model, optimizer)
         single = layers(seed=1)
-        freeze(single)
         single_optimizer = AdamW_BF16(single.parameters(), lr=1e-2)
+        stop_training(single[0], single_optimizer, how)
         load(f"{root}/{layout}", single, single_optimizer)
         expected = states(single, single_optimizer)
         if len(expected) != 16 or not expected["0.weight.correction"].any():
             failed.append(f"{layout}: save")
         model, own, optimizer = wrapped(layout, world, seed=2)
-        own[0].requires_grad_(False)
+        stop_training(own[0], optimizer, how)
         load(f"{root}/{layout}", model, optimizer)
         save(f"{root}/{layout} again", 1, model, optimizer)
         fresh = layers(seed=3)
@@ -169,8 +178,9 @@ def frozen_worker(rank: int, world: int, root: str) -> list[str]:
     return failed
 
 
-def test_a_frozen_parameter_keeps_its_state_under_every_layout(tmp_path):
-    assert run_ranks(2, frozen_worker, str(tmp_path)) == [[], []]
+@pytest.mark.parametrize("how", ["frozen", "removed"])
+def test_a_parameter_that_is_no_longer_trained_keeps_its_state_under_every_layout(how, tmp_path):
+    assert run_ranks(2, frozen_worker, str(tmp_path), how) == [[], []]
 
 
 # ------------------------------------------------------------------------------------------------ in no group, of no parameter
