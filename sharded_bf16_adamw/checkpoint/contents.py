@@ -22,7 +22,7 @@ from ..sharding.zero import ZeRO
 from .agreement import rank
 from .manifest import ParamGroup
 from .names import named_tensors, plain_name, unwrapped
-from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states
+from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states, without_subclass
 from .torch_state import (
     has_fsdp1,
     other_entries,
@@ -60,7 +60,7 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
         values.update(parts_of(MODEL + name, own[name] if is_wrapper(value) and name in own else value))
     state_dict = sharded_optimizer_state(model, optimizer, removed=True)
     for fqn, state in state_dict["state"].items():
-        values.update(_flat(f"{STATE}{fqn}", state))
+        values.update({key: without_subclass(value) for key, value in _flat(f"{STATE}{fqn}", state).items()})
     tensors = {key: value for key, value in values.items() if isinstance(value, (Tensor, ShardedTensor))}
     plain = {key: value for key, value in values.items() if key not in tensors}
     plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})

@@ -61,7 +61,8 @@ def import_fp32(
     rank calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, what is then missing (see
-    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound). Moments are rounded stochastically, with bits that depend on the values
+    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound); one that is frozen has a correction only if ``optimizer_state`` has
+    a state of it. Moments are rounded stochastically, with bits that depend on the values
     alone. So every number of ranks and every strategy gets the same bits.
 
     Args:

@@ -90,8 +90,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _is_fabrics(module: nn.Module) -> bool:
     """Whether it is Lightning Fabric's wrapper, which has the module as its strategy wraps it, the plain one, and nothing else."""
-    own = {*module._modules, *module._parameters, *module._buffers}
-    return module._modules.get(FABRIC) is not None and own <= {FABRIC, _FABRIC_ORIGINAL}
+    if module._modules.get(FABRIC) is None:
+        return False
+    return {*module._modules, *module._parameters, *module._buffers} <= {FABRIC, _FABRIC_ORIGINAL}
 
 
 def _segment_of_wrapper(module: nn.Module) -> str | None:
