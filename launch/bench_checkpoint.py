@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from leaving import leave
 from strategies import init_world
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -61,7 +60,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     if world.rank == 0:
         report(rounds, args.json)
-    leave()
+    dist.destroy_process_group()
 
 
 def build(gb: float, ranks: int, device: torch.device) -> tuple[nn.Module, AdamW_BF16]:

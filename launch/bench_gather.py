@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from leaving import leave
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -106,7 +105,7 @@ def main() -> int:
         for state in optimizer.state.values():
             first: Tensor = state["exp_avg"]
             assert args.strategy == "ddp" or bool((first.to_local() == rank).all())  # type: ignore[attr-defined]
-    leave()
+    dist.destroy_process_group()
     return 0
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from leaving import leave
 from strategies import init_world
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -145,7 +144,7 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
-    leave()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

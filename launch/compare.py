@@ -69,9 +69,9 @@ def train(out: Path, optimizer: str, seed: int, train_args: list[str], one_threa
 
 
 def curve(out: Path, key: str) -> list[tuple[int, float]]:
-    """(step, value) of each line of a run's metrics that has ``key``."""
+    """(step, value) of each line of a run's metrics that has ``key``; null, which stands for a value that is not finite, as NaN."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line[key]) for line in lines if key in line]
+    return [(line["step"], math.nan if line[key] is None else line[key]) for line in lines if key in line]
 
 
 def final_loss(out: Path) -> float:

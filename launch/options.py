@@ -95,6 +95,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--clip", type=not_negative, default=1.0, help="maximal global gradient norm; 0 does not clip (default: %(default)s)"
     )
+    group.add_argument(
+        "--skip-nonfinite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let a step whose loss or gradient norm is not finite change no weight; it is counted (default: --skip-nonfinite)",
+    )
+    group.add_argument(
+        "--max-nonfinite",
+        type=count,
+        metavar="N",
+        default=10,
+        help="end the run with exit code 1 after N such steps in a row; 0 never does (default: %(default)s)",
+    )
 
     group = parser.add_argument_group("run")
     group.add_argument("--steps", type=positive, help=by_preset("steps"))
@@ -110,7 +123,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: --async-save)",
     )
     group.add_argument("--keep", type=positive, metavar="N", default=2, help="newest checkpoints to keep (default: %(default)s)")
-    group.add_argument("--resume", metavar="auto|PATH", help="auto: from the newest checkpoint in --out, if there is one (default: afresh)")
+    group.add_argument(
+        "--resume",
+        metavar="auto|newest-good|PATH",
+        help="auto: from the newest checkpoint in --out, if there is one; newest-good: from the newest undamaged one (default: afresh)",
+    )
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Metrics:
-    """``metrics.jsonl``: one JSON object a line, for each step ``{step, loss, lr, grad_norm, tokens_per_s}`` and for each evaluation
-    ``{step, held_out_loss}``. ``step`` counts the optimizer steps taken. Losses are nats a byte.
+    """``metrics.jsonl``: one JSON object a line, for each step ``{step, loss, lr, grad_norm, nonfinite_steps, tokens_per_s}`` and for each
+    evaluation ``{step, held_out_loss}``. ``step`` counts the steps taken, ``nonfinite_steps`` those of them whose loss or gradient norm was
+    not finite. Losses are nats a byte. A value that is not finite, which JSON does not have, is ``null``.
 
     Args:
         path: the file. Lines of steps after ``start`` are dropped, since a resumed run takes those steps again.
@@ -25,20 +27,20 @@ class Metrics:
 
     def __init__(self, path: Path, start: int, steps: int, bar: bool) -> None:
         self.path = path
-        lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= start and start > 0]
+        lines = [_json_line(line) for line in read_metrics(path) if line["step"] <= start and start > 0]
         path.write_text("".join(lines))
         self.file = path.open("a", buffering=1)  # line by line, so that a killed run leaves whole lines
         self.bar = _bar(start, steps) if bar else None
         self.shown: dict[str, str] = {}
 
     def step(self, **line: Any) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(_json_line(line))
         if self.bar is not None:
             self._show(loss=line["loss"], lr=line["lr"], norm=line["grad_norm"], tokens_per_s=line["tokens_per_s"])
             self.bar.update()
 
     def evaluation(self, step: int, held_out_loss: float) -> None:
-        self.file.write(json.dumps({"step": step, "held_out_loss": held_out_loss}) + "\n")
+        self.file.write(_json_line({"step": step, "held_out_loss": held_out_loss}))
         if self.bar is not None:
             self._show(held_out=held_out_loss)
 
@@ -51,6 +53,11 @@ class Metrics:
         assert self.bar is not None
         self.shown.update({name: f"{value:.4g}" for name, value in values.items()})
         self.bar.set_postfix(self.shown, refresh=False)
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _bar(start: int, steps: int) -> Any:
@@ -79,7 +86,7 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     lines = read_metrics(metrics)
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
     for key, label, style in (("loss", "training", {"alpha": 0.5, "linewidth": 1}), ("held_out_loss", "held out", {"marker": "."})):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], math.nan if line[key] is None else line[key]) for line in lines if key in line]
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
     axes.grid(alpha=0.3)
@@ -100,7 +107,16 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer, device: torch.device
 
 
 def summary(
-    *, held_out_loss: float, state_bytes: tuple[int, int], parameters: int, ranks: int, step_seconds: float, folder: Path, checkpoint: Path
+    *,
+    held_out_loss: float,
+    state_bytes: tuple[int, int],
+    parameters: int,
+    ranks: int,
+    step_seconds: float,
+    folder: Path,
+    checkpoint: Path,
+    nonfinite_steps: int,
+    skipped: bool,
 ) -> str:
     """The lines that a finished run prints."""
     mine, total = state_bytes
@@ -109,6 +125,7 @@ def summary(
             f"held-out loss         {held_out_loss:.4f} nats per byte",
             f"optimizer state       {mine:,} bytes on rank 0, {total:,} on {ranks} rank(s): {total / parameters:.2f} per parameter",
             f"optimizer step        {step_seconds * 1e3:.2f} ms on average, clipping included",
+            f"non-finite steps      {nonfinite_steps}{', skipped' if nonfinite_steps and skipped else ''}",
             f"metrics               {folder / 'metrics.jsonl'}",
             f"checkpoint            {checkpoint}",
         )

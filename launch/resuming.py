@@ -10,6 +10,7 @@ import torch.distributed as dist
 from data import UsageError
 from strategies import on_all_ranks
 
+from sharded_bf16_adamw import newest_good
 from sharded_bf16_adamw.checkpoint import folders
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
@@ -27,8 +28,17 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def _find(args: argparse.Namespace) -> Path | None:
+    root = Path(args.out) / "checkpoints"
     if args.resume == "auto":
-        path = folders.latest(Path(args.out) / "checkpoints")
+        path = folders.latest(root)
+    elif args.resume == "newest-good":
+        path, skipped = newest_good(root)
+        for reason in skipped:
+            print(f"note: {reason}", file=sys.stderr)
+        if path is None and skipped:
+            raise UsageError(
+                f"no checkpoint in {root} is undamaged: give --resume the path of another one, or another --out to start afresh."
+            )
     else:
         given = Path(args.resume)
         path = folders.find_checkpoint(given) or folders.latest(given / "checkpoints")
@@ -44,7 +54,7 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
     try:
         extra = read_manifest(path).extra
     except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{error}{_undamaged_instead(args, path)}") from error
     if "step" not in extra or "config" not in extra:
         raise UsageError(f"the checkpoint {path} was not saved by train.py: give --resume one that was.")
     saved, given = extra["config"], vars(args)
@@ -57,3 +67,22 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
     changed = [n for n in ("data", "seed", "batch_size", "seq_len") if saved.get(n, given[n]) != given[n]]
     if changed:
         print(f"note: {', '.join(changed)} changed since the checkpoint: the batches are not those of one run", file=sys.stderr)
+
+
+def undamaged_instead(args: argparse.Namespace, path: Path) -> str:
+    """Return what the message about the checkpoint at ``path``, which does not load, is to say of another one. Collective."""
+    found = [_undamaged_instead(args, path) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _undamaged_instead(args: argparse.Namespace, path: Path) -> str:
+    try:
+        good, _ = newest_good(path.parent)
+    except OSError as error:
+        return f"; whether another one is undamaged could not be seen ({error})"
+    if good is None:
+        return f"; no checkpoint in {path.parent} is undamaged"
+    if good == path:
+        return ""  # it is undamaged itself
+    return f"; {good} is undamaged: use --resume {'newest-good' if args.resume == 'auto' else good}"

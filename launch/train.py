@@ -1,7 +1,8 @@
 """Train a small GPT on bytes with bf16 weights: ``python launch/train.py``, or ``torchrun --nproc-per-node 2 launch/train.py``.
 
 A run writes to ``--out``: ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``. It stops cleanly on SIGTERM and Ctrl-C, and
-``--resume auto`` continues it on any number of processes. Errors of use end it with exit code 2 and one sentence on stderr.
+``--resume auto`` continues it on any number of processes. Errors of use end it with exit code 2 and one sentence on stderr,
+a training that has diverged with exit code 1 and one sentence.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ import torch
 import torch.distributed as dist
 from building import Schedule, build_model, make_optimizer, make_schedule, set_seeds
 from data import Text, UsageError, load_text
-from leaving import leave
 from model import GPT, PRESETS
 from options import parse_args
 from report import Metrics, optimizer_state_bytes, plot_losses, summary
-from resuming import find_checkpoint
+from resuming import find_checkpoint, undamaged_instead
 from stopping import StopRequest, stop_requests
 from strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks
 from torch import Tensor, nn
@@ -49,10 +49,17 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     saved: Path | None = None
     saved_step: int = -1
+    nonfinite_steps: int = 0  # whose loss or gradient norm was not finite, in all
+    nonfinite_in_row: int = 0  # up to the last step
+    is_sound: bool = True  # the last losses and the last norm were finite
 
     @property
     def folder(self) -> Path:
         return Path(self.args.out)
+
+
+class DivergedError(Exception):
+    """Training cannot go on: too many steps in a row, or the weights, are not finite. Raised on all ranks together."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         train(args)
         dist.barrier()  # rank 0 may still be drawing
         code = 0
-    except UsageError as error:
+    except (UsageError, DivergedError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     if dist.is_initialized() and not joined_before:
-        leave()
+        dist.destroy_process_group()
     return code
 
 
@@ -75,10 +82,15 @@ def train(args: argparse.Namespace) -> None:
     run = set_up(args)
     with stop_requests() as stop:
         metrics = Metrics(run.folder / "metrics.jsonl", run.step, args.steps, args.progress) if run.world.rank == 0 else None
-        stopped = loop(run, metrics, stop)
-        save_the_end(run)
-        if metrics is not None:
-            metrics.close()
+        try:
+            stopped = loop(run, metrics, stop)
+            save_the_end(run)
+        except DivergedError:
+            wait_for_save()  # what is under way is good: nothing is saved once a loss is not finite
+            raise
+        finally:
+            if metrics is not None:
+                metrics.close()
         finish(run, stopped)
 
 
@@ -90,20 +102,46 @@ def loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
     while run.step < args.steps:
         start = time.perf_counter()
         rank_loss = backward(run)
-        norm = update(run)
         loss, stopping = average(run.world, rank_loss, float(stop.requested))  # the ranks agree, once a step
+        norm = update(run, loss)
         run.step += 1
         if metrics is not None:
             lr = run.optimizer.param_groups[0]["lr"]
             tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - start)
-            metrics.step(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(tokens_per_s, 1))
+            metrics.step(
+                step=run.step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                nonfinite_steps=run.nonfinite_steps,
+                tokens_per_s=round(tokens_per_s, 1),
+            )
+        check_progress(run)
         if stopping:
             return True
         if run.step % args.eval_every == 0 or run.step == args.steps:
             record_evaluation(run, metrics)
         if args.save_every and run.step % args.save_every == 0:
-            checkpoint(run, in_background=args.async_save)
+            if run.is_sound:
+                checkpoint(run, in_background=args.async_save)
+            elif run.world.rank == 0:
+                print(f"note: step {run.step} is not saved: its loss or gradient norm is not finite", file=sys.stderr)
     return False
+
+
+def check_progress(run: Run) -> None:
+    """Raise DivergedError once ``--max-nonfinite`` steps in a row were not finite."""
+    if run.args.max_nonfinite and run.nonfinite_in_row >= run.args.max_nonfinite:
+        raise DivergedError(
+            f"the loss or gradient norm was not finite in {run.nonfinite_in_row} steps in a row, up to step {run.step}: {advice(run)}."
+        )
+
+
+def advice(run: Run) -> str:
+    """Say how to go on after training has diverged."""
+    if run.saved is None:
+        return "no checkpoint was saved; start again with a lower --lr"
+    return f"the last good checkpoint is {run.saved}; continue with --resume {run.saved} and a lower --lr"
 
 
 def finish(run: Run, stopped: bool) -> None:
@@ -126,6 +164,8 @@ def finish(run: Run, stopped: bool) -> None:
             step_seconds=seconds,
             folder=run.folder,
             checkpoint=run.saved,
+            nonfinite_steps=run.nonfinite_steps,
+            skipped=run.args.skip_nonfinite,
         )
     )
     picture = run.folder / "loss.png"
@@ -157,8 +197,12 @@ def loss_of(module: nn.Module, rows: Tensor) -> Tensor:
     return F.cross_entropy(module(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
 
 
-def update(run: Run) -> float:
-    """Clip, step and clear the gradients. Returns the global gradient norm before clipping."""
+def update(run: Run, loss: float) -> float:
+    """Clip, step and clear the gradients; a step whose loss or norm is not finite changes nothing but the schedule's position.
+
+    Returns:
+        The global gradient norm before clipping.
+    """
     synchronize(run.world)
     start = time.perf_counter()
     optimizer, clip = run.optimizer, run.args.clip or math.inf
@@ -170,11 +214,18 @@ def update(run: Run) -> float:
         own = getattr(run.module, "clip_grad_norm_", None)  # FSDP1 has one
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip) if own is None else own(clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm_before = float(norm)
+    is_finite = on_every_rank(run.world, math.isfinite(loss) and math.isfinite(norm_before))
+    if not is_finite and run.args.skip_nonfinite:
+        optimizer.zero_grad()  # without gradients, step() only moves the schedule on
     optimizer.step()
     synchronize(run.world)
     run.step_seconds.append(time.perf_counter() - start)
     optimizer.zero_grad()
-    return float(norm)
+    run.is_sound = is_finite
+    run.nonfinite_steps += not is_finite
+    run.nonfinite_in_row = 0 if is_finite else run.nonfinite_in_row + 1
+    return norm_before
 
 
 def average(world: World, *values: Tensor | float) -> list[float]:
@@ -182,6 +233,11 @@ def average(world: World, *values: Tensor | float) -> list[float]:
     row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in values])
     dist.all_reduce(row)
     return (row / world.ranks).tolist()
+
+
+def on_every_rank(world: World, condition: bool) -> bool:
+    """Return whether ``condition`` is true on every rank."""
+    return average(world, float(not condition)) == [0.0]
 
 
 def synchronize(world: World) -> None:
@@ -206,15 +262,35 @@ def held_out_loss(run: Run) -> float:
 
 def record_evaluation(run: Run, metrics: Metrics | None) -> None:
     loss = held_out_loss(run)
+    run.is_sound = run.is_sound and math.isfinite(loss)
     if metrics is not None:
         metrics.evaluation(run.step, loss)
 
 
 def checkpoint(run: Run, in_background: bool) -> None:
-    """Save everything that a resumed run needs; the data position is the step. First waits for the save before it, if that goes on."""
-    extra = {"step": run.step, "config": vars(run.args)}
-    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, run.args.keep, in_background)
+    """Save everything that a resumed run needs; the data position is the step. First waits for the save before it, if that goes on.
+
+    After a loss that is not finite, older checkpoints are kept: this one may be of a training that has diverged.
+
+    Raises:
+        DivergedError: a weight or an optimizer state is not finite; nothing is saved.
+    """
+    if not on_every_rank(run.world, state_is_finite(run.optimizer)):
+        raise DivergedError(f"a weight or an optimizer state is not finite after step {run.step}, which is not saved: {advice(run)}.")
+    extra = {"step": run.step, "nonfinite_steps": run.nonfinite_steps, "config": vars(run.args)}
+    keep = run.args.keep if run.is_sound else None
+    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, keep, in_background)
     run.saved_step = run.step
+
+
+@torch.no_grad()
+def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether all weights and optimizer states that this rank holds are finite."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
+    # The maximal magnitude is inf or NaN if any element is, and takes no memory.
+    return bool(nn.utils.get_total_norm([x for x in local if x.numel()], math.inf).isfinite())
 
 
 def save_the_end(run: Run) -> None:
@@ -236,8 +312,9 @@ def resume(run: Run) -> None:
     try:
         extra = load(path, run.module, run.optimizer)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{error}{undamaged_instead(run.args, path)}") from error
     run.step = run.saved_step = extra["step"]
+    run.nonfinite_steps = extra.get("nonfinite_steps", 0)
     run.saved = path
     if run.step > run.args.steps:
         raise UsageError(f"the checkpoint {path} is at step {run.step}, past --steps {run.args.steps}: raise --steps to train on.")

@@ -1,5 +1,6 @@
 """AdamW for models whose weights are bfloat16, sharded over any number of ranks."""
 
+from . import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .checkpoint import (
     convert_fp32,
     export_fp32,
@@ -7,6 +8,7 @@ from .checkpoint import (
     import_fp32,
     latest,
     load,
+    newest_good,
     prune,
     save,
     scatter_full_state_dict,
@@ -15,12 +17,14 @@ from .checkpoint import (
 )
 from .optimizer import AdamW_BF16
 from .schedule import LR
+from .sharding.model_parallel import ModelParallel
 from .sharding.zero import ZeRO
 
 __version__ = "0.1.0"
 __all__ = [
     "LR",
     "AdamW_BF16",
+    "ModelParallel",
     "ZeRO",
     "__version__",
     "convert_fp32",
@@ -29,6 +33,7 @@ __all__ = [
     "import_fp32",
     "latest",
     "load",
+    "newest_good",
     "prune",
     "save",
     "scatter_full_state_dict",

@@ -10,6 +10,7 @@ from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .grad_norm import Gradients, GradNorm, PendingClip
@@ -17,8 +18,11 @@ from .kernels import Hyper, check_backend, is_capturing
 from .kernels.device_memory import WARM_UP
 from .plan import Plan
 from .schedule import LR, Schedule, apply_rates, rate_at, scheduled_rates
+from .sharding.experts import ExpertsApart
 from .sharding.local import to_local
 from .sharding.misuse import sharded_after_construction
+from .sharding.model_parallel import ModelParallel
+from .sharding.replicas import check_replicas
 from .sharding.strategy import Local, Sharding
 from .sharding.zero import ZeRO
 from .state import (
@@ -28,9 +32,12 @@ from .state import (
     check_param,
     check_state,
     complete_state,
+    log_params,
     new_state,
     numbered_states_only,
     param_name,
+    replicas_of,
+    warn_if_all_float32,
 )
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
@@ -64,6 +71,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         skip_nonfinite: where any rank's gradient holds inf or NaN, let the step change no parameter, state or step count on any rank,
             and count it in ``skipped_steps``. After :meth:`clip_grad_norm_` the gradients that it saw decide, so do not write to
             them between it and the step.
+        model_parallel: names the process groups over whose ranks plain parameters differ, such as pipeline stages; see
+            :class:`ModelParallel`. None: plain parameters are replicas on every rank.
         sharding: ``ZeRO(mesh)`` to let this optimizer itself shard a replicated model's states; None leaves sharding to torch.
         backend: kernel back end, one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
 
@@ -85,6 +94,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         capturable: bool = False,
         skip_nonfinite: bool = False,
         sharding: ZeRO | None = None,
+        model_parallel: ModelParallel | None = None,
         backend: str | None = None,
     ) -> None:
         if lr is not None and lr_function is not None:
@@ -94,6 +104,10 @@ class AdamW_BF16(torch.optim.Optimizer):
         check_backend(backend)
         if not isinstance(sharding, ZeRO | None):
             raise ValueError(f"Invalid sharding: {sharding!r}; give ZeRO(mesh), or None to leave sharding to torch (DDP, FSDP, DTensor)")
+        if not isinstance(model_parallel, ModelParallel | None):
+            raise ValueError(
+                f"Invalid model_parallel: {model_parallel!r}; give ModelParallel(pp=...), or None where ranks hold the same model"
+            )
         if lr is None and lr_function is None:
             lr_function = LR()
         if lr_function is not None:
@@ -113,13 +127,16 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._sharding: Sharding = Local() if sharding is None else sharding.start()
+        if sharding is not None and model_parallel is not None and model_parallel.experts:
+            self._sharding = ExpertsApart(self._sharding, model_parallel)
         self._clip = PendingClip()
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
         self._plans: list[Plan] = []  # of the last sets of parameters with gradients, the newest last
         self._captured_plans: list[Plan] = []  # that CUDA graphs still read, though they no longer hold
         self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state when the plan was made
-        self._grad_norm = GradNorm(self._sharding)
+        self.model_parallel = model_parallel
+        self._grad_norm = GradNorm(self._sharding, model_parallel)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -131,6 +148,10 @@ class AdamW_BF16(torch.optim.Optimizer):
             "scheduled_lr": None,  # what lr_function last wrote to "lr"; None where the group's own lr rules
         }
         super().__init__(params, defaults)
+        self._is_built = True
+        all_params = [param for group in self.param_groups for param in group["params"]]
+        log_params(all_params, self._sharding)
+        warn_if_all_float32(all_params)
 
     # ------------------------------------------------------------------------------------------------- torch's conventions
 
@@ -155,15 +176,23 @@ class AdamW_BF16(torch.optim.Optimizer):
         except BaseException:  # also of the user's schedule
             self.param_groups.pop()
             raise
+        if self.__dict__.get("_is_built"):  # the constructor logs all of its groups together
+            log_params(group["params"], self._sharding)
 
     def __getstate__(self) -> dict[str, Any]:
         self._sharding.check_copyable()
+        if self.model_parallel is not None:
+            raise TypeError(
+                "an optimizer with model_parallel=ModelParallel(...) belongs to its process groups and cannot be pickled or deep-copied; "
+                "save its state with sharded_bf16_adamw.save or its state_dict()"
+            )
         own = ("lr_function", "skip_nonfinite", "backend", "_skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
         self.__dict__.setdefault("_sharding", Local())  # an optimizer with another one cannot be pickled
+        self.__dict__.setdefault("model_parallel", None)  # likewise
         position = 0
         if any("schedule_step" not in group for group in state["param_groups"]):  # of torch.optim.AdamW
             own = [entry for key, entry in state["state"].items() if isinstance(key, Tensor)]
@@ -179,7 +208,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("_plans", [])
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_seen_state", ([], []))
-        self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding))
+        self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding, self.model_parallel))
         self.__dict__.setdefault("_checked_not_replaced", False)
         super().__setstate__(state)
 
@@ -339,8 +368,9 @@ class AdamW_BF16(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global gradient norm in the next :meth:`step`: its scale is folded into the update, the gradients stay as they are.
 
-        Collective where parameters are sharded: every rank calls it. ``skip_nonfinite`` then goes by what this call has seen: an inf
-        or NaN that is written to a gradient between it and :meth:`step` is not noticed.
+        Collective where parameters are sharded, replicated on a mesh or named by ``model_parallel``: every rank calls it.
+        ``skip_nonfinite`` then goes by what this call has seen: an inf or NaN that is written to a gradient between it and :meth:`step`
+        is not noticed.
 
         Args:
             max_norm: the largest 2-norm of all gradients together.
@@ -350,6 +380,8 @@ class AdamW_BF16(torch.optim.Optimizer):
 
         Raises:
             ValueError: ``max_norm`` is not positive.
+            RuntimeError: plain parameters have unlike gradients on ranks that share sharded ones (on an accelerator a later call
+                raises it); or another rank has died or hangs.
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
@@ -390,6 +422,35 @@ class AdamW_BF16(torch.optim.Optimizer):
         for param in chosen:
             if param in self.state and "correction" in self.state[param]:
                 to_local(self.state[param]["correction"]).zero_()
+
+    @torch.no_grad()
+    def check_replicas(self) -> None:
+        """Compare weights and states with those of the ranks that hold replicas of them: detection of silent data corruption.
+
+        Equal gradients give equal bits, so replicas that differ are a fault of the hardware, or of code that changes one rank alone.
+        Compares 64-bit checksums: reads all of this rank's weights and states once and exchanges 16 bytes a tensor. Call it every few
+        hundred steps. Collective: every rank calls it at the same step.
+
+        Compared are DTensors over mesh dimensions that replicate them (HSDP, tensor parallelism), FSDP1's ``HYBRID_SHARD`` and
+        ``NO_SHARD``, with ZeRO the weights over all ranks and the states over the replicated dimension, and plain parameters over
+        ``ModelParallel(dp=...)``, or over all ranks where no ``model_parallel`` is given.
+
+        Raises:
+            RuntimeError: replicas differ; on every rank, naming a tensor and the ranks.
+        """
+        parallel, names = self.model_parallel, self._names()
+        experts = set() if parallel is None else {id(param) for param in parallel.expert_params()}
+        dp = dist.group.WORLD if parallel is None and dist.is_initialized() else None if parallel is None else parallel.dp_group
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        replicas = [
+            replica
+            for param in params
+            for replica in replicas_of(param, self.state.get(param, {}), names[param], self._sharding, None if id(param) in experts else dp)
+        ]
+        others = {group for param in params for group in self._sharding.shard_groups(param)}
+        if parallel is not None:
+            others |= {group for group in (parallel.pp_group, parallel.ep_group) if group is not None}
+        check_replicas(replicas, others)
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:
         """Create states now, at step 0, rather than at the first gradient. Loading a checkpoint needs somewhere to load to.

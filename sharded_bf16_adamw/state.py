@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .sharding.local import to_local, zeros_like_shard
+from .sharding.local import DTensor, to_local, zeros_like_shard
+from .sharding.replicas import Replica
 from .sharding.strategy import Sharding
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
+
+logger = logging.getLogger("sharded_bf16_adamw")
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -66,6 +71,41 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     if param.dtype == torch.bfloat16:
         state["correction"] = zeros_like_shard(shard, torch.bfloat16)
     return state
+
+
+def log_params(params: list[Tensor], sharding: Sharding) -> None:
+    """Log the dtypes and bytes of new parameters as INFO.
+
+    The counts are of parameters, each once whatever its sharding; the bytes are of this rank's shards.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    bf16 = sum(param.dtype == torch.bfloat16 for param in params)
+    weights = sum(to_local(param).nbytes for param in params)
+    states = sum(_state_bytes(to_local(sharding.shard(param))) for param in params if param.requires_grad)
+    logger.info(
+        "AdamW_BF16 takes %d bfloat16 and %d float32 parameters; this rank holds %s bytes of their weights, and %s bytes of their states "
+        "once each trainable one has had a gradient",
+        bf16,
+        len(params) - bf16,
+        f"{weights:,}",
+        f"{states:,}",
+    )
+
+
+def warn_if_all_float32(params: list[Tensor]) -> None:
+    """Log a warning if no parameter is bfloat16: the model may not have been converted, which nothing else would show."""
+    if params and all(param.dtype == torch.float32 for param in params):
+        logger.warning(
+            "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with "
+            "model.to(torch.bfloat16) before the optimizer is built, or use torch.optim.AdamW if float32 is meant",
+            len(params),
+        )
+
+
+def _state_bytes(shard: Tensor) -> int:
+    """Return the bytes of the moments, of the correction and of ``step``, as :func:`new_state` makes them."""
+    return (3 if shard.dtype == torch.bfloat16 else 2) * shard.nbytes + 4
 
 
 def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
@@ -149,6 +189,23 @@ def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             holder.update(states)
         else:  # the body has loaded others
             optimizer.state.update(leftover)
+
+
+def replicas_of(param: Tensor, state: dict[str, Any], name: str, sharding: Sharding, dp: dist.ProcessGroup | None) -> Iterator[Replica]:
+    """Yield a parameter's weight and states with the ranks that hold them too. A state that is not made yet counts as zeros.
+
+    Args:
+        dp: the ranks that hold replicas of plain parameters; None where nobody does.
+    """
+    of_weight, of_state = sharding.weight_replica_groups(param), sharding.replica_groups(param)
+    is_plain = not isinstance(sharding.shard(param), DTensor) and not sharding.shard_groups(param)
+    if is_plain and not of_weight and dp is not None and dist.get_world_size(dp) > 1:
+        of_weight = of_state = (dp,)
+    if of_weight:
+        yield Replica(f"parameter {name}", to_local(param), of_weight)
+    if of_state:
+        for key in STATE_KEYS:  # the same on every rank, whatever order its dict has
+            yield Replica(f"{key} of parameter {name}", to_local(state.get(key, torch.empty(0, device=param.device))), of_state)
 
 
 def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

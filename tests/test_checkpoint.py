@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, latest, load, save
+from sharded_bf16_adamw.checkpoint.folders import unique_suffix
 
 
 def wrap(model, strategy):
@@ -141,8 +142,9 @@ def test_unfinished_save_is_not_found(tmp_path):
     """What a killed run leaves: a partial folder, whatever is in it."""
     model, optimizer = trained()
     good = save(tmp_path, 1, model, optimizer)
-    (tmp_path / ".partial-step-00000002").mkdir()
-    (tmp_path / ".partial-step-00000002" / "__0_0.distcp").write_bytes(b"x")
+    partial = tmp_path / f".partial-step-00000002{unique_suffix()}"
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_bytes(b"x")
     assert latest(tmp_path) == good
     assert save(tmp_path, 2, model, optimizer) == latest(tmp_path)
     assert not list(tmp_path.glob(".partial-*"))

@@ -9,6 +9,7 @@ import pytest
 
 ALLOWED = {
     "schedule": set(),
+    "gloo_shutdown": set(),
     "kernels": set(),
     "sharding": set(),
     "state": {"sharding"},

@@ -13,7 +13,7 @@ Keys within: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>
 """
 
 from .asynchronous import wait_for_save
-from .folders import latest, prune
+from .folders import latest, newest_good, prune
 from .fp32 import export_fp32
 from .full import gather_full_state_dict, scatter_full_state_dict
 from .importing import convert_fp32, import_fp32
@@ -28,6 +28,7 @@ __all__ = [
     "import_fp32",
     "latest",
     "load",
+    "newest_good",
     "prune",
     "save",
     "scatter_full_state_dict",

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 Result = TypeVar("Result")
-Group = dist.ProcessGroup | None  # None: all ranks of the default group
+Group = dist.ProcessGroup | None  # None: all ranks of the default group. Ranks below are those in the group, from 0 on
+
+_POLL_S = 0.05  # seconds between two looks at the store
+_ERRORS = {error.__name__: error for error in (FileExistsError, FileNotFoundError, ValueError)}
+_calls: Counter[str] = Counter()  # of by_first_rank(), by what it was called for
+_on_this_rank_alone: ContextVar[bool] = ContextVar("_on_this_rank_alone", default=False)
 
 
 def rank(group: Group = None) -> int:
@@ -40,22 +51,86 @@ def errors_on_every_rank(doing: str, group: Group = None) -> Iterator[None]:
             raise _as_raised_everywhere(doing, failed_rank, *outcome) from error
 
 
-def on_rank_0(doing: str, function: Callable[[], Result]) -> Result:
-    """What ``function`` returns on rank 0, on every rank; its errors too. Collective."""
+def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -> Result:
+    """Call ``function`` on the group's first rank and return its result on every rank; its errors too. Collective."""
     outcome: list[Any] = [None, None, None]
     error: Exception | None = None
-    if rank() == 0:
+    if rank(group) == 0:
         try:
             outcome[2] = function()
         except Exception as caught:
             error = caught
             outcome = [isinstance(error, ValueError), _one_line(error), None]
-    if not _alone(None):
-        dist.broadcast_object_list(outcome, src=0)
+    if not _alone(group):
+        dist.broadcast_object_list(outcome, group_src=0, group=group)
     is_value_error, message, result = outcome
     if message is not None:
         raise _as_raised_everywhere(doing, 0, is_value_error, message) from error
     return result
+
+
+def by_first_rank(what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None) -> str:
+    """Call ``function`` on the group's first rank, without the other ranks' help, and wait for it on every rank that calls.
+
+    Not collective: the first rank waits for nobody, so a call on that rank alone is complete as well. The outcome travels
+    through the store of the default process group, which needs no receiver.
+
+    Args:
+        what: names the operation in messages.
+        path: what it writes to; calls for the same path are counted on each rank.
+        function: must need no other rank; within it, collectives of this module are of one rank.
+        group: process group; None for all ranks.
+
+    Returns:
+        What ``function`` returned.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: ``function`` raised one; on every rank that calls.
+        RuntimeError: it raised another error (which the first rank raises as it is), or the first rank has not called within
+            the timeout of the process group.
+    """
+    if world_size(group) == 1:
+        return function()
+    ranks = [global_rank(index, group) for index in range(world_size(group))]
+    key = json.dumps([what, os.path.abspath(path), ranks])
+    _calls[key] += 1
+    store = dist.PrefixStore(f"sharded_bf16_adamw/{key}/{_calls[key]}", dist.distributed_c10d._get_default_store())
+    if rank(group) == 0:
+        store.set("started", "")
+        token = _on_this_rank_alone.set(True)
+        try:
+            result = function()
+        except BaseException as error:
+            kind = next((name for name, known in _ERRORS.items() if isinstance(error, known)), "")
+            store.set("outcome", json.dumps([kind, str(error) if kind else _one_line(error)]))
+            raise
+        finally:
+            _on_this_rank_alone.reset(token)
+        store.set("outcome", json.dumps([None, result]))
+        return result
+    if not _is_set(store, "started", _timeout(store)):
+        raise RuntimeError(
+            f"rank {ranks[0]} has not called {what} for {path} within {_timeout(store)}; call it on every rank, or on rank {ranks[0]} alone"
+        )
+    _is_set(store, "outcome", None)  # an export may take hours
+    kind, text = json.loads(store.get("outcome"))
+    if kind is not None:
+        raise _ERRORS[kind](text) if kind else RuntimeError(f"{what} failed on rank {ranks[0]}: {text}")
+    return str(text)
+
+
+def _is_set(store: dist.Store, key: str, timeout: timedelta | None) -> bool:
+    """Wait until ``key`` is set, and return whether it is."""
+    deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+    while not store.check([key]):
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _timeout(store: dist.Store) -> timedelta:
+    return store.timeout  # type: ignore[attr-defined]  # missing in torch's stub
 
 
 def gather_everywhere(value: Result, group: Group = None) -> list[Result]:
@@ -72,17 +147,46 @@ def gather_on_rank_0(value: Result, group: Group = None) -> list[Result]:
     if _alone(group):
         return [value]
     values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
+    dist.gather_object(value, values, group_dst=0, group=group)
     return values or []
 
 
-def scatter_from_rank_0(values: list[Result]) -> Result:
+def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
     """Inverse of :func:`gather_on_rank_0`."""
-    if _alone(None):
+    if _alone(group):
         return values[0]
     received: list[Any] = [None]
-    dist.scatter_object_list(received, values if rank() == 0 else None, src=0)
+    dist.scatter_object_list(received, values if rank(group) == 0 else None, group_src=0, group=group)
     return received[0]
+
+
+def check_group(group: Any) -> None:
+    """Raise ValueError unless ``group`` is a process group that this rank is in, or None for all ranks."""
+    if group is None:
+        return
+    is_member = group != dist.GroupMember.NON_GROUP_MEMBER  # what new_group() returns on the ranks that are not in it
+    if is_member and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a process group or None, but it is of type {type(group).__name__}; use mesh.get_group() of a DeviceMesh"
+        )
+    if not is_member or dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the process group given as group; call it on the ranks of the group alone")
+
+
+def same_on_every_rank(what: str, value: str, group: Group = None) -> None:
+    """Raise ValueError on every rank unless all pass the same ``value``. Collective."""
+    values = gather_everywhere(value, group)
+    for index, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(
+                f"ranks give different values of {what}: {values[0]!r} on rank {global_rank(0, group)} and {other!r} on rank "
+                f"{global_rank(index, group)}; give the same on all ranks, and with models on parts of the job each part's group="
+            )
+
+
+def global_rank(rank_in_group: int, group: Group = None) -> int:
+    """Return the rank in the default group of a rank of ``group``."""
+    return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)
 
 
 def _alone(group: Group) -> bool:
@@ -90,7 +194,7 @@ def _alone(group: Group) -> bool:
     part of a checkpoint as the whole."""
     if group is not None and not dist.is_initialized():
         raise RuntimeError("the process group was destroyed before the save was done; call wait_for_save() first")
-    return not dist.is_initialized()
+    return not dist.is_initialized() or _on_this_rank_alone.get()
 
 
 def _as_raised_everywhere(doing: str, failed_rank: int, is_value_error: bool, message: str) -> Exception:

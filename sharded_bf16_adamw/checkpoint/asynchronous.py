@@ -1,4 +1,8 @@
-"""One save at a time in a thread, over a process group of its own, so that its messages never mix with those of training."""
+"""Saves in threads, over a process group of their own, so that their messages never mix with those of training.
+
+A thread that saves has one save under way at a time. Two threads that save two models do not wait for each other, and each gets the errors
+of its own saves; what a thread that has ended left is told to whoever waits next.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +10,96 @@ import atexit
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from ..sharding.collectives import new_cpu_group
 from .agreement import Group
 
 
 class _Pending(threading.Thread):
-    """Not a daemon: an interpreter that ends waits for it, and the save with it is complete."""
+    """A save under way. Not a daemon: an interpreter that ends waits for it, and the save with it is complete."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         super().__init__(name="checkpoint save")
-        self._function = function
+        self._function: Callable[[], None] | None = function
+        self.caller = threading.current_thread()
         self.error: Exception | None = None
 
     def run(self) -> None:
+        assert self._function is not None
         try:
             self._function()
         except Exception as error:
             self.error = error
+        finally:
+            self._function = None  # it holds the model's copy
+
+    def concerns_this_thread(self) -> bool:
+        """Return whether this thread started it, or one that cannot wait for it any more."""
+        return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
-_pending: _Pending | None = None
-_group: tuple[Any, Group] = (None, None)  # the default process group, and ours of the same ranks
+_pending: list[_Pending] = []  # in the order in which they were started; done ones until their errors were raised
+_lock = threading.Lock()  # of the list
+_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()  # by a group of the same ranks
 
 
 def start(function: Callable[[], None]) -> None:
-    """Run ``function`` in a thread. The one before has been waited for."""
-    global _pending
-    assert _pending is None
-    _pending = _Pending(function)
-    _pending.start()
+    """Run ``function`` in a thread. This thread's save before has been waited for."""
+    pending = _Pending(function)
+    pending.start()
+    with _lock:
+        _pending.append(pending)
 
 
 def wait_for_save() -> None:
-    """Wait until the asynchronous save, if there is one, is on the disk and the latest checkpoint.
+    """Wait until the asynchronous saves of this process, if there are any, are on the disk.
+
+    Waits for the saves of all threads. Raises errors of those that this thread started, or that a thread started that has ended since;
+    other threads get their own.
 
     Raises:
-        RuntimeError: it failed, on whatever rank; earlier checkpoints are untouched. Said once.
+        RuntimeError: a save failed, on whatever rank; earlier checkpoints are untouched. Each error is raised once.
     """
-    global _pending
-    if _pending is None:
-        return
-    _pending.join()
-    error, _pending = _pending.error, None
-    if error is not None:
-        raise error
+    with _lock:
+        others = [pending for pending in _pending if not pending.concerns_this_thread()]
+    for pending in others:
+        pending.join()
+    wait_for_own_saves()
+
+
+def wait_for_own_saves() -> None:
+    """Wait for the asynchronous saves that concern this thread, as :func:`wait_for_save`, but not for those of other threads."""
+    while True:
+        with _lock:
+            first = next((pending for pending in _pending if pending.concerns_this_thread()), None)
+        if first is None:
+            return
+        first.join()
+        with _lock:
+            if first not in _pending:
+                continue  # another thread has waited for it, too
+            _pending.remove(first)
+        if first.error is not None:
+            raise first.error
 
 
 @atexit.register
 def _say_what_nobody_asked_for() -> None:
-    """Of a program that ends without :func:`wait_for_save`, this is the last chance to tell of an error. All threads are done by now."""
-    if _pending is not None and _pending.error is not None:
-        print(f"an asynchronous save failed: {_pending.error}", file=sys.stderr)
+    """Print errors of saves that nobody waited for. All threads are done by now."""
+    for pending in _pending:
+        if pending.error is not None:
+            print(f"an asynchronous save failed: {pending.error}", file=sys.stderr)
 
 
-def own_group() -> Group:
-    """A gloo group of all ranks for the thread. Collective at the first call for a default process group."""
-    global _group
+def own_group(group: Group) -> Group:
+    """Return a gloo group of the same ranks for the thread. Collective at the first call for a group."""
     if not dist.is_initialized():
         return None
-    if _group[0] is not dist.group.WORLD:
-        _group = (dist.group.WORLD, dist.new_group(backend="gloo"))
-    return _group[1]
+    of = dist.group.WORLD if group is None else group
+    assert of is not None
+    if of not in _groups:
+        _groups[of] = new_cpu_group(dist.get_process_group_ranks(of))
+    return _groups[of]

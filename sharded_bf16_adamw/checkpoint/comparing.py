@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from .agreement import Group, gather_everywhere
 from .contents import MODEL, STATE, Contents, param_of_state
 from .groups import match_groups
 from .manifest import Manifest, ParamGroup
@@ -33,8 +35,16 @@ class Comparison:
     differences: list[str] = field(default_factory=list)
 
 
-def compare(metadata: Metadata, manifest: Manifest, here: Contents) -> Comparison:
-    """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference."""
+def keys_elsewhere(metadata: Metadata, manifest: Manifest, here: Contents, group: Group) -> set[str]:
+    """Return the keys of the checkpoint that other ranks alone have (pipeline stages, experts). Collective."""
+    saved: set[str] = {key for key in (*metadata.state_dict_metadata, *manifest.values) if key.startswith((MODEL, STATE))}
+    unknown = saved.difference(here.tensors, here.plain)
+    return unknown - unknown.intersection(*gather_everywhere(unknown, group))
+
+
+def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: Collection[str] = ()) -> Comparison:
+    """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference.
+    ``elsewhere`` are keys that other ranks have."""
     result = Comparison()
     saved = metadata.state_dict_metadata
     saved_plain = manifest.values
@@ -61,7 +71,8 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents) -> Compariso
     for param in sorted(unused):
         result.differences.append(f"it has a state of {param}, which has none here, as where it is not in the optimizer")
     for key in [*saved, *saved_plain]:
-        if key.startswith((MODEL, STATE)) and key not in here.tensors and key not in here.plain and param_of_state(key) not in unused:
+        is_here = key in here.tensors or key in here.plain or key in elsewhere
+        if key.startswith((MODEL, STATE)) and not is_here and param_of_state(key) not in unused:
             result.differences.append(f"it has {key}, which is not here")
     _compare_groups(manifest.groups, here.groups, result)
     return result

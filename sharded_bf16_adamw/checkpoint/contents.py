@@ -1,15 +1,17 @@
 """What of a model and an optimizer goes to disk, by key: tensors, and plain data beside them.
 
-Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
+Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu`` (see :func:`rng_contents`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,11 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sharding.local import to_local
+from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero import ZeRO
-from .agreement import rank
+from .agreement import Group, rank
 from .manifest import ParamGroup
 from .names import named_tensors, plain_name, unwrapped
 from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states, without_subclass
+from .rank_names import RankNames
 from .torch_state import (
     has_fsdp1,
     other_entries,
@@ -51,34 +55,78 @@ class Contents:
     groups: list[ParamGroup]
 
 
-def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
-    """The parts of model and optimizer, which gets its states if it has none at all; the live tensors, except under FSDP1, where it is
-    collective."""
-    values: dict[str, Any] = {}
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
+    """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
+    where it is collective. Keys hold the names that ``names`` gives."""
     own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
+    model_part: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
-        values.update(parts_of(MODEL + name, own[name] if is_wrapper(value) and name in own else value))
-    state_dict = sharded_optimizer_state(model, optimizer, removed=True)
-    for fqn, state in state_dict["state"].items():
-        values.update({key: without_subclass(value) for key, value in _flat(f"{STATE}{fqn}", state).items()})
-    tensors = {key: value for key, value in values.items() if isinstance(value, (Tensor, ShardedTensor))}
-    plain = {key: value for key, value in values.items() if key not in tensors}
+        model_part.update(parts_of(MODEL + names.stored(name), own[name] if is_wrapper(value) and name in own else value))
+    optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
+    tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
+    plain = {key: value for key, value in model_part.items() if key not in tensors}
     plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})
-    groups = [ParamGroup(list(group.pop("params")), group) for group in state_dict["param_groups"]]
+    return Contents({**tensors, **optimizer_part.tensors}, {**plain, **optimizer_part.plain}, optimizer_part.groups)
+
+
+def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False) -> Contents:
+    """Return the optimizer's part of :func:`contents`, without entries of no parameter; ``removed`` as for
+    :func:`.torch_state.sharded_optimizer_state`."""
+    state_dict = sharded_optimizer_state(model, optimizer, removed)
+    values: dict[str, Any] = {}
+    for fqn, state in state_dict["state"].items():
+        flat = _flat(f"{STATE}{names.stored(fqn)}", state)
+        values.update({key: without_subclass(value) for key, value in flat.items()})
+    tensors = {key: value for key, value in values.items() if _is_tensor(value)}
+    plain = {key: value for key, value in values.items() if key not in tensors}
+    groups = [ParamGroup(list(map(names.stored, group.pop("params"))), group) for group in state_dict["param_groups"]]
     return Contents(tensors, plain, groups)
 
 
-def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> None:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, ShardedTensor))
+
+
+def with_stages(found: Contents, names: RankNames) -> Contents:
+    """Return the same with the names that :meth:`RankNames.add_stage` has changed since."""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {_with_fqn(key, names.of_stage): value for key, value in values.items()}
+
+    groups = [ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in found.groups]
+    return Contents(renamed(found.tensors), renamed(found.plain), groups)
+
+
+def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
+    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one. Those
+    without parameters are rank 0's."""
+    result: list[ParamGroup] = []
+    places: list[int] = []
+    seen: set[str] = set()
+    for holder, groups in enumerate(groups_of_ranks):
+        for place, (params, options) in enumerate(groups):
+            new = [fqn for fqn in params if fqn not in seen]
+            seen.update(new)
+            known = next((group for group, at in zip(result, places, strict=True) if at == place and group.options == options), None)
+            if known is not None:
+                known.params.extend(new)
+            elif new or (holder == 0 and not params):
+                result.append(ParamGroup(new, options))
+                places.append(place)
+    return result
+
+
+def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames) -> None:
     """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
-    flat = {**values.tensors, **values.plain}
+    flat = {_with_fqn(key, names.local): value for key, value in {**values.tensors, **values.plain}.items()}
     own = _section(MODEL, flat)
     if _are_live(model, optimizer, values):
         set_extra_states(model, {name: value for name, value in own.items() if is_extra_state(name)})
         _set_options(optimizer, values.groups)
     else:
+        groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
         set_sharded_model_state(model, {name: value for name, value in own.items() if PART not in name})
-        state = _nested(_section(STATE, flat), {*own, *chain(*(group.params for group in values.groups))})
-        groups = [{"params": group.params, **group.options} for group in values.groups]
+        state = _nested(_section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))})
         set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups}, removed=True)
         for live, group in zip(optimizer.param_groups, values.groups, strict=True):
             for name, value in group.options.items():
@@ -120,23 +168,56 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
     optimizer.state.update(states)
 
 
-def rng_contents() -> dict[str, Tensor]:
-    """torch's random state on this rank."""
-    state = {f"rng.{rank()}.cpu": torch.get_rng_state()}
+def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
+    """Return torch's random state on this rank.
+
+    Keys: ``rng.<rank>.cpu``; ``rng.<rank>.cuda`` of the current GPU, whichever index it has after a restart; and, where the
+    process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
+
+    Args:
+        group: in which ranks are counted.
+        every_device: all GPUs that the process sees, to load whatever a checkpoint has; else those that it uses.
+    """
+    state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state[f"rng.{rank()}.cuda"] = torch.cuda.get_rng_state()
+        state[f"rng.{rank(group)}.cuda"] = torch.cuda.get_rng_state()
+        gpus = [gpu for gpu in range(torch.cuda.device_count()) if every_device or _is_used(gpu)]
+        if len(gpus) > 1:
+            state.update({f"rng.{rank(group)}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus})
     return state
 
 
 def set_rng_contents(state: dict[str, Tensor]) -> None:
     """Inverse of :func:`rng_contents`."""
-    for key, value in state.items():
-        (torch.cuda.set_rng_state if key.endswith(".cuda") else torch.set_rng_state)(value)
+    for key in sorted(state):  # the current GPU's before those by index, which know better where both are there
+        kind, _, index = key.split(".", 2)[2].partition(".")
+        if kind == "cpu":
+            torch.set_rng_state(state[key])
+        else:
+            torch.cuda.set_rng_state(state[key], int(index) if index else "cuda")
+
+
+def _is_used(gpu: int) -> bool:
+    """Whether this process has a context on the GPU, without which nothing has drawn random numbers there."""
+    return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 
 def param_of_state(key: str) -> str | None:
     """``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``; None for other keys."""
     return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else None
+
+
+def fqn_of(key: str) -> str:
+    """``model.<fqn>`` and ``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``."""
+    return param_of_state(key) or key.removeprefix(MODEL)
+
+
+def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
+    """Return the key of another name: ``model.a`` or ``optimizer.state.a.step`` -> ``model.<rename(a)>``..."""
+    fqn = param_of_state(key)
+    if fqn is None:
+        return MODEL + rename(key.removeprefix(MODEL)) if key.startswith(MODEL) else key
+    return f"{STATE}{rename(fqn)}{key.removeprefix(STATE + fqn)}"
 
 
 def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -152,7 +233,11 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
     for param in model.parameters():
         if isinstance(param, DTensor):
             words.append(f"{_describe_mesh(param.device_mesh)} {param.placements}")
-    policy = getattr(getattr(optimizer, "_sharding", None), "_policy", None)
+    sharding = getattr(optimizer, "_sharding", None)
+    policy = getattr(getattr(sharding, "dense", sharding), "_policy", None)
+    parallel = getattr(optimizer, "model_parallel", None)
+    if isinstance(parallel, ModelParallel):
+        words += [f"{name} {dist.get_world_size(group)}" for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group)) if group]
     words += [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)] if isinstance(policy, ZeRO) else []
     return ", ".join(dict.fromkeys(words)) or "not sharded"
 

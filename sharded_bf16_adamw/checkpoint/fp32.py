@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .agreement import Group, by_first_rank, check_group
 from .contents import MODEL, STATE
 from .folders import sync_folder
 from .odd_values import PART
@@ -47,11 +48,15 @@ def export_fp32(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
+    group: Group = None,
 ) -> Path:
     """Write the weights of a checkpoint as safetensors in the Hugging Face layout: files and ``model.safetensors.index.json``.
 
     Needs no GPU, no process group and no model, and memory for a few times the largest tensor. The checkpoint is verified first. The
     folder appears at once when it is complete.
+
+    In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits for no other rank; the
+    others return once it is done, and raise if it failed.
 
     Args:
         path: a checkpoint's folder, or the root of a run, which stands for its latest.
@@ -59,7 +64,8 @@ def export_fp32(
         dtype: float32 writes ``p + correction`` for each bfloat16 parameter; bfloat16 writes ``p`` alone. What the model holds in other
             dtypes (float32 parameters, buffers) is written as it is.
         max_shard_bytes: size of a file, not counting its header; a larger tensor has a file to itself.
-        progress: called with the number of bytes whenever a tensor was written.
+        progress: called on rank 0 with the number of bytes whenever a tensor was written.
+        group: process group whose first rank writes; None for all ranks.
 
     Returns:
         ``out``.
@@ -68,8 +74,20 @@ def export_fp32(
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is no checkpoint at ``path``.
         ValueError: the checkpoint is damaged, or an argument or a dtype in the model cannot be served. Nothing is written.
+        OSError: the folder cannot be written. Other ranks than the one that writes raise RuntimeError, also where that one
+            does not call within the timeout of the process group.
     """
     out = Path(out)
+    check_group(group)
+
+    def export() -> str:
+        _export(path, out, dtype, max_shard_bytes, progress)
+        return str(out)
+
+    return Path(by_first_rank("export_fp32", out, export, group))
+
+
+def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_shard_bytes: int, progress: Progress | None) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p alone)")
     if max_shard_bytes < 1:
@@ -112,7 +130,6 @@ def export_fp32(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return out
 
 
 def _corrections(stored: StoredCheckpoint) -> dict[str, str | None]:

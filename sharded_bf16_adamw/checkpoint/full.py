@@ -10,12 +10,17 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .agreement import errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
+from .agreement import Group, check_group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
 from .blocks import local_blocks
+from .contents import STATE, Contents, merged, optimizer_contents
+from .divergence import one_of_each
 from .groups import match_groups
+from .manifest import ParamGroup
 from .plain import as_tensor
+from .rank_names import RankNames
 from .torch_state import (
     check_model_and_optimizer,
     has_fsdp1,
@@ -23,19 +28,18 @@ from .torch_state import (
     init_state,
     new_states_only_if_it_succeeds,
     set_sharded_optimizer_state,
-    sharded_optimizer_state,
 )
-from .transport import Entry, Key, Transfer, deliver, held, plan_transfers, receive, send, table_of
+from .transport import Entry, Key, Transfer, connect, deliver, held, plan_transfers, receive, send, table_of
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
 
 
 @torch.no_grad()
-def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank calls it.
+def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank of ``group`` calls it.
 
     Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
-    contiguously (none, mostly). Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
+    contiguously in CPU memory. Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
     and of one flat parameter's whole state while that is made.
 
     Example, on rank 0; the other ranks get ``{}``::
@@ -55,26 +59,30 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
     Args:
         model: the module, wrapped or not.
         optimizer: the optimizer of its parameters: ours or one of torch's whose state holds tensors only.
+        group: the ranks that hold the model, where several models share a job, whose first rank then counts as rank 0; None for all.
 
     Returns:
         Tensors of their own memory, contiguous, in CPU memory.
 
     Raises:
-        ValueError: on every rank, where any rank's arguments are wrong, a state is no tensor, or the ranks' blocks do not add up to the
-            whole tensor (an uneven mix of shardings that a box cannot describe).
+        ValueError: a state is no tensor, states of one name differ between ranks that should hold replicas, or the ranks' blocks do
+            not add up to the whole tensor (an uneven mix of shardings that a box cannot describe).
     """
-    with errors_on_every_rank("cannot gather the optimizer state"):
-        check_model_and_optimizer("gather_full_state_dict(model, optimizer)", model, optimizer)
-    with errors_on_every_rank("cannot gather the optimizer state"):
-        sharded = sharded_optimizer_state(model, optimizer)
-    tensors, tables = _gathered_tables(sharded["state"])
+    cannot = "cannot gather the optimizer state"
+    names = _rank_names(cannot, model, optimizer, group)
+    with errors_on_every_rank(cannot, group):
+        found = optimizer_contents(model, optimizer, names)
+    with errors_on_every_rank(cannot, group):
+        found = one_of_each(found, names, group, "raise")
+    tensors, tables = _gathered_tables(cannot, found, group)
+    groups = merged(gather_on_rank_0([ParamGroup(params, _plain_options(options)) for params, options in found.groups], group))
     wholes = _merged(tables)
-    with errors_on_every_rank("cannot gather the optimizer state"):
+    with errors_on_every_rank(cannot, group):
         plan = plan_transfers(tables, wholes, replicas=False)
-    transfers = scatter_from_rank_0(plan)
-    if rank() != 0:
+    transfers = scatter_from_rank_0(plan, group)
+    if rank(group) != 0:
         for transfer in transfers:
-            send(held(tensors[transfer.key], transfer), 0, transfer.wire)
+            send(held(tensors[transfer.key], transfer, group), 0, group)
         return {}
     by_key: dict[Key, list[Transfer]] = {key: [] for key in wholes}
     for transfer in transfers:
@@ -86,15 +94,18 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -
             (sender,) = transfer.ranks
             place = transfer.block.of(whole)
             if sender == 0:
-                place.copy_(held(tensors[transfer.key], transfer))
+                place.copy_(held(tensors[transfer.key], transfer, group))
             else:
-                receive(place, sender, transfer.wire)
-    return {"state": full, "param_groups": [_plain_group(group) for group in sharded["param_groups"]]}
+                receive(place, sender, group)
+    return {"state": full, "param_groups": [{"params": params, **options} for params, options in groups]}
 
 
 @torch.no_grad()
-def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, full: dict[str, Any] | None) -> None:
-    """Inverse of :func:`gather_full_state_dict`: give each rank its part of what rank 0 holds. Collective: every rank calls it.
+def scatter_full_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, full: dict[str, Any] | None, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Inverse of :func:`gather_full_state_dict`: give each rank its part of what rank 0 holds. Collective: every rank of
+    ``group`` calls it.
 
     Rank 0 needs memory for at most one tensor more than ``full``, the other ranks for at most one block (twice their shard under FSDP1).
     A parameter that has no state in ``full`` starts afresh. Hyper-parameters come from ``full``, except that an optimizer with a
@@ -104,83 +115,98 @@ def scatter_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, 
         model: the module, wrapped or not, in any layout and on any number of ranks.
         optimizer: the optimizer of its parameters.
         full: on rank 0 as :func:`gather_full_state_dict` or torch's ``get_optimizer_state_dict`` (full) returned it; ignored elsewhere.
+        group: as for :func:`gather_full_state_dict`.
 
     Raises:
         ValueError: on every rank, where ``full`` is of another model or optimizer: a parameter or state is missing, unexpected or of
             another shape or dtype, or the groups divide the parameters otherwise. Nothing is changed.
     """
-    with errors_on_every_rank("cannot scatter the full state"):
-        check_model_and_optimizer("scatter_full_state_dict(model, optimizer, full)", model, optimizer)
-    given_states = on_rank_0("cannot scatter the full state", lambda: _names_of_states(full))
+    cannot = "cannot scatter the full state"
+    names = _rank_names(cannot, model, optimizer, group)
+    stored, given = on_rank_0(cannot, lambda: _names_and_groups(full), group)
+    names.add_stage_as_in(stored)
     with new_states_only_if_it_succeeds(optimizer):
-        with errors_on_every_rank("cannot scatter the full state"):
+        with errors_on_every_rank(cannot, group):
             init_state(optimizer)
-            init_frozen_states(model, optimizer, given_states, given_states)
-            sharded = sharded_optimizer_state(model, optimizer)
-        tensors, tables = _gathered_tables(sharded["state"])
+            init_frozen_states(model, optimizer, stored, stored, names.stored)
+            found = optimizer_contents(model, optimizer, names)
+        tensors, tables = _gathered_tables(cannot, found, group)
+        groups_of_ranks = gather_on_rank_0([params for params, _ in found.groups], group)
         plan: list[list[Transfer]] = []
-        with errors_on_every_rank("cannot scatter the full state"):
-            if rank() == 0:
-                wholes = _merged(tables)
-                _check(wholes, sharded["param_groups"], full)
+        with errors_on_every_rank(cannot, group):
+            if rank(group) == 0:
                 assert full is not None
+                wholes = _merged(tables)
+                _check(wholes, groups_of_ranks, full)
                 plan = plan_transfers(tables, {key: entry for key, entry in wholes.items() if key[0] in full["state"]}, replicas=True)
-    transfers = scatter_from_rank_0(plan)
-    given = on_rank_0("cannot scatter the full state", lambda: (full or {})["param_groups"])
+    transfers = scatter_from_rank_0(plan, group)
     for transfer in transfers:
-        block = transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank() == 0 else None
-        deliver(transfer, block, tensors)
+        block = transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank(group) == 0 else None
+        deliver(transfer, block, tensors, group)
     for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    matches = match_groups([group["params"] for group in sharded["param_groups"]], [group["params"] for group in given])
-    groups = [_options(own if match is None else given[match]) for own, match in zip(sharded["param_groups"], matches, strict=True)]
-    for live, group in zip(optimizer.param_groups, groups, strict=True):
+    matches = match_groups([params for params, _ in found.groups], [other["params"] for other in given])
+    options_of = [_options(own.options if match is None else given[match]) for own, match in zip(found.groups, matches, strict=True)]
+    for live, options in zip(optimizer.param_groups, options_of, strict=True):
         if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
-            group["scheduled_lr"] = None if live["scheduled_lr"] is None else group["lr"]
+            options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
     if has_fsdp1(model):
-        own = [{**group, "params": old["params"]} for old, group in zip(sharded["param_groups"], groups, strict=True)]
-        set_sharded_optimizer_state(model, optimizer, {"state": sharded["state"], "param_groups": own})
+        state: dict[str, dict[str, Any]] = {}
+        for (fqn, name), tensor in tensors.items():
+            state.setdefault(names.local(fqn), {})[name] = tensor
+        own = [{**options, "params": list(map(names.local, params))} for (params, _), options in zip(found.groups, options_of, strict=True)]
+        set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": own})
         return
-    for live, group in zip(optimizer.param_groups, groups, strict=True):
-        _update_group(live, group)
+    for live, options in zip(optimizer.param_groups, options_of, strict=True):
+        _update_group(live, options)
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
 
 
-def _gathered_tables(state: dict[str, dict[str, Any]]) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
-    """This rank's tensors, and on rank 0 what each rank holds of them. Collective."""
-    tensors = {}
-    with errors_on_every_rank("cannot gather the optimizer state"):
-        for fqn, values in state.items():
-            for name, value in values.items():
-                if not isinstance(value, Tensor):
-                    raise ValueError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
-                tensors[fqn, name] = value
+def _rank_names(cannot: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> RankNames:
+    """Check the arguments on all ranks and agree on names. Collective."""
+    check_group(group)
+    with errors_on_every_rank(cannot, group):
+        check_model_and_optimizer("(model, optimizer)", model, optimizer)
+        names = RankNames(model, optimizer)
+    names.number_experts()
+    return names
+
+
+def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
+    """Return this rank's states by parameter and name, and on rank 0 what each rank holds of them. Collective."""
+    with errors_on_every_rank(cannot, group):
+        for key, value in found.plain.items():
+            fqn, _, name = key.removeprefix(STATE).rpartition(".")
+            raise ValueError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
+        tensors: dict[Key, Tensor] = {}
+        for key, tensor in found.tensors.items():
+            fqn, _, name = key.removeprefix(STATE).rpartition(".")
+            tensors[fqn, name] = tensor
         table = table_of(tensors)
-    return tensors, gather_on_rank_0(table)
+    connect(group)
+    return tensors, gather_on_rank_0(table, group)
 
 
-def _check(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) -> None:
+def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
+        raise ValueError('the full state is of another model or optimizer: rank 0 must pass a dict with "state" and "param_groups"')
+    return list(full["state"]), full["param_groups"]
+
+
+def _check(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]) -> None:
     """Refuse a full state that does not fit this model and optimizer."""
-    problems = _differences(wholes, groups, full)
+    problems = _differences(wholes, groups_of_ranks, full)
     if problems:
         more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
         raise ValueError(f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}")
 
 
-def _names_of_states(full: Any) -> list[str]:
-    """The parameters of which a full state has a state; none where it is something else, which is refused later."""
-    state = full.get("state") if isinstance(full, dict) else None
-    return list(state) if isinstance(state, dict) else []
-
-
-def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: Any) -> list[str]:
-    if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
-        return ['rank 0 must pass a dict with "state" and "param_groups"']
+def _differences(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]) -> list[str]:
     state, problems = full["state"], []
-    known = {fqn for group in groups for fqn in group["params"]}
+    known = {fqn for groups in groups_of_ranks for params in groups for fqn in params}
     problems += [f"it has a state of {fqn}, which is no parameter here" for fqn in state if fqn not in known]
     for (fqn, name), entry in wholes.items():
         if fqn not in state:
@@ -195,11 +221,12 @@ def _differences(wholes: dict[Key, Entry], groups: list[dict[str, Any]], full: A
     problems += [
         f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
     ]
-    matches = match_groups([group["params"] for group in groups], [group["params"] for group in full["param_groups"]])
-    for index, (group, match) in enumerate(zip(groups, matches, strict=True)):
-        if group["params"] and match is None:
-            problems.append(f"no group there has all parameters of group {index} here")
-    return problems
+    theirs = [set(group["params"]) for group in full["param_groups"]]
+    for groups in groups_of_ranks:
+        for index, params in enumerate(groups):
+            if params and not any(set(params) <= given for given in theirs):
+                problems.append(f"no group there has all parameters of group {index} here")
+    return list(dict.fromkeys(problems))
 
 
 # ----------------------------------------------------------------------------------------------------------- plan and groups
@@ -210,14 +237,14 @@ def _merged(tables: list[dict[Key, Entry]]) -> dict[Key, Entry]:
     return {key: entry for table in tables for key, entry in table.items()}
 
 
-def _plain_group(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a group whose tensors (lr) are in CPU memory."""
-    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in group.items()}
+def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group's options whose tensors (lr) are in CPU memory."""
+    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in options.items()}
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a group without its parameters."""
-    return {key: value for key, value in _plain_group(group).items() if key not in ("params", "param_names")}
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group's options without its parameters."""
+    return {key: value for key, value in _plain_options(options).items() if key not in ("params", "param_names")}
 
 
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference import lowbias32, stochastic_round
 from ..optimizer import AdamW_BF16
-from .agreement import errors_on_every_rank
+from .agreement import by_first_rank, errors_on_every_rank
 from .blocks import local_blocks
 from .folders import latest
 from .fp32 import Progress, split
@@ -135,7 +135,10 @@ def convert_fp32(
     progress: Progress | None = None,
     **hyperparameters: Any,
 ) -> Path:
-    """Write a new checkpoint from weights of another training, without the model's code. For one process; holds the model in memory.
+    """Write a new checkpoint from weights of another training, without the model's code. Holds the model in memory.
+
+    In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits for no other rank; the
+    others return once it is done, and raise if it failed.
 
     Args:
         source: as for :func:`import_fp32`.
@@ -153,7 +156,24 @@ def convert_fp32(
         FileExistsError: there is a checkpoint under ``root``.
         FileNotFoundError: there is nothing at ``source`` or ``optimizer_state``.
         ValueError: as :func:`import_fp32`, or a pattern matches no name.
+        RuntimeError: as :func:`save`; on other ranks than 0 for every other error of rank 0 too.
     """
+
+    def convert() -> str:
+        return str(_convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters))
+
+    return Path(by_first_rank("convert_fp32", root, convert))
+
+
+def _convert(
+    source: _Path | Mapping[str, Tensor],
+    root: _Path,
+    optimizer_state: _Path | Mapping[str, Any] | None,
+    fp32: Iterable[str],
+    buffers: Iterable[str],
+    progress: Progress | None,
+    hyperparameters: dict[str, Any],
+) -> Path:
     if latest(root) is not None:
         raise FileExistsError(f"{root} has a checkpoint already; give another folder")
     weights = open_weights(source)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .agreement import errors_on_every_rank, on_rank_0, rank, world_size
-from .asynchronous import wait_for_save
-from .comparing import compare, params_with_state, restored
-from .contents import contents, rng_contents, set_contents, set_rng_contents
+from .agreement import Group, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
+from .asynchronous import wait_for_own_saves
+from .comparing import compare, keys_elsewhere, params_with_state, restored
+from .contents import MODEL, contents, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .odd_values import adopt_saved
+from .rank_names import RankNames
 from .storage import METADATA, PlainReader, read_metadata
 from .ties import align_ties
 from .torch_state import check_model_and_optimizer, init_frozen_states, init_state, new_states_only_if_it_succeeds
@@ -39,8 +41,41 @@ class Loaded(dict[str, Any]):
         self.not_loaded = not_loaded
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, strict: bool = True) -> Loaded:
-    """Load a checkpoint into ``model`` and ``optimizer``, whatever layout and number of ranks saved it. Collective.
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    strict: bool = True,
+    *,
+    missing_ok: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None:
+    """Load a checkpoint into ``model`` and ``optimizer``, whatever layout and number of ranks saved it. Collective: every rank of
+    ``group`` calls it.
 
     Restores weights, optimizer states and groups, and torch's random state for each rank that the saving run had too. Parameters that
     had no optimizer state when saved (they never had a gradient) start at step 0. First every file is read and compared with its
@@ -50,45 +85,62 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.
         path: a checkpoint's folder, or the ``root`` of a run, which stands for its latest.
         strict: whether a difference in names, shapes or dtypes is an error. Otherwise what fits is loaded, the optimizer's states
             that are missing for a loaded weight are set to zero, the rest stays as it is, and ``not_loaded`` of the result lists all of it.
+            What only other ranks have (pipeline stages, experts) is no difference.
+        missing_ok: return None on every rank if there is no checkpoint at ``path``, as rank 0 sees it, instead of raising. So all ranks
+            resume or none does; ranks that each ask :func:`latest` may see different states of a network file system.
+        group: the ranks that hold the model, where several models share a job; None for all ranks.
 
     Returns:
-        The ``extra`` that was saved, with some facts as attributes.
+        The ``extra`` that was saved, with some facts as attributes. It is an empty dict if no ``extra`` was saved, so compare the
+        result of ``missing_ok=True`` with None.
 
     Raises:
-        FileNotFoundError: there is no checkpoint at ``path``.
+        FileNotFoundError: there is no checkpoint at ``path``, and not ``missing_ok``.
         ValueError: a file is missing, damaged or from another checkpoint, the checkpoint belongs to another model, or the optimizer does.
-            Nothing is changed.
+            Nothing is changed. Or ranks give different paths.
         RuntimeError: a rank could not read it, or a file changed after it was checked, in which case weights may be partly loaded; the
             message says so. Or an asynchronous save that was under way failed.
     """
-    wait_for_save()
+    wait_for_own_saves()
+    check_group(group)
     path = Path(path)
-    with errors_on_every_rank(f"cannot load the checkpoint {path}"):
+    with errors_on_every_rank(f"cannot load the checkpoint {path}", group):
         check_model_and_optimizer("load(path, model, optimizer)", model, optimizer)
-    found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path))
+    same_on_every_rank("the checkpoint to load", str(path), group)
+    found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path), group)
     if found is None:
+        if missing_ok:
+            return None
         raise no_checkpoint(path)
     folder, manifest = found
-    metadata = _checked_metadata(folder, manifest)
-    tied_otherwise = align_ties(folder, metadata, manifest, model)
+    metadata = _checked_metadata(folder, manifest, group)
     with new_states_only_if_it_succeeds(optimizer):
-        with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
+        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+            names = RankNames(model, optimizer)
+        names.number_experts()
+        names.add_stage_as_in(key.removeprefix(MODEL) for key in [*metadata.state_dict_metadata, *manifest.values] if key.startswith(MODEL))
+        tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
+        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
-            saved_in_groups = [fqn for group in manifest.groups for fqn in group.params]
-            init_frozen_states(model, optimizer, params_with_state(metadata, manifest), saved_in_groups)
-            here = contents(model, optimizer)
+            saved_in_groups = [fqn for saved in manifest.groups for fqn in saved.params]
+            init_frozen_states(model, optimizer, params_with_state(metadata, manifest), saved_in_groups, names.stored)
+            here = contents(model, optimizer, names)
             adopt_saved(here.tensors, here.plain, metadata, manifest)
-            comparison = compare(metadata, manifest, here)
+        elsewhere = keys_elsewhere(metadata, manifest, here, group)
+        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+            comparison = compare(metadata, manifest, here, elsewhere)
             comparison.differences[:0] = tied_otherwise
             if strict and comparison.differences:
                 raise ValueError(_another_model(folder, comparison.differences))
-        random = {key: value for key, value in rng_contents().items() if key in metadata.state_dict_metadata}
+        random = {key: value for key, value in rng_contents(group, every_device=True).items() if key in metadata.state_dict_metadata}
     tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
-    with errors_on_every_rank(f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked"):
-        _read_into(tensors, folder, metadata)
+    with errors_on_every_rank(
+        f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked", group
+    ):
+        _read_into(tensors, folder, metadata, group)
         for key in comparison.unsaved_states:
             _zero_(here.tensors[key])
-        set_contents(model, optimizer, restored(here, comparison, tensors))
+        set_contents(model, optimizer, restored(here, comparison, tensors), names)
         set_rng_contents(random)
     return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.differences)
 
@@ -121,7 +173,7 @@ def _find(path: Path) -> tuple[Path, Manifest] | None:
     return None if folder is None else (folder, read_manifest(folder))
 
 
-def _checked_metadata(folder: Path, manifest: Manifest) -> Metadata:
+def _checked_metadata(folder: Path, manifest: Manifest, group: Group) -> Metadata:
     """Check all files, each rank its share; return DCP's metadata. Collective.
 
     Raises:
@@ -129,8 +181,8 @@ def _checked_metadata(folder: Path, manifest: Manifest) -> Metadata:
         RuntimeError: a rank failed otherwise.
     """
     cannot = f"the checkpoint {folder} cannot be used"
-    with errors_on_every_rank(f"cannot load the checkpoint {folder}"):
-        damage = find_damage(folder, _share(manifest.files, rank(), world_size()))
+    with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        damage = find_damage(folder, _share(manifest.files, rank(group), world_size(group)))
         if damage:
             more = f" (and {len(damage) - 3} more files)" if len(damage) > 3 else ""
             raise ValueError(f"{cannot}: {'; '.join(damage[:3])}{more}; load another checkpoint")
@@ -143,12 +195,12 @@ def _checked_metadata(folder: Path, manifest: Manifest) -> Metadata:
     return metadata
 
 
-def _read_into(tensors: dict[str, Any], folder: Path, metadata: Metadata) -> None:
+def _read_into(tensors: dict[str, Any], folder: Path, metadata: Metadata, group: Group) -> None:
     """Read this rank's part of each tensor in place. Each rank finds what it needs by itself, so no rank waits for another."""
     planner = DefaultLoadPlanner()
     reader = PlainReader(folder, metadata)
-    planner.set_up_planner(tensors, metadata, rank() == 0)
-    reader.set_up_storage_reader(metadata, rank() == 0)
+    planner.set_up_planner(tensors, metadata, rank(group) == 0)
+    reader.set_up_storage_reader(metadata, rank(group) == 0)
     plan = reader.prepare_local_plan(planner.create_local_plan())
     reader.read_data(planner.finish_plan(plan), planner).wait()
 

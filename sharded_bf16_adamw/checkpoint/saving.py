@@ -6,26 +6,36 @@ import json
 import operator
 import os
 import reprlib
-import shutil
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from . import asynchronous
-from .agreement import Group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0, world_size
-from .contents import contents, describe_strategy, rng_contents
-from .folders import begin, publish, remove_older
+from .agreement import (
+    Group,
+    check_group,
+    errors_on_every_rank,
+    gather_on_rank_0,
+    on_rank_0,
+    rank,
+    same_on_every_rank,
+    scatter_from_rank_0,
+    world_size,
+)
+from .contents import contents, describe_strategy, merged, rng_contents
+from .divergence import one_of_each
 from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
+from .publishing import UNPUBLISHED, abandoned_on_error, begin, check_arrived, check_shared, publish, release, remove_older
+from .rank_names import RankNames
 from .staging import Staged
 from .storage import ChecksummedWriter
 from .ties import merged_ties, ties_of
@@ -40,9 +50,12 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int | None = None,
     async_: bool = False,
+    *,
+    group: dist.ProcessGroup | None = None,
+    on_divergence: str = "raise",
 ) -> Path:
-    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank calls it with the same arguments (of ``step``,
-    ``extra`` and ``keep`` those of rank 0 count).
+    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank of ``group`` calls it with the same arguments (of
+    ``step``, ``extra`` and ``keep`` those of its first rank count).
 
     Files are written under another name, flushed to the disk, and renamed into place when all ranks are done; then ``LATEST`` is replaced
     and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
@@ -60,18 +73,27 @@ def save(
         async_: return once this rank's part has been copied to CPU memory, and write in a thread. Training may go on at once. The
             next ``save`` or ``load``, or :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save` before
             ``dist.destroy_process_group()``. The memory of the copy is kept for the next time.
+        group: the ranks that hold the model, where several models share a job; None for all ranks.
+        on_divergence: what to do where replicas of a tensor differ between ranks, such as the running statistics of BatchNorm:
+            ``"raise"``, or ``"first"`` to save the replica of the first rank, with a warning.
 
     Returns:
         The checkpoint's folder; with ``async_`` what it will be.
 
     Raises:
-        ValueError: an argument is not as above; nothing is written.
+        ValueError: an argument is not as above, ranks give different roots, or tensors of one name differ between ranks that
+            ``AdamW_BF16(..., model_parallel=...)`` does not tell apart; nothing is written.
         RuntimeError: a rank could not write (also: of the asynchronous save before); earlier checkpoints are untouched.
     """
-    asynchronous.wait_for_save()
+    asynchronous.wait_for_own_saves()
+    check_group(group)
     root = Path(root)
-    with errors_on_every_rank(f"cannot save a checkpoint in {root}"):
+    cannot = f"cannot save a checkpoint in {root}"
+    with errors_on_every_rank(cannot, group):
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
+        if on_divergence not in ("raise", "first"):
+            raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
+    same_on_every_rank("the folder to save in", str(root), group)
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)
@@ -79,33 +101,43 @@ def save(
             raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
         if keep is not None and _integer(keep) < 1:
             raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
-        return position, _copy_of(extra), *begin(root, position)
+        begun.append((folders := begin(root, position))[0])
+        return position, _copy_of(extra), *folders
 
-    step, extra, partial, final, serial = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
-    group = asynchronous.own_group() if async_ else None
-    with _cleared_if_it_fails(partial, final):
-        found = contents(model, optimizer)
-        own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
-        own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-        ties = ties_of(model)
-    of_each = gather_on_rank_0((own_groups, own_values, ties))
-    manifest = None
-    if rank() == 0:
-        groups = _merged([groups for groups, _, _ in of_each])
-        values = {key: value for _, values, _ in reversed(of_each) for key, value in values.items()}
-        manifest = Manifest(step, serial, world_size(), strategy, _versions(), groups, values, extra)
-        manifest.ties = merged_ties([ties for _, _, ties in of_each])
-    writer = ChecksummedWriter(partial, staged=async_)
-    planner: SavePlanner
-    planner, plan, metadata = _plan({**found.tensors, **rng_contents()}, writer, partial, final)
-    if async_:
-        with _cleared_if_it_fails(partial, final):
-            planner = Staged(planner, plan)
-    job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
-    if async_:
-        asynchronous.start(lambda: job.run(group))
-    else:
-        job.run(None)
+    begun: list[Path] = []  # on rank 0
+    with abandoned_on_error(begun):
+        step, extra, partial, final = on_rank_0(cannot, prepare, group)
+        cannot = f"cannot save the checkpoint {final}"
+        writing_group = asynchronous.own_group(group) if async_ else group
+        with errors_on_every_rank(cannot, group):
+            check_shared(root, partial, rank(group))
+            names = RankNames(model, optimizer)
+        names.number_experts()
+        with errors_on_every_rank(cannot, group):
+            found = contents(model, optimizer, names)
+        with errors_on_every_rank(cannot, group):
+            found = one_of_each(found, names, group, on_divergence)
+            own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
+            own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
+            ties = [list(map(names.stored, tied)) for tied in ties_of(model)]
+        of_each = gather_on_rank_0((own_groups, own_values, ties), group)
+        manifest = None
+        if rank(group) == 0:
+            groups = merged([groups for groups, _, _ in of_each])
+            values = {key: value for _, values, _ in reversed(of_each) for key, value in values.items()}
+            manifest = Manifest(step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra)
+            manifest.ties = merged_ties([ties for _, _, ties in of_each])
+        writer = ChecksummedWriter(partial)
+        planner: SavePlanner
+        planner, plan, metadata = _plan({**found.tensors, **rng_contents(group)}, writer, final, group)
+        if async_:
+            with errors_on_every_rank(cannot, group):
+                planner = Staged(planner, plan, optimizer)
+        job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
+        if async_:
+            asynchronous.start(lambda: job.run(writing_group))
+        else:
+            job.run(writing_group)
     return final
 
 
@@ -128,44 +160,49 @@ class _Save:
         Raises:
             RuntimeError: a rank could not write.
         """
-        with _cleared_if_it_fails(self.partial, self.final, group):
-            results = self.writer.write_data(self.plan, self.planner).wait()
-        gathered = gather_on_rank_0((results, self.writer.files), group)
-        with _cleared_if_it_fails(self.partial, self.final, group):
-            if rank(group) == 0:
-                self._finish([results for results, _ in gathered], [files for _, files in gathered])
+        with abandoned_on_error([self.partial]):
+            try:
+                with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+                    results = self.writer.write_data(self.plan, self.planner).wait()
+            finally:
+                if isinstance(self.planner, Staged):
+                    self.planner.give_back()
+            gathered = gather_on_rank_0((results, self.writer.files), group)
+            with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+                if rank(group) == 0:
+                    self._finish([results for results, _ in gathered], [files for _, files in gathered])
 
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
+        check_arrived(self.partial, files)
         self.writer.finish(self.metadata, results)
         self.manifest.files = {name: record for part in [*files, self.writer.files] for name, record in part.items()}
-        publish(self.partial, self.final, self.manifest.to_bytes())
-        try:
-            remove_older(self.final, self.manifest.step, self.keep)
-        except OSError as error:  # the save itself is done
-            warnings.warn(f"an older checkpoint beside {self.final} could not be removed ({error}); remove it yourself", stacklevel=2)
+        publish(self.partial, self.final, self.manifest)
+        remove_older(self.final, self.manifest, self.keep)
+        release(self.partial)
 
 
 def _plan(
-    tensors: dict[str, Any], writer: ChecksummedWriter, partial: Path, final: Path
+    tensors: dict[str, Any], writer: ChecksummedWriter, final: Path, group: Group
 ) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
     """Agree on who writes what: replicas are written once, by ranks in turn. Collective.
 
     Returns:
         The planner, which knows the tensors; what this rank writes; and on rank 0 the metadata, which lacks the places in files.
     """
-    planner = DefaultSavePlanner()
-    with _cleared_if_it_fails(partial, final):
-        planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=rank() == 0)
-        writer.set_up_storage_writer(rank() == 0, rank=rank(), use_collectives=True)
+    planner, cannot = DefaultSavePlanner(), f"cannot save the checkpoint {final}"
+    is_first = rank(group) == 0
+    with errors_on_every_rank(cannot, group):
+        planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
+        writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans = gather_on_rank_0(local_plan)
+    plans = gather_on_rank_0(local_plan, group)
     metadata = None
-    with _cleared_if_it_fails(partial, final):
-        if rank() == 0:
+    with errors_on_every_rank(cannot, group):
+        if is_first:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
-    return planner, planner.finish_plan(scatter_from_rank_0(plans)), metadata
+    return planner, planner.finish_plan(scatter_from_rank_0(plans, group)), metadata
 
 
 def _integer(value: Any) -> int:
@@ -213,31 +250,7 @@ def _encoded(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Each parameter once, also where ranks hold different ones. Rank 0's groups without parameters stay in their places."""
-    seen: set[str] = set()
-    merged = []
-    for holder, groups in enumerate(groups_of_ranks):
-        for params, options in groups:
-            new = [fqn for fqn in params if fqn not in seen]
-            seen.update(new)
-            merged += [ParamGroup(new, options)] if new or (holder == 0 and not params) else []
-    return merged
-
-
 def _versions() -> dict[str, str]:
     from .. import __version__
 
     return {"torch": torch.__version__, "sharded_bf16_adamw": __version__}
-
-
-@contextmanager
-def _cleared_if_it_fails(partial: Path, final: Path, group: Group = None) -> Iterator[None]:
-    """Raise errors on every rank, and free the space of what was written: a full disk is the likeliest of errors. Collective."""
-    try:
-        with errors_on_every_rank(f"cannot save the checkpoint {final}", group):
-            yield
-    except (RuntimeError, ValueError):
-        if rank(group) == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -36,20 +36,22 @@ class ChecksummedWriter(FileSystemWriter):
 
     Args:
         path: the folder.
-        staged: whether all tensors are in CPU memory, so that there is nothing to copy from a GPU while another is written.
 
     Attributes:
         files: a record of each file that this process has finished.
     """
 
-    def __init__(self, path: Path, staged: bool) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=False, overwrite=False)  # DCP's fsync comes before the last bytes have left Python's buffer
-        if staged:  # else DCP would wait for the current GPU, which for a new thread is the first one, whatever this rank's is
-            self.per_thread_copy_ahead = 0
         self.fs = _ChecksummedFiles()
         self.files = self.fs.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        # DCP copies ahead without blocking, and then waits for a stream of the current device alone.
+        devices = {data.device for data in map(planner.resolve_data, plan.items) if isinstance(data, torch.Tensor)}
+        gpus = devices - {torch.device("cpu")}
+        if not gpus or gpus != {torch.device("cuda", torch.cuda.current_device())}:
+            self.per_thread_copy_ahead = 0
         with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # a second checksum would cost more than ours
             return super().write_data(plan, planner)
 

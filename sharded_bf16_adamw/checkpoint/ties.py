@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ..sharding.local import to_local
-from .agreement import gather_on_rank_0, on_rank_0
+from .agreement import Group, gather_on_rank_0, on_rank_0
 from .manifest import Manifest, ParamGroup
 from .names import flat_params, named_tensors, plain_name, unwrapped
 from .odd_values import MODEL, is_wrapper
+from .rank_names import RankNames
 from .stored import StoredCheckpoint
 
 STATE = "optimizer.state."
@@ -75,28 +76,32 @@ def merged_ties(ties_of_ranks: list[list[list[str]]]) -> list[list[str]]:
     return _merged(names for ties in ties_of_ranks for names in ties)
 
 
-def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.Module) -> list[str]:
+def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.Module, names: RankNames, group: Group = None) -> list[str]:
     """Rewrite ``metadata`` and ``manifest`` as if the checkpoint had been saved with the ties of ``model``. Collective.
+
+    Args:
+        names: what the checkpoint calls this rank's tensors.
+        group: the ranks that load.
 
     Returns:
         A sentence without a full stop for each pair of names that is one tensor here but was saved with different values; the
         rewritten metadata has those of the first name.
     """
-    here = ties_of(model)
-    own = _names(unwrapped(model))
+    here = [list(map(names.stored, tied)) for tied in ties_of(model)]
+    own = list(map(names.stored, _names(unwrapped(model))))
     saved = _Saved(metadata, manifest)
-    tied_here = {name: names for names in here for name in names}
-    affected = {id(names): names for name in own if name in saved.ties for names in [tied_here.get(name, [name])]}
-    affected.update({id(names): names for names in here})
+    tied_here = {name: tied for tied in here for name in tied}
+    affected = {id(tied): tied for name in own if name in saved.ties for tied in [tied_here.get(name, [name])]}
+    affected.update({id(tied): tied for tied in here})
     classes = list(affected.values())
-    sources = [saved.classes(names) for names in classes]
+    sources = [saved.classes(tied) for tied in classes]
     pairs = [(ones[0][0], other[0]) for ones in sources for other in ones[1:]]
-    of_ranks = gather_on_rank_0(pairs)
+    of_ranks = gather_on_rank_0(pairs, group)
     cannot = f"cannot compare tied names in the checkpoint {folder}"
-    different = on_rank_0(cannot, lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}))
-    for names, ones in zip(classes, sources, strict=True):
+    different = on_rank_0(cannot, lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}), group)
+    for tied, ones in zip(classes, sources, strict=True):
         if ones:
-            saved.take(names, ones)
+            saved.take(tied, ones)
     saved.rewrite()
     return [
         f"{first} and {other} are one tensor here but were saved as two with different {different[first, other]} "

@@ -1,4 +1,8 @@
-"""Blocks of tensors between rank 0 and the others, one at a time, in an order that all ranks follow."""
+"""Blocks of tensors between rank 0 and the others, one at a time, in an order that all ranks follow.
+
+They travel between CPUs, where rank 0 wants them or has them. NCCL would make a communicator, with buffers on both GPUs,
+for every pair of ranks that send and receive.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import rank, world_size
+from ..sharding.collectives import cpu_group
+from .agreement import Group, rank, world_size
 from .blocks import Block, local_blocks
 
 Key = tuple[str, str]  # parameter name and what of its state, such as ("layer.weight", "exp_avg")
 
 
 class Entry(NamedTuple):
-    """What one rank holds of one tensor; ``wire`` is the kind of device that its backend can send it from."""
+    """What one rank holds of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     blocks: tuple[Block, ...]
-    wire: str
 
 
 class Transfer(NamedTuple):
@@ -29,7 +33,6 @@ class Transfer(NamedTuple):
     key: Key
     block: Block
     places: dict[int, int]
-    wire: str
 
     @property
     def ranks(self) -> list[int]:
@@ -41,7 +44,7 @@ def table_of(tensors: dict[Key, Tensor]) -> dict[Key, Entry]:
     table = {}
     for key, tensor in tensors.items():
         blocks = tuple(block for block, _ in local_blocks(tensor))
-        table[key] = Entry(tuple(tensor.shape), tensor.dtype, blocks, _wire(tensor.device.type))
+        table[key] = Entry(tuple(tensor.shape), tensor.dtype, blocks)
     return table
 
 
@@ -74,71 +77,71 @@ def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], rep
             )
         for block, places in holders.items():
             chosen = places if replicas else dict([next(iter(places.items()))])
-            wire = tables[next(iter(chosen))][key].wire
-            transfer = Transfer(key, block, chosen, wire)
+            transfer = Transfer(key, block, chosen)
             for participant in {0, *chosen}:
                 plan[participant].append(transfer)
     return plan
 
 
-def held(tensor: Tensor, transfer: Transfer) -> Tensor:
+def held(tensor: Tensor, transfer: Transfer, group: Group) -> Tensor:
     """This rank's memory of the block."""
     blocks = list(local_blocks(tensor))
-    return blocks[transfer.places[rank()]][1]
+    return blocks[transfer.places[rank(group)]][1]
 
 
-def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor]) -> None:
+def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor], group: Group) -> None:
     """Bring a block from rank 0 (where it is ``block``) to all ranks of the transfer."""
     ranks = transfer.ranks
-    if len(ranks) == world_size() > 1:
-        place = held(tensors[transfer.key], transfer)
+    if len(ranks) == world_size(group) > 1:
+        place = held(tensors[transfer.key], transfer, group)
         if block is not None:
             place.copy_(block)
-        _broadcast(place, transfer.wire)
+        _broadcast(place, group)
     elif block is not None:
         for receiver in ranks:
             if receiver == 0:
-                held(tensors[transfer.key], transfer).copy_(block)
+                held(tensors[transfer.key], transfer, group).copy_(block)
             else:
-                send(block, receiver, transfer.wire)
+                send(block, receiver, group)
     else:
-        receive(held(tensors[transfer.key], transfer), 0, transfer.wire)
+        receive(held(tensors[transfer.key], transfer, group), 0, group)
 
 
-def _wire(kind: str) -> str:
-    """The kind of device that a tensor on a ``kind`` device is sent from: another one where the backend cannot send from it."""
-    if not dist.is_initialized():
-        return kind
-    kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-    return kind if kind in kinds else kinds[0]
+def connect(group: Group) -> None:
+    """Prepare for what follows, on every rank of the group: also on those that will exchange nothing."""
+    if dist.is_initialized():
+        cpu_group(group)
 
 
-def _buffer(tensor: Tensor, wire: str, copy_values: bool) -> Tensor:
-    """The bytes of ``tensor`` on a ``wire`` device, 1-D: its own memory where it can be, else a copy."""
-    device = torch.device("cpu") if wire == "cpu" else torch.device(wire, torch.accelerator.current_device_index())
-    if copy_values:
-        tensor = tensor.to(device).contiguous()
-    elif tensor.device != device or not tensor.is_contiguous():
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return tensor.view(-1).view(torch.uint8)
+def send(tensor: Tensor, receiver: int, group: Group) -> None:
+    dist.send(_buffer(tensor, copy_values=True), dst=_global_rank(receiver, group), group=cpu_group(group))
 
 
-def send(tensor: Tensor, receiver: int, wire: str) -> None:
-    dist.send(_buffer(tensor, wire, copy_values=True), dst=receiver)
-
-
-def receive(place: Tensor, sender: int, wire: str) -> None:
+def receive(place: Tensor, sender: int, group: Group) -> None:
     """Inverse of :func:`send`, into ``place``."""
-    buffer = _buffer(place, wire, copy_values=False)
-    dist.recv(buffer, src=sender)
+    buffer = _buffer(place, copy_values=False)
+    dist.recv(buffer, src=_global_rank(sender, group), group=cpu_group(group))
     _take(place, buffer)
 
 
-def _broadcast(place: Tensor, wire: str) -> None:
+def _broadcast(place: Tensor, group: Group) -> None:
     """From rank 0's ``place`` to that of every rank."""
-    buffer = _buffer(place, wire, copy_values=rank() == 0)
-    dist.broadcast(buffer, src=0)
+    buffer = _buffer(place, copy_values=rank(group) == 0)
+    dist.broadcast(buffer, src=_global_rank(0, group), group=cpu_group(group))
     _take(place, buffer)
+
+
+def _global_rank(rank_in_group: int, group: Group) -> int:
+    return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)
+
+
+def _buffer(tensor: Tensor, copy_values: bool) -> Tensor:
+    """The bytes of ``tensor`` in CPU memory, 1-D: its own memory where it can be, else a copy."""
+    if copy_values:
+        tensor = tensor.cpu().contiguous()
+    elif not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _take(place: Tensor, buffer: Tensor) -> None:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device_memory import is_capturing
+from .device_memory import NormScratch, is_capturing
 from .reference import Hyper
+from .reference import double_device as double_device
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
@@ -194,13 +195,19 @@ def adamw_bf16_(
     table.update_(grads, [hyper], grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
 
 
-def grad_sum_sq(grads: list[Tensor], backend: str | None = None) -> Tensor:
+def grad_sum_sq(grads: list[Tensor], backend: str | None = None, scratch: NormScratch | None = None) -> Tensor:
     """Sum the squares of all elements of ``grads`` (bfloat16 or float32, one device; at least one tensor).
 
+    Args:
+        grads: the tensors.
+        backend: one of ``BACKENDS``, or None to choose by device.
+        scratch: the caller's own for these tensors' sizes, kept from step to step; a CUDA graph needs one. None: a new one.
+
     Returns:
-        0-dim float64 on the gradients' device, so that sums over ranks can be added before the square root.
+        0-dim float64 on the gradients' device (:func:`double_device`: on the CPU where that has no float64), so that sums over
+        ranks can be added before the square root.
     """
-    return _backend_module(grads[0].device, backend).grad_sum_sq(grads)
+    return _backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
 
 
 def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,12 +229,14 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None
     return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()
 
 
-def grad_norm_clip(grads: list[Tensor], max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def grad_norm_clip(
+    grads: list[Tensor], max_norm: float, backend: str | None = None, scratch: NormScratch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch where the back end can, for gradients that are whole here."""
     module = _backend_module(grads[0].device, backend)
     if hasattr(module, "grad_norm_clip"):
-        return module.grad_norm_clip(grads, max_norm)[-3:]
-    return clip_coefficient(module.grad_sum_sq(grads), max_norm, backend)
+        return module.grad_norm_clip(grads, max_norm, scratch)[-3:]
+    return clip_coefficient(module.grad_sum_sq(grads, scratch), max_norm, backend)
 
 
 def check_backend(backend: str | None) -> None:
@@ -251,10 +260,9 @@ def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
         check_backend(backend)
         return _module(backend)
     chosen = _module(_BY_DEVICE.get(device.type, "reference"))
-    if not chosen.available():
-        warnings.warn(
-            f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {chosen.unavailable_reason()}", stacklevel=2
-        )
+    if not chosen.available(device):
+        reason = chosen.unavailable_reason(device)
+        warnings.warn(f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {reason}", stacklevel=2)
         chosen = _module("reference")
     return chosen
 

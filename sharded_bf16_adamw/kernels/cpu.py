@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device_memory import NormScratch
 from .reference import Hyper
 
 ISAS = ("baseline", "avx2", "avx512")  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
@@ -35,7 +36,7 @@ _unavailable_reason: str | None = None
 _isa: int | None = None
 
 
-def available() -> bool:
+def available(device: torch.device | None = None) -> bool:
     """Whether the library was built and loads here.
 
     Raises:
@@ -47,7 +48,7 @@ def available() -> bool:
     return True
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why :func:`available` is False, as one clause; None where it is True."""
     _load()
     return _unavailable_reason
@@ -166,7 +167,7 @@ class Table:
         )
 
 
-def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """Sum the squares of all elements: fp64 throughout, in an order that depends neither on threads nor on the instruction set.
 
     Args:
@@ -181,7 +182,7 @@ def grad_sum_sq(grads: list[Tensor]) -> Tensor:
     return torch.tensor(_sum_sq(grads), dtype=torch.float64, device="cpu")
 
 
-def grad_norm_clip(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+def grad_norm_clip(grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_sum_sq` and :func:`clip_coefficient` together."""
     return _clip(_sum_sq(grads), max_norm)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .device_memory import (
     WARM_UP,
     DeviceArray,
     GradientAddresses,
+    NormScratch,
     chunk_map,
     double_bits,
     interpreted,
@@ -30,23 +30,45 @@ from .device_memory import (
 )
 from .reference import Hyper
 
-MAX_LAYOUTS = 16  # sets of gradients (models) whose norm tables are kept
+MAX_LAYOUTS = 16  # sets of gradients whose norm tables are kept, in each scratch
 
 
-def available() -> bool:
-    """Whether this back end can serve CUDA or ROCm tensors here."""
-    return unavailable_reason() is None
+def available(device: torch.device | None = None) -> bool:
+    """Whether this back end can serve tensors of ``device``, or of the current one."""
+    return unavailable_reason(device) is None
 
 
-@functools.cache
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why not, in a clause; None if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
+    return _reason_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+@functools.cache
+def _reason_on(index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8:
-        return f"{torch.cuda.get_device_name()} has no bfloat16 arithmetic (compute capability 8.0 or newer is needed)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index)[0] < 8:
+        return f"{torch.cuda.get_device_name(index)} has no bfloat16 arithmetic (compute capability 8.0 or newer is needed)"
+    return _launch_problem(torch.device("cuda", index))
+
+
+def _launch_problem(device: torch.device) -> str | None:
+    """Launch a small kernel; return why that failed, in a clause. Triton compiles a launcher in C when it first needs one."""
+    if is_capturing(device):
+        raise RuntimeError(f"a CUDA graph captures the first use of {device}; {WARM_UP}")
+    sum_sq = torch.ones((), dtype=torch.float64, device=device)
+    try:
+        clip_coefficient(sum_sq, 1.0)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # of the device, which the reference back end would meet as well
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        return (
+            f"Triton cannot launch a kernel on {device} ({type(error).__name__}: {first_line}); it needs a C compiler (gcc or clang "
+            "in PATH, or one named by CC) and a cache folder that it may write to"
+        )
     return None
 
 
@@ -122,18 +144,21 @@ class Table:
         return bool(self._graphs_read)
 
 
-def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """Sum the squares of all gradients (bfloat16 or float32, any strides, one device) in one launch.
+
+    Args:
+        scratch: the caller's own, used again in the next call; a CUDA graph needs one. None: a new one.
 
     Returns:
         0-dim float64 on the device. Equal gradients of equal shapes give equal bits.
     """
-    return _norm(grads, None)[0]
+    return _norm(grads, None, scratch)[0]
 
 
-def grad_norm_clip(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grad_norm_clip(grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``grad_sum_sq`` and ``clip_coefficient`` in one launch, for gradients that are whole on this device."""
-    sum_sq, clip = _norm(grads, max_norm)
+    sum_sq, clip = _norm(grads, max_norm, scratch)
     assert clip is not None
     return sum_sq, clip[0], clip[1], clip[2]
 
@@ -213,6 +238,7 @@ class _Rows:
                 fp32_param=self.fp32,
                 zero_grads=zero_grads,
                 hardware_cast=not interpreted(),
+                flushing_sqrt=torch.version.hip is not None,
                 num_warps=warps(kernels.THREADS, self.rows.device),
                 enable_fp_fusion=False,
             )
@@ -234,28 +260,26 @@ class _NormLayout:
         self.grads = GradientAddresses([0] * len(numels), device)
 
 
-_layouts: dict[tuple[Any, ...], _NormLayout] = {}  # the least recently used first
-
-
-def _norm_layout(numels: tuple[int, ...], device: torch.device) -> _NormLayout:
+def _norm_layout(numels: tuple[int, ...], device: torch.device, scratch: NormScratch) -> _NormLayout:
     """The layout of the current stream or, while it captures, the one that an earlier call has made for captures."""
+    layouts = scratch.layouts
     for_capture = (device, "capture", numels)
     if is_capturing(device):
-        if for_capture not in _layouts:
+        if for_capture not in layouts:
             raise RuntimeError(f"a CUDA graph captures the norm of these {len(numels)} gradients for the first time; {WARM_UP}")
-        return _layouts[for_capture]
+        return layouts[for_capture]
     key = (device, torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, numels)
-    layout = _layouts[key] = _layouts.pop(key) if key in _layouts else _NormLayout(numels, device)
+    layout = layouts[key] = layouts.pop(key) if key in layouts else _NormLayout(numels, device)
     if device.type == "cuda":
-        twin = _layouts.pop(for_capture) if for_capture in _layouts else _NormLayout(numels, device, layout)
-        _layouts[for_capture] = twin
+        twin = layouts.pop(for_capture) if for_capture in layouts else _NormLayout(numels, device, layout)
+        layouts[for_capture] = twin
         twin.grads.array.keep_spare()
-    for old in [k for k, x in _layouts.items() if not x.grads.array.captured][:-MAX_LAYOUTS]:
-        del _layouts[old]
+    for old in [k for k, x in layouts.items() if not x.grads.array.captured][:-MAX_LAYOUTS]:
+        del layouts[old]
     return layout
 
 
-def _norm(grads: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor | None]:
+def _norm(grads: list[Tensor], max_norm: float | None, scratch: NormScratch | None) -> tuple[Tensor, Tensor | None]:
     """Launch the norm kernel: the sum of squares and, with a ``max_norm``, float32 ``[norm, coefficient, found_inf]``."""
     from . import triton_norm as kernels
 
@@ -263,7 +287,7 @@ def _norm(grads: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor |
     if not all(map(Tensor.is_contiguous, grads)):
         grads = [g.contiguous() for g in grads]  # the kernel walks memory from the first element on
     with on_device_of(device):
-        layout = _norm_layout(tuple(map(Tensor.numel, grads)), device)
+        layout = _norm_layout(tuple(map(Tensor.numel, grads)), device, scratch or NormScratch())
         table, _ = layout.grads.on_device(grads)
         sum_sq = torch.empty((), dtype=torch.float64, device=device)
         clip = None if max_norm is None else torch.empty(3, dtype=torch.float32, device=device)

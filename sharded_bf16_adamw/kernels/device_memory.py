@@ -65,6 +65,17 @@ class DeviceArray:
             self._spare = torch.empty(self._shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
+class NormScratch:
+    """Memory in which the norm of one set of gradients is computed, step after step.
+
+    It belongs to whoever asks for that norm. Two owners share none, so their kernels may run at the same time on two streams,
+    and one CUDA graph may capture both.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the back end, the least recently used first
+
+
 class GradientAddresses:
     """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``."""
 

@@ -18,6 +18,7 @@ Wellons' hash-prospector, whose "lowbias32" hashes the step.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from .device_memory import NormScratch
 
 CHUNK = 1 << 16  # elements per pass: the temporaries of one pass stay in a CPU's second-level cache
 
@@ -137,23 +140,31 @@ class Table:
                 g.zero_()
 
 
-def available() -> bool:
+def available(device: torch.device | None = None) -> bool:
     """Always: it is plain torch."""
     return True
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(device: torch.device | None = None) -> str | None:
     """None: it is available."""
     return None
 
 
-def grad_sum_sq(grads: list[Tensor]) -> Tensor:
+def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """See :func:`sharded_bf16_adamw.kernels.grad_sum_sq`."""
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    device = double_device(grads[0].device) if grads else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for g in grads:
         for chunk in g.reshape(-1).split(CHUNK):
-            total += chunk.double().square().sum()
+            total += chunk.to(device).double().square().sum()
     return total
+
+
+@functools.cache
+def double_device(device: torch.device) -> torch.device:
+    """Return the device on which to compute in float64 with tensors of ``device``: the CPU for MPS and for XPUs without it."""
+    has_double = device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
+    return device if has_double else torch.device("cpu")
 
 
 def _update_bf16(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor, scale: float, s: StepScalars) -> None:
@@ -242,6 +253,6 @@ def _pattern(x: Tensor) -> Tensor:
 
 def _sqrt(x: Tensor) -> Tensor:
     """Correctly rounded float32 square root. torch's own on CPU is not (17 % of values are one bit off); through double it is."""
-    if x.device.type == "mps":  # no float64 there
+    if double_device(x.device) != x.device:
         return x.sqrt()
     return x.double().sqrt().float()

@@ -45,6 +45,10 @@ FP32_GRAD = tl.constexpr(1)
 UNALIGNED_GRAD = tl.constexpr(2)
 UNALIGNED_ROW = tl.constexpr(4)  # parameter or state off a 16-byte boundary; implies UNALIGNED_GRAD
 
+TINY = tl.constexpr(2.0**-96)
+TWO_TO_32 = tl.constexpr(2.0**32)
+TWO_TO_MINUS_16 = tl.constexpr(2.0**-16)
+
 SPREAD_M = tl.constexpr(reference.SPREAD_M)
 SPREAD_V = tl.constexpr(reference.SPREAD_V)
 SPREAD_C = tl.constexpr(reference.SPREAD_C)
@@ -72,12 +76,13 @@ def adamw_kernel(
     fp32_param: tl.constexpr,
     zero_grads: tl.constexpr,
     hardware_cast: tl.constexpr,  # False in the interpreter, whose casts to bfloat16 truncate
+    flushing_sqrt: tl.constexpr,  # True on AMD: see _square_root
 ):
     active = True
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
     if active:
-        _update_chunk(rows, grads, hypers, chunks, n_rows, grad_scale, kind, fp32_param, zero_grads, hardware_cast)
+        _update_chunk(rows, grads, hypers, chunks, n_rows, grad_scale, kind, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
         _count_steps(rows, grads, finished, n_rows, kind)
 
 
@@ -97,6 +102,7 @@ def _update_chunk(
     fp32_param: tl.constexpr,
     zero_grads: tl.constexpr,
     hardware_cast: tl.constexpr,
+    flushing_sqrt: tl.constexpr,
 ):
     """Step this program's chunk, if its row is of this kind."""
     program = tl.program_id(0)
@@ -124,10 +130,11 @@ def _update_chunk(
         offsets = tl.arange(0, BLOCK)
         full = n - n % BLOCK
         for i in range(0, full, BLOCK):
-            _update(g, p, m, v, c, i + offsets, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
+            index = i + offsets
+            _update(g, p, m, v, c, index, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
         for i in range(full, n, TAIL):
             tail = i + tl.arange(0, TAIL)
-            _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast)
+            _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
 
 
 @triton.jit
@@ -149,18 +156,18 @@ def _count_steps(rows, grads, finished, n_rows, kind: tl.constexpr):
 
 
 @triton.jit
-def _update(g, p, m, v, c, i, mask, scale, key, scalars, fp32_param, zero_grads, hardware_cast):
+def _update(g, p, m, v, c, i, mask, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt: tl.constexpr):
     """Step the elements ``i`` of one row; ``mask`` None means that all of them exist."""
     if fp32_param:
-        _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars)
+        _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt)
     else:
-        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, key, scalars, hardware_cast)
+        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, key, scalars, hardware_cast, flushing_sqrt)
     if zero_grads:
         tl.store(g + i, tl.zeros(i.shape, g.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.constexpr):
+def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.constexpr, flushing_sqrt: tl.constexpr):
     g_bits = tl.load(g, mask=mask)
     p16 = tl.load(p, mask=mask).to(tl.uint32)
     m16 = tl.load(m, mask=mask).to(tl.uint32)
@@ -169,7 +176,7 @@ def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.con
     random = _random_bits(_pattern(g_bits), p16, m16, v16, c16, key)
     p32 = _widen(p16)
     c32 = _widen(c16)
-    mn, vn, upd = _moments(_gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars)
+    mn, vn, upd = _moments(_gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars, flushing_sqrt)
     d = c32 - (scalars[6] * (p32 + c32) + upd)
     pn = _round_nearest(p32 + d, hardware_cast)
     cn = (p32 - _widen(pn.to(tl.uint32))) + d
@@ -180,23 +187,39 @@ def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.con
 
 
 @triton.jit
-def _update_fp32(g, p, m, v, mask, scale, scalars):
+def _update_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
     p32 = tl.load(p, mask=mask).to(tl.float32, bitcast=True)
     m32 = tl.load(m, mask=mask).to(tl.float32, bitcast=True)
     v32 = tl.load(v, mask=mask).to(tl.float32, bitcast=True)
-    mn, vn, upd = _moments(_gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars)
+    mn, vn, upd = _moments(_gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars, flushing_sqrt)
     tl.store(p, (p32 - (scalars[6] * p32 + upd)).to(tl.uint32, bitcast=True), mask=mask)
     tl.store(v, vn.to(tl.uint32, bitcast=True), mask=mask)
     tl.store(m, mn.to(tl.uint32, bitcast=True), mask=mask)
 
 
 @triton.jit
-def _moments(g, m, v, scalars):
+def _moments(g, m, v, scalars, flushing_sqrt: tl.constexpr):
     beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, _, eps = scalars
     mn = beta1 * m + one_minus_beta1 * g
     vn = beta2 * v + one_minus_beta2 * (g * g)
-    upd = tl.div_rn(step_size * mn, tl.sqrt_rn(vn) * inv_sqrt_bias_correction2 + eps)
+    upd = tl.div_rn(step_size * mn, _square_root(vn, flushing_sqrt) * inv_sqrt_bias_correction2 + eps)
     return mn, vn, upd
+
+
+@triton.jit
+def _square_root(x, flushing_sqrt: tl.constexpr):
+    """The square root, rounded to nearest.
+
+    For AMD some versions of Triton (3.6) refine the hardware's reciprocal root, which takes subnormal numbers for zero: their
+    root is then NaN, and below 2^-96 the remainder is subnormal and its root an ulp off. Scaling such numbers by powers of
+    two is exact.
+    """
+    if flushing_sqrt:
+        tiny = x < TINY
+        root = tl.sqrt_rn(tl.where(tiny, x * TWO_TO_32, x))
+        return tl.where(tiny, root * TWO_TO_MINUS_16, root)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit

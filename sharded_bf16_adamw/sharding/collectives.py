@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+# Per default process group, how many groups each set of ranks has made. A new default group has a new store.
+_groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+_cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -43,6 +53,87 @@ class Exchange:
         """Wait for it: on gloo this thread does, on NCCL the current stream."""
         with exchange(self._what, self._ranks):
             self._work.wait()
+
+
+def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Create a gloo process group of these ranks. Collective over them; no other rank takes part.
+
+    ``dist.new_group`` wants all ranks of the default group, or with ``use_local_synchronization``
+    names the group by how many groups this rank is in: ranks that disagree on the name wait for
+    each other. The name used here counts the groups of just these ranks. They agree on it without
+    communication, because each of those creations was collective over them.
+
+    Args:
+        ranks: global ranks in any order, this one among them.
+        timeout: of the creation and of each collective; None for torch's default.
+
+    Returns:
+        The group, its ranks ascending. ``dist.destroy_process_group`` frees it; the name is not used again.
+
+    Raises:
+        ValueError: a rank is listed twice or does not exist, or this rank is missing.
+        RuntimeError: another rank has died or hangs.
+    """
+    members, world = tuple(sorted(ranks)), dist.get_world_size()
+    if len(set(members)) != len(members) or not set(members) <= set(range(world)):
+        raise ValueError(f"Invalid ranks: {list(ranks)}; list distinct global ranks below {world}")
+    if dist.get_rank() not in members:
+        raise ValueError(f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on the ranks that it lists")
+    assert dist.group.WORLD is not None
+    made = _groups_made.setdefault(dist.group.WORLD, Counter())
+    made[members] += 1  # even if this fails: the store then holds stale addresses under the name
+    # The digest keeps the name short for any number of ranks.
+    digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
+    name: Any = f"sharded_bf16_adamw:{digest}:{made[members]}"
+    group, _ = c10d._new_process_group_helper(
+        len(members),
+        members.index(dist.get_rank()),
+        list(members),
+        dist.Backend.GLOO,
+        c10d._get_default_store(),
+        name,
+        timeout=timeout or c10d.default_pg_timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
+    return group
+
+
+def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """Return a process group of the same ranks that serves CPU tensors: ``group`` itself if it does, else a gloo group.
+
+    Collective over ``group`` at its first call, and free afterwards. Ranks may be numbered otherwise in the result.
+    """
+    own = group or dist.group.WORLD
+    assert own is not None
+    if "cpu" in served_devices(own):
+        return own
+    if own not in _cpu_groups:
+        _cpu_groups[own] = new_cpu_group(dist.get_process_group_ranks(own))
+    return _cpu_groups[own]
+
+
+def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
+    """Return the device types whose tensors the group's back ends take, such as ``["cuda"]`` for NCCL alone."""
+    return [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+
+
+def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Return the device from which ``group`` can exchange a tensor of ``device``: that one if a back end serves it, else another.
+
+    FSDP2's ``CPUOffloadPolicy`` keeps parameters on the CPU, which NCCL does not serve.
+    """
+    served = served_devices(group)
+    if device.type in served:
+        return device
+    return torch.device("cpu") if served[0] == "cpu" else torch.device(served[0], torch.accelerator.current_device_index())
+
+
+def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up over the group in place, by way of a device that the group serves."""
+    moved = value.to(device_for(group, value.device))
+    dist.all_reduce(moved, group=group)
+    if moved is not value:
+        value.copy_(moved)
 
 
 def _in_words(ranks: Sequence[int]) -> str:

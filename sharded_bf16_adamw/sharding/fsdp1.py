@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _handles: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the handle that flattened it
+_modules: Any = WeakIdKeyDictionary()  # handle -> weak reference to its FullyShardedDataParallel module
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -45,6 +46,20 @@ def shard_group(param: Tensor) -> dist.ProcessGroup | None:
             "no global gradient norm can be had; use fully_shard (FSDP2) after parallelize_module instead"
         )
     return handle.process_group if handle.uses_sharded_strategy else None
+
+
+def replica_group(param: Tensor) -> dist.ProcessGroup | None:
+    """Return the group of the ranks that hold the same part of a flattened parameter; None where no other rank does.
+
+    With ``HYBRID_SHARD`` it is the group that replicates, with ``NO_SHARD`` that of all ranks of the FSDP module.
+    """
+    handle = _find_handle(param)
+    if handle is None:
+        return None
+    if not handle.uses_sharded_strategy:
+        return handle.process_group
+    module = _modules.get(handle)
+    return None if module is None else getattr(module(), "_inter_node_pg", None)
 
 
 def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, cpu_offload: bool = False) -> dict[str, Any]:
@@ -85,10 +100,13 @@ def _find_handle(param: Tensor) -> Any:
 
 def _register_handles() -> None:
     """Look up every FSDP1 module of the process: a walk over all objects, needed once after a model was wrapped."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    for handle in gc.get_objects():
-        if type(handle) is FlatParamHandle:
-            flat_param = handle.flat_param
+    for found in gc.get_objects():
+        if type(found) is FlatParamHandle:
+            flat_param = found.flat_param
             for param in chain((flat_param,), flat_param._params or (), flat_param._shared_params or ()):
-                _handles[param] = weakref.ref(handle)
+                _handles[param] = weakref.ref(found)
+        elif issubclass(type(found), FullyShardedDataParallel) and found.__dict__.get("_handle") is not None:
+            _modules[found._handle] = weakref.ref(found)

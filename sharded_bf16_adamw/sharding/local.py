@@ -1,7 +1,7 @@
 """From a parameter to this rank's local tensors, where torch does the communication (one process, DDP, FSDP, tensor parallel).
 
 An elementwise update needs no communication of its own: a rank updates the shard that it holds. Only a global gradient norm
-does: :func:`shard_groups` says over which ranks a parameter is spread, and :func:`all_reduce_sums` adds up over them.
+does: :func:`shard_groups` says over which ranks a parameter is spread, :func:`replica_groups` which ranks hold the same part.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from .collectives import exchange
-from .fsdp1 import is_flattened, shard_group
+from .fsdp1 import is_flattened, replica_group, shard_group
 
 
 def to_local(tensor: Tensor) -> Tensor:
@@ -59,29 +58,17 @@ def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     return ()
 
 
-def all_reduce_sums(sums: dict[tuple[dist.ProcessGroup, ...], Tensor]) -> Tensor:
-    """Add up per-rank sums so that every element of every parameter counts once.
+def replica_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups whose ranks hold replicas of this rank's part of ``param``, as far as the parameter says.
 
-    Args:
-        sums: by :func:`shard_groups` of the parameters summed, 0-dim float64. Reduced in place. Collective over those groups; every rank
-            passes the same keys in the same order, also those of parameters of which it holds no element or no gradient.
-
-    Returns:
-        The total, 0-dim float64, the same on every rank.
-
-    Raises:
-        RuntimeError: another rank has died or hangs.
+    A DTensor has one for each mesh axis that it is replicated on, an FSDP1 parameter at most one, any other parameter none.
     """
-    for groups, value in sums.items():
-        for group in groups:
-            with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
-                dist.all_reduce(value, group=group)
-    values = list(sums.values())
-    return (
-        torch.stack([value.to(values[0].device) for value in values]).sum()
-        if values
-        else torch.zeros((), dtype=torch.float64, device="cpu")
-    )
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        axes = [axis for axis, placement in enumerate(param.placements) if placement.is_replicate()]
+        return tuple(mesh.get_group(axis) for axis in axes if mesh.size(axis) > 1)
+    group = replica_group(param) if is_flattened(param) else None
+    return () if group is None or dist.get_world_size(group) == 1 else (group,)
 
 
 def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

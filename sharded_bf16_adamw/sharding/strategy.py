@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .local import local_grad, shard_groups, to_local
+from .local import local_grad, replica_groups, shard_groups, to_local
 
 
 class Sharding(Protocol):
@@ -50,6 +50,12 @@ class Sharding(Protocol):
 
     def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The process groups over which the elements of the shards are spread."""
+
+    def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """Return the process groups whose ranks hold replicas of this rank's shard, as far as they are known."""
+
+    def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """Return the process groups whose ranks hold replicas of all that this rank has of the weight, as far as they are known."""
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which backward passes accumulate gradients without reducing them."""
@@ -99,6 +105,12 @@ class Local:
 
     def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
         return shard_groups(param)
+
+    def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return replica_groups(param)
+
+    def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return replica_groups(param)
 
     def no_sync(self) -> AbstractContextManager[None]:
         raise RuntimeError(

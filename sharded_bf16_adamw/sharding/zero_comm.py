@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collectives import Exchange, exchange
+from .collectives import Exchange, exchange, new_cpu_group
 
 REDUCING, AGREEING = "averaging gradients", "agreeing on what to exchange"  # for messages
 BEYOND_A_BYTE = 255  # in the place of a value that does not fit into a byte
@@ -153,7 +153,7 @@ class Agreement:
         self._is_alone = len(self.ranks) == 1
         timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
         with exchange(AGREEING, self.ranks):
-            self._group = dist.new_group(self.ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+            self._group = new_cpu_group(self.ranks, timeout)
 
     def maximum(self, values: Sequence[int], problem: str | None = None, error: type[Exception] = RuntimeError) -> list[int]:
         """The element-wise maximum over ranks; every rank passes as many values.

@@ -82,6 +82,13 @@ class Stage:
     def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
         return () if self._rows_of(param).is_whole else (self._mesh.get_group(self._mesh.ndim - 1),)
 
+    def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        axes = range(self._mesh.ndim) if self._rows_of(param).is_whole else range(self._mesh.ndim - 1)
+        return tuple(self._mesh.get_group(axis) for axis in axes if self._mesh.size(axis) > 1)
+
+    def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return tuple(self._mesh.get_group(axis) for axis in range(self._mesh.ndim) if self._mesh.size(axis) > 1)
+
     def check_copyable(self) -> None:
         raise TypeError(
             "an optimizer with sharding=ZeRO(...) belongs to its process group and cannot be pickled or deep-copied; "

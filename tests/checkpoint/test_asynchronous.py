@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from distributed import run_ranks
-from torch.distributed.checkpoint import filesystem
 
 from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import saving, staging
+from sharded_bf16_adamw.checkpoint import asynchronous, saving, staging
 
 from .victims import assert_holds, make, run, save_step
 
@@ -129,19 +130,6 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(
         assert re.fullmatch(r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n", done.stderr)
 
 
-def test_the_thread_leaves_the_gpu_alone(tmp_path, monkeypatch):
-    """For a new thread the current GPU is the first, whatever this rank's is; there is nothing to copy from it any more."""
-    loader = mock.Mock(side_effect=AssertionError("DCP is to copy from the GPU"))
-    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", loader)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    save_step(tmp_path, 1, sharded=False, async_=True)
-    wait_for_save()
-    with pytest.raises(RuntimeError, match="DCP is to copy from the GPU"):
-        save_step(tmp_path, 2, sharded=False)
-    monkeypatch.undo()
-    assert_holds(tmp_path, 1)
-
-
 def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
     model, optimizer = make(1, sharded=True)
     for wrong, message in (({"extra": {"f": print}}, "extra must be plain data"), ({"keep": 0}, "Invalid keep: 0")):
@@ -156,13 +144,19 @@ def test_arguments_of_rank_0_count_and_a_wrong_one_is_an_error_on_every_rank(tmp
 
 
 def test_memory_of_the_copy_is_used_again(tmp_path):
-    staging._buffers.clear()
-    save_step(tmp_path, 1, sharded=False, async_=True)
+    """By the same optimizer, for as long as it lives."""
+    model, optimizer = make(1)
+    save(tmp_path, 1, model, optimizer, async_=True)
     wait_for_save()
-    first = {index: tensor.data_ptr() for index, tensor in staging._buffers.items()}
-    save_step(tmp_path, 2, sharded=False, async_=True)
-    assert {index: tensor.data_ptr() for index, tensor in staging._buffers.items()} == first and first
-    assert_holds(tmp_path, 2)
+    first = {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()}
+    save(tmp_path, 2, model, optimizer, extra={"step": 1}, async_=True)
+    wait_for_save()
+    assert {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()} == first and first
+    assert_holds(tmp_path, 1)
+    before = len(staging._spare)
+    del model, optimizer
+    gc.collect()
+    assert len(staging._spare) == before - 1
 
 
 def training_worker(rank: int, world: int, root: str) -> None:
@@ -174,7 +168,7 @@ def training_worker(rank: int, world: int, root: str) -> None:
         optimizer.step(zero_grad=True)
     wait_for_save()
     assert latest(root) == path
-    copied = sum(tensor.nbytes for tensor in staging._buffers.values())
+    copied = sum(tensor.nbytes for tensor in staging._spare[optimizer].values())
     full = sum(4 * param.numel() * 2 + 4 for param in model.parameters()) + torch.get_rng_state().nbytes * world
     total = torch.tensor(float(copied))
     torch.distributed.all_reduce(total)
@@ -184,3 +178,108 @@ def training_worker(rank: int, world: int, root: str) -> None:
 def test_training_goes_on_meanwhile_and_a_rank_copies_its_share_alone(tmp_path):
     run_ranks(3, training_worker, str(tmp_path))
     assert_holds(tmp_path, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ several threads
+
+
+def in_threads(*functions: Callable[[], None]) -> None:
+    """Run functions at the same time, and raise what one raises."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        for future in [pool.submit(function) for function in functions]:
+            future.result()
+
+
+def test_two_threads_save_two_models_at_once_each_its_own(tmp_path, monkeypatch):
+    """Both copies are made before either is written, again and again over the same memory."""
+    both = threading.Barrier(2, timeout=60)
+    write_data = saving.ChecksummedWriter.write_data
+
+    def write_together(self, plan, planner):
+        both.wait()
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(saving.ChecksummedWriter, "write_data", write_together)
+
+    def train(number: int) -> None:
+        model, optimizer = make(number)
+        for step in range(1, 4):
+            save(tmp_path / str(number), step, model, optimizer, extra={"step": number}, async_=True)
+        wait_for_save()
+
+    in_threads(lambda: train(1), lambda: train(2))
+    for number in (1, 2):
+        for step in range(1, 4):
+            assert_holds(tmp_path / str(number) / f"step-{step:08d}", number)
+
+
+def test_each_thread_gets_the_error_of_its_own_save(tmp_path, monkeypatch):
+    failed, asked = threading.Event(), threading.Event()
+    write_data = saving.ChecksummedWriter.write_data
+
+    def fails(self, plan, planner):
+        if "bad" in str(self.path):
+            raise OSError(28, "No space left on device")
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(saving.ChecksummedWriter, "write_data", fails)
+
+    def unlucky() -> None:
+        save_step(tmp_path / "bad", 1, sharded=False, async_=True)
+        asynchronous._pending[-1].join()
+        failed.set()
+        assert asked.wait(60)
+        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*bad.*No space left"):
+            wait_for_save()
+        wait_for_save()
+
+    def lucky() -> None:
+        assert failed.wait(60)
+        save_step(tmp_path / "good", 1, sharded=False, async_=True)
+        assert_holds(tmp_path / "good", 1)
+        wait_for_save()
+        asked.set()
+
+    in_threads(unlucky, lucky)
+    assert asynchronous._pending == []
+
+
+def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_raised_one_by_one(tmp_path, gate, monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+
+    def save_only(name: str) -> None:
+        save_step(tmp_path / name, 1, sharded=False, async_=True)
+        both.wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "publish", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        in_threads(lambda: save_only("a"), lambda: save_only("b"))
+        threading.Timer(0.2, gate.set).start()
+        messages = []
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cannot save the checkpoint") as caught:
+                wait_for_save()
+            messages.append(str(caught.value))
+    wait_for_save()
+    assert [sum(f"{tmp_path}/{name}/" in message for message in messages) for name in "ab"] == [1, 1]
+
+
+def test_waiting_waits_for_the_saves_of_all_threads(tmp_path, gate):
+    """After it, a process may end its process group. A save or a load waits for its own thread's alone."""
+    started, waited = threading.Event(), threading.Event()
+
+    def other() -> None:
+        save_step(tmp_path / "other", 1, sharded=False, async_=True)
+        started.set()
+        assert waited.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert started.wait(60)
+    (tmp_path / "own").mkdir()
+    assert load(tmp_path / "own", *make(0), missing_ok=True) is None and latest(tmp_path / "other") is None
+    threading.Timer(0.2, gate.set).start()
+    wait_for_save()
+    assert_holds(tmp_path / "other", 1)
+    waited.set()
+    thread.join()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import folders, storage
+from sharded_bf16_adamw.checkpoint import folders, publishing, storage
 from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text
 
 FLIPS = 240  # bits flipped, one at a time, over all files
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(async_, sav
     def limited_open(path, mode="r", *args, **kwargs):
         return FullDisk(io.FileIO(path, mode)) if mode == "xb" else open(path, mode, *args, **kwargs)
 
-    for module in (folders, storage):
+    for module in (folders, publishing, storage):
         monkeypatch.setattr(module, "open", limited_open, raising=False)
     for index in range(20):
         FullDisk.room = (total - 16) * index // 19

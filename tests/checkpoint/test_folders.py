@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from sharded_bf16_adamw import AdamW_BF16, latest, load, prune, save, verify
-from sharded_bf16_adamw.checkpoint import folders
+from sharded_bf16_adamw import AdamW_BF16, latest, load, newest_good, prune, save, verify
+from sharded_bf16_adamw.checkpoint import folders, publishing
 from sharded_bf16_adamw.checkpoint.manifest import crc32_text, read_manifest
 
 from .victims import assert_holds, make, save_step
@@ -56,8 +56,9 @@ def operations(monkeypatch):
 
     for name in ("rename", "replace", "mkdir"):
         watch(os, name)
-    watch(folders, "sync_folder")
-    watch(folders.shutil, "rmtree")
+    for module in (folders, publishing):
+        watch(module, "sync_folder")
+    watch(shutil, "rmtree")
     return done
 
 
@@ -90,8 +91,9 @@ def test_what_is_removed_has_lost_its_name_on_the_disk_before_its_files_go(tmp_p
     path = save_step(tmp_path, 1, sharded=False)
     operations.clear()
     folders.remove(path)
-    hidden = tmp_path / ".removed-step-00000001"
-    assert operations == [("rename", str(path)), ("sync_folder", str(tmp_path)), ("rmtree", str(hidden))]
+    assert operations[:2] == [("rename", str(path)), ("sync_folder", str(tmp_path))]
+    ((name, hidden),) = operations[2:]
+    assert name == "rmtree" and hidden.startswith(f"{tmp_path}/.removed-step-00000001-")
 
 
 def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_path, operations):
@@ -102,7 +104,10 @@ def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_pat
     operations.clear()
     save_step(root, 2, sharded=False)
     synced = [Path(path) for name, path in operations if name == "sync_folder"]
-    assert set(synced) == {root, root / ".partial-step-00000002"}, "a user may not be allowed to read the folder above"
+    (partial,) = set(synced) - {root}
+    assert partial.parent == root and partial.name.startswith(".partial-step-00000002-"), (
+        "a user may not be allowed to read the folder above"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- manifests of strangers
@@ -168,3 +173,43 @@ def test_saving_an_earlier_step_again_makes_it_the_latest(tmp_path):
         path = save(tmp_path, step, *make(step))
     assert latest(tmp_path) == path == tmp_path / "step-00000001-2"
     assert names(tmp_path) == ["LATEST", "step-00000001-2", "step-00000002"]
+
+
+# ------------------------------------------------------------------------------------------------------ the newest good one
+
+
+def flip_a_bit(path: Path) -> None:
+    file = path / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_newest_good_checkpoint_is_the_latest_or_the_first_undamaged_one_before_it(tmp_path):
+    assert newest_good(tmp_path / "nothing") == (None, [])
+    paths = [save_step(tmp_path, step, sharded=False) for step in (30, 10, 20, 5)]  # in the order of saving, not of steps
+    assert newest_good(tmp_path) == (paths[3], [])
+    flip_a_bit(paths[3])
+    (paths[2] / "__0_0.distcp").unlink()
+    found, skipped = newest_good(tmp_path)
+    assert found == paths[1] and len(skipped) == 2
+    assert skipped[0].startswith(f"the checkpoint {paths[3]} is damaged: __0_0.distcp is not what was written")
+    assert skipped[1] == f"the checkpoint {paths[2]} is damaged: __0_0.distcp is missing"
+    assert_holds(found, 10)
+    for path in paths[:2]:
+        flip_a_bit(path)
+    found, skipped = newest_good(tmp_path)
+    assert found is None and len(skipped) == 4
+
+
+def test_folders_without_a_manifest_are_named_among_what_was_skipped(tmp_path):
+    good, latest_one = (save_step(tmp_path, step, sharded=False) for step in (1, 2))
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "__0_0.distcp").write_bytes(b"x")
+    assert newest_good(tmp_path)[0] == latest_one
+    (latest_one / "manifest.json").write_text("{}")
+    found, skipped = newest_good(tmp_path)
+    assert found == good
+    assert skipped[:2] == [f"{tmp_path}/step-{step:08d} has no manifest.json" for step in (3, 4)]
+    assert skipped[2].startswith(f"the checkpoint {latest_one} cannot be used: manifest.json: it is damaged") and len(skipped) == 3

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.checkpoint import transport
 from sharded_bf16_adamw.checkpoint.full import gather_full_state_dict, scatter_full_state_dict
+from sharded_bf16_adamw.sharding import collectives
+from sharded_bf16_adamw.sharding.local import to_local
 
 from .layouts import BY_NAME, LAYOUTS, Layout, everything, train
 
@@ -192,6 +195,48 @@ def no_copy_worker(rank: int, world: int) -> int:
 
 def test_other_ranks_hold_no_copy_of_anything():
     assert all(count >= 24 for count in run_ranks(3, no_copy_worker)[1:])
+
+
+def nccl_worker(rank: int, world: int, name: str) -> int:
+    """The default group plays NCCL's part: it takes no CPU tensors, and pairs of its ranks would make communicators."""
+    model, optimizer = BY_NAME[name].build(world, seed=0)
+    train(model, optimizer, 1)
+    expected = gather_full_state_dict(model, optimizer)
+    served, exchanged = collectives.served_devices, []
+    originals = {function: getattr(dist, function) for function in ("send", "recv", "broadcast")}
+
+    def of_group(function: str) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            assert group not in (None, dist.group.WORLD), f"{function} over NCCL"
+            exchanged.append(function)
+            return originals[function](tensor, *args, group=group, **kwargs)
+
+        return call
+
+    collectives.served_devices = lambda group=None: ["cuda"] if group in (None, dist.group.WORLD) else served(group)
+    try:
+        for function in originals:
+            setattr(dist, function, of_group(function))
+        full = gather_full_state_dict(model, optimizer)
+        for state in optimizer.state.values():
+            for value in state.values():
+                to_local(value).zero_()
+        scatter_full_state_dict(model, optimizer, full)
+    finally:
+        collectives.served_devices = served
+        for function, original in originals.items():
+            setattr(dist, function, original)
+    again = gather_full_state_dict(model, optimizer)
+    for found in (full, again):
+        assert found == expected == {} if rank else assert_same(flat(found), flat(expected), name) is None
+    return len(exchanged)
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_nothing_is_exchanged_over_nccl(name):
+    """With replicas only the first rank that holds a block sends: the others take part in nothing but the group's creation."""
+    first, *others = run_ranks(3, nccl_worker, name)
+    assert first > 0 and all(count > 0 for count in others)
 
 
 def test_tensor_learning_rate_keeps_its_memory():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, reference
+from sharded_bf16_adamw.kernels.device_memory import NormScratch
 
 pytestmark = pytest.mark.skipif(not cuda.available(), reason=f"no GPU to test on: {cuda.unavailable_reason()}")
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
@@ -63,6 +64,7 @@ class Model:
         self.states = [[torch.zeros_like(p) for p in self.params] for _ in range(3)]
         self.steps = [torch.zeros((), device="cuda") for _ in self.params]
         self.table = cuda.Table(self.params, *self.states, self.steps)  # type: ignore[arg-type]
+        self.scratch = NormScratch()
 
     def tensors(self) -> list[Tensor]:
         return [*self.params, *self.states[0], *self.states[1], *self.states[2], *self.steps]
@@ -105,7 +107,7 @@ def test_one_launch_a_step_and_two_with_clipping() -> None:
     model, grads = Model(), random_grads(1)
 
     def clipped() -> None:
-        _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+        _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0, model.scratch)
         take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
 
     assert kernels_in(lambda: take_step(model.table, grads, **HYPER)) == ["adamw_kernel"]
@@ -119,10 +121,10 @@ def test_no_host_sync() -> None:
     model, grads = Model(), random_grads(1)
     moved = [g.clone() for g in grads]
     lr = torch.tensor(1e-3, device="cuda")
-    cuda.grad_norm_clip(grads, 1.0)
+    cuda.grad_norm_clip(grads, 1.0, model.scratch)
     with no_host_sync():
         for own in (grads, grads, moved, grads):
-            sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0)
+            sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0, model.scratch)
             cuda.clip_coefficient(sum_sq, 1.0)
             take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
             take_step(model.table, own, **HYPER | {"lr": lr})
@@ -156,7 +158,7 @@ def test_found_inf_skips_on_the_device() -> None:
 
 
 def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
-    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0, model.scratch)
     take_step(model.table, grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
 
 
@@ -203,6 +205,24 @@ def test_each_of_several_captures_needs_but_a_step_before() -> None:
         graph.replay()
         clipped_step(eager, static, lr)
     assert differing("after", captured.tensors(), eager.tensors()) == []
+
+
+def test_one_graph_captures_two_clipped_models_of_equal_shapes() -> None:
+    eager, captured = [Model(), Model()], [Model(), Model()]
+    warm, lr = random_grads(1), torch.tensor(1e-3, device="cuda")
+    for model in (*eager, *captured):
+        clipped_step(model, warm, lr)
+    static = [random_grads(2), random_grads(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for model, grads in zip(captured, static, strict=True):
+            clipped_step(model, grads, lr)
+    for _ in range(3):
+        graph.replay()
+        for model, grads in zip(eager, static, strict=True):
+            clipped_step(model, grads, lr)
+    for a, b in zip(captured, eager, strict=True):
+        assert differing("after", a.tensors(), b.tensors()) == []
 
 
 def test_capture_without_a_step_before_is_refused() -> None:

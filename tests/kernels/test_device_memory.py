@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import device_memory
-from sharded_bf16_adamw.kernels.device_memory import DeviceArray
+from sharded_bf16_adamw.kernels import cuda, device_memory
+from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch
 
 EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 
@@ -17,21 +18,32 @@ EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``.now``: whether a graph is captured. Pinned memory is plain memory here, and copies to the device are copies."""
-    state = SimpleNamespace(now=False)
+    state = SimpleNamespace(now=False, stream=1)
     empty, to = torch.empty, Tensor.to
     monkeypatch.setattr(device_memory, "is_capturing", lambda device: state.now)
     monkeypatch.setattr(device_memory, "upload", lambda host, device: host.clone())
 
-    def empty_of(*shape: object, pin_memory: bool = False, **options: object) -> Tensor:
-        assert not (pin_memory and state.now), "no pinned memory can be allocated while a graph is captured"
-        return empty(*shape, **options)  # type: ignore[call-overload, no-any-return]
+    def of_cpu(function: Any) -> Any:
+        def call(*shape: object, pin_memory: bool = False, device: object = "cpu", **options: object) -> Tensor:
+            assert not (pin_memory and state.now), "no pinned memory can be allocated while a graph is captured"
+            return function(*shape, **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(torch, "empty", empty_of)
+        return call
+
+    monkeypatch.setattr(torch, "empty", of_cpu(empty))
+    monkeypatch.setattr(torch, "zeros", of_cpu(torch.zeros))
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: state.now)
+    monkeypatch.setattr(cuda, "upload", lambda host, device: host.clone())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=state.stream))
     monkeypatch.setattr(Tensor, "to", lambda x, device, **options: x.clone() if device is DEVICE else to(x, device, **options))
     return state
 
 
-DEVICE = SimpleNamespace(type="cuda")
+class Device:
+    type = "cuda"
+
+
+DEVICE = Device()
 
 
 def make() -> DeviceArray:
@@ -75,3 +87,50 @@ def test_what_a_graph_reads_is_kept(capturing: SimpleNamespace) -> None:
     capturing.now = False
     array.holding(OTHER)
     assert any(kept is eager for kept, _ in array.captured) and eager.tolist() == EAGER
+
+
+# -------------------------------------------------------------------------------------------------- scratch of the norm
+
+
+def layout_of(scratch: NormScratch, *lengths: int) -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    return cuda._norm_layout(lengths, DEVICE, scratch)  # type: ignore[arg-type]
+
+
+def memory(layout: Any) -> set[int]:
+    return {layout.partials.data_ptr(), layout.finished.data_ptr()}
+
+
+def test_owners_of_scratch_share_none(capturing: SimpleNamespace) -> None:
+    """Their kernels may run at the same time: eagerly on two streams, or in two graphs that are replayed together."""
+    first, second = NormScratch(), NormScratch()
+    for scratch in (first, second):
+        assert layout_of(scratch, 3, 5) is layout_of(scratch, 3, 5)
+    assert not memory(layout_of(first, 3, 5)) & memory(layout_of(second, 3, 5))
+    eager = memory(layout_of(first, 3, 5))
+    capturing.stream = 2
+    assert not memory(layout_of(first, 3, 5)) & eager, "nor do two streams of one owner"
+    capturing.now = True
+    graphs = [memory(layout_of(scratch, 3, 5)) for scratch in (first, second)]
+    assert not graphs[0] & graphs[1] and not graphs[0] & eager
+
+
+def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) -> None:
+    """Of gradients that lie elsewhere than in the steps before, which takes the memory that each has set aside."""
+    scratches = NormScratch(), NormScratch()
+    warm, static = ([torch.ones(3), torch.ones(5)] for _ in range(2))
+    for scratch in scratches:
+        layout_of(scratch, 3, 5).grads.on_device(warm)
+    capturing.now = True
+    for scratch in scratches:
+        addresses, _ = layout_of(scratch, 3, 5).grads.on_device(static)
+        assert addresses[0].tolist() == [x.data_ptr() for x in static]
+    with pytest.raises(RuntimeError, match="take a step like it before each capture"):
+        layout_of(NormScratch(), 3, 5)
+
+
+def test_scratch_of_many_sets_of_gradients_is_given_up_again(capturing: SimpleNamespace) -> None:
+    scratch = NormScratch()
+    for length in range(3 * cuda.MAX_LAYOUTS):
+        layout_of(scratch, length)
+    assert len(scratch.layouts) == cuda.MAX_LAYOUTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +160,37 @@ def test_grad_sum_sq_shows_nonfinite(backend, value, dtype):
         g = torch.ones(70_000, dtype=dtype)
         g[position] = value
         assert not kernels.grad_sum_sq([torch.ones(3, dtype=dtype), g], backend=backend).isfinite()
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that says it is on a device without float64."""
+
+    device = property(lambda self: torch.device("mps", 0))
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.to and torch.device("cpu") in args:
+            return result.as_subclass(torch.Tensor)
+        if isinstance(result, cls) and result.as_subclass(torch.Tensor).dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        return result
+
+
+def test_norm_and_clip_on_a_device_without_float64():
+    plain = [torch.randn(70_000, generator=torch.Generator().manual_seed(4)).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    grads = [grad.as_subclass(OnMPS) for grad in plain]
+    with pytest.raises(TypeError, match="float64"):
+        grads[0].double()
+    total = kernels.grad_sum_sq(grads)
+    assert type(total) is torch.Tensor and torch.equal(total, kernels.grad_sum_sq(plain, backend="reference"))
+    for found, wanted in zip(kernels.grad_norm_clip(grads, 1.0), kernels.grad_norm_clip(plain, 1.0, backend="reference"), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("has_double", [True, False])
+def test_sums_of_an_xpu_are_where_it_has_float64(monkeypatch, has_double):
+    kernels.double_device.cache_clear()
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_double))
+    assert kernels.double_device(torch.device("xpu", 0)) == torch.device("xpu:0" if has_double else "cpu")
+    kernels.double_device.cache_clear()

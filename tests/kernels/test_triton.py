@@ -6,14 +6,17 @@ Triton reads TRITON_INTERPRET when it is imported, so interpreted cases run in o
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from sharded_bf16_adamw.kernels import cuda
+from sharded_bf16_adamw import kernels
+from sharded_bf16_adamw.kernels import cuda, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
@@ -98,12 +101,102 @@ def test_unavailable_without_a_device() -> None:
         assert "no CUDA or ROCm device" in str(cuda.unavailable_reason())
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Two GPUs; their compute capabilities. Kernels can be launched, as far as nobody says otherwise."""
+    capabilities = [(9, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
+    monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
+    cuda._reason_on.cache_clear()
+    kernels._backend_module.cache_clear()
+    yield capabilities
+    cuda._reason_on.cache_clear()
+    kernels._backend_module.cache_clear()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_device_is_asked_for_its_own_capability(gpus: list[tuple[int, int]], first: int) -> None:
+    for index in (first, 1 - first):
+        reason = cuda.unavailable_reason(torch.device("cuda", index))
+        assert (reason is None) == (index == 0)
+        assert reason is None or reason.startswith("GPU 1 has no bfloat16 arithmetic")
+    assert cuda.available() and cuda.available(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("module", ["missing compiler", "broken compiler", "broken Triton"])
+def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    error = {
+        "missing compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore"),
+        "broken compiler": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        "broken Triton": ImportError("libtriton.so: undefined symbol"),
+    }[module]
+    monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=error))
+    device = torch.device("cuda", 0)
+    sentence = (
+        r"^AdamW_BF16 takes slower steps on cuda, by the reference back end: Triton cannot launch a kernel on cuda:0 \("
+        + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a cache folder that it may write to$"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        assert kernels._backend_module(device, None) is reference
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"):
+        kernels.check_backend("triton")
+
+
+def test_an_error_of_the_device_is_no_reason_for_another_back_end(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.available()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="captures the first use of cuda:0; take a step like it before"):
+        cuda.available()
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
+    monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
+    assert cuda.available()
+
+
 # ------------------------------------------------------------------------------------------------------------ the norm
 
 
 def test_norm_and_clip(interpreted: Run) -> None:
     pairs = interpreted(triton_checks.norms)
     assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the square root of AMD
+
+
+def test_a_square_root_that_flushes_subnormals_is_made_exact(interpreted: Run) -> None:
+    wrong = interpreted(triton_checks.square_roots, False)
+    assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, "the model has no fault to mend"
+    assert not any(interpreted(triton_checks.square_roots, True).values())
+
+
+POWER_96, POWER_32 = r"(?:0x39F0000000000000|f0x0F800000)", r"(?:0x41F0000000000000|f0x4F800000)"  # as older and newer LLVM write them
+
+
+def elements(pattern: str, llvm: str) -> int:
+    """Matches in LLVM IR, where one that has the group ``v`` is of two elements."""
+    return sum(2 if match["v"] else 1 for match in re.finditer(pattern, llvm))
+
+
+@pytest.mark.parametrize(("target", "scales"), [("gfx942", True), ("sm_90", False)])
+@pytest.mark.parametrize("kernel", ["bf16", "fp32"])
+def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales: bool) -> None:
+    compiled = triton_offline.compile_kernel(kernel, target)
+    roots = elements(r"@llvm\.(?:sqrt|amdgcn\.rsq)\.(?P<v>v2)?f32\(", compiled.llvm.partition("\ndefine")[2].partition("\n}")[0])
+    tiny = elements(rf"fcmp olt (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_96}", compiled.llvm)
+    scaled = elements(rf"fmul (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_32}", compiled.llvm)
+    assert (tiny, scaled) == ((roots, roots) if scales else (0, 0))
+    assert roots >= 9 or not scales, "the loop has 8 elements, its tail 1"
 
 
 # ---------------------------------------------------------------------------------------------------- compiled offline

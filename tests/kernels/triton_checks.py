@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import Hyper, cuda, reference
+from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
 from .tables import split, take_step
 
@@ -261,7 +263,7 @@ def graphs() -> dict[str, Any]:
             return str(error)
         return "no error"
 
-    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda: True
+    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
     kernels._backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
@@ -344,6 +346,64 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
         pairs[f"clip {name}"] = (differing("fused", [fused], [wanted]) + differing("separate", [separate], [wanted]), [])
         pairs[f"dtypes {name}"] = ([x.dtype for x in cuda.grad_norm_clip(g, 0.5)], [torch.float64, FP32, FP32, FP32])
     return pairs
+
+
+@triton.jit
+def root_kernel(x, root):
+    i = triton.language.program_id(0) * 1024 + triton.language.arange(0, 1024)
+    triton.language.store(root + i, _square_root(triton.language.load(x + i), False))
+
+
+@triton.jit
+def scaled_root_kernel(x, root):
+    i = triton.language.program_id(0) * 1024 + triton.language.arange(0, 1024)
+    triton.language.store(root + i, _square_root(triton.language.load(x + i), True))
+
+
+def flushing_root(x: Any) -> Any:
+    """What Triton 3.6 makes of ``sqrt_rn`` for AMD: two steps of refinement of a reciprocal root that flushes subnormal numbers.
+
+    float32 operations with one rounding each, as numpy's long double has room for the products. The hardware's reciprocal
+    root is within one unit in the last place; here it is off by one of them where the last bit of ``x`` says so.
+    """
+    wide, narrow = np.longdouble, np.float32
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return narrow(wide(a) * wide(b) + wide(c))
+
+    with np.errstate(all="ignore"):
+        flushed = np.where(np.abs(x) < np.finfo(narrow).tiny, np.copysign(narrow(0), x), x)
+        y = narrow(1 / np.sqrt(wide(flushed)))
+        y = np.where(x.view(np.uint32) & 1, np.nextafter(y, narrow(np.inf)), y)
+        s, h = x * y, narrow(0.5) * y
+        d = fma(-h, s, narrow(0.5))
+        h, s = fma(h, d, h), fma(s, d, s)
+        return np.where((x == 0) | (x == np.inf), x, fma(fma(-s, s, x), h, s))
+
+
+def square_roots(scaled: bool) -> dict[str, int]:
+    """How many roots are wrong where the interpreter takes that sequence for one, by the exponent of the numbers."""
+    from triton.runtime import interpreter
+
+    generator = np.random.default_rng(11)
+    bits = generator.integers(0, 0x7F800000, 1 << 18, dtype=np.uint32)
+    edges = [0, 1, 2, 3, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000]
+    edges += [(127 - 96) << 23 | x for x in (0, 1, 2)] + [((127 - 96) << 23) - x for x in (1, 2, 3)]
+    bits[: len(edges)] = edges
+    bits[1000:30000] >>= 8  # mostly subnormal
+    x = bits.view(np.float32)
+    wanted = np.sqrt(x)
+    root = torch.empty(len(x))
+    builder = interpreter.InterpreterBuilder
+    exact, builder.create_precise_sqrt = builder.create_precise_sqrt, lambda self, arg: self.unary_op(arg, flushing_root)
+    try:
+        (scaled_root_kernel if scaled else root_kernel)[(len(x) // 1024,)](torch.from_numpy(x), root)
+    finally:
+        builder.create_precise_sqrt = exact
+    wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
+    subnormal, tiny = x < np.finfo(np.float32).tiny, x < 2.0**-96
+    kinds = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
+    return {name: int((wrong & of).sum()) for name, of in kinds.items()}
 
 
 def signatures(target: str) -> list[tuple[str, str]]:

@@ -84,6 +84,7 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
     """Compile ``KERNELS[kernel]`` for ``TARGETS[target]`` as the launcher does; ``options`` override its options."""
     function, arguments, constants = KERNELS[kernel]
     gpu = TARGETS[target]
+    constants = constants | {"flushing_sqrt": gpu.backend == "hip"}
     constant_arguments = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: arguments.get(name, "constexpr") for name in function.arg_names}
     aligned = {i: name for i, name in enumerate(function.arg_names) if name not in ("grad_scale", "found_inf")}

@@ -12,6 +12,7 @@ from pathlib import Path
 import distributed
 import pytest
 import torch.distributed as dist
+import train
 from data import Text
 from report import Metrics, read_metrics
 
@@ -21,6 +22,7 @@ from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 from .train_runs import (
     OPTIMIZERS,
+    SHORT,
     curve,
     finish,
     kill,
@@ -177,6 +179,55 @@ def test_resuming_a_finished_run_reports_it_again(tmp_path, capsys):
 def test_resume_auto_starts_afresh_where_there_is_nothing(tmp_path):
     assert run("--out", tmp_path, "--steps", 2, "--resume", "auto") == 0
     assert len(losses(tmp_path)) == 2
+
+
+def damage(path: Path, name: str) -> None:
+    """Flip a bit in the middle of a file of a checkpoint."""
+    (file,) = path.glob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["*.distcp", "manifest.json", ".metadata"])
+def test_a_damaged_latest_checkpoint_is_not_the_end(tmp_path, capsys, name):
+    arguments = ("--steps", 4, "--eval-every", 2, "--save-every", 2)
+    assert run("--out", tmp_path, *arguments) == 0
+    whole = curve(tmp_path)
+    good, damaged = tmp_path / "checkpoints/step-00000002", tmp_path / "checkpoints/step-00000004"
+    damage(damaged, name)
+    for resume, use in (("auto", "newest-good"), (damaged, good)):
+        capsys.readouterr()
+        assert run("--out", tmp_path, *arguments, "--resume", resume) == 2
+        err = capsys.readouterr().err
+        assert re.fullmatch(rf"error: the checkpoint {damaged} cannot be used: [^\n]*; {good} is undamaged: use --resume {use}\n", err), err
+    assert run("--out", tmp_path, *arguments, "--resume", "newest-good") == 0
+    said = capsys.readouterr()
+    assert "steps 2 to 4" in said.out and re.search(rf"^note: [^\n]*{damaged} [^\n]*\n", said.err, re.MULTILINE)
+    assert curve(tmp_path) == whole
+    assert verify(tmp_path / "checkpoints") == [] and not damaged.exists(), "the step saved again replaces the damaged one"
+
+
+def test_newest_good_of_nothing_starts_afresh_and_of_damaged_ones_alone_does_not(tmp_path, capsys):
+    assert run("--out", tmp_path, "--steps", 2, "--resume", "newest-good") == 0
+    damage(latest(tmp_path / "checkpoints"), "*.distcp")
+    for resume in ("newest-good", "auto"):
+        capsys.readouterr()
+        assert run("--out", tmp_path, "--steps", 2, "--resume", resume) == 2
+        assert re.search(rf"error: [^\n]*no checkpoint in {tmp_path}/checkpoints is undamaged", capsys.readouterr().err)
+
+
+def resume_from_damage(rank: int, world_size: int, folder: str) -> list[int]:
+    arguments = [*SHORT, "--out", folder, "--steps", "4", "--eval-every", "2", "--save-every", "2"]
+    codes = [train.main(arguments)]
+    if rank == 0:
+        (Path(folder) / "checkpoints/step-00000004/__1_0.distcp").write_bytes(b"")  # which rank 1 checks
+    dist.barrier()
+    return [*codes, *(train.main([*arguments, "--resume", resume]) for resume in ("auto", "newest-good"))]
+
+
+def test_two_ranks_resume_from_the_newest_good_checkpoint(tmp_path):
+    assert distributed.run_ranks(2, resume_from_damage, str(tmp_path)) == [[0, 2, 0]] * 2
 
 
 def test_metrics_drop_what_a_resumed_run_repeats_and_an_incomplete_line(tmp_path):

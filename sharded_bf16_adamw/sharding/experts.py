@@ -1,0 +1,75 @@
+"""Experts of one rank beside a model that ZeRO shards: each parameter goes to the strategy that knows it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .model_parallel import ModelParallel
+from .strategy import Local, Sharding
+
+
+class ExpertsApart:
+    """Parameters that ``parallel`` names as experts are this rank's alone, gradients included; ``dense`` shards all others."""
+
+    def __init__(self, dense: Sharding, parallel: ModelParallel) -> None:
+        self.dense = dense
+        self._experts = Local()
+        self._parallel = parallel
+        self._expert_ids: set[int] = set()
+
+    def attach(self, params: list[Tensor], names: list[str]) -> None:
+        self._expert_ids = {id(param) for param in self._parallel.expert_params()}
+        dense = [(param, name) for param, name in zip(params, names, strict=True) if id(param) not in self._expert_ids]
+        self.dense.attach([param for param, _ in dense], [name for _, name in dense])
+
+    def reduce(self) -> None:
+        self.dense.reduce()
+
+    def grads(self, params: list[Tensor]) -> list[Any]:
+        return self._merged(params, "grads")
+
+    def local_grads(self, params: list[Tensor]) -> list[Tensor]:
+        return self._merged(params, "local_grads")
+
+    def gather(self) -> None:
+        self.dense.gather()
+
+    def clear_grads(self) -> None:
+        self.dense.clear_grads()
+
+    def shard(self, param: Tensor) -> Tensor:
+        return self._of(param).shard(param)
+
+    def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
+        return self._of(param).shard_state(param, value, what)
+
+    def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return self._of(param).shard_groups(param)
+
+    def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return self._of(param).replica_groups(param)
+
+    def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return self._of(param).weight_replica_groups(param)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.dense.no_sync()
+
+    def check_copyable(self) -> None:
+        self.dense.check_copyable()
+
+    def _of(self, param: Tensor) -> Sharding:
+        return self._experts if id(param) in self._expert_ids else self.dense
+
+    def _merged(self, params: list[Tensor], method: str) -> list[Any]:
+        """Ask each strategy for its parameters, in one call each, and put the answers in the order of ``params``."""
+        result: list[Any] = [None] * len(params)
+        for sharding in (self.dense, self._experts):
+            indices = [index for index, param in enumerate(params) if self._of(param) is sharding]
+            for index, value in zip(indices, getattr(sharding, method)([params[i] for i in indices]), strict=True):
+                result[index] = value
+        return result

@@ -1,0 +1,89 @@
+"""Sums of squares that ranks hold in parts, added up so that every element counts once and every rank gets one result.
+
+Vocabulary: a *key* is the tuple of process groups over which parameters are spread, as :func:`.local.shard_groups` gives it. The
+empty key stands for plain tensors, which every rank is taken to hold as a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import all_reduce, exchange
+from .model_parallel import ModelParallel
+
+Key = tuple[dist.ProcessGroup, ...]
+_TOLERANCE = 1e-6  # of the relative variance of replicas' sums: other kernels may round a gradient differently, no more
+
+
+def all_reduce_sums(
+    sums: dict[Key, Tensor], expert_sums: dict[Key, Tensor], replicas: Sequence[dist.ProcessGroup], parallel: ModelParallel | None
+) -> tuple[Tensor, Tensor]:
+    """Add up this rank's sums of squares over all ranks that share the model. Collective over every group named.
+
+    Every rank of a group passes the same keys in the same order, also those of parameters of which it holds no element or no gradient.
+
+    Args:
+        sums: by key, 0-dim float64.
+        expert_sums: likewise, of the parameters that differ over ``parallel.ep``.
+        replicas: groups whose ranks hold replicas, over which nothing is added: their ranks only agree whether all is finite.
+        parallel: groups over which parameters differ; None where there are none.
+
+    Returns:
+        ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite where any rank's sum is not.
+        ``mismatch`` is positive where ranks that share shards have unlike sums of plain tensors: the total is then meaningless.
+
+    Raises:
+        RuntimeError: another rank has died or hangs.
+    """
+    own = [*sums.values(), *expert_sums.values()]
+    device = own[0].device if own else torch.device("cpu")
+    poison = torch.zeros((), dtype=torch.float64, device=device)
+    for value in own:
+        poison += (value - value).to(device)  # NaN where it is not finite: reaches all ranks with whatever is added up
+    total, mismatch = _sum_over_shards(sums, poison)
+    if parallel is not None and (group := parallel.ep_group) is not None:
+        experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
+        experts, mismatch = _all_reduce(group, experts, mismatch + mismatch_of_experts)
+        total = total + experts
+    elif expert_sums:
+        experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
+        total, mismatch = total + experts, mismatch + mismatch_of_experts
+    for group in replicas:
+        not_finite, mismatch = _all_reduce(group, (~total.isfinite()).double(), mismatch)
+        total = torch.where(not_finite > 0, torch.nan, total)
+    if parallel is not None and (group := parallel.pp_group) is not None:
+        total, mismatch = _all_reduce(group, total, mismatch)
+    return total, mismatch
+
+
+def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up one set of sums. The first that is exchanged carries the sum of plain tensors and its square, to compare replicas."""
+    total, mismatch = poison, torch.zeros_like(poison)
+    plain = sums.get((), torch.zeros_like(poison)).to(poison.device)
+    compared = False
+    for key, value in sums.items():
+        value = value.to(poison.device) + poison
+        if key and not compared:
+            compared = True
+            value, first, second = _all_reduce(key, value, plain, plain.square())
+            ranks = 1
+            for group in key:
+                ranks *= dist.get_world_size(group)
+            mismatch = (ranks * second - first.square() > _TOLERANCE * first.square()).double()
+        elif key:
+            (value,) = _all_reduce(key, value)
+        total = total + value
+    return total, mismatch
+
+
+def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:
+    """Add up 0-dim values over each group in turn; returns them stacked."""
+    stacked = torch.stack(values)
+    for group in (groups,) if isinstance(groups, dist.ProcessGroup) else groups:
+        with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
+            all_reduce(stacked, group)
+    return stacked

@@ -1,0 +1,194 @@
+"""Tensors of one name that differ between ranks: a save names them and writes nothing, or does what it is told."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import AdamW_BF16, ModelParallel, gather_full_state_dict, load, save
+from sharded_bf16_adamw.sharding.local import to_local
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 6).bfloat16()
+        self.norm = nn.BatchNorm1d(6).bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+def built(kind: str, world: int) -> tuple[nn.Module, AdamW_BF16]:
+    model: nn.Module = Net()
+    if kind == "DDP":
+        model = DistributedDataParallel(model)
+    if kind == "HSDP":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    optimizer.init_state()
+    return model, optimizer
+
+
+def drift(kind: str, model: nn.Module, optimizer: AdamW_BF16, rank: int) -> None:
+    if kind == "buffer":
+        model(torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)).bfloat16())
+    elif kind == "weight":
+        next(model.parameters()).data[0, 0] += rank
+    elif kind == "shard" and rank == dist.get_world_size() - 1:
+        to_local(next(model.parameters()).detach())[0, 0] += 1
+    elif kind == "state" and rank == 1:
+        to_local(next(iter(optimizer.state.values()))["correction"])[0] += 1e-3
+    elif kind == "shape" and rank == 1:
+        model.norm.running_mean = torch.zeros(7).bfloat16()
+
+
+def save_worker(rank: int, world: int, wrapper: str, kind: str, root: str) -> tuple[str, str, list[str]]:
+    model, optimizer = built(wrapper, world)
+    save(root, 1, model, optimizer)
+    drift(kind, model, optimizer, rank)
+    results = []
+    for call in (lambda: save(root, 2, model, optimizer), lambda: gather_full_state_dict(model, optimizer)):
+        try:
+            call()
+            results.append("no error")
+        except ValueError as error:
+            results.append(str(error))
+    return results[0], results[1], sorted(os.listdir(root))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "kind", "name"),
+    [
+        ("none", "weight", "linear.weight"),
+        ("none", "buffer", "norm.num_batches_tracked|norm.running_mean"),
+        ("none", "state", r"optimizer.state.linear.weight.correction"),
+        ("none", "shape", "norm.running_mean"),
+        ("DDP", "buffer", "norm.running_mean"),
+        ("DDP", "weight", "linear.weight"),
+        ("HSDP", "shard", "linear.weight"),
+    ],
+)
+def test_a_save_names_what_has_drifted_and_writes_nothing(tmp_path, wrapper, kind, name):
+    import re
+
+    for saved, gathered, names in run_ranks(4 if wrapper == "HSDP" else 2, save_worker, wrapper, kind, str(tmp_path)):
+        assert re.match(f"the save would mix tensors that differ between ranks: ({name})", saved), saved
+        assert "on_divergence='first'" in saved and "ModelParallel" in saved
+        assert names == ["LATEST", "step-00000001"]
+        assert gathered == "no error" or (kind == "state" and "linear.weight.correction" in gathered)
+
+
+def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
+    model, optimizer = built(wrapper, world)
+    expected = [tensor.detach().clone() for tensor in map(to_local, model.parameters())]
+    for param in model.parameters():
+        local = to_local(param.detach())
+        local.add_(rank >= world // 2)  # the first replica stays
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save(root, 1, model, optimizer, on_divergence="first")
+    assert any("differ between ranks" in str(warning.message) for warning in caught) == (rank == 0)
+    other, other_optimizer = built(wrapper, world)
+    with torch.no_grad():
+        for param in other.parameters():
+            to_local(param).zero_()
+    load(root, other, other_optimizer)
+    return all(torch.equal(to_local(param), value) for param, value in zip(other.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("wrapper", ["none", "HSDP"])
+def test_the_first_replica_is_saved_where_one_says_so(tmp_path, wrapper):
+    assert run_ranks(4, first_worker, wrapper, str(tmp_path)) == [True] * 4
+
+
+def undeclared_worker(rank: int, world: int, root: str) -> list[str]:
+    """Two pipeline stages of which nobody has said so."""
+    model = nn.ModuleDict({f"layer{rank}": nn.Linear(4, 4).bfloat16()})
+    messages = []
+    for declared in (False, True):
+        parallel = ModelParallel(pp=dist.group.WORLD) if declared else None
+        optimizer = AdamW_BF16(model.parameters(), lr=1e-2, model_parallel=parallel)
+        try:
+            messages.append(save(root, 1, model, optimizer).name)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_pipeline_stages_that_nobody_declared_are_named(tmp_path):
+    for undeclared, declared in run_ranks(2, undeclared_worker, str(tmp_path)):
+        assert undeclared.startswith("rank 1 has a parameter layer1.bias that rank 0 does not have")
+        assert "ModelParallel" in undeclared
+        assert declared == "step-00000001"
+
+
+def paths_worker(rank: int, world: int, root: str) -> list[str]:
+    model = nn.Linear(4, 4).bfloat16()
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    torch.nn.init.ones_(model.weight), torch.nn.init.ones_(model.bias)
+    messages = []
+    calls: list[Any] = [
+        lambda: save(f"{root}/{rank}", 1, model, optimizer),
+        lambda: load(f"{root}/{rank}", model, optimizer),
+        lambda: save(root, 1, model, optimizer, group=[0, 1]),
+    ]
+    for call in calls:
+        try:
+            call()
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_give_different_folders_are_told_so(tmp_path):
+    for saved, loaded, wrong_group in run_ranks(2, paths_worker, str(tmp_path)):
+        assert saved == (
+            f"ranks give different values of the folder to save in: '{tmp_path}/0' on rank 0 and '{tmp_path}/1' on rank 1; "
+            "give the same on all ranks, and with models on parts of the job each part's group="
+        )
+        assert loaded.startswith("ranks give different values of the checkpoint to load")
+        assert wrong_group.startswith("group must be a process group or None, but it is of type list")
+    assert os.listdir(tmp_path) == []
+
+
+def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, bool]:
+    """Actor and critic, each sharded over a half of the job; asynchronous saves of both at once."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("role", "fsdp"))["fsdp"]
+    role, group = ("actor", "critic")[rank // 2], mesh.get_group()
+
+    def build(seed: int) -> tuple[nn.Module, AdamW_BF16]:
+        torch.manual_seed(seed)
+        model = fully_shard(nn.Linear(16, 16).bfloat16(), mesh=mesh)
+        return model, AdamW_BF16(model.parameters(), lr=1e-2)
+
+    model, optimizer = build(rank // 2)
+    before = to_local(model.weight.detach()).clone()
+    path = save(f"{root}/{role}", 1, model, optimizer, extra={"role": role}, group=group)
+    later = save(f"{root}/{role}", 2, model, optimizer, async_=True, group=group)
+    other, other_optimizer = build(9)
+    extra = load(path, other, other_optimizer, group=group)
+    first = torch.equal(before, to_local(other.weight.detach())) and extra == {"role": role}
+    other, other_optimizer = build(10)
+    load(later, other, other_optimizer, group=group)
+    full = gather_full_state_dict(model, optimizer, group=group)
+    assert bool(full) == (rank % 2 == 0)
+    return str(path.relative_to(root)), str(later.relative_to(root)), first, torch.equal(before, to_local(other.weight.detach()))
+
+
+def test_two_models_on_halves_of_the_job_have_checkpoints_of_their_own(tmp_path):
+    for rank, result in enumerate(run_ranks(4, halves_worker, str(tmp_path))):
+        role = ("actor", "critic")[rank // 2]
+        assert result == (f"{role}/step-00000001", f"{role}/step-00000002", True, True)

@@ -1,0 +1,153 @@
+"""Export and conversion in a distributed run: rank 0 writes, every rank may call, and rank 0 alone may too."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+
+from sharded_bf16_adamw import convert_fp32, export_fp32, import_fp32, load, save
+from sharded_bf16_adamw.checkpoint import agreement, fp32
+from sharded_bf16_adamw.checkpoint.agreement import by_first_rank
+
+from .trainings import read_folder, trained, true_values
+
+
+def late(rank: int) -> None:
+    """Let rank 0 be done before the other calls, or the reverse."""
+    time.sleep(0.2 * rank)
+
+
+def documented_worker(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
+    """The documentation's two lines on two ranks, in both orders of arrival."""
+    module, optimizer = trained()
+    save(f"{folder}/run", 3, module, optimizer)
+    for out, first in (("a", 0), ("b", 1)):
+        late(rank ^ first)
+        assert export_fp32(f"{folder}/run", f"{folder}/{out}") == Path(folder, out)
+        import_fp32(f"{folder}/{out}", module, optimizer)
+    return true_values(module, optimizer)
+
+
+def test_every_rank_may_export_and_import(tmp_path):
+    expected = true_values(*trained())
+    for values in run_ranks(2, documented_worker, str(tmp_path)):
+        assert values.keys() == expected.keys() and all(torch.equal(values[name], expected[name]) for name in values)
+    for out in ("a", "b"):
+        assert read_folder(tmp_path / out).keys() == expected.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "run"]
+
+
+def rank_0_alone_worker(rank: int, world: int, folder: str) -> float:
+    module, optimizer = trained()
+    save(f"{folder}/run", 3, module, optimizer)
+    if rank == 0:
+        export_fp32(f"{folder}/run", f"{folder}/exported")
+        convert_fp32(f"{folder}/exported", f"{folder}/converted", fp32=["precise*"])
+    total = torch.ones(())
+    dist.all_reduce(total)  # nothing of another kind is under way
+    load(f"{folder}/converted", module, optimizer)
+    return float(total)
+
+
+def test_rank_0_alone_may_export_and_convert(tmp_path):
+    assert run_ranks(2, rank_0_alone_worker, str(tmp_path)) == [2.0, 2.0]
+
+
+def converting_worker(rank: int, world: int, folder: str) -> list[Any]:
+    module, optimizer = trained()
+    save(f"{folder}/run", 3, module, optimizer)
+    export_fp32(f"{folder}/run", f"{folder}/exported")
+    late(rank)
+    return [
+        str(convert_fp32(f"{folder}/exported", f"{folder}/converted", fp32=["precise*"])),
+        load(f"{folder}/converted", module, optimizer).step,
+    ]
+
+
+def test_every_rank_may_convert(tmp_path):
+    assert run_ranks(2, converting_worker, str(tmp_path)) == [[str(tmp_path / "converted/step-00000000"), 0]] * 2
+
+
+def failing_worker(rank: int, world: int, folder: str) -> list[str]:
+    module, optimizer = trained()
+    path = save(f"{folder}/run", 3, module, optimizer)
+    export_fp32(path, f"{folder}/exported")
+    convert_fp32(f"{folder}/exported", f"{folder}/converted")
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    messages = []
+    for function, arguments in (
+        (export_fp32, (path, f"{folder}/exported")),
+        (export_fp32, (f"{folder}/none", f"{folder}/new")),
+        (export_fp32, (path, f"{folder}/new", torch.float16)),
+        (export_fp32, (path, f"{folder}/new")),
+        (convert_fp32, (f"{folder}/exported", f"{folder}/converted")),
+        (convert_fp32, (f"{folder}/none", f"{folder}/other")),
+    ):
+        with pytest.raises((OSError, ValueError, RuntimeError)) as caught, mock.patch.object(fp32, "write_folder", no_space):
+            function(*arguments)
+        messages.append(f"{type(caught.value).__name__}: {caught.value}".replace(folder, ""))
+    export_fp32(path, f"{folder}/new")  # a call after one that failed takes the new outcome
+    assert os.path.isdir(f"{folder}/new")
+    return messages
+
+
+def test_an_error_of_the_writing_rank_is_raised_on_all(tmp_path):
+    here, there = run_ranks(2, failing_worker, str(tmp_path))
+    assert here[0] == "FileExistsError: /exported exists already; give the name of a new folder"
+    assert [message.partition(":")[0] for message in here[1:]] == [
+        "FileNotFoundError",
+        "ValueError",
+        "OSError",
+        "FileExistsError",
+        "FileNotFoundError",
+    ]
+    assert there[:3] + there[4:] == here[:3] + here[4:]
+    assert there[3] == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on device"
+
+
+def halves_worker(rank: int, world: int, folder: str) -> list[str]:
+    """An export of each half of the job at once, and a group that this rank is not in."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = halves[rank // 2]
+    module, optimizer = trained()
+    save(f"{folder}/run{rank // 2}", 3, module, optimizer, group=mine)
+    done: list[str] = []
+    export_fp32(f"{folder}/run{rank // 2}", f"{folder}/{rank // 2}", progress=lambda count: done.append("wrote"), group=mine)
+    with pytest.raises(ValueError, match="this rank is not in the process group given as group"):
+        export_fp32(f"{folder}/run0", f"{folder}/other", group=halves[1 - rank // 2])
+    return done[:1]
+
+
+def test_export_on_a_part_of_the_job(tmp_path):
+    assert run_ranks(4, halves_worker, str(tmp_path)) == [["wrote"], [], ["wrote"], []]
+    assert read_folder(tmp_path / "0").keys() == read_folder(tmp_path / "1").keys()
+
+
+def missing_worker(rank: int, world: int, folder: str) -> str:
+    if rank == 0:
+        dist.barrier()
+        return ""
+    with mock.patch.object(agreement, "_timeout", return_value=timedelta(seconds=0.2)), pytest.raises(RuntimeError) as caught:
+        by_first_rank("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_rank_that_calls_without_rank_0_does_not_wait_for_ever(tmp_path):
+    _, message = run_ranks(2, missing_worker, str(tmp_path))
+    assert re.fullmatch(
+        r"rank 0 has not called export_fp32 for .*/out within 0:00:00.200000; call it on every rank, or on rank 0 alone", message
+    )

@@ -1,0 +1,147 @@
+"""Replicas of weights and states: the guard acts on all or none of them, and a flipped bit is found and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_bf16_adamw import AdamW_BF16, ModelParallel, ZeRO
+from sharded_bf16_adamw.sharding.local import to_local
+
+
+def model_and_mesh(kind: str, world: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A linear layer whose shards have replicas, and the optimizer's arguments."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False).bfloat16()
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "HSDP":
+        return fully_shard(model, mesh=mesh), {}
+    if kind == "tensor parallel":
+        both = init_device_mesh("cpu", (world,))
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), both, [Replicate()], src_data_rank=None))
+        model.other = nn.Parameter(distribute_tensor(torch.ones(8, 8).bfloat16(), both, [Shard(0)], src_data_rank=None))
+        return model, {}
+    if kind == "ZeRO":
+        return model, {"sharding": ZeRO(mesh, stage=2)}
+    if kind == "DDP":
+        return DistributedDataParallel(model), {"model_parallel": ModelParallel(dp=dist.group.WORLD)}
+    options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    if kind == "FSDP1 HYBRID_SHARD":
+        return FullyShardedDataParallel(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD, **options), {}
+    assert kind == "FSDP1 NO_SHARD"
+    mesh = init_device_mesh("cpu", (world,))
+    return FullyShardedDataParallel(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.NO_SHARD, **options), {}
+
+
+KINDS = ("HSDP", "tensor parallel", "ZeRO", "DDP", "FSDP1 HYBRID_SHARD", "FSDP1 NO_SHARD")
+
+
+def give_gradient(optimizer: AdamW_BF16, fill: float) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        if param.numel():
+            param.grad = torch.full_like(param, fill)
+
+
+def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
+    model, options = model_and_mesh(kind, world)
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True, **options)
+    give_gradient(optimizer, 1.0)
+    optimizer.step(zero_grad=True)
+    before = [to_local(param).clone() for param in model.parameters()]
+    give_gradient(optimizer, 1.0)
+    if rank == world - 1:
+        for param in model.parameters():  # a flipped bit, behind the last reduction
+            if param.grad is not None:
+                to_local(param.grad).view(-1)[:1] = torch.inf
+                break
+    if kind == "ZeRO":  # reduces gradients itself: what it holds of them is what can break
+        optimizer._sharding.reduce()
+        for grad in optimizer._sharding._reduced.values():
+            grad.fill_(1.0)
+            if rank == world - 1:
+                grad.view(-1)[:1] = torch.inf
+    optimizer.step()
+    same = all(torch.equal(to_local(param), old) for param, old in zip(model.parameters(), before, strict=True))
+    give_gradient(optimizer, 1.0)
+    optimizer.zero_grad()
+    return optimizer.skipped_steps, same, sum(to_local(param).numel() for param in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_breaks_on_one_replica_is_skipped_on_all(kind):
+    for skipped, same, _ in run_ranks(4, guard_worker, kind):
+        assert (skipped, same) == (1, True)
+
+
+def check_worker(rank: int, world: int, kind: str, what: str) -> tuple[str, str]:
+    model, options = model_and_mesh(kind, world)
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2, **options)
+    for _ in range(2):
+        give_gradient(optimizer, 1.0)
+        optimizer.step(zero_grad=True)
+    optimizer.check_replicas()  # all is well
+    if rank == world - 1:
+        param = next(param for param in model.parameters() if to_local(param).numel())
+        tensor = to_local(param if what == "weight" else optimizer.state[param][what]).detach()
+        if tensor.dim():
+            tensor.view(-1)[-1:].view(torch.int16).bitwise_xor_(1)
+    try:
+        optimizer.check_replicas()
+        return "no error", what
+    except RuntimeError as error:
+        return str(error), what
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg_sq", "correction"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_flipped_bit_is_named_on_every_rank(kind, what):
+    name = "parameter" if what == "weight" else what
+    for message, _ in run_ranks(4, check_worker, kind, what):
+        assert message.startswith(f"replicas of {name}"), message
+        assert "suspect the hardware" in message
+        assert "3" in message.partition(":")[0], "the rank is named"
+
+
+def alone() -> AdamW_BF16:
+    return AdamW_BF16([nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2)
+
+
+def test_a_single_process_has_nothing_to_compare():
+    optimizer = alone()
+    optimizer.check_replicas()
+    optimizer.init_state()
+    optimizer.check_replicas()
+
+
+def mixed_worker(rank: int, world: int, drifted: bool, declared: bool) -> str:
+    """FSDP2 beside a plain parameter."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.sharded = fully_shard(nn.Linear(8, 8, bias=False).bfloat16())
+    model.plain = nn.Linear(8, 8, bias=False).bfloat16()
+    parallel = ModelParallel(ep=dist.group.WORLD, experts=model.plain) if declared else None
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2, model_parallel=parallel)
+    give_gradient(optimizer, 1.0)
+    model.plain.weight.grad.fill_(1.0 + rank * drifted)
+    try:
+        return f"{optimizer.clip_grad_norm_(1.0).item():.4f}"
+    except RuntimeError as error:
+        assert isinstance(model.sharded.weight, DTensor)
+        return str(error)
+
+
+def test_plain_gradients_that_differ_between_ranks_have_no_common_norm():
+    assert run_ranks(2, mixed_worker, False, False) == [f"{128**0.5:.4f}"] * 2
+    for message in run_ranks(2, mixed_worker, True, False):
+        assert message.startswith("the gradients of plain (unsharded) parameters differ between ranks")
+    total = 64 + 64 + 64 * 4  # each rank's own plain parameter counts
+    assert run_ranks(2, mixed_worker, True, True) == [f"{total**0.5:.4f}"] * 2

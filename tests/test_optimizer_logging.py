@@ -1,0 +1,135 @@
+"""What an optimizer logs when it is built: a model that nobody converted to bfloat16 must not go unnoticed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+
+LOGGER = logging.getLogger("sharded_bf16_adamw")
+
+
+class Collector(logging.Handler):
+    """While active, collects what the package logs, from ``level`` on."""
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        super().__init__(logging.NOTSET)
+        self.records: list[logging.LogRecord] = []
+        self._level = level
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def lines(self, level: int) -> list[str]:
+        return [record.getMessage() for record in self.records if record.levelno == level]
+
+    def __enter__(self) -> Collector:
+        LOGGER.addHandler(self)
+        LOGGER.setLevel(self._level)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        LOGGER.removeHandler(self)
+        LOGGER.setLevel(logging.NOTSET)
+
+
+def mixed() -> nn.Module:
+    """Two bfloat16 parameters of 15 elements, two float32 ones of 6."""
+    return nn.Sequential(nn.Linear(4, 3).bfloat16(), nn.LayerNorm(3))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes for s in optimizer.state.values() for value in s.values()
+    )
+
+
+def test_one_line_says_what_the_optimizer_was_built_over():
+    model = mixed()
+    with Collector() as log:
+        optimizer = AdamW_BF16([{"params": model[0].parameters()}, {"params": model[1].parameters(), "weight_decay": 0.0}], lr=0.1)
+    optimizer.init_state()
+    assert log.lines(logging.INFO) == [
+        "AdamW_BF16 takes 2 bfloat16 and 2 float32 parameters; this rank holds 54 bytes of their weights, "
+        f"and {state_bytes(optimizer)} bytes of their states once each trainable one has had a gradient"
+    ]
+    assert log.lines(logging.WARNING) == []
+
+
+def test_a_late_group_has_a_line_of_its_own():
+    model = mixed()
+    with Collector() as log:
+        optimizer = AdamW_BF16(model[0].parameters(), lr=0.1)
+        optimizer.add_param_group({"params": model[1].parameters()})
+    first, second = log.lines(logging.INFO)
+    assert "2 bfloat16 and 0 float32" in first and "0 bfloat16 and 2 float32" in second
+    assert log.lines(logging.WARNING) == []
+
+
+def test_a_group_that_is_refused_is_not_logged():
+    with Collector() as log:
+        optimizer = AdamW_BF16(mixed().parameters(), lr=0.1)
+        with pytest.raises(TypeError):
+            optimizer.add_param_group({"params": nn.Linear(2, 2).half().parameters()})
+    assert len(log.lines(logging.INFO)) == 1
+
+
+def test_a_model_that_nobody_converted_is_warned_about_once():
+    model = nn.Linear(4, 3)
+    with Collector(logging.NOTSET) as log:
+        optimizer = AdamW_BF16(model.parameters(), lr=0.1)
+        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+        for _ in range(2):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+        copy.deepcopy(optimizer)
+    (message,) = log.lines(logging.WARNING)
+    assert re.match(r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with", message)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)])
+def test_nothing_is_said_by_default_of_a_model_with_bfloat16(dtypes):
+    params = [nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=dtype == torch.float32) for dtype in dtypes]  # frozen ones count
+    with Collector(logging.NOTSET) as log:
+        AdamW_BF16(params, lr=0.1)
+    assert log.records == []
+
+
+def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
+    """Return what each optimizer logged, and the bytes of states that it then had on this rank."""
+    mesh = init_device_mesh("cpu", (world,))
+    results: list[tuple[list[str], int]] = []
+    for name in ("fsdp2", "zero"):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).bfloat16()
+        options: dict[str, Any] = {"sharding": ZeRO(mesh)} if name == "zero" else {}
+        if name == "fsdp2":
+            fully_shard(model, mesh=mesh)
+        with Collector() as log:
+            optimizer = AdamW_BF16(model.parameters(), lr=0.1, **options)
+        optimizer.init_state()
+        results.append((log.lines(logging.INFO), state_bytes(optimizer)))
+    return results
+
+
+def test_bytes_are_those_of_this_rank():
+    """Two ranks share 3 rows of weights and 3 biases: 2 and 1 of each."""
+    for rank, ((fsdp2, fsdp2_states), (zero, zero_states)) in enumerate(run_ranks(2, sharded_worker)):
+        assert fsdp2 == [
+            f"AdamW_BF16 takes 2 bfloat16 and 0 float32 parameters; this rank holds {(20, 10)[rank]} bytes of their weights, "
+            f"and {fsdp2_states} bytes of their states once each trainable one has had a gradient"
+        ]
+        assert zero == [
+            "AdamW_BF16 takes 2 bfloat16 and 0 float32 parameters; this rank holds 30 bytes of their weights, "
+            f"and {zero_states} bytes of their states once each trainable one has had a gradient"
+        ]
