@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
+import zlib
 from typing import Any
 
 import pytest
@@ -165,8 +166,6 @@ def without_record(path: Any) -> None:
     manifest.ties = None
     content = manifest.to_bytes().replace(b' "ties": null,\n', b"")
     blank = content.rpartition(b'"checksum": "')[0] + b'"checksum": "00000000"\n}\n'
-    import zlib
-
     (path / "manifest.json").write_bytes(blank.replace(b'"checksum": "00000000"', b'"checksum": "%08x"' % zlib.crc32(blank)))
     assert read_manifest(path).ties is None
 
