@@ -97,7 +97,8 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, int]:
     """Bytes of optimizer state that this rank holds, and their sum over all ranks. Of a DTensor, only the local shard counts."""
-    tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]  # others may keep their own entries there
+    tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
     mine = sum(x.numel() * x.element_size() for x in local)
     total = torch.tensor(mine, dtype=torch.int64, device=device)

@@ -411,8 +411,8 @@ class AdamW_BF16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(parameter, weight)`` for every parameter, where ``weight`` is ``p + correction`` in float32, sharded as the parameter
-        is, or with ZeRO as its state is: a new tensor. For averages of weights, export and evaluation."""
+        """Yield ``(parameter, weight)`` for every parameter of the groups, frozen or not, where ``weight`` is ``p + correction`` in
+        float32, sharded as the parameter is, or with ZeRO as its state is: a new tensor. For averages of weights, export and evaluation."""
         for group in self.param_groups:
             for param in group["params"]:
                 weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)

@@ -16,7 +16,7 @@ ALLOWED = {
     "plan": {"kernels", "sharding"},
     "grad_norm": {"kernels", "sharding"},
     "optimizer": {"grad_norm", "kernels", "plan", "schedule", "sharding", "state"},
-    "checkpoint": {"kernels", "optimizer", "sharding"},
+    "checkpoint": {"kernels", "optimizer", "sharding", "state"},
 }
 
 

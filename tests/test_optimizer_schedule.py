@@ -126,6 +126,7 @@ class TestSchedule:
             train(optimizer, 1)
         assert torch.equal(p, before[0]) and torch.equal(q, before[1])
         assert [(group["lr"], group["schedule_step"]) for group in optimizer.param_groups] == [(0.1, 0), (0.1, 0)]
+        assert not optimizer.state, "no state was made before the schedule was asked"
 
     def test_late_group_joins_at_the_position_of_the_others(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: float(step))

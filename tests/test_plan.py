@@ -249,7 +249,7 @@ def test_a_gradient_of_another_size_is_refused(steps_before):
     with pytest.raises(RuntimeError, match="gradient of parameter 'second' has 4 elements, not as many as the parameter"):
         optimizer.step()
     assert torch.equal(first, before[0]) and torch.equal(memory, before[1])
-    assert optimizer.param_groups[0]["schedule_step"] == steps_before
+    assert optimizer.param_groups[0]["schedule_step"] == steps_before and len(optimizer.state) == 2 * steps_before
 
 
 def damaged(key, change):

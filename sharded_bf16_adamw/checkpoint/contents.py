@@ -25,7 +25,7 @@ from ..sharding.zero import ZeRO
 from .agreement import Group, rank
 from .manifest import ParamGroup
 from .names import named_tensors, plain_name, unwrapped
-from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states
+from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states, without_subclass
 from .rank_names import RankNames
 from .torch_state import (
     has_fsdp1,
@@ -58,23 +58,25 @@ class Contents:
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
     """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
     where it is collective. Keys hold the names that ``names`` gives."""
-    values: dict[str, Any] = {}
     own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
+    model_part: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
-        values.update(parts_of(MODEL + names.stored(name), own[name] if is_wrapper(value) and name in own else value))
-    tensors = {key: value for key, value in values.items() if _is_tensor(value)}
-    plain = {key: value for key, value in values.items() if key not in tensors}
-    plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})
+        model_part.update(parts_of(MODEL + names.stored(name), own[name] if is_wrapper(value) and name in own else value))
     optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
+    tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
+    plain = {key: value for key, value in model_part.items() if key not in tensors}
+    plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})
     return Contents({**tensors, **optimizer_part.tensors}, {**plain, **optimizer_part.plain}, optimizer_part.groups)
 
 
 def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False) -> Contents:
-    """Return the states and groups of the optimizer as :func:`contents` does, those of ``removed`` parameters too if asked for."""
-    state_dict = sharded_optimizer_state(model, optimizer, removed=removed)
+    """Return the optimizer's part of :func:`contents`, without entries of no parameter; ``removed`` as for
+    :func:`.torch_state.sharded_optimizer_state`."""
+    state_dict = sharded_optimizer_state(model, optimizer, removed)
     values: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
-        values.update(_flat(f"{STATE}{names.stored(fqn)}", state))
+        flat = _flat(f"{STATE}{names.stored(fqn)}", state)
+        values.update({key: without_subclass(value) for key, value in flat.items()})
     tensors = {key: value for key, value in values.items() if _is_tensor(value)}
     plain = {key: value for key, value in values.items() if key not in tensors}
     groups = [ParamGroup(list(map(names.stored, group.pop("params"))), group) for group in state_dict["param_groups"]]
@@ -96,8 +98,8 @@ def with_stages(found: Contents, names: RankNames) -> Contents:
 
 
 def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one. The first rank's
-    groups without parameters stay in their places."""
+    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one. Those
+    without parameters are rank 0's."""
     result: list[ParamGroup] = []
     places: list[int] = []
     seen: set[str] = set()
@@ -122,6 +124,7 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
         set_extra_states(model, {name: value for name, value in own.items() if is_extra_state(name)})
         _set_options(optimizer, values.groups)
     else:
+        groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
         set_sharded_model_state(model, {name: value for name, value in own.items() if PART not in name})
         groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
         state = _nested(_section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))})

@@ -128,7 +128,7 @@ def scatter_full_state_dict(
     with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank(cannot, group):
             init_state(optimizer)
-            init_frozen_states(model, optimizer, map(names.local, stored), map(names.local, stored))
+            init_frozen_states(model, optimizer, stored, stored, names.stored)
             found = optimizer_contents(model, optimizer, names)
         tensors, tables = _gathered_tables(cannot, found, group)
         groups_of_ranks = gather_on_rank_0([params for params, _ in found.groups], group)
@@ -146,8 +146,8 @@ def scatter_full_state_dict(
     for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    matches = match_groups([params for params, _ in found.groups], [group["params"] for group in given])
-    options_of = [_options(own if match is None else given[match]) for (_, own), match in zip(found.groups, matches, strict=True)]
+    matches = match_groups([params for params, _ in found.groups], [other["params"] for other in given])
+    options_of = [_options(own.options if match is None else given[match]) for own, match in zip(found.groups, matches, strict=True)]
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
         if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
@@ -242,9 +242,9 @@ def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in options.items()}
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a group's options, without its parameters."""
-    return {key: value for key, value in _plain_options(group).items() if key not in ("params", "param_names")}
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group's options without its parameters."""
+    return {key: value for key, value in _plain_options(options).items() if key not in ("params", "param_names")}
 
 
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:

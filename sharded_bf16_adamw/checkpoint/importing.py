@@ -65,7 +65,8 @@ def import_fp32(
     rank of ``group`` calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, what is then missing (see
-    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound). Moments are rounded stochastically, with bits that depend on the values
+    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound); one that is frozen has a correction only if ``optimizer_state`` has
+    a state of it. Moments are rounded stochastically, with bits that depend on the values
     alone. So every number of ranks and every strategy gets the same bits.
 
     Args:
@@ -106,8 +107,7 @@ def import_fp32(
             imported = None if imported is None else _with_ties(imported, ties, weights.ties, known)
         with errors_on_every_rank("cannot import", group):
             if imported is not None and not imported["state"].keys() <= set(map(rank_names.stored, optimizer_part["state"])):
-                with_state = list(map(rank_names.local, imported["state"]))
-                init_frozen_states(model, optimizer, with_state, with_state)
+                init_frozen_states(model, optimizer, imported["state"], imported["state"], rank_names.stored)
                 optimizer_part = sharded_optimizer_state(model, optimizer)
             model_part = sharded_model_state(model)
             stored_weights = {rank_names.stored(name): tensor for name, tensor in model_part.items()}

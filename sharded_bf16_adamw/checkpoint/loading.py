@@ -83,8 +83,9 @@ def load(
 
     Args:
         path: a checkpoint's folder, or the ``root`` of a run, which stands for its latest.
-        strict: whether a difference in names, shapes or dtypes is an error. Otherwise what fits is loaded, the optimizer's states
-            that are missing for a loaded weight are set to zero, the rest stays as it is, and ``not_loaded`` of the result lists all of it.
+        strict: whether a difference in names, shapes or dtypes, or between names that are one tensor here, is an error. Otherwise
+            what fits is loaded, the optimizer's states that are missing for a loaded weight are set to zero, the rest stays as it
+            is, and ``not_loaded`` of the result lists all of it.
             What only other ranks have (pipeline stages, experts) is no difference.
         missing_ok: return None on every rank if there is no checkpoint at ``path``, as rank 0 sees it, instead of raising. So all ranks
             resume or none does; ranks that each ask :func:`latest` may see different states of a network file system.
@@ -124,8 +125,8 @@ def load(
         tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
         with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
-            saved_in_groups = [names.local(fqn) for group_ in manifest.groups for fqn in group_.params]
-            init_frozen_states(model, optimizer, map(names.local, params_with_state(metadata, manifest)), saved_in_groups)
+            saved_in_groups = [fqn for saved in manifest.groups for fqn in saved.params]
+            init_frozen_states(model, optimizer, params_with_state(metadata, manifest), saved_in_groups, names.stored)
             here = contents(model, optimizer, names)
             adopt_saved(here.tensors, here.plain, metadata, manifest)
         elsewhere = keys_elsewhere(metadata, manifest, here, group)

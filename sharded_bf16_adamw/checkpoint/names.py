@@ -17,8 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 DDP, COMPILE, CHECKPOINT, FSDP1 = "module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
-# What Lightning Fabric's wrapper has: the module as wrapped by its strategy, and the plain one.
-_FABRIC = {"_forward_module", "_original_module"}
+FABRIC, _FABRIC_ORIGINAL = "_forward_module", "_original_module"
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -34,11 +33,12 @@ def plain_name(model: nn.Module, name: str) -> str:
         'layer.weight'
     """
     kept = []
-    module: nn.Module | None = unwrapped(model)
+    module: nn.Module | None = model
     for segment in name.split("."):
         while module is not None and (wrapper := _segment_of_wrapper(module)) is not None:
-            module = module._modules[wrapper]
-            if segment == wrapper:
+            is_original = wrapper == FABRIC and segment == _FABRIC_ORIGINAL
+            module = module._modules[segment if is_original else wrapper]
+            if segment == wrapper or is_original:
                 break
         else:
             kept.append(segment)
@@ -47,7 +47,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def state_dict_key(model: nn.Module, name: str) -> str:
-    """Return the key in ``model.state_dict()`` of a tensor of the plain model. Inverse of :func:`plain_name`.
+    """Return the key in ``unwrapped(model).state_dict()`` of a tensor of the plain model. Inverse of :func:`plain_name`.
 
     The hooks of activation checkpointing and of FSDP1 take their segments out of these keys, and FSDP1 out of the names in
     optimizer states; the segments of the other wrappers stay.
@@ -83,19 +83,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Fabric's holds the same parameters under two names, and activation checkpointing's has a ``named_parameters()`` that leads
     FSDP1's code to drop the segment of a user's submodule that is called ``module``.
     """
-    while True:
-        inner = _inside_fabric(model)
-        if inner is None and (wrapper := _segment_of_wrapper(model)) in (CHECKPOINT, COMPILE):
-            inner = model._modules[wrapper]
-        if inner is None:
-            return model
-        model = inner
+    while (wrapper := _segment_of_wrapper(model)) in (FABRIC, CHECKPOINT, COMPILE):
+        model = model._modules[wrapper]  # type: ignore[assignment]
+    return model
 
 
-def _inside_fabric(model: nn.Module) -> nn.Module | None:
-    inner = model._modules.get("_forward_module")
-    own = [*model.named_children(), *model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
-    return inner if inner is not None and _FABRIC.issuperset(name for name, _ in own) else None
+def _is_fabrics(module: nn.Module) -> bool:
+    """Whether it is Lightning Fabric's wrapper, which has the module as its strategy wraps it, the plain one, and nothing else."""
+    if module._modules.get(FABRIC) is None:
+        return False
+    return {*module._modules, *module._parameters, *module._buffers} <= {FABRIC, _FABRIC_ORIGINAL}
 
 
 def _segment_of_wrapper(module: nn.Module) -> str | None:
@@ -109,4 +106,4 @@ def _segment_of_wrapper(module: nn.Module) -> str | None:
     ):
         if kind is not None and isinstance(module, kind) and segment in module._modules:
             return segment
-    return None
+    return FABRIC if _is_fabrics(module) else None

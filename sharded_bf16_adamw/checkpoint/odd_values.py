@@ -42,12 +42,20 @@ def parts_of(key: str, tensor: Any) -> dict[str, Any]:
             "leave the quantised module out of fully_shard"
         )
     if not is_wrapper(tensor):
-        return {key: tensor}
+        return {key: without_subclass(tensor)}
     names, _ = tensor.__tensor_flatten__()
     parts: dict[str, Any] = {}
     for name in names:
         parts.update(parts_of(f"{key}{PART}{name}", getattr(tensor, name)))
     return parts
+
+
+def without_subclass(tensor: Any) -> Any:
+    """Return the same memory as a plain tensor: a file with a user's class in it could not be loaded without executing code."""
+    if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter, DTensor) or is_wrapper(tensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------- extra states

@@ -127,8 +127,8 @@ def save(
         with errors_on_every_rank(cannot, group):
             found = one_of_each(found, names, group, on_divergence)
             own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
-            ties = ties_of(model, names)
             own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
+            ties = ties_of(model, names)
         of_each = gather_on_rank_0((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:

@@ -77,28 +77,31 @@ def merged_ties(ties_of_ranks: list[list[list[str]]]) -> list[list[str]]:
     return _merged(names for ties in ties_of_ranks for names in ties)
 
 
-def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.Module, rank_names: RankNames, group: Group) -> list[str]:
+def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.Module, names: RankNames, group: Group) -> list[str]:
     """Rewrite ``metadata`` and ``manifest`` as if the checkpoint had been saved with the ties of ``model``. Collective.
+
+    Args:
+        names: what the checkpoint calls this rank's tensors.
+        group: the ranks that load.
 
     Returns:
         A sentence without a full stop for each pair of names that is one tensor here but was saved with different values; the
         rewritten metadata has those of the first name.
     """
-    here = ties_of(model, rank_names)
-    own = _names(unwrapped(model), rank_names)
+    here, own = ties_of(model, names), _names(unwrapped(model), names)
     saved = _Saved(metadata, manifest)
-    tied_here = {name: names for names in here for name in names}
-    affected = {id(names): names for name in own if name in saved.ties for names in [tied_here.get(name, [name])]}
-    affected.update({id(names): names for names in here})
+    tied_here = {name: tied for tied in here for name in tied}
+    affected = {id(tied): tied for name in own if name in saved.ties for tied in [tied_here.get(name, [name])]}
+    affected.update({id(tied): tied for tied in here})
     classes = list(affected.values())
-    sources = [saved.classes(names) for names in classes]
+    sources = [saved.classes(tied) for tied in classes]
     pairs = [(ones[0][0], other[0]) for ones in sources for other in ones[1:]]
     of_ranks = gather_on_rank_0(pairs, group)
     cannot = f"cannot compare tied names in the checkpoint {folder}"
     different = on_rank_0(cannot, lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}), group)
-    for names, ones in zip(classes, sources, strict=True):
+    for tied, ones in zip(classes, sources, strict=True):
         if ones:
-            saved.take(names, ones)
+            saved.take(tied, ones)
     saved.rewrite()
     return [
         f"{first} and {other} are one tensor here but were saved as two with different {different[first, other]} "

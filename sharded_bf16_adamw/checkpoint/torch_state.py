@@ -137,7 +137,13 @@ def init_state(optimizer: torch.optim.Optimizer, only_if_it_has_none: bool = Fal
         make()
 
 
-def init_frozen_states(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Iterable[str], saved_in_groups: Iterable[str]) -> None:
+def init_frozen_states(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Iterable[str],
+    saved_in_groups: Iterable[str],
+    stored: Callable[[str], str] = str,
+) -> None:
     """Let our optimizer make the states that are to be loaded for parameters that are frozen.
 
     A frozen parameter's correction is part of its weight, and its moments are needed where training thaws it later.
@@ -146,6 +152,7 @@ def init_frozen_states(model: nn.Module, optimizer: torch.optim.Optimizer, saved
         saved: the names of parameters of which a state is to be loaded.
         saved_in_groups: the names of those that were in a group. A parameter that is in no group has a state only if it was in
             none when it was saved too: elsewhere it would cost memory that nobody asked for.
+        stored: gives the name there for a name here.
     """
     make = getattr(optimizer, "init_state", None)
     if make is None:
@@ -154,10 +161,10 @@ def init_frozen_states(model: nn.Module, optimizer: torch.optim.Optimizer, saved
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
     names: dict[Any, list[str]] = {}
     for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(plain_name(model, name))
+        names.setdefault(param, []).append(stored(plain_name(model, name)))
     for dot, flat_param in flat_params(unwrapped(model)):
         if flat_param in names:
-            names[flat_param] = [plain_name(model, dot + name) for name in flat_param._fqns]
+            names[flat_param] = [stored(plain_name(model, dot + name)) for name in flat_param._fqns]
     make(param for param, own in names.items() if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own)))
 
 

@@ -12,6 +12,7 @@ from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import (
@@ -142,23 +143,32 @@ def wrapped(layout: str, world: int, seed: int) -> tuple[nn.Module, list[nn.Modu
     return model, own, AdamW_BF16(model.parameters(), lr=1e-2, sharding=sharding)
 
 
-def frozen_worker(rank: int, world: int, root: str) -> list[str]:
+def stop_training(layer: nn.Module, optimizer: AdamW_BF16, how: str) -> None:
+    layer.requires_grad_(how != "frozen")
+    if how == "removed":
+        own = {id(param) for param in layer.parameters()}
+        group = optimizer.param_groups[0]
+        group["params"] = [param for param in group["params"] if id(param) not in own]
+
+
+def frozen_worker(rank: int, world: int, root: str, how: str) -> list[str]:
     warnings.simplefilter("ignore")
     failed = []
     for layout in ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params"):
         model, own, optimizer = wrapped(layout, world, seed=0)
         take_steps(model, optimizer)
-        own[0].requires_grad_(False)
+        stop_training(own[0], optimizer, how)
+        optimizer.state[torch.ones(3)] = {"step": torch.ones(()), "exp_avg": torch.ones(3)}
         save(f"{root}/{layout}", 1, model, optimizer)
         single = layers(seed=1)
-        freeze(single)
         single_optimizer = AdamW_BF16(single.parameters(), lr=1e-2)
+        stop_training(single[0], single_optimizer, how)
         load(f"{root}/{layout}", single, single_optimizer)
         expected = states(single, single_optimizer)
         if len(expected) != 16 or not expected["0.weight.correction"].any():
             failed.append(f"{layout}: save")
         model, own, optimizer = wrapped(layout, world, seed=2)
-        own[0].requires_grad_(False)
+        stop_training(own[0], optimizer, how)
         load(f"{root}/{layout}", model, optimizer)
         save(f"{root}/{layout} again", 1, model, optimizer)
         fresh = layers(seed=3)
@@ -169,8 +179,9 @@ def frozen_worker(rank: int, world: int, root: str) -> list[str]:
     return failed
 
 
-def test_a_frozen_parameter_keeps_its_state_under_every_layout(tmp_path):
-    assert run_ranks(2, frozen_worker, str(tmp_path)) == [[], []]
+@pytest.mark.parametrize("how", ["frozen", "removed"])
+def test_a_parameter_that_is_no_longer_trained_keeps_its_state_under_every_layout(how, tmp_path):
+    assert run_ranks(2, frozen_worker, str(tmp_path), how) == [[], []]
 
 
 # ------------------------------------------------------------------------------------------------ in no group, of no parameter
@@ -459,7 +470,7 @@ class Quantised(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default):
             return Quantised(args[0].qdata, args[0].scale)
         raise NotImplementedError(f"{func} of a quantised tensor")
 
@@ -505,6 +516,46 @@ def test_a_quantised_parameter_is_no_plain_one(tmp_path):
     plain.base = nn.Parameter(torch.ones(4, 4, dtype=BF16), requires_grad=False)
     with pytest.raises(ValueError, match=r"it has no model.base; it has model.base:qdata, which is not here"):
         load(tmp_path, plain, AdamW_BF16(plain.adapter.parameters(), lr=0.1))
+
+
+class Named(Tensor):
+    """A user's subclass that holds its own memory."""
+
+
+@pytest.mark.parametrize("async_", [False, True])
+def test_a_subclass_of_tensor_is_saved_as_a_plain_one(async_, tmp_path):
+    """A file that names the user's class is refused when it is read."""
+
+    def build(seed: int) -> tuple[nn.Module, AdamW_BF16]:
+        model = layers(seed)
+        model.register_buffer("ids", torch.full((3,), float(seed)).as_subclass(Named))
+        model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Named))
+        optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+        take_steps(model, optimizer)
+        return model, optimizer
+
+    model, optimizer = build(seed=1)
+    save(tmp_path / "run", 1, model, optimizer, async_=async_)
+    fresh, resumed = build(seed=2)
+    load(tmp_path / "run", fresh, resumed)
+    assert type(fresh.ids) is Named and torch.equal(fresh.ids, model.ids) and torch.equal(fresh[0].weight, model[0].weight)
+    assert same(states(fresh, resumed), states(model, optimizer))
+    assert len(read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))) == 5
+
+
+def dtensor_worker(rank: int, world: int, root: str) -> str:
+    mesh = init_device_mesh("cpu", (world,))
+    model = LoRA(0)
+    model.base = nn.Parameter(DTensor.from_local(model.base.detach(), mesh, [Replicate()], run_check=False), requires_grad=False)
+    with pytest.raises(ValueError, match="DTensor of Quantised") as caught:
+        save(root, 1, model, AdamW_BF16(model.adapter.parameters(), lr=0.1))
+    return str(caught.value)
+
+
+def test_shards_of_a_quantised_parameter_are_refused_by_name(tmp_path):
+    for said in run_ranks(2, dtensor_worker, str(tmp_path)):
+        assert said.startswith("base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave the quantised module out")
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------------------ meta

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
+import zlib
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import (
     AdamW_BF16,
+    ModelParallel,
     ZeRO,
     convert_fp32,
     export_fp32,
@@ -163,8 +166,6 @@ def without_record(path: Any) -> None:
     manifest.ties = None
     content = manifest.to_bytes().replace(b' "ties": null,\n', b"")
     blank = content.rpartition(b'"checksum": "')[0] + b'"checksum": "00000000"\n}\n'
-    import zlib
-
     (path / "manifest.json").write_bytes(blank.replace(b'"checksum": "00000000"', b'"checksum": "%08x"' % zlib.crc32(blank)))
     assert read_manifest(path).ties is None
 
@@ -348,3 +349,32 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
 
 def test_ties_change_under_every_layout(tmp_path):
     assert run_ranks(2, layouts_worker, str(tmp_path)) == [[], []]
+
+
+def staged(tied: tuple[int, ...], rank: int, seed: int, frozen: tuple[int, ...] = ()) -> tuple[LM, AdamW_BF16]:
+    """A pipeline stage whose names are those of the other stage, with other values."""
+    model, _ = build(tied, seed + 10 * rank, frozen)
+    return model, AdamW_BF16(model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD))
+
+
+def stages_worker(rank: int, world: int, root: str) -> list[Any]:
+    model, optimizer = staged((0, 1), rank, seed=0)
+    take_steps(model, optimizer, 2)
+    path = save(root, 2, model, optimizer)
+    expected = values_of(model, optimizer)
+    found: list[Any] = [read_manifest(path).ties]
+    for of_stages, frozen in ((((), ()), ()), (((), (0, 1)), ()), (((), ()), (1,)), (((0, 1), ()), (0, 1, 2))):
+        stage, stage_optimizer = staged(of_stages[rank], rank, 1, frozen)
+        load(path, stage, stage_optimizer)
+        loaded = values_of(stage, stage_optimizer)
+        found.append(all(same(loaded[name], expected[name]) for name in NAMES))
+    with pytest.raises(ValueError, match=r"head.weight@pp1 and more.weight@pp1 are one tensor here") as caught:
+        load(path, *staged((1, 2) if rank else (0, 1), rank, seed=1))
+    return [*found, str(caught.value)]
+
+
+def test_ties_within_pipeline_stages(tmp_path):
+    """Also where the ties of one stage alone are others than in the checkpoint."""
+    first, second = run_ranks(2, stages_worker, str(tmp_path))
+    assert first == second and first[1:5] == [True] * 4
+    assert first[0] == [[f"emb.weight@pp{stage}", f"head.weight@pp{stage}"] for stage in (0, 1)]
