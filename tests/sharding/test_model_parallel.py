@@ -11,12 +11,21 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from sharded_bf16_adamw import gather_full_state_dict, load, save, scatter_full_state_dict
+from sharded_bf16_adamw import gather_full_state_dict, import_fp32, load, save, scatter_full_state_dict
 
-from .model_parallel_cases import BY_NAME, CASES, CLIP, STEPS, Case, one_process, train
+from .model_parallel_cases import BY_NAME, CASES, CLIP, STEPS, Case, one_process, train, value
 
 BEGIN, END = "<!-- table of model parallelism: begin -->", "<!-- table of model parallelism: end -->"
-COLUMNS = ("norm", "guard", "bits after 20 steps", "gather, scatter", "save, load", "load in one process", "load from one process")
+COLUMNS = (
+    "norm",
+    "guard",
+    "bits after 20 steps",
+    "gather, scatter",
+    "save, load",
+    "load in one process",
+    "load from one process",
+    "import",
+)
 
 
 def folder_of(root: str, rank: int, world: int, group: Any) -> str:
@@ -44,8 +53,11 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
     scatter_full_state_dict(other.model, other.optimizer, full or None, group=model.group)
     scattered = {key: value for key, value in other.everything().items() if key.rpartition(".")[2] in ("exp_avg", "step", "correction")}
     del other
-    from_one = None
+    from_one = imported = None
     if case.reloads:
+        fresh = case.build(rank, world, 10)
+        import_fp32(source_of(case), fresh.model, fresh.optimizer, group=model.group)
+        imported = fresh.everything()
         back = case.build(rank, world, 9)
         load(whole, back.model, back.optimizer, group=model.group)
         from_one = back.everything()
@@ -57,7 +69,13 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
         "scattered": all(torch.equal(value, trained[key]) for key, value in scattered.items()) and len(scattered) >= len(steps),
         "full": full,
         "from_one": from_one,
+        "imported": imported,
     }
+
+
+def source_of(case: Case) -> dict[str, Tensor]:
+    """Weights of another training, in float32."""
+    return {name: value(name, shape, 3).float() * 1.1 for name, shape in case.shapes.items()}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -74,13 +92,13 @@ def expected(shapes: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], lis
 
 def matches(result: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
     """Whether every tensor of a rank is that of one process, or its slice."""
-    for key, value in result.items():
+    for key, tensor in result.items():
         name, _, rest = key.partition("[")
         start, _, extra = rest.partition("]")
         whole = reference[name + extra]
         if start and whole.dim():
-            whole = whole[int(start) : int(start) + value.shape[0]]
-        if not torch.equal(value, whole):
+            whole = whole[int(start) : int(start) + tensor.shape[0]]
+        if not torch.equal(tensor, whole):
             return False
     return True
 
@@ -107,8 +125,11 @@ def outcome(case: Case) -> dict[str, str]:
             here = one_process(case.shapes, 5)
             load(path, here.model, here.optimizer)
             one = "yes" if equal(here.everything(), reference) else "no"
-        back = "not possible"
+        back = imported = "not possible"
         if case.reloads:
+            here = one_process(case.shapes, 6)
+            import_fp32(source_of(case), here.model, here.optimizer)
+            imported = "yes" if all(matches(result["imported"], here.everything()) for result in results) else "no"
             back = "yes" if all(matches(result["from_one"], reference) for result in results) else "no"
         full = results[0]["full"].get("state", {})
         gathered = all(result["scattered"] for result in results) and (
@@ -127,6 +148,7 @@ def outcome(case: Case) -> dict[str, str]:
         "save, load": "yes" if all(result["loaded"] for result in results) else "no",
         "load in one process": one,
         "load from one process": back,
+        "import": imported,
     }
 
 
@@ -140,7 +162,7 @@ def table() -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
-    impossible = set() if case.reloads else {"load in one process", "load from one process"}
+    impossible = set() if case.reloads else {"load in one process", "load from one process", "import"}
     assert outcome(case) == {column: "not possible" if column in impossible else "yes" for column in COLUMNS}
 
 
