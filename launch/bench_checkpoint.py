@@ -7,6 +7,9 @@ All are measured in turn, repeatedly, in one run on one disk, so that a busy mac
 
     python launch/bench_checkpoint.py --gb 1 --rounds 5
     torchrun --nproc-per-node 2 launch/bench_checkpoint.py --gb 1
+    torchrun --nproc-per-node 2 launch/bench_checkpoint.py --gb 1 --replicated
+
+``--replicated`` keeps the whole model on every rank, and also times the comparison of the replicas that each save makes.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
+from sharded_bf16_adamw.checkpoint.contents import contents
+from sharded_bf16_adamw.checkpoint.divergence import find_divergences
+from sharded_bf16_adamw.checkpoint.rank_names import RankNames
 from sharded_bf16_adamw.sharding.local import to_local
 
 BLOCK = 1 << 23  # bytes per plain read or write
@@ -40,13 +46,14 @@ ROWS = 64  # of a training step's batch, on each rank
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the checkpoint, of all ranks together")
+    parser.add_argument("--replicated", action="store_true", help="keep the whole model on every rank, as DDP does (default: FSDP2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="on the disk to measure; default: the system's temporary folder")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     world = init_world("auto")
     folder = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"
-    model, optimizer = build(args.gb / world.ranks, world.ranks, world.device)
+    model, optimizer = build(args.gb / world.ranks, world.ranks, world.device, sharded=world.ranks > 1 and not args.replicated)
     rounds = []
     try:
         for index in range(args.rounds + 1):
@@ -63,11 +70,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def build(gb: float, ranks: int, device: torch.device) -> tuple[nn.Module, AdamW_BF16]:
-    """Layers of 4M parameters each, ``gb`` of weights and states on each rank."""
+def build(gb: float, ranks: int, device: torch.device, sharded: bool) -> tuple[nn.Module, AdamW_BF16]:
+    """Build layers of 4M parameters each, ``gb * ranks`` of weights and states together."""
+    torch.manual_seed(0)
     count = max(1, round(gb * ranks * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count))).to(device, torch.bfloat16)
-    if ranks > 1:
+    if sharded:
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
@@ -89,6 +97,10 @@ def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: 
         "save": lambda: save(root, 1, model, optimizer),
         "plain write": functools.partial(write, plain, content),
     }
+    if dist.get_world_size() > 1:
+        names = RankNames(model, optimizer)
+        found = contents(model, optimizer, names)
+        figures["comparing"] = timed(lambda: find_divergences(found.tensors, None, None, []))
     order = list(reversed(writes)) if plain_first else list(writes)
     for name in order:
         fresh(folder)
@@ -197,6 +209,7 @@ def report(rounds: list[dict[str, float]], file: str | None) -> None:
     ratios = {
         "throughput of save / plain write": [figures["plain write"] / figures["save"] for figures in rounds],
         "throughput of load / plain read": [figures["plain read"] / figures["load"] for figures in rounds],
+        "comparison of replicas / save": [figures.get("comparing", 0.0) / figures["save"] for figures in rounds],
         "stall of async save / save": [figures["async stall"] / figures["save"] for figures in rounds],
         "hold-up of training by async save / save": [
             (figures["call"] + figures["steps meanwhile"] - figures["steps alone"]) / figures["save"] for figures in rounds

@@ -122,6 +122,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write checkpoints while training goes on, from a copy of each rank's part in CPU memory; the last one is always waited for "
         "(default: --async-save)",
     )
+    group.add_argument(
+        "--check-replicas",
+        type=count,
+        metavar="STEPS",
+        default=0,
+        help="compare the replicas of weights and states every so many steps, and end the run where they differ: a fault of the hardware "
+        "(default: never)",
+    )
     group.add_argument("--keep", type=positive, metavar="N", default=2, help="newest checkpoints to keep (default: %(default)s)")
     group.add_argument(
         "--resume",
@@ -149,6 +157,8 @@ def without_effect(args: argparse.Namespace) -> Iterator[str]:
     """What was asked for and will not happen. Not an error: one command line may serve several optimizers, or the start of a longer run."""
     if args.optimizer_backend is not None and args.optimizer != "bf16":
         yield f"--optimizer-backend {args.optimizer_backend} has no effect with --optimizer {args.optimizer}, only with bf16"
+    if args.check_replicas and args.optimizer != "bf16":
+        yield f"--check-replicas {args.check_replicas} has no effect with --optimizer {args.optimizer}, only with bf16"
     if args.final_lr is not None and args.schedule != "cosine":
         yield f"--final-lr {args.final_lr:g} has no effect with --schedule {args.schedule}, only with cosine"
     if args.warmup is not None and args.warmup > args.steps:

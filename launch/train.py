@@ -59,7 +59,8 @@ class Run:
 
 
 class DivergedError(Exception):
-    """Training cannot go on: too many steps in a row, or the weights, are not finite. Raised on all ranks together."""
+    """Training cannot go on: too many steps in a row, or the weights, are not finite, or replicas differ. Raised on all ranks
+    together."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,6 +118,8 @@ def loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
                 tokens_per_s=round(tokens_per_s, 1),
             )
         check_progress(run)
+        if args.check_replicas and run.step % args.check_replicas == 0:
+            check_replicas(run)
         if stopping:
             return True
         if run.step % args.eval_every == 0 or run.step == args.steps:
@@ -226,6 +229,15 @@ def update(run: Run, loss: float) -> float:
     run.nonfinite_steps += not is_finite
     run.nonfinite_in_row = 0 if is_finite else run.nonfinite_in_row + 1
     return norm_before
+
+
+def check_replicas(run: Run) -> None:
+    """End the run where ranks that should hold the same weights and states do not."""
+    if isinstance(run.optimizer, AdamW_BF16):
+        try:
+            run.optimizer.check_replicas()
+        except RuntimeError as error:
+            raise DivergedError(f"at step {run.step}, {error}") from error
 
 
 def average(world: World, *values: Tensor | float) -> list[float]:

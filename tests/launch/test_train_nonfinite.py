@@ -221,6 +221,25 @@ def test_all_ranks_end_where_one_has_diverged(tmp_path):
     assert saved_steps(tmp_path / "weight") == [1]
 
 
+def one_replica_is_corrupted(rank: int, world_size: int, folder: str) -> int:
+    real = train.update
+
+    def corrupted(run: train.Run, loss: float) -> float:
+        norm = real(run, loss)
+        if rank == 1 and run.step == 1:  # 0-based: the second step
+            next(run.model.parameters()).data.view(-1)[:1].view(torch.int16).bitwise_xor_(1)
+        return norm
+
+    options = ["--strategy", "ddp", "--check-replicas", "2", "--save-every", "1", "--steps", "6", "--out", folder]
+    with mock.patch.object(train, "update", corrupted):
+        return train.main([*SHORT, *options])
+
+
+def test_a_flipped_bit_on_one_replica_ends_the_run_before_it_is_saved(tmp_path):
+    assert distributed.run_ranks(2, one_replica_is_corrupted, str(tmp_path)) == [1, 1]
+    assert saved_steps(tmp_path) == [1]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("part", [None, "exp_avg", "exp_avg_sq", "correction"])
 def test_every_weight_and_state_is_looked_at(value, part):
