@@ -78,6 +78,9 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
         The checkpoint's folder, or None if there is no undamaged one; and a sentence for each
         folder that was skipped, because it is damaged or has no manifest. A folder without a
         readable manifest may be newer or older than the checkpoint returned.
+
+    Raises:
+        OSError: the root or a folder in it may not be read.
     """
     root = Path(root)
     first = latest(root)

@@ -145,11 +145,7 @@ def check_shared(root: Path, partial: Path, rank: int) -> None:
     Raises:
         ValueError: it does not see it.
     """
-
-    def seen() -> bool:
-        return partial.is_dir()
-
-    if not _within_patience(seen, root):
+    if not _within_patience(partial.is_dir, root):
         raise ValueError(
             f"rank {rank} does not see {partial}, which rank 0 has made: {root} is not the same folder for all ranks; "
             "give save() a root on a file system that they share"
