@@ -74,7 +74,7 @@ def save(
             untouched.
     """
     asynchronous.wait_for_own_saves()
-    root = Path(root)
+    root, given = Path(root).absolute(), Path(root)  # the program may change its folder while a thread writes
     with errors_on_every_rank(f"cannot save a checkpoint in {root}"):
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
 
@@ -84,12 +84,14 @@ def save(
             raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
         if keep is not None and _integer(keep) < 1:
             raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
+        copy = _copy_of(extra)
         begun.append((folders := begin(root, position))[0])
-        return position, _copy_of(extra), *folders
+        return position, copy, *(folder.name for folder in folders)
 
     begun: list[Path] = []  # on rank 0
     with abandoned_on_error(begun):
-        step, extra, partial, final = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
+        step, extra, *names = on_rank_0(f"cannot save a checkpoint in {root}", prepare)
+        partial, final = (root / name for name in names)
         group = asynchronous.own_group() if async_ else None
         with errors_on_every_rank(f"cannot save the checkpoint {final}"):
             check_shared(root, partial, rank())
@@ -113,7 +115,7 @@ def save(
             asynchronous.start(lambda: job.run(group))
         else:
             job.run(None)
-    return final
+    return given / final.name
 
 
 @dataclass
