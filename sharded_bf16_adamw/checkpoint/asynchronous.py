@@ -1,7 +1,8 @@
 """Saves in threads, over a process group of their own: they never mix with training's messages.
 
-A thread that saves has one save under way at a time. Two threads that save two models do not wait for each other, and each gets the errors
-of its own saves; what a thread that has ended left is told to whoever waits next.
+A thread that saves has one save under way at a time. Two threads that save two models do not wait
+for each other, and each gets the errors of its own saves; what a thread that has ended left is told
+to whoever waits next.
 """
 
 from __future__ import annotations

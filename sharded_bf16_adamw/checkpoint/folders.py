@@ -1,7 +1,8 @@
-"""The folders under a root: which are complete, which is the latest, and changes that a crash at any point cannot spoil.
+"""The folders under a root: which are complete, which is the latest, and how they are removed.
 
-A name that starts with a dot is work in progress or rubbish: nobody reads it. Everything appears by one rename and disappears by one.
-Before a rename the content is flushed to the disk, and the folder after it.
+A name that starts with a dot is work in progress or rubbish: nobody reads it. Everything appears by
+one rename and disappears by one. Before a rename the content is flushed to the disk, and the folder
+after it.
 """
 
 from __future__ import annotations
@@ -66,15 +67,20 @@ def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
 def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint under ``root`` whose files all match their checksums.
 
-    Starts with :func:`latest` and goes back in the order of saving, so an undamaged latest checkpoint is the only one that is read.
-    For one process: in a distributed run call it on rank 0, broadcast the path, and pass that to :func:`load` on every rank.
+    Starts with :func:`latest` and goes back in the order of saving, so an undamaged latest
+    checkpoint is the only one that is read. For one process: in a distributed run call it on rank
+    0, broadcast the path, and pass that to :func:`load` on every rank.
 
     Args:
         root: folder of all checkpoints of a run.
 
     Returns:
-        The checkpoint's folder, or None if there is no undamaged one; and a sentence for each folder that was skipped, because it is
-        damaged or has no manifest. A folder without a readable manifest may be newer or older than the checkpoint returned.
+        The checkpoint's folder, or None if there is no undamaged one; and a sentence for each
+        folder that was skipped, because it is damaged or has no manifest. A folder without a
+        readable manifest may be newer or older than the checkpoint returned.
+
+    Raises:
+        OSError: the root or a folder in it may not be read.
     """
     root = Path(root)
     first = latest(root)

@@ -1,8 +1,9 @@
 """One save's way to the disk: begun under a temporary name, published by one rename, or abandoned.
 
-Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second gets an error (:mod:`.root_lock`). Where
-they do not, neither harms the other: temporary names are unique, a leftover is removed only once its save must be dead, and a save
-removes only checkpoints with a smaller serial number than its own.
+Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second gets
+an error (:mod:`.root_lock`). Where they do not, neither harms the other: temporary names are
+unique, a leftover is removed only once its save must be dead, and a save removes only checkpoints
+with a smaller serial number than its own.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from .manifest import MANIFEST, FileRecord, Manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-DEAD_AFTER_S = 3600  # of a leftover that no lock tells of: collectives of a save that stands still time out before that
-SEEN_WITHIN_S = 10.0  # network file systems cache attributes, but ask anew for a name that they have not looked up
+# Of leftovers that no lock tells of. A save whose ranks stand still fails sooner: collectives time out.
+DEAD_AFTER_S = 3600
+# Network file systems cache attributes, but ask the server for names that they have not looked up.
+SEEN_WITHIN_S = 10.0
 UNPUBLISHED = 0  # serial number of a manifest until :func:`publish` gives it the next one
 _locks: dict[Path, RootLock | None] = {}  # by partial folder, of the saves of this process
 
@@ -95,8 +98,8 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
 def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
     """Remove what ``newest``, just published, replaces.
 
-    That is earlier saves of its step, and all but the ``keep`` newest.
-    Checkpoints that another job has published since are left alone. Failing to remove one is a warning.
+    That is earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another job
+    has published since are left alone. Failing to remove one is a warning.
     """
     older = [path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial]
     replaced = [path for path in older if _step(path) == manifest.step]
@@ -142,11 +145,7 @@ def check_shared(root: Path, partial: Path, rank: int) -> None:
     Raises:
         ValueError: it does not see it.
     """
-
-    def seen() -> bool:
-        return partial.is_dir()
-
-    if not _within_patience(seen, root):
+    if not _within_patience(partial.is_dir, root):
         raise ValueError(
             f"rank {rank} does not see {partial}, which rank 0 has made: {root} is not the same folder for all ranks; "
             "give save() a root on a file system that they share"

@@ -1,7 +1,8 @@
 """A lock that one save at a time holds on a root, so that a second job there gets an error.
 
-It is an flock: the kernel releases it when its process dies. A network file system may pass it on to other hosts, keep it on one host,
-or have no locks. So nothing relies on the lock alone: every temporary name of a save is its own.
+It is an flock: the kernel releases it when its process dies. A network file system may pass it on
+to other hosts, keep it on one host, or have no locks. So nothing relies on the lock alone: every
+temporary name of a save is its own.
 """
 
 from __future__ import annotations

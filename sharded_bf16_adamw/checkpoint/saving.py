@@ -96,13 +96,13 @@ def save(
     """
     asynchronous.wait_for_own_saves()
     check_group(group)
-    root = Path(root)
-    cannot = f"cannot save a checkpoint in {root}"
+    root, given = Path(root).absolute(), Path(root)  # the program may change its folder while a thread writes
+    cannot = f"cannot save a checkpoint in {given}"
     with errors_on_every_rank(cannot, group):
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
         if on_divergence not in ("raise", "first"):
             raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
-    same_on_every_rank("the folder to save in", str(root), group)
+    same_on_every_rank("the folder to save in", str(given), group)
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)
@@ -110,13 +110,15 @@ def save(
             raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
         if keep is not None and _integer(keep) < 1:
             raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
+        copy = _copy_of(extra)
         begun.append((folders := begin(root, position))[0])
-        return position, _copy_of(extra), *folders
+        return position, copy, *(folder.name for folder in folders)
 
     begun: list[Path] = []  # on rank 0
     with abandoned_on_error(begun):
-        step, extra, partial, final = on_rank_0(cannot, prepare, group)
-        cannot = f"cannot save the checkpoint {final}"
+        step, extra, *folders = on_rank_0(cannot, prepare, group)
+        partial, final = (root / name for name in folders)
+        cannot = f"cannot save the checkpoint {given / final.name}"
         writing_group = asynchronous.own_group(group) if async_ else group
         with errors_on_every_rank(cannot, group):
             check_shared(root, partial, rank(group))
@@ -147,7 +149,7 @@ def save(
             asynchronous.start(lambda: job.run(writing_group))
         else:
             job.run(writing_group)
-    return final
+    return given / final.name
 
 
 @dataclass

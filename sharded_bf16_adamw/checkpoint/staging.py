@@ -29,7 +29,8 @@ class Staged(DefaultSavePlanner):
     Args:
         planner: knows the originals.
         plan: what this rank writes.
-        optimizer: with whom the memory is kept between saves. Without a spare one, as in two saves at once, memory is allocated.
+        optimizer: with whom the memory is kept between saves. Without a spare one, as in two saves
+            at once, memory is allocated.
     """
 
     def __init__(self, planner: SavePlanner, plan: SavePlan, optimizer: Optimizer) -> None:

@@ -38,7 +38,8 @@ from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 
 OPERATIONS = ("listdir", "lstat", "mkdir", "open", "rename", "replace", "rmdir", "scandir", "stat", "unlink")  # of os
 LOCKS = ("one machine", "two machines", "no locks")
-LIFE = 260  # operations that a job does in its life, about
+LIFE = 600  # operations that a job does in its life, about
+TIDYING = 60  # operations of a save after it has published, about
 SNAPSHOT = 0.05  # probability of looking at the root between two operations
 REFUSALS = ("is saving to", "another job has saved")  # what a second writer is told
 
@@ -63,6 +64,7 @@ class Job:
     name: str
     actions: list[Save | int]  # a number: prune to that many
     kill_at: int | None
+    kill_after_publishing: int | None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
     done: int = 0  # operations
@@ -153,7 +155,13 @@ class Interleaving:
             actions.append(self.saves[number])
         if self.random.random() < 0.2:
             actions.append(self.random.choice((1, 2)))
-        return Job(name, actions, self.random.randrange(LIFE) if self.random.random() < 0.5 else None)
+        kind = self.random.choice(("lives", "killed", "killed after publishing"))
+        return Job(
+            name,
+            actions,
+            self.random.randrange(LIFE) if kind == "killed" else None,
+            self.random.randrange(TIDYING) if kind == "killed after publishing" else None,
+        )
 
     def _start(self, job: Job) -> Job:
         job.doing = job.actions[0]
@@ -265,6 +273,8 @@ class Interleaving:
         if target.name.startswith("step-"):
             job.published = read_manifest(target)
             self.published[job.published.extra["number"]] = job.published.serial
+            if job.kill_after_publishing is not None:
+                job.kill_at = job.done + job.kill_after_publishing
         elif before is not None:
             self.removed.add(before.extra["number"])
             newest = complete_checkpoints(self.root)[-1]

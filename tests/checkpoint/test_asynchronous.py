@@ -65,6 +65,18 @@ def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, gate):
     assert latest(tmp_path) == second
 
 
+def test_a_relative_root_is_that_of_the_call(tmp_path, gate, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = save_step(Path("run"), 1, sharded=False, async_=True)
+    assert path == Path("run/step-00000001")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    gate.set()
+    wait_for_save()
+    assert_holds(tmp_path / path, 1)
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize("following", ["save", "load", "wait_for_save"])
 def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypatch):
     good = save_step(tmp_path, 1, sharded=False)

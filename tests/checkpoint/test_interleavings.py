@@ -6,6 +6,8 @@ from .interleavings import run_seeds
 
 
 def test_interleaved_jobs_leave_whole_checkpoints():
-    total = run_seeds(range(90))
-    assert total["interleavings"] == 90
-    assert min(total["kills"], total["refused"], total["removed"]) >= 30 and total["succeeded"] >= 90, "there was something to lose"
+    total = run_seeds(range(60))
+    assert total["interleavings"] == 60
+    killed_after_publishing = total["published"] - total["succeeded"]
+    assert min(total["kills"], total["refused"], total["removed"], killed_after_publishing) >= 5, "there was something to lose"
+    assert total["succeeded"] >= 90
