@@ -131,12 +131,20 @@ def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: i
             in_flight.append((bucket, None, all_gather_start(first.view(-1), bucket[0].own(first).reshape(-1), group)))
             continue
         line = torch.empty(sum(rows.width for rows in bucket), dtype=first.dtype, device=first.device)
-        for rows, part in zip(bucket, line.split([rows.width for rows in bucket]), strict=True):
-            rows.pack_own(rows.param.detach(), part)
+        _pack_own(bucket, line)
         lines = torch.empty(ranks, line.numel(), dtype=line.dtype, device=line.device)
         in_flight.append((bucket, lines, all_gather_start(lines.view(-1), line, group)))
     for item in in_flight:
         _receive(*item)
+
+
+def _pack_own(bucket: list[Rows], line: Tensor) -> None:
+    """Copy this rank's rows of all members to its line of the bucket: on a GPU in a few launches, not one for each member."""
+    places = line.split([rows.width for rows in bucket])
+    parts = [rows.own_parts(rows.param.detach(), place) for rows, place in zip(bucket, places, strict=True)]
+    torch._foreach_copy_([of_line for _, of_line, _ in parts], [of_param for of_param, _, _ in parts])
+    if padding := [rest for _, _, rest in parts if rest is not None]:
+        torch._foreach_zero_(padding)
 
 
 def _receive(bucket: list[Rows], lines: Tensor | None, work: Exchange) -> None:

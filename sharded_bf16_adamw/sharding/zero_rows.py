@@ -84,10 +84,11 @@ class Rows:
         if self._rest:
             rows[boundary:].copy_(lines[self._full_ranks, : self._rest])
 
-    def pack_own(self, full: Tensor, line: Tensor) -> None:
-        """Copy this rank's rows of a tensor of the parameter's shape to its line of a place, 1-D of ``width`` elements."""
-        self.own_of_line(line).copy_(self.own(full))
-        line[self._count * self._row_numel :].zero_()
+    def own_parts(self, full: Tensor, line: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return views of this rank's rows: in a tensor of the parameter's shape, and in its line of a place, 1-D of ``width``
+        elements; and the rest of that line, if there is any."""
+        numel = self._count * self._row_numel
+        return self.own(full), self.own_of_line(line), line[numel:] if numel < self.width else None
 
     def own_of_line(self, line: Tensor) -> Tensor:
         """This rank's rows, in the parameter's dimensions, as a view of its line of a place."""
