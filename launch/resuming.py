@@ -22,9 +22,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if args.resume is None:
         return None
-    found = [on_all_ranks(_find, args) if dist.get_rank() == 0 else on_all_ranks(lambda: None)]
+    found = [on_all_ranks(_find_readable, args) if dist.get_rank() == 0 else on_all_ranks(lambda: None)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def _find_readable(args: argparse.Namespace) -> Path | None:
+    try:
+        return _find(args)
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}): give a folder that you may read.") from error
 
 
 def _find(args: argparse.Namespace) -> Path | None:

@@ -374,12 +374,12 @@ def check_world(args: argparse.Namespace, world: World) -> None:
 def make_folder(args: argparse.Namespace) -> None:
     """Create ``--out``; refuse one that holds another run, which would mix with this one."""
     folder = Path(args.out)
-    if args.resume is None and latest(folder / "checkpoints") is not None:
-        raise UsageError(f"--out {folder} already holds a run: add --resume auto to continue it, or give another --out.")
     try:
+        if args.resume is None and latest(folder / "checkpoints") is not None:
+            raise UsageError(f"--out {folder} already holds a run: add --resume auto to continue it, or give another --out.")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be created ({error.strerror}): give a folder that you may write to.") from None
+        raise UsageError(f"--out {folder} cannot be used ({error.strerror}): give a folder that you may read and write.") from None
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ERRORS = {
     "missing data": (lambda t: ["--data", t / "none"], "--data .*/none cannot be read .No such file"),
     "too little data": (lambda t: ["--data", write(t / "short", 20)], "short holds 20 bytes, too few for --seq-len 16: give at least 170"),
     "missing checkpoint": (lambda t: ["--resume", t / "none"], "--resume .*/none is neither a checkpoint nor a folder with one"),
-    "folder is a file": (lambda t: ["--out", write(t / "file", 1)], "--out .*/file cannot be created"),
+    "folder is a file": (lambda t: ["--out", write(t / "file", 1)], "--out .*/file cannot be used"),
     "uneven batch": (lambda t: ["--batch-size", 10, "--grad-accum", 4], "--batch-size 10 does not divide into 1 rank.s. x --grad-accum 4"),
     "unknown option": (lambda t: ["--stpes", 4], "unrecognized arguments: --stpes 4"),
     "unknown preset": (lambda t: ["--preset", "huge"], "invalid choice: 'huge'"),
