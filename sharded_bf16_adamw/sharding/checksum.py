@@ -9,6 +9,7 @@ from torch import Tensor
 
 COLUMNS = 64  # 8-byte words that share a weight in a large tensor: one pass of torch.sum reads memory at full speed
 SMALL = 1 << 15  # words up to which each has a weight of its own
+POSITIVE = (1 << 62) - 1  # mask for checksums that are compared by a maximum: the number and its negative both fit into int64
 _MULTIPLIER = 0x2851F42D4C957F2E  # even, so that multiples of it plus one are odd weights
 
 

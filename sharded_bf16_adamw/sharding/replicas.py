@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checksum import checksums
+from .checksum import POSITIVE, checksums
 from .collectives import device_for, exchange
 
 COMPARING = "comparing replicas"  # for messages
-_MASK = (1 << 62) - 1  # so that a checksum and its negative both fit into int64
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def check_replicas(replicas: Sequence[Replica], others: Iterable[dist.ProcessGro
 
 def find_difference(replicas: Sequence[Replica]) -> Difference | None:
     """Return the first difference that this rank takes part in. Collective over the groups of the replicas."""
-    numbers = [number & _MASK for number in checksums([replica.tensor for replica in replicas])]
+    numbers = [number & POSITIVE for number in checksums([replica.tensor for replica in replicas])]
     found: list[Difference] = []
     for group in in_shared_order({group for replica in replicas for group in replica.groups}):
         indices = [index for index, replica in enumerate(replicas) if group in replica.groups]
@@ -98,8 +97,7 @@ def _first_of(group: dist.ProcessGroup, finding: str | None) -> str | None:
 
 
 def _all_reduce_max(group: dist.ProcessGroup, values: Sequence[int]) -> list[int]:
-    row = torch.tensor(values, dtype=torch.int64, device="cpu")
-    row = row.to(device_for(group, row.device))
+    row = torch.tensor(values, dtype=torch.int64, device=device_for(group, torch.device("cpu")))
     with exchange(COMPARING, dist.get_process_group_ranks(group)):
         dist.all_reduce(row, op=dist.ReduceOp.MAX, group=group)
     return row.tolist()

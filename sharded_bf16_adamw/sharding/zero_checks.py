@@ -6,18 +6,15 @@ import gc
 import hashlib
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .checksum import POSITIVE, checksums
 from .fsdp1 import is_flattened
 from .zero_comm import Agreement
 from .zero_rows import Rows
-
-CHECKSUM_CHUNK = 1 << 18  # 8-byte words at a time
-MASK = (1 << 62) - 1
 
 
 def check_replicated(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
@@ -53,27 +50,9 @@ def check_same_parameters(agreement: Agreement, params: list[Tensor], names: lis
 
 def differing(agreement: Agreement, tensors: Iterable[Tensor | None]) -> list[bool]:
     """Which of the tensors have not the same bits on every rank. Collective."""
-    return [not equal for equal in agreement.are_equal([0 if x is None else checksum(x) for x in tensors])]
-
-
-def checksum(tensor: Tensor) -> int:
-    """A number that depends on every bit of the tensor and on where it is; 0 for zeros."""
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if raw.storage_offset() % 8:
-        raw = raw.clone()
-    words = raw[: raw.numel() // 8 * 8].view(torch.int64)
-    weights = _odd_weights(min(CHECKSUM_CHUNK, words.numel()), raw.device)
-    total = torch.zeros((), dtype=torch.int64, device=raw.device)
-    for chunk in words.split(CHECKSUM_CHUNK):
-        mixed = chunk ^ (chunk >> 29)  # so that the top bits of a word count too
-        total = total * 0x9E3779B1 + (mixed * weights[: chunk.numel()]).sum()
-    for byte in raw[words.numel() * 8 :].tolist():
-        total = total * 257 + byte
-    return int(total.item()) & MASK
-
-
-def _odd_weights(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int64, device=device) * 0x5851F42D4C957F2E + 1
+    tensors = list(tensors)
+    numbers = iter(checksums([x for x in tensors if x is not None]))
+    return [not equal for equal in agreement.are_equal([0 if x is None else next(numbers) & POSITIVE for x in tensors])]
 
 
 def wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
