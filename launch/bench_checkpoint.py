@@ -100,7 +100,7 @@ def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: 
     if dist.get_world_size() > 1:
         names = RankNames(model, optimizer)
         found = contents(model, optimizer, names)
-        figures["comparing"] = timed(lambda: find_divergences(found.tensors, None, None, []))
+        figures["comparing"] = timed(lambda: find_divergences(found, None, None, []))
     order = list(reversed(writes)) if plain_first else list(writes)
     for name in order:
         fresh(folder)

@@ -48,40 +48,43 @@ class PendingClip:
         self.grad_scale = self.found_inf = None
 
 
-class PlainMismatch:
-    """The check that plain gradients agree over the ranks that share shards, read without waiting for the device.
+class Mismatch:
+    """The check that ranks have equal gradients where they should, read without waiting for the step that it belongs to.
 
-    On the CPU a mismatch is raised by the call that finds it, on an accelerator by one of the next.
+    On the CPU a mismatch is raised by the call that finds it, on an accelerator by the next one, which all ranks reach.
     """
 
     def __init__(self) -> None:
-        self._found: Tensor | None = None
+        self._found: Tensor | None = None  # on the CPU
         self._event: Any = None
 
     def put(self, mismatch: Tensor) -> None:
-        """Take the result of a norm, 0-dim."""
+        """Take the result of a norm, 0-dim, and raise what :meth:`raise_if_found` would if it is there already."""
         if is_capturing(mismatch.device):
             return
-        if mismatch.is_cuda:
-            if self._found is None:  # else an earlier one is still on its way
-                self._found = torch.empty((), dtype=mismatch.dtype, device="cpu", pin_memory=True)
-                self._found.copy_(mismatch, non_blocking=True)
-                self._event = torch.cuda.Event()
-                self._event.record(torch.cuda.current_stream(mismatch.device))
+        if not mismatch.is_cuda:
+            self._found, self._event = mismatch, None
+            self.raise_if_found()
             return
-        self._found, self._event = mismatch, None
-        self.raise_if_found()
+        self._found = torch.empty((), dtype=mismatch.dtype, device="cpu", pin_memory=True)
+        self._found.copy_(mismatch, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(mismatch.device))
 
     def raise_if_found(self) -> None:
-        """Raise RuntimeError, on every rank, where ranks were found to have unlike plain gradients."""
-        if self._found is None or (self._event is not None and not self._event.query()):
+        """Raise RuntimeError, on every rank, where ranks were found to have unlike gradients."""
+        if self._found is None:
             return
+        if self._event is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return  # after the capture
+            self._event.synchronize()  # of the step before, behind which a whole forward and backward pass is queued
         found, self._found = float(self._found), None
         if found > 0:
             raise RuntimeError(
-                "the gradients of plain (unsharded) parameters differ between ranks that share the sharded ones, so there is no common "
-                "gradient norm; average them over ranks (DistributedDataParallel, all_reduce), or name parameters that belong to one rank "
-                "alone as AdamW_BF16(..., model_parallel=ModelParallel(ep=..., experts=...))"
+                "ranks that should have equal gradients have unlike ones, so there is no common gradient norm; average the gradients of "
+                "plain (unsharded) parameters over ranks (DistributedDataParallel, all_reduce), or name parameters that belong to one rank "
+                "alone as AdamW_BF16(..., model_parallel=ModelParallel(ep=..., experts=...)); else suspect the hardware"
             )
 
 
@@ -107,7 +110,7 @@ class GradNorm:
         self._parallel = parallel
         self._is_local = parallel is None or (parallel.pp_group is None and parallel.ep_group is None)
         self._groups: dict[int, _Group] = {}  # by the group's index
-        self._mismatch = PlainMismatch()
+        self._mismatch = Mismatch()
         self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)  # by what is summed apart
 
     def clip(self, gradients: list[Gradients], max_norm: float, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +141,8 @@ class GradNorm:
         dense = {key: value for (is_expert, key), value in sums.items() if not is_expert}
         experts = {key: value for (is_expert, key), value in sums.items() if is_expert}
         total, mismatch = all_reduce_sums(dense, experts, replicas, self._parallel)
-        self._mismatch.put(mismatch)
+        if not self._is_local or replicas or any(key for _, key in devices):
+            self._mismatch.put(mismatch)
         return clip_coefficient(total, max_norm, backend)
 
     def _group(self, index: int, params: list[Tensor]) -> _Group:
@@ -147,8 +151,8 @@ class GradNorm:
             experts = set() if self._parallel is None else {id(param) for param in self._parallel.expert_params()}
             keys = [(id(param) in experts, self._sharding.shard_groups(param)) for param in params]
             replicas = {group for param in params for group in self._sharding.replica_groups(param)}
-            if self._parallel is not None and (dp := self._parallel.dp_group) is not None:
-                replicas.add(dp)
+            if self._parallel is not None:
+                replicas |= {group for group in (self._parallel.dp_group, self._parallel.edp_group) if group is not None}
             plain = not any(isinstance(self._sharding.shard(param), DTensor) for param in params)
             known = self._groups[index] = _Group(list(params), keys, dict(zip(keys, params, strict=True)), replicas, plain)
         return known

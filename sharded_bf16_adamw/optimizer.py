@@ -259,7 +259,7 @@ class AdamW_BF16(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Take one optimization step on every parameter that has a gradient: reduce gradients, update, gather weights.
 
-        Collective with ``sharding=ZeRO(...)``: every rank calls it.
+        Collective with ``sharding=ZeRO(...)``, and with ``skip_nonfinite`` where :meth:`clip_grad_norm_` is: every rank calls it.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -271,7 +271,8 @@ class AdamW_BF16(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse or of another size than its parameter, a state no longer fits its parameter, the parameters
                 were wrapped by FSDP after the optimizer was built, or a CUDA graph captures this step but not its
-                :meth:`clip_grad_norm_`; nothing is changed.
+                :meth:`clip_grad_norm_`; or ``skip_nonfinite`` found what :meth:`clip_grad_norm_` raises, or another rank has died. Nothing
+                is changed.
             TypeError: a gradient is neither bfloat16 nor float32; nothing is changed.
             ValueError: ``lr_function`` returned an invalid learning rate; nothing is changed.
         """
@@ -284,9 +285,11 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._sharding.reduce()
         gradients = self._gradients()
         rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is made or written
+        found_inf = self._found_inf(gradients) if self.skip_nonfinite else None  # it may raise: before any state is made
         plan = self._current_plan(gradients)
         grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
-        found_inf = self._found_inf(gradients) if self.skip_nonfinite else None
+        if found_inf is not None:
+            self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
         apply_rates(self.param_groups, rates)
         if plan is not None:
             plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._clip.grad_scale, found_inf=found_inf)
@@ -337,7 +340,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         return plan
 
     def _names(self) -> dict[Tensor, str]:
-        """What messages call each parameter."""
+        """Map each parameter to its name in messages."""
         return {param: param_name(group, index) for group in self.param_groups for index, param in enumerate(group["params"])}
 
     def _has_all_of(self, plan: Plan) -> bool:
@@ -395,11 +398,10 @@ class AdamW_BF16(torch.optim.Optimizer):
         return norm
 
     def _found_inf(self, gradients: list[Gradients]) -> Tensor:
-        """0-dim float32, 1 where any gradient on any rank is inf or NaN; counted in ``skipped_steps``."""
+        """Return 0-dim float32, 1 where any gradient on any rank is inf or NaN."""
         found_inf = self._clip.found_inf
         if found_inf is None:
             _, _, found_inf = self._grad_norm.clip(gradients, math.inf, self.backend)
-        self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
         return found_inf
 
     @property
@@ -437,19 +439,25 @@ class AdamW_BF16(torch.optim.Optimizer):
 
         Compared are DTensors over mesh dimensions that replicate them (HSDP, tensor parallelism), FSDP1's ``HYBRID_SHARD`` and
         ``NO_SHARD``, with ZeRO the weights over all ranks and the states over the replicated dimension, and plain parameters over
-        ``ModelParallel(dp=...)``, or over all ranks where no ``model_parallel`` is given.
+        ``ModelParallel(dp=...)`` (experts over ``edp``), or over all ranks where no ``model_parallel`` is given. Where several models
+        share a job, give each ``ModelParallel(dp=...)``.
 
         Raises:
             RuntimeError: replicas differ; on every rank, naming a tensor and the ranks.
         """
         parallel, names = self.model_parallel, self._names()
-        experts = set() if parallel is None else {id(param) for param in parallel.expert_params()}
-        dp = dist.group.WORLD if parallel is None and dist.is_initialized() else None if parallel is None else parallel.dp_group
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        experts = set() if parallel is None else {id(param) for param in parallel.expert_params()}
+        if parallel is not None:
+            of_plain, of_experts = parallel.dp_group, parallel.edp_group
+        else:
+            of_plain, of_experts = dist.group.WORLD if dist.is_initialized() else None, None
         replicas = [
             replica
             for param in params
-            for replica in replicas_of(param, self.state.get(param, {}), names[param], self._sharding, None if id(param) in experts else dp)
+            for replica in replicas_of(
+                param, self.state.get(param, {}), names[param], self._sharding, of_experts if id(param) in experts else of_plain
+            )
         ]
         others = {group for param in params for group in self._sharding.shard_groups(param)}
         if parallel is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -62,7 +63,8 @@ def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -
             error = caught
             outcome = [isinstance(error, ValueError), _one_line(error), None]
     if not _alone(group):
-        dist.broadcast_object_list(outcome, group_src=0, group=group)
+        with _talking(group):
+            dist.broadcast_object_list(outcome, group_src=0, group=group)
     is_value_error, message, result = outcome
     if message is not None:
         raise _as_raised_everywhere(doing, 0, is_value_error, message) from error
@@ -119,6 +121,18 @@ def by_first_rank(what: str, path: str | os.PathLike[str], function: Callable[[]
     return str(text)
 
 
+@contextmanager
+def _talking(group: Group) -> Iterator[None]:
+    """Say what a failed exchange means, which torch does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} and {world_size(group) - 1} others could not talk to each other about a checkpoint: one has died or "
+            "hangs, or has not called the same function; call it on every rank, or give group= where only some ranks hold the model"
+        ) from error
+
+
 def _is_set(store: dist.Store, key: str, timeout: timedelta | None) -> bool:
     """Wait until ``key`` is set, and return whether it is."""
     deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
@@ -138,7 +152,8 @@ def gather_everywhere(value: Result, group: Group = None) -> list[Result]:
     if _alone(group):
         return [value]
     values: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with _talking(group):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -147,7 +162,8 @@ def gather_on_rank_0(value: Result, group: Group = None) -> list[Result]:
     if _alone(group):
         return [value]
     values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    dist.gather_object(value, values, group_dst=0, group=group)
+    with _talking(group):
+        dist.gather_object(value, values, group_dst=0, group=group)
     return values or []
 
 
@@ -156,7 +172,8 @@ def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
     if _alone(group):
         return values[0]
     received: list[Any] = [None]
-    dist.scatter_object_list(received, values if rank(group) == 0 else None, group_src=0, group=group)
+    with _talking(group):
+        dist.scatter_object_list(received, values if rank(group) == 0 else None, group_src=0, group=group)
     return received[0]
 
 
@@ -173,15 +190,24 @@ def check_group(group: Any) -> None:
         raise ValueError("this rank is not in the process group given as group; call it on the ranks of the group alone")
 
 
-def same_on_every_rank(what: str, value: str, group: Group = None) -> None:
-    """Raise ValueError on every rank unless all pass the same ``value``. Collective."""
-    values = gather_everywhere(value, group)
-    for index, other in enumerate(values):
-        if other != values[0]:
-            raise ValueError(
-                f"ranks give different values of {what}: {values[0]!r} on rank {global_rank(0, group)} and {other!r} on rank "
-                f"{global_rank(index, group)}; give the same on all ranks, and with models on parts of the job each part's group="
-            )
+def same_on_every_rank(arguments: dict[str, Any], group: Group = None) -> None:
+    """Raise ValueError on every rank unless all pass the same values, by what messages call them. Collective."""
+    rows = gather_everywhere(list(arguments.values()), group)
+    for index, row in enumerate(rows):
+        for what, first, other in zip(arguments, rows[0], row, strict=True):
+            if other != first:
+                raise ValueError(
+                    f"ranks give different values of {what}: {first!r} on rank {global_rank(0, group)} and {other!r} on rank "
+                    f"{global_rank(index, group)}; give the same on all ranks, and with models on parts of the job each part's group="
+                )
+
+
+def as_path(what: str, value: Any) -> Path:
+    """Return a path from what a caller gave, or raise ValueError."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise ValueError(f"{what} must be a path, but it is of type {type(value).__name__}; give a str or a pathlib.Path") from None
 
 
 def known_elsewhere(unknown: set[str], group: Group = None) -> set[str]:
@@ -198,7 +224,7 @@ def _alone(group: Group) -> bool:
     """Whether this process has nobody to agree with. One whose group was destroyed must not take itself for that: it would publish its
     part of a checkpoint as the whole."""
     if group is not None and not dist.is_initialized():
-        raise RuntimeError("the process group was destroyed before the save was done; call wait_for_save() first")
+        raise RuntimeError("the process group was destroyed before this was done; call wait_for_save() before dist.destroy_process_group()")
     return not dist.is_initialized() or _on_this_rank_alone.get()
 
 

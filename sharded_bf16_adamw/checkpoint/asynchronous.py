@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..sharding.collectives import new_cpu_group
-from .agreement import Group
+from .agreement import Group, on_rank_0
 
 
 class _Pending(threading.Thread):
@@ -25,20 +25,22 @@ class _Pending(threading.Thread):
     Not a daemon: an interpreter that ends waits for it, and the save with it is complete.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[Group], None], group: Group) -> None:
         super().__init__(name="checkpoint save")
-        self._function: Callable[[], None] | None = function
+        self._function: Callable[[Group], None] | None = function
+        self._group = group
         self.caller = threading.current_thread()
         self.error: Exception | None = None
 
     def run(self) -> None:
         assert self._function is not None
         try:
-            self._function()
+            self._function(self._group)
         except Exception as error:
             self.error = error
         finally:
             self._function = None  # it holds the model's copy
+            _borrowed.discard(self._group)
 
     def concerns_this_thread(self) -> bool:
         """Return whether this thread started it, or one that cannot wait for it any more."""
@@ -47,12 +49,13 @@ class _Pending(threading.Thread):
 
 _pending: list[_Pending] = []  # in the order in which they were started; done ones until their errors were raised
 _lock = threading.Lock()  # of the list
-_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()  # by a group of the same ranks
+_groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()  # by a group of the same ranks
+_borrowed: set[dist.ProcessGroup] = set()  # those that a save under way uses
 
 
-def start(function: Callable[[], None]) -> None:
-    """Run ``function`` in a thread. This thread's save before has been waited for."""
-    pending = _Pending(function)
+def start(function: Callable[[Group], None], group: Group) -> None:
+    """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`. This thread's save before has been waited for."""
+    pending = _Pending(function, group)
     pending.start()
     with _lock:
         _pending.append(pending)
@@ -99,12 +102,17 @@ def _say_what_nobody_asked_for() -> None:
             print(f"an asynchronous save failed: {pending.error}", file=sys.stderr)
 
 
-def own_group(group: Group) -> Group:
-    """Return a gloo group of the same ranks for the thread. Collective at the first call for a group."""
+def borrow_group(group: Group) -> Group:
+    """Return a gloo group of the same ranks that no other save uses, for :func:`start`. Collective."""
     if not dist.is_initialized():
         return None
     of = dist.group.WORLD if group is None else group
     assert of is not None
-    if of not in _groups:
-        _groups[of] = new_cpu_group(dist.get_process_group_ranks(of))
-    return _groups[of]
+    known = _groups.setdefault(of, [])
+    index = on_rank_0(  # whose thread is the last to leave a group
+        "cannot save", lambda: next((i for i, candidate in enumerate(known) if candidate not in _borrowed), len(known)), group
+    )
+    if index == len(known):
+        known.append(new_cpu_group(dist.get_process_group_ranks(of)))
+    _borrowed.add(known[index])
+    return known[index]

@@ -124,7 +124,6 @@ def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Con
         set_extra_states(model, {name: value for name, value in own.items() if is_extra_state(name)})
         _set_options(optimizer, values.groups)
     else:
-        groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
         set_sharded_model_state(model, {name: value for name, value in own.items() if PART not in name})
         groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
         state = _nested(_section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))})
@@ -209,15 +208,16 @@ def param_of_state(key: str) -> str | None:
 
 
 def fqn_of(key: str) -> str:
-    """``model.<fqn>`` and ``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``."""
-    return param_of_state(key) or key.removeprefix(MODEL)
+    """``model.<fqn>``, ``model.<fqn>:scale`` and ``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``."""
+    return param_of_state(key) or key.removeprefix(MODEL).partition(PART)[0]
 
 
 def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
     """Return the key of another name: ``model.a`` or ``optimizer.state.a.step`` -> ``model.<rename(a)>``..."""
     fqn = param_of_state(key)
     if fqn is None:
-        return MODEL + rename(key.removeprefix(MODEL)) if key.startswith(MODEL) else key
+        name, *parts = key.removeprefix(MODEL).split(PART)
+        return PART.join([MODEL + rename(name), *parts]) if key.startswith(MODEL) else key
     return f"{STATE}{rename(fqn)}{key.removeprefix(STATE + fqn)}"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from ..sharding.checksum import checksums
 from ..sharding.local import replica_groups, to_local
-from ..sharding.replicas import Replica, find_difference
-from .agreement import Group, gather_everywhere, global_rank, rank, world_size
+from ..sharding.replicas import Replica, find_differences
+from .agreement import Group, errors_on_every_rank, gather_everywhere, global_rank, rank, world_size
 from .blocks import local_blocks
 from .contents import MODEL, Contents, fqn_of, with_stages
+from .plain import encode
 from .rank_names import RankNames
 
 Holders = tuple[int, ...]
@@ -41,10 +43,11 @@ class Entry(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """A key whose tensors differ, and two ranks of the group that show it."""
+    """A key whose values differ, two ranks of the group that show it, and the pipeline stage within which they do."""
 
     key: str
     ranks: tuple[int, int]
+    stage: int | None = None
 
 
 class Divergences(NamedTuple):
@@ -56,42 +59,55 @@ class Divergences(NamedTuple):
     unshared: Divergence | None
 
 
-def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: str) -> Contents:
+def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: str | None) -> Contents:
     """Return what this rank is to save: each tensor of a name once, or several under names of their own. Collective.
 
     Args:
         found: what this rank has, by the names of ``names``, to which those of pipeline stages are added.
-        on_divergence: ``"raise"``, or ``"first"`` to leave out what differs from the first rank that has it.
+        on_divergence: ``"raise"``, or ``"first"`` to leave out what differs from the first rank that has it; None: as ``"raise"``,
+            where there is no such choice.
 
     Raises:
         ValueError: replicas differ; on every rank, with their names.
     """
     params = sorted(fqn for options in found.groups for fqn in options.params)
-    within, between_stages, unshared = find_divergences(found.tensors, group, names.stage, params if names.must_be_the_same else [])
+    within, between_stages, unshared = find_divergences(found, group, names.stage, params if names.must_be_the_same else [])
     if unshared is not None:
         has, has_not = (global_rank(index, group) for index in unshared.ranks)
         raise ValueError(
-            f"rank {has} has a parameter {unshared.key} that rank {has_not} does not have. If ranks hold different parameters (pipeline "
-            "stages, experts), say so by AdamW_BF16(..., model_parallel=ModelParallel(...)), without which gradient norm and guard are of "
-            "each rank alone; else build the same model on every rank, or pass group= with the ranks of this model"
+            f"rank {has} has a parameter {unshared.key} that rank {has_not} does not have. {_DECLARE}; else build the same model on every "
+            "rank, or pass group= with the ranks of this model"
         )
-    if within and on_divergence == "raise":
-        raise ValueError(_refusal(within, found, group))
+    keys = sorted({divergence.key.removeprefix(MODEL) for divergence in within})
+    if within and on_divergence != "first":
+        first, second = (global_rank(index, group) for index in within[0].ranks)
+        listed = f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if keys[3:] else ''}"
+        choice = ", or save those of the first rank with on_divergence='first'" if on_divergence == "raise" else ""
+        raise ValueError(
+            f"tensors that should be the same differ between ranks (the first between {first} and {second}): {listed}. If these are "
+            "replicas that have drifted (BatchNorm statistics, gradients that nobody averaged, a fault of the hardware), broadcast them "
+            f"from one rank first{choice}. {_DECLARE}"
+        )
+    if within:
+        own = rank(group)
+        differs = {key for key, ranks, stage in within if stage == names.stage and own != ranks[0]}
+        left_out = {key for key in differs if _holders(found.tensors.get(key)) == ()}
+        left_out |= {key for key, value in found.tensors.items() if _is_further_replica(value)}
+        if own == 0:
+            warnings.warn(
+                f"{len(keys)} tensors differ between ranks and are saved as the first rank has them: {', '.join(keys[:3])}", stacklevel=3
+            )
+        found = Contents({key: value for key, value in found.tensors.items() if key not in left_out}, found.plain, found.groups)
     if between_stages:
         names.add_stage(map(fqn_of, between_stages))
         found = with_stages(found, names)
-    if within:
-        left_out = {
-            divergence.key
-            for divergence in within
-            if rank(group) != divergence.ranks[0] and _holders(found.tensors.get(divergence.key)) == ()
-        }
-        left_out |= {key for key, value in found.tensors.items() if _is_further_replica(value)}
-        if rank(group) == 0:
-            shown = ", ".join(sorted(divergence.key for divergence in within)[:3])
-            warnings.warn(f"{len(within)} tensors differ between ranks and are saved as the first rank has them: {shown}", stacklevel=4)
-        found = Contents({key: value for key, value in found.tensors.items() if key not in left_out}, found.plain, found.groups)
     return found
+
+
+_DECLARE = (
+    "If ranks hold different parameters (pipeline stages, experts), say so by AdamW_BF16(..., model_parallel=ModelParallel(...)), without "
+    "which gradient norm and guard are of each rank alone"
+)
 
 
 def _is_further_replica(value: Any) -> bool:
@@ -102,32 +118,24 @@ def _is_further_replica(value: Any) -> bool:
     return coordinate is not None and any(place and kind.is_replicate() for place, kind in zip(coordinate, value.placements, strict=True))
 
 
-def _refusal(within: list[Divergence], found: Contents, group: Group) -> str:
-    keys = sorted({divergence.key.removeprefix(MODEL) for divergence in within})
-    first, second = (global_rank(index, group) for index in within[0].ranks)
-    where = f"on ranks {first} and {second}" if first != second else f"between replicas, rank {first} among them"
-    more = f" and {len(keys) - 3} more" if keys[3:] else ""
-    return (
-        f"the save would mix tensors that differ between ranks: {', '.join(keys[:3])}{more} (the first {where}). If each rank is to hold "
-        "its own (experts, pipeline stages), say so by AdamW_BF16(..., model_parallel=ModelParallel(...)); if they are replicas that "
-        "have drifted (BatchNorm statistics, gradients that nobody averaged), broadcast them from one rank first, or save those of the "
-        "first rank with on_divergence='first'"
-    )
-
-
-def find_divergences(tensors: dict[str, Any], group: Group, stage: int | None, params: list[str]) -> Divergences:
+def find_divergences(found: Contents, group: Group, stage: int | None, params: list[str]) -> Divergences:
     """Compare tensors of the same key between ranks. Collective; every rank gets the same result.
 
     Args:
-        tensors: this rank's by key: plain, DTensor or ShardedTensor (of which each rank has a part of its own).
+        found: what this rank has. Its tensors are plain, DTensor or ShardedTensor (of which each rank has a part of its own).
         stage: this rank's place in the pipeline, over whose stages tensors of one name may differ; None without a pipeline.
         params: names of parameters that every rank must have; empty where ranks may have others.
     """
     if world_size(group) == 1:
         return Divergences([], [], None)
-    holders = {key: _holders(value) for key, value in tensors.items()}
-    plain = _entries({key: value for key, value in tensors.items() if holders[key] == ()})
+    cannot, tensors = "cannot compare tensors between ranks", found.tensors
     all_ranks = tuple(range(dist.get_world_size())) if group is None else tuple(dist.get_process_group_ranks(group))
+    with errors_on_every_rank(cannot, group):  # checksums need memory
+        holders = {key: _holders(value) for key, value in tensors.items()}
+        plain = {**_entries({key: value for key, value in tensors.items() if holders[key] == ()}), **_entries_of_values(found.plain)}
+        replicas = [Replica(key, to_local(value), replica_groups(value)) for key, value in tensors.items() if isinstance(value, DTensor)]
+        replicas = [replica for replica in replicas if replica.groups]
+        numbers = checksums([replica.tensor for replica in replicas])
     partly = {key: ranks for key, ranks in holders.items() if ranks and ranks != all_ranks}
     digests = gather_everywhere(_digest(stage, params, plain, partly), group)
     unshared: Divergence | None = None
@@ -139,14 +147,15 @@ def find_divergences(tensors: dict[str, Any], group: Group, stage: int | None, p
         of_each = [sent[digests.index(digest)] or ({}, {}, []) for digest in digests]
         unshared = _unshared([set(names) for _, _, names in of_each])
         ambiguous = _held_twice(of_each)
-        own = _entries({key: tensors[key] for key in ambiguous if key in tensors and holders[key]})
+        with errors_on_every_rank(cannot, group):
+            own = _entries({key: tensors[key] for key in ambiguous if key in tensors and holders[key]})
         others = gather_everywhere((stage, own), group)
         tables = [{**plain_of, **entries} for (plain_of, _, _), (_, entries) in zip(of_each, others, strict=True)]
         within, between = _compare(tables, [place for place, _ in others])
-    replicated = [Replica(key, to_local(value), replica_groups(value)) for key, value in tensors.items() if isinstance(value, DTensor)]
-    difference = find_difference([replica for replica in replicated if replica.groups])
-    found = gather_everywhere(None if difference is None else difference.name, group)
-    within += [Divergence(key, (index, index)) for index, key in enumerate(found) if key is not None][:1]
+    differences = find_differences(replicas, numbers)
+    index_of = {rank_: index for index, rank_ in enumerate(all_ranks)}
+    of_each_rank = gather_everywhere([(name, index_of[ranks[0]], index_of[ranks[1]]) for name, ranks, _ in differences], group)
+    within += {key: Divergence(key, (first, second)) for rows in of_each_rank for key, first, second in rows}.values()
     return Divergences(within, sorted(between), unshared)
 
 
@@ -165,6 +174,15 @@ def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
         key: Entry(tuple(tensors[key].shape), str(tensors[key].dtype), ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts))
         for key, parts in blocks.items()
     }
+
+
+def _entries_of_values(values: dict[str, Any]) -> dict[str, Entry]:
+    """Return entries of values that are no tensors, as far as a manifest can hold them: extra states, entries of no parameter."""
+    entries = {}
+    for key, value in values.items():
+        with suppress(TypeError):  # the save will name it
+            entries[key] = Entry((), "", f"value {encode(value)!r}")
+    return entries
 
 
 def _digest(stage: int | None, params: list[str], *tables: dict[str, Any]) -> str:
@@ -193,18 +211,14 @@ def _held_twice(of_each: list[tuple[dict[str, Entry], dict[str, Holders], list[s
 def _compare(tables: list[dict[str, Entry]], stages: Iterable[int | None]) -> tuple[list[Divergence], set[str]]:
     """Sort the keys whose entries differ into those that differ within a stage and those that differ between stages only."""
     first: dict[tuple[str, int | None, str], tuple[int, Entry]] = {}
-    by_stage: dict[str, dict[int | None, list[tuple[int, Entry]]]] = {}
-    within: dict[str, Divergence] = {}
+    by_stage: dict[str, dict[int | None, set[Entry]]] = {}
+    within: dict[tuple[str, int | None], Divergence] = {}
     for index, (table, stage) in enumerate(zip(tables, stages, strict=True)):
         for key, entry in table.items():
-            offsets = entry.part.rpartition(" ")[0]  # of DTensors those at the same place are compared
-            earlier, same = first.setdefault((key, stage, offsets), (index, entry))
+            place = entry.part.partition(" ")[0] if not entry.dtype else entry.part.rpartition(" ")[0]  # of DTensors the same is compared
+            earlier, same = first.setdefault((key, stage, place), (index, entry))
             if same != entry:
-                within.setdefault(key, Divergence(key, (earlier, index)))
-            by_stage.setdefault(key, {}).setdefault(stage, []).append((index, entry))
-    between = {
-        key
-        for key, entries in by_stage.items()
-        if len({frozenset(entry for _, entry in ofs) for ofs in entries.values()}) > 1 and key not in within
-    }
+                within.setdefault((key, stage), Divergence(key, (earlier, index), stage))
+            by_stage.setdefault(key, {}).setdefault(stage, set()).add(entry)
+    between = {key for key, entries in by_stage.items() if len(set(map(frozenset, entries.values()))) > 1}
     return list(within.values()), between

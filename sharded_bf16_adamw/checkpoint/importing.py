@@ -97,6 +97,7 @@ def import_fp32(
         opened = None if optimizer_state is None else open_optimizer_state(optimizer_state)
         rank_names = RankNames(model, optimizer)
     rank_names.number_experts()
+    rank_names.add_stage_as_in(weights.infos)
     with new_states_only_if_it_succeeds(optimizer):
         with errors_on_every_rank("cannot import", group):
             init_state(optimizer)

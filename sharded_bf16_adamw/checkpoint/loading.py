@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,13 +13,14 @@ from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .agreement import Group, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
+from .agreement import Group, as_path, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
 from .asynchronous import wait_for_own_saves
 from .comparing import compare, keys_elsewhere, params_with_state, restored
-from .contents import MODEL, contents, rng_contents, set_contents, set_rng_contents
+from .contents import MODEL, contents, fqn_of, rng_contents, set_contents, set_rng_contents
 from .folders import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .odd_values import adopt_saved
+from .publishing import check_shared
 from .rank_names import RankNames
 from .storage import METADATA, PlainReader, read_metadata
 from .ties import align_ties
@@ -104,10 +106,10 @@ def load(
     """
     wait_for_own_saves()
     check_group(group)
-    path = Path(path)
     with errors_on_every_rank(f"cannot load the checkpoint {path}", group):
+        path = as_path("path", path)
         check_model_and_optimizer("load(path, model, optimizer)", model, optimizer)
-    same_on_every_rank("the checkpoint to load", str(path), group)
+    same_on_every_rank({"the checkpoint to load": str(path)}, group)
     found = on_rank_0(f"cannot read the checkpoint {path}", lambda: _find(path), group)
     if found is None:
         if missing_ok:
@@ -121,7 +123,7 @@ def load(
         names.number_experts()
         with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             keys = [*metadata.state_dict_metadata, *manifest.values]
-            names.add_stage_as_in(key.removeprefix(MODEL) for key in keys if key.startswith(MODEL))
+            names.add_stage_as_in(fqn_of(key) for key in keys if key.startswith(MODEL))
         tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
         with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
@@ -134,7 +136,8 @@ def load(
             comparison = compare(metadata, manifest, here, elsewhere)
             comparison.differences[:0] = tied_otherwise
             if strict and comparison.differences:
-                raise ValueError(_another_model(folder, comparison.differences))
+                by_rank = any(re.search(r"@(pp|ep)\d", key) for key in metadata.state_dict_metadata)
+                raise ValueError(_another_model(folder, comparison.differences, by_rank))
         random = {key: value for key, value in rng_contents(group, every_device=True).items() if key in metadata.state_dict_metadata}
     tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
     with errors_on_every_rank(
@@ -143,6 +146,7 @@ def load(
         _read_into(tensors, folder, metadata, group)
         for key in comparison.unsaved_states:
             _zero_(here.tensors[key])
+    with errors_on_every_rank(f"the model may be partly loaded from {folder}", group):  # collective under FSDP1
         set_contents(model, optimizer, restored(here, comparison, tensors), names)
         set_rng_contents(random)
     return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.differences)
@@ -185,6 +189,7 @@ def _checked_metadata(folder: Path, manifest: Manifest, group: Group) -> Metadat
     """
     cannot = f"the checkpoint {folder} cannot be used"
     with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        check_shared(folder.parent, folder, rank(group), "reads")
         damage = find_damage(folder, _share(manifest.files, rank(group), world_size(group)))
         if damage:
             more = f" (and {len(damage) - 3} more files)" if len(damage) > 3 else ""
@@ -220,10 +225,11 @@ def _share(files: dict[str, FileRecord], rank: int, ranks: int) -> dict[str, Fil
     return share
 
 
-def _another_model(folder: Path, differences: list[str]) -> str:
+def _another_model(folder: Path, differences: list[str], by_rank: bool) -> str:
+    hint = " (names with @pp or @ep load in the layout that saved them: see ModelParallel)" if by_rank else ""
     more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
     return (
-        f"the checkpoint {folder} is of another model or optimizer: {'; '.join(differences[:3])}{more}; "
+        f"the checkpoint {folder} is of another model or optimizer: {'; '.join(differences[:3])}{more}{hint}; "
         "build the model and optimizer as they were when it was saved, or load what fits with strict=False"
     )
 

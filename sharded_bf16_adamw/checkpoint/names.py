@@ -107,3 +107,8 @@ def _segment_of_wrapper(module: nn.Module) -> str | None:
         if kind is not None and isinstance(module, kind) and segment in module._modules:
             return segment
     return FABRIC if _is_fabrics(module) else None
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Return whether FSDP1 wraps any of the model. What torch then gives as its state are copies, not the live tensors."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,7 +18,7 @@ from .plain import decode
 
 MODEL, ENTRY = "model.", "optimizer.entry."
 PART = ":"  # model.layer.weight:scale
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 _LARGEST_ENTRY = 1024  # elements of a tensor that goes into the manifest
 
 # ------------------------------------------------------------------------------------------- wrapper subclasses (quantised)
@@ -52,7 +53,7 @@ def parts_of(key: str, tensor: Any) -> dict[str, Any]:
 
 def without_subclass(tensor: Any) -> Any:
     """Return the same memory as a plain tensor: a file with a user's class in it could not be loaded without executing code."""
-    if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter, DTensor) or is_wrapper(tensor):
+    if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter, DTensor, ShardedTensor) or is_wrapper(tensor):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(Tensor)
@@ -62,15 +63,15 @@ def without_subclass(tensor: Any) -> Any:
 
 
 def is_extra_state(key: str) -> bool:
-    """Whether a key of a model's state dict holds what ``nn.Module.get_extra_state`` returned."""
-    return key.rpartition(".")[2] == _EXTRA_STATE
+    """Return whether a key of a model's state dict, or of a checkpoint, holds what ``nn.Module.get_extra_state`` returned."""
+    return key.rpartition(".")[2].partition("@")[0] == EXTRA_STATE  # a checkpoint may add the rank: _extra_state@pp0
 
 
 def set_extra_states(model: nn.Module, states: dict[str, Any]) -> None:
     """Call ``set_extra_state`` of the modules that have the given keys."""
     model = unwrapped(model)
     for prefix, module in model.named_modules():
-        key = plain_name(model, f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE)
+        key = plain_name(model, f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
         if key in states and type(module).get_extra_state is not nn.Module.get_extra_state:
             module.set_extra_state(states[key])
 

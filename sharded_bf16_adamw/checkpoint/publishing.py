@@ -38,6 +38,7 @@ DEAD_AFTER_S = 3600
 SEEN_WITHIN_S = 10.0
 UNPUBLISHED = 0  # serial number of a manifest until :func:`publish` gives it the next one
 _locks: dict[Path, RootLock | None] = {}  # by partial folder, of the saves of this process
+_published: dict[Path, int] = {}  # by root, the serial number of what this process published last
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
@@ -50,9 +51,15 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
         come by the same step again.
 
     Raises:
-        RuntimeError: another save to ``root`` is under way.
+        RuntimeError: another save to ``root`` is under way, or another job has saved there since this one's last save.
     """
     _make_folders(root)
+    serial, newest = max(readable_checkpoints(root), default=(0, root))
+    if serial > _published.get(root, serial):
+        raise RuntimeError(
+            f"another job has saved {newest} since this job's last save there; end one of them, or give each a root of its own, or each "
+            "would remove the other's checkpoints and resume from them"
+        )
     partial = root / f"{PARTIAL}step-{step:08d}{unique_suffix()}"
     _locks[partial] = None
     with abandoned_on_error([partial]):
@@ -83,6 +90,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         raise FileExistsError(f"another job has saved {final} in the meantime; give each job a root of its own") from error
+    _published[root] = manifest.serial
     sync_folder(root)  # LATEST must not be on the disk before what it names
     temporary = root / f"{NEW_LATEST}{unique_suffix()}"
     try:
@@ -137,18 +145,18 @@ def abandoned_on_error(begun: list[Path]) -> Iterator[None]:
         raise
 
 
-def check_shared(root: Path, partial: Path, rank: int) -> None:
-    """Check that this rank sees the folder that rank 0 has just made.
+def check_shared(root: Path, folder: Path, rank: int, does: str = "has made") -> None:
+    """Check that this rank sees a folder in ``root`` that rank 0 has just made, or reads.
 
-    Its name is unique: it cannot be another one.
+    A new one's name is unique: it cannot be another one.
 
     Raises:
         ValueError: it does not see it.
     """
-    if not _within_patience(partial.is_dir, root):
+    if not _within_patience(folder.is_dir, root):
         raise ValueError(
-            f"rank {rank} does not see {partial}, which rank 0 has made: {root} is not the same folder for all ranks; "
-            "give save() a root on a file system that they share"
+            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same folder for all ranks; "
+            "give a root on a file system that they share"
         )
 
 

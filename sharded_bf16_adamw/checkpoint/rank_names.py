@@ -6,6 +6,9 @@ A checkpoint has one name for each tensor, a rank's model has names that are uni
     rank 1 of ep: moe.experts.0.weight, moe.experts.1.weight      ->  moe.experts.2.weight, moe.experts.3.weight
     rank 1 of ep: moe.w1 (no ModuleList: nothing says how experts are numbered)  ->  moe.w1@ep1
     stage 1 of pp: layers.0.weight, unlike that of stage 0        ->  layers.0.weight@pp1
+
+Where one layer needs its stage in its name, all layers of that list get it: a number that only one stage has would else be taken
+for a global one by a pipeline that is cut elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..sharding.model_parallel import ModelParallel
-from .names import named_tensors, plain_name, unwrapped
+from .names import has_fsdp1, named_tensors, plain_name, unwrapped
+from .odd_values import EXTRA_STATE
 
 
 class RankNames:
@@ -38,7 +42,13 @@ class RankNames:
         self._parallel: ModelParallel = parallel if isinstance(parallel, ModelParallel) else ModelParallel()
         self._prefixes, self._exact = _find_experts(model, self._parallel)
         self._of_stage: set[str] = set()
-        self._fqns = [plain_name(model, name) for name, _ in named_tensors(unwrapped(model))]
+        self._lists_of_stage: set[str] = set()  # prefixes, such as "layers."
+        self._fqns = _names_of(unwrapped(model))
+        if has_fsdp1(model) and (self._parallel.pp_group is not None or self._parallel.ep_group is not None):
+            raise ValueError(
+                "FullyShardedDataParallel (FSDP1) over a part of the ranks does not say which; use fully_shard (FSDP2) beside "
+                "ModelParallel(pp=..., ep=...)"
+            )
         self._local: dict[str, str] | None = None
         group = self._parallel.ep_group
         self._ep_rank = 0 if group is None else dist.get_rank(group)
@@ -78,18 +88,25 @@ class RankNames:
 
     def of_stage(self, name: str) -> str:
         """Return a checkpoint's ``name``, with this rank's stage where :meth:`add_stage` says so."""
-        return f"{name}@pp{self.stage}" if name in self._of_stage else name
+        has_stage = name in self._of_stage or name.startswith(tuple(self._lists_of_stage))
+        return f"{name}@pp{self.stage}" if has_stage else name
 
     def add_stage(self, names: Iterable[str]) -> None:
-        """Let these names (of a checkpoint) stand for tensors of this rank's stage alone."""
-        self._of_stage.update(names)
+        """Let these names (of a checkpoint), and all others in the same lists of layers, stand for tensors of this rank's stage."""
+        for name in names:
+            prefix = _list_of(name)
+            if prefix is None:
+                self._of_stage.add(name)
+            else:
+                self._lists_of_stage.add(prefix)
         self._local = None
 
     def add_stage_as_in(self, stored: Iterable[str]) -> None:
         """Name tensors by their stage where a checkpoint, whose names are ``stored``, does."""
         if self.stage is not None:
             suffix = f"@pp{self.stage}"
-            self.add_stage(name.removesuffix(suffix) for name in stored if name.endswith(suffix))
+            self._of_stage.update(name.removesuffix(suffix) for name in stored if name.endswith(suffix))
+            self._local = None
 
     def _of_expert(self, fqn: str) -> str:
         if self._parallel.ep_group is None:
@@ -102,8 +119,24 @@ class RankNames:
             if count is None:
                 return f"{fqn}@ep{self._ep_rank}"
             index, _, rest = fqn.removeprefix(f"{prefix}.").partition(".")
+            if not index.isdecimal():  # the list's own
+                return f"{fqn}@ep{self._ep_rank}"
             return f"{prefix}.{int(index) + self._offsets[prefix]}.{rest}"
         return fqn
+
+
+def _names_of(model: nn.Module) -> list[str]:
+    """Return the names of all that a checkpoint may hold of a model: parameters, buffers and extra states."""
+    names = [name for name, _ in named_tensors(model)]
+    names += [f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE for prefix, _ in model.named_modules(remove_duplicate=False)]
+    return [plain_name(model, name) for name in names]
+
+
+def _list_of(name: str) -> str | None:
+    """``blocks.layers.0.weight`` -> ``blocks.layers.``; None where no part of the name is a number."""
+    parts = name.split(".")
+    index = next((index for index, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join([*parts[:index], ""]) if index else None
 
 
 def _find_experts(model: nn.Module, parallel: ModelParallel) -> tuple[dict[str, int | None], set[str]]:
@@ -113,7 +146,7 @@ def _find_experts(model: nn.Module, parallel: ModelParallel) -> tuple[dict[str, 
         return {}, set()
     prefixes: dict[str, int | None] = {}
     found: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in experts:
             prefixes[plain_name(model, name)] = len(module) if isinstance(module, nn.ModuleList) else None
             found.add(id(module))
@@ -122,6 +155,11 @@ def _find_experts(model: nn.Module, parallel: ModelParallel) -> tuple[dict[str, 
         if id(param) in experts:
             exact.add(plain_name(model, name))
             found.add(id(param))
+    for name, module in model.named_modules(remove_duplicate=False):  # the modules of a list, one by one, are the list
+        prefix = plain_name(model, name)
+        if isinstance(module, nn.ModuleList) and len(module) and all(id(child) in experts for child in module):
+            prefixes = {other: count for other, count in prefixes.items() if not other.startswith(f"{prefix}.")}
+            prefixes[prefix] = len(module)
     missing = [value for key, value in experts.items() if key not in found]
     if missing:
         what = missing[0].__class__.__name__

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from . import asynchronous
 from .agreement import (
     Group,
+    as_path,
     check_group,
     errors_on_every_rank,
     gather_on_rank_0,
@@ -96,13 +97,14 @@ def save(
     """
     asynchronous.wait_for_own_saves()
     check_group(group)
-    root, given = Path(root).absolute(), Path(root)  # the program may change its folder while a thread writes
-    cannot = f"cannot save a checkpoint in {given}"
+    cannot = f"cannot save a checkpoint in {root}"
     with errors_on_every_rank(cannot, group):
+        given = as_path("root", root)
+        root = given.absolute()  # the program may change its folder while a thread writes
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
         if on_divergence not in ("raise", "first"):
             raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
-    same_on_every_rank("the folder to save in", str(given), group)
+    same_on_every_rank({"the folder to save in": str(given), "async_": bool(async_)}, group)
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)
@@ -119,15 +121,14 @@ def save(
         step, extra, *folders = on_rank_0(cannot, prepare, group)
         partial, final = (root / name for name in folders)
         cannot = f"cannot save the checkpoint {given / final.name}"
-        writing_group = asynchronous.own_group(group) if async_ else group
         with errors_on_every_rank(cannot, group):
             check_shared(root, partial, rank(group))
             names = RankNames(model, optimizer)
         names.number_experts()
         with errors_on_every_rank(cannot, group):
             found = contents(model, optimizer, names)
+        found = one_of_each(found, names, group, on_divergence)
         with errors_on_every_rank(cannot, group):
-            found = one_of_each(found, names, group, on_divergence)
             own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
             own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
             ties = ties_of(model, names)
@@ -146,9 +147,9 @@ def save(
                 planner = Staged(planner, plan, optimizer)
         job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
         if async_:
-            asynchronous.start(lambda: job.run(writing_group))
+            asynchronous.start(job.run, asynchronous.borrow_group(group))
         else:
-            job.run(writing_group)
+            job.run(group)
     return given / final.name
 
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parameter import is_lazy
 
 from ..state import numbered_states_only
-from .names import flat_params, named_tensors, plain_name, state_dict_key, unwrapped
+from .names import flat_params, has_fsdp1, named_tensors, plain_name, state_dict_key, unwrapped
 from .odd_values import is_wrapper
 
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -52,11 +52,6 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
                 "call model.to_empty(device=...) and initialise it first"
             )
     _check_every_parameter_has_a_name(model, optimizer)
-
-
-def has_fsdp1(model: nn.Module) -> bool:
-    """Whether FSDP1 wraps any of the model. What torch then gives as its state are copies, not the live tensors."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from torch import Tensor
 
 COLUMNS = 64  # 8-byte words that share a weight in a large tensor: one pass of torch.sum reads memory at full speed
 SMALL = 1 << 15  # words up to which each has a weight of its own
-POSITIVE = (1 << 62) - 1  # mask for checksums that are compared by a maximum: the number and its negative both fit into int64
 _MULTIPLIER = 0x2851F42D4C957F2E  # even, so that multiples of it plus one are odd weights
 
 
 def checksums(tensors: Sequence[Tensor]) -> list[int]:
     """Return a signed 64-bit number for each tensor, which depends on every bit and on its position; 0 for zeros.
 
-    The number is the sum of the tensor's 8-byte words, each times an odd weight, modulo 2^64. So one flipped bit always changes it,
-    and other differences pass unseen with a probability near 2^-64, except that a large tensor may exchange words within a row of
-    ``COLUMNS``. Waits once for each device.
+    The number is the sum of the tensor's 8-byte words, each mixed and times an odd weight, modulo 2^64. So one flipped bit always
+    changes it, and other differences pass unseen with a probability near 2^-64, except that in a large tensor the words of a row of
+    ``COLUMNS`` are added up first: changes that leave that sum as it is are not seen. Waits once for each device.
 
     Args:
         tensors: of any dtype, shape and strides, on any device. Only read.
@@ -45,4 +44,5 @@ def _checksum(tensor: Tensor) -> Tensor:
     last = raw.new_zeros(8)
     last[: raw.numel() - count * 8] = raw[count * 8 :]
     summands = torch.cat([words[:in_rows].view(-1, COLUMNS).sum(1), words[in_rows:], last.view(torch.int64)])
-    return (summands * (torch.arange(summands.numel(), device=raw.device) * _MULTIPLIER + 1)).sum()
+    mixed = summands ^ (summands >> 29 & (1 << 35) - 1)  # one-to-one; else an even number of changed top bits would cancel
+    return (mixed * (torch.arange(summands.numel(), device=raw.device) * _MULTIPLIER + 1)).sum()

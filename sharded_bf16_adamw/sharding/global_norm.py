@@ -6,6 +6,7 @@ empty key stands for plain tensors, which every rank is taken to hold as a repli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,12 +30,13 @@ def all_reduce_sums(
     Args:
         sums: by key, 0-dim float64.
         expert_sums: likewise, of the parameters that differ over ``parallel.ep``.
-        replicas: groups whose ranks hold replicas, over which nothing is added: their ranks only agree whether all is finite.
+        replicas: groups whose ranks hold replicas, over which nothing is added: their ranks compare, and agree whether all is finite.
         parallel: groups over which parameters differ; None where there are none.
 
     Returns:
         ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite where any rank's sum is not.
-        ``mismatch`` is positive where ranks that share shards have unlike sums of plain tensors: the total is then meaningless.
+        ``mismatch`` is positive where ranks that should have equal gradients (of plain tensors beside shards or experts, of replicas)
+        have not: the total is then meaningless.
 
     Raises:
         RuntimeError: another rank has died or hangs.
@@ -45,15 +47,15 @@ def all_reduce_sums(
     for value in own:
         poison += (value - value).to(device)  # NaN where it is not finite: reaches all ranks with whatever is added up
     total, mismatch = _sum_over_shards(sums, poison)
+    experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
+    mismatch = mismatch + mismatch_of_experts
     if parallel is not None and (group := parallel.ep_group) is not None:
-        experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
-        experts, mismatch = _all_reduce(group, experts, mismatch + mismatch_of_experts)
-        total = total + experts
-    elif expert_sums:
-        experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
-        total, mismatch = total + experts, mismatch + mismatch_of_experts
+        experts, mismatch, first, second = _all_reduce(group, experts, mismatch, total, total.square())
+        total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
+    total = total + experts
     for group in replicas:
-        not_finite, mismatch = _all_reduce(group, (~total.isfinite()).double(), mismatch)
+        not_finite, mismatch, first, second = _all_reduce(group, (~total.isfinite()).double(), mismatch, total, total.square())
+        total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
         total = torch.where(not_finite > 0, torch.nan, total)
     if parallel is not None and (group := parallel.pp_group) is not None:
         total, mismatch = _all_reduce(group, total, mismatch)
@@ -61,23 +63,21 @@ def all_reduce_sums(
 
 
 def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up one set of sums. The first that is exchanged carries the sum of plain tensors and its square, to compare replicas."""
+    """Add up one set of sums. Each exchange carries the sum of plain tensors and its square, to compare replicas."""
     total, mismatch = poison, torch.zeros_like(poison)
     plain = sums.get((), torch.zeros_like(poison)).to(poison.device)
-    compared = False
     for key, value in sums.items():
-        value = value.to(poison.device) + poison
-        if key and not compared:
-            compared = True
-            value, first, second = _all_reduce(key, value, plain, plain.square())
-            ranks = 1
-            for group in key:
-                ranks *= dist.get_world_size(group)
-            mismatch = (ranks * second - first.square() > _TOLERANCE * first.square()).double()
-        elif key:
-            (value,) = _all_reduce(key, value)
-        total = total + value
-    return total, mismatch
+        if key:
+            value, mismatch, first, second = _all_reduce(key, value.to(poison.device) + poison, mismatch, plain, plain.square())
+            plain, mismatch = _agreed(plain, mismatch, first, second, math.prod(map(dist.get_world_size, key)))
+            total = total + value
+    return total + plain, mismatch
+
+
+def _agreed(own: Tensor, mismatch: Tensor, first: Tensor, second: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """Return one value for what ``ranks`` ranks should have alike, from the sums of their values and squares, and count a mismatch."""
+    differ = ranks * second - first.square() > _TOLERANCE * first.square()
+    return torch.where(first == ranks * own, own, first / ranks), mismatch + differ.double()
 
 
 def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checksum import POSITIVE, checksums
+from .checksum import checksums
 from .fsdp1 import is_flattened
 from .zero_comm import Agreement
 from .zero_rows import Rows
@@ -52,7 +52,7 @@ def differing(agreement: Agreement, tensors: Iterable[Tensor | None]) -> list[bo
     """Which of the tensors have not the same bits on every rank. Collective."""
     tensors = list(tensors)
     numbers = iter(checksums([x for x in tensors if x is not None]))
-    return [not equal for equal in agreement.are_equal([0 if x is None else next(numbers) & POSITIVE for x in tensors])]
+    return [not equal for equal in agreement.are_equal([0 if x is None else next(numbers) for x in tensors])]
 
 
 def wrapped_by_ddp(params: Iterable[Tensor]) -> bool:

@@ -35,7 +35,6 @@ STAGES = (("embed", "layers.0"), ("layers.1", "layers.2", "norm"))
 MOE = {"router.weight": (4, 6), **{f"experts.{i}.{kind}": shape for i in range(4) for kind, shape in (("weight", (5, 6)), ("bias", (5,)))}}
 STACKED = {"router.weight": (4, 6), "moe.w1": (4, 5, 6)}  # all experts in one parameter
 FP32 = ("norm.weight",)
-EXTRA = ("exp_avg", "exp_avg_sq", "correction", "step")
 
 
 def value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -178,6 +177,10 @@ def pipeline(*, inner: str = "", renumber: bool = False) -> Callable[[int, int, 
         def wrap(model: nn.Module) -> None:
             if inner == "fsdp2":
                 fully_shard(model, mesh=mesh["dp"])
+            if inner == "hsdp":
+                fully_shard(
+                    model, mesh=init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pp", "replicate", "shard"))["replicate", "shard"]
+                )
 
         def options(model: nn.Module) -> dict[str, Any]:
             parallel = ModelParallel(pp=mesh["pp"], dp=mesh["dp"] if inner == "ddp" else None)
@@ -276,6 +279,7 @@ CASES = [
     Case("PP2", 2, LAYERS, pipeline()),
     Case("PP2 x 2 replicas (DDP)", 4, LAYERS, pipeline(inner="ddp")),
     Case("PP2 x FSDP2", 4, LAYERS, pipeline(inner="fsdp2")),
+    Case("PP2 x HSDP", 4, LAYERS, pipeline(inner="hsdp")),
     Case("PP2 x ZeRO-2", 4, LAYERS, pipeline(inner="zero2")),
     Case("PP2, each stage numbers its layers from 0", 2, LAYERS, pipeline(renumber=True), reloads=False),
     Case("PP2 x FSDP2, each stage numbers its layers from 0", 4, LAYERS, pipeline(inner="fsdp2", renumber=True), reloads=False),
