@@ -44,7 +44,7 @@ def test_a_root_that_is_another_disk_on_each_node_is_refused_and_nothing_is_remo
     good = save_step(tmp_path / "node0" / "run", 1, sharded=False)
     first, second = run_ranks(2, node_local_worker, str(tmp_path), 0.1)
     assert first == second and "\n" not in first
-    assert "run is not the same folder for all ranks; give save() a root on a file system that they share" in first
+    assert "run is not the same folder for all ranks; give a root on a file system that they share" in first
     assert names(good.parent) == ["LATEST", "step-00000001"] and names(tmp_path / "node1" / "run") == []
     assert_holds(good, 1)
 
