@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grad_norm import Gradients, GradNorm, PendingClip
 from .kernels import Hyper, check_backend, is_capturing
@@ -462,7 +462,13 @@ class AdamW_BF16(torch.optim.Optimizer):
         others = {group for param in params for group in self._sharding.shard_groups(param)}
         if parallel is not None:
             others |= {group for group in (parallel.pp_group, parallel.ep_group) if group is not None}
-        check_replicas(replicas, others)
+        problem = None
+        if parallel is not None and of_plain is None and not replicas and any(type(param) is nn.Parameter for param in params):
+            problem = (
+                f"rank {dist.get_rank()} has nothing to compare: nobody has said which ranks hold replicas of its plain parameters; name "
+                "them by ModelParallel(dp=...)"
+            )
+        check_replicas(replicas, others, problem)
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:
         """Create states now, at step 0, rather than at the first gradient. Loading a checkpoint needs somewhere to load to.

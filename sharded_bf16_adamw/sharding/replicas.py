@@ -39,23 +39,19 @@ class Difference(NamedTuple):
     odd: tuple[int, ...]
 
 
-def check_replicas(replicas: Sequence[Replica], others: Iterable[dist.ProcessGroup]) -> None:
+def check_replicas(replicas: Sequence[Replica], others: Iterable[dist.ProcessGroup], problem: str | None = None) -> None:
     """Compare 64-bit checksums over each group. Collective over all groups named.
 
     Args:
         replicas: the same names in the same order on every rank of a group.
         others: groups whose ranks compare nothing with each other but are to learn of a difference too.
+        problem: what is wrong on this rank, to be raised on all.
 
     Raises:
         RuntimeError: on every rank, where a replica differs; names the first tensor and the ranks.
     """
     differences = find_differences(replicas, checksums([replica.tensor for replica in replicas]))
-    message = None
-    if not replicas and dist.is_initialized() and dist.get_world_size() > 1:
-        message = (
-            f"rank {dist.get_rank()} has nothing to compare: no parameter says which ranks hold replicas of it; name them as "
-            "AdamW_BF16(..., model_parallel=ModelParallel(dp=...))"
-        )
+    message = problem
     if differences:
         name, ranks, odd = differences[0]
         whose = f"on rank {_listed(odd)} from those on rank {_listed(set(ranks) - set(odd))}" if odd else f"between ranks {_listed(ranks)}"

@@ -162,6 +162,20 @@ def test_ranks_with_other_parameters_are_told_so():
         assert message.startswith("replicas of the list of parameters differ between ranks 0, 1")
 
 
+def nothing_to_compare_worker(rank: int, world: int) -> str:
+    fully_sharded = fully_shard(nn.Linear(4, 4).bfloat16())
+    AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has none
+    optimizer = AdamW_BF16([nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD))
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.check_replicas()
+    return str(caught.value)
+
+
+def test_a_check_that_can_compare_nothing_says_so():
+    for message in run_ranks(2, nothing_to_compare_worker):
+        assert message.startswith("rank 0 has nothing to compare")
+
+
 def alone() -> AdamW_BF16:
     return AdamW_BF16([nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2)
 
