@@ -198,7 +198,7 @@ def set_rng_contents(state: dict[str, Tensor]) -> None:
 
 
 def _is_used(gpu: int) -> bool:
-    """Whether this process has a context on the GPU, without which nothing has drawn random numbers there."""
+    """Return whether this process has a context on the GPU, without which nothing has drawn random numbers there."""
     return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 

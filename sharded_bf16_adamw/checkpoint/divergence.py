@@ -51,7 +51,7 @@ class Divergence(NamedTuple):
 
 
 class Divergences(NamedTuple):
-    """What differs between ranks that should hold replicas, the keys that differ between pipeline stages and not within one, and a
+    """Differences between ranks that should hold replicas, the keys that differ between pipeline stages and not within one, and a
     parameter that not all ranks have."""
 
     within: list[Divergence]

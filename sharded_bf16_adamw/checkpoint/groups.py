@@ -1,4 +1,4 @@
-"""Which saved parameter group a group of this optimizer takes its options from."""
+"""Match this optimizer's parameter groups to the saved ones whose options they take."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def _names_in_source(weights: Source, ties: list[list[str]], model_part: dict[st
 
 
 def _same_block(weights: Source, first: str, other: str, tensor: Tensor) -> bool:
-    """Whether this rank's part of a tensor is the same under two names."""
+    """Return whether this rank's part of a tensor is the same under two names."""
     fits = weights.infos[first].shape == tuple(tensor.shape)  # else that is what is wrong
     return weights.infos[first] == weights.infos[other] and all(
         not fits or same_bits(weights.read(first, block), weights.read(other, block)) for block, _ in local_blocks(tensor)

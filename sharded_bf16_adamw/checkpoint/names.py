@@ -89,7 +89,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_fabrics(module: nn.Module) -> bool:
-    """Whether it is Lightning Fabric's wrapper, which has the module as its strategy wraps it, the plain one, and nothing else."""
+    """Return whether it is Lightning Fabric's wrapper, which has the module as its strategy wraps it, the plain one, and nothing else."""
     if module._modules.get(FABRIC) is None:
         return False
     return {*module._modules, *module._parameters, *module._buffers} <= {FABRIC, _FABRIC_ORIGINAL}

@@ -25,7 +25,7 @@ _LARGEST_ENTRY = 1024  # elements of a tensor that goes into the manifest
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether it is a tensor made of others, as torchao's quantised ones are; DTensors are not meant."""
+    """Return whether it is a tensor made of others, as torchao's quantised ones are; DTensors are not meant."""
     return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
 
 

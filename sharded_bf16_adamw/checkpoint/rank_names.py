@@ -67,7 +67,7 @@ class RankNames:
 
     @property
     def must_be_the_same(self) -> bool:
-        """Whether all ranks must have parameters of the same names: an optimizer of ours for which nothing else is said."""
+        """Return whether all ranks must have parameters of the same names: an optimizer of ours for which nothing else is said."""
         return self._is_ours and self._parallel.pp_group is None and self._parallel.ep_group is None
 
     @property

@@ -214,6 +214,6 @@ def _same(stored: StoredCheckpoint, key: str, other: str) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits; NaN equals itself."""
+    """Return whether two tensors have the same shape, dtype and bits; NaN equals itself."""
     bits = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*bits)

@@ -60,9 +60,7 @@ def test_trains_like_one_process(tmp_path, single, strategy, ranks):
     assert expected[6] < expected[0] - 100 * LIMIT, "or the limit would not tell training from none"
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], abs=LIMIT)
-    assert len(norms(lines)) == 6
-    # of all ranks together, each element once; later norms are of weights that have rounded apart, as far as the text makes them
-    assert norms(lines)[:2] == pytest.approx(norms(single)[:2], rel=0.01)
+    assert norms(lines) == pytest.approx(norms(single), rel=0.01), "of all ranks together, each element once"
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)])
@@ -113,8 +111,7 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(tmp_path, ranks, argume
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("fsdp2+tp", 4)])
 def test_micro_batches_train_like_whole_ones(tmp_path, single, strategy, ranks):
     lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", 0.01, "--grad-accum", 3)
-    assert len(norms(lines)) == 6
-    assert norms(lines)[:2] == pytest.approx(norms(single)[:2], rel=0.01)
+    assert norms(lines) == pytest.approx(norms(single), rel=0.01)
     assert held_out(lines)[6] == pytest.approx(held_out(single)[6], abs=LIMIT)
 
 
