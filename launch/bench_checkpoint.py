@@ -100,6 +100,7 @@ def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: 
     if dist.get_world_size() > 1:
         names = RankNames(model, optimizer)
         found = contents(model, optimizer, names)
+        fresh(folder)  # nothing of the round before is still on its way to the disk
         figures["comparing"] = timed(lambda: find_divergences(found, None, None, []))
     order = list(reversed(writes)) if plain_first else list(writes)
     for name in order:

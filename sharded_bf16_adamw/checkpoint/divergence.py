@@ -3,9 +3,9 @@
 Vocabulary: a tensor's *holders* are the ranks of its mesh if it is a DTensor, and nobody in particular if it is plain: every rank that has
 a plain tensor of a name is taken to have a replica. An *entry* is what a rank has of a tensor, in comparable form.
 
-Nothing is exchanged but digests as long as all ranks have the same names and plain tensors. Plain tensors are read in full. A DTensor is
+Nothing is exchanged but digests as long as all ranks have the same names and plain tensors. A plain tensor is read. A DTensor is
 read only where its mesh replicates it (HSDP), or where other holders have a tensor of the same name (pipeline stages that number their
-layers from 0).
+layers from 0). Of the model's tensors every bit is read, of large states a sample (see ``SAMPLED``).
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ from ..sharding.local import replica_groups, to_local
 from ..sharding.replicas import Replica, find_differences
 from .agreement import Group, errors_on_every_rank, gather_everywhere, global_rank, rank, world_size
 from .blocks import local_blocks
-from .contents import MODEL, Contents, fqn_of, with_stages
+from .contents import MODEL, STATE, Contents, fqn_of, with_stages
 from .plain import encode
 from .rank_names import RankNames
 
 Holders = tuple[int, ...]
+
+# Of a large state one line in so many is compared. Whatever lets replicas drift (gradients that nobody averaged, parameters that are not
+# the same) shows in the weights, which are compared in full, and all over the states; reading those in full takes four times as long.
+SAMPLED = 64
+LINE = 256  # elements
 
 
 class Entry(NamedTuple):
@@ -133,7 +138,11 @@ def find_divergences(found: Contents, group: Group, stage: int | None, params: l
     with errors_on_every_rank(cannot, group):  # checksums need memory
         holders = {key: _holders(value) for key, value in tensors.items()}
         plain = {**_entries({key: value for key, value in tensors.items() if holders[key] == ()}), **_entries_of_values(found.plain)}
-        replicas = [Replica(key, to_local(value), replica_groups(value)) for key, value in tensors.items() if isinstance(value, DTensor)]
+        replicas = [
+            Replica(key, _compared(key, to_local(value)), replica_groups(value))
+            for key, value in tensors.items()
+            if isinstance(value, DTensor)
+        ]
         replicas = [replica for replica in replicas if replica.groups]
         numbers = checksums([replica.tensor for replica in replicas])
     partly = {key: ranks for key, ranks in holders.items() if ranks and ranks != all_ranks}
@@ -169,11 +178,20 @@ def _holders(value: Any) -> Holders | None:
 
 def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
     blocks = {key: list(local_blocks(value)) for key, value in tensors.items()}
-    numbers = iter(checksums([local for parts in blocks.values() for _, local in parts]))
+    numbers = iter(checksums([_compared(key, local) for key, parts in blocks.items() for _, local in parts]))
     return {
         key: Entry(tuple(tensors[key].shape), str(tensors[key].dtype), ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts))
         for key, parts in blocks.items()
     }
+
+
+def _compared(key: str, local: Tensor) -> Tensor:
+    """Return the elements of a tensor that are compared: all of the model's, and of a state's the sample that ``SAMPLED`` describes."""
+    if not key.startswith(STATE) or local.numel() < SAMPLED * LINE:
+        return local
+    flat = local.detach().contiguous().view(-1)
+    lines = flat.numel() // (SAMPLED * LINE)
+    return flat[: lines * SAMPLED * LINE].view(lines, SAMPLED, LINE)[:, 0]
 
 
 def _entries_of_values(values: dict[str, Any]) -> dict[str, Entry]:

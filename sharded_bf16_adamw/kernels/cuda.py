@@ -201,6 +201,15 @@ def _hyper_values(hyper: Hyper, device: torch.device) -> list[int]:
     return [*map(double_bits, (float(lr), *hyper[1:5])), int(hyper.maximize), 0, 0]
 
 
+def _chunk_of(numel: int) -> int:
+    """Choose the elements of one program for a launch over ``numel`` in all.
+
+    On an H200 small chunks keep all processors busy where there is little to do (a third faster at 2^20 elements), and large ones save the
+    start of programs elsewhere (2 % faster from 2^28 on).
+    """
+    return 4096 if numel <= 1 << 21 else 8192 if numel < 1 << 27 else 16384
+
+
 class _Rows:
     """The parameters of one dtype: what is constant between steps, on the device. ``indices`` tells which gradients are theirs."""
 
@@ -216,7 +225,9 @@ class _Rows:
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
         off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
         self.rows = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
-        self._all_chunks = chunk_map([row[0].numel() for row in rows], kernels.CHUNK.value)
+        numels = [row[0].numel() for row in rows]
+        self.chunk = _chunk_of(sum(numels))
+        self._all_chunks = chunk_map(numels, self.chunk)
         self.chunks = upload(self._all_chunks, device)
         self._chunks_of: dict[tuple[int, ...], dict[int, Tensor]] = {}  # by the kinds of all rows, then by kind; the newest last
         self._captured_chunks: list[dict[int, Tensor]] = []  # that CUDA graphs read
@@ -243,6 +254,7 @@ class _Rows:
                 chunks,
                 self.finished,
                 len(self.indices),
+                self.chunk,
                 grad_scale,
                 found_inf,
                 kind=kind,

@@ -4,7 +4,7 @@ Vocabulary:
 
 * row: one parameter. ``rows`` holds the addresses of its tensors, its length and its group, as int64 (see the ``ROW_*`` offsets).
 * group: rows that share hyper-parameters. ``hypers`` holds those, as int64 (see the ``HYPER_*`` offsets).
-* chunk: ``CHUNK`` consecutive elements of one row, the work of one program. ``chunks`` maps programs to (row, chunk) pairs.
+* chunk: ``chunk`` consecutive elements of one row, the work of one program. ``chunks`` maps programs to (row, chunk) pairs.
 * kind: what the compiler must know of a row (``FP32_GRAD``, ``UNALIGNED_GRAD``, ``UNALIGNED_ROW``). A launch serves one kind.
 
 Arithmetic follows ``reference.py`` operation by operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add rounds
@@ -20,7 +20,6 @@ from . import reference
 
 BLOCK = tl.constexpr(1024)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
 TAIL = tl.constexpr(128)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
-CHUNK = tl.constexpr(8192)
 
 ROW_WIDTH = tl.constexpr(8)
 ROW_PARAM = tl.constexpr(0)
@@ -57,12 +56,13 @@ DRAW_M = tl.constexpr(reference.DRAW_M)
 DRAW_C = tl.constexpr(reference.DRAW_C)
 
 THREADS = BLOCK.value // 8
+
 BLOCK_ROWS = tl.constexpr(128)
 
 _SCALAR_POINTERS = ["grad_scale", "found_inf"]  # 0-dim tensors may be views at any address
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
+@triton.jit(do_not_specialize=["n_rows", "chunk"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
 def adamw_kernel(
     rows,  # *int64 [n_rows, ROW_WIDTH]
     grads,  # *int64 [2, n_rows]: addresses, then kinds
@@ -70,6 +70,7 @@ def adamw_kernel(
     chunks,  # *int32 [programs, 2]: row, chunk of the row
     finished,  # *int32 [1]: programs that are done with reading steps; zero between launches
     n_rows,
+    chunk,  # elements of one program, a multiple of BLOCK
     grad_scale,  # *float of one element, or None
     found_inf,  # *float of one element, or None
     kind: tl.constexpr,  # rows of other kinds are left to other launches
@@ -82,7 +83,7 @@ def adamw_kernel(
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
     if active:
-        _update_chunk(rows, grads, hypers, chunks, n_rows, grad_scale, kind, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
+        _update_chunk(rows, grads, hypers, chunks, n_rows, chunk, grad_scale, kind, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
         _count_steps(rows, grads, finished, n_rows, kind)
 
 
@@ -97,6 +98,7 @@ def _update_chunk(
     hypers,
     chunks,
     n_rows,
+    chunk,
     grad_scale,
     kind: tl.constexpr,
     fp32_param: tl.constexpr,
@@ -117,8 +119,8 @@ def _update_chunk(
         t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
         scalars = _step_scalars(t, hyper)
         key = _lowbias32(t.to(tl.uint32))
-        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-        n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, CHUNK).to(tl.int32)
+        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
+        n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
         g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
         aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
         p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)

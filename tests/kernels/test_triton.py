@@ -64,9 +64,9 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     assert results.pop("step of an empty parameter") == 1.0
     # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
     assert results.pop("kinds") == [0, 6]
-    # Each launch has programs for its own rows: 1 chunk for each but the last, which has 3.
-    assert results.pop("programs") == {"all aligned": [8], "one unaligned": [7, 1], "one unaligned, while a graph is captured": [7, 1]}
-    assert results.pop("programs of a mixture that a graph captures first") == [8, 8]
+    # Each launch has programs for its own rows, of which each has as many as chunks of 4096: 2, 1, 1, 1, 2, 5.
+    assert results.pop("programs") == {"all aligned": [12], "one unaligned": [10, 2], "one unaligned, while a graph is captured": [10, 2]}
+    assert results.pop("programs of a mixture that a graph captures first") == [12, 12]
     assert results.pop("counter") == 0
     assert results == {  # (launches, uploads)
         "first": (1, 2),

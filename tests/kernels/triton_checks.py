@@ -19,8 +19,8 @@ from .tables import split, take_step
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 OTHER_GROUP = Hyper(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
-SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly a chunk, several chunks and a tail
-BORDERS = (127, 129, 1025, 1152, 8191, 8193)  # one element to either side of a tail's turn, of a block and of a chunk
+SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
+BORDERS = (127, 129, 1025, 1152, 4095, 4097)  # one element to either side of a tail's turn, of a block and of a chunk
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,7 @@ CASES = {
 
 def differences_beyond_32_bits() -> list[str]:
     """Step the last chunks of a tensor of more than 2^32 bytes. Pages that nobody touches take no memory."""
-    from sharded_bf16_adamw.kernels import triton_adamw
-
-    n = 2**31 + 3 * triton_adamw.CHUNK.value + 77
+    n = 2**31 + 3 * 16384 + 77  # 16384: of a program
     large = [torch.empty(n, dtype=BF16) for _ in range(5)]
     tail = slice(2**31, None)
     generator = torch.Generator().manual_seed(5)
@@ -177,7 +175,8 @@ def differences_beyond_32_bits() -> list[str]:
     take_step(reference.Table(p, m, v, c, [torch.zeros(())]), g, **HYPER)
     table = cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
     group = table._by_dtype[0]
-    group.chunks = group.chunks[2**31 // triton_adamw.CHUNK.value :]
+    assert group.chunk == 16384
+    group.chunks = group.chunks[2**31 // group.chunk :]
     take_step(table, [large[1]], **HYPER)
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "corrections")
     lines = [line for name, x, y in zip(names, large, (p, g, m, v, c), strict=True) for line in differing(name, [x[tail]], y)]

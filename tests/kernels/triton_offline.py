@@ -32,6 +32,7 @@ ADAMW_ARGUMENTS: dict[str, str] = {
     "chunks": "*i32",
     "finished": "*i32",
     "n_rows": "i32",
+    "chunk": "i32",
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
 }
