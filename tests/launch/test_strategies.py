@@ -23,6 +23,7 @@ from sharded_bf16_adamw.sharding.zero_rows import Rows
 SHORT = ["--device=cpu", "--no-progress", "--preset=nano", "--seq-len=16", "--batch-size=8"]
 SHORT += ["--eval-batches=2", "--eval-every=3", "--save-every=0"]
 RANKS = [("ddp", 2), ("fsdp1", 3), ("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)]
+LR = 0.003  # at 0.01 some texts have steps where even another order of the sequences in a batch changes the gradient norm by 1 %
 LIMIT = 0.005  # nats a byte, of about 5.5: the forward and backward of several ranks round otherwise than those of one
 
 
@@ -49,12 +50,12 @@ def norms(lines):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return run(1, tmp_path_factory.mktemp("single"), "--strategy", "single", "--steps", 6, "--batch-size", 12, "--lr", 0.01)
+    return run(1, tmp_path_factory.mktemp("single"), "--strategy", "single", "--steps", 6, "--batch-size", 12, "--lr", LR)
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), RANKS)
 def test_trains_like_one_process(tmp_path, single, strategy, ranks):
-    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", 0.01)
+    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", LR)
     expected, losses = held_out(single), held_out(lines)
     assert list(losses) == [0, 3, 6]
     assert expected[6] < expected[0] - 100 * LIMIT, "or the limit would not tell training from none"
@@ -110,7 +111,7 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(tmp_path, ranks, argume
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("fsdp2+tp", 4)])
 def test_micro_batches_train_like_whole_ones(tmp_path, single, strategy, ranks):
-    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", 0.01, "--grad-accum", 3)
+    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", LR, "--grad-accum", 3)
     assert norms(lines) == pytest.approx(norms(single), rel=0.01)
     assert held_out(lines)[6] == pytest.approx(held_out(single)[6], abs=LIMIT)
 
