@@ -16,7 +16,17 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("sharded_bf16_adamw/kernels/csrc")
 # Fused or reordered arithmetic would change the bits: no -ffast-math, no -march=native, no contraction to fma.
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-pthread",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+]
 
 
 class BuildNative(build_ext):
@@ -29,11 +39,15 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # never leave a library of older sources behind
-        compiler = os.environ.get("CC", "").split() or [next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "cc")]
+        compiler = os.environ.get("CC", "").split() or [
+            next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "cc")
+        ]
         try:
             subprocess.run([*compiler, *FLAGS, *ext.sources, "-o", str(target), "-lm"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            self.warn(f"the native CPU library was not built, so the slower reference will serve: {error}")
+            self.warn(
+                f"the native CPU library was not built, so the slower reference will serve: {error}"
+            )
 
 
 setup(

@@ -37,17 +37,30 @@ class Ours:
         keep_correction: False forgets the correction after each step.
     """
 
-    def __init__(self, start: Tensor, change: Callable[[], AbstractContextManager] | None = None, keep_correction: bool = True):
+    def __init__(
+        self,
+        start: Tensor,
+        change: Callable[[], AbstractContextManager] | None = None,
+        keep_correction: bool = True,
+    ):
         self.p = start.clone()
         self.m, self.v, self.c = (torch.zeros_like(start) for _ in range(3))
         self.count = torch.zeros(())
         self.change, self.keep_correction = change, keep_correction
 
     def step(self, g: Tensor, lr: float, beta2: float, weight_decay: float) -> None:
-        hyper: dict[str, Any] = {"lr": lr, "beta1": 0.9, "beta2": beta2, "eps": 1e-8, "weight_decay": weight_decay}
+        hyper: dict[str, Any] = {
+            "lr": lr,
+            "beta1": 0.9,
+            "beta2": beta2,
+            "eps": 1e-8,
+            "weight_decay": weight_decay,
+        }
         with self.change() if self.change else nullcontext():
             backend = "reference" if self.change else None
-            adamw_bf16_([self.p], [g], [self.m], [self.v], [self.c], [self.count], **hyper, backend=backend)
+            adamw_bf16_(
+                [self.p], [g], [self.m], [self.v], [self.c], [self.count], **hyper, backend=backend
+            )
         if not self.keep_correction:
             self.c.zero_()
 
@@ -92,7 +105,9 @@ RULES: Rules = {
 }
 
 
-def v_ratios(rules: Rules, gradient: Callable[[int], Tensor], start: Tensor, beta2: float, steps: int) -> dict[str, Tensor]:
+def v_ratios(
+    rules: Rules, gradient: Callable[[int], Tensor], start: Tensor, beta2: float, steps: int
+) -> dict[str, Tensor]:
     """Run at lr 0 and return per rule stored v / exact v, float64 of shape ``(steps / V_EVERY, elements)``."""
     runs = {name: make(start) for name, make in rules.items()}
     exact = torch.zeros_like(start, dtype=torch.float64)
@@ -108,7 +123,9 @@ def v_ratios(rules: Rules, gradient: Callable[[int], Tensor], start: Tensor, bet
     return {name: torch.stack(r) for name, r in ratios.items()}
 
 
-def slopes(rules: Rules, gradient: Callable[[], Tensor], start: Tensor, wd: float) -> dict[str, Tensor]:
+def slopes(
+    rules: Rules, gradient: Callable[[], Tensor], start: Tensor, wd: float
+) -> dict[str, Tensor]:
     """Run ``SLOPE_STEPS`` steps and return per rule the least-squares slope of the weight's displacement against float64's.
 
     ``start`` is bfloat16 of shape (groups, elements); the result holds one slope for each group.
@@ -120,10 +137,18 @@ def slopes(rules: Rules, gradient: Callable[[], Tensor], start: Tensor, wd: floa
         for run in [exact, *runs.values()]:
             run.step(g, SLOPE_LR, 0.999, wd)
     right = exact.weight() - start.double()
-    return {name: ((run.weight() - start.double()) * right).sum(1) / right.square().sum(1) for name, run in runs.items()}
+    return {
+        name: ((run.weight() - start.double()) * right).sum(1) / right.square().sum(1)
+        for name, run in runs.items()
+    }
 
 
-def measure() -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[tuple[str, dict[str, str]]], list[tuple[str, str, str]]]:
+def measure() -> tuple[
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+    list[tuple[str, dict[str, str]]],
+    list[tuple[str, str, str]],
+]:
     """Return the v ratios per kind of gradient and rule, the slopes per rule, the rows of the table and those of the ablation."""
     gen = torch.Generator().manual_seed(0)
 
@@ -139,20 +164,34 @@ def measure() -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[tup
     kinds = ("Gaussian", "Gaussian that drops tenfold", "95 % zeros")
     by_rule = v_ratios(RULES, three_kinds, normal(3, GROUP).bfloat16(), 0.999, V_STEPS)
     v = {kind: {rule: r[:, i] for rule, r in by_rule.items()} for i, kind in enumerate(kinds)}
-    rows = [(f"v, {kind}, β₂ = 0.999", {rule: with_spread(r[-1]) for rule, r in v[kind].items()}) for kind in kinds]
-    long = v_ratios(RULES, lambda t: normal(GROUP).bfloat16(), normal(GROUP).bfloat16(), 0.9999, V_STEPS)
-    rows.insert(1, ("v, Gaussian, β₂ = 0.9999", {rule: with_spread(r[-1]) for rule, r in long.items()}))
+    rows = [
+        (f"v, {kind}, β₂ = 0.999", {rule: with_spread(r[-1]) for rule, r in v[kind].items()})
+        for kind in kinds
+    ]
+    long = v_ratios(
+        RULES, lambda t: normal(GROUP).bfloat16(), normal(GROUP).bfloat16(), 0.9999, V_STEPS
+    )
+    rows.insert(
+        1, ("v, Gaussian, β₂ = 0.9999", {rule: with_spread(r[-1]) for rule, r in long.items()})
+    )
 
     size = 1 + torch.rand(len(LR_PER_WEIGHT), GROUP, generator=gen)
     start = (size * SLOPE_LR / torch.tensor(LR_PER_WEIGHT)[:, None]).bfloat16()
     drift = normal(*start.shape) / 2
     slope = slopes(RULES, lambda: (normal(*start.shape) + drift).bfloat16(), start, 0.0)
     for k in (2, 5, 7, 8):
-        rows.append((f"slope, lr / weight = 1e-{k}", {rule: f"{s[k - 2]:.3f}" for rule, s in slope.items()}))
+        rows.append(
+            (f"slope, lr / weight = 1e-{k}", {rule: f"{s[k - 2]:.3f}" for rule, s in slope.items()})
+        )
     ones = size[:1].bfloat16()
     zero = torch.zeros_like(ones)
     decay = slopes(RULES, lambda: zero, ones, 0.1)
-    rows.append(("slope, decay alone: lr = 1e-5, wd = 0.1", {rule: f"{s[0]:.3f}" for rule, s in decay.items()}))
+    rows.append(
+        (
+            "slope, decay alone: lr = 1e-5, wd = 0.1",
+            {rule: f"{s[0]:.3f}" for rule, s in decay.items()},
+        )
+    )
     return v, slope, rows, ablation(gen)
 
 
@@ -160,13 +199,25 @@ def ablation(gen: torch.Generator) -> list[tuple[str, str, str]]:
     """Rows ``(what is left out, what is measured, figure)``."""
     p, g = (torch.randn(GROUP, generator=gen).bfloat16() for _ in range(2))
     hashed = {"ours": Ours, "without": lambda start: Ours(start, step_left_out_of_hash)}
-    constant = {name: r[len(r) // 3 :].mean() for name, r in v_ratios(hashed, lambda t: g, p, 0.999, 6000).items()}
-    start, drift = (1 + torch.rand(1, GROUP, generator=gen)).bfloat16(), torch.randn(1, GROUP, generator=gen) / 2
+    constant = {
+        name: r[len(r) // 3 :].mean()
+        for name, r in v_ratios(hashed, lambda t: g, p, 0.999, 6000).items()
+    }
+    start, drift = (
+        (1 + torch.rand(1, GROUP, generator=gen)).bfloat16(),
+        torch.randn(1, GROUP, generator=gen) / 2,
+    )
     corrected = {"ours": Ours, "without": lambda start: Ours(start, keep_correction=False)}
-    moved = slopes(corrected, lambda: (torch.randn(1, GROUP, generator=gen) + drift).bfloat16(), start, 0.0)
+    moved = slopes(
+        corrected, lambda: (torch.randn(1, GROUP, generator=gen) + drift).bfloat16(), start, 0.0
+    )
     return [
         ("nothing", "time-mean of v, constant gradient", f"{constant['ours']:.3f}"),
-        ("the step, from the hash", "time-mean of v, constant gradient", f"{constant['without']:.3f}"),
+        (
+            "the step, from the hash",
+            "time-mean of v, constant gradient",
+            f"{constant['without']:.3f}",
+        ),
         ("nothing", "slope, lr / weight = 1e-5", f"{moved['ours'].item():.3f}"),
         ("the correction", "slope, lr / weight = 1e-5", f"{moved['without'].item():.3f}"),
     ]
@@ -180,20 +231,33 @@ def with_spread(ratio: Tensor) -> str:
 def table(rows: list[tuple[str, dict[str, str]]], parts: list[tuple[str, str, str]]) -> str:
     """Both tables as markdown."""
     lines = ["| | " + " | ".join(RULES) + " |", "|---|" + "---|" * len(RULES)]
-    lines += [f"| {name} | " + " | ".join(figures[rule] for rule in RULES) + " |" for name, figures in rows]
+    lines += [
+        f"| {name} | " + " | ".join(figures[rule] for rule in RULES) + " |"
+        for name, figures in rows
+    ]
     lines += ["", "| left out | measured | |", "|---|---|---|"]
     lines += [f"| {' | '.join(part)} |" for part in parts]
     return "\n".join(lines)
 
 
-STYLE = {"round to nearest": "C1--", "all-bf16 operations": "C3:", "fp32 master weights": "C7-.", "ours": "C0-"}
+STYLE = {
+    "round to nearest": "C1--",
+    "all-bf16 operations": "C3:",
+    "fp32 master weights": "C7-.",
+    "ours": "C0-",
+}
 
 
 def plot_v(v: dict[str, dict[str, Tensor]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(v), figsize=(10, 3.2), layout="constrained")
     for axis, (kind, by_rule) in zip(axes, v.items(), strict=True):
         for rule, ratio in by_rule.items():
-            axis.semilogy([V_EVERY * (i + 1) for i in range(len(ratio))], ratio.mean(1), STYLE[rule], label=rule)
+            axis.semilogy(
+                [V_EVERY * (i + 1) for i in range(len(ratio))],
+                ratio.mean(1),
+                STYLE[rule],
+                label=rule,
+            )
         axis.set(title=kind, xlabel="step", ylim=(0.5, 300))
     axes[0].set_ylabel("stored v / exact v, mean")
     axes[-1].legend(fontsize="small")

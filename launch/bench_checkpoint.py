@@ -32,10 +32,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
-from sharded_bf16_adamw.checkpoint.contents import contents
 from sharded_bf16_adamw.checkpoint.divergence import find_divergences
 from sharded_bf16_adamw.checkpoint.rank_names import RankNames
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.checkpoint.state_dict import contents
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 BLOCK = 1 << 23  # bytes per plain read or write
 BYTES_PER_PARAMETER = 8  # bf16 weight, two moments and correction
@@ -44,16 +44,33 @@ ROWS = 64  # of a training step's batch, on each rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=1.0, help="size of the checkpoint, of all ranks together")
-    parser.add_argument("--replicated", action="store_true", help="keep the whole model on every rank, as DDP does (default: FSDP2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gb", type=float, default=1.0, help="size of the checkpoint, of all ranks together"
+    )
+    parser.add_argument(
+        "--replicated",
+        action="store_true",
+        help="keep the whole model on every rank, as DDP does (default: FSDP2)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="on the disk to measure; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        default=None,
+        help="on the disk to measure; default: the system's temporary folder",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     world = init_world("auto")
     folder = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"
-    model, optimizer = build(args.gb / world.ranks, world.ranks, world.device, sharded=world.ranks > 1 and not args.replicated)
+    model, optimizer = build(
+        args.gb / world.ranks,
+        world.ranks,
+        world.device,
+        sharded=world.ranks > 1 and not args.replicated,
+    )
     rounds = []
     try:
         for index in range(args.rounds + 1):
@@ -61,7 +78,10 @@ def main() -> None:
             if index:  # the first warms up
                 rounds.append(figures)
                 if world.rank == 0:
-                    print("  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+                    print(
+                        "  ".join(f"{name} {value:.3f}" for name, value in figures.items()),
+                        flush=True,
+                    )
     finally:
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,11 +90,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def build(gb: float, ranks: int, device: torch.device, sharded: bool) -> tuple[nn.Module, AdamW_BF16]:
+def build(
+    gb: float, ranks: int, device: torch.device, sharded: bool
+) -> tuple[nn.Module, AdamW_BF16]:
     """Build layers of 4M parameters each, ``gb * ranks`` of weights and states together."""
     torch.manual_seed(0)
     count = max(1, round(gb * ranks * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count))).to(device, torch.bfloat16)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count))).to(
+        device, torch.bfloat16
+    )
     if sharded:
         for layer in model:
             fully_shard(layer)
@@ -86,7 +110,9 @@ def build(gb: float, ranks: int, device: torch.device, sharded: bool) -> tuple[n
     return model, optimizer
 
 
-def measure(folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: bool) -> dict[str, float]:
+def measure(
+    folder: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: bool
+) -> dict[str, float]:
     """Seconds of one round. What is written after something else can be several times slower, so both begin with an empty folder, and
     rounds take turns in which is first."""
     figures = {}
@@ -208,14 +234,26 @@ def forget(paths: list[Path]) -> None:
 
 def report(rounds: list[dict[str, float]], file: str | None) -> None:
     ratios = {
-        "throughput of save / plain write": [figures["plain write"] / figures["save"] for figures in rounds],
-        "throughput of load / plain read": [figures["plain read"] / figures["load"] for figures in rounds],
-        "comparison of replicas / save": [figures.get("comparing", 0.0) / figures["save"] for figures in rounds],
-        "stall of async save / save": [figures["async stall"] / figures["save"] for figures in rounds],
-        "hold-up of training by async save / save": [
-            (figures["call"] + figures["steps meanwhile"] - figures["steps alone"]) / figures["save"] for figures in rounds
+        "throughput of save / plain write": [
+            figures["plain write"] / figures["save"] for figures in rounds
         ],
-        "speed of training while a save is written / alone": [figures["steps alone"] / figures["steps meanwhile"] for figures in rounds],
+        "throughput of load / plain read": [
+            figures["plain read"] / figures["load"] for figures in rounds
+        ],
+        "comparison of replicas / save": [
+            figures.get("comparing", 0.0) / figures["save"] for figures in rounds
+        ],
+        "stall of async save / save": [
+            figures["async stall"] / figures["save"] for figures in rounds
+        ],
+        "hold-up of training by async save / save": [
+            (figures["call"] + figures["steps meanwhile"] - figures["steps alone"])
+            / figures["save"]
+            for figures in rounds
+        ],
+        "speed of training while a save is written / alone": [
+            figures["steps alone"] / figures["steps meanwhile"] for figures in rounds
+        ],
     }
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")

@@ -39,18 +39,25 @@ def measure_fsdp2(rounds: int) -> dict[str, Any]:
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
     def over_ours(name: str, *parts: str) -> float:
-        own, theirs = (zip(*(times[f"{key} {part}"] for part in parts), strict=True) for key in ("ours", name))
+        own, theirs = (
+            zip(*(times[f"{key} {part}"] for part in parts), strict=True) for key in ("ours", name)
+        )
         return statistics.median(sum(a) / sum(b) for a, b in zip(theirs, own, strict=True))
 
     others = [name for name in CONTENDERS if name != "ours"]
-    return {"clip_ratio": over_ours("torch", "clip"), "ratios": {name: over_ours(name, "clip", "step") for name in others}}
+    return {
+        "clip_ratio": over_ours("torch", "clip"),
+        "ratios": {name: over_ours(name, "clip", "step") for name in others},
+    }
 
 
 def _rank(rank: int, folder: str, rounds: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
+    )
     try:
         torch.manual_seed(0)
         layers = [nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(LAYERS)]
@@ -66,7 +73,9 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
             "torch clip with our step": ours,
         }
         model(torch.randn(8, WIDTH, dtype=torch.bfloat16)).square().mean().backward()
-        times: dict[str, list[float]] = {f"{name} {part}": [] for name in CONTENDERS for part in ("clip", "step")}
+        times: dict[str, list[float]] = {
+            f"{name} {part}": [] for name in CONTENDERS for part in ("clip", "step")
+        }
         for round_ in range(-WARM_UP, rounds):
             for name in random.Random(round_).sample(CONTENDERS, len(CONTENDERS)):
                 dist.barrier()

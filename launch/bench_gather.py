@@ -60,11 +60,15 @@ def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16
     """A stack of square layers and an optimizer whose states hold values: memory that was never written does not count as resident."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = nn.Sequential(*[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)])
+    model = nn.Sequential(
+        *[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
+    )
     if strategy == "fsdp2":
         for layer in (*model, model):
             fully_shard(layer, mesh=mesh)
-    optimizer = AdamW_BF16(model.parameters(), lr=1e-3, sharding=ZeRO(mesh) if strategy == "zero2" else None)
+    optimizer = AdamW_BF16(
+        model.parameters(), lr=1e-3, sharding=ZeRO(mesh) if strategy == "zero2" else None
+    )
     optimizer.init_state()
     for state in optimizer.state.values():
         for key, value in state.items():
@@ -75,23 +79,35 @@ def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--with-torch", action="store_true", help="also measure torch's get_optimizer_state_dict, full, offloaded to CPU")
+    parser.add_argument(
+        "--with-torch",
+        action="store_true",
+        help="also measure torch's get_optimizer_state_dict, full, offloaded to CPU",
+    )
     args = parser.parse_args()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     model, optimizer = build(args.strategy, args.layers, args.width)
     tensor, states = 2 * args.width**2, 3 * args.layers
-    calls: dict[str, Callable[[], Any]] = {"gather": lambda: gather_full_state_dict(model, optimizer)}
+    calls: dict[str, Callable[[], Any]] = {
+        "gather": lambda: gather_full_state_dict(model, optimizer)
+    }
     if args.with_torch:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        calls["torch's gather"] = lambda: get_optimizer_state_dict(model, optimizer, options=options)
+        calls["torch's gather"] = lambda: get_optimizer_state_dict(
+            model, optimizer, options=options
+        )
     if dist.get_rank() == 0:
         total = states * tensor / MB
-        print(f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of {tensor / MB:.1f} MB, {total:.0f} MB in all")
+        print(
+            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of {tensor / MB:.1f} MB, {total:.0f} MB in all"
+        )
     full: Any = None
     peak_of(lambda: dist.all_gather_object([None] * dist.get_world_size(), "warm up"))
     for name, call in calls.items():
@@ -116,7 +132,10 @@ def report(name: str, peak: int, seconds: float, result: int) -> None:
     if dist.get_rank() == 0:
         extra = f" ({(peaks[0] - result) / MB:+.1f} beside the result)" if result else ""
         others = ", ".join(f"{value / MB:.1f}" for value in peaks[1:])
-        print(f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; other ranks {others}", flush=True)
+        print(
+            f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; other ranks {others}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -30,12 +30,16 @@ def parse_size(text: str) -> list[tuple[int, ...]]:
     """
     match = re.fullmatch(r"(?:([0-9]+)x)?([0-9]+)([KMB]?)", text)
     if match is None or int(match[2]) == 0 or match[1] == "0":
-        raise ValueError(f"Invalid size: {text!r}; write a number of elements such as 128M (K, M, B: powers of 1024) or 1000x1000")
+        raise ValueError(
+            f"Invalid size: {text!r}; write a number of elements such as 128M (K, M, B: powers of 1024) or 1000x1000"
+        )
     numel = int(match[2]) << {"": 0, "K": 10, "M": 20, "B": 30}[match[3]]
     return [(numel,)] * int(match[1] or 1)
 
 
-def batches(contenders: list[Contender], numel: int, free: float) -> tuple[list[list[Contender]], list[Contender]]:
+def batches(
+    contenders: list[Contender], numel: int, free: float
+) -> tuple[list[list[Contender]], list[Contender]]:
     """Split the contenders into batches that fit into memory together.
 
     The first contender (ours) is in every batch, and each batch holds the ceilings that its members are measured against.
@@ -52,7 +56,12 @@ def batches(contenders: list[Contender], numel: int, free: float) -> tuple[list[
     by_key = {c.key: c for c in contenders}
 
     def with_needs(members: list[Contender]) -> list[Contender]:
-        keys = {contenders[0].key} | {key for c in [contenders[0], *members] for key in (c.key, c.on, c.ceiling) if key in by_key}
+        keys = {contenders[0].key} | {
+            key
+            for c in [contenders[0], *members]
+            for key in (c.key, c.on, c.ceiling)
+            if key in by_key
+        }
         return [c for c in contenders if c.key in keys]
 
     def fits(members: list[Contender]) -> bool:
@@ -79,7 +88,9 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         return 8 << 30
 
@@ -107,9 +118,14 @@ def measure_size(
     """
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     slow = [c for c in contenders if numel > c.most]
-    groups, too_large = batches([c for c in contenders if c not in slow], numel, free_memory(device))
+    groups, too_large = batches(
+        [c for c in contenders if c not in slow], numel, free_memory(device)
+    )
     failures = {c.key: "not measured: a step would take seconds" for c in slow}
-    failures |= {c.key: f"not measured: {c.memory * numel / 2**30:.1f} GiB beside ours do not fit into memory" for c in too_large}
+    failures |= {
+        c.key: f"not measured: {c.memory * numel / 2**30:.1f} GiB beside ours do not fit into memory"
+        for c in too_large
+    }
     measured = []
     for number, group in enumerate(groups):
         runners: dict[str, Runner] = {}
@@ -121,13 +137,17 @@ def measure_size(
                     failures[contender.key] = why_failed(error, contender.package)
                     report(f"  {contender.label}: {failures[contender.key]}")
         report(f"  batch {number + 1} of {len(groups)}: {', '.join(runners)}")
-        measured.append(measure(runners, device, failures, rounds=rounds, seconds=seconds, turn=turn))
+        measured.append(
+            measure(runners, device, failures, rounds=rounds, seconds=seconds, turn=turn)
+        )
         runners.clear()
         gc.collect()
     return {"batches": measured, "failures": failures}
 
 
-def _made(contender: Contender, shapes: Shapes, device: torch.device, others: dict[str, Runner]) -> Runner:
+def _made(
+    contender: Contender, shapes: Shapes, device: torch.device, others: dict[str, Runner]
+) -> Runner:
     """The contender with its tensors, after a first step, which makes states and may compile."""
     if contender.on is None:
         runner = contender.make(shapes, device)
@@ -140,7 +160,13 @@ def _made(contender: Contender, shapes: Shapes, device: torch.device, others: di
 
 
 def measure(
-    runners: dict[str, Runner], device: torch.device, failures: dict[str, str], *, rounds: int, seconds: float, turn: float
+    runners: dict[str, Runner],
+    device: torch.device,
+    failures: dict[str, str],
+    *,
+    rounds: int,
+    seconds: float,
+    turn: float,
 ) -> Times:
     """Time each runner once a round, after two rounds to warm up. One that fails is dropped into ``failures``.
 
@@ -161,7 +187,9 @@ def measure(
                 break
             for key in order_of.sample(list(times), len(times)):
                 try:
-                    elapsed = _turn(runners[key], repeats.get(key, 1), device, warm=warm.get(key, False))
+                    elapsed = _turn(
+                        runners[key], repeats.get(key, 1), device, warm=warm.get(key, False)
+                    )
                 except Exception as error:
                     failures[key] = why_failed(error, None)
                     del times[key]
@@ -201,7 +229,11 @@ def why_failed(error: Exception, package: str | None) -> str:
     if isinstance(error, ModuleNotFoundError) and package is not None:
         missing = error.name or package
         known = {package, package.removeprefix("torch-")}
-        return "not installed" if missing.partition(".")[0] in known else f"failed: it needs the package {missing}"
+        return (
+            "not installed"
+            if missing.partition(".")[0] in known
+            else f"failed: it needs the package {missing}"
+        )
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"failed: {first_line[:120]}"
 

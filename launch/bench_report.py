@@ -25,7 +25,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "name": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "isa": isa,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
@@ -39,12 +41,19 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown CPU")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "unknown CPU",
+    )
 
 
 def describe(machine: dict[str, Any]) -> str:
     isa = f", {machine['isa']}" if machine["isa"] else ""
-    where = f", {machine['cores']} cores{isa}" if machine["device"] == "cpu" else f", CUDA or ROCm {machine['cuda']}"
+    where = (
+        f", {machine['cores']} cores{isa}"
+        if machine["device"] == "cpu"
+        else f", CUDA or ROCm {machine['cuda']}"
+    )
     return f"{machine['name']}{where}, torch {machine['torch']}, Python {machine['python']}, {machine['system']}"
 
 
@@ -60,7 +69,9 @@ def rows(contenders: list[Contender], result: dict[str, Any]) -> list[dict[str, 
                 "color": c.color,
                 "seconds": statistics.median(times) if times else None,
                 "ratio": ratio(result, c.key, "ours"),
-                "share": ratio(result, c.ceiling, c.key) if c.ceiling and result["numel"] >= LEAST_TRAFFIC else None,
+                "share": ratio(result, c.ceiling, c.key)
+                if c.ceiling and result["numel"] >= LEAST_TRAFFIC
+                else None,
                 "note": "" if times else result["failures"].get(c.key, "not measured"),
             }
         )
@@ -78,8 +89,12 @@ def plain_table(result: dict[str, Any]) -> str:
         speed = BYTES_PER_PARAM * result["numel"] / row["seconds"] / 1e9
         share = "" if row["share"] is None else f"{100 * row['share']:.1f} %"
         ratio_text = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"{row['label']:{width}}  {1e3 * row['seconds']:10.3f}  {speed:7.2f}  {ratio_text:>7}  {share:>8}")
-    return "\n".join([*lines, f"* at {BYTES_PER_PARAM} B a parameter, what our step reads and writes"])
+        lines.append(
+            f"{row['label']:{width}}  {1e3 * row['seconds']:10.3f}  {speed:7.2f}  {ratio_text:>7}  {share:>8}"
+        )
+    return "\n".join(
+        [*lines, f"* at {BYTES_PER_PARAM} B a parameter, what our step reads and writes"]
+    )
 
 
 def markdown(run: dict[str, Any], targets: list[str]) -> str:
@@ -92,8 +107,15 @@ def markdown(run: dict[str, Any], targets: list[str]) -> str:
     ]
     for threads in dict.fromkeys(result["threads"] for result in run["results"]):
         own = [result for result in run["results"] if result["threads"] == threads]
-        title = [] if run["machine"]["device"] == "cuda" else [f"**{threads} thread{'s' if threads > 1 else ''}**"]
-        head = ["| | " + " | ".join(result["size"] for result in own) + " |", "|---|" + "---:|" * len(own)]
+        title = (
+            []
+            if run["machine"]["device"] == "cuda"
+            else [f"**{threads} thread{'s' if threads > 1 else ''}**"]
+        )
+        head = [
+            "| | " + " | ".join(result["size"] for result in own) + " |",
+            "|---|" + "---:|" * len(own),
+        ]
         for index, row in enumerate(own[0]["rows"]):
             cells = [_cell(result["rows"][index]) for result in own]
             head.append(f"| {row['label']} | " + " | ".join(cells) + " |")
@@ -107,7 +129,9 @@ def markdown(run: dict[str, Any], targets: list[str]) -> str:
             f"clips and our step follows; the clipping alone, {fsdp2['clip_ratio']:.1f} times."
         )
     parts.append("\n".join(["```text", *targets, "```"]))
-    parts.append(f"![Time of a step over that of AdamW_BF16](img/benchmark_{run['machine']['device']}.png)")
+    parts.append(
+        f"![Time of a step over that of AdamW_BF16](img/benchmark_{run['machine']['device']}.png)"
+    )
     return "\n\n".join([*parts, f"Repeat with `{run['command']}`."])
 
 
@@ -154,7 +178,12 @@ def plot(run: dict[str, Any], path: Path) -> bool:
     measured = {row["key"] for result in own for row in result["rows"] if row["ratio"] is not None}
     shown = [row for row in own[0]["rows"] if row["key"] in measured]
     figure, axes = plt.subplots(
-        1, len(own), figsize=(4.5 + 2.2 * len(own), 1.2 + 0.28 * len(shown)), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(own),
+        figsize=(4.5 + 2.2 * len(own), 1.2 + 0.28 * len(shown)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, result in zip(axes[0], own, strict=True):
         by_key = {row["key"]: row for row in result["rows"]}

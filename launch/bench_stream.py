@@ -36,5 +36,7 @@ def stream_ceiling_(arrays: Sequence[Tensor]) -> None:
     """
     assert len(arrays) == 5 and all(a.is_contiguous() and a.dtype == torch.int32 for a in arrays)
     n = arrays[0].numel()
-    assert n % 16 == 0 and all(a.numel() == n for a in arrays), "a multiple of 16 lets Triton use whole vectors under the mask"
+    assert n % 16 == 0 and all(a.numel() == n for a in arrays), (
+        "a multiple of 16 lets Triton use whole vectors under the mask"
+    )
     _stream_kernel[(triton.cdiv(n, BLOCK.value),)](*arrays, n, BLOCK=BLOCK.value, num_warps=4)

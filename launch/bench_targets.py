@@ -38,8 +38,13 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
         return "ours" if isa == selected else f"ours-{isa}"
 
     found = [_share(run, "16M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread")]
-    found.append(_share(run, "128M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread"))
-    found += [_share(run, size, 1, ours("avx2"), "ceiling-avx2", 34.0, "AVX2, one thread") for size in ("16M", "128M")]
+    found.append(
+        _share(run, "128M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread")
+    )
+    found += [
+        _share(run, size, 1, ours("avx2"), "ceiling-avx2", 34.0, "AVX2, one thread")
+        for size in ("16M", "128M")
+    ]
     found.append(_share(run, "16M", 2, "ours", f"ceiling-{selected}", 90.0, "two threads"))
     for key, least, name in (
         ("torch-fused-fp32", 1.8, "torch fused fp32 + bf16 copy of the weights"),
@@ -52,7 +57,10 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
     found.append(_overhead(run, "ours", "the whole step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
     fsdp2 = run.get("fsdp2")
-    for key, step in (("torch", "torch.optim.AdamW.step"), ("torch clip with our step", "the same step")):
+    for key, step in (
+        ("torch", "torch.optim.AdamW.step"),
+        ("torch clip with our step", "the same step"),
+    ):
         name = f"clip_grad_norm_ + step >= 5x as fast as torch.nn.utils.clip_grad_norm_ + {step}: FSDP2, 2 ranks, 100 parameters"
         if fsdp2 is None:
             found.append(Target(name, "add --fsdp2", None))
@@ -64,32 +72,61 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
 def _cuda_targets(run: dict[str, Any]) -> list[Target]:
     copies = "torch fused fp32 + copies of weights and gradients"
     found = [_share(run, "1B", None, "ours", "ceiling", 90.0, "GPU")]
-    found += [_times_as_fast(run, size, None, "torch-fused-fp32-grads", 2.0, copies) for size in ("128M", "1B")]
-    found += [_times_as_fast(run, "1000x1000", None, key, 5.0, key) for key in ("optimi", "flashoptim")]
+    found += [
+        _times_as_fast(run, size, None, "torch-fused-fp32-grads", 2.0, copies)
+        for size in ("128M", "1B")
+    ]
+    found += [
+        _times_as_fast(run, "1000x1000", None, key, 5.0, key) for key in ("optimi", "flashoptim")
+    ]
     found += [_clip(run, size, None) for size in ("16M", "128M", "1B")]
-    return found + [Target(check["name"], check["detail"], check["passed"]) for check in run.get("gpu_checks", [])]
+    return found + [
+        Target(check["name"], check["detail"], check["passed"])
+        for check in run.get("gpu_checks", [])
+    ]
 
 
 def _result(run: dict[str, Any], size: str, threads: int | None) -> dict[str, Any]:
     """The measurements of a size; ``threads`` None: whatever their number, on a GPU. Without any, a result that holds none."""
     shapes = parse_size(size)
     for result in run["results"]:
-        if [result["tensors"], result["numel"]] == [len(shapes), len(shapes) * shapes[0][0]] and threads in (None, result["threads"]):
+        if [result["tensors"], result["numel"]] == [
+            len(shapes),
+            len(shapes) * shapes[0][0],
+        ] and threads in (None, result["threads"]):
             return result
     return {"batches": [], "failures": {}}
 
 
-def _share(run: dict[str, Any], size: str, threads: int | None, key: str, ceiling: str, least: float, how: str) -> Target:
+def _share(
+    run: dict[str, Any],
+    size: str,
+    threads: int | None,
+    key: str,
+    ceiling: str,
+    least: float,
+    how: str,
+) -> Target:
     name = f">= {least:.0f} % of the copy ceiling at {size}, {how}"
     share = ratio(_result(run, size, threads), ceiling, key)
-    return Target(name, "", None) if share is None else Target(name, f"{100 * share:.1f} %", 100 * share >= least)
+    return (
+        Target(name, "", None)
+        if share is None
+        else Target(name, f"{100 * share:.1f} %", 100 * share >= least)
+    )
 
 
-def _times_as_fast(run: dict[str, Any], size: str, threads: int | None, key: str, least: float, other: str) -> Target:
+def _times_as_fast(
+    run: dict[str, Any], size: str, threads: int | None, key: str, least: float, other: str
+) -> Target:
     name = f">= {least}x as fast as {other} at {size}" + (", one thread" if threads == 1 else "")
     result = _result(run, size, threads)
     found = ratio(result, key, "ours")
-    return Target(name, result["failures"].get(key, ""), None) if found is None else Target(name, f"{found:.2f}x", found >= least)
+    return (
+        Target(name, result["failures"].get(key, ""), None)
+        if found is None
+        else Target(name, f"{found:.2f}x", found >= least)
+    )
 
 
 def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
@@ -99,16 +136,30 @@ def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
         return Target(name, "", None)
     others = {"": key, "torch fused ": "torch-fused-bf16", "torch foreach ": "torch-foreach-bf16"}
     per_tensor = {label: times_of(result, other) for label, other in others.items()}
-    micros = {label: 1e6 * statistics.median(times) / result["tensors"] for label, times in per_tensor.items() if times}
-    return Target(name, ", ".join(f"{label}{value:.2f} us" for label, value in micros.items()), micros[""] <= most)
+    micros = {
+        label: 1e6 * statistics.median(times) / result["tensors"]
+        for label, times in per_tensor.items()
+        if times
+    }
+    return Target(
+        name,
+        ", ".join(f"{label}{value:.2f} us" for label, value in micros.items()),
+        micros[""] <= most,
+    )
 
 
 def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
-    name = f"clip_grad_norm_ + step <= 1.15x the step at {size}" + (", one thread" if threads == 1 else "")
+    name = f"clip_grad_norm_ + step <= 1.15x the step at {size}" + (
+        ", one thread" if threads == 1 else ""
+    )
     result = _result(run, size, threads)
     found = ratio(result, "ours-clip", "ours")
     if found is None:
         return Target(name, "", None)
     reading = ratio(result, "ours-reading", "ours")
-    floor = "" if reading is None else f", where reading the gradients before the step makes {reading:.3f}x"
+    floor = (
+        ""
+        if reading is None
+        else f", where reading the gradients before the step makes {reading:.3f}x"
+    )
     return Target(name, f"{found:.3f}x{floor}", found <= 1.15)

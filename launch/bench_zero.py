@@ -25,8 +25,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
-SENT = {"all_to_all_single": (1, 1), "reduce_scatter_single": (1, 1), "reduce_scatter_tensor": (1, 1), "broadcast": (1, 0)}
-SENT |= {"all_gather_single": (1, 0), "all_gather_into_tensor": (1, 0), "all_reduce": (2, 0)}  # times (n - 1) / n, of which argument
+SENT = {
+    "all_to_all_single": (1, 1),
+    "reduce_scatter_single": (1, 1),
+    "reduce_scatter_tensor": (1, 1),
+    "broadcast": (1, 0),
+}
+SENT |= {
+    "all_gather_single": (1, 0),
+    "all_gather_into_tensor": (1, 0),
+    "all_reduce": (2, 0),
+}  # times (n - 1) / n, of which argument
 
 
 class Counter:
@@ -46,7 +55,10 @@ class Counter:
         times, position = SENT[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor, ranks = args[position] if len(args) > position else kwargs["tensor"], dist.get_world_size(kwargs.get("group"))
+            tensor, ranks = (
+                args[position] if len(args) > position else kwargs["tensor"],
+                dist.get_world_size(kwargs.get("group")),
+            )
             self.sent += times * (ranks - 1) / ranks * tensor.nbytes
             return function(*args, **kwargs)
 
@@ -55,18 +67,26 @@ class Counter:
 
 def layers(count: int, width: int, device: torch.device) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).to(device, torch.bfloat16)
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).to(
+        device, torch.bfloat16
+    )
 
 
-def make_ddp(args: argparse.Namespace, device: torch.device, visible: bool = False) -> Callable[[Tensor], None]:
+def make_ddp(
+    args: argparse.Namespace, device: torch.device, visible: bool = False
+) -> Callable[[Tensor], None]:
     """``visible``: with the all-reduces called from Python, where they can be counted, and not from DDP's C++."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    module = DistributedDataParallel(layers(args.layers, args.width, device), gradient_as_bucket_view=True)
+    module = DistributedDataParallel(
+        layers(args.layers, args.width, device), gradient_as_bucket_view=True
+    )
 
     if visible:
         module.register_comm_hook(dist.group.WORLD, allreduce_hook)
-    optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3)
+    optimizer = ZeroRedundancyOptimizer(
+        module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3
+    )
     return lambda x: train_step(module, optimizer, x)
 
 
@@ -75,7 +95,9 @@ def make_zero(args: argparse.Namespace, device: torch.device) -> Callable[[Tenso
 
     module = layers(args.layers, args.width, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    optimizer = AdamW_BF16(module.parameters(), lr=1e-3, sharding=ZeRO(mesh, bucket_size_mb=args.bucket_size_mb))
+    optimizer = AdamW_BF16(
+        module.parameters(), lr=1e-3, sharding=ZeRO(mesh, bucket_size_mb=args.bucket_size_mb)
+    )
     return lambda x: train_step(module, optimizer, x)
 
 
@@ -88,7 +110,10 @@ def train_step(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     world = init_world(args.device)
     torch.set_num_threads(args.threads)
-    contenders = {"zero2": make_zero(args, world.device), "ddp_zero_redundancy": make_ddp(args, world.device)}
+    contenders = {
+        "zero2": make_zero(args, world.device),
+        "ddp_zero_redundancy": make_ddp(args, world.device),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     x = torch.randn(args.batch_size, args.width, device=world.device).bfloat16()
     for turn in range(args.warmup + args.repeats):
@@ -127,7 +152,9 @@ def count_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16, help="rows on each rank")

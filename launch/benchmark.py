@@ -32,14 +32,25 @@ from contenders import contenders  # noqa: E402
 
 SIZES = {
     "cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"],
-    "cuda": ["1M", "16M", "128M", "1000x1000", "1000x1", "1B"],  # what may run out of memory or time comes last
+    "cuda": [
+        "1M",
+        "16M",
+        "128M",
+        "1000x1000",
+        "1000x1",
+        "1B",
+    ],  # what may run out of memory or time comes last
 }
 DOCS = REPO / "docs" / "benchmarks.md"
 
 
 def main() -> int:
     args = parse_arguments()
-    device = torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(args.device, torch.cuda.current_device())
+        if args.device == "cuda"
+        else torch.device("cpu")
+    )
     run: dict[str, Any] = {"machine": machine(device), "command": repeat_command(), "results": []}
     print(describe(run["machine"]), flush=True)
     if device.type == "cuda":
@@ -54,9 +65,16 @@ def main() -> int:
         for size in args.sizes:
             print(f"\n{size}, {threads} thread(s)", flush=True)
             shapes = parse_size(size)
-            result: dict[str, Any] = {"size": size, "tensors": len(shapes), "numel": len(shapes) * shapes[0][0], "threads": threads}
+            result: dict[str, Any] = {
+                "size": size,
+                "tensors": len(shapes),
+                "numel": len(shapes) * shapes[0][0],
+                "threads": threads,
+            }
             timing = {"rounds": args.rounds, "seconds": args.seconds, "turn": args.turn / 1e3}
-            result |= measure_size(chosen, shapes, device, **timing, report=lambda text: print(text, flush=True))
+            result |= measure_size(
+                chosen, shapes, device, **timing, report=lambda text: print(text, flush=True)
+            )
             result["rows"] = rows(chosen, result)
             run["results"].append(result)
             print(plain_table(result), flush=True)
@@ -75,22 +93,65 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=None, help="CPU threads; several are measured one after another")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--sizes", nargs="+", default=None, help="elements (128M; K, M, B are powers of 1024) or tensors x elements (1000x1000)"
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=None,
+        help="CPU threads; several are measured one after another",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=None,
+        help="elements (128M; K, M, B are powers of 1024) or tensors x elements (1000x1000)",
     )
     parser.add_argument("--rounds", type=int, default=15, help="at most, for each size")
-    parser.add_argument("--seconds", type=float, default=30.0, help="stop after so long for each size, but not before 5 rounds")
-    parser.add_argument("--turn", type=float, default=None, help="least ms of a turn: shorter steps are repeated (5; cuda: 20)")
     parser.add_argument(
-        "--only", nargs="+", default=None, metavar="KEY", help="only these contenders, beside ours (keys as in the JSON file)"
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="stop after so long for each size, but not before 5 rounds",
     )
-    parser.add_argument("--fsdp2", action="store_true", help="compare clipping on an FSDP2 model over 2 gloo ranks too (CPU)")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write every round, and the chart beside it")
     parser.add_argument(
-        "--docs", type=Path, nargs="?", const=DOCS, default=None, metavar="FILE", help="write the table into docs/benchmarks.md"
+        "--turn",
+        type=float,
+        default=None,
+        help="least ms of a turn: shorter steps are repeated (5; cuda: 20)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=None,
+        metavar="KEY",
+        help="only these contenders, beside ours (keys as in the JSON file)",
+    )
+    parser.add_argument(
+        "--fsdp2",
+        action="store_true",
+        help="compare clipping on an FSDP2 model over 2 gloo ranks too (CPU)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="write every round, and the chart beside it",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        nargs="?",
+        const=DOCS,
+        default=None,
+        metavar="FILE",
+        help="write the table into docs/benchmarks.md",
     )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -107,7 +168,9 @@ def parse_arguments() -> argparse.Namespace:
             known = {c.key for c in contenders(torch.device(args.device))}
             unknown = set(args.only) - known
             if unknown:
-                raise ValueError(f"--only names {', '.join(sorted(unknown))}; the contenders here are {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"--only names {', '.join(sorted(unknown))}; the contenders here are {', '.join(sorted(known))}"
+                )
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -143,7 +206,10 @@ def write_charts(run: dict[str, Any], targets: list[str], args: argparse.Namespa
         charts.append((args.json, args.json.with_suffix(".png")))
     for written, chart in charts:
         drawn = plot(run, chart)
-        print(f"wrote {os.path.relpath(written)} and " + (os.path.relpath(chart) if drawn else "no chart, as matplotlib is not installed"))
+        print(
+            f"wrote {os.path.relpath(written)} and "
+            + (os.path.relpath(chart) if drawn else "no chart, as matplotlib is not installed")
+        )
 
 
 if __name__ == "__main__":

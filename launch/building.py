@@ -28,12 +28,16 @@ def set_seeds(args: argparse.Namespace) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises the same bits only with this
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS promises the same bits only with this
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # that is for debugging
 
 
-def build_model(args: argparse.Namespace, world: World, strategy: Strategy) -> tuple[GPT, nn.Module]:
+def build_model(
+    args: argparse.Namespace, world: World, strategy: Strategy
+) -> tuple[GPT, nn.Module]:
     """Return the model and the module to call. Memory is allocated after sharding, so each rank holds its own shards alone."""
     with torch.device("meta"):
         model = GPT(PRESETS[args.preset]).to(WEIGHT_DTYPES[args.optimizer])
@@ -44,21 +48,38 @@ def build_model(args: argparse.Namespace, world: World, strategy: Strategy) -> t
     return model, strategy.wrap(model, mesh)
 
 
-def make_optimizer(args: argparse.Namespace, model: GPT, schedule: Schedule) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: argparse.Namespace, model: GPT, schedule: Schedule
+) -> torch.optim.Optimizer:
     """AdamW that decays matrices, not the gains of norms."""
-    gains = {id(p) for module in model.modules() if isinstance(module, RMSNorm) for p in module.parameters()}  # FSDP1 flattens matrices
+    gains = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, RMSNorm)
+        for p in module.parameters()
+    }  # FSDP1 flattens matrices
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in gains]},
         {"params": [p for p in model.parameters() if id(p) in gains], "weight_decay": 0.0},
     ]
     common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
     device = next(model.parameters()).device
-    sharding = STRATEGIES[args.strategy].sharding(World(dist.get_rank(), dist.get_world_size(), device).mesh())
+    sharding = STRATEGIES[args.strategy].sharding(
+        World(dist.get_rank(), dist.get_world_size(), device).mesh()
+    )
     if sharding is not None and args.optimizer != "bf16":
-        raise UsageError(f"--strategy {args.strategy} shards the optimizer bf16 alone, not {args.optimizer}: use --strategy ddp or fsdp2.")
+        raise UsageError(
+            f"--strategy {args.strategy} shards the optimizer bf16 alone, not {args.optimizer}: use --strategy ddp or fsdp2."
+        )
     try:
         if args.optimizer == "bf16":
-            return AdamW_BF16(groups, lr_function=schedule, backend=args.optimizer_backend, sharding=sharding, **common)
+            return AdamW_BF16(
+                groups,
+                lr_function=schedule,
+                backend=args.optimizer_backend,
+                sharding=sharding,
+                **common,
+            )
         return torch.optim.AdamW(groups, lr=schedule(0), **common)
     except ValueError as error:
         raise UsageError(f"{error}; see --help") from error

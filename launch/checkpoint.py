@@ -17,11 +17,17 @@ from typing import NoReturn
 import torch
 
 from sharded_bf16_adamw.checkpoint import convert_fp32, export_fp32
-from sharded_bf16_adamw.checkpoint.contents import MODEL, STATE
-from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints, find_checkpoint, incomplete_checkpoints, no_checkpoint, remove
+from sharded_bf16_adamw.checkpoint.directory import (
+    complete_checkpoints,
+    find_checkpoint,
+    incomplete_checkpoints,
+    no_checkpoint,
+    remove,
+)
+from sharded_bf16_adamw.checkpoint.foreign_formats import open_weights
 from sharded_bf16_adamw.checkpoint.manifest import MANIFEST, find_damage, read_manifest
-from sharded_bf16_adamw.checkpoint.sources import open_weights
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.state_dict import MODEL, STATE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -126,7 +132,11 @@ def export(args: argparse.Namespace) -> int:
 def import_(args: argparse.Namespace) -> int:
     """Write a checkpoint of ours from the weights (and AdamW state) of another training."""
     total = 4 * sum(2 * math.prod(info.shape) for info in open_weights(args.source).infos.values())
-    options = {key: value for key in ("lr", "betas", "eps", "weight_decay") if (value := getattr(args, key)) is not None}
+    options = {
+        key: value
+        for key in ("lr", "betas", "eps", "weight_decay")
+        if (value := getattr(args, key)) is not None
+    }
     with progress_bar("import", total) as progress:
         path = convert_fp32(
             args.source, args.out, args.optimizer, fp32=args.fp32, buffers=args.buffer, progress=progress, **options
@@ -178,7 +188,10 @@ def find_problems(path: Path) -> list[str]:
     """What is wrong with a checkpoint's files; empty where all is well."""
     try:
         files = read_manifest(path).files
-    except (FileNotFoundError, ValueError) as error:  # it was removed in the meantime, or is damaged
+    except (
+        FileNotFoundError,
+        ValueError,
+    ) as error:  # it was removed in the meantime, or is damaged
         return [str(error)]
     with progress_bar(path.name, sum(record.bytes for record in files.values())) as progress:
         problems = []
@@ -191,7 +204,10 @@ def find_problems(path: Path) -> list[str]:
 def report_incomplete(paths: list[Path]) -> None:
     """Name folders that have a checkpoint's name but no manifest."""
     for path in paths:
-        print(f"{path}: has no {MANIFEST}, so it is no complete checkpoint; remove it if no copy to it is under way", file=sys.stderr)
+        print(
+            f"{path}: has no {MANIFEST}, so it is no complete checkpoint; remove it if no copy to it is under way",
+            file=sys.stderr,
+        )
 
 
 def readable(path: Path) -> bool:
@@ -205,7 +221,11 @@ def readable(path: Path) -> bool:
 def parts(stored: StoredCheckpoint, key: str) -> str:
     """Into how many blocks a tensor is cut on disk, and along which dimensions: ``"4 (dim 0)"``."""
     blocks = stored.blocks[key]
-    cut = [str(dim) for dim, size in enumerate(stored.infos[key].shape) if any(block.sizes[dim] != size for block in blocks)]
+    cut = [
+        str(dim)
+        for dim, size in enumerate(stored.infos[key].shape)
+        if any(block.sizes[dim] != size for block in blocks)
+    ]
     return f"{len(blocks)} (dim {', '.join(cut)})" if cut else f"{len(blocks)}"
 
 
@@ -265,8 +285,12 @@ def size(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="checkpoint.py", description="Look at, verify, export, import and remove checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="inspect|verify|export|import|prune", parser_class=Parser)
+    parser = Parser(
+        prog="checkpoint.py", description="Look at, verify, export, import and remove checkpoints."
+    )
+    commands = parser.add_subparsers(
+        required=True, metavar="inspect|verify|export|import|prune", parser_class=Parser
+    )
     where = "a checkpoint's folder, or that of a run's checkpoints, which stands for the latest"
 
     command = commands.add_parser("inspect", help="print what a checkpoint holds")
@@ -278,29 +302,68 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("path", help=where)
     command.add_argument("--all", action="store_true", help="all checkpoints of the run")
 
-    command = commands.add_parser("export", help="write the weights as safetensors, in the Hugging Face layout")
+    command = commands.add_parser(
+        "export", help="write the weights as safetensors, in the Hugging Face layout"
+    )
     command.set_defaults(run=export)
     command.add_argument("path", help=where)
     command.add_argument("out", help="a new folder")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="float32: p + correction; bfloat16: p alone")
-    command.add_argument("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="float32: p + correction; bfloat16: p alone",
+    )
+    command.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="of a file (default: 5GB)",
+    )
 
-    command = commands.add_parser("import", help="write a checkpoint from the weights of another training")
+    command = commands.add_parser(
+        "import", help="write a checkpoint from the weights of another training"
+    )
     command.set_defaults(run=import_)
-    command.add_argument("source", help="safetensors file, folder of them with an index, or torch file")
+    command.add_argument(
+        "source", help="safetensors file, folder of them with an index, or torch file"
+    )
     command.add_argument("out", help="folder for the checkpoints of a new run")
-    command.add_argument("--optimizer", metavar="FILE", help="torch file with the state of a torch.optim.AdamW")
-    command.add_argument("--fp32", action="append", default=[], metavar="PATTERN", help="parameters that stay float32, such as '*norm*'")
-    command.add_argument("--buffer", action="append", default=[], metavar="PATTERN", help="floating tensors that are no parameters")
+    command.add_argument(
+        "--optimizer", metavar="FILE", help="torch file with the state of a torch.optim.AdamW"
+    )
+    command.add_argument(
+        "--fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that stay float32, such as '*norm*'",
+    )
+    command.add_argument(
+        "--buffer",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="floating tensors that are no parameters",
+    )
     command.add_argument("--lr", type=float, help="where no --optimizer brings it (default: 1e-3)")
     command.add_argument("--betas", type=float, nargs=2)
     command.add_argument("--eps", type=float)
     command.add_argument("--weight-decay", type=float)
 
-    command = commands.add_parser("prune", help="remove old checkpoints; never one of the newest whole ones")
+    command = commands.add_parser(
+        "prune", help="remove old checkpoints; never one of the newest whole ones"
+    )
     command.set_defaults(run=prune)
     command.add_argument("root", help="folder of a run's checkpoints")
-    command.add_argument("--keep", type=positive, required=True, metavar="N", help="whole checkpoints to keep; damaged ones do not count")
+    command.add_argument(
+        "--keep",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="whole checkpoints to keep; damaged ones do not count",
+    )
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     return parser.parse_args(argv)
 

@@ -32,20 +32,32 @@ BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each if more than one")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, one thread each if more than one"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--docs", action="store_true", help="write the table and the picture into docs/")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the table and the picture into docs/"
+    )
     args, train_args = parser.parse_known_args()
     runs = [(optimizer, seed) for seed in range(args.seeds) for optimizer in OPTIMIZERS]
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(train, args.out / f"{optimizer}-{seed}", optimizer, seed, train_args, args.jobs > 1) for optimizer, seed in runs
+            pool.submit(
+                train, args.out / f"{optimizer}-{seed}", optimizer, seed, train_args, args.jobs > 1
+            )
+            for optimizer, seed in runs
         ]
         for job in tqdm(jobs, unit="run"):
             job.result()
-    losses = {optimizer: [final_loss(args.out / f"{optimizer}-{seed}") for seed in range(args.seeds)] for optimizer in OPTIMIZERS}
+    losses = {
+        optimizer: [final_loss(args.out / f"{optimizer}-{seed}") for seed in range(args.seeds)]
+        for optimizer in OPTIMIZERS
+    }
     command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *train_args])
     text = f"{table(losses)}\n\nRepeat with `{command}`."
     print(text)
@@ -59,11 +71,26 @@ def train(out: Path, optimizer: str, seed: int, train_args: list[str], one_threa
     if (out / "finished").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    own = ["--optimizer", optimizer, "--seed", str(seed), "--out", str(out), "--no-progress", "--save-every", "0"]
+    own = [
+        "--optimizer",
+        optimizer,
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+        "--no-progress",
+        "--save-every",
+        "0",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if one_thread else None
     with (out / "log.txt").open("w") as log:
         command = [sys.executable, str(REPO / "launch" / "train.py"), *own, *train_args]
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode != 0:
+        if (
+            subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            ).returncode
+            != 0
+        ):
             raise SystemExit(f"{' '.join(command)} failed; see {out / 'log.txt'}")
     (out / "finished").touch()
 
@@ -71,7 +98,11 @@ def train(out: Path, optimizer: str, seed: int, train_args: list[str], one_threa
 def curve(out: Path, key: str) -> list[tuple[int, float]]:
     """(step, value) of each line of a run's metrics that has ``key``; null, which stands for a value that is not finite, as NaN."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], math.nan if line[key] is None else line[key]) for line in lines if key in line]
+    return [
+        (line["step"], math.nan if line[key] is None else line[key])
+        for line in lines
+        if key in line
+    ]
 
 
 def final_loss(out: Path) -> float:
@@ -80,7 +111,9 @@ def final_loss(out: Path) -> float:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(
+        values
+    ) > 1 else math.nan
 
 
 def table(losses: dict[str, list[float]]) -> str:
@@ -94,7 +127,11 @@ def table(losses: dict[str, list[float]]) -> str:
         mean, error = mean_and_error(values)
         gaps = [value - reference for value, reference in zip(values, base, strict=True)]
         gap, gap_error = mean_and_error(gaps)
-        cells = ["", ""] if optimizer == "torch-fp32" else [f"{gap:+.4f} ± {gap_error:.4f}", " ".join(f"{g:+.4f}" for g in gaps)]
+        cells = (
+            ["", ""]
+            if optimizer == "torch-fp32"
+            else [f"{gap:+.4f} ± {gap_error:.4f}", " ".join(f"{g:+.4f}" for g in gaps)]
+        )
         rows.append(f"| {LABELS[optimizer]} | {mean:.4f} ± {error:.4f} | {cells[0]} | {cells[1]} |")
     return "\n".join(rows)
 
@@ -113,18 +150,42 @@ def plot(out: Path, seeds: int, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    styles = {"torch-fp32": ("black", "-"), "bf16": ("tab:blue", "--"), "torch-bf16": ("tab:red", "-")}
-    curves = {name: [dict(curve(out / f"{name}-{seed}", "held_out_loss")) for seed in range(seeds)] for name in OPTIMIZERS}
+    styles = {
+        "torch-fp32": ("black", "-"),
+        "bf16": ("tab:blue", "--"),
+        "torch-bf16": ("tab:red", "-"),
+    }
+    curves = {
+        name: [dict(curve(out / f"{name}-{seed}", "held_out_loss")) for seed in range(seeds)]
+        for name in OPTIMIZERS
+    }
     steps = sorted(curves["torch-fp32"][0])
     for name, (color, style) in styles.items():
-        left.plot(steps, [statistics.mean(c[s] for c in curves[name]) for s in steps], style, color=color, label=LABELS[name])
+        left.plot(
+            steps,
+            [statistics.mean(c[s] for c in curves[name]) for s in steps],
+            style,
+            color=color,
+            label=LABELS[name],
+        )
         if name != "torch-fp32":
-            gaps = [[a[s] - b[s] for a, b in zip(curves[name], curves["torch-fp32"], strict=True)] for s in steps]
+            gaps = [
+                [a[s] - b[s] for a, b in zip(curves[name], curves["torch-fp32"], strict=True)]
+                for s in steps
+            ]
             means, errors = zip(*map(mean_and_error, gaps), strict=True)
-            right.errorbar(steps, means, errors, color=color, fmt=style, capsize=2, label=LABELS[name])
+            right.errorbar(
+                steps, means, errors, color=color, fmt=style, capsize=2, label=LABELS[name]
+            )
     right.axhline(0.0, color="black", linewidth=0.8)
-    left.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="small GPT on Python sources")
-    right.set(xlabel="step", ylabel="gap to fp32 AdamW", title=f"paired over {seeds} seeds, with standard errors")
+    left.set(
+        xlabel="step", ylabel="held-out loss (nats a byte)", title="small GPT on Python sources"
+    )
+    right.set(
+        xlabel="step",
+        ylabel="gap to fp32 AdamW",
+        title=f"paired over {seeds} seeds, with standard errors",
+    )
     left.legend()
     right.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

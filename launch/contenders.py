@@ -24,7 +24,13 @@ from sharded_bf16_adamw.kernels import cpu
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes all but g, 2 bytes each
 BF16, FP32 = torch.bfloat16, torch.float32
-OURS, FP32_TORCH, BF16_TORCH, OTHER, CEILING = "tab:blue", "tab:green", "tab:red", "tab:orange", "black"  # colors of bars
+OURS, FP32_TORCH, BF16_TORCH, OTHER, CEILING = (
+    "tab:blue",
+    "tab:green",
+    "tab:red",
+    "tab:orange",
+    "black",
+)  # colors of bars
 Shapes = Sequence[tuple[int, ...]]
 
 
@@ -93,13 +99,56 @@ def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
     for isa in reversed(isas):
         if isa != fastest:
             forced = partial(_make_forced, isa=isa)
-            rows.append(Contender(f"ours-{isa}", f"AdamW_BF16 ({isa})", forced, 0, on="ours", ceiling=f"ceiling-{isa}", color=OURS))
+            rows.append(
+                Contender(
+                    f"ours-{isa}",
+                    f"AdamW_BF16 ({isa})",
+                    forced,
+                    0,
+                    on="ours",
+                    ceiling=f"ceiling-{isa}",
+                    color=OURS,
+                )
+            )
     reference = partial(_make_ours, backend="reference")
     rows += [
-        Contender("ours-clip", "AdamW_BF16, clip_grad_norm_ + step", _make_clipped, 0, on="ours", color=OURS),
-        *([Contender("ours-reading", "AdamW_BF16, a loop that reads the gradients + step", _make_reading, 0, on="ours")] if isas else []),
-        Contender("ours-kernel", "AdamW_BF16, kernel call alone", _make_kernel_alone, 0, on="ours", color=OURS),
-        Contender("ours-reference", "AdamW_BF16 (reference back end)", reference, 10, color=OURS, most=1 << 27),
+        Contender(
+            "ours-clip",
+            "AdamW_BF16, clip_grad_norm_ + step",
+            _make_clipped,
+            0,
+            on="ours",
+            color=OURS,
+        ),
+        *(
+            [
+                Contender(
+                    "ours-reading",
+                    "AdamW_BF16, a loop that reads the gradients + step",
+                    _make_reading,
+                    0,
+                    on="ours",
+                )
+            ]
+            if isas
+            else []
+        ),
+        Contender(
+            "ours-kernel",
+            "AdamW_BF16, kernel call alone",
+            _make_kernel_alone,
+            0,
+            on="ours",
+            color=OURS,
+        ),
+        Contender(
+            "ours-reference",
+            "AdamW_BF16 (reference back end)",
+            reference,
+            10,
+            color=OURS,
+            most=1 << 27,
+        ),
     ]
     return rows
 
@@ -134,15 +183,24 @@ def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
 
 def _make_kernel_alone(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
     grads, params, exp_avgs, exp_avg_sqs, corrections = _columns(ours)
-    table = kernels.Table(params, exp_avgs, exp_avg_sqs, corrections, [state["step"] for state in ours.state.values()])
-    hyper = kernels.Hyper(HYPER["lr"], 0.9, 0.999, HYPER["eps"], HYPER["weight_decay"])
+    table = kernels.Table(
+        params, exp_avgs, exp_avg_sqs, corrections, [state["step"] for state in ours.state.values()]
+    )
+    hyper = kernels.Hyperparams(HYPER["lr"], 0.9, 0.999, HYPER["eps"], HYPER["weight_decay"])
     return Runner(lambda: table.update_(grads, [hyper]), _selecting(None, device))
 
 
 def _columns(ours: AdamW_BF16) -> list[list[Tensor]]:
     """g, p, m, v and c of all parameters, after a first step."""
-    states = [[state[key] for state in ours.state.values()] for key in ("exp_avg", "exp_avg_sq", "correction")]
-    return [[p.grad for p in ours.state if p.grad is not None], [p.detach() for p in ours.state], *states]
+    states = [
+        [state[key] for state in ours.state.values()]
+        for key in ("exp_avg", "exp_avg_sq", "correction")
+    ]
+    return [
+        [p.grad for p in ours.state if p.grad is not None],
+        [p.detach() for p in ours.state],
+        *states,
+    ]
 
 
 def _selecting(isa: str | None, device: torch.device) -> Callable[[], None]:
@@ -156,7 +214,11 @@ def _torch() -> list[Contender]:
     fused, foreach = {"fused": True}, {"foreach": True}
     return [
         Contender(
-            "torch-fused-fp32", "torch fused fp32 + bf16 copy of the weights", partial(_make_fp32, options=fused), 18, color=FP32_TORCH
+            "torch-fused-fp32",
+            "torch fused fp32 + bf16 copy of the weights",
+            partial(_make_fp32, options=fused),
+            18,
+            color=FP32_TORCH,
         ),
         Contender(
             "torch-fused-fp32-grads",
@@ -172,12 +234,26 @@ def _torch() -> list[Contender]:
             26,
             color=FP32_TORCH,
         ),
-        Contender("torch-fused-bf16", "torch fused, all bf16 (stalls)", partial(_make_bf16, options=fused), 8, color=BF16_TORCH),
-        Contender("torch-foreach-bf16", "torch foreach, all bf16 (stalls)", partial(_make_bf16, options=foreach), 12, color=BF16_TORCH),
+        Contender(
+            "torch-fused-bf16",
+            "torch fused, all bf16 (stalls)",
+            partial(_make_bf16, options=fused),
+            8,
+            color=BF16_TORCH,
+        ),
+        Contender(
+            "torch-foreach-bf16",
+            "torch foreach, all bf16 (stalls)",
+            partial(_make_bf16, options=foreach),
+            12,
+            color=BF16_TORCH,
+        ),
     ]
 
 
-def _make_fp32(shapes: Shapes, device: torch.device, *, options: dict[str, Any], bf16_grads: bool = False) -> Runner:
+def _make_fp32(
+    shapes: Shapes, device: torch.device, *, options: dict[str, Any], bf16_grads: bool = False
+) -> Runner:
     """Mixed precision: fp32 master weights and moments, copied to the bf16 weights that the model runs with.
 
     With ``bf16_grads`` the gradients arrive as bf16, as those of bf16 weights do, and are copied to fp32 first; without, they are
@@ -211,12 +287,35 @@ def _make_bf16(shapes: Shapes, device: torch.device, *, options: dict[str, Any])
 
 
 def _others(device: torch.device) -> list[Contender]:
-    on_cpu = Contender("deepspeed", "DeepSpeedCPUAdam fp32 + bf16 copy of the weights", _make_deepspeed, 18, "deepspeed", color=OTHER)
+    on_cpu = Contender(
+        "deepspeed",
+        "DeepSpeedCPUAdam fp32 + bf16 copy of the weights",
+        _make_deepspeed,
+        18,
+        "deepspeed",
+        color=OTHER,
+    )
     return [
         *([on_cpu] if device.type == "cpu" else []),
-        Contender("optimi", "torch-optimi AdamW, bf16 + Kahan sum", _make_optimi, 18, "torch-optimi", color=OTHER),
-        Contender("flashoptim", "FlashAdamW, 24-bit weights, 8-bit moments", _make_flashoptim, 16, "flashoptim", color=OTHER),
-        Contender("torchao", "torchao AdamW8bit, bf16 weights", _make_torchao, 16, "torchao", color=OTHER),
+        Contender(
+            "optimi",
+            "torch-optimi AdamW, bf16 + Kahan sum",
+            _make_optimi,
+            18,
+            "torch-optimi",
+            color=OTHER,
+        ),
+        Contender(
+            "flashoptim",
+            "FlashAdamW, 24-bit weights, 8-bit moments",
+            _make_flashoptim,
+            16,
+            "flashoptim",
+            color=OTHER,
+        ),
+        Contender(
+            "torchao", "torchao AdamW8bit, bf16 weights", _make_torchao, 16, "torchao", color=OTHER
+        ),
     ]
 
 
@@ -253,19 +352,33 @@ def _make_torchao(shapes: Shapes, device: torch.device) -> Runner:
 
 
 def _ceilings(device: torch.device, isas: list[str]) -> list[Contender]:
-    copy = Contender("copy", "plain copy of 9 B a parameter (reads 9, writes 9)", _make_copy, 18, color=CEILING)
+    copy = Contender(
+        "copy", "plain copy of 9 B a parameter (reads 9, writes 9)", _make_copy, 18, color=CEILING
+    )
     if device.type == "cuda":
         mix = "copy ceiling: reads 10 B, writes 8 B a parameter"
         return [Contender("ceiling", mix, _make_gpu_ceiling, 10, color=CEILING), copy]
     mixes = [
-        Contender(f"ceiling-{isa}", f"copy ceiling ({isa}): reads 10 B, writes 8 B", partial(make, isa=isa), 10, on="ours", color=CEILING)
+        Contender(
+            f"ceiling-{isa}",
+            f"copy ceiling ({isa}): reads 10 B, writes 8 B",
+            partial(make, isa=isa),
+            10,
+            on="ours",
+            color=CEILING,
+        )
         for isa, make in ((isa, _make_cpu_ceiling) for isa in reversed(isas))
     ]
     return [*mixes, copy]
 
 
-def _make_cpu_ceiling(shapes: Shapes, device: torch.device, ours: AdamW_BF16, *, isa: str) -> Runner:
-    arrays = [column[0] if len(column) == 1 else torch.cat([x.flatten() for x in column]) for column in _columns(ours)]
+def _make_cpu_ceiling(
+    shapes: Shapes, device: torch.device, ours: AdamW_BF16, *, isa: str
+) -> Runner:
+    arrays = [
+        column[0] if len(column) == 1 else torch.cat([x.flatten() for x in column])
+        for column in _columns(ours)
+    ]
     return Runner(lambda: cpu.stream_ceiling(arrays), _selecting(isa, device))
 
 
@@ -278,7 +391,9 @@ def _make_gpu_ceiling(shapes: Shapes, device: torch.device) -> Runner:
 
 
 def _make_copy(shapes: Shapes, device: torch.device) -> Runner:
-    source = _random_words(-(-BYTES_PER_PARAM * _numel(shapes) // 8), device)  # half of the bytes are read, half written
+    source = _random_words(
+        -(-BYTES_PER_PARAM * _numel(shapes) // 8), device
+    )  # half of the bytes are read, half written
     target = torch.zeros_like(source)
     return Runner(lambda: target.copy_(source))
 
@@ -297,7 +412,11 @@ def _parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> lis
     generator = torch.Generator(device).manual_seed(0)
     params: list[Tensor] = []
     for shape in shapes:
-        param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator))
-        param.grad = torch.empty_like(param, requires_grad=False).normal_(0.0, 1e-3, generator=generator)
+        param = torch.nn.Parameter(
+            torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        )
+        param.grad = torch.empty_like(param, requires_grad=False).normal_(
+            0.0, 1e-3, generator=generator
+        )
         params.append(param)
     return params

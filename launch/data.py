@@ -34,16 +34,22 @@ class Text:
 
     def batch(self, seed: int, step: int, size: int) -> Tensor:
         """The global batch of a step: int64 ``(size, seq_len + 1)``; inputs are all but the last column, targets all but the first."""
-        starts = np.random.default_rng((seed, step)).integers(0, len(self.train) - self.seq_len, size)
+        starts = np.random.default_rng((seed, step)).integers(
+            0, len(self.train) - self.seq_len, size
+        )
         return self._windows(self.train, starts)
 
     def held_out_batch(self, index: int, batches: int, size: int) -> Tensor:
         """Batch ``index`` of ``batches`` that together cover the held-out text evenly, always the same. Shaped as in ``batch``."""
-        starts = np.linspace(0, len(self.held_out) - self.seq_len - 1, batches * size).astype(np.int64)
+        starts = np.linspace(0, len(self.held_out) - self.seq_len - 1, batches * size).astype(
+            np.int64
+        )
         return self._windows(self.held_out, starts[index * size : (index + 1) * size])
 
     def _windows(self, source: np.ndarray, starts: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.stack([source[s : s + self.seq_len + 1] for s in starts]).astype(np.int64))
+        return torch.from_numpy(
+            np.stack([source[s : s + self.seq_len + 1] for s in starts]).astype(np.int64)
+        )
 
 
 def load_text(path: str | None, seq_len: int) -> Text:
@@ -57,7 +63,9 @@ def load_text(path: str | None, seq_len: int) -> Text:
         data = _standard_library() if path is None else _read(Path(path))
     except OSError as error:
         culprit = error.filename or name
-        raise UsageError(f"--data {name} cannot be read ({error.strerror}: {culprit}): check the path and its permissions.") from None
+        raise UsageError(
+            f"--data {name} cannot be read ({error.strerror}: {culprit}): check the path and its permissions."
+        ) from None
     cut = len(data) - len(data) // HELD_OUT
     if len(data) - cut <= seq_len:
         needed = HELD_OUT * (seq_len + 1)

@@ -34,7 +34,20 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SIZES = (0, 1, 7, 1023, 8192, 20001, 1 << 20)
 SHAPES = [(1000, 512), (333,), (1,), (4096, 1024)]
 MEMORY_NUMEL = 1 << 26
-SPECIAL = [0x7F80, -0x80, 0x7FFF, -1, 0x7FC0, 0, -0x8000, 1, -0x7FFF, 0x7F, 0x7F7F, -0x81]  # bf16 inf, NaN, zeros, subnormals, largest
+SPECIAL = [
+    0x7F80,
+    -0x80,
+    0x7FFF,
+    -1,
+    0x7FC0,
+    0,
+    -0x8000,
+    1,
+    -0x7FFF,
+    0x7F,
+    0x7F7F,
+    -0x81,
+]  # bf16 inf, NaN, zeros, subnormals, largest
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,27 @@ def run_checks(device: torch.device) -> list[Check]:
 
 def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bool, str]:
     """One update of random bit patterns by the kernel and by the reference on the CPU, over dtypes, alignments and options."""
-    cases = list(product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3)))  # parameters, gradients, and their elements off alignment
-    options: list[dict[str, Any]] = [{}, {"grad_scale": 0.37}, {"maximize": True}, {"zero_grads": True}, {"found_inf": 1.0}]
+    cases = list(
+        product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3))
+    )  # parameters, gradients, and their elements off alignment
+    options: list[dict[str, Any]] = [
+        {},
+        {"grad_scale": 0.37},
+        {"maximize": True},
+        {"zero_grads": True},
+        {"found_inf": 1.0},
+    ]
     wrong = []
     for (param, grad, param_offset, grad_offset), option in product(cases, options):
         found = bits_that_differ(device, sizes, param, grad, param_offset, grad_offset, option)
-        wrong += [f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}, {option}: {line}" for line in found]
+        wrong += [
+            f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}, {option}: {line}"
+            for line in found
+        ]
     count = len(cases) * len(options)
-    return not wrong, wrong[0] if wrong else f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
+    return not wrong, wrong[
+        0
+    ] if wrong else f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
 
 
 def bits_that_differ(
@@ -110,11 +136,19 @@ def bits_that_differ(
         half.copy_(half.abs())  # a negative one gives NaN: not in all
     grads = [patterns(n, grad, generator) for n in sizes]
     on_device: dict[str, list[Any]] = {
-        name: [None if x is None else placed(x, device, param_offset) for x in column] for name, column in columns.items()
+        name: [None if x is None else placed(x, device, param_offset) for x in column]
+        for name, column in columns.items()
     }
     grads_on_device = [placed(g, device, grad_offset) for g in grads]
-    hypers = [kernels.Hyper(lr, 0.9, 0.999, 1e-8, 0.1, maximize=option.get("maximize", False)) for lr in (1e-3, 3e-4)]
-    flags: dict[str, Any] = {key: torch.tensor(x) if isinstance(x, float) else x for key, x in option.items() if key != "maximize"}
+    hypers = [
+        kernels.Hyperparams(lr, 0.9, 0.999, 1e-8, 0.1, maximize=option.get("maximize", False))
+        for lr in (1e-3, 3e-4)
+    ]
+    flags: dict[str, Any] = {
+        key: torch.tensor(x) if isinstance(x, float) else x
+        for key, x in option.items()
+        if key != "maximize"
+    }
     groups = [i % 2 for i in range(len(sizes))]
     reference.Table(**columns, groups=groups).update_(grads, hypers, **flags)
     flags |= {key: x.to(device) for key, x in flags.items() if isinstance(x, Tensor)}
@@ -135,8 +169,14 @@ def patterns(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     chosen = special[torch.randint(len(special), (n,), generator=generator)]
     where = torch.rand(n, generator=generator) < 0.1
     words[:, 1] = torch.where(where, chosen, words[:, 1])
-    words[:, 0] *= ~(where & (torch.rand(n, generator=generator) < 0.5))  # float32 infinity and zero have no low bits
-    return words.view(torch.int32).flatten().view(FP32) if dtype == FP32 else words[:, 1].contiguous().view(BF16)
+    words[:, 0] *= ~(
+        where & (torch.rand(n, generator=generator) < 0.5)
+    )  # float32 infinity and zero have no low bits
+    return (
+        words.view(torch.int32).flatten().view(FP32)
+        if dtype == FP32
+        else words[:, 1].contiguous().view(BF16)
+    )
 
 
 def placed(x: Tensor, device: torch.device, offset: int) -> Tensor:
@@ -165,11 +205,16 @@ class Twin:
         self.generator = torch.Generator(device).manual_seed(0)
         self.params = [torch.nn.Parameter(self._random(shape, device, 0.02)) for shape in SHAPES]
         self.new_grads()
-        groups: list[dict[str, Any]] = [{"params": self.params[:2]}, {"params": self.params[2:], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.params[:2]},
+            {"params": self.params[2:], "weight_decay": 0.0},
+        ]
         self.optimizer = AdamW_BF16(groups, **{**HYPER, **options})
 
     def _random(self, shape: tuple[int, ...], device: torch.device, std: float) -> Tensor:
-        return torch.empty(shape, dtype=BF16, device=device).normal_(0.0, std, generator=self.generator)
+        return torch.empty(shape, dtype=BF16, device=device).normal_(
+            0.0, std, generator=self.generator
+        )
 
     def new_grads(self) -> None:
         """Gradients of a new draw; where the old ones lie, if there are some."""
@@ -200,9 +245,17 @@ def kernels_launched(function: Callable[[], Any]) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = [event.name for event in on_device if not getattr(event, "is_user_annotation", False)]  # torch marks each step as one
-        names = [name for name in kernels if not name.startswith(("Memcpy", "Memset", "Context Sync"))]
+        on_device = [
+            event
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        kernels = [
+            event.name for event in on_device if not getattr(event, "is_user_annotation", False)
+        ]  # torch marks each step as one
+        names = [
+            name for name in kernels if not name.startswith(("Memcpy", "Memset", "Context Sync"))
+        ]
         if names:
             break
     return names
@@ -239,8 +292,13 @@ def check_no_sync(device: torch.device) -> tuple[bool, str]:
                 twin.optimizer.step()
             for param in twin.params:
                 assert param.grad is not None
-                param.grad = param.grad.clone()  # the old one is freed only afterwards, so this lies elsewhere
-    return True, "step and clip_grad_norm_ + step, with and without skip_nonfinite and lr_function, on old and new gradients"
+                param.grad = (
+                    param.grad.clone()
+                )  # the old one is freed only afterwards, so this lies elsewhere
+    return (
+        True,
+        "step and clip_grad_norm_ + step, with and without skip_nonfinite and lr_function, on old and new gradients",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA graphs
@@ -250,7 +308,9 @@ def check_graph(device: torch.device) -> tuple[bool, str]:
     """Capture one step, plain and clipped, and replay it with changing gradients and learning rates beside an eager twin."""
     replays = 5
     for name in ("step", "clip_grad_norm_ + step"):
-        twins = [Twin(device, capturable=True, lr=torch.tensor(1e-3, device=device)) for _ in range(2)]
+        twins = [
+            Twin(device, capturable=True, lr=torch.tensor(1e-3, device=device)) for _ in range(2)
+        ]
         eager, captured = twins
         calls = [twin.optimizer.step if name == "step" else twin.clipped_step for twin in twins]
         stream = torch.cuda.Stream(device)
@@ -270,11 +330,21 @@ def check_graph(device: torch.device) -> tuple[bool, str]:
             calls[0]()
             graph.replay()
         torch.cuda.synchronize()
-        wrong = [i for i, (x, y) in enumerate(zip(eager.tensors(), captured.tensors(), strict=True)) if not same_bits(x, y)]
+        wrong = [
+            i
+            for i, (x, y) in enumerate(zip(eager.tensors(), captured.tensors(), strict=True))
+            if not same_bits(x, y)
+        ]
         taken = float(captured.optimizer.state[captured.params[0]]["step"])
         if wrong or taken != 3 + replays:
-            return False, f"{name}: tensors {wrong} differ after {replays} replays, and {taken:.0f} steps were counted, not {3 + replays}"
-    return True, f"step and clip_grad_norm_ + step, {replays} replays each with new gradients and learning rates"
+            return (
+                False,
+                f"{name}: tensors {wrong} differ after {replays} replays, and {taken:.0f} steps were counted, not {3 + replays}",
+            )
+    return (
+        True,
+        f"step and clip_grad_norm_ + step, {replays} replays each with new gradients and learning rates",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- memory
@@ -283,10 +353,16 @@ def check_graph(device: torch.device) -> tuple[bool, str]:
 def check_memory(device: torch.device) -> tuple[bool, str]:
     """Peak bytes a parameter of weights, gradients, states and temporaries over two steps: ours, and mixed precision in torch."""
     by_key = {c.key: c for c in contenders(device)}
-    peaks = {key: peak_bytes(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device) for key in ("ours", "torch-fused-fp32")}
+    peaks = {
+        key: peak_bytes(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device)
+        for key in ("ours", "torch-fused-fp32")
+    }
     ours, torchs = (peak / MEMORY_NUMEL for peak in peaks.values())
     detail = f"{ours:.2f} B a parameter with weights and gradients, against {torchs:.2f} B (fp32 masters and gradients, bf16 weights)"
-    return ours < torchs and ours <= 10.1, detail  # 2 B each of g, p, m, v, c, and next to nothing besides
+    return (
+        ours < torchs and ours <= 10.1,
+        detail,
+    )  # 2 B each of g, p, m, v, c, and next to nothing besides
 
 
 def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
@@ -303,11 +379,17 @@ def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_checks.py needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
         return 2
-    return int(not all(check.passed for check in run_checks(torch.device("cuda", torch.cuda.current_device()))))
+    return int(
+        not all(
+            check.passed for check in run_checks(torch.device("cuda", torch.cuda.current_device()))
+        )
+    )
 
 
 if __name__ == "__main__":

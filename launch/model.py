@@ -43,13 +43,41 @@ class Config:
 
 
 PRESETS = {
-    "nano": Config(layers=2, dim=64, heads=2, ffn=176, seq_len=128, batch_size=16, steps=1_500, lr=1e-3),
-    "tiny": Config(layers=4, dim=128, heads=4, ffn=352, seq_len=128, batch_size=24, steps=600, lr=3e-3),
-    "small": Config(layers=8, dim=512, heads=8, ffn=1408, seq_len=512, batch_size=48, steps=5_000, lr=1e-3),
-    "medium": Config(layers=24, dim=1024, heads=16, ffn=2816, seq_len=1024, batch_size=96, steps=20_000, lr=6e-4),
-    "1b": Config(layers=16, dim=2048, heads=16, ffn=8192, seq_len=2048, batch_size=240, steps=50_000, lr=3e-4),
-    "3b": Config(layers=28, dim=3072, heads=24, ffn=8192, seq_len=4096, batch_size=240, steps=100_000, lr=2e-4),
-    "8b": Config(layers=32, dim=4096, heads=32, ffn=14336, seq_len=4096, batch_size=480, steps=100_000, lr=2e-4),
+    "nano": Config(
+        layers=2, dim=64, heads=2, ffn=176, seq_len=128, batch_size=16, steps=1_500, lr=1e-3
+    ),
+    "tiny": Config(
+        layers=4, dim=128, heads=4, ffn=352, seq_len=128, batch_size=24, steps=600, lr=3e-3
+    ),
+    "small": Config(
+        layers=8, dim=512, heads=8, ffn=1408, seq_len=512, batch_size=48, steps=5_000, lr=1e-3
+    ),
+    "medium": Config(
+        layers=24, dim=1024, heads=16, ffn=2816, seq_len=1024, batch_size=96, steps=20_000, lr=6e-4
+    ),
+    "1b": Config(
+        layers=16, dim=2048, heads=16, ffn=8192, seq_len=2048, batch_size=240, steps=50_000, lr=3e-4
+    ),
+    "3b": Config(
+        layers=28,
+        dim=3072,
+        heads=24,
+        ffn=8192,
+        seq_len=4096,
+        batch_size=240,
+        steps=100_000,
+        lr=2e-4,
+    ),
+    "8b": Config(
+        layers=32,
+        dim=4096,
+        heads=32,
+        ffn=14336,
+        seq_len=4096,
+        batch_size=480,
+        steps=100_000,
+        lr=2e-4,
+    ),
 }
 
 
@@ -66,7 +94,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if not has_fast_bf16(x.device):  # the same product: exact terms, added up in fp32, the sum rounded to bfloat16
+        if not has_fast_bf16(
+            x.device
+        ):  # the same product: exact terms, added up in fp32, the sum rounded to bfloat16
             return F.linear(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
@@ -104,8 +134,13 @@ class Attention(nn.Module):
         self.output = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for f in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(
+            rotate(q, rotation), rotate(k, rotation), v, is_causal=True
+        )
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -169,11 +204,15 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, dtype=torch.float32, device=parameter.device)
             if parameter.ndim > 1:
-                mixed = zlib.crc32(f"{seed}.{name}".encode())  # CPU generators ignore all but the low 32 bits of a seed
+                mixed = zlib.crc32(
+                    f"{seed}.{name}".encode()
+                )  # CPU generators ignore all but the low 32 bits of a seed
                 generator = torch.Generator(parameter.device).manual_seed(mixed)
                 full.normal_(0.0, self._std(name), generator=generator)
             if isinstance(parameter, DTensor):
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                full = distribute_tensor(
+                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
             parameter.copy_(full)
 
     def _std(self, name: str) -> float:
@@ -182,9 +221,13 @@ class GPT(nn.Module):
         return INIT_STD / math.sqrt(2 * self.config.layers) if writes_to_residual else INIT_STD
 
 
-def rotations(length: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rotations(
+    length: int, head_dim: int, device: torch.device, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (Su et al., arXiv:2104.09864), each ``(T, head_dim / 2)`` in the compute dtype."""
-    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    frequencies = base ** -(
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return angles.cos().to(COMPUTE_DTYPE), angles.sin().to(COMPUTE_DTYPE)
 

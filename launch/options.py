@@ -53,28 +53,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: an argument is unknown, malformed or out of range.
     """
-    parser = Parser(prog="train.py", description="Train a byte-level GPT with bf16 weights, on one process or under torchrun.")
+    parser = Parser(
+        prog="train.py",
+        description="Train a byte-level GPT with bf16 weights, on one process or under torchrun.",
+    )
     group = parser.add_argument_group("model and data")
     group.add_argument(
-        "--preset", choices=PRESETS, default=DEFAULT_PRESET, help="model size; its defaults are in launch/model.py (default: %(default)s)"
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULT_PRESET,
+        help="model size; its defaults are in launch/model.py (default: %(default)s)",
     )
-    group.add_argument("--data", metavar="PATH", help="text: a file or a folder (default: Python's standard library sources)")
-    group.add_argument("--seq-len", type=positive, help=f"bytes in a sequence ({by_preset('seq_len')})")
     group.add_argument(
-        "--batch-size", type=positive, help=f"sequences in a step, over all ranks and micro-batches ({by_preset('batch_size')})"
+        "--data",
+        metavar="PATH",
+        help="text: a file or a folder (default: Python's standard library sources)",
     )
-    group.add_argument("--grad-accum", type=positive, default=1, metavar="N", help="micro-batches in a step (default: %(default)s)")
-    group.add_argument("--seed", type=count, default=0, help="of the initial weights and the batches (default: %(default)s)")
+    group.add_argument(
+        "--seq-len", type=positive, help=f"bytes in a sequence ({by_preset('seq_len')})"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        help=f"sequences in a step, over all ranks and micro-batches ({by_preset('batch_size')})",
+    )
+    group.add_argument(
+        "--grad-accum",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="micro-batches in a step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=count,
+        default=0,
+        help="of the initial weights and the batches (default: %(default)s)",
+    )
 
     group = parser.add_argument_group("parallelism")
-    group.add_argument("--strategy", choices=STRATEGIES, help="default: fsdp2 on several ranks, else single")
+    group.add_argument(
+        "--strategy", choices=STRATEGIES, help="default: fsdp2 on several ranks, else single"
+    )
     group.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="CUDA with NCCL, or CPU with gloo (default: auto, CUDA where there is one)",
     )
-    group.add_argument("--deterministic", action="store_true", help="the same bits in every run on CUDA too, at some cost")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on CUDA too, at some cost",
+    )
 
     group = parser.add_argument_group("optimizer")
     group.add_argument(
@@ -83,17 +114,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="bf16",
         help="AdamW_BF16; or torch's AdamW on fp32 master weights with a bf16 forward, or on plain bf16 weights (default: %(default)s)",
     )
-    group.add_argument("--optimizer-backend", metavar="NAME", help="kernel back end of AdamW_BF16 (default: by device)")
+    group.add_argument(
+        "--optimizer-backend",
+        metavar="NAME",
+        help="kernel back end of AdamW_BF16 (default: by device)",
+    )
     group.add_argument("--lr", type=not_negative, help=f"peak learning rate ({by_preset('lr')})")
     group.add_argument(
-        "--schedule", choices=("cosine", "power", "constant"), default="cosine", help="after the warm-up (default: %(default)s)"
+        "--schedule",
+        choices=("cosine", "power", "constant"),
+        default="cosine",
+        help="after the warm-up (default: %(default)s)",
     )
-    group.add_argument("--warmup", type=positive, metavar="STEPS", help="default: a twentieth of --steps")
-    group.add_argument("--final-lr", type=not_negative, help="of the cosine schedule (default: a thousandth of --lr)")
-    group.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices (default: %(default)s)")
     group.add_argument(
-        "--clip", type=not_negative, default=1.0, help="maximal global gradient norm; 0 does not clip (default: %(default)s)"
+        "--warmup", type=positive, metavar="STEPS", help="default: a twentieth of --steps"
+    )
+    group.add_argument(
+        "--final-lr",
+        type=not_negative,
+        help="of the cosine schedule (default: a thousandth of --lr)",
+    )
+    group.add_argument(
+        "--betas", type=float, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999"
+    )
+    group.add_argument(
+        "--weight-decay", type=float, default=0.1, help="of the matrices (default: %(default)s)"
+    )
+    group.add_argument(
+        "--clip",
+        type=not_negative,
+        default=1.0,
+        help="maximal global gradient norm; 0 does not clip (default: %(default)s)",
     )
     group.add_argument(
         "--skip-nonfinite",
@@ -111,10 +162,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("run")
     group.add_argument("--steps", type=positive, help=by_preset("steps"))
-    group.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: a twelfth of --steps")
-    group.add_argument("--eval-batches", type=positive, default=16, metavar="N", help="batches of held-out text (default: %(default)s)")
+    group.add_argument(
+        "--eval-every", type=positive, metavar="STEPS", help="default: a twelfth of --steps"
+    )
+    group.add_argument(
+        "--eval-batches",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="batches of held-out text (default: %(default)s)",
+    )
     group.add_argument("--out", metavar="FOLDER", help="default: runs/<preset>-<optimizer>")
-    group.add_argument("--save-every", type=count, metavar="STEPS", default=200, help="0: at the end only (default: %(default)s)")
+    group.add_argument(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        default=200,
+        help="0: at the end only (default: %(default)s)",
+    )
     group.add_argument(
         "--async-save",
         action=argparse.BooleanOptionalAction,
@@ -130,13 +195,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="compare the replicas of weights and states every so many steps, and end the run where they differ: a fault of the hardware "
         "(default: never)",
     )
-    group.add_argument("--keep", type=positive, metavar="N", default=2, help="newest checkpoints to keep (default: %(default)s)")
+    group.add_argument(
+        "--keep",
+        type=positive,
+        metavar="N",
+        default=2,
+        help="newest checkpoints to keep (default: %(default)s)",
+    )
     group.add_argument(
         "--resume",
         metavar="auto|newest-good|PATH",
         help="auto: from the newest checkpoint in --out, if there is one; newest-good: from the newest undamaged one (default: afresh)",
     )
-    group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    group.add_argument(
+        "--no-progress", dest="progress", action="store_false", help="no progress bar"
+    )
 
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]

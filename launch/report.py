@@ -27,16 +27,25 @@ class Metrics:
 
     def __init__(self, path: Path, start: int, steps: int, bar: bool) -> None:
         self.path = path
-        lines = [_json_line(line) for line in read_metrics(path) if line["step"] <= start and start > 0]
+        lines = [
+            _json_line(line) for line in read_metrics(path) if line["step"] <= start and start > 0
+        ]
         path.write_text("".join(lines))
-        self.file = path.open("a", buffering=1)  # line by line, so that a killed run leaves whole lines
+        self.file = path.open(
+            "a", buffering=1
+        )  # line by line, so that a killed run leaves whole lines
         self.bar = _bar(start, steps) if bar else None
         self.shown: dict[str, str] = {}
 
     def step(self, **line: Any) -> None:
         self.file.write(_json_line(line))
         if self.bar is not None:
-            self._show(loss=line["loss"], lr=line["lr"], norm=line["grad_norm"], tokens_per_s=line["tokens_per_s"])
+            self._show(
+                loss=line["loss"],
+                lr=line["lr"],
+                norm=line["grad_norm"],
+                tokens_per_s=line["tokens_per_s"],
+            )
             self.bar.update()
 
     def evaluation(self, step: int, held_out_loss: float) -> None:
@@ -56,7 +65,10 @@ class Metrics:
 
 
 def _json_line(line: dict[str, Any]) -> str:
-    values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
     return json.dumps(values, allow_nan=False) + "\n"
 
 
@@ -85,8 +97,15 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
         return False
     lines = read_metrics(metrics)
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
-    for key, label, style in (("loss", "training", {"alpha": 0.5, "linewidth": 1}), ("held_out_loss", "held out", {"marker": "."})):
-        points = [(line["step"], math.nan if line[key] is None else line[key]) for line in lines if key in line]
+    for key, label, style in (
+        ("loss", "training", {"alpha": 0.5, "linewidth": 1}),
+        ("held_out_loss", "held out", {"marker": "."}),
+    ):
+        points = [
+            (line["step"], math.nan if line[key] is None else line[key])
+            for line in lines
+            if key in line
+        ]
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
     axes.grid(alpha=0.3)
@@ -95,9 +114,13 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> bool:
     return True
 
 
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, int]:
+def optimizer_state_bytes(
+    optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, int]:
     """Bytes of optimizer state that this rank holds, and their sum over all ranks. Of a DTensor, only the local shard counts."""
-    states = [state for state in optimizer.state.values() if isinstance(state, dict)]  # others may keep their own entries there
+    states = [
+        state for state in optimizer.state.values() if isinstance(state, dict)
+    ]  # others may keep their own entries there
     tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
     mine = sum(x.numel() * x.element_size() for x in local)

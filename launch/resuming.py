@@ -11,7 +11,7 @@ from data import UsageError
 from strategies import on_all_ranks
 
 from sharded_bf16_adamw import newest_good
-from sharded_bf16_adamw.checkpoint import folders
+from sharded_bf16_adamw.checkpoint import directory
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 
@@ -22,7 +22,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if args.resume is None:
         return None
-    found = [on_all_ranks(_find_readable, args) if dist.get_rank() == 0 else on_all_ranks(lambda: None)]
+    found = [
+        on_all_ranks(_find_readable, args) if dist.get_rank() == 0 else on_all_ranks(lambda: None)
+    ]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -31,13 +33,15 @@ def _find_readable(args: argparse.Namespace) -> Path | None:
     try:
         return _find(args)
     except OSError as error:
-        raise UsageError(f"{error.filename} cannot be read ({error.strerror}): give a folder that you may read.") from error
+        raise UsageError(
+            f"{error.filename} cannot be read ({error.strerror}): give a folder that you may read."
+        ) from error
 
 
 def _find(args: argparse.Namespace) -> Path | None:
     root = Path(args.out) / "checkpoints"
     if args.resume == "auto":
-        path = folders.latest(root)
+        path = directory.latest(root)
     elif args.resume == "newest-good":
         path, skipped = newest_good(root)
         for reason in skipped:
@@ -48,9 +52,11 @@ def _find(args: argparse.Namespace) -> Path | None:
             )
     else:
         given = Path(args.resume)
-        path = folders.find_checkpoint(given) or folders.latest(given / "checkpoints")
+        path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")
         if path is None:
-            raise UsageError(f"--resume {given} is neither a checkpoint nor a folder with one: check the path, or use --resume auto.")
+            raise UsageError(
+                f"--resume {given} is neither a checkpoint nor a folder with one: check the path, or use --resume auto."
+            )
     if path is not None:
         _check_same_run(path, args)
     return path
@@ -63,7 +69,9 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}{_undamaged_instead(args, path)}") from error
     if "step" not in extra or "config" not in extra:
-        raise UsageError(f"the checkpoint {path} was not saved by train.py: give --resume one that was.")
+        raise UsageError(
+            f"the checkpoint {path} was not saved by train.py: give --resume one that was."
+        )
     saved, given = extra["config"], vars(args)
     for name in ("preset", "optimizer"):
         if saved.get(name, given[name]) != given[name]:
@@ -71,9 +79,14 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
                 f"the checkpoint {path} was trained with --{name} {saved[name]}, not {given[name]}: give --{name} {saved[name]}, "
                 "or another --out to start afresh."
             )
-    changed = [n for n in ("data", "seed", "batch_size", "seq_len") if saved.get(n, given[n]) != given[n]]
+    changed = [
+        n for n in ("data", "seed", "batch_size", "seq_len") if saved.get(n, given[n]) != given[n]
+    ]
     if changed:
-        print(f"note: {', '.join(changed)} changed since the checkpoint: the batches are not those of one run", file=sys.stderr)
+        print(
+            f"note: {', '.join(changed)} changed since the checkpoint: the batches are not those of one run",
+            file=sys.stderr,
+        )
 
 
 def undamaged_instead(args: argparse.Namespace, path: Path) -> str:

@@ -54,24 +54,32 @@ def _no_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _never_syncs(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+def _never_syncs(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
     """There is nobody to reduce with."""
     return nullcontext()
 
 
-def _wrappers_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+def _wrappers_no_sync(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
     """DDP and FSDP1 have one: gradients accumulate in the dtype of the weights."""
     return module.no_sync()  # type: ignore[operator]
 
 
 def _ddp_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model, device_mesh=mesh, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, device_mesh=mesh, gradient_as_bucket_view=True
+    )
 
 
 def _fsdp2_shard(model: GPT, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # bf16 sums over many ranks and micro-batches would lose bits
+    policy = MixedPrecisionPolicy(
+        reduce_dtype=torch.float32
+    )  # bf16 sums over many ranks and micro-batches would lose bits
     for module in (*model.blocks, model):
         # By default the root would stay gathered after an evaluation, and torch's checkpoint code would not know its parameters.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -92,10 +100,14 @@ def _zero1(mesh: DeviceMesh) -> ZeRO:
 
 
 def _zero2(mesh: DeviceMesh) -> ZeRO:
-    return ZeRO(mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32)  # for the reason given for FSDP
+    return ZeRO(
+        mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32
+    )  # for the reason given for FSDP
 
 
-def _zero2_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+def _zero2_no_sync(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
     """Gradients accumulate whole, in ``accumulate_dtype``."""
     assert isinstance(optimizer, AdamW_BF16)
     return optimizer.no_sync()
@@ -111,9 +123,13 @@ def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
         return FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy({Block}),
-            mixed_precision=MixedPrecision(reduce_dtype=torch.float32),  # for the reason given for FSDP2
+            mixed_precision=MixedPrecision(
+                reduce_dtype=torch.float32
+            ),  # for the reason given for FSDP2
             device_mesh=mesh,
-            device_id=torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu"),
+            device_id=torch.device(mesh.device_type, torch.cuda.current_device())
+            if mesh.device_type == "cuda"
+            else torch.device("cpu"),
             use_orig_params=True,
         )
 
@@ -132,7 +148,9 @@ def _in_pairs(first: str, first_is_two: bool, second: str) -> Callable[[int], di
 
     def shape(ranks: int) -> dict[str, int]:
         if ranks % 2:
-            raise UsageError(f"this --strategy arranges the processes in pairs, which {ranks} cannot be: start an even number of them.")
+            raise UsageError(
+                f"this --strategy arranges the processes in pairs, which {ranks} cannot be: start an even number of them."
+            )
         return {first: 2 if first_is_two else ranks // 2, second: ranks // 2 if first_is_two else 2}
 
     return shape
@@ -143,9 +161,18 @@ STRATEGIES = {
     "ddp": Strategy(_no_shard, _ddp_wrap, _wrappers_no_sync),
     "fsdp1": Strategy(_no_shard, _fsdp1_wrap, _wrappers_no_sync),
     "fsdp2": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_no_sync),
-    "hsdp": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_no_sync, mesh_shape=_in_pairs("replicate", True, "shard")),
-    "tp": Strategy(_tensor_parallel_shard, _no_wrap, _never_syncs, mesh_shape=lambda ranks: {"tensor": ranks}),
-    "fsdp2+tp": Strategy(_fsdp2_tensor_parallel_shard, _no_wrap, _fsdp2_no_sync, mesh_shape=_in_pairs("data", False, "tensor")),
+    "hsdp": Strategy(
+        _fsdp2_shard, _no_wrap, _fsdp2_no_sync, mesh_shape=_in_pairs("replicate", True, "shard")
+    ),
+    "tp": Strategy(
+        _tensor_parallel_shard, _no_wrap, _never_syncs, mesh_shape=lambda ranks: {"tensor": ranks}
+    ),
+    "fsdp2+tp": Strategy(
+        _fsdp2_tensor_parallel_shard,
+        _no_wrap,
+        _fsdp2_no_sync,
+        mesh_shape=_in_pairs("data", False, "tensor"),
+    ),
     "zero1": Strategy(_no_shard, _ddp_wrap, _wrappers_no_sync, _zero1),
     "zero2": Strategy(_no_shard, _no_wrap, _zero2_no_sync, _zero2),
 }
@@ -163,7 +190,9 @@ class World:
     def mesh(self, shape: dict[str, int] | None = None) -> DeviceMesh:
         """All ranks in the dimensions of a strategy's ``mesh_shape``, or in one."""
         shape = shape or {"data": self.ranks}
-        return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        return init_device_mesh(
+            self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape)
+        )
 
     @property
     def rows(self) -> slice:
@@ -180,7 +209,10 @@ def init_world(device: str) -> World:
     Raises:
         UsageError: "cuda" was asked for and there are too few GPUs.
     """
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_ranks = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
     if device == "cuda" and torch.cuda.device_count() < local_ranks:
         raise UsageError(
             f"--device cuda needs a GPU for each of the {local_ranks} processes, but {torch.cuda.device_count()} were found: "

@@ -30,7 +30,11 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
         UsageError: heads, hidden units, byte values or (at the first batch) positions do not divide into the mesh's ranks.
     """
     ranks = mesh.size()
-    for what, number in (("heads", model.config.heads), ("hidden units", model.config.ffn), ("byte values", VOCABULARY)):
+    for what, number in (
+        ("heads", model.config.heads),
+        ("hidden units", model.config.ffn),
+        ("byte values", VOCABULARY),
+    ):
         if number % ranks:
             raise UsageError(
                 f"the model's {number} {what} do not divide into {ranks} tensor-parallel ranks: use fewer or another --preset."
@@ -39,7 +43,9 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     def check_positions(module: nn.Module, args: tuple[Tensor]) -> None:
         positions = args[0].shape[1]
         if positions % ranks:
-            raise UsageError(f"--seq-len {positions} does not divide into {ranks} tensor-parallel ranks: use a multiple of {ranks}.")
+            raise UsageError(
+                f"--seq-len {positions} does not divide into {ranks} tensor-parallel ranks: use a multiple of {ranks}."
+            )
 
     model.register_forward_pre_hook(check_positions)
     positions, whole = Shard(1), Replicate()
@@ -50,7 +56,9 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     }
     inner: dict[str, Any] = {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(input_layouts=(positions, None), desired_input_layouts=(whole, None)),
+        "attention": PrepareModuleInput(
+            input_layouts=(positions, None), desired_input_layouts=(whole, None)
+        ),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),

@@ -82,7 +82,11 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> None:
     run = set_up(args)
     with stop_requests() as stop:
-        metrics = Metrics(run.folder / "metrics.jsonl", run.step, args.steps, args.progress) if run.world.rank == 0 else None
+        metrics = (
+            Metrics(run.folder / "metrics.jsonl", run.step, args.steps, args.progress)
+            if run.world.rank == 0
+            else None
+        )
         try:
             stopped = loop(run, metrics, stop)
             save_the_end(run)
@@ -103,7 +107,9 @@ def loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
     while run.step < args.steps:
         start = time.perf_counter()
         rank_loss = backward(run)
-        loss, stopping = average(run.world, rank_loss, float(stop.requested))  # the ranks agree, once a step
+        loss, stopping = average(
+            run.world, rank_loss, float(stop.requested)
+        )  # the ranks agree, once a step
         norm = update(run, loss)
         run.step += 1
         if metrics is not None:
@@ -128,7 +134,10 @@ def loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
             if run.is_sound:
                 checkpoint(run, in_background=args.async_save)
             elif run.world.rank == 0:
-                print(f"note: step {run.step} is not saved: its loss or gradient norm is not finite", file=sys.stderr)
+                print(
+                    f"note: step {run.step} is not saved: its loss or gradient norm is not finite",
+                    file=sys.stderr,
+                )
     return False
 
 
@@ -155,7 +164,9 @@ def finish(run: Run, stopped: bool) -> None:
         return
     assert run.saved is not None
     if stopped:
-        print(f"stopped at step {run.step}, saved {run.saved}; continue with --resume auto --out {run.folder}")
+        print(
+            f"stopped at step {run.step}, saved {run.saved}; continue with --resume auto --out {run.folder}"
+        )
         return
     seconds = sum(run.step_seconds) / max(1, len(run.step_seconds))
     print(
@@ -172,7 +183,11 @@ def finish(run: Run, stopped: bool) -> None:
         )
     )
     picture = run.folder / "loss.png"
-    if plot_losses(run.folder / "metrics.jsonl", picture, f"{run.args.preset}, --optimizer {run.args.optimizer}"):
+    if plot_losses(
+        run.folder / "metrics.jsonl",
+        picture,
+        f"{run.args.preset}, --optimizer {run.args.optimizer}",
+    ):
         print(f"{'picture':22}{picture}")
     else:
         print("no loss.png: matplotlib is not installed")
@@ -242,7 +257,9 @@ def check_replicas(run: Run) -> None:
 
 def average(world: World, *values: Tensor | float) -> list[float]:
     """Mean over the ranks of each 0-dim value."""
-    row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in values])
+    row = torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in values]
+    )
     dist.all_reduce(row)
     return (row / world.ranks).tolist()
 
@@ -288,10 +305,14 @@ def checkpoint(run: Run, in_background: bool) -> None:
         DivergedError: a weight or an optimizer state is not finite; nothing is saved.
     """
     if not on_every_rank(run.world, state_is_finite(run.optimizer)):
-        raise DivergedError(f"a weight or an optimizer state is not finite after step {run.step}, which is not saved: {advice(run)}.")
+        raise DivergedError(
+            f"a weight or an optimizer state is not finite after step {run.step}, which is not saved: {advice(run)}."
+        )
     extra = {"step": run.step, "nonfinite_steps": run.nonfinite_steps, "config": vars(run.args)}
     keep = run.args.keep if run.is_sound else None
-    run.saved = save(run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, keep, in_background)
+    run.saved = save(
+        run.folder / "checkpoints", run.step, run.module, run.optimizer, extra, keep, in_background
+    )
     run.saved_step = run.step
 
 
@@ -299,7 +320,9 @@ def checkpoint(run: Run, in_background: bool) -> None:
 def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether all weights and optimizer states that this rank holds are finite."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    states = [
+        x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
+    ]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
     # The maximal magnitude is inf or NaN if any element is, and takes no memory.
     return bool(nn.utils.get_total_norm([x for x in local if x.numel()], math.inf).isfinite())
@@ -329,7 +352,9 @@ def resume(run: Run) -> None:
     run.nonfinite_steps = extra.get("nonfinite_steps", 0)
     run.saved = path
     if run.step > run.args.steps:
-        raise UsageError(f"the checkpoint {path} is at step {run.step}, past --steps {run.args.steps}: raise --steps to train on.")
+        raise UsageError(
+            f"the checkpoint {path} is at step {run.step}, past --steps {run.args.steps}: raise --steps to train on."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------- set up
@@ -340,7 +365,9 @@ def set_up(args: argparse.Namespace) -> Run:
     world = init_world(args.device)
     if args.strategy is None:
         args.strategy = "fsdp2" if world.ranks > 1 else "single"
-    world = replace(world, same_rows=STRATEGIES[args.strategy].mesh_shape(world.ranks).get("tensor", 1))
+    world = replace(
+        world, same_rows=STRATEGIES[args.strategy].mesh_shape(world.ranks).get("tensor", 1)
+    )
     check_world(args, world)
     set_seeds(args)
     text = on_all_ranks(load_text, args.data, args.seq_len)
@@ -348,7 +375,9 @@ def set_up(args: argparse.Namespace) -> Run:
     strategy = STRATEGIES[args.strategy]
     model, module = build_model(args, world, strategy)
     schedule = make_schedule(args)
-    run = Run(args, world, text, strategy, model, module, make_optimizer(args, model, schedule), schedule)
+    run = Run(
+        args, world, text, strategy, model, module, make_optimizer(args, model, schedule), schedule
+    )
     resume(run)
     if world.rank == 0:
         size = f"{PRESETS[args.preset].parameters:,} parameters"
@@ -362,7 +391,9 @@ def set_up(args: argparse.Namespace) -> Run:
 
 def check_world(args: argparse.Namespace, world: World) -> None:
     if args.strategy == "single" and world.ranks > 1:
-        raise UsageError(f"--strategy single runs on one process, not {world.ranks}: use --strategy ddp or fsdp2.")
+        raise UsageError(
+            f"--strategy single runs on one process, not {world.ranks}: use --strategy ddp or fsdp2."
+        )
     sets = world.ranks // world.same_rows
     if args.batch_size % (sets * args.grad_accum):
         raise UsageError(
@@ -376,10 +407,14 @@ def make_folder(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     try:
         if args.resume is None and latest(folder / "checkpoints") is not None:
-            raise UsageError(f"--out {folder} already holds a run: add --resume auto to continue it, or give another --out.")
+            raise UsageError(
+                f"--out {folder} already holds a run: add --resume auto to continue it, or give another --out."
+            )
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be used ({error.strerror}): give a folder that you may read and write.") from None
+        raise UsageError(
+            f"--out {folder} cannot be used ({error.strerror}): give a folder that you may read and write."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """AdamW for models whose weights are bfloat16, sharded over any number of ranks."""
 
-from . import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .checkpoint import (
     convert_fp32,
     export_fp32,
@@ -17,8 +16,9 @@ from .checkpoint import (
 )
 from .optimizer import AdamW_BF16
 from .schedule import LR
+from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
-from .sharding.zero import ZeRO
+from .sharding.zero.config import ZeRO
 
 __version__ = "0.1.0"
 __all__ = [

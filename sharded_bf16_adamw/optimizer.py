@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .grad_norm import Gradients, GradNorm, PendingClip
-from .kernels import Hyper, check_backend, is_capturing
+from .kernels import Hyperparams, check_backend, is_capturing
 from .kernels.device_memory import WARM_UP
-from .plan import Plan
-from .schedule import LR, Schedule, apply_rates, rate_at, scheduled_rates
+from .schedule import LR, Schedule, apply_rates, lr_at, scheduled_lrs
+from .sharding.base import Sharding
+from .sharding.dtensor import to_local
 from .sharding.experts import ExpertsApart
-from .sharding.local import to_local
-from .sharding.misuse import sharded_after_construction
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import check_replicas
-from .sharding.strategy import Local, Sharding
-from .sharding.zero import ZeRO
+from .sharding.stale_params import sharded_after_construction
+from .sharding.torch_managed import TorchManaged
+from .sharding.zero.config import ZeRO
 from .state import (
     DTYPES,
     check_capturable_lr,
@@ -40,6 +40,7 @@ from .state import (
     replicas_of,
     warn_if_all_float32,
 )
+from .step_plan import StepPlan
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
 
@@ -100,12 +101,18 @@ class AdamW_BF16(torch.optim.Optimizer):
         backend: str | None = None,
     ) -> None:
         if lr is not None and lr_function is not None:
-            raise ValueError("lr and lr_function are both given; pass lr for a constant or lr_function for a schedule, not both")
+            raise ValueError(
+                "lr and lr_function are both given; pass lr for a constant or lr_function for a schedule, not both"
+            )
         if lr_function is not None and not callable(lr_function):
-            raise ValueError(f"lr_function must be a callable from a step to a learning rate, such as LR(), but got {lr_function!r}")
+            raise ValueError(
+                f"lr_function must be a callable from a step to a learning rate, such as LR(), but got {lr_function!r}"
+            )
         check_backend(backend)
         if not isinstance(sharding, ZeRO | None):
-            raise ValueError(f"Invalid sharding: {sharding!r}; give ZeRO(mesh), or None to leave sharding to torch (DDP, FSDP, DTensor)")
+            raise ValueError(
+                f"Invalid sharding: {sharding!r}; give ZeRO(mesh), or None to leave sharding to torch (DDP, FSDP, DTensor)"
+            )
         if not isinstance(model_parallel, ModelParallel | None):
             raise ValueError(
                 f"Invalid model_parallel: {model_parallel!r}; give ModelParallel(pp=...), or None where ranks hold the same model"
@@ -113,12 +120,14 @@ class AdamW_BF16(torch.optim.Optimizer):
         if lr is None and lr_function is None:
             lr_function = LR()
         if lr_function is not None:
-            lr = rate_at(lr_function, 0)
+            lr = lr_at(lr_function, 0)
         assert lr is not None
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if capturable and not isinstance(lr, Tensor):
-            raise ValueError("capturable=True needs lr as a one-element tensor: a captured graph replays without running Python")
+            raise ValueError(
+                "capturable=True needs lr as a one-element tensor: a captured graph replays without running Python"
+            )
         try:
             beta1, beta2 = map(float, betas)
         except (TypeError, ValueError):
@@ -128,15 +137,22 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.lr_function = lr_function
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
-        self._sharding: Sharding = Local() if sharding is None else sharding.start()
+        self._sharding: Sharding = TorchManaged() if sharding is None else sharding.start()
         if sharding is not None and model_parallel is not None and model_parallel.experts:
             self._sharding = ExpertsApart(self._sharding, model_parallel)
         self._clip = PendingClip()
         self._skipped: Tensor | None = None
         self._checked_not_replaced = False
-        self._plans: list[Plan] = []  # of the last sets of parameters with gradients, the newest last
-        self._captured_plans: list[Plan] = []  # that CUDA graphs still read, though they no longer hold
-        self._seen_state: tuple[list[Any], list[Any]] = ([], [])  # keys and values of self.state when the plan was made
+        self._plans: list[
+            StepPlan
+        ] = []  # of the last sets of parameters with gradients, the newest last
+        self._captured_plans: list[
+            StepPlan
+        ] = []  # that CUDA graphs still read, though they no longer hold
+        self._seen_state: tuple[list[Any], list[Any]] = (
+            [],
+            [],
+        )  # keys and values of self.state when the plan was made
         self.model_parallel = model_parallel
         self._grad_norm = GradNorm(self._sharding, model_parallel)
         defaults = {
@@ -165,7 +181,9 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         brings_lr = isinstance(param_group, dict) and "lr" in param_group
         if self.param_groups and isinstance(param_group, dict):
-            param_group.setdefault("schedule_step", self.param_groups[0]["schedule_step"])  # a late group joins where the others are
+            param_group.setdefault(
+                "schedule_step", self.param_groups[0]["schedule_step"]
+            )  # a late group joins where the others are
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -175,8 +193,12 @@ class AdamW_BF16(torch.optim.Optimizer):
                 if group["capturable"]:
                     check_capturable_lr(group["lr"], param.device)
             if self.lr_function is not None and not brings_lr:
-                group["lr"] = group["scheduled_lr"] = rate_at(self.lr_function, group["schedule_step"])
-            self._sharding.attach(group["params"], [param_name(group, index) for index in range(len(group["params"]))])
+                group["lr"] = group["scheduled_lr"] = lr_at(
+                    self.lr_function, group["schedule_step"]
+                )
+            self._sharding.add_params(
+                group["params"], [param_name(group, index) for index in range(len(group["params"]))]
+            )
         except BaseException:  # also of the user's schedule
             self.param_groups.pop()
             raise
@@ -184,7 +206,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             log_params(group["params"], self._sharding)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._sharding.check_copyable()
+        self._sharding.check_picklable()
         if self.model_parallel is not None:
             raise TypeError(
                 "an optimizer with model_parallel=ModelParallel(...) belongs to its process groups and cannot be pickled or deep-copied; "
@@ -195,18 +217,29 @@ class AdamW_BF16(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
-        self.__dict__.setdefault("_sharding", Local())  # an optimizer with another one cannot be pickled
+        self.__dict__.setdefault(
+            "_sharding", TorchManaged()
+        )  # an optimizer with another one cannot be pickled
         self.__dict__.setdefault("model_parallel", None)  # likewise
         position = 0
-        if any("schedule_step" not in group for group in state["param_groups"]):  # of torch.optim.AdamW
+        if any(
+            "schedule_step" not in group for group in state["param_groups"]
+        ):  # of torch.optim.AdamW
             own = [entry for key, entry in state["state"].items() if isinstance(key, Tensor)]
             position = max((int(param_state.get("step", 0)) for param_state in own), default=0)
         for group in state["param_groups"]:
-            for key, value in (("maximize", False), ("capturable", False), ("schedule_step", position), ("scheduled_lr", None)):
+            for key, value in (
+                ("maximize", False),
+                ("capturable", False),
+                ("schedule_step", position),
+                ("scheduled_lr", None),
+            ):
                 group.setdefault(key, value)
             for index, param in enumerate(group["params"]):
                 if state["state"].get(param):
-                    complete_state(state["state"][param], param, param_name(group, index), self._sharding)
+                    complete_state(
+                        state["state"][param], param, param_name(group, index), self._sharding
+                    )
         # An unpickled optimizer starts with what a new one does; one being loaded into keeps its own.
         self.__dict__.setdefault("_clip", PendingClip())
         self.__dict__.setdefault("_plans", [])
@@ -221,7 +254,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         :meth:`torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none)
         self._sharding.clear_grads()
-        self._clip.forget()
+        self._clip.clear()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which ZeRO stage 2 lets backward passes accumulate gradients on this rank, to be reduced with the next one outside.
@@ -282,19 +315,34 @@ class AdamW_BF16(torch.optim.Optimizer):
                 loss = closure()
 
         self._clip.check_capture()
-        self._sharding.reduce()
+        self._sharding.reduce_grads()
         gradients = self._gradients()
-        rates = scheduled_rates(self.lr_function, self.param_groups)  # the user's code, so before anything is made or written
-        found_inf = self._found_inf(gradients) if self.skip_nonfinite else None  # it may raise: before any state is made
+        rates = scheduled_lrs(
+            self.lr_function, self.param_groups
+        )  # the user's code, so before anything is made or written
+        found_inf = (
+            self._found_inf(gradients) if self.skip_nonfinite else None
+        )  # it may raise: before any state is made
         plan = self._current_plan(gradients)
-        grads = [] if plan is None else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
+        grads = (
+            []
+            if plan is None
+            else plan.local_grads([grad for _, _, grads in gradients for grad in grads])
+        )
         if found_inf is not None:
-            self._skipped = found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
+            self._skipped = (
+                found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf)
+            )
         apply_rates(self.param_groups, rates)
         if plan is not None:
-            plan.update_(grads, list(map(_hyper, self.param_groups)), grad_scale=self._clip.grad_scale, found_inf=found_inf)
-        self._sharding.gather()
-        self._clip.forget()
+            plan.update_(
+                grads,
+                list(map(_hyper, self.param_groups)),
+                grad_scale=self._clip.grad_scale,
+                found_inf=found_inf,
+            )
+        self._sharding.all_gather_params()
+        self._clip.clear()
         if zero_grad:
             self.zero_grad()
         return loss
@@ -306,34 +354,49 @@ class AdamW_BF16(torch.optim.Optimizer):
             params, grads = group["params"], self._sharding.grads(group["params"])
             if not all(map(is_not, grads, repeat(None))):
                 self._check_not_replaced()
-                params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+                params = [
+                    param for param, grad in zip(params, grads, strict=True) if grad is not None
+                ]
                 grads = [grad for grad in grads if grad is not None]
-            if not (DTYPES.issuperset(map(_dtype_of, grads)) and STRIDED.issuperset(map(_layout_of, grads))):
+            if not (
+                DTYPES.issuperset(map(_dtype_of, grads))
+                and STRIDED.issuperset(map(_layout_of, grads))
+            ):
                 check_grads(group)
             found.append((group, params, grads))
         return found
 
-    def _current_plan(self, gradients: list[Gradients]) -> Plan | None:
+    def _current_plan(self, gradients: list[Gradients]) -> StepPlan | None:
         """What this step works on: that of the last step where it still holds. None where nothing has a gradient."""
         groups = [params for _, params, _ in gradients]
         if not any(groups):
             return None
         if not self._same_state():
             self._drop_plans(self._plans)
-        plan = next((plan for plan in self._plans if plan.is_for(groups)), None)
-        if plan is None or not plan.is_current():
+        plan = next((plan for plan in self._plans if plan.matches(groups)), None)
+        if plan is None or not plan.is_valid():
             params = list(chain.from_iterable(groups))
-            if is_capturing(params[0].device):  # before any state is made, whose zeros the failing capture would not write
-                raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
+            if is_capturing(
+                params[0].device
+            ):  # before any state is made, whose zeros the failing capture would not write
+                raise RuntimeError(
+                    f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}"
+                )
             names = self._names()
             for param in params:
                 if self.state.get(param):
                     check_state(self.state[param], param, names[param], self._sharding)
             states = [self.state.get(param) or new_state(param, self._sharding) for param in params]
-            self._drop_plans([other for other in self._plans if other is plan or not self._has_all_of(other)])
+            self._drop_plans(
+                [other for other in self._plans if other is plan or not self._has_all_of(other)]
+            )
             self._drop_plans(self._plans[: 1 - MAX_PLANS])
-            plan = Plan(groups, states, [names[param] for param in params], self._sharding, self.backend)
-            plan.local_grads([grad for _, _, grads in gradients for grad in grads])  # an error leaves no state behind
+            plan = StepPlan(
+                groups, states, [names[param] for param in params], self._sharding, self.backend
+            )
+            plan.local_grads(
+                [grad for _, _, grads in gradients for grad in grads]
+            )  # an error leaves no state behind
             self.state.update(zip(params, states, strict=True))
             self._plans.append(plan)
             self._seen_state = (list(self.state), list(self.state.values()))
@@ -341,27 +404,37 @@ class AdamW_BF16(torch.optim.Optimizer):
 
     def _names(self) -> dict[Tensor, str]:
         """Map each parameter to its name in messages."""
-        return {param: param_name(group, index) for group in self.param_groups for index, param in enumerate(group["params"])}
+        return {
+            param: param_name(group, index)
+            for group in self.param_groups
+            for index, param in enumerate(group["params"])
+        }
 
-    def _has_all_of(self, plan: Plan) -> bool:
+    def _has_all_of(self, plan: StepPlan) -> bool:
         """Whether the plan's parameters are all still there; one with others would keep their memory for nothing."""
         known = {id(param) for group in self.param_groups for param in group["params"]}
         return all(id(param) in known for param in plan.params)
 
-    def _drop_plans(self, plans: list[Plan]) -> None:
+    def _drop_plans(self, plans: list[StepPlan]) -> None:
         self._captured_plans += [plan for plan in plans if plan.captured]
         self._plans = [plan for plan in self._plans if not any(plan is other for other in plans)]
 
     def _same_state(self) -> bool:
         """Whether the state has the same keys, and the same dict for each, as when the last plan was made; plans check what is in those."""
         params, states = self._seen_state
-        return len(self.state) == len(params) and all(map(is_, self.state, params)) and all(map(is_, self.state.values(), states))
+        return (
+            len(self.state) == len(params)
+            and all(map(is_, self.state, params))
+            and all(map(is_, self.state.values(), states))
+        )
 
     def _check_not_replaced(self) -> None:
         """Raise RuntimeError where parameters have no gradient because the model has others in their place since."""
         if self._checked_not_replaced:
             return
-        if sharded_after_construction([param for group in self.param_groups for param in group["params"]]):
+        if sharded_after_construction(
+            [param for group in self.param_groups for param in group["params"]]
+        ):
             raise RuntimeError(
                 "the optimizer was built before fully_shard or parallelize_module or FullyShardedDataParallel, so it holds parameters that "
                 "the model no longer uses and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
@@ -392,8 +465,10 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
-        self._sharding.reduce()
-        norm, grad_scale, found_inf = self._grad_norm.clip(self._gradients(), max_norm, self.backend)
+        self._sharding.reduce_grads()
+        norm, grad_scale, found_inf = self._grad_norm.compute(
+            self._gradients(), max_norm, self.backend
+        )
         self._clip.set(grad_scale, found_inf)
         return norm
 
@@ -401,7 +476,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         """Return 0-dim float32, 1 where any gradient on any rank is inf or NaN."""
         found_inf = self._clip.found_inf
         if found_inf is None:
-            _, _, found_inf = self._grad_norm.clip(gradients, math.inf, self.backend)
+            _, _, found_inf = self._grad_norm.compute(gradients, math.inf, self.backend)
         return found_inf
 
     @property
@@ -424,7 +499,11 @@ class AdamW_BF16(torch.optim.Optimizer):
     @torch.no_grad()
     def reset_correction(self, params: Iterable[Tensor] | None = None) -> None:
         """Set the correction of ``params`` (default: all) to zero, after their weights were replaced from outside."""
-        chosen = [param for group in self.param_groups for param in group["params"]] if params is None else list(params)
+        chosen = (
+            [param for group in self.param_groups for param in group["params"]]
+            if params is None
+            else list(params)
+        )
         for param in chosen:
             if param in self.state and "correction" in self.state[param]:
                 to_local(self.state[param]["correction"]).zero_()
@@ -456,14 +535,25 @@ class AdamW_BF16(torch.optim.Optimizer):
             replica
             for param in params
             for replica in replicas_of(
-                param, self.state.get(param, {}), names[param], self._sharding, of_experts if id(param) in experts else of_plain
+                param,
+                self.state.get(param, {}),
+                names[param],
+                self._sharding,
+                of_experts if id(param) in experts else of_plain,
             )
         ]
         others = {group for param in params for group in self._sharding.shard_groups(param)}
         if parallel is not None:
-            others |= {group for group in (parallel.pp_group, parallel.ep_group) if group is not None}
+            others |= {
+                group for group in (parallel.pp_group, parallel.ep_group) if group is not None
+            }
         problem = None
-        if parallel is not None and of_plain is None and not replicas and any(type(param) is nn.Parameter for param in params):
+        if (
+            parallel is not None
+            and of_plain is None
+            and not replicas
+            and any(type(param) is nn.Parameter for param in params)
+        ):
             problem = (
                 f"rank {dist.get_rank()} has nothing to compare: nobody has said which ranks hold replicas of its plain parameters; name "
                 "them by ModelParallel(dp=...)"
@@ -477,7 +567,12 @@ class AdamW_BF16(torch.optim.Optimizer):
             params: whose states, unless they have one; None means every trainable parameter.
         """
         if params is None:
-            params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+            params = [
+                param
+                for group in self.param_groups
+                for param in group["params"]
+                if param.requires_grad
+            ]
         for param in params:
             if not self.state.get(param):
                 self.state[param] = new_state(param, self._sharding)
@@ -490,6 +585,8 @@ def _copied(value: Any) -> Any:
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
+def _hyper(group: dict[str, Any]) -> Hyperparams:
     beta1, beta2 = group["betas"]
-    return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
+    return Hyperparams(
+        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
+    )

@@ -51,7 +51,7 @@ class LR:
         return self.lr * min(x, x**self.decay_power)
 
 
-def rate_at(schedule: Schedule, step: int) -> float:
+def lr_at(schedule: Schedule, step: int) -> float:
     """The schedule's rate at a 0-based step, or ValueError where that is none."""
     rate = schedule(step)
     if isinstance(rate, Tensor):  # to look at its value would wait for its device
@@ -61,24 +61,32 @@ def rate_at(schedule: Schedule, step: int) -> float:
     except TypeError:
         valid = False
     if not valid:
-        raise ValueError(f"Invalid learning rate: lr_function({step}) is {rate!r}; it must be a finite number, not below 0")
+        raise ValueError(
+            f"Invalid learning rate: lr_function({step}) is {rate!r}; it must be a finite number, not below 0"
+        )
     return float(rate)  # a numpy number would not load with weights_only=True
 
 
-def scheduled_rates(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
+def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
     """Each group's rate of the step to come; None where its ``"lr"`` is not what the schedule last wrote and so somebody else's, whose it
     is for this step: torch's schedulers, or torch's checkpoint code, which takes steps at ``lr = 0`` to make states."""
     if schedule is None:
         return [None] * len(groups)
     for group in groups:
-        if group["schedule_step"] == 0 and group["scheduled_lr"] is not None and "initial_lr" in group:
+        if (
+            group["schedule_step"] == 0
+            and group["scheduled_lr"] is not None
+            and "initial_lr" in group
+        ):
             warnings.warn(
                 f"a torch learning-rate scheduler was built on an optimizer that follows lr_function={schedule!r}: it starts from that "
                 f"function's first value, {group['initial_lr']:g}, and takes over; pass lr= to give the scheduler a rate of its own",
                 stacklevel=2,
             )
             break
-    return [rate_at(schedule, group["schedule_step"]) if _is_followed(group) else None for group in groups]
+    return [
+        lr_at(schedule, group["schedule_step"]) if _is_followed(group) else None for group in groups
+    ]
 
 
 def apply_rates(groups: list[dict[str, Any]], rates: list[float | None]) -> None:
@@ -93,4 +101,6 @@ def _is_followed(group: dict[str, Any]) -> bool:
     rate, scheduled = group["lr"], group["scheduled_lr"]
     if scheduled is None or rate is scheduled:
         return scheduled is not None
-    return not isinstance(rate, Tensor) and rate == scheduled  # to compare a tensor would wait for its device
+    return (
+        not isinstance(rate, Tensor) and rate == scheduled
+    )  # to compare a tensor would wait for its device

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .sharding.local import DTensor, to_local, zeros_like_shard
+from .sharding.base import Sharding
+from .sharding.dtensor import DTensor, to_local, zeros_like_shard
 from .sharding.replicas import Replica
-from .sharding.strategy import Sharding
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
@@ -26,7 +26,9 @@ logger = logging.getLogger("sharded_bf16_adamw")
 def check_param(param: Tensor, name: str) -> None:
     """Raise TypeError or ValueError, naming the parameter, unless it can be optimized."""
     if is_lazy(param):
-        raise ValueError(f"parameter {name} has no shape yet; run one forward pass before you build the optimizer")
+        raise ValueError(
+            f"parameter {name} has no shape yet; run one forward pass before you build the optimizer"
+        )
     if param.dtype not in DTYPES:
         raise TypeError(
             f"parameter {name} is {param.dtype}; AdamW_BF16 takes bfloat16 and float32, "
@@ -53,7 +55,9 @@ def check_grads(group: dict[str, Any]) -> None:
                 "build its layer with sparse=False"
             )
         if param.grad.dtype not in DTYPES:
-            raise TypeError(f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it must be bfloat16 or float32")
+            raise TypeError(
+                f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it must be bfloat16 or float32"
+            )
 
 
 def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
@@ -82,7 +86,9 @@ def log_params(params: list[Tensor], sharding: Sharding) -> None:
         return
     bf16 = sum(param.dtype == torch.bfloat16 for param in params)
     weights = sum(to_local(param).nbytes for param in params)
-    states = sum(_state_bytes(to_local(sharding.shard(param))) for param in params if param.requires_grad)
+    states = sum(
+        _state_bytes(to_local(sharding.shard(param))) for param in params if param.requires_grad
+    )
     logger.info(
         "AdamW_BF16 takes %d bfloat16 and %d float32 parameters; this rank holds %s bytes of their weights, and %s bytes of their states "
         "once each trainable one has had a gradient",
@@ -138,14 +144,18 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Shard
                 "parameter resized, after the optimizer's first step; build AdamW_BF16(model.parameters()) afterwards"
             )
         if key == "step" and local.numel() != 1:
-            raise RuntimeError(f"the step of parameter {name} has shape {tuple(local.shape)}; it must be a 0-dim float32 tensor")
+            raise RuntimeError(
+                f"the step of parameter {name} has shape {tuple(local.shape)}; it must be a 0-dim float32 tensor"
+            )
 
 
 def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
     """Check a loaded state against its parameter and shard it; add what a torch.optim.AdamW state lacks and drop what only that one has."""
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
-            raise ValueError(f"the loaded state of parameter {name} has no {key!r}; it must be a state of AdamW_BF16 or torch.optim.AdamW")
+            raise ValueError(
+                f"the loaded state of parameter {name} has no {key!r}; it must be a state of AdamW_BF16 or torch.optim.AdamW"
+            )
     for key in ("exp_avg", "exp_avg_sq", "correction"):
         if key in state and state[key].shape != param.shape:
             raise ValueError(
@@ -153,7 +163,9 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
                 "it is the state of another model or of another sharding"
             )
         if key in state:
-            state[key] = sharding.shard_state(param, state[key], f"the loaded {key} of parameter {name}")
+            state[key] = sharding.shard_state(
+                param, state[key], f"the loaded {key} of parameter {name}"
+            )
     step = torch.as_tensor(state["step"], dtype=torch.float32)
     state["step"] = step.to("cpu" if param.device.type == "cpu" else param.device)
     state.pop("max_exp_avg_sq", None)  # amsgrad, which this rule does not have
@@ -166,7 +178,13 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
         state[key] = state.pop(key)
 
 
-def replicas_of(param: Tensor, state: dict[str, Any], name: str, sharding: Sharding, dp: dist.ProcessGroup | None) -> Iterator[Replica]:
+def replicas_of(
+    param: Tensor,
+    state: dict[str, Any],
+    name: str,
+    sharding: Sharding,
+    dp: dist.ProcessGroup | None,
+) -> Iterator[Replica]:
     """Yield a parameter's weight and states with the ranks that hold them too. A state that is not made yet counts as zeros.
 
     Args:
@@ -180,7 +198,11 @@ def replicas_of(param: Tensor, state: dict[str, Any], name: str, sharding: Shard
         yield Replica(f"parameter {name}", to_local(param), of_weight)
     if of_state:
         for key in STATE_KEYS:  # the same on every rank, whatever order its dict has
-            yield Replica(f"{key} of parameter {name}", to_local(state.get(key, torch.empty(0, device=param.device))), of_state)
+            yield Replica(
+                f"{key} of parameter {name}",
+                to_local(state.get(key, torch.empty(0, device=param.device))),
+                of_state,
+            )
 
 
 @contextmanager
@@ -195,7 +217,11 @@ def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
     holder, states = optimizer.state, dict(optimizer.state)
-    leftover = {key: state for key, state in states.items() if isinstance(key, Tensor) and key not in numbered}
+    leftover = {
+        key: state
+        for key, state in states.items()
+        if isinstance(key, Tensor) and key not in numbered
+    }
     for key in leftover:
         del optimizer.state[key]
     try:
@@ -208,10 +234,14 @@ def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             optimizer.state.update(leftover)
 
 
-def check_hyperparameters(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def check_hyperparameters(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
     """Raise torch's own ``ValueError`` messages."""
     if callable(lr) or isinstance(lr, str):
-        raise ValueError(f"Invalid learning rate: {lr!r}; it must be a number or a tensor, and a schedule is given as lr_function=")
+        raise ValueError(
+            f"Invalid learning rate: {lr!r}; it must be a number or a tensor, and a schedule is given as lr_function="
+        )
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= eps:
@@ -244,4 +274,6 @@ def param_name(group: dict[str, Any], index: int) -> str:
     if "param_names" in group:
         return f"{group['param_names'][index]!r}"
     param = group["params"][index]
-    return f"{index} (of a lazy module)" if is_lazy(param) else f"{index} (shape {tuple(param.shape)})"
+    return (
+        f"{index} (of a lazy module)" if is_lazy(param) else f"{index} (shape {tuple(param.shape)})"
+    )

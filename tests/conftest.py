@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]  # the launch scripts are not installed; tests import helpers beside them
+sys.path[:0] = [
+    str(REPO),
+    str(REPO / "tests"),
+]  # the launch scripts are not installed; tests import helpers beside them
 
 
 @pytest.fixture(scope="session")

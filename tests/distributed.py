@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-TIMEOUT = 100  # seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks
+TIMEOUT = (
+    100  # seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks
+)
 _pool: list[tuple[Any, Connection]] = []
 
 
@@ -91,10 +93,16 @@ def _serve(connection: Connection) -> None:
             connection.send((False, traceback.format_exc()))
 
 
-def _run(rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+def _run(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> bytes:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT)
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT),
     )
     try:
         buffer = io.BytesIO()

@@ -27,10 +27,14 @@ def train(optimizer, steps, seed=0):
 def snapshot(optimizer):
     """Copies of all weights and states, to compare bit for bit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [[p.detach().clone(), *[value.clone() for _, value in sorted(optimizer.state[p].items())]] for p in params]
+    return [
+        [p.detach().clone(), *[value.clone() for _, value in sorted(optimizer.state[p].items())]]
+        for p in params
+    ]
 
 
 def equal(a, b):
     return len(a) == len(b) and all(
-        len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True)) for x, y in zip(a, b, strict=True)
+        len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
+        for x, y in zip(a, b, strict=True)
     )

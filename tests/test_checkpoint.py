@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, latest, load, save
-from sharded_bf16_adamw.checkpoint.folders import unique_suffix
+from sharded_bf16_adamw.checkpoint.directory import unique_suffix
 
 
 def wrap(model, strategy):
@@ -28,7 +28,9 @@ def by_plain_name(result):
 
 
 def new_optimizer(model):
-    return AdamW_BF16(model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1)
+    return AdamW_BF16(
+        model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1
+    )
 
 
 def save_worker(rank, world, root, strategy):
@@ -99,7 +101,9 @@ def frozen_copy(model, optimizer):
 
 def assert_unchanged(before, model, optimizer):
     after = collect(model, optimizer)
-    assert list(after) == list(before) and all(torch.equal(after[key], value) for key, value in before.items())
+    assert list(after) == list(before) and all(
+        torch.equal(after[key], value) for key, value in before.items()
+    )
 
 
 def test_without_torch_distributed(tmp_path):
@@ -126,7 +130,10 @@ def test_latest_follows_the_newest_and_keep_removes_the_oldest(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step, model, optimizer, keep=2)
         assert latest(tmp_path) == tmp_path / f"step-{step:08d}"
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000010"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-00000002",
+        "step-00000010",
+    ]
     (tmp_path / "LATEST").unlink()
     assert latest(tmp_path) == tmp_path / "step-00000010"
 
@@ -161,7 +168,9 @@ def test_fresh_optimizer_loads_and_never_updated_parameters_stay_at_zero(tmp_pat
     load(tmp_path, model, fresh)
     for name, p in model.named_parameters():
         for key, value in fresh.state[p].items():
-            expected = optimizer.state[p][key] if name.startswith("used") else torch.zeros_like(value)
+            expected = (
+                optimizer.state[p][key] if name.startswith("used") else torch.zeros_like(value)
+            )
             assert torch.equal(value, expected), (name, key)
 
 
@@ -180,17 +189,26 @@ def test_saving_before_the_first_step_takes_no_step(tmp_path):
 
 def test_missing_checkpoint(tmp_path):
     model, optimizer = trained()
-    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint at {tmp_path}/nowhere; give the folder of a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"there is no checkpoint at {tmp_path}/nowhere; give the folder of a checkpoint",
+    ):
         load(tmp_path / "nowhere", model, optimizer)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 2)), r"model.0.weight has shape \(4, 4\) there but \(4, 9\) here"),
+        (
+            lambda m: nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 2)),
+            r"model.0.weight has shape \(4, 4\) there but \(4, 9\) here",
+        ),
         (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "it has no model.2.weight"),
         (lambda m: nn.Sequential(m[0]), "it has model.1.weight, which is not here"),
-        (lambda m: m.to(torch.float32), "model.0.weight is torch.bfloat16 there but torch.float32 here"),
+        (
+            lambda m: m.to(torch.float32),
+            "model.0.weight is torch.bfloat16 there but torch.float32 here",
+        ),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_and_nothing_changes(change, message, tmp_path):
@@ -199,7 +217,9 @@ def test_checkpoint_of_another_model_is_refused_and_nothing_changes(change, mess
     other = change(model).to(torch.float32 if "float32 here" in message else torch.bfloat16)
     other_optimizer = train_on_given_gradients(other, 2)
     before = frozen_copy(other, other_optimizer)
-    with pytest.raises(ValueError, match=f"the checkpoint .* is of another model or optimizer: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"the checkpoint .* is of another model or optimizer: .*{message}"
+    ):
         load(tmp_path, other, other_optimizer)
     assert_unchanged(before, other, other_optimizer)
 
@@ -238,12 +258,23 @@ def test_extra_must_be_plain_data(tmp_path):
     [
         ([1, 2], "extra must be a dict of plain data, but it is of type list; put it into a dict"),
         (0, "extra must be a dict of plain data, but it is of type int; put it into a dict"),
-        ({1: (1, 2)}, r"extra is {1: \(1, 2\)} but would come back as {'1': \[1, 2\]}; use strings as keys"),
-        ({"a": [0, ({2: 3},)]}, r"extra\['a'\]\[1\]\[0\] is {2: 3} but would come back as {'2': 3}; use strings as keys"),
-        ({"a": {None: 1, "null": 2}}, r"extra\['a'\] is {None: 1, 'null': 2} but would come back as {'null': 2}"),
+        (
+            {1: (1, 2)},
+            r"extra is {1: \(1, 2\)} but would come back as {'1': \[1, 2\]}; use strings as keys",
+        ),
+        (
+            {"a": [0, ({2: 3},)]},
+            r"extra\['a'\]\[1\]\[0\] is {2: 3} but would come back as {'2': 3}; use strings as keys",
+        ),
+        (
+            {"a": {None: 1, "null": 2}},
+            r"extra\['a'\] is {None: 1, 'null': 2} but would come back as {'null': 2}",
+        ),
     ],
 )
-def test_extra_that_would_not_come_back_as_it_was_is_refused_and_nothing_is_written(extra, message, tmp_path):
+def test_extra_that_would_not_come_back_as_it_was_is_refused_and_nothing_is_written(
+    extra, message, tmp_path
+):
     model, optimizer = trained()
     with pytest.raises(ValueError, match=message):
         save(tmp_path, 1, model, optimizer, extra=extra)
@@ -252,13 +283,21 @@ def test_extra_that_would_not_come_back_as_it_was_is_refused_and_nothing_is_writ
 
 def test_extra_comes_back_as_it_was_but_for_tuples(tmp_path):
     model, optimizer = trained()
-    extra = {"a": [1, 2.5, True, None, "x", {"": []}], "inf": math.inf, "mean": np.float64(0.5), "nan": math.nan, "big": 2**70}
+    extra = {
+        "a": [1, 2.5, True, None, "x", {"": []}],
+        "inf": math.inf,
+        "mean": np.float64(0.5),
+        "nan": math.nan,
+        "big": 2**70,
+    }
     given = {**extra, "betas": (0.9, (0.95, math.nan))}
     save(tmp_path, 1, model, optimizer, extra=given)
     loaded = load(tmp_path, model, optimizer)
     betas = loaded.pop("betas")
     assert betas[0] == 0.9 and isinstance(betas[1], list) and math.isnan(betas[1][1])
-    assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), "a loss that is not a number hinders no save"
+    assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), (
+        "a loss that is not a number hinders no save"
+    )
     assert loaded == extra and loaded["a"][2] is True
 
 
@@ -266,7 +305,11 @@ def wrong_arguments_worker(rank, world, root):
     model = DistributedDataParallel(make_model())
     optimizer = train_on_given_gradients(model, 1)
     messages = []
-    for arguments in ((1, model, optimizer, [1]), ("1", model, optimizer), (1, *((model, optimizer) if rank == 0 else (optimizer, model)))):
+    for arguments in (
+        (1, model, optimizer, [1]),
+        ("1", model, optimizer),
+        (1, *((model, optimizer) if rank == 0 else (optimizer, model))),
+    ):
         with pytest.raises(ValueError, match="must be") as caught:
             save(root, *arguments)
         messages.append(str(caught.value))
@@ -285,14 +328,18 @@ def test_wrong_arguments_are_refused_on_every_rank(tmp_path):
 @pytest.mark.parametrize("keep", [0, "2", 1.5])
 def test_keep_must_be_positive(keep, tmp_path):
     model, optimizer = trained()
-    with pytest.raises(ValueError, match=f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None"):
+    with pytest.raises(
+        ValueError, match=f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None"
+    ):
         save(tmp_path, 1, model, optimizer, keep=keep)
 
 
 @pytest.mark.parametrize("step", ["7", -1, 7.0, None])
 def test_step_must_be_an_integer_that_is_not_negative(step, tmp_path):
     model, optimizer = trained()
-    with pytest.raises(ValueError, match=f"^Invalid step: {step!r}; it must be an integer that is not negative$"):
+    with pytest.raises(
+        ValueError, match=f"^Invalid step: {step!r}; it must be an integer that is not negative$"
+    ):
         save(tmp_path, step, model, optimizer)
     assert not list(tmp_path.iterdir())
 
@@ -307,17 +354,30 @@ def test_step_may_be_an_integer_of_numpy_or_torch(step, tmp_path):
 def test_swapped_and_missing_arguments_are_named_with_their_order(tmp_path):
     model, optimizer = trained()
     of_save, of_load = (
-        f"the order of arguments is {call}" for call in (r"save\(root, step, model, optimizer\)", r"load\(path, model, optimizer\)")
+        f"the order of arguments is {call}"
+        for call in (r"save\(root, step, model, optimizer\)", r"load\(path, model, optimizer\)")
     )
-    with pytest.raises(ValueError, match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_save}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_save}$",
+    ):
         save(tmp_path, 1, optimizer, model)
-    with pytest.raises(ValueError, match=f"^optimizer must be a torch.optim.Optimizer, but it is of type NoneType; {of_save}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^optimizer must be a torch.optim.Optimizer, but it is of type NoneType; {of_save}$",
+    ):
         save(tmp_path, 1, model, None)
     assert not list(tmp_path.iterdir())
     save(tmp_path, 1, model, optimizer)
-    with pytest.raises(ValueError, match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_load}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_load}$",
+    ):
         load(tmp_path, optimizer, model)
-    with pytest.raises(ValueError, match=f"^optimizer must be a torch.optim.Optimizer, but it is of type int; {of_load}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^optimizer must be a torch.optim.Optimizer, but it is of type int; {of_load}$",
+    ):
         load(tmp_path, model, 1)
 
 
@@ -330,8 +390,13 @@ def failing_worker(rank, world, root):
     optimizer = train_on_given_gradients(model, 1)
     good = save(root, 1, model, optimizer)
     with (
-        mock.patch.object(filesystem, "_write_item", fails if rank == 1 else filesystem._write_item),
-        pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*: on rank 1, OSError: .*Input/output error"),
+        mock.patch.object(
+            filesystem, "_write_item", fails if rank == 1 else filesystem._write_item
+        ),
+        pytest.raises(
+            RuntimeError,
+            match=r"cannot save the checkpoint .*: on rank 1, OSError: .*Input/output error",
+        ),
     ):
         save(root, 2, model, optimizer)
     assert latest(root) == good

@@ -65,6 +65,13 @@ def trained_without_a_default() -> list[list[torch.Tensor]]:
 
 def test_host_side_of_the_kernels(default_device: str) -> None:
     cpu = torch.device("cpu")
-    assert device_memory.chunk_map([5, 0, 9], 4).tolist() == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]]
+    assert device_memory.chunk_map([5, 0, 9], 4).tolist() == [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [2, 0],
+        [2, 1],
+        [2, 2],
+    ]
     assert device_memory.DeviceArray((1, 2), cpu).holding([[3, 4]]).tolist() == [[3, 4]]
     assert reference.step_key(7) > 0

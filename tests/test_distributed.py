@@ -20,7 +20,9 @@ STATES = ("exp_avg", "exp_avg_sq", "correction")
 def make_model():
     """Dimension 0 of 13, 7, 3 and 1: uneven on 2, 3 and 4 ranks, and empty on some."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 7), nn.Linear(7, 3), nn.Linear(3, 1)).to(torch.bfloat16)
+    model = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 7), nn.Linear(7, 3), nn.Linear(3, 1)).to(
+        torch.bfloat16
+    )
     model[2].to(torch.float32)  # float32 parameters in the same model
     return model
 
@@ -36,10 +38,16 @@ def full(tensor):
 
 
 def train_on_given_gradients(model, steps, clip=None):
-    optimizer = AdamW_BF16(model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1)
+    optimizer = AdamW_BF16(
+        model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1
+    )
     for step in range(steps):
         for p, grad in zip(model.parameters(), full_gradients(step, model), strict=True):
-            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+            p.grad = (
+                distribute_tensor(grad, p.device_mesh, p.placements)
+                if isinstance(p, DTensor)
+                else grad
+            )
         if clip is not None:
             optimizer.clip_grad_norm_(clip)
         optimizer.step(zero_grad=True)
@@ -76,10 +84,18 @@ def assert_same_bits(a, b):
 def fsdp2_worker(rank, world, steps, clip):
     model = fsdp2(make_model())
     optimizer = train_on_given_gradients(model, steps, clip)
-    placed = [optimizer.state[p][key] for p in model.parameters() for key in STATES if key in optimizer.state[p]]
+    placed = [
+        optimizer.state[p][key]
+        for p in model.parameters()
+        for key in STATES
+        if key in optimizer.state[p]
+    ]
     assert all(isinstance(state, DTensor) and state.placements == (Shard(0),) for state in placed)
     local_bytes = sum(state.to_local().nbytes for state in placed)
-    rows = {name: p.to_local().shape[0] if p.to_local().numel() else 0 for name, p in model.named_parameters()}
+    rows = {
+        name: p.to_local().shape[0] if p.to_local().numel() else 0
+        for name, p in model.named_parameters()
+    }
     return collect(model, optimizer), local_bytes, rows
 
 
@@ -98,13 +114,22 @@ def test_fsdp2_gives_the_bits_of_one_process_and_each_rank_holds_its_rows(world,
             assert rows[name] == own_rows
             size = p.numel() // p.shape[0] * own_rows
             own_bytes += size * (3 * 2 if p.dtype == torch.bfloat16 else 2 * 4)
-        assert local_bytes == own_bytes, "3 x 2 bytes for a bf16 parameter, 2 x 4 for a float32 one, of this rank's rows alone"
+        assert local_bytes == own_bytes, (
+            "3 x 2 bytes for a bf16 parameter, 2 x 4 for a float32 one, of this rank's rows alone"
+        )
 
 
 def even_worker(rank, world):
-    model = fsdp2(nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 48)).to(torch.bfloat16))
+    model = fsdp2(
+        nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 48)).to(torch.bfloat16)
+    )
     optimizer = train_on_given_gradients(model, 1)
-    return sum(state.to_local().nbytes for p in model.parameters() for key, state in optimizer.state[p].items() if key in STATES)
+    return sum(
+        state.to_local().nbytes
+        for p in model.parameters()
+        for key, state in optimizer.state[p].items()
+        if key in STATES
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -141,9 +166,18 @@ def built_too_early_worker(rank, world):
     fully_shard(model)
     model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"built before fully_shard .* build AdamW_BF16\(model.parameters\(\)\) afterwards"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"built before fully_shard .* build AdamW_BF16\(model.parameters\(\)\) afterwards",
+        ):
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True)) and not optimizer.state
+    assert (
+        all(
+            torch.equal(a, b)
+            for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True)
+        )
+        and not optimizer.state
+    )
 
 
 def test_optimizer_built_before_fully_shard_is_refused():
@@ -185,8 +219,14 @@ def whole_state_worker(rank, world, whole):
     model = fsdp2(make_model())
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     optimizer.load_state_dict(whole)
-    held = {key: value.to_local().numel() for key, value in optimizer.state[next(model.parameters())].items() if key != "step"}
-    assert set(held.values()) == {next(model.parameters()).to_local().numel()}, "each rank keeps its rows"
+    held = {
+        key: value.to_local().numel()
+        for key, value in optimizer.state[next(model.parameters())].items()
+        if key != "step"
+    }
+    assert set(held.values()) == {next(model.parameters()).to_local().numel()}, (
+        "each rank keeps its rows"
+    )
     found = collect(model, optimizer)
     train_on_full_gradients(model, optimizer)
     return found, held
@@ -226,15 +266,26 @@ def sharded_otherwise_worker(rank, world):
         (right.to_local()[:-1], mesh, right.placements),  # another number of rows
         (right.to_local(), other_mesh, right.placements),  # other rows
         (right.full_tensor(), mesh, (Replicate(),)),
-        (right.to_local(), mesh, (Replicate(),)),  # stands for placements on a mesh of more dimensions that give this shape too
+        (
+            right.to_local(),
+            mesh,
+            (Replicate(),),
+        ),  # stands for placements on a mesh of more dimensions that give this shape too
     ):
         state = optimizer.state_dict()
         state["state"][0]["exp_avg"] = DTensor.from_local(local, on, placements, **whole)
-        with pytest.raises(ValueError, match=r"the loaded exp_avg of parameter 0 .* is sharded otherwise than the parameter .*; load it"):
+        with pytest.raises(
+            ValueError,
+            match=r"the loaded exp_avg of parameter 0 .* is sharded otherwise than the parameter .*; load it",
+        ):
             optimizer.load_state_dict(state)
-    named = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))  # the same ranks by another name
+    named = init_device_mesh(
+        "cpu", (world,), mesh_dim_names=("dp",)
+    )  # the same ranks by another name
     state = optimizer.state_dict()
-    state["state"][0]["exp_avg"] = DTensor.from_local(right.to_local(), named, right.placements, **whole)
+    state["state"][0]["exp_avg"] = DTensor.from_local(
+        right.to_local(), named, right.placements, **whole
+    )
     optimizer.load_state_dict(state)
     assert_same_bits(collect(model, optimizer), before)
 
@@ -288,7 +339,9 @@ def norm_worker(rank, world):
         ((6,), mesh, (Replicate(), Replicate())),
     ]
     generator = torch.Generator().manual_seed(3)
-    grads = [torch.randn(shape, generator=generator).bfloat16() for shape, _, _ in shapes_and_placements]
+    grads = [
+        torch.randn(shape, generator=generator).bfloat16() for shape, _, _ in shapes_and_placements
+    ]
     grads.append(torch.randn(9, generator=generator).bfloat16())
     params = []
     for grad, (_, where, placements) in zip(grads, shapes_and_placements, strict=False):
@@ -311,7 +364,9 @@ def partial_worker(rank, world):
 
     mesh = init_device_mesh("cpu", (world,))
     p = nn.Parameter(DTensor.from_local(torch.zeros(4, dtype=torch.bfloat16), mesh, (Replicate(),)))
-    p.grad = DTensor.from_local(torch.full((4,), 1.0 + rank, dtype=torch.bfloat16), mesh, (Partial(),))
+    p.grad = DTensor.from_local(
+        torch.full((4,), 1.0 + rank, dtype=torch.bfloat16), mesh, (Partial(),)
+    )
     optimizer = AdamW_BF16([p], lr=1e-2)
     norm = optimizer.clip_grad_norm_(1e9)
     optimizer.step()

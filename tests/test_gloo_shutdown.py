@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sharded_bf16_adamw import gloo_shutdown
+from sharded_bf16_adamw.sharding import gloo_shutdown
 
 # The group stays referenced, as DDP and FSDP keep it, so destroy_process_group() joins no thread. The main thread never
 # gives up the GIL by itself: without the exit handler some tensors are still held when the interpreter finalizes.
@@ -38,7 +38,9 @@ dist.destroy_process_group()
 
 def test_gloo_threads_release_their_tensors_before_the_interpreter_ends(repo):
     environment = {**os.environ, "PYTHONPATH": str(repo)}
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100
+    )
     assert result.stdout == "held at the end: 0\n", result.stderr
     assert result.returncode == 0, result.stderr
 

@@ -36,7 +36,8 @@ class TestConstructor:
     @pytest.mark.parametrize("lr", [LR(), "1e-3"])
     def test_a_schedule_or_text_as_lr_is_refused(self, lr):
         with pytest.raises(
-            ValueError, match=r"Invalid learning rate: .*; it must be a number or a tensor, and a schedule is given as lr_func"
+            ValueError,
+            match=r"Invalid learning rate: .*; it must be a number or a tensor, and a schedule is given as lr_func",
         ):
             AdamW_BF16([param(2)], lr)
 
@@ -47,7 +48,10 @@ class TestConstructor:
 
     def test_lazy_parameter_says_what_to_do(self):
         lazy = nn.LazyLinear(3, dtype=BF16)
-        with pytest.raises(ValueError, match=r"parameter 0 \(of a lazy module\) has no shape yet; run one forward pass before"):
+        with pytest.raises(
+            ValueError,
+            match=r"parameter 0 \(of a lazy module\) has no shape yet; run one forward pass before",
+        ):
             AdamW_BF16(lazy.parameters())
         lazy(torch.ones(1, 2, dtype=BF16))
         AdamW_BF16(lazy.parameters())
@@ -57,7 +61,10 @@ class TestConstructor:
             AdamW_BF16([])
 
     def test_lr_with_lr_function_is_refused(self):
-        with pytest.raises(ValueError, match="lr and lr_function are both given; pass lr for a constant or lr_function for a schedule"):
+        with pytest.raises(
+            ValueError,
+            match="lr and lr_function are both given; pass lr for a constant or lr_function for a schedule",
+        ):
             AdamW_BF16([param(2)], lr=1e-3, lr_function=LR())
 
     def test_lr_function_must_be_callable(self):
@@ -70,11 +77,16 @@ class TestConstructor:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64])
     def test_wrong_dtype_names_parameter_and_dtype(self, dtype):
-        with pytest.raises(TypeError, match=f"parameter 'w' is {dtype}; AdamW_BF16 takes bfloat16 and float32"):
+        with pytest.raises(
+            TypeError, match=f"parameter 'w' is {dtype}; AdamW_BF16 takes bfloat16 and float32"
+        ):
             AdamW_BF16([("ok", param(2)), ("w", param(2, dtype=dtype))])
 
     def test_meta_parameter_says_what_to_do(self):
-        with pytest.raises(ValueError, match=r"parameter 0 \(shape \(2,\)\) is on the meta device; call model.to_empty"):
+        with pytest.raises(
+            ValueError,
+            match=r"parameter 0 \(shape \(2,\)\) is on the meta device; call model.to_empty",
+        ):
             AdamW_BF16([nn.Parameter(torch.empty(2, device="meta", dtype=BF16))])
 
     def test_refused_group_leaves_the_optimizer_as_it_was(self):
@@ -90,7 +102,9 @@ class TestConstructor:
 
     def test_unknown_group_keys_are_tolerated(self):
         p = param(2)
-        optimizer = AdamW_BF16([{"params": [p], "fused": True, "foreach": None, "name": "decay"}], lr=1e-3)
+        optimizer = AdamW_BF16(
+            [{"params": [p], "fused": True, "foreach": None, "name": "decay"}], lr=1e-3
+        )
         train(optimizer, 1)
         assert optimizer.param_groups[0]["fused"] is True and optimizer.state[p]["step"] == 1
 
@@ -111,10 +125,16 @@ class TestState:
         assert {key: value.dtype for key, value in state.items()} == {
             "step": torch.float32, "exp_avg": BF16, "exp_avg_sq": BF16, "correction": BF16,
         }  # fmt: skip
-        assert state["step"].shape == () and all(state[key].shape == p.shape for key in state if key != "step")
+        assert state["step"].shape == () and all(
+            state[key].shape == p.shape for key in state if key != "step"
+        )
 
     def test_float32_parameter_in_the_same_model_follows_torch(self):
-        ours, theirs, bf16 = param(50, dtype=torch.float32), param(50, dtype=torch.float32), param(50)
+        ours, theirs, bf16 = (
+            param(50, dtype=torch.float32),
+            param(50, dtype=torch.float32),
+            param(50),
+        )
         optimizer = AdamW_BF16([bf16, ours], lr=1e-2, weight_decay=0.1)
         torch_optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
         for seed in range(10):
@@ -146,11 +166,16 @@ class TestState:
         assert torch.equal(unused, before) and unused not in optimizer.state
 
     def test_in_place_update_keeps_storage_and_strides(self):
-        p = nn.Parameter(torch.randn(2, 3, 4, 5).to(BF16).contiguous(memory_format=torch.channels_last))
+        p = nn.Parameter(
+            torch.randn(2, 3, 4, 5).to(BF16).contiguous(memory_format=torch.channels_last)
+        )
         pointer, stride = p.data_ptr(), p.stride()
         optimizer = AdamW_BF16([p], lr=1e-2)
         train(optimizer, 3)
-        assert p.data_ptr() == pointer and p.stride() == stride == optimizer.state[p]["exp_avg"].stride()
+        assert (
+            p.data_ptr() == pointer
+            and p.stride() == stride == optimizer.state[p]["exp_avg"].stride()
+        )
 
     def test_global_rng_is_not_used(self):
         state = torch.get_rng_state()
@@ -243,13 +268,19 @@ class TestStep:
     def test_sparse_gradient_is_refused_and_nothing_changes(self):
         good = param(4)
         embedding = nn.Embedding(10, 3, sparse=True, dtype=BF16)
-        optimizer = AdamW_BF16([("good", good), ("table", embedding.weight)], lr_function=lambda step: 1.0 + step)
+        optimizer = AdamW_BF16(
+            [("good", good), ("table", embedding.weight)], lr_function=lambda step: 1.0 + step
+        )
         give_gradients([good])
         embedding(torch.tensor([1, 2])).sum().backward()
         before, group = good.detach().clone(), dict(optimizer.param_groups[0])
-        with pytest.raises(RuntimeError, match="does not support sparse gradients, which parameter 'table' has"):
+        with pytest.raises(
+            RuntimeError, match="does not support sparse gradients, which parameter 'table' has"
+        ):
             optimizer.step()
-        assert torch.equal(good, before) and not optimizer.state and optimizer.param_groups[0] == group
+        assert (
+            torch.equal(good, before) and not optimizer.state and optimizer.param_groups[0] == group
+        )
 
     def test_complex_gradient_is_refused_and_nothing_changes(self):
         good, bad = param(4), param(4)
@@ -258,7 +289,9 @@ class TestStep:
         bad.grad_dtype = None
         bad.grad = torch.zeros(4, dtype=torch.complex64)
         before = good.detach().clone()
-        with pytest.raises(TypeError, match=r"the gradient of parameter 1 \(shape \(4,\)\) is torch.complex64"):
+        with pytest.raises(
+            TypeError, match=r"the gradient of parameter 1 \(shape \(4,\)\) is torch.complex64"
+        ):
             optimizer.step()
         assert torch.equal(good, before) and not optimizer.state
 
@@ -278,9 +311,13 @@ class TestTrueWeights:
         give_gradients([p, q])
         optimizer.step()
         weights = dict(optimizer.true_weights())
-        assert list(weights) == [p, q, r] and all(weight.dtype == torch.float32 for weight in weights.values())
+        assert list(weights) == [p, q, r] and all(
+            weight.dtype == torch.float32 for weight in weights.values()
+        )
         moved = (weights[p].double() - before).abs().mean()
-        assert moved == pytest.approx(1e-5, rel=0.01), "updates far below a bf16 step of the weight are kept"
+        assert moved == pytest.approx(1e-5, rel=0.01), (
+            "updates far below a bf16 step of the weight are kept"
+        )
         assert torch.equal(weights[q], q) and torch.equal(weights[r], r.float())
 
     def test_weights_are_new_tensors_of_every_dtype(self):

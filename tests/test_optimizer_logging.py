@@ -50,14 +50,22 @@ def mixed() -> nn.Module:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
-        value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes for s in optimizer.state.values() for value in s.values()
+        value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
+        for s in optimizer.state.values()
+        for value in s.values()
     )
 
 
 def test_one_line_says_what_the_optimizer_was_built_over():
     model = mixed()
     with Collector() as log:
-        optimizer = AdamW_BF16([{"params": model[0].parameters()}, {"params": model[1].parameters(), "weight_decay": 0.0}], lr=0.1)
+        optimizer = AdamW_BF16(
+            [
+                {"params": model[0].parameters()},
+                {"params": model[1].parameters(), "weight_decay": 0.0},
+            ],
+            lr=0.1,
+        )
     optimizer.init_state()
     assert log.lines(logging.INFO) == [
         "AdamW_BF16 takes 2 bfloat16 and 2 float32 parameters; this rank holds 54 bytes of their weights, "
@@ -94,12 +102,18 @@ def test_a_model_that_nobody_converted_is_warned_about_once():
             optimizer.step()
         copy.deepcopy(optimizer)
     (message,) = log.lines(logging.WARNING)
-    assert re.match(r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with", message)
+    assert re.match(
+        r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with",
+        message,
+    )
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)])
 def test_nothing_is_said_by_default_of_a_model_with_bfloat16(dtypes):
-    params = [nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=dtype == torch.float32) for dtype in dtypes]  # frozen ones count
+    params = [
+        nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=dtype == torch.float32)
+        for dtype in dtypes
+    ]  # frozen ones count
     with Collector(logging.NOTSET) as log:
         AdamW_BF16(params, lr=0.1)
     assert log.records == []
@@ -124,7 +138,9 @@ def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
 
 def test_bytes_are_those_of_this_rank():
     """Two ranks share 3 rows of weights and 3 biases: 2 and 1 of each."""
-    for rank, ((fsdp2, fsdp2_states), (zero, zero_states)) in enumerate(run_ranks(2, sharded_worker)):
+    for rank, ((fsdp2, fsdp2_states), (zero, zero_states)) in enumerate(
+        run_ranks(2, sharded_worker)
+    ):
         assert fsdp2 == [
             f"AdamW_BF16 takes 2 bfloat16 and 0 float32 parameters; this rank holds {(20, 10)[rank]} bytes of their weights, "
             f"and {fsdp2_states} bytes of their states once each trainable one has had a gradient"

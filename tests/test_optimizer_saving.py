@@ -34,7 +34,9 @@ class TestSaving:
         shuffled = a.state_dict()
         shuffled["state"] = {0: dict(reversed(shuffled["state"][0].items()))}
         b.load_state_dict(shuffled)
-        assert [list(state) for state in b.state.values()] == [["step", "exp_avg", "exp_avg_sq", "correction"]]
+        assert [list(state) for state in b.state.values()] == [
+            ["step", "exp_avg", "exp_avg_sq", "correction"]
+        ]
 
     def test_loading_copies_its_input(self):
         a, b = AdamW_BF16([param(30)]), AdamW_BF16([param(30)])
@@ -46,7 +48,9 @@ class TestSaving:
 
     def test_pickle_and_deepcopy_go_on_with_the_same_bits(self):
         model = nn.ParameterList([param(30)])
-        optimizer = AdamW_BF16(model.parameters(), lr_function=LR(lr=0.1, preheat_steps=2), skip_nonfinite=True)
+        optimizer = AdamW_BF16(
+            model.parameters(), lr_function=LR(lr=0.1, preheat_steps=2), skip_nonfinite=True
+        )
         train(optimizer, 3)
         copies = [pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)]
         train(optimizer, 3, seed=5)
@@ -67,8 +71,15 @@ class TestSaving:
         optimizer = AdamW_BF16([p])
         optimizer.load_state_dict(source.state_dict())
         state = optimizer.state[p]
-        assert torch.equal(state["exp_avg"], source.state[source.param_groups[0]["params"][0]]["exp_avg"])
-        assert not state["correction"].any() and set(state) == {"step", "exp_avg", "exp_avg_sq", "correction"}
+        assert torch.equal(
+            state["exp_avg"], source.state[source.param_groups[0]["params"][0]]["exp_avg"]
+        )
+        assert not state["correction"].any() and set(state) == {
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+            "correction",
+        }
         train(optimizer, 1)
         assert state["step"].item() == 2
 
@@ -78,7 +89,10 @@ class TestSaving:
         optimizer = AdamW_BF16([("w", param(4))])
         train(optimizer, 2)
         before, group = snapshot(optimizer), dict(optimizer.param_groups[0])
-        with pytest.raises(ValueError, match=r"the loaded exp_avg of parameter 'w' has shape \(5,\) but the parameter has \(4,\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"the loaded exp_avg of parameter 'w' has shape \(5,\) but the parameter has \(4,\)",
+        ):
             optimizer.load_state_dict(other.state_dict())
         assert equal(snapshot(optimizer), before) and optimizer.param_groups[0] == group
 

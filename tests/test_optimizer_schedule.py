@@ -63,19 +63,30 @@ class TestSchedule:
         """It takes the first rate of a warm-up for its base rate."""
         optimizer = AdamW_BF16([param(2)])
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-        with pytest.warns(UserWarning, match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07, and takes over; pass lr="):
+        with pytest.warns(
+            UserWarning,
+            match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07, and takes over; pass lr=",
+        ):
             train(optimizer, 1)
         with warnings.catch_warnings(action="error"):
             train(optimizer, 1)
 
     @pytest.mark.parametrize("wrong", [None, -1.0, math.nan, math.inf, "0.1"])
     def test_what_is_no_rate_is_refused_at_any_step(self, wrong):
-        rates = [0.5, 0.5, 0.5, wrong]  # the construction's for the default and the group, and those of two steps
+        rates = [
+            0.5,
+            0.5,
+            0.5,
+            wrong,
+        ]  # the construction's for the default and the group, and those of two steps
         p = param(4)
         optimizer = AdamW_BF16([p], lr_function=lambda step: rates.pop(0))
         train(optimizer, 1)
         before = p.detach().clone()
-        with pytest.raises(ValueError, match=rf"Invalid learning rate: lr_function\(1\) is {wrong!r}; it must be a finite number"):
+        with pytest.raises(
+            ValueError,
+            match=rf"Invalid learning rate: lr_function\(1\) is {wrong!r}; it must be a finite number",
+        ):
             train(optimizer, 1)
         assert torch.equal(p, before) and optimizer.param_groups[0]["schedule_step"] == 1
         with pytest.raises(ValueError, match=r"Invalid learning rate: lr_function\(0\) is"):
@@ -92,7 +103,10 @@ class TestSchedule:
     def test_numpy_numbers_become_plain_data(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: np.float32(0.5) / (step + 1))
         train(optimizer, 2)
-        assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.25
+        assert (
+            type(optimizer.param_groups[0]["lr"]) is float
+            and optimizer.param_groups[0]["lr"] == 0.25
+        )
 
     def test_a_state_of_torch_goes_on_where_it_was(self):
         groups = [[{"params": [param(3)]}, {"params": [param(2)]}] for _ in range(2)]
@@ -107,7 +121,9 @@ class TestSchedule:
 
     def test_a_tensor_that_somebody_put_there_holds_without_being_compared(self):
         optimizer = AdamW_BF16([param(2)], lr_function=lambda step: 0.5)
-        own = optimizer.param_groups[0]["lr"] = torch.tensor(0.5)  # to compare one on a GPU would wait for it
+        own = optimizer.param_groups[0]["lr"] = torch.tensor(
+            0.5
+        )  # to compare one on a GPU would wait for it
         train(optimizer, 2)
         assert optimizer.param_groups[0]["lr"] is own
 
@@ -118,14 +134,22 @@ class TestSchedule:
 
     def test_a_schedule_that_fails_for_one_group_leaves_all_as_they_were(self):
         p, q = param(4), param(4)
-        calls = iter([0.1, 0.1, 0.1])  # the construction's for the default and both groups, and none for the steps
-        optimizer = AdamW_BF16([{"params": [p]}, {"params": [q]}], lr_function=lambda step: next(calls) if step == 0 else 0.1)
+        calls = iter(
+            [0.1, 0.1, 0.1]
+        )  # the construction's for the default and both groups, and none for the steps
+        optimizer = AdamW_BF16(
+            [{"params": [p]}, {"params": [q]}],
+            lr_function=lambda step: next(calls) if step == 0 else 0.1,
+        )
         calls = iter([0.2])
         before = [p.detach().clone(), q.detach().clone()]
         with pytest.raises(StopIteration):
             train(optimizer, 1)
         assert torch.equal(p, before[0]) and torch.equal(q, before[1])
-        assert [(group["lr"], group["schedule_step"]) for group in optimizer.param_groups] == [(0.1, 0), (0.1, 0)]
+        assert [(group["lr"], group["schedule_step"]) for group in optimizer.param_groups] == [
+            (0.1, 0),
+            (0.1, 0),
+        ]
         assert not optimizer.state, "no state was made before the schedule was asked"
 
     def test_late_group_joins_at_the_position_of_the_others(self):

@@ -13,7 +13,12 @@ def test_defaults_are_those_of_adamw_bfloat16():
     assert (LR().lr, LR().preheat_steps, LR().decay_power) == (1e-3, 3000, -0.5)
 
 
-@pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"lr": float("nan")}, {"preheat_steps": 0}, {"decay_power": 0.5}])
+@pytest.mark.parametrize(
+    "arguments", [{"lr": -1.0}, {"lr": float("nan")}, {"preheat_steps": 0}, {"decay_power": 0.5}]
+)
 def test_refuses_values_out_of_range(arguments):
-    with pytest.raises(ValueError, match=f"Invalid {'learning rate' if 'lr' in arguments else next(iter(arguments))}"):
+    with pytest.raises(
+        ValueError,
+        match=f"Invalid {'learning rate' if 'lr' in arguments else next(iter(arguments))}",
+    ):
         LR(**arguments)

@@ -12,11 +12,11 @@ What is on disk does not depend on how model and optimizer were sharded, so it l
 Keys within: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
 """
 
-from .asynchronous import wait_for_save
-from .folders import latest, newest_good, prune
-from .fp32 import export_fp32
-from .full import gather_full_state_dict, scatter_full_state_dict
-from .importing import convert_fp32, import_fp32
+from .async_save import wait_for_save
+from .directory import latest, newest_good, prune
+from .export import export_fp32
+from .foreign import convert_fp32, import_fp32
+from .full_state_dict import gather_full_state_dict, scatter_full_state_dict
 from .loading import Loaded, load, verify
 from .saving import save
 

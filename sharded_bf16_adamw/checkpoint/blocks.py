@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from ..sharding.local import to_local
+from ..sharding.dtensor import to_local
 
 
 class Block(NamedTuple):
@@ -38,13 +38,18 @@ def local_blocks(tensor: Tensor) -> Iterator[tuple[Block, Tensor]]:
     """What this rank holds of ``tensor``: each block that is not empty, with the memory that holds it."""
     if isinstance(tensor, ShardedTensor):  # FSDP1 without a device mesh
         for shard in tensor.local_shards():
-            yield Block(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)), shard.tensor.detach()
+            yield (
+                Block(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)),
+                shard.tensor.detach(),
+            )
         return
     local = to_local(tensor).detach()
     if isinstance(tensor, DTensor):
         if local.numel() == 0:  # its shape may be (0,), and this rank may not even be of the mesh
             return
-        (chunk,) = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks of a tensor, too
+        (chunk,) = (
+            tensor.__create_chunk_list__()
+        )  # what torch.distributed.checkpoint asks of a tensor, too
         yield Block(tuple(chunk.offsets), tuple(chunk.sizes)), local
     elif local.numel():
         yield Block((0,) * local.ndim, tuple(local.shape)), local

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..sharding.checksum import checksums
-from ..sharding.local import replica_groups, to_local
+from ..sharding.dtensor import replica_groups, to_local
 from ..sharding.replicas import Replica, find_differences
-from .agreement import Group, errors_on_every_rank, gather_everywhere, global_rank, rank, world_size
 from .blocks import local_blocks
-from .contents import MODEL, STATE, Contents, fqn_of, with_stages
 from .plain import encode
+from .rank_errors import Group, gather_everywhere, global_rank, raise_on_all_ranks, rank, world_size
 from .rank_names import RankNames
+from .state_dict import MODEL, STATE, Contents, fqn_of, with_stages
 
 Holders = tuple[int, ...]
 
@@ -64,7 +64,9 @@ class Divergences(NamedTuple):
     unshared: Divergence | None
 
 
-def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: str | None) -> Contents:
+def one_of_each(
+    found: Contents, names: RankNames, group: Group, on_divergence: str | None
+) -> Contents:
     """Return what this rank is to save: each tensor of a name once, or several under names of their own. Collective.
 
     Args:
@@ -76,7 +78,9 @@ def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: 
         ValueError: replicas differ; on every rank, with their names.
     """
     params = sorted(fqn for options in found.groups for fqn in options.params)
-    within, between_stages, unshared = find_divergences(found, group, names.stage, params if names.must_be_the_same else [])
+    within, between_stages, unshared = find_divergences(
+        found, group, names.stage, params if names.must_be_the_same else []
+    )
     if unshared is not None:
         has, has_not = (global_rank(index, group) for index in unshared.ranks)
         raise ValueError(
@@ -87,7 +91,11 @@ def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: 
     if within and on_divergence != "first":
         first, second = (global_rank(index, group) for index in within[0].ranks)
         listed = f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if keys[3:] else ''}"
-        choice = ", or save those of the first rank with on_divergence='first'" if on_divergence == "raise" else ""
+        choice = (
+            ", or save those of the first rank with on_divergence='first'"
+            if on_divergence == "raise"
+            else ""
+        )
         raise ValueError(
             f"tensors that should be the same differ between ranks (the first between {first} and {second}): {listed}. If these are "
             "replicas that have drifted (BatchNorm statistics, gradients that nobody averaged, a fault of the hardware), broadcast them "
@@ -100,9 +108,14 @@ def one_of_each(found: Contents, names: RankNames, group: Group, on_divergence: 
         left_out |= {key for key, value in found.tensors.items() if _is_further_replica(value)}
         if own == 0:
             warnings.warn(
-                f"{len(keys)} tensors differ between ranks and are saved as the first rank has them: {', '.join(keys[:3])}", stacklevel=3
+                f"{len(keys)} tensors differ between ranks and are saved as the first rank has them: {', '.join(keys[:3])}",
+                stacklevel=3,
             )
-        found = Contents({key: value for key, value in found.tensors.items() if key not in left_out}, found.plain, found.groups)
+        found = Contents(
+            {key: value for key, value in found.tensors.items() if key not in left_out},
+            found.plain,
+            found.groups,
+        )
     if between_stages:
         names.add_stage(map(fqn_of, between_stages))
         found = with_stages(found, names)
@@ -120,10 +133,15 @@ def _is_further_replica(value: Any) -> bool:
     if not isinstance(value, DTensor):
         return False
     coordinate = value.device_mesh.get_coordinate()
-    return coordinate is not None and any(place and kind.is_replicate() for place, kind in zip(coordinate, value.placements, strict=True))
+    return coordinate is not None and any(
+        place and kind.is_replicate()
+        for place, kind in zip(coordinate, value.placements, strict=True)
+    )
 
 
-def find_divergences(found: Contents, group: Group, stage: int | None, params: list[str]) -> Divergences:
+def find_divergences(
+    found: Contents, group: Group, stage: int | None, params: list[str]
+) -> Divergences:
     """Compare tensors of the same key between ranks. Collective; every rank gets the same result.
 
     Args:
@@ -134,10 +152,17 @@ def find_divergences(found: Contents, group: Group, stage: int | None, params: l
     if world_size(group) == 1:
         return Divergences([], [], None)
     cannot, tensors = "cannot compare tensors between ranks", found.tensors
-    all_ranks = tuple(range(dist.get_world_size())) if group is None else tuple(dist.get_process_group_ranks(group))
-    with errors_on_every_rank(cannot, group):  # checksums need memory
+    all_ranks = (
+        tuple(range(dist.get_world_size()))
+        if group is None
+        else tuple(dist.get_process_group_ranks(group))
+    )
+    with raise_on_all_ranks(cannot, group):  # checksums need memory
         holders = {key: _holders(value) for key, value in tensors.items()}
-        plain = {**_entries({key: value for key, value in tensors.items() if holders[key] == ()}), **_entries_of_values(found.plain)}
+        plain = {
+            **_entries({key: value for key, value in tensors.items() if holders[key] == ()}),
+            **_entries_of_values(found.plain),
+        }
         replicas = [
             Replica(key, _compared(key, to_local(value)), replica_groups(value))
             for key, value in tensors.items()
@@ -151,20 +176,33 @@ def find_divergences(found: Contents, group: Group, stage: int | None, params: l
     within: list[Divergence] = []
     between: set[str] = set()
     if len(set(digests)) > 1:
-        speaks = digests.index(digests[rank(group)]) == rank(group)  # one rank for all with the same digest
+        speaks = digests.index(digests[rank(group)]) == rank(
+            group
+        )  # one rank for all with the same digest
         sent = gather_everywhere((plain, partly, params) if speaks else None, group)
         of_each = [sent[digests.index(digest)] or ({}, {}, []) for digest in digests]
         unshared = _unshared([set(names) for _, _, names in of_each])
         ambiguous = _held_twice(of_each)
-        with errors_on_every_rank(cannot, group):
-            own = _entries({key: tensors[key] for key in ambiguous if key in tensors and holders[key]})
+        with raise_on_all_ranks(cannot, group):
+            own = _entries(
+                {key: tensors[key] for key in ambiguous if key in tensors and holders[key]}
+            )
         others = gather_everywhere((stage, own), group)
-        tables = [{**plain_of, **entries} for (plain_of, _, _), (_, entries) in zip(of_each, others, strict=True)]
+        tables = [
+            {**plain_of, **entries}
+            for (plain_of, _, _), (_, entries) in zip(of_each, others, strict=True)
+        ]
         within, between = _compare(tables, [place for place, _ in others])
     differences = find_differences(replicas, numbers)
     index_of = {rank_: index for index, rank_ in enumerate(all_ranks)}
-    of_each_rank = gather_everywhere([(name, index_of[ranks[0]], index_of[ranks[1]]) for name, ranks, _ in differences], group)
-    within += {key: Divergence(key, (first, second)) for rows in of_each_rank for key, first, second in rows}.values()
+    of_each_rank = gather_everywhere(
+        [(name, index_of[ranks[0]], index_of[ranks[1]]) for name, ranks, _ in differences], group
+    )
+    within += {
+        key: Divergence(key, (first, second))
+        for rows in of_each_rank
+        for key, first, second in rows
+    }.values()
     return Divergences(within, sorted(between), unshared)
 
 
@@ -172,15 +210,25 @@ def _holders(value: Any) -> Holders | None:
     """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None for what is not compared."""
     if isinstance(value, DTensor):
         return tuple(sorted(value.device_mesh.mesh.flatten().tolist()))
-    is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
+    is_plain = (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
     return () if is_plain else None  # a subclass (quantised weights) need not have bits of its own
 
 
 def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
     blocks = {key: list(local_blocks(value)) for key, value in tensors.items()}
-    numbers = iter(checksums([_compared(key, local) for key, parts in blocks.items() for _, local in parts]))
+    numbers = iter(
+        checksums([_compared(key, local) for key, parts in blocks.items() for _, local in parts])
+    )
     return {
-        key: Entry(tuple(tensors[key].shape), str(tensors[key].dtype), ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts))
+        key: Entry(
+            tuple(tensors[key].shape),
+            str(tensors[key].dtype),
+            ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts),
+        )
         for key, parts in blocks.items()
     }
 
@@ -213,7 +261,10 @@ def _unshared(params_of_each: list[set[str]]) -> Divergence | None:
     for index, params in enumerate(params_of_each):
         if params != every:
             missing = min(every - params)
-            return Divergence(missing, (next(i for i, others in enumerate(params_of_each) if missing in others), index))
+            return Divergence(
+                missing,
+                (next(i for i, others in enumerate(params_of_each) if missing in others), index),
+            )
     return None
 
 
@@ -226,17 +277,23 @@ def _held_twice(of_each: list[tuple[dict[str, Entry], dict[str, Holders], list[s
     return [key for key, different in found.items() if len(different) > 1]
 
 
-def _compare(tables: list[dict[str, Entry]], stages: Iterable[int | None]) -> tuple[list[Divergence], set[str]]:
+def _compare(
+    tables: list[dict[str, Entry]], stages: Iterable[int | None]
+) -> tuple[list[Divergence], set[str]]:
     """Sort the keys whose entries differ into those that differ within a stage and those that differ between stages only."""
     first: dict[tuple[str, int | None, str], tuple[int, Entry]] = {}
     by_stage: dict[str, dict[int | None, set[Entry]]] = {}
     within: dict[tuple[str, int | None], Divergence] = {}
     for index, (table, stage) in enumerate(zip(tables, stages, strict=True)):
         for key, entry in table.items():
-            place = entry.part.partition(" ")[0] if not entry.dtype else entry.part.rpartition(" ")[0]  # of DTensors the same is compared
+            place = (
+                entry.part.partition(" ")[0] if not entry.dtype else entry.part.rpartition(" ")[0]
+            )  # of DTensors the same is compared
             earlier, same = first.setdefault((key, stage, place), (index, entry))
             if same != entry:
                 within.setdefault((key, stage), Divergence(key, (earlier, index), stage))
             by_stage.setdefault(key, {}).setdefault(stage, set()).add(entry)
-    between = {key for key, entries in by_stage.items() if len(set(map(frozenset, entries.values()))) > 1}
+    between = {
+        key for key, entries in by_stage.items() if len(set(map(frozenset, entries.values()))) > 1
+    }
     return list(within.values()), between

@@ -15,11 +15,17 @@ def match_groups(here: list[list[str]], there: list[list[str]]) -> list[int | No
         >>> match_groups([["a"], []], [["a", "b"], []])
         [0, 1]
     """
-    empty_here, empty_there = ([index for index, names in enumerate(names_of) if not names] for names_of in (here, there))
+    empty_here, empty_there = (
+        [index for index, names in enumerate(names_of) if not names] for names_of in (here, there)
+    )
     found: list[int | None] = []
     for index, names in enumerate(here):
         if names:
-            found.append(next((other for other, theirs in enumerate(there) if set(names) <= set(theirs)), None))
+            found.append(
+                next(
+                    (other for other, theirs in enumerate(there) if set(names) <= set(theirs)), None
+                )
+            )
         elif len(here) == len(there):
             found.append(index)
         elif len(empty_here) == len(empty_there):

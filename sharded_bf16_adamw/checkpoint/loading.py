@@ -13,18 +13,32 @@ from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .agreement import Group, as_path, check_group, errors_on_every_rank, on_rank_0, rank, same_on_every_rank, world_size
-from .asynchronous import wait_for_own_saves
-from .comparing import compare, keys_elsewhere, params_with_state, restored
-from .contents import MODEL, contents, fqn_of, rng_contents, set_contents, set_rng_contents
-from .folders import find_checkpoint, no_checkpoint
+from .async_save import wait_for_own_saves
+from .commit import check_shared
+from .dcp_storage import METADATA, PlainReader, read_metadata
+from .diff import compare, keys_elsewhere, params_with_state, restored
+from .directory import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .odd_values import adopt_saved
-from .publishing import check_shared
+from .rank_errors import (
+    Group,
+    as_path,
+    check_group,
+    on_rank_0,
+    raise_on_all_ranks,
+    rank,
+    same_on_every_rank,
+    world_size,
+)
 from .rank_names import RankNames
-from .storage import METADATA, PlainReader, read_metadata
+from .state_dict import MODEL, contents, fqn_of, rng_contents, set_contents, set_rng_contents
 from .ties import align_ties
-from .torch_state import check_model_and_optimizer, init_frozen_states, init_state, new_states_only_if_it_succeeds
+from .torch_state import (
+    check_model_and_optimizer,
+    init_frozen_states,
+    init_state,
+    new_states_only_if_it_succeeds,
+)
 
 
 class Loaded(dict[str, Any]):
@@ -106,7 +120,7 @@ def load(
     """
     wait_for_own_saves()
     check_group(group)
-    with errors_on_every_rank(f"cannot load the checkpoint {path}", group):
+    with raise_on_all_ranks(f"cannot load the checkpoint {path}", group):
         path = as_path("path", path)
         check_model_and_optimizer("load(path, model, optimizer)", model, optimizer)
     same_on_every_rank({"the checkpoint to load": str(path)}, group)
@@ -118,35 +132,48 @@ def load(
     folder, manifest = found
     metadata = _checked_metadata(folder, manifest, group)
     with new_states_only_if_it_succeeds(optimizer):
-        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             names = RankNames(model, optimizer)
         names.number_experts()
-        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             keys = [*metadata.state_dict_metadata, *manifest.values]
             names.add_stage_as_in(fqn_of(key) for key in keys if key.startswith(MODEL))
         tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
-        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
             saved_in_groups = [fqn for saved in manifest.groups for fqn in saved.params]
-            init_frozen_states(model, optimizer, params_with_state(metadata, manifest), saved_in_groups, names.stored)
+            init_frozen_states(
+                model,
+                optimizer,
+                params_with_state(metadata, manifest),
+                saved_in_groups,
+                names.stored,
+            )
             here = contents(model, optimizer, names)
             adopt_saved(here.tensors, here.plain, metadata, manifest)
         elsewhere = keys_elsewhere(metadata, manifest, here, group)
-        with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+        with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             comparison = compare(metadata, manifest, here, elsewhere)
             comparison.differences[:0] = tied_otherwise
             if strict and comparison.differences:
                 by_rank = any(re.search(r"@(pp|ep)\d", key) for key in metadata.state_dict_metadata)
                 raise ValueError(_another_model(folder, comparison.differences, by_rank))
-        random = {key: value for key, value in rng_contents(group, every_device=True).items() if key in metadata.state_dict_metadata}
+        random = {
+            key: value
+            for key, value in rng_contents(group, every_device=True).items()
+            if key in metadata.state_dict_metadata
+        }
     tensors = {**{key: here.tensors[key] for key in comparison.loadable}, **random}
-    with errors_on_every_rank(
-        f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked", group
+    with raise_on_all_ranks(
+        f"the model may be partly loaded, because the checkpoint {folder} could not be read after it was checked",
+        group,
     ):
         _read_into(tensors, folder, metadata, group)
         for key in comparison.unsaved_states:
             _zero_(here.tensors[key])
-    with errors_on_every_rank(f"the model may be partly loaded from {folder}", group):  # collective under FSDP1
+    with raise_on_all_ranks(
+        f"the model may be partly loaded from {folder}", group
+    ):  # collective under FSDP1
         set_contents(model, optimizer, restored(here, comparison, tensors), names)
         set_rng_contents(random)
     return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.differences)
@@ -188,18 +215,24 @@ def _checked_metadata(folder: Path, manifest: Manifest, group: Group) -> Metadat
         RuntimeError: a rank failed otherwise.
     """
     cannot = f"the checkpoint {folder} cannot be used"
-    with errors_on_every_rank(f"cannot load the checkpoint {folder}", group):
+    with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
         check_shared(folder.parent, folder, rank(group), "reads")
         damage = find_damage(folder, _share(manifest.files, rank(group), world_size(group)))
         if damage:
             more = f" (and {len(damage) - 3} more files)" if len(damage) > 3 else ""
             raise ValueError(f"{cannot}: {'; '.join(damage[:3])}{more}; load another checkpoint")
         if METADATA not in manifest.files:
-            raise ValueError(f"{cannot}: its manifest does not list {METADATA}; load another checkpoint")
+            raise ValueError(
+                f"{cannot}: its manifest does not list {METADATA}; load another checkpoint"
+            )
         metadata = read_metadata(folder, manifest.files[METADATA])
-        unchecked = {info.relative_path for info in metadata.storage_data.values()} - set(manifest.files)
+        unchecked = {info.relative_path for info in metadata.storage_data.values()} - set(
+            manifest.files
+        )
         if unchecked:
-            raise ValueError(f"{cannot}: {METADATA} names {min(unchecked)}, which its manifest does not list; load another checkpoint")
+            raise ValueError(
+                f"{cannot}: {METADATA} names {min(unchecked)}, which its manifest does not list; load another checkpoint"
+            )
     return metadata
 
 
@@ -226,7 +259,11 @@ def _share(files: dict[str, FileRecord], rank: int, ranks: int) -> dict[str, Fil
 
 
 def _another_model(folder: Path, differences: list[str], by_rank: bool) -> str:
-    hint = " (names with @pp or @ep load in the layout that saved them: see ModelParallel)" if by_rank else ""
+    hint = (
+        " (names with @pp or @ep load in the layout that saved them: see ModelParallel)"
+        if by_rank
+        else ""
+    )
     more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
     return (
         f"the checkpoint {folder} is of another model or optimizer: {'; '.join(differences[:3])}{more}{hint}; "
@@ -236,6 +273,10 @@ def _another_model(folder: Path, differences: list[str], by_rank: bool) -> str:
 
 def _zero_(tensor: Any) -> None:
     """Set this rank's part to zero."""
-    shards = [shard.tensor for shard in tensor.local_shards()] if hasattr(tensor, "local_shards") else [tensor]
+    shards = (
+        [shard.tensor for shard in tensor.local_shards()]
+        if hasattr(tensor, "local_shards")
+        else [tensor]
+    )
     for shard in shards:
         shard.detach().zero_()

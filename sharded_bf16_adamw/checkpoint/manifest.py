@@ -104,11 +104,18 @@ class Manifest:
             raise ValueError("it is not what this version writes, although its checksum is right")
         foreign = [name for name in files if not is_file_name(name)]
         if foreign:
-            raise ValueError(f"it names {foreign[0]!r}, which is no file of the checkpoint's own folder")
+            raise ValueError(
+                f"it names {foreign[0]!r}, which is no file of the checkpoint's own folder"
+            )
         return manifest
 
     def _is_well_formed(self) -> bool:
-        numbers = [self.step, self.serial, self.world_size, *(record.bytes for record in self.files.values())]
+        numbers = [
+            self.step,
+            self.serial,
+            self.world_size,
+            *(record.bytes for record in self.files.values()),
+        ]
         lists = [self.ties or [], *(self.ties or [])]
         texts = [
             *chain(*(self.ties or [])),
@@ -116,7 +123,12 @@ class Manifest:
             *(record.crc32 for record in self.files.values()),
             *chain(*(group.params for group in self.groups)),
         ]
-        mappings = [self.versions, self.values, self.extra, *(group.options for group in self.groups)]
+        mappings = [
+            self.versions,
+            self.values,
+            self.extra,
+            *(group.options for group in self.groups),
+        ]
         return all(
             isinstance(part, kind) for kind, parts in ((int, numbers), (list, lists), (str, texts), (dict, mappings)) for part in parts
         )  # fmt: skip
@@ -134,7 +146,9 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"the checkpoint {path} cannot be used: {MANIFEST}: {error}; load another checkpoint") from error
+        raise ValueError(
+            f"the checkpoint {path} cannot be used: {MANIFEST}: {error}; load another checkpoint"
+        ) from error
 
 
 def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
@@ -150,7 +164,9 @@ def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
             with open(path / name, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != record.bytes:
-                    problems.append(f"{name} has {size} bytes, not the {record.bytes} that were written")
+                    problems.append(
+                        f"{name} has {size} bytes, not the {record.bytes} that were written"
+                    )
                     continue
                 crc = 0
                 while count := file.readinto(block):
@@ -161,13 +177,20 @@ def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
             problems.append(f"{name} cannot be read ({error.strerror or error})")
         else:
             if crc32_text(crc) != record.crc32:
-                problems.append(f"{name} is not what was written (CRC-32 {crc32_text(crc)}, not {record.crc32})")
+                problems.append(
+                    f"{name} is not what was written (CRC-32 {crc32_text(crc)}, not {record.crc32})"
+                )
     return problems
 
 
 def is_file_name(name: object) -> bool:
     """Whether ``name``, found in a file from elsewhere, means a file of a given folder and cannot lead out of it."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name not in ("", "..")
+        and "\0" not in name
+    )
 
 
 def crc32_text(crc: int) -> str:

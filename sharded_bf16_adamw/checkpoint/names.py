@@ -16,7 +16,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-DDP, COMPILE, CHECKPOINT, FSDP1 = "module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
+DDP, COMPILE, CHECKPOINT, FSDP1 = (
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+)
 FABRIC, _FABRIC_ORIGINAL = "_forward_module", "_original_module"
 
 
@@ -97,7 +102,9 @@ def _is_fabrics(module: nn.Module) -> bool:
 
 def _segment_of_wrapper(module: nn.Module) -> str | None:
     """Return the segment that a wrapper puts into names; None if the module is no wrapper."""
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and unless it was, nothing is compiled
+    dynamo: Any = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # slow to import, and unless it was, nothing is compiled
     for segment, kind in (
         (DDP, DistributedDataParallel),
         (FSDP1, FullyShardedDataParallel),

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..sharding.local import to_local
+from ..sharding.dtensor import to_local
 from .manifest import Manifest
 from .names import plain_name, unwrapped
 from .plain import decode
@@ -53,7 +53,11 @@ def parts_of(key: str, tensor: Any) -> dict[str, Any]:
 
 def without_subclass(tensor: Any) -> Any:
     """Return the same memory as a plain tensor: a file with a user's class in it could not be loaded without executing code."""
-    if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter, DTensor, ShardedTensor) or is_wrapper(tensor):
+    if (
+        not isinstance(tensor, Tensor)
+        or type(tensor) in (Tensor, nn.Parameter, DTensor, ShardedTensor)
+        or is_wrapper(tensor)
+    ):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(Tensor)
@@ -64,7 +68,9 @@ def without_subclass(tensor: Any) -> Any:
 
 def is_extra_state(key: str) -> bool:
     """Return whether a key of a model's state dict, or of a checkpoint, holds what ``nn.Module.get_extra_state`` returned."""
-    return key.rpartition(".")[2].partition("@")[0] == EXTRA_STATE  # a checkpoint may add the rank: _extra_state@pp0
+    return (
+        key.rpartition(".")[2].partition("@")[0] == EXTRA_STATE
+    )  # a checkpoint may add the rank: _extra_state@pp0
 
 
 def set_extra_states(model: nn.Module, states: dict[str, Any]) -> None:
@@ -86,7 +92,9 @@ def entry_key(name: Any, entry: Any) -> str:
         ValueError: a manifest cannot hold it.
     """
     if not isinstance(name, str):
-        raise ValueError(f"optimizer.state has an entry under {name!r}, which cannot be saved; use a string as its key")
+        raise ValueError(
+            f"optimizer.state has an entry under {name!r}, which cannot be saved; use a string as its key"
+        )
     large = _largest(entry)
     if large > _LARGEST_ENTRY:
         raise ValueError(
@@ -99,14 +107,22 @@ def entry_key(name: Any, entry: Any) -> str:
 def _largest(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return max(map(_largest, items), default=0)
 
 
 # -------------------------------------------------------------------------------------------------------------------- loading
 
 
-def adopt_saved(tensors: dict[str, Any], plain: dict[str, Any], metadata: Metadata, manifest: Manifest) -> None:
+def adopt_saved(
+    tensors: dict[str, Any], plain: dict[str, Any], metadata: Metadata, manifest: Manifest
+) -> None:
     """Let a checkpoint decide on the kind and size of what it alone defines: extra states, and entries of no parameter.
 
     Args:
@@ -123,4 +139,6 @@ def adopt_saved(tensors: dict[str, Any], plain: dict[str, Any], metadata: Metada
             plain[key] = decode(manifest.values[key])
     for key in [key for key in plain if key.startswith(ENTRY) and key not in manifest.values]:
         del plain[key]  # stays as it is
-    plain.update({key: decode(value) for key, value in manifest.values.items() if key.startswith(ENTRY)})
+    plain.update(
+        {key: decode(value) for key, value in manifest.values.items() if key.startswith(ENTRY)}
+    )

@@ -39,12 +39,16 @@ class RankNames:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         parallel = getattr(optimizer, "model_parallel", None)
         self._is_ours = hasattr(optimizer, "model_parallel")
-        self._parallel: ModelParallel = parallel if isinstance(parallel, ModelParallel) else ModelParallel()
+        self._parallel: ModelParallel = (
+            parallel if isinstance(parallel, ModelParallel) else ModelParallel()
+        )
         self._prefixes, self._exact = _find_experts(model, self._parallel)
         self._of_stage: set[str] = set()
         self._lists_of_stage: set[str] = set()  # prefixes, such as "layers."
         self._fqns = _names_of(unwrapped(model))
-        if has_fsdp1(model) and (self._parallel.pp_group is not None or self._parallel.ep_group is not None):
+        if has_fsdp1(model) and (
+            self._parallel.pp_group is not None or self._parallel.ep_group is not None
+        ):
             raise ValueError(
                 "FullyShardedDataParallel (FSDP1) over a part of the ranks does not say which; use fully_shard (FSDP2) beside "
                 "ModelParallel(pp=..., ep=...)"
@@ -105,7 +109,9 @@ class RankNames:
         """Name tensors by their stage where a checkpoint, whose names are ``stored``, does."""
         if self.stage is not None:
             suffix = f"@pp{self.stage}"
-            self._of_stage.update(name.removesuffix(suffix) for name in stored if name.endswith(suffix))
+            self._of_stage.update(
+                name.removesuffix(suffix) for name in stored if name.endswith(suffix)
+            )
             self._local = None
 
     def _of_expert(self, fqn: str) -> str:
@@ -128,7 +134,10 @@ class RankNames:
 def _names_of(model: nn.Module) -> list[str]:
     """Return the names of all that a checkpoint may hold of a model: parameters, buffers and extra states."""
     names = [name for name, _ in named_tensors(model)]
-    names += [f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE for prefix, _ in model.named_modules(remove_duplicate=False)]
+    names += [
+        f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
+        for prefix, _ in model.named_modules(remove_duplicate=False)
+    ]
     return [plain_name(model, name) for name in names]
 
 
@@ -139,7 +148,9 @@ def _list_of(name: str) -> str | None:
     return ".".join([*parts[:index], ""]) if index else None
 
 
-def _find_experts(model: nn.Module, parallel: ModelParallel) -> tuple[dict[str, int | None], set[str]]:
+def _find_experts(
+    model: nn.Module, parallel: ModelParallel
+) -> tuple[dict[str, int | None], set[str]]:
     """Return the expert modules by name, with the number of experts of a ``ModuleList``, and the names of single parameters."""
     experts = {id(value): value for value in parallel.experts}  # type: ignore[union-attr]
     if not experts:
@@ -148,17 +159,29 @@ def _find_experts(model: nn.Module, parallel: ModelParallel) -> tuple[dict[str, 
     found: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in experts:
-            prefixes[plain_name(model, name)] = len(module) if isinstance(module, nn.ModuleList) else None
+            prefixes[plain_name(model, name)] = (
+                len(module) if isinstance(module, nn.ModuleList) else None
+            )
             found.add(id(module))
     exact = set()
     for name, param in model.named_parameters(remove_duplicate=False):
         if id(param) in experts:
             exact.add(plain_name(model, name))
             found.add(id(param))
-    for name, module in model.named_modules(remove_duplicate=False):  # the modules of a list, one by one, are the list
+    for name, module in model.named_modules(
+        remove_duplicate=False
+    ):  # the modules of a list, one by one, are the list
         prefix = plain_name(model, name)
-        if isinstance(module, nn.ModuleList) and len(module) and all(id(child) in experts for child in module):
-            prefixes = {other: count for other, count in prefixes.items() if not other.startswith(f"{prefix}.")}
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and all(id(child) in experts for child in module)
+        ):
+            prefixes = {
+                other: count
+                for other, count in prefixes.items()
+                if not other.startswith(f"{prefix}.")
+            }
             prefixes[prefix] = len(module)
     missing = [value for key, value in experts.items() if key not in found]
     if missing:

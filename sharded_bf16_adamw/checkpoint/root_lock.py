@@ -55,7 +55,9 @@ class RootLock:
         except OSError:
             pass  # another user made the file, or its disk is gone: it does no harm
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked process may hold a copy
+            fcntl.flock(
+                self._descriptor, fcntl.LOCK_UN
+            )  # closing is not enough: a forked process may hold a copy
             os.close(self._descriptor)
 
 
@@ -70,7 +72,9 @@ def lock_if_possible(root: Path) -> RootLock | None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        if error.errno != errno.EBADF:  # that one means another user's file on a network file system
+        if (
+            error.errno != errno.EBADF
+        ):  # that one means another user's file on a network file system
             (root / LOCK).unlink(missing_ok=True)
         return None
 

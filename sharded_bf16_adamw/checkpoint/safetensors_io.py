@@ -69,14 +69,25 @@ class SafetensorsFile:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"{self.path} is not a safetensors file, or is damaged: its header does not fit into its {size} bytes")
+                raise ValueError(
+                    f"{self.path} is not a safetensors file, or is damaged: its header does not fit into its {size} bytes"
+                )
             header = file.read(length)
         self.infos: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         try:
             self._read_header(json.loads(header), 8 + length, size)
-        except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.path} is not a safetensors file, or is damaged: its header is not understood ({error!r})") from error
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise ValueError(
+                f"{self.path} is not a safetensors file, or is damaged: its header is not understood ({error!r})"
+            ) from error
 
     def _read_header(self, header: dict[str, Any], start: int, size: int) -> None:
         ranges = []
@@ -84,12 +95,19 @@ class SafetensorsFile:
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{self.path}: {name} has dtype {entry['dtype']}, which torch does not have; convert the file first")
+                raise ValueError(
+                    f"{self.path}: {name} has dtype {entry['dtype']}, which torch does not have; convert the file first"
+                )
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             offsets = entry["data_offsets"]
-            numbers = all(type(x) is int and x >= 0 for x in (*offsets, *info.shape)) and len(offsets) == 2
+            numbers = (
+                all(type(x) is int and x >= 0 for x in (*offsets, *info.shape))
+                and len(offsets) == 2
+            )
             if not numbers or offsets[1] - offsets[0] != info.nbytes:
-                raise ValueError(f"{self.path} is damaged: the bytes {offsets} of {name} do not fit its shape {list(info.shape)}")
+                raise ValueError(
+                    f"{self.path} is damaged: the bytes {offsets} of {name} do not fit its shape {list(info.shape)}"
+                )
             begin, end = offsets
             self.infos[name], self._offsets[name] = info, start + begin
             ranges.append((begin, end))
@@ -99,12 +117,19 @@ class SafetensorsFile:
                 raise ValueError(f"{self.path} is damaged: its tensors overlap or leave gaps")
             expected = end
         if start + expected != size:
-            raise ValueError(f"{self.path} is damaged: it has {size} bytes where its header tells of {start + expected}")
+            raise ValueError(
+                f"{self.path} is damaged: it has {size} bytes where its header tells of {start + expected}"
+            )
 
-    def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> Tensor:
+    def read(
+        self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """Read a tensor, or the block of it at ``offsets`` with shape ``sizes``. Only the rows of the block are read from disk."""
         shape, dtype = self.infos[name]
-        offsets, sizes = offsets if offsets is not None else (0,) * len(shape), sizes if sizes is not None else shape
+        offsets, sizes = (
+            offsets if offsets is not None else (0,) * len(shape),
+            sizes if sizes is not None else shape,
+        )
         row = math.prod(shape[1:]) * dtype.itemsize
         first, rows = (offsets[0], sizes[0]) if shape else (0, 1)
         raw = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
@@ -133,7 +158,9 @@ def find_safetensors(path: str | os.PathLike[str]) -> dict[str, SafetensorsFile]
     if path.name == INDEX:
         return _read_index(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; give a safetensors file, or a folder with {INDEX} or {SINGLE}")
+        raise FileNotFoundError(
+            f"there is no {path}; give a safetensors file, or a folder with {INDEX} or {SINGLE}"
+        )
     file = SafetensorsFile(path)
     return dict.fromkeys(file.infos, file)
 
@@ -142,11 +169,22 @@ def _read_index(path: Path) -> dict[str, SafetensorsFile]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not an index of safetensors files, or is damaged ({error!r})") from error
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
+        raise ValueError(
+            f"{path} is not an index of safetensors files, or is damaged ({error!r})"
+        ) from error
     for name in names:
         if not is_file_name(name):
-            raise ValueError(f"{path} names the file {name!r}, which does not lie in its own folder")
+            raise ValueError(
+                f"{path} names the file {name!r}, which does not lie in its own folder"
+            )
         if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path} names the file {name}, which is missing")
     files = {name: SafetensorsFile(path.parent / name) for name in names}
@@ -156,7 +194,9 @@ def _read_index(path: Path) -> dict[str, SafetensorsFile]:
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
-def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]) -> None:
+def write_file(
+    path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]
+) -> None:
     """Write one file, asking for one tensor at a time, and flush it to the disk.
 
     Args:
@@ -166,7 +206,11 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info in infos.items():
-        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [end, end + info.nbytes]}
+        header[name] = {
+            "dtype": NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end + info.nbytes],
+        }
         end += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
@@ -181,7 +225,12 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[
         os.fsync(file.fileno())
 
 
-def write_folder(folder: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor], max_shard_bytes: int) -> None:
+def write_folder(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    tensor_of: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
     """Write files of at most ``max_shard_bytes`` of tensors (a larger tensor has a file to itself) and their index into ``folder``."""
     shards = _split(infos, max_shard_bytes)
     weight_map = {}

@@ -18,27 +18,36 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from . import asynchronous
-from .agreement import (
+from . import async_save
+from .commit import (
+    UNPUBLISHED,
+    abandoned_on_error,
+    begin,
+    check_arrived,
+    check_shared,
+    publish,
+    release,
+    remove_older,
+)
+from .dcp_storage import ChecksummedWriter
+from .divergence import one_of_each
+from .manifest import FileRecord, Manifest, ParamGroup
+from .plain import encode
+from .rank_errors import (
     Group,
     as_path,
     check_group,
-    errors_on_every_rank,
     gather_on_rank_0,
     on_rank_0,
+    raise_on_all_ranks,
     rank,
     same_on_every_rank,
     scatter_from_rank_0,
     world_size,
 )
-from .contents import contents, describe_strategy, merged, rng_contents
-from .divergence import one_of_each
-from .manifest import FileRecord, Manifest, ParamGroup
-from .plain import encode
-from .publishing import UNPUBLISHED, abandoned_on_error, begin, check_arrived, check_shared, publish, release, remove_older
 from .rank_names import RankNames
 from .staging import Staged
-from .storage import ChecksummedWriter
+from .state_dict import contents, describe_strategy, merged, rng_contents
 from .ties import merged_ties, ties_of
 from .torch_state import check_model_and_optimizer
 
@@ -95,10 +104,10 @@ def save(
             ``root`` is under way, or the asynchronous save before failed; earlier checkpoints are
             untouched.
     """
-    asynchronous.wait_for_own_saves()
+    async_save.wait_for_own_saves()
     check_group(group)
     cannot = f"cannot save a checkpoint in {root}"
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         given = as_path("root", root)
         root = given.absolute()  # the program may change its folder while a thread writes
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
@@ -111,7 +120,9 @@ def save(
         if position < 0:
             raise ValueError(f"Invalid step: {step!r}; it must be an integer that is not negative")
         if keep is not None and _integer(keep) < 1:
-            raise ValueError(f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None")
+            raise ValueError(
+                f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None"
+            )
         copy = _copy_of(extra)
         begun.append((folders := begin(root, position))[0])
         return position, copy, *(folder.name for folder in folders)
@@ -121,14 +132,14 @@ def save(
         step, extra, *folders = on_rank_0(cannot, prepare, group)
         partial, final = (root / name for name in folders)
         cannot = f"cannot save the checkpoint {given / final.name}"
-        with errors_on_every_rank(cannot, group):
+        with raise_on_all_ranks(cannot, group):
             check_shared(root, partial, rank(group))
             names = RankNames(model, optimizer)
         names.number_experts()
-        with errors_on_every_rank(cannot, group):
+        with raise_on_all_ranks(cannot, group):
             found = contents(model, optimizer, names)
         found = one_of_each(found, names, group, on_divergence)
-        with errors_on_every_rank(cannot, group):
+        with raise_on_all_ranks(cannot, group):
             own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
             own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
             ties = ties_of(model, names)
@@ -136,18 +147,24 @@ def save(
         manifest = None
         if rank(group) == 0:
             groups = merged([groups for groups, _, _ in of_each])
-            values = {key: value for _, values, _ in reversed(of_each) for key, value in values.items()}
-            manifest = Manifest(step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra)
+            values = {
+                key: value for _, values, _ in reversed(of_each) for key, value in values.items()
+            }
+            manifest = Manifest(
+                step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra
+            )
             manifest.ties = merged_ties([ties for _, _, ties in of_each])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
-        planner, plan, metadata = _plan({**found.tensors, **rng_contents(group)}, writer, final, group)
+        planner, plan, metadata = _plan(
+            {**found.tensors, **rng_contents(group)}, writer, final, group
+        )
         if async_:
-            with errors_on_every_rank(cannot, group):
+            with raise_on_all_ranks(cannot, group):
                 planner = Staged(planner, plan, optimizer)
         job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
         if async_:
-            asynchronous.start(job.run, asynchronous.borrow_group(group))
+            async_save.start(job.run, async_save.borrow_group(group))
         else:
             job.run(group)
     return given / final.name
@@ -174,21 +191,25 @@ class _Save:
         """
         with abandoned_on_error([self.partial]):
             try:
-                with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+                with raise_on_all_ranks(f"cannot save the checkpoint {self.final}", group):
                     results = self.writer.write_data(self.plan, self.planner).wait()
             finally:
                 if isinstance(self.planner, Staged):
                     self.planner.give_back()
             gathered = gather_on_rank_0((results, self.writer.files), group)
-            with errors_on_every_rank(f"cannot save the checkpoint {self.final}", group):
+            with raise_on_all_ranks(f"cannot save the checkpoint {self.final}", group):
                 if rank(group) == 0:
-                    self._finish([results for results, _ in gathered], [files for _, files in gathered])
+                    self._finish(
+                        [results for results, _ in gathered], [files for _, files in gathered]
+                    )
 
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
         check_arrived(self.partial, files)
         self.writer.finish(self.metadata, results)
-        self.manifest.files = {name: record for part in [*files, self.writer.files] for name, record in part.items()}
+        self.manifest.files = {
+            name: record for part in [*files, self.writer.files] for name, record in part.items()
+        }
         publish(self.partial, self.final, self.manifest)
         remove_older(self.final, self.manifest, self.keep)
         release(self.partial)
@@ -204,13 +225,13 @@ def _plan(
     """
     planner, cannot = DefaultSavePlanner(), f"cannot save the checkpoint {final}"
     is_first = rank(group) == 0
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
     plans = gather_on_rank_0(local_plan, group)
     metadata = None
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         if is_first:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
@@ -230,13 +251,17 @@ def _copy_of(extra: Any) -> dict[str, Any]:
     if extra is None:
         return {}
     if not isinstance(extra, dict):
-        raise ValueError(f"extra must be a dict of plain data, but it is of type {type(extra).__name__}; put it into a dict")
+        raise ValueError(
+            f"extra must be a dict of plain data, but it is of type {type(extra).__name__}; put it into a dict"
+        )
     try:
         copy: dict[str, Any] = json.loads(json.dumps(extra))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
     for change in _changes("extra", extra, copy):
-        raise ValueError(f"extra must be plain data that JSON gives back as it was: {change}; use strings as keys")
+        raise ValueError(
+            f"extra must be plain data that JSON gives back as it was: {change}; use strings as keys"
+        )
     return copy
 
 
@@ -258,7 +283,9 @@ def _encoded(values: dict[str, Any]) -> dict[str, Any]:
         try:
             result[key] = encode(value)
         except TypeError as error:
-            raise ValueError(f"{key} cannot be saved: {error}; only tensors and plain data can") from None
+            raise ValueError(
+                f"{key} cannot be saved: {error}; only tensors and plain data can"
+            ) from None
     return result
 
 

@@ -18,8 +18,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.optim import Optimizer
 
 _COPIERS = 4  # threads: training stands still meanwhile, and one core does not reach the memory's full speed
-_Buffers = dict[MetadataIndex, Tensor]  # of one rank's part of a checkpoint; pinned where they are copied to from a GPU
-_spare: weakref.WeakKeyDictionary[Optimizer, _Buffers] = weakref.WeakKeyDictionary()  # of the saves that are done
+_Buffers = dict[
+    MetadataIndex, Tensor
+]  # of one rank's part of a checkpoint; pinned where they are copied to from a GPU
+_spare: weakref.WeakKeyDictionary[Optimizer, _Buffers] = (
+    weakref.WeakKeyDictionary()
+)  # of the saves that are done
 _spare_lock = threading.Lock()
 
 
@@ -45,7 +49,9 @@ class Staged(DefaultSavePlanner):
             assert isinstance(original, Tensor)
             buffer = kept.pop(item.index, None)
             if buffer is None or buffer.shape != original.shape or buffer.dtype != original.dtype:
-                buffer = torch.empty(original.shape, dtype=original.dtype, device="cpu", pin_memory=original.is_cuda)
+                buffer = torch.empty(
+                    original.shape, dtype=original.dtype, device="cpu", pin_memory=original.is_cuda
+                )
             self._buffers[item.index] = buffer
             if original.is_cuda:
                 buffer.copy_(original.detach(), non_blocking=True)

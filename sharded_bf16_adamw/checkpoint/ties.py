@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ..sharding.local import to_local
-from .agreement import Group, gather_on_rank_0, on_rank_0
+from ..sharding.dtensor import to_local
 from .manifest import Manifest, ParamGroup
 from .names import flat_params, named_tensors, plain_name, unwrapped
 from .odd_values import MODEL, is_wrapper
+from .rank_errors import Group, gather_on_rank_0, on_rank_0
 from .rank_names import RankNames
-from .stored import StoredCheckpoint
+from .reader import StoredCheckpoint
 
 STATE = "optimizer.state."
 Pair = tuple[str, str]  # names of which the values on disk are compared
@@ -41,7 +41,10 @@ def ties_of(model: nn.Module, rank_names: RankNames) -> list[list[str]]:
         for info in flat_param._shared_param_infos:
             first, other = (
                 plain_name(model, dot + (f"{path}.{name}" if path else name))
-                for path, name in ((info.prim_module_name, info.prim_param_name), (info.module_name, info.param_name))
+                for path, name in (
+                    (info.prim_module_name, info.prim_param_name),
+                    (info.module_name, info.param_name),
+                )
             )
             names = classes.setdefault(("flat", first), [first])
             names += [other] if other not in names else []
@@ -57,7 +60,13 @@ def _names(model: nn.Module, rank_names: RankNames) -> list[str]:
 
 def _identity(tensor: Tensor) -> Any:
     local = to_local(tensor)
-    if isinstance(tensor, nn.Parameter) or tensor.is_meta or is_wrapper(tensor) or local.layout != torch.strided or not local.numel():
+    if (
+        isinstance(tensor, nn.Parameter)
+        or tensor.is_meta
+        or is_wrapper(tensor)
+        or local.layout != torch.strided
+        or not local.numel()
+    ):
         return id(tensor)
     return (local.device, local.data_ptr(), local.dtype, tuple(tensor.shape), local.stride())
 
@@ -69,7 +78,9 @@ def _merged(classes: Iterable[list[str]]) -> list[list[str]]:
         known = next((found[name] for name in names if name in found), [])
         known += [name for name in dict.fromkeys(names) if name not in known]
         found.update(dict.fromkeys(known, known))
-    return [names for names in {id(names): names for names in found.values()}.values() if len(names) > 1]
+    return [
+        names for names in {id(names): names for names in found.values()}.values() if len(names) > 1
+    ]
 
 
 def merged_ties(ties_of_ranks: list[list[list[str]]]) -> list[list[str]]:
@@ -77,7 +88,14 @@ def merged_ties(ties_of_ranks: list[list[list[str]]]) -> list[list[str]]:
     return _merged(names for ties in ties_of_ranks for names in ties)
 
 
-def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.Module, names: RankNames, group: Group) -> list[str]:
+def align_ties(
+    folder: Path,
+    metadata: Metadata,
+    manifest: Manifest,
+    model: nn.Module,
+    names: RankNames,
+    group: Group,
+) -> list[str]:
     """Rewrite ``metadata`` and ``manifest`` as if the checkpoint had been saved with the ties of ``model``. Collective.
 
     Args:
@@ -91,14 +109,23 @@ def align_ties(folder: Path, metadata: Metadata, manifest: Manifest, model: nn.M
     here, own = ties_of(model, names), _names(unwrapped(model), names)
     saved = _Saved(metadata, manifest)
     tied_here = {name: tied for tied in here for name in tied}
-    affected = {id(tied): tied for name in own if name in saved.ties for tied in [tied_here.get(name, [name])]}
+    affected = {
+        id(tied): tied
+        for name in own
+        if name in saved.ties
+        for tied in [tied_here.get(name, [name])]
+    }
     affected.update({id(tied): tied for tied in here})
     classes = list(affected.values())
     sources = [saved.classes(tied) for tied in classes]
     pairs = [(ones[0][0], other[0]) for ones in sources for other in ones[1:]]
     of_ranks = gather_on_rank_0(pairs, group)
     cannot = f"cannot compare tied names in the checkpoint {folder}"
-    different = on_rank_0(cannot, lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}), group)
+    different = on_rank_0(
+        cannot,
+        lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}),
+        group,
+    )
     for tied, ones in zip(classes, sources, strict=True):
         if ones:
             saved.take(tied, ones)
@@ -128,14 +155,20 @@ class _Saved:
         for name in names:
             if MODEL + name in self._metadata.state_dict_metadata:
                 names_of = self.ties.get(name, [name])
-                found.setdefault(tuple(names_of), [name, *(other for other in names_of if other != name)])
+                found.setdefault(
+                    tuple(names_of), [name, *(other for other in names_of if other != name)]
+                )
         return list(found.values())
 
     def take(self, names: list[str], sources: list[list[str]]) -> None:
         """Let the class ``names`` here have the values of the first of its ``sources``."""
         with_state = [name for source in sources for name in source if name in self._states]
-        recorded = self._manifest.ties is not None  # else names that were tied look like two, of which one has no state
-        holder = next((name for name in with_state if name in sources[0] or not recorded), sources[0][0])
+        recorded = (
+            self._manifest.ties is not None
+        )  # else names that were tied look like two, of which one has no state
+        holder = next(
+            (name for name in with_state if name in sources[0] or not recorded), sources[0][0]
+        )
         self._touched |= {*names, *(name for source in sources for name in source)}
         self._holders[names[0]] = holder
         for suffix in self._states.get(holder, []):
@@ -148,10 +181,20 @@ class _Saved:
 
     def rewrite(self) -> None:
         entries, values = self._metadata.state_dict_metadata, self._manifest.values
-        old = {f"{STATE}{name}.{suffix}" for name in self._touched for suffix in self._states.get(name, [])}
-        new_entries = {key: entries[source] for key, source in self._renamed.items() if source in entries}
-        new_values = {key: values[source] for key, source in self._renamed.items() if source in values}
-        gone = (old | self._renamed.keys()) - {key for key, source in self._renamed.items() if key == source}
+        old = {
+            f"{STATE}{name}.{suffix}"
+            for name in self._touched
+            for suffix in self._states.get(name, [])
+        }
+        new_entries = {
+            key: entries[source] for key, source in self._renamed.items() if source in entries
+        }
+        new_values = {
+            key: values[source] for key, source in self._renamed.items() if source in values
+        }
+        gone = (old | self._renamed.keys()) - {
+            key for key, source in self._renamed.items() if key == source
+        }
         places: dict[str, list[tuple[Any, Any]]] = {}
         for index, place in self._metadata.storage_data.items():
             places.setdefault(index.fqn, []).append((index, place))
@@ -163,7 +206,9 @@ class _Saved:
         entries.update(new_entries)
         values.update(new_values)
         for key, source in self._renamed.items():
-            self._metadata.storage_data.update({replace(index, fqn=key): place for index, place in places.get(source, [])})
+            self._metadata.storage_data.update(
+                {replace(index, fqn=key): place for index, place in places.get(source, [])}
+            )
         self._rewrite_groups()
 
     def _rewrite_groups(self) -> None:
@@ -191,7 +236,13 @@ def _different(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pair,
         return {}
     stored = StoredCheckpoint(folder)
     states = _states(stored.infos, manifest)
-    holders = {name: other for names in manifest.ties or [] for name in names for other in names if other in states}
+    holders = {
+        name: other
+        for names in manifest.ties or []
+        for name in names
+        for other in names
+        if other in states
+    }
     result = {}
     for pair in pairs:
         first, other = (holders.get(name, name) for name in pair)
@@ -201,7 +252,10 @@ def _different(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pair,
             continue  # a save without a record: the weights are the same bits, so they were tied
         elif set(states.get(first, [])) != set(states.get(other, [])):
             result[pair] = "states: one was trained and the other was not"
-        elif not all(_same(stored, f"{STATE}{first}.{suffix}", f"{STATE}{other}.{suffix}") for suffix in states.get(first, [])):
+        elif not all(
+            _same(stored, f"{STATE}{first}.{suffix}", f"{STATE}{other}.{suffix}")
+            for suffix in states.get(first, [])
+        ):
             result[pair] = "optimizer states"
     return result
 
@@ -210,7 +264,9 @@ def _same(stored: StoredCheckpoint, key: str, other: str) -> bool:
     if key not in stored.infos or other not in stored.infos:
         values = stored.manifest.values
         return key in values and other in values and bool(values[key] == values[other])
-    return stored.infos[key] == stored.infos[other] and same_bits(stored.read(key), stored.read(other))
+    return stored.infos[key] == stored.infos[other] and same_bits(
+        stored.read(key), stored.read(other)
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -39,13 +39,17 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
         ("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer"),
     ):
         if not isinstance(value, kind):
-            raise ValueError(f"{name} must be {what}, but it is of type {type(value).__name__}; the order of arguments is {call}")
+            raise ValueError(
+                f"{name} must be {what}, but it is of type {type(value).__name__}; the order of arguments is {call}"
+            )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation leaves plain parameters in the place of those that the optimizer knows
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):
-            raise ValueError(f"{plain_name(model, name)} has no shape yet; run one forward pass first")
+            raise ValueError(
+                f"{plain_name(model, name)} has no shape yet; run one forward pass first"
+            )
         if tensor.is_meta:
             raise ValueError(
                 f"{plain_name(model, name)} is on the meta device and has no values; "
@@ -65,13 +69,19 @@ def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`sharded_model_state`, where its tensors are copies. Tensors made of others may be missing."""
     model = unwrapped(model)
     with _sharded_by_fsdp1(model):
-        result = model.load_state_dict({state_dict_key(model, name): value for name, value in state.items()}, strict=False)
+        result = model.load_state_dict(
+            {state_dict_key(model, name): value for name, value in state.items()}, strict=False
+        )
     own = {plain_name(model, name): tensor for name, tensor in named_tensors(model)}
-    missing = [key for key in result.missing_keys if not is_wrapper(own.get(plain_name(model, key)))]
+    missing = [
+        key for key in result.missing_keys if not is_wrapper(own.get(plain_name(model, key)))
+    ]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
-def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool = False) -> dict[str, Any]:
+def sharded_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool = False
+) -> dict[str, Any]:
     """``{"state": {"layer.weight": {"step": ..., "exp_avg": ...}}, "param_groups": [{"params": ["layer.weight"], "lr": ...}]}``: the live
     tensors, except under FSDP1, where it is collective. An optimizer that has no state yet gets it.
 
@@ -86,7 +96,9 @@ def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
         state_dict = optimizer.state_dict()
         if has_fsdp1(model):
             with _sharded_by_fsdp1(model):
-                state_dict = FullyShardedDataParallel.optim_state_dict(model, optimizer, state_dict, group=_fsdp1_group(model))
+                state_dict = FullyShardedDataParallel.optim_state_dict(
+                    model, optimizer, state_dict, group=_fsdp1_group(model)
+                )
             result = _renamed(state_dict, lambda name: plain_name(model, name))
         else:
             result = _renamed(state_dict, _names_of_params(model, optimizer).__getitem__)
@@ -94,7 +106,9 @@ def sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
     return result
 
 
-def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], removed: bool = False) -> None:
+def set_sharded_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], removed: bool = False
+) -> None:
     """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies."""
     model = unwrapped(model)
     with _named_states_only(model, optimizer, removed) as groups:
@@ -107,9 +121,13 @@ def set_sharded_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimiz
         if has_fsdp1(model):
             state_dict = _renamed(state, lambda name: state_dict_key(model, name))
             with _sharded_by_fsdp1(model):
-                state_dict = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state_dict, group=_fsdp1_group(model))
+                state_dict = FullyShardedDataParallel.optim_state_dict_to_load(
+                    model, optimizer, state_dict, group=_fsdp1_group(model)
+                )
         else:
-            state_dict = _renamed(state, {name: index for index, name in enumerate(names)}.__getitem__)
+            state_dict = _renamed(
+                state, {name: index for index, name in enumerate(names)}.__getitem__
+            )
         optimizer.load_state_dict(state_dict)
         _put_in_one_order(optimizer)
 
@@ -160,13 +178,19 @@ def init_frozen_states(
     for dot, flat_param in flat_params(unwrapped(model)):
         if flat_param in names:
             names[flat_param] = [stored(plain_name(model, dot + name)) for name in flat_param._fqns]
-    make(param for param, own in names.items() if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own)))
+    make(
+        param
+        for param, own in names.items()
+        if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
+    )
 
 
 @contextmanager
 def new_states_only_if_it_succeeds(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Where the body fails, forget the states that it made: filling states needs states, and a call that fails changes nothing."""
-    had_state = {key for key, state in optimizer.state.items() if state or not isinstance(key, Tensor)}
+    had_state = {
+        key for key, state in optimizer.state.items() if state or not isinstance(key, Tensor)
+    }
     try:
         yield
     except BaseException:
@@ -185,8 +209,14 @@ def _names_of_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _renamed(state_dict: dict[str, Any], rename: Callable[[Any], Any]) -> dict[str, Any]:
     """A copy of an optimizer's state dict with other keys for the parameters."""
-    groups = [{**group, "params": [rename(key) for key in group["params"]]} for group in state_dict["param_groups"]]
-    return {"state": {rename(key): dict(state) for key, state in state_dict["state"].items()}, "param_groups": groups}
+    groups = [
+        {**group, "params": [rename(key) for key in group["params"]]}
+        for group in state_dict["param_groups"]
+    ]
+    return {
+        "state": {rename(key): dict(state) for key, state in state_dict["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def _fsdp1_group(model: nn.Module) -> ProcessGroup | None:
@@ -202,14 +232,21 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
         if not has_fsdp1(model):
             yield
             return
-        configs = ShardedStateDictConfig(offload_to_cpu=False), ShardedOptimStateDictConfig(offload_to_cpu=False)
-        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, *configs):
+        configs = (
+            ShardedStateDictConfig(offload_to_cpu=False),
+            ShardedOptimStateDictConfig(offload_to_cpu=False),
+        )
+        with FullyShardedDataParallel.state_dict_type(
+            model, StateDictType.SHARDED_STATE_DICT, *configs
+        ):
             yield
 
 
 def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     known = set(model.parameters())
-    for _, flat_param in flat_params(model):  # between a forward pass and its backward pass some are hidden
+    for _, flat_param in flat_params(
+        model
+    ):  # between a forward pass and its backward pass some are hidden
         known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     foreign = [(index, param) for index, param in enumerate(params) if param not in known]
@@ -223,7 +260,9 @@ def _check_every_parameter_has_a_name(model: nn.Module, optimizer: torch.optim.O
 
 
 @contextmanager
-def _named_states_only(model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool) -> Iterator[int]:
+def _named_states_only(
+    model: nn.Module, optimizer: torch.optim.Optimizer, removed: bool
+) -> Iterator[int]:
     """Keep from torch's code what it has no name for: states of tensors in no group, and entries of no parameter.
 
     With ``removed``, those of the model's own parameters stand in one more group meanwhile, the last.
@@ -249,7 +288,11 @@ def _named_states_only(model: nn.Module, optimizer: torch.optim.Optimizer, remov
 def removed_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The model's parameters that have a state but are in no group."""
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
-    return [param for param in model.parameters() if param not in in_groups and optimizer.state.get(param)]
+    return [
+        param
+        for param in model.parameters()
+        if param not in in_groups and optimizer.state.get(param)
+    ]
 
 
 def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
@@ -261,7 +304,9 @@ def _put_in_one_order(optimizer: torch.optim.Optimizer) -> None:
     for key, state in optimizer.state.items():
         if not isinstance(key, Tensor):
             continue
-        ordered = sorted(state.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), str(item[0])))
+        ordered = sorted(
+            state.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), str(item[0]))
+        )
         state.clear()
         state.update(ordered)
 
@@ -271,5 +316,8 @@ def _quiet() -> Iterator[None]:
     """Without the warnings that torch's FSDP1 gives of its own functions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*_get_pg_default_device|Multiple backends are registered with this ProcessGroup")
+        warnings.filterwarnings(
+            "ignore",
+            message=".*_get_pg_default_device|Multiple backends are registered with this ProcessGroup",
+        )
         yield

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding.collectives import cpu_group
-from .agreement import Group, rank, world_size
 from .blocks import Block, local_blocks
+from .rank_errors import Group, rank, world_size
 
 Key = tuple[str, str]  # parameter name and what of its state, such as ("layer.weight", "exp_avg")
 
@@ -48,7 +48,9 @@ def table_of(tensors: dict[Key, Tensor]) -> dict[Key, Entry]:
     return table
 
 
-def plan_transfers(tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool) -> list[list[Transfer]]:
+def plan_transfers(
+    tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool
+) -> list[list[Transfer]]:
     """Which blocks each rank exchanges with rank 0, in one order for all.
 
     Args:
@@ -89,7 +91,9 @@ def held(tensor: Tensor, transfer: Transfer, group: Group) -> Tensor:
     return blocks[transfer.places[rank(group)]][1]
 
 
-def deliver(transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor], group: Group) -> None:
+def deliver(
+    transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor], group: Group
+) -> None:
     """Bring a block from rank 0 (where it is ``block``) to all ranks of the transfer."""
     ranks = transfer.ranks
     if len(ranks) == world_size(group) > 1:
@@ -114,7 +118,9 @@ def connect(group: Group) -> None:
 
 
 def send(tensor: Tensor, receiver: int, group: Group) -> None:
-    dist.send(_buffer(tensor, copy_values=True), dst=_global_rank(receiver, group), group=cpu_group(group))
+    dist.send(
+        _buffer(tensor, copy_values=True), dst=_global_rank(receiver, group), group=cpu_group(group)
+    )
 
 
 def receive(place: Tensor, sender: int, group: Group) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .device_memory import NormScratch, is_capturing
-from .reference import Hyper
+from .reference import Hyperparams
 from .reference import double_device as double_device
 
 BACKENDS = ("reference", "native", "triton")
@@ -66,7 +66,10 @@ class Table:
     ) -> None:
         self._backend = _backend_module(params[0].device, backend)
         self._params = params
-        self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(params, exp_avgs, exp_avg_sqs, corrections))
+        self._all_contiguous = all(
+            x is None or x.is_contiguous()
+            for x in chain(params, exp_avgs, exp_avg_sqs, corrections)
+        )
         rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
         for index, row in enumerate(rows):
             _check_row(index, *row)
@@ -76,12 +79,14 @@ class Table:
         # A row of unlike strides, or with gaps, cannot be walked as one range: each step works on contiguous copies of it.
         self._flat = [i for i, row in enumerate(rows) if _walkable(row[:4])]
         self._strided = [i for i in range(len(rows)) if i not in set(self._flat)]
-        self._table: Any = self._make([rows[i] for i in self._flat], self._flat) if self._flat else None
+        self._table: Any = (
+            self._make([rows[i] for i in self._flat], self._flat) if self._flat else None
+        )
 
     def update_(
         self,
         grads: list[Tensor],
-        hypers: Sequence[Hyper],
+        hypers: Sequence[Hyperparams],
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -100,9 +105,13 @@ class Table:
                 "make both contiguous"
             )
         if self._all_contiguous and all(map(Tensor.is_contiguous, grads)):
-            self._table.update_(grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
+            self._table.update_(
+                grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads
+            )
         else:
-            self._update_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
+            self._update_any_strides(
+                grads, hypers, grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads
+            )
         # so that autograd notices a backward pass through overwritten weights, as after any in-place operation of torch
         torch.autograd.graph.increment_version(self._params)
 
@@ -112,23 +121,42 @@ class Table:
         return getattr(self._table, "captured", False)
 
     def _make(self, rows: Sequence[tuple[Tensor | None, ...]], indices: list[int]) -> Any:
-        return self._backend.Table(*[list(column) for column in zip(*rows, strict=True)], [self._groups[i] for i in indices])
+        return self._backend.Table(
+            *[list(column) for column in zip(*rows, strict=True)],
+            [self._groups[i] for i in indices],
+        )
 
-    def _update_any_strides(self, grads: list[Tensor], hypers: Sequence[Hyper], **flags: Any) -> None:
+    def _update_any_strides(
+        self, grads: list[Tensor], hypers: Sequence[Hyperparams], **flags: Any
+    ) -> None:
         """As :meth:`update_`, where some tensor is not contiguous."""
         if self._flat:
             laid_out = [_laid_out_as(self._params[i], grads[i]) for i in self._flat]
-            self._update_rows(self._table, [grads[i] for i in self._flat], laid_out, hypers, **flags)
+            self._update_rows(
+                self._table, [grads[i] for i in self._flat], laid_out, hypers, **flags
+            )
         for i in self._strided:
             row = self._rows[i]
             copies = [x if x is None else x.contiguous() for x in row[:4]]
-            self._update_rows(self._make([(*copies, row[4])], [i]), [grads[i]], [grads[i].contiguous()], hypers, **flags)
+            self._update_rows(
+                self._make([(*copies, row[4])], [i]),
+                [grads[i]],
+                [grads[i].contiguous()],
+                hypers,
+                **flags,
+            )
             for original, copy in zip(row[:4], copies, strict=True):
                 if original is not None and copy is not None and copy is not original:
                     original.copy_(copy)
 
     @staticmethod
-    def _update_rows(table: Any, grads: list[Tensor], laid_out: list[Tensor], hypers: Sequence[Hyper], **flags: Any) -> None:
+    def _update_rows(
+        table: Any,
+        grads: list[Tensor],
+        laid_out: list[Tensor],
+        hypers: Sequence[Hyperparams],
+        **flags: Any,
+    ) -> None:
         """One call of the back end; ``laid_out`` are the gradients, copied where they have not their parameter's strides."""
         table.update_(laid_out, hypers, **flags)
         if flags["zero_grads"]:
@@ -190,12 +218,14 @@ def adamw_bf16_(
             raise ValueError(
                 f"gradient {index} has {grad.numel()} elements on {grad.device} but its parameter {param.numel()} on {param.device}"
             )
-    hyper = Hyper(lr, beta1, beta2, eps, weight_decay, maximize)
+    hyper = Hyperparams(lr, beta1, beta2, eps, weight_decay, maximize)
     table = Table(params, exp_avgs, exp_avg_sqs, corrections, steps, backend=backend)
     table.update_(grads, [hyper], grad_scale=grad_scale, found_inf=found_inf, zero_grads=zero_grads)
 
 
-def grad_sum_sq(grads: list[Tensor], backend: str | None = None, scratch: NormScratch | None = None) -> Tensor:
+def grad_sum_sq(
+    grads: list[Tensor], backend: str | None = None, scratch: NormScratch | None = None
+) -> Tensor:
     """Sum the squares of all elements of ``grads`` (bfloat16 or float32, one device; at least one tensor).
 
     Args:
@@ -210,7 +240,9 @@ def grad_sum_sq(grads: list[Tensor], backend: str | None = None, scratch: NormSc
     return _backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
 
 
-def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def clip_coefficient(
+    sum_sq: Tensor, max_norm: float, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derive what a clipped and guarded step needs from the sum of squares of all gradients, without waiting for the device.
 
     Args:
@@ -230,7 +262,10 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float, backend: str | None = None
 
 
 def grad_norm_clip(
-    grads: list[Tensor], max_norm: float, backend: str | None = None, scratch: NormScratch | None = None
+    grads: list[Tensor],
+    max_norm: float,
+    backend: str | None = None,
+    scratch: NormScratch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch where the back end can, for gradients that are whole here."""
     module = _backend_module(grads[0].device, backend)
@@ -244,10 +279,14 @@ def check_backend(backend: str | None) -> None:
     if backend is None:
         return
     if backend not in BACKENDS:
-        raise ValueError(f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None")
+        raise ValueError(
+            f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None"
+        )
     module = _module(backend)
     if not module.available():
-        raise ValueError(f"backend {backend!r} cannot serve here: {module.unavailable_reason()}; use None to choose by device")
+        raise ValueError(
+            f"backend {backend!r} cannot serve here: {module.unavailable_reason()}; use None to choose by device"
+        )
 
 
 def _module(backend: str) -> ModuleType:
@@ -262,21 +301,32 @@ def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
     chosen = _module(_BY_DEVICE.get(device.type, "reference"))
     if not chosen.available(device):
         reason = chosen.unavailable_reason(device)
-        warnings.warn(f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {reason}", stacklevel=2)
+        warnings.warn(
+            f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {reason}",
+            stacklevel=2,
+        )
         chosen = _module("reference")
     return chosen
 
 
 def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:
     if p.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"parameter {index} has dtype {p.dtype}; only bfloat16 and float32 are supported")
+        raise TypeError(
+            f"parameter {index} has dtype {p.dtype}; only bfloat16 and float32 are supported"
+        )
     if (c is None) == (p.dtype == torch.bfloat16):
-        raise TypeError(f"parameter {index} has dtype {p.dtype} and {'no' if c is None else 'a'} correction; bfloat16 ones alone have one")
+        raise TypeError(
+            f"parameter {index} has dtype {p.dtype} and {'no' if c is None else 'a'} correction; bfloat16 ones alone have one"
+        )
     for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
         if x is not None and x.dtype != p.dtype:
-            raise TypeError(f"{name} {index} has dtype {x.dtype} but its parameter {p.dtype}; they must be the same")
+            raise TypeError(
+                f"{name} {index} has dtype {x.dtype} but its parameter {p.dtype}; they must be the same"
+            )
         if x is not None and (x.numel(), x.device) != (p.numel(), p.device):
-            raise ValueError(f"{name} {index} has {x.numel()} elements on {x.device} but its parameter {p.numel()} on {p.device}")
+            raise ValueError(
+                f"{name} {index} has {x.numel()} elements on {x.device} but its parameter {p.numel()} on {p.device}"
+            )
     if step.dtype != torch.float32 or step.numel() != 1 or step.device != p.device:
         raise TypeError(
             f"step {index} must be a 0-dim float32 tensor on {p.device}, but is {step.dtype} of shape {tuple(step.shape)} on {step.device}"
@@ -307,4 +357,6 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     """``grad`` with the strides of ``param``, copied only if it has others."""
     if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
         return grad
-    return torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)
+    return torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(
+        grad
+    )

@@ -22,14 +22,20 @@ import torch
 from torch import Tensor
 
 from .device_memory import NormScratch
-from .reference import Hyper
+from .reference import Hyperparams
 
-ISAS = ("baseline", "avx2", "avx512")  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
+ISAS = (
+    "baseline",
+    "avx2",
+    "avx512",
+)  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
 ABI_VERSION = 3
 
-_HYPER = struct.Struct("6d")  # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
+_HYPER = struct.Struct(
+    "6d"
+)  # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
 _dtype_of = attrgetter("dtype")
 _library: ctypes.CDLL | None = None
 _unavailable_reason: str | None = None
@@ -57,7 +63,11 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 def supported_isas() -> list[str]:
     """The instruction sets that the library can use on this processor, slowest first. Empty without the library."""
     library = _load()
-    return [] if library is None else [name for i, name in enumerate(ISAS) if library.sba_isa_supported(i)]
+    return (
+        []
+        if library is None
+        else [name for i, name in enumerate(ISAS) if library.sba_isa_supported(i)]
+    )
 
 
 def select_isa(name: str | None) -> None:
@@ -101,7 +111,13 @@ class Table:
         steps: list[Tensor],
         groups: Sequence[int] | None = None,
     ) -> None:
-        self._tensors = (list(params), list(exp_avgs), list(exp_avg_sqs), list(corrections), list(steps))
+        self._tensors = (
+            list(params),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            list(corrections),
+            list(steps),
+        )
         self._library = _required_library()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
         # What a step writes for the library to read. ctypes and struct fill a few numbers with less code to fetch than numpy does, which
@@ -115,7 +131,12 @@ class Table:
         group = np.array(groups or [0] * len(params), np.int64)
         self._groups = int(group.max(initial=0)) + 1
         self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
-        columns_of_numbers = (address.ctypes.data, numel.ctypes.data, is_f32.ctypes.data, group.ctypes.data)
+        columns_of_numbers = (
+            address.ctypes.data,
+            numel.ctypes.data,
+            is_f32.ctypes.data,
+            group.ctypes.data,
+        )
         self._handle = self._library.sba_table_new(len(params), *columns_of_numbers)
         if not self._handle:
             raise MemoryError("no memory for the pointer table of the optimizer step")
@@ -124,7 +145,7 @@ class Table:
     def update_(
         self,
         grads: list[Tensor],
-        hypers: Sequence[Hyper],
+        hypers: Sequence[Hyperparams],
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -142,9 +163,13 @@ class Table:
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
         if len(grads) != len(self._tensors[0]):
-            raise ValueError(f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}")
+            raise ValueError(
+                f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}"
+            )
         if len(hypers) < self._groups:
-            raise ValueError(f"update_ needs hyper-parameters for {self._groups} groups, but got {len(hypers)}")
+            raise ValueError(
+                f"update_ needs hyper-parameters for {self._groups} groups, but got {len(hypers)}"
+            )
         if found_inf is not None and found_inf.item() != 0:
             return
         dtypes = list(map(_dtype_of, grads))
@@ -155,7 +180,16 @@ class Table:
         scale = 1.0 if grad_scale is None else float(grad_scale)
         for i in range(self._groups):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[i]
-            _HYPER.pack_into(self._hypers, i * _HYPER.size, float(lr), beta1, beta2, eps, weight_decay, -scale if maximize else scale)
+            _HYPER.pack_into(
+                self._hypers,
+                i * _HYPER.size,
+                float(lr),
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                -scale if maximize else scale,
+            )
         self._library.sba_table_update(
             self._handle,
             self._grad_address,
@@ -182,7 +216,9 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
     return torch.tensor(_sum_sq(grads), dtype=torch.float64, device="cpu")
 
 
-def grad_norm_clip(grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def grad_norm_clip(
+    grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`grad_sum_sq` and :func:`clip_coefficient` together."""
     return _clip(_sum_sq(grads), max_norm)
 
@@ -195,7 +231,9 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
 def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """In Python, as the value is at hand: a dozen tensor operations would cost more than a small step."""
     norm = math.sqrt(sum_sq)
-    values = array("f", (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0))
+    values = array(
+        "f", (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0)
+    )
     return torch.frombuffer(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
 
 
@@ -203,10 +241,17 @@ def _sum_sq(grads: list[Tensor]) -> float:
     library = _required_library()
     is_f32 = array("B", _float32_flags(list(map(_dtype_of, grads))))
     if not all(map(Tensor.is_contiguous, grads)):
-        grads = [g.contiguous() for g in grads]  # also dense ones: the order of the sum is that of the elements, not of memory
-    address, numel = array("q", list(map(Tensor.data_ptr, grads))), array("q", list(map(Tensor.numel, grads)))
+        grads = [
+            g.contiguous() for g in grads
+        ]  # also dense ones: the order of the sum is that of the elements, not of memory
+    address, numel = (
+        array("q", list(map(Tensor.data_ptr, grads))),
+        array("q", list(map(Tensor.numel, grads))),
+    )
     pointers = (column.buffer_info()[0] for column in (address, numel, is_f32))
-    total = float(library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa()))
+    total = float(
+        library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa())
+    )
     if total < 0:
         raise MemoryError("no memory for the partial sums of the gradient norm")
     return total
@@ -223,7 +268,9 @@ def stream_ceiling(arrays: Sequence[Tensor]) -> None:
     assert len(arrays) == 5 and all(a.is_contiguous() and a.dtype == torch.bfloat16 for a in arrays)
     assert len({a.numel() for a in arrays}) == 1
     address = np.array([a.data_ptr() for a in arrays], np.int64)
-    _required_library().sba_stream_ceiling(address.ctypes.data, arrays[0].numel(), torch.get_num_threads(), _selected_isa())
+    _required_library().sba_stream_ceiling(
+        address.ctypes.data, arrays[0].numel(), torch.get_num_threads(), _selected_isa()
+    )
 
 
 def read_ceiling(tensors: Sequence[Tensor]) -> int:
@@ -236,7 +283,11 @@ def read_ceiling(tensors: Sequence[Tensor]) -> int:
     address = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     numel = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
     pointers = (address.ctypes.data, numel.ctypes.data)
-    return int(_required_library().sba_read_ceiling(len(tensors), *pointers, torch.get_num_threads(), _selected_isa()))
+    return int(
+        _required_library().sba_read_ceiling(
+            len(tensors), *pointers, torch.get_num_threads(), _selected_isa()
+        )
+    )
 
 
 def _load() -> ctypes.CDLL | None:
@@ -244,12 +295,16 @@ def _load() -> ctypes.CDLL | None:
     global _library, _unavailable_reason
     if _library is None and _unavailable_reason is None:
         if not LIBRARY.exists():
-            _unavailable_reason = "the native library was not built (no C compiler when the package was installed?)"
+            _unavailable_reason = (
+                "the native library was not built (no C compiler when the package was installed?)"
+            )
             return None
         try:
             library = _declare(ctypes.CDLL(str(LIBRARY)))
             if library.sba_abi_version() != ABI_VERSION:
-                raise OSError("it was built from another version of the sources; install the package again")
+                raise OSError(
+                    "it was built from another version of the sources; install the package again"
+                )
             _library = library
         except (OSError, AttributeError) as error:
             _unavailable_reason = f"the native library {LIBRARY} does not load: {error}"
@@ -287,7 +342,9 @@ def _selected_isa() -> int:
     global _isa
     if _isa is None:
         forced = os.environ.get(ISA_VARIABLE)
-        _isa = _isa_number(forced or supported_isas()[-1], f"the environment variable {ISA_VARIABLE}")
+        _isa = _isa_number(
+            forced or supported_isas()[-1], f"the environment variable {ISA_VARIABLE}"
+        )
     return _isa
 
 
@@ -295,7 +352,9 @@ def _isa_number(name: str, origin: str) -> int:
     if name not in ISAS:
         raise ValueError(f"{origin} is {name!r}, which is not one of {', '.join(ISAS)}")
     if name not in supported_isas():
-        raise ValueError(f"{origin} is {name!r}, which this processor lacks; it has {', '.join(supported_isas())}")
+        raise ValueError(
+            f"{origin} is {name!r}, which this processor lacks; it has {', '.join(supported_isas())}"
+        )
     return ISAS.index(name)
 
 
@@ -304,7 +363,9 @@ def _float32_flags(dtypes: list[torch.dtype]) -> bytes:
     found = set(dtypes)
     for dtype in found:
         if dtype not in (torch.bfloat16, torch.float32):
-            raise TypeError(f"a gradient has dtype {dtype}, but only bfloat16 and float32 gradients are supported")
+            raise TypeError(
+                f"a gradient has dtype {dtype}, but only bfloat16 and float32 gradients are supported"
+            )
     if torch.float32 not in found:
         return bytes(len(dtypes))
     return bytes(dtype is torch.float32 for dtype in dtypes)

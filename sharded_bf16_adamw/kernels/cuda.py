@@ -28,7 +28,7 @@ from .device_memory import (
     upload,
     warps,
 )
-from .reference import Hyper
+from .reference import Hyperparams
 
 MAX_CHUNK_MAPS = 4  # mixtures of kinds of gradients whose chunk maps are kept
 MAX_LAYOUTS = 16  # sets of gradients whose norm tables are kept, in each scratch
@@ -43,7 +43,9 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why not, in a clause; None if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
-    return _reason_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    return _reason_on(
+        torch.cuda.current_device() if device is None or device.index is None else device.index
+    )
 
 
 @functools.cache
@@ -100,23 +102,29 @@ class Table:
         rows: list[_Row] = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, strict=True))
         group_of = groups or [0] * len(rows)
         self.device = params[0].device
-        self._graphs_read: list[Sequence[Hyper]] = []
+        self._graphs_read: list[Sequence[Hyperparams]] = []
         self._tensors = [x for row in rows for x in row if x is not None]
-        assert all(x.device == self.device for x in self._tensors), "all tensors of a table are on one device"
+        assert all(x.device == self.device for x in self._tensors), (
+            "all tensors of a table are on one device"
+        )
         if is_capturing(self.device):
-            raise RuntimeError(f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}")
+            raise RuntimeError(
+                f"a CUDA graph captures a step of these {len(params)} parameters for the first time; {WARM_UP}"
+            )
         self._group_count = max(group_of) + 1
         self._hypers = DeviceArray((self._group_count, HYPER_WIDTH.value), self.device)
         self._by_dtype = []
         for dtype in (torch.bfloat16, torch.float32):
             indices = [i for i, p in enumerate(params) if p.dtype == dtype]
             if indices:
-                self._by_dtype.append(_Rows(indices, [rows[i] for i in indices], [group_of[i] for i in indices]))
+                self._by_dtype.append(
+                    _Rows(indices, [rows[i] for i in indices], [group_of[i] for i in indices])
+                )
 
     def update_(
         self,
         grads: list[Tensor],
-        hypers: Sequence[Hyper],
+        hypers: Sequence[Hyperparams],
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -158,7 +166,9 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
     return _norm(grads, None, scratch)[0]
 
 
-def grad_norm_clip(grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grad_norm_clip(
+    grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``grad_sum_sq`` and ``clip_coefficient`` in one launch, for gradients that are whole on this device."""
     sum_sq, clip = _norm(grads, max_norm, scratch)
     assert clip is not None
@@ -185,14 +195,25 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
     return clip[0], clip[1], clip[2]
 
 
-_Row = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]  # param, exp_avg, exp_avg_sq, correction, step
+_Row = tuple[
+    Tensor, Tensor, Tensor, Tensor | None, Tensor
+]  # param, exp_avg, exp_avg_sq, correction, step
 
 
-def _hyper_values(hyper: Hyper, device: torch.device) -> list[int]:
+def _hyper_values(hyper: Hyperparams, device: torch.device) -> list[int]:
     """The ``HYPER_WIDTH`` values of triton_adamw.py."""
     lr = hyper.lr
-    if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):  # it may change on the device
-        return [*map(double_bits, (0.0, *hyper[1:5])), int(hyper.maximize), lr.data_ptr(), int(lr.dtype == torch.float64)]
+    if (
+        isinstance(lr, Tensor)
+        and lr.device == device
+        and lr.dtype in (torch.float32, torch.float64)
+    ):  # it may change on the device
+        return [
+            *map(double_bits, (0.0, *hyper[1:5])),
+            int(hyper.maximize),
+            lr.data_ptr(),
+            int(lr.dtype == torch.float64),
+        ]
     if isinstance(lr, Tensor) and is_capturing(device):
         raise RuntimeError(
             f"a CUDA graph captures a step whose lr is {lr.dtype} on {lr.device}, and would keep its present value; make lr a float32 "
@@ -220,16 +241,21 @@ class _Rows:
         device = rows[0][0].device
         self.fp32 = rows[0][0].dtype == torch.float32
         table = [
-            [*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), group, 0] for row, group in zip(rows, groups, strict=True)
+            [*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), group, 0]
+            for row, group in zip(rows, groups, strict=True)
         ]
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
-        off = [any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table]
+        off = [
+            any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table
+        ]
         self.rows = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
         numels = [row[0].numel() for row in rows]
         self.chunk = _chunk_of(sum(numels))
         self._all_chunks = chunk_map(numels, self.chunk)
         self.chunks = upload(self._all_chunks, device)
-        self._chunks_of: dict[tuple[int, ...], dict[int, Tensor]] = {}  # by the kinds of all rows, then by kind; the newest last
+        self._chunks_of: dict[
+            tuple[int, ...], dict[int, Tensor]
+        ] = {}  # by the kinds of all rows, then by kind; the newest last
         self._captured_chunks: list[dict[int, Tensor]] = []  # that CUDA graphs read
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([unaligned if x else 0 for x in off], device)
@@ -271,16 +297,23 @@ class _Rows:
         of_rows = tuple(self.grads.kinds)
         found = self._chunks_of.pop(of_rows, None)
         if is_capturing(self.chunks.device):
-            if found is None:  # nothing can be uploaded: each launch skips the chunks of the other kinds
+            if (
+                found is None
+            ):  # nothing can be uploaded: each launch skips the chunks of the other kinds
                 return dict.fromkeys(kinds, self.chunks)
             self._captured_chunks.append(found)
         elif found is None:
             kind_of = torch.tensor(of_rows, dtype=torch.int64, device="cpu")[self._all_chunks[:, 0]]
-            found = {kind: upload(self._all_chunks[kind_of == kind], self.chunks.device) for kind in kinds}
+            found = {
+                kind: upload(self._all_chunks[kind_of == kind], self.chunks.device)
+                for kind in kinds
+            }
         self._chunks_of[of_rows] = found
         for old in list(self._chunks_of)[:-MAX_CHUNK_MAPS]:
             for chunks in self._chunks_of.pop(old).values():
-                if chunks.is_cuda:  # a kernel of another stream than the one that it was made on may still read it
+                if (
+                    chunks.is_cuda
+                ):  # a kernel of another stream than the one that it was made on may still read it
                     chunks.record_stream(torch.cuda.current_stream(chunks.device))
         return found
 
@@ -288,31 +321,47 @@ class _Rows:
 class _NormLayout:
     """What the norm of gradients of given lengths needs on the device. Its scratch memory serves one stream, or the captures."""
 
-    def __init__(self, numels: tuple[int, ...], device: torch.device, twin: _NormLayout | None = None) -> None:
+    def __init__(
+        self, numels: tuple[int, ...], device: torch.device, twin: _NormLayout | None = None
+    ) -> None:
         from . import triton_norm as kernels
 
-        self.numels: Tensor = twin.numels if twin else upload(torch.tensor(numels, dtype=torch.int64, device="cpu"), device)
+        self.numels: Tensor = (
+            twin.numels
+            if twin
+            else upload(torch.tensor(numels, dtype=torch.int64, device="cpu"), device)
+        )
         self.chunk = kernels.MIN_CHUNK
         while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
             self.chunk *= 2
-        self.chunks: Tensor = twin.chunks if twin else upload(chunk_map(list(numels), self.chunk), device)
+        self.chunks: Tensor = (
+            twin.chunks if twin else upload(chunk_map(list(numels), self.chunk), device)
+        )
         self.partials = torch.empty(self.chunks.shape[0], dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([0] * len(numels), device)
 
 
-def _norm_layout(numels: tuple[int, ...], device: torch.device, scratch: NormScratch) -> _NormLayout:
+def _norm_layout(
+    numels: tuple[int, ...], device: torch.device, scratch: NormScratch
+) -> _NormLayout:
     """The layout of the current stream or, while it captures, the one that an earlier call has made for captures."""
     layouts = scratch.layouts
     for_capture = (device, "capture", numels)
     if is_capturing(device):
         if for_capture not in layouts:
-            raise RuntimeError(f"a CUDA graph captures the norm of these {len(numels)} gradients for the first time; {WARM_UP}")
+            raise RuntimeError(
+                f"a CUDA graph captures the norm of these {len(numels)} gradients for the first time; {WARM_UP}"
+            )
         return layouts[for_capture]
     key = (device, torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, numels)
     layout = layouts[key] = layouts.pop(key) if key in layouts else _NormLayout(numels, device)
     if device.type == "cuda":
-        twin = layouts.pop(for_capture) if for_capture in layouts else _NormLayout(numels, device, layout)
+        twin = (
+            layouts.pop(for_capture)
+            if for_capture in layouts
+            else _NormLayout(numels, device, layout)
+        )
         layouts[for_capture] = twin
         twin.grads.array.keep_spare()
     for old in [k for k, x in layouts.items() if not x.grads.array.captured][:-MAX_LAYOUTS]:
@@ -320,7 +369,9 @@ def _norm_layout(numels: tuple[int, ...], device: torch.device, scratch: NormScr
     return layout
 
 
-def _norm(grads: list[Tensor], max_norm: float | None, scratch: NormScratch | None) -> tuple[Tensor, Tensor | None]:
+def _norm(
+    grads: list[Tensor], max_norm: float | None, scratch: NormScratch | None
+) -> tuple[Tensor, Tensor | None]:
     """Launch the norm kernel: the sum of squares and, with a ``max_norm``, float32 ``[norm, coefficient, found_inf]``."""
     from . import triton_norm as kernels
 

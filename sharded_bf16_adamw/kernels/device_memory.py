@@ -31,7 +31,9 @@ class DeviceArray:
         self._device = device
         self._values: list[list[int]] | None = None
         self._array = torch.empty(0, device="cpu")
-        self._spare: Tensor | None = None  # pinned memory for a capture, during which none can be allocated
+        self._spare: Tensor | None = (
+            None  # pinned memory for a capture, during which none can be allocated
+        )
         self.captured: list[tuple[Tensor, Tensor | None]] = []  # what CUDA graphs go on reading
         self.keep_spare()
 
@@ -47,13 +49,17 @@ class DeviceArray:
         host = torch.tensor(values, dtype=torch.int64, device="cpu")
         if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
             if self._spare is None:
-                raise RuntimeError(f"a CUDA graph captures new gradients or hyper-parameters for a second time; {WARM_UP}")
+                raise RuntimeError(
+                    f"a CUDA graph captures new gradients or hyper-parameters for a second time; {WARM_UP}"
+                )
             self._spare.copy_(host)
             array = self._spare.to(self._device, non_blocking=True)
             self.captured.append((array, self._spare))
             self._spare = None
             return array
-        if self._array.is_cuda:  # a kernel of another stream than the one that it was made on may still read the old one
+        if (
+            self._array.is_cuda
+        ):  # a kernel of another stream than the one that it was made on may still read the old one
             self._array.record_stream(torch.cuda.current_stream(self._device))
         self._array, self._values = upload(host, self._device), values
         self.keep_spare()
@@ -73,7 +79,9 @@ class NormScratch:
     """
 
     def __init__(self) -> None:
-        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the back end, the least recently used first
+        self.layouts: dict[
+            tuple[Any, ...], Any
+        ] = {}  # of the back end, the least recently used first
 
 
 class GradientAddresses:
@@ -135,7 +143,9 @@ def on_device_of(device: torch.device) -> AbstractContextManager[Any]:
 @functools.cache
 def warps(threads: int, device: torch.device) -> int:
     """Warps of 32 threads, or of 64 on most AMD devices."""
-    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
+    return threads // (
+        torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    )
 
 
 @functools.cache

@@ -37,7 +37,7 @@ MIX = 0x365B
 DRAW_M, DRAW_C = 0x2851, 0xFAED
 
 
-class Hyper(NamedTuple):
+class Hyperparams(NamedTuple):
     """Hyper-parameters of a step, which the parameters of a group share. ``lr`` may be a one-element tensor."""
 
     lr: float | Tensor
@@ -73,13 +73,15 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def step_scalars(step: int, hyper: Hyper) -> StepScalars:
+def step_scalars(step: int, hyper: Hyperparams) -> StepScalars:
     """Compute the scalars of one step in double and round each once to float32."""
     lr, beta1, beta2, eps, weight_decay, _ = hyper
     lr = float(lr)
 
     def f32(x: float) -> float:
-        with np.errstate(over="ignore"):  # an infinite step size is the user's choice of lr, as in torch
+        with np.errstate(
+            over="ignore"
+        ):  # an infinite step size is the user's choice of lr, as in torch
             return float(np.float32(x))
 
     return StepScalars(
@@ -108,13 +110,23 @@ class Table:
         steps: list[Tensor],
         groups: Sequence[int] | None = None,
     ) -> None:
-        self._rows = list(zip(params, exp_avgs, exp_avg_sqs, corrections, steps, groups or [0] * len(params), strict=True))
+        self._rows = list(
+            zip(
+                params,
+                exp_avgs,
+                exp_avg_sqs,
+                corrections,
+                steps,
+                groups or [0] * len(params),
+                strict=True,
+            )
+        )
 
     @torch.no_grad()
     def update_(
         self,
         grads: list[Tensor],
-        hypers: Sequence[Hyper],
+        hypers: Sequence[Hyperparams],
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -124,7 +136,9 @@ class Table:
         if found_inf is not None and found_inf.item() != 0:
             return
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        scalars: dict[tuple[int, int], StepScalars] = {}  # most parameters of a group share their step
+        scalars: dict[
+            tuple[int, int], StepScalars
+        ] = {}  # most parameters of a group share their step
         for (p, m, v, c, step, group), g in zip(self._rows, grads, strict=True):
             step += 1
             t = int(step.item())
@@ -135,7 +149,9 @@ class Table:
             flat = [x.as_strided((x.numel(),), (1,)) for x in (p, g, m, v, c) if x is not None]
             update = _update_fp32 if c is None else _update_bf16
             for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
-                update(*chunk, scale=-scale if hypers[group].maximize else scale, s=scalars[t, group])  # type: ignore[misc]
+                update(
+                    *chunk, scale=-scale if hypers[group].maximize else scale, s=scalars[t, group]
+                )  # type: ignore[misc]
             if zero_grads:
                 g.zero_()
 
@@ -163,16 +179,22 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
 @functools.cache
 def double_device(device: torch.device) -> torch.device:
     """Return the device on which to compute in float64 with tensors of ``device``: the CPU for MPS and for XPUs without it."""
-    has_double = device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
+    has_double = device.type != "mps" and (
+        device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64
+    )
     return device if has_double else torch.device("cpu")
 
 
-def _update_bf16(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor, scale: float, s: StepScalars) -> None:
+def _update_bf16(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor, scale: float, s: StepScalars
+) -> None:
     """One step on a chunk of a bfloat16 parameter, in place. Each fp32 operation is rounded by itself: no fused multiply-add."""
     rm, rv, rc = _random_bits(g, p, m, v, c, step_key(s.step))
     p32, c32 = p.float(), c.float()
     mn, vn, upd = _moments(g.float() * scale, m.float(), v.float(), s)
-    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)  # p + c only scales the decay: storing it would lose the low bits
+    d = c32 - (
+        s.lr_weight_decay * (p32 + c32) + upd
+    )  # p + c only scales the decay: storing it would lose the low bits
     pn = (p32 + d).bfloat16()
     cn = (p32 - pn.float()) + d
     p.copy_(pn)
@@ -226,7 +248,9 @@ def step_key(step: int) -> int:
     return int(lowbias32(torch.tensor(step, device="cpu").to(torch.int32))) & 0xFFFFFFFF
 
 
-def _random_bits(g: Tensor, p: Tensor, m: Tensor, v: Tensor, c: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random_bits(
+    g: Tensor, p: Tensor, m: Tensor, v: Tensor, c: Tensor, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The random bits for m, v and c, int32 on [0, 65535], from the stored bits of each element and the :func:`step_key`.
 
     All arithmetic is modulo 2^16, but for the product of two halves of the inputs, whose high and low half are folded (as in the

@@ -18,8 +18,12 @@ import triton.language as tl
 
 from . import reference
 
-BLOCK = tl.constexpr(1024)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
-TAIL = tl.constexpr(128)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
+BLOCK = tl.constexpr(
+    1024
+)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
+TAIL = tl.constexpr(
+    128
+)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
 
 ROW_WIDTH = tl.constexpr(8)
 ROW_PARAM = tl.constexpr(0)
@@ -83,7 +87,20 @@ def adamw_kernel(
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
     if active:
-        _update_chunk(rows, grads, hypers, chunks, n_rows, chunk, grad_scale, kind, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
+        _update_chunk(
+            rows,
+            grads,
+            hypers,
+            chunks,
+            n_rows,
+            chunk,
+            grad_scale,
+            kind,
+            fp32_param,
+            zero_grads,
+            hardware_cast,
+            flushing_sqrt,
+        )
         _count_steps(rows, grads, finished, n_rows, kind)
 
 
@@ -115,13 +132,19 @@ def _update_chunk(
             scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
         this_row = rows + row * ROW_WIDTH
         hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
-        scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)  # a product: 0 - x loses the sign of zero
-        t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(tl.int32)
+        scale = tl.where(
+            tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale
+        )  # a product: 0 - x loses the sign of zero
+        t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(
+            tl.int32
+        )
         scalars = _step_scalars(t, hyper)
         key = _lowbias32(t.to(tl.uint32))
         start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
         n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
-        g = _pointer(tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0)
+        g = _pointer(
+            tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0
+        )
         aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
         p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
         m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
@@ -133,10 +156,40 @@ def _update_chunk(
         full = n - n % BLOCK
         for i in range(0, full, BLOCK):
             index = i + offsets
-            _update(g, p, m, v, c, index, None, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
+            _update(
+                g,
+                p,
+                m,
+                v,
+                c,
+                index,
+                None,
+                scale,
+                key,
+                scalars,
+                fp32_param,
+                zero_grads,
+                hardware_cast,
+                flushing_sqrt,
+            )
         for i in range(full, n, TAIL):
             tail = i + tl.arange(0, TAIL)
-            _update(g, p, m, v, c, tail, tail < n, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt)
+            _update(
+                g,
+                p,
+                m,
+                v,
+                c,
+                tail,
+                tail < n,
+                scale,
+                key,
+                scalars,
+                fp32_param,
+                zero_grads,
+                hardware_cast,
+                flushing_sqrt,
+            )
 
 
 @triton.jit
@@ -153,23 +206,64 @@ def _count_steps(rows, grads, finished, n_rows, kind: tl.constexpr):
             index = first + tl.arange(0, BLOCK_ROWS)
             mask = index < n_rows
             mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == kind)
-            step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+            step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(
+                tl.pointer_type(tl.float32)
+            )
             tl.store(step, tl.load(step, mask=mask, other=0.0) + 1.0, mask=mask)
 
 
 @triton.jit
-def _update(g, p, m, v, c, i, mask, scale, key, scalars, fp32_param, zero_grads, hardware_cast, flushing_sqrt: tl.constexpr):
+def _update(
+    g,
+    p,
+    m,
+    v,
+    c,
+    i,
+    mask,
+    scale,
+    key,
+    scalars,
+    fp32_param,
+    zero_grads,
+    hardware_cast,
+    flushing_sqrt: tl.constexpr,
+):
     """Step the elements ``i`` of one row; ``mask`` None means that all of them exist."""
     if fp32_param:
         _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt)
     else:
-        _update_bf16(g + i, p + i, m + i, v + i, c + i, mask, scale, key, scalars, hardware_cast, flushing_sqrt)
+        _update_bf16(
+            g + i,
+            p + i,
+            m + i,
+            v + i,
+            c + i,
+            mask,
+            scale,
+            key,
+            scalars,
+            hardware_cast,
+            flushing_sqrt,
+        )
     if zero_grads:
         tl.store(g + i, tl.zeros(i.shape, g.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.constexpr, flushing_sqrt: tl.constexpr):
+def _update_bf16(
+    g,
+    p,
+    m,
+    v,
+    c,
+    mask,
+    scale,
+    key,
+    scalars,
+    hardware_cast: tl.constexpr,
+    flushing_sqrt: tl.constexpr,
+):
     g_bits = tl.load(g, mask=mask)
     p16 = tl.load(p, mask=mask).to(tl.uint32)
     m16 = tl.load(m, mask=mask).to(tl.uint32)
@@ -178,7 +272,9 @@ def _update_bf16(g, p, m, v, c, mask, scale, key, scalars, hardware_cast: tl.con
     random = _random_bits(_pattern(g_bits), p16, m16, v16, c16, key)
     p32 = _widen(p16)
     c32 = _widen(c16)
-    mn, vn, upd = _moments(_gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars, flushing_sqrt)
+    mn, vn, upd = _moments(
+        _gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars, flushing_sqrt
+    )
     d = c32 - (scalars[6] * (p32 + c32) + upd)
     pn = _round_nearest(p32 + d, hardware_cast)
     cn = (p32 - _widen(pn.to(tl.uint32))) + d
@@ -193,7 +289,9 @@ def _update_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
     p32 = tl.load(p, mask=mask).to(tl.float32, bitcast=True)
     m32 = tl.load(m, mask=mask).to(tl.float32, bitcast=True)
     v32 = tl.load(v, mask=mask).to(tl.float32, bitcast=True)
-    mn, vn, upd = _moments(_gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars, flushing_sqrt)
+    mn, vn, upd = _moments(
+        _gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars, flushing_sqrt
+    )
     tl.store(p, (p32 - (scalars[6] * p32 + upd)).to(tl.uint32, bitcast=True), mask=mask)
     tl.store(v, vn.to(tl.uint32, bitcast=True), mask=mask)
     tl.store(m, mn.to(tl.uint32, bitcast=True), mask=mask)
@@ -201,10 +299,14 @@ def _update_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
 
 @triton.jit
 def _moments(g, m, v, scalars, flushing_sqrt: tl.constexpr):
-    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, _, eps = scalars
+    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, _, eps = (
+        scalars
+    )
     mn = beta1 * m + one_minus_beta1 * g
     vn = beta2 * v + one_minus_beta2 * (g * g)
-    upd = tl.div_rn(step_size * mn, _square_root(vn, flushing_sqrt) * inv_sqrt_bias_correction2 + eps)
+    upd = tl.div_rn(
+        step_size * mn, _square_root(vn, flushing_sqrt) * inv_sqrt_bias_correction2 + eps
+    )
     return mn, vn, upd
 
 
@@ -328,7 +430,9 @@ def _round_nearest(x, hardware_cast: tl.constexpr):
     if hardware_cast:
         return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16)  # NaN stays: see _stochastic_round
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(
+        tl.uint16
+    )  # NaN stays: see _stochastic_round
 
 
 @triton.jit
@@ -339,11 +443,19 @@ def _stochastic_round(x, r):
     NaN has the payload of an operand, and those end in 16 zero bits: see ``_without_payload``.
     """
     bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
-    complement = r & 0xFFFF ^ 0xFFFF  # not ~r, in which Triton's interpreter meets -1 as a uint32 that numpy 2.5 refuses
-    return ((bits.to(tl.uint32, bitcast=True) + complement) >> 16).to(tl.uint16)  # carries where they exceed it
+    complement = (
+        r & 0xFFFF ^ 0xFFFF
+    )  # not ~r, in which Triton's interpreter meets -1 as a uint32 that numpy 2.5 refuses
+    return ((bits.to(tl.uint32, bitcast=True) + complement) >> 16).to(
+        tl.uint16
+    )  # carries where they exceed it
 
 
 @triton.jit
 def _without_payload(bits):
     """The float32 of a bit pattern, with one NaN for all."""
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return (
+        tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        .to(tl.uint32)
+        .to(tl.float32, bitcast=True)
+    )

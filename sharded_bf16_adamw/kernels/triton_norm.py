@@ -68,7 +68,9 @@ def _sum_of_partials(partials):
     acc = tl.zeros((BLOCK_PARTIALS,), tl.float64)
     for first in range(0, programs, BLOCK_PARTIALS):
         index = first + tl.arange(0, BLOCK_PARTIALS)
-        acc += tl.load(partials + index, mask=index < programs, other=0.0, cache_modifier=".cg")  # L1 may hold older ones
+        acc += tl.load(
+            partials + index, mask=index < programs, other=0.0, cache_modifier=".cg"
+        )  # L1 may hold older ones
     return tl.sum(acc, axis=0)
 
 
@@ -85,7 +87,9 @@ def _store_clip(clip, sum_sq, max_norm):
     coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)  # NaN stays
     tl.store(clip, norm.to(tl.float32))
     tl.store(clip + 1, coefficient.to(tl.float32))
-    tl.store(clip + 2, tl.where(sum_sq - sum_sq == 0.0, 0.0, 1.0))  # finite squares cannot overflow a double
+    tl.store(
+        clip + 2, tl.where(sum_sq - sum_sq == 0.0, 0.0, 1.0)
+    )  # finite squares cannot overflow a double
 
 
 @triton.jit

@@ -9,7 +9,9 @@ from torch import Tensor
 
 COLUMNS = 64  # 8-byte words that share a weight in a large tensor: one pass of torch.sum reads memory at full speed
 SMALL = 1 << 12  # words up to which each has a weight of its own
-MAX_TOGETHER = 1 << 18  # words of small tensors that are copied together, since a GPU takes longer to launch than to read them
+MAX_TOGETHER = (
+    1 << 18
+)  # words of small tensors that are copied together, since a GPU takes longer to launch than to read them
 _MULTIPLIER = 0x2851F42D4C957F2E  # even, so that multiples of it plus one are odd weights
 
 
@@ -31,8 +33,12 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     for indices in by_device.values():
         large = [i for i in indices if _word_count(raws[i]) > SMALL]
         batches = list(_batches([i for i in indices if _word_count(raws[i]) <= SMALL], raws))
-        sums = [_checksums_of_small([raws[i] for i in batch]) for batch in batches] + [_checksum_of_large(raws[i]).view(1) for i in large]
-        for index, number in zip([i for batch in [*batches, large] for i in batch], torch.cat(sums).tolist(), strict=True):
+        sums = [_checksums_of_small([raws[i] for i in batch]) for batch in batches] + [
+            _checksum_of_large(raws[i]).view(1) for i in large
+        ]
+        for index, number in zip(
+            [i for batch in [*batches, large] for i in batch], torch.cat(sums).tolist(), strict=True
+        ):
             result[index] = number
     return result
 
@@ -58,12 +64,16 @@ def _checksums_of_small(raws: list[Tensor]) -> Tensor:
     """Return int64 ``[len(raws)]``, by as many kernels as for one."""
     device = raws[0].device
     zeros = torch.zeros(7, dtype=torch.uint8, device=device)
-    words = torch.cat([part for raw in raws for part in (raw, zeros[: -raw.numel() % 8])]).view(torch.int64)
+    words = torch.cat([part for raw in raws for part in (raw, zeros[: -raw.numel() % 8])]).view(
+        torch.int64
+    )
     counts = torch.tensor([_word_count(raw) for raw in raws], dtype=torch.int64, device="cpu")
     owner = torch.arange(len(raws), device="cpu").repeat_interleave(counts)
     place = torch.arange(len(words), device="cpu") - (counts.cumsum(0) - counts)[owner]
     summands = _mixed(words) * (place.to(device) * _MULTIPLIER + 1)
-    return torch.zeros(len(raws), dtype=torch.int64, device=device).index_add_(0, owner.to(device), summands)
+    return torch.zeros(len(raws), dtype=torch.int64, device=device).index_add_(
+        0, owner.to(device), summands
+    )
 
 
 def _checksum_of_large(raw: Tensor) -> Tensor:
@@ -75,8 +85,12 @@ def _checksum_of_large(raw: Tensor) -> Tensor:
     words = raw[: count * 8].view(torch.int64)
     last = raw.new_zeros(8)
     last[: raw.numel() - count * 8] = raw[count * 8 :]
-    summands = torch.cat([words[:in_rows].view(-1, COLUMNS).sum(1), words[in_rows:], last.view(torch.int64)])
-    return (_mixed(summands) * (torch.arange(summands.numel(), device=raw.device) * _MULTIPLIER + 1)).sum()
+    summands = torch.cat(
+        [words[:in_rows].view(-1, COLUMNS).sum(1), words[in_rows:], last.view(torch.int64)]
+    )
+    return (
+        _mixed(summands) * (torch.arange(summands.numel(), device=raw.device) * _MULTIPLIER + 1)
+    ).sum()
 
 
 def _mixed(words: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDi
 
 
 @contextmanager
-def exchange(what: str, ranks: Sequence[int]) -> Iterator[None]:
+def comm_errors(what: str, ranks: Sequence[int]) -> Iterator[None]:
     """A context for a collective, its start or the wait for it. ``what`` names it in the message, ``ranks`` are the global ones in it.
 
     Raises:
@@ -36,13 +36,20 @@ def exchange(what: str, ranks: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-class Exchange:
+class CheckedWork:
     """A collective on its way: ``function(*args, group=group, async_op=True, **options)``. ``what`` names it in messages."""
 
-    def __init__(self, what: str, function: Callable[..., Any], *args: Tensor, group: dist.ProcessGroup, **options: Any) -> None:
+    def __init__(
+        self,
+        what: str,
+        function: Callable[..., Any],
+        *args: Tensor,
+        group: dist.ProcessGroup,
+        **options: Any,
+    ) -> None:
         self._what = what
         self._ranks = dist.get_process_group_ranks(group)
-        with exchange(what, self._ranks):
+        with comm_errors(what, self._ranks):
             self._work = function(*args, group=group, async_op=True, **options)
 
     def is_completed(self) -> bool:
@@ -51,7 +58,7 @@ class Exchange:
 
     def wait(self) -> None:
         """Wait for it: on gloo this thread does, on NCCL the current stream."""
-        with exchange(self._what, self._ranks):
+        with comm_errors(self._what, self._ranks):
             self._work.wait()
 
 
@@ -78,7 +85,9 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
     if len(set(members)) != len(members) or not set(members) <= set(range(world)):
         raise ValueError(f"Invalid ranks: {list(ranks)}; list distinct global ranks below {world}")
     if dist.get_rank() not in members:
-        raise ValueError(f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on the ranks that it lists")
+        raise ValueError(
+            f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on the ranks that it lists"
+        )
     assert dist.group.WORLD is not None
     made = _groups_made.setdefault(dist.group.WORLD, Counter())
     made[members] += 1  # even if this fails: the store then holds stale addresses under the name
@@ -125,7 +134,11 @@ def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.d
     served = served_devices(group)
     if device.type in served:
         return device
-    return torch.device("cpu") if served[0] == "cpu" else torch.device(served[0], torch.accelerator.current_device_index())
+    return (
+        torch.device("cpu")
+        if served[0] == "cpu"
+        else torch.device(served[0], torch.accelerator.current_device_index())
+    )
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:

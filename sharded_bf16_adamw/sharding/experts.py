@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .base import Sharding
 from .model_parallel import ModelParallel
-from .strategy import Local, Sharding
+from .torch_managed import TorchManaged
 
 
 class ExpertsApart:
@@ -17,17 +18,21 @@ class ExpertsApart:
 
     def __init__(self, dense: Sharding, parallel: ModelParallel) -> None:
         self.dense = dense
-        self._experts = Local()
+        self._experts = TorchManaged()
         self._parallel = parallel
         self._expert_ids: set[int] = set()
 
-    def attach(self, params: list[Tensor], names: list[str]) -> None:
+    def add_params(self, params: list[Tensor], names: list[str]) -> None:
         self._expert_ids = {id(param) for param in self._parallel.expert_params()}
-        dense = [(param, name) for param, name in zip(params, names, strict=True) if id(param) not in self._expert_ids]
-        self.dense.attach([param for param, _ in dense], [name for _, name in dense])
+        dense = [
+            (param, name)
+            for param, name in zip(params, names, strict=True)
+            if id(param) not in self._expert_ids
+        ]
+        self.dense.add_params([param for param, _ in dense], [name for _, name in dense])
 
-    def reduce(self) -> None:
-        self.dense.reduce()
+    def reduce_grads(self) -> None:
+        self.dense.reduce_grads()
 
     def grads(self, params: list[Tensor]) -> list[Any]:
         return self._merged(params, "grads")
@@ -35,8 +40,8 @@ class ExpertsApart:
     def local_grads(self, params: list[Tensor]) -> list[Tensor]:
         return self._merged(params, "local_grads")
 
-    def gather(self) -> None:
-        self.dense.gather()
+    def all_gather_params(self) -> None:
+        self.dense.all_gather_params()
 
     def clear_grads(self) -> None:
         self.dense.clear_grads()
@@ -59,8 +64,8 @@ class ExpertsApart:
     def no_sync(self) -> AbstractContextManager[None]:
         return self.dense.no_sync()
 
-    def check_copyable(self) -> None:
-        self.dense.check_copyable()
+    def check_picklable(self) -> None:
+        self.dense.check_picklable()
 
     def _of(self, param: Tensor) -> Sharding:
         return self._experts if id(param) in self._expert_ids else self.dense
@@ -70,6 +75,8 @@ class ExpertsApart:
         result: list[Any] = [None] * len(params)
         for sharding in (self.dense, self._experts):
             indices = [index for index, param in enumerate(params) if self._of(param) is sharding]
-            for index, value in zip(indices, getattr(sharding, method)([params[i] for i in indices]), strict=True):
+            for index, value in zip(
+                indices, getattr(sharding, method)([params[i] for i in indices]), strict=True
+            ):
                 result[index] = value
         return result

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _handles: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the handle that flattened it
-_modules: Any = WeakIdKeyDictionary()  # handle -> weak reference to its FullyShardedDataParallel module
+_modules: Any = (
+    WeakIdKeyDictionary()
+)  # handle -> weak reference to its FullyShardedDataParallel module
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -62,7 +64,9 @@ def replica_group(param: Tensor) -> dist.ProcessGroup | None:
     return None if module is None else getattr(module(), "_inter_node_pg", None)
 
 
-def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, cpu_offload: bool = False) -> dict[str, Any]:
+def full_optimizer_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, cpu_offload: bool = False
+) -> dict[str, Any]:
     """The whole optimizer state by parameter name, unsharded, whatever the strategy. Collective: every rank calls it.
 
     What ``get_optimizer_state_dict`` returns with ``StateDictOptions(full_state_dict=True)``. Its own ``cpu_offload=True`` must not be
@@ -77,13 +81,17 @@ def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    state_dict: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    state_dict: dict[str, Any] = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
     if not cpu_offload:
         return state_dict
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
     for state in state_dict["state"].values():
-        state.update({key: value.cpu() for key, value in state.items() if isinstance(value, Tensor)})
+        state.update(
+            {key: value.cpu() for key, value in state.items() if isinstance(value, Tensor)}
+        )
     return state_dict
 
 
@@ -106,7 +114,12 @@ def _register_handles() -> None:
     for found in gc.get_objects():
         if type(found) is FlatParamHandle:
             flat_param = found.flat_param
-            for param in chain((flat_param,), flat_param._params or (), flat_param._shared_params or ()):
+            for param in chain(
+                (flat_param,), flat_param._params or (), flat_param._shared_params or ()
+            ):
                 _handles[param] = weakref.ref(found)
-        elif issubclass(type(found), FullyShardedDataParallel) and found.__dict__.get("_handle") is not None:
+        elif (
+            issubclass(type(found), FullyShardedDataParallel)
+            and found.__dict__.get("_handle") is not None
+        ):
             _modules[found._handle] = weakref.ref(found)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_reduce, exchange
+from .collectives import all_reduce, comm_errors
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]
@@ -21,7 +21,10 @@ _TOLERANCE = 1e-6  # of the relative variance of replicas' sums: other kernels m
 
 
 def all_reduce_sums(
-    sums: dict[Key, Tensor], expert_sums: dict[Key, Tensor], replicas: Sequence[dist.ProcessGroup], parallel: ModelParallel | None
+    sums: dict[Key, Tensor],
+    expert_sums: dict[Key, Tensor],
+    replicas: Sequence[dist.ProcessGroup],
+    parallel: ModelParallel | None,
 ) -> tuple[Tensor, Tensor]:
     """Add up this rank's sums of squares over all ranks that share the model. Collective over every group named.
 
@@ -45,16 +48,22 @@ def all_reduce_sums(
     device = own[0].device if own else torch.device("cpu")
     poison = torch.zeros((), dtype=torch.float64, device=device)
     for value in own:
-        poison += (value - value).to(device)  # NaN where it is not finite: reaches all ranks with whatever is added up
+        poison += (value - value).to(
+            device
+        )  # NaN where it is not finite: reaches all ranks with whatever is added up
     total, mismatch = _sum_over_shards(sums, poison)
     experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
     mismatch = mismatch + mismatch_of_experts
     if parallel is not None and (group := parallel.ep_group) is not None:
-        experts, mismatch, first, second = _all_reduce(group, experts, mismatch, total, total.square())
+        experts, mismatch, first, second = _all_reduce(
+            group, experts, mismatch, total, total.square()
+        )
         total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
     total = total + experts
     for group in replicas:
-        not_finite, mismatch, first, second = _all_reduce(group, (~total.isfinite()).double(), mismatch, total, total.square())
+        not_finite, mismatch, first, second = _all_reduce(
+            group, (~total.isfinite()).double(), mismatch, total, total.square()
+        )
         total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
         total = torch.where(not_finite > 0, torch.nan, total)
     if parallel is not None and (group := parallel.pp_group) is not None:
@@ -68,13 +77,19 @@ def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, T
     plain = sums.get((), torch.zeros_like(poison)).to(poison.device)
     for key, value in sums.items():
         if key:
-            value, mismatch, first, second = _all_reduce(key, value.to(poison.device) + poison, mismatch, plain, plain.square())
-            plain, mismatch = _agreed(plain, mismatch, first, second, math.prod(map(dist.get_world_size, key)))
+            value, mismatch, first, second = _all_reduce(
+                key, value.to(poison.device) + poison, mismatch, plain, plain.square()
+            )
+            plain, mismatch = _agreed(
+                plain, mismatch, first, second, math.prod(map(dist.get_world_size, key))
+            )
             total = total + value
     return total + plain, mismatch
 
 
-def _agreed(own: Tensor, mismatch: Tensor, first: Tensor, second: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def _agreed(
+    own: Tensor, mismatch: Tensor, first: Tensor, second: Tensor, ranks: int
+) -> tuple[Tensor, Tensor]:
     """Return one value for what ``ranks`` ranks should have alike, from the sums of their values and squares, and count a mismatch."""
     differ = ranks * second - first.square() > _TOLERANCE * first.square()
     return torch.where(first == ranks * own, own, first / ranks), mismatch + differ.double()
@@ -84,6 +99,6 @@ def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:
     """Add up 0-dim values over each group in turn; returns them stacked."""
     stacked = torch.stack(values)
     for group in (groups,) if isinstance(groups, dist.ProcessGroup) else groups:
-        with exchange("summing the gradient norm", dist.get_process_group_ranks(group)):
+        with comm_errors("summing the gradient norm", dist.get_process_group_ranks(group)):
             all_reduce(stacked, group)
     return stacked

@@ -51,15 +51,23 @@ class ModelParallel:
     edp: GroupLike | None = None
 
     def __post_init__(self) -> None:
-        experts = (self.experts,) if isinstance(self.experts, (nn.Module, Tensor)) else tuple(self.experts)
+        experts = (
+            (self.experts,)
+            if isinstance(self.experts, (nn.Module, Tensor))
+            else tuple(self.experts)
+        )
         object.__setattr__(self, "experts", experts)
-        wrong = next((value for value in experts if not isinstance(value, (nn.Module, Tensor))), None)
+        wrong = next(
+            (value for value in experts if not isinstance(value, (nn.Module, Tensor))), None
+        )
         if wrong is not None:
             raise ValueError(f"Invalid experts: {wrong!r}; give modules or parameters")
         for name, value in (("pp", self.pp), ("ep", self.ep), ("dp", self.dp), ("edp", self.edp)):
             _check_group(name, value)
         if self.ep is None and experts:
-            raise ValueError("experts are given without ep; name the process group or mesh dimension over which they differ")
+            raise ValueError(
+                "experts are given without ep; name the process group or mesh dimension over which they differ"
+            )
 
     @property
     def pp_group(self) -> dist.ProcessGroup | None:
@@ -105,14 +113,20 @@ def _check_group(name: str, value: GroupLike | None) -> None:
         return
     if isinstance(value, DeviceMesh):
         if value.ndim != 1:
-            raise ValueError(f"Invalid {name}: the mesh has {value.ndim} dimensions; take one of them, such as mesh[{name!r}]")
+            raise ValueError(
+                f"Invalid {name}: the mesh has {value.ndim} dimensions; take one of them, such as mesh[{name!r}]"
+            )
         inside = value.get_coordinate() is not None
-    elif value == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group() returns on the ranks that are not in it
+    elif (
+        value == dist.GroupMember.NON_GROUP_MEMBER
+    ):  # what new_group() returns on the ranks that are not in it
         inside = False
     elif isinstance(value, dist.ProcessGroup):
         inside = dist.get_rank(value) >= 0
     else:
-        raise ValueError(f"Invalid {name}: {value!r}; give a process group or a one-dimensional DeviceMesh")
+        raise ValueError(
+            f"Invalid {name}: {value!r}; give a process group or a one-dimensional DeviceMesh"
+        )
     if not inside:
         raise ValueError(f"Invalid {name}: this rank is not in it")
 

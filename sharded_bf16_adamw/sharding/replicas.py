@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checksum import checksums
-from .collectives import device_for, exchange
+from .collectives import comm_errors, device_for
 
 COMPARING = "comparing replicas"  # for messages
 
@@ -39,7 +39,9 @@ class Difference(NamedTuple):
     odd: tuple[int, ...]
 
 
-def check_replicas(replicas: Sequence[Replica], others: Iterable[dist.ProcessGroup], problem: str | None = None) -> None:
+def check_replicas(
+    replicas: Sequence[Replica], others: Iterable[dist.ProcessGroup], problem: str | None = None
+) -> None:
     """Compare 64-bit checksums over each group. Collective over all groups named.
 
     Args:
@@ -54,14 +56,20 @@ def check_replicas(replicas: Sequence[Replica], others: Iterable[dist.ProcessGro
     message = problem
     if differences:
         name, ranks, odd = differences[0]
-        whose = f"on rank {_listed(odd)} from those on rank {_listed(set(ranks) - set(odd))}" if odd else f"between ranks {_listed(ranks)}"
+        whose = (
+            f"on rank {_listed(odd)} from those on rank {_listed(set(ranks) - set(odd))}"
+            if odd
+            else f"between ranks {_listed(ranks)}"
+        )
         more = f" (and {len(differences) - 1} more tensors)" if differences[1:] else ""
         message = (
             f"replicas of {name} differ {whose}{more}: equal gradients give equal bits, so suspect the hardware of one of these ranks, or "
             "code that changes one rank alone, and go back to a checkpoint from before; parameters that each rank has of its own are named "
             "by AdamW_BF16(..., model_parallel=ModelParallel(...))"
         )
-    for group in in_shared_order({*(group for replica in replicas for group in replica.groups), *others}):
+    for group in in_shared_order(
+        {*(group for replica in replicas for group in replica.groups), *others}
+    ):
         message = _first_of(group, message)
     if message is not None:
         raise RuntimeError(message)
@@ -78,14 +86,16 @@ def find_differences(replicas: Sequence[Replica], numbers: Sequence[int]) -> lis
 
 def _compare(group: dist.ProcessGroup, names: list[str], numbers: list[int]) -> list[Difference]:
     ranks = tuple(dist.get_process_group_ranks(group))
-    digest = int.from_bytes(hashlib.blake2b("\n".join(names).encode(), digest_size=7).digest(), "big")
+    digest = int.from_bytes(
+        hashlib.blake2b("\n".join(names).encode(), digest_size=7).digest(), "big"
+    )
     if _unequal(group, [len(names), digest]):
         return [Difference("the list of parameters", ranks, ())]
     differing = _unequal(group, numbers)
     if not differing:
         return []
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
-    with exchange(COMPARING, ranks):
+    with comm_errors(COMPARING, ranks):
         dist.all_gather_object(of_ranks, [numbers[i] for i in differing], group=group)
     result = []
     for place, index in enumerate(differing):
@@ -98,8 +108,14 @@ def _compare(group: dist.ProcessGroup, names: list[str], numbers: list[int]) -> 
 def _unequal(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[int]:
     """Return the indices of the numbers, as many on every rank, that are not the same on all."""
     count = len(numbers)
-    extremes = _all_reduce_max(group, [*numbers, *[~number for number in numbers]])  # which, unlike -number, always fits
-    return [i for i, (highest, lowest) in enumerate(zip(extremes[:count], extremes[count:], strict=True)) if highest != ~lowest]
+    extremes = _all_reduce_max(
+        group, [*numbers, *[~number for number in numbers]]
+    )  # which, unlike -number, always fits
+    return [
+        i
+        for i, (highest, lowest) in enumerate(zip(extremes[:count], extremes[count:], strict=True))
+        if highest != ~lowest
+    ]
 
 
 def _listed(ranks: Iterable[int]) -> str:
@@ -111,14 +127,14 @@ def _first_of(group: dist.ProcessGroup, finding: str | None) -> str | None:
     if not any(_all_reduce_max(group, [finding is not None])):
         return None
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
-    with exchange(COMPARING, dist.get_process_group_ranks(group)):
+    with comm_errors(COMPARING, dist.get_process_group_ranks(group)):
         dist.all_gather_object(of_ranks, finding, group=group)
     return next(text for text in of_ranks if text is not None)
 
 
 def _all_reduce_max(group: dist.ProcessGroup, values: Sequence[int]) -> list[int]:
     row = torch.tensor(values, dtype=torch.int64, device=device_for(group, torch.device("cpu")))
-    with exchange(COMPARING, dist.get_process_group_ranks(group)):
+    with comm_errors(COMPARING, dist.get_process_group_ranks(group)):
         dist.all_reduce(row, op=dist.ReduceOp.MAX, group=group)
     return row.tolist()
 
@@ -131,6 +147,10 @@ def in_shared_order(groups: Iterable[dist.ProcessGroup]) -> list[dist.ProcessGro
 
     def key(group: dist.ProcessGroup) -> tuple[int, list[int], str]:
         ranks = dist.get_process_group_ranks(group)
-        return ranks[1] - ranks[0] if len(ranks) > 1 else 0, ranks, group.group_name  # the ranks of a mesh dimension have one stride
+        return (
+            ranks[1] - ranks[0] if len(ranks) > 1 else 0,
+            ranks,
+            group.group_name,
+        )  # the ranks of a mesh dimension have one stride
 
     return sorted(groups, key=key)

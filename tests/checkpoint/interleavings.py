@@ -32,11 +32,22 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, prune, save, verify
-from sharded_bf16_adamw.checkpoint import folders, publishing, root_lock, storage
-from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints
+from sharded_bf16_adamw.checkpoint import commit, dcp_storage, directory, root_lock
+from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 
-OPERATIONS = ("listdir", "lstat", "mkdir", "open", "rename", "replace", "rmdir", "scandir", "stat", "unlink")  # of os
+OPERATIONS = (
+    "listdir",
+    "lstat",
+    "mkdir",
+    "open",
+    "rename",
+    "replace",
+    "rmdir",
+    "scandir",
+    "stat",
+    "unlink",
+)  # of os
 LOCKS = ("one machine", "two machines", "no locks")
 LIFE = 600  # operations that a job does in its life, about
 TIDYING = 60  # operations of a save after it has published, about
@@ -92,7 +103,9 @@ class Interleaving:
     def run(self) -> None:
         """Raise AssertionError if anything is lost."""
         with self._patched():
-            waiting = {name: [self._life(name) for _ in range(self.random.choice((1, 2)))] for name in "AB"}
+            waiting = {
+                name: [self._life(name) for _ in range(self.random.choice((1, 2)))] for name in "AB"
+            }
             running: list[Job] = []
             while running or any(waiting.values()):
                 for name, lives in waiting.items():
@@ -142,7 +155,7 @@ class Interleaving:
         path = save(self.root, 9, *make(255), extra={"number": 255}, keep=1)
         assert latest(self.root) == path and number_of(path) == 255
         assert sorted(os.listdir(self.root)) == ["LATEST", path.name]
-        assert not publishing._locks
+        assert not commit._locks
 
     # ----------------------------------------------------------------------------------------- jobs
 
@@ -151,7 +164,12 @@ class Interleaving:
         actions: list[Save | int] = []
         for _ in range(self.random.choice((1, 2))):
             number = len(self.saves) + 1
-            self.saves[number] = Save(number, self.random.choice((1, 2, 3)), self.random.choice((None, 1, 1, 2)), make(number))
+            self.saves[number] = Save(
+                number,
+                self.random.choice((1, 2, 3)),
+                self.random.choice((None, 1, 1, 2)),
+                make(number),
+            )
             actions.append(self.saves[number])
         if self.random.random() < 0.2:
             actions.append(self.random.choice((1, 2)))
@@ -187,7 +205,13 @@ class Interleaving:
             prune(self.root, action)
             return
         try:
-            action.path = save(self.root, action.step, *action.trained, extra={"number": action.number}, keep=action.keep)
+            action.path = save(
+                self.root,
+                action.step,
+                *action.trained,
+                extra={"number": action.number},
+                keep=action.keep,
+            )
         except RuntimeError as error:
             if not any(refusal in str(error) for refusal in REFUSALS):
                 raise
@@ -216,8 +240,14 @@ class Interleaving:
     def _patched(self) -> Iterator[None]:
         def stopping(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-                under_root = isinstance(path, int) or kwargs.get("dir_fd") is not None or str(path).startswith(str(self.root))
-                if under_root and not self._stop():  # others are of Python's imports, which hold a lock
+                under_root = (
+                    isinstance(path, int)
+                    or kwargs.get("dir_fd") is not None
+                    or str(path).startswith(str(self.root))
+                )
+                if (
+                    under_root and not self._stop()
+                ):  # others are of Python's imports, which hold a lock
                     raise Killed
                 return function(path, *args, **kwargs)
 
@@ -232,11 +262,17 @@ class Interleaving:
                 raise Killed
             self._observing = True
             try:
-                self._rename(Path(source), Path(target), lambda: real_rename(source, target, **kwargs))
+                self._rename(
+                    Path(source), Path(target), lambda: real_rename(source, target, **kwargs)
+                )
             finally:
                 self._observing = False
 
-        real_write, real_rename, real_flock = storage._ChecksummedStream._write, os.rename, fcntl.flock
+        real_write, real_rename, real_flock = (
+            dcp_storage._ChecksummedStream._write,
+            os.rename,
+            fcntl.flock,
+        )
 
         def flock(descriptor: int, operation: int) -> None:
             if self.locks == "one machine":
@@ -248,11 +284,21 @@ class Interleaving:
             job = self._jobs.get(threading.get_ident())
             return "0" * 8 if job is None or self.locks == "one machine" else job.name * 8
 
-        patches = [mock.patch.object(os, name, stopping(getattr(os, name))) for name in OPERATIONS if name != "rename"]
-        patches += [mock.patch.object(os, "rename", rename), mock.patch.object(os, "fsync", stopping(lambda descriptor: None))]
+        patches = [
+            mock.patch.object(os, name, stopping(getattr(os, name)))
+            for name in OPERATIONS
+            if name != "rename"
+        ]
+        patches += [
+            mock.patch.object(os, "rename", rename),
+            mock.patch.object(os, "fsync", stopping(lambda descriptor: None)),
+        ]
         patches += [mock.patch.object(module, "open", stopping(open)) for module in (builtins, io)]
-        patches += [mock.patch.object(module, "machine", machine) for module in (folders, publishing)]
-        patches += [mock.patch.object(storage._ChecksummedStream, "_write", write), mock.patch.object(root_lock.fcntl, "flock", flock)]
+        patches += [mock.patch.object(module, "machine", machine) for module in (directory, commit)]
+        patches += [
+            mock.patch.object(dcp_storage._ChecksummedStream, "_write", write),
+            mock.patch.object(root_lock.fcntl, "flock", flock),
+        ]
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*could not be removed")
             for patch in patches:
@@ -266,7 +312,9 @@ class Interleaving:
     def _rename(self, source: Path, target: Path, rename: Callable[[], None]) -> None:
         """Note who publishes or removes a checkpoint, and assert that it may."""
         job = self._jobs.get(threading.get_ident())
-        before = read_manifest(source) if source.name.startswith("step-") and source.exists() else None
+        before = (
+            read_manifest(source) if source.name.startswith("step-") and source.exists() else None
+        )
         rename()
         if job is None:
             return
@@ -278,10 +326,16 @@ class Interleaving:
         elif before is not None:
             self.removed.add(before.extra["number"])
             newest = complete_checkpoints(self.root)[-1]
-            assert (read_manifest(newest).serial, newest) > (before.serial, source), "something newer is there"
-            newer = sum(serial >= before.serial for serial in self.published.values()) - 1  # jobs without a lock give one twice
+            assert (read_manifest(newest).serial, newest) > (before.serial, source), (
+                "something newer is there"
+            )
+            newer = (
+                sum(serial >= before.serial for serial in self.published.values()) - 1
+            )  # jobs without a lock give one twice
             if isinstance(job.doing, Save):
-                assert job.published is not None and before.serial < job.published.serial, "a save removes what is older than itself"
+                assert job.published is not None and before.serial < job.published.serial, (
+                    "a save removes what is older than itself"
+                )
                 replaced = before.step == job.published.step
                 assert replaced or (job.doing.keep is not None and newer >= job.doing.keep)
 
@@ -304,7 +358,10 @@ def number_of(path: Path) -> int:
 def assert_holds(path: Path, number: int) -> None:
     model, optimizer = make(0)
     load(path, model, optimizer)
-    assert all(bool((tensor == number).all()) for tensor in (model.weight, *optimizer.state[model.weight].values()))
+    assert all(
+        bool((tensor == number).all())
+        for tensor in (model.weight, *optimizer.state[model.weight].values())
+    )
 
 
 def run_seeds(seeds: range) -> Counter[str]:
@@ -333,7 +390,9 @@ def run_seeds(seeds: range) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     args = parser.parse_args()

@@ -56,8 +56,13 @@ class Layout:
         named = list(module.named_parameters())
         precise = [param for name, param in named if "precise" in name]
         others = [param for name, param in named if "precise" not in name]
-        groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.1}, {"params": precise, "lr": 3e-3, "betas": (0.8, 0.99)}]
-        return module, AdamW_BF16(groups, lr_function=LR(lr=1e-2, preheat_steps=5), sharding=sharding)
+        groups: list[dict[str, Any]] = [
+            {"params": others, "weight_decay": 0.1},
+            {"params": precise, "lr": 3e-3, "betas": (0.8, 0.99)},
+        ]
+        return module, AdamW_BF16(
+            groups, lr_function=LR(lr=1e-2, preheat_steps=5), sharding=sharding
+        )
 
 
 def single(model: Net, world: int) -> tuple[nn.Module, Any]:
@@ -93,7 +98,9 @@ def fsdp2(model: Net, world: int) -> tuple[nn.Module, Any]:
 
 
 def hsdp(model: Net, world: int) -> tuple[nn.Module, Any]:
-    return fsdp2_over(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))), None
+    return fsdp2_over(
+        model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    ), None
 
 
 def fsdp2_tp(model: Net, world: int) -> tuple[nn.Module, Any]:
@@ -105,7 +112,9 @@ def fsdp2_tp(model: Net, world: int) -> tuple[nn.Module, Any]:
 def zero(stage: int) -> Callable[[Net, int], tuple[nn.Module, Any]]:
     def wrap(model: Net, world: int) -> tuple[nn.Module, Any]:
         mesh = init_device_mesh("cpu", (world,))
-        module = DistributedDataParallel(model, find_unused_parameters=True) if stage == 1 else model
+        module = (
+            DistributedDataParallel(model, find_unused_parameters=True) if stage == 1 else model
+        )
         return module, ZeRO(mesh, stage=stage)
 
     return wrap
@@ -142,7 +151,9 @@ def loss(module: nn.Module) -> float:
         return float(module(batch()).float().square().mean())
 
 
-def everything(module: nn.Module, optimizer: AdamW_BF16) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def everything(
+    module: nn.Module, optimizer: AdamW_BF16
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and states in full by name, through torch's own functions; and the options of each parameter's group. Collective."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, and warns of what it calls itself

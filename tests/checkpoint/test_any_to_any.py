@@ -28,7 +28,9 @@ def folder(root: str, case: Case) -> str:
 def save_worker(rank: int, world: int, root: str) -> None:
     for seed, case in enumerate(CASES):
         if case[1] == world:
-            module, optimizer = BY_NAME[case[0]].build(world, seed)  # every checkpoint holds other bits
+            module, optimizer = BY_NAME[case[0]].build(
+                world, seed
+            )  # every checkpoint holds other bits
             train(module, optimizer, 3)
             save(folder(root, case), 3, module, optimizer, extra={"saved by": case[0]})
             expected = everything(module, optimizer)
@@ -46,21 +48,31 @@ def load_worker(rank: int, world: int, root: str) -> dict[tuple[Case, Case], str
             for saved in CASES:
                 try:
                     assert load(folder(root, saved), module, optimizer) == {"saved by": saved[0]}
-                    results[saved, here] = differences(everything(module, optimizer), expected[saved])
+                    results[saved, here] = differences(
+                        everything(module, optimizer), expected[saved]
+                    )
                 except Exception:
                     results[saved, here] = traceback.format_exc()
     return results
 
 
-def differences(found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dict[str, Any], dict[str, Any]]) -> str:
+def differences(
+    found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dict[str, Any], dict[str, Any]]
+) -> str:
     missing = sorted(expected[0].keys() - found[0].keys())
     if missing:
         return f"no {missing}"
     started = [key for key in found[0].keys() - expected[0].keys() if found[0][key].any()]
     if started:  # a parameter that never had a gradient is to be at step 0
         return f"more than was saved: {started}"
-    wrong = [key for key, value in expected[0].items() if value.dtype != found[0][key].dtype or not torch.equal(value, found[0][key])]
-    wrong += [f"options of {fqn}" for fqn, options in expected[1].items() if found[1].get(fqn) != options]
+    wrong = [
+        key
+        for key, value in expected[0].items()
+        if value.dtype != found[0][key].dtype or not torch.equal(value, found[0][key])
+    ]
+    wrong += [
+        f"options of {fqn}" for fqn, options in expected[1].items() if found[1].get(fqn) != options
+    ]
     return f"other bits: {wrong}" if wrong else ""
 
 
@@ -88,17 +100,25 @@ def test_what_a_layout_saved_loads_under_every_other_with_the_same_bits(name, re
 def table(results: dict[tuple[Case, Case], str]) -> str:
     """Rows saved, columns loaded; a cell counts the pairs of numbers of ranks that agree bit for bit, and all of them."""
     lines = [
-        "| saved \\ loaded | " + " | ".join(f"{layout.name}<br>{worlds(layout)}" for layout in LAYOUTS) + " |",
+        "| saved \\ loaded | "
+        + " | ".join(f"{layout.name}<br>{worlds(layout)}" for layout in LAYOUTS)
+        + " |",
         "|---|" + "---|" * len(LAYOUTS),
     ]
     for saved in LAYOUTS:
         cells = []
         for here in LAYOUTS:
-            outcomes = [results[(saved.name, a), (here.name, b)] == "" for a in saved.worlds for b in here.worlds]
+            outcomes = [
+                results[(saved.name, a), (here.name, b)] == ""
+                for a in saved.worlds
+                for b in here.worlds
+            ]
             cells.append(f"{sum(outcomes)}/{len(outcomes)}")
         lines.append(f"| {saved.name}, {worlds(saved)} | " + " | ".join(cells) + " |")
     exact = sum(wrong == "" for wrong in results.values())
-    return "\n".join([*lines, "", f"{exact} of {len(results)} pairs of layout and number of ranks are exact."])
+    return "\n".join(
+        [*lines, "", f"{exact} of {len(results)} pairs of layout and number of ranks are exact."]
+    )
 
 
 def worlds(layout: Any) -> str:
@@ -114,12 +134,17 @@ def worlds(layout: Any) -> str:
 def test_the_table_in_the_documentation_is_what_this_test_found(results, repo):
     page = Path(repo) / "docs" / "checkpoints.md"
     text = page.read_text()
-    marked = re.compile(r"(<!-- any-to-any: made by tests/checkpoint/test_any_to_any.py -->\n).*?(<!-- end -->)", re.DOTALL)
+    marked = re.compile(
+        r"(<!-- any-to-any: made by tests/checkpoint/test_any_to_any.py -->\n).*?(<!-- end -->)",
+        re.DOTALL,
+    )
     assert marked.search(text)
     updated = marked.sub(lambda match: f"{match[1]}\n{table(results)}\n\n{match[2]}", text)
     if os.environ.get(UPDATE):
         page.write_text(updated)
-    assert updated == text or os.environ.get(UPDATE), f"run this test with {UPDATE}=1 to write the new table"
+    assert updated == text or os.environ.get(UPDATE), (
+        f"run this test with {UPDATE}=1 to write the new table"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ a run that moves about

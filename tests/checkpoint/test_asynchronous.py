@@ -18,7 +18,7 @@ import torch
 from distributed import run_ranks
 
 from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import asynchronous, saving, staging
+from sharded_bf16_adamw.checkpoint import async_save, saving, staging
 
 from .victims import assert_holds, make, run, save_step
 
@@ -60,7 +60,9 @@ def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, gate):
     save_step(tmp_path, 1, sharded=False, async_=True)
     threading.Timer(0.2, gate.set).start()
     second = save_step(tmp_path, 2, sharded=False, async_=True)
-    assert latest(tmp_path) == tmp_path / "step-00000001", "the first is done before the second begins"
+    assert latest(tmp_path) == tmp_path / "step-00000001", (
+        "the first is done before the second begins"
+    )
     assert_holds(tmp_path, 2)  # load waits
     assert latest(tmp_path) == second
 
@@ -93,7 +95,10 @@ def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypa
             "load": lambda: load(tmp_path, model, optimizer),
             "wait_for_save": wait_for_save,
         }[following]
-        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*step-00000002: on rank 0, OSError: .*No space left"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"cannot save the checkpoint .*step-00000002: on rank 0, OSError: .*No space left",
+        ):
             call()
     assert latest(tmp_path) == good
     wait_for_save()
@@ -140,12 +145,18 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(
         assert verify(tmp_path / "run") == [] and done.stderr == ""
     else:
         assert latest(tmp_path / "run") is None
-        assert re.fullmatch(r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n", done.stderr)
+        assert re.fullmatch(
+            r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n",
+            done.stderr,
+        )
 
 
 def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
     model, optimizer = make(1, sharded=True)
-    for wrong, message in (({"extra": {"f": print}}, "extra must be plain data"), ({"keep": 0}, "Invalid keep: 0")):
+    for wrong, message in (
+        ({"extra": {"f": print}}, "extra must be plain data"),
+        ({"keep": 0}, "Invalid keep: 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             save(root, 1, model, optimizer, **(wrong if rank == 0 else {}))
     assert save(root, 1, model, optimizer, extra={"step": 1} if rank == 0 else None) == latest(root)
@@ -164,7 +175,9 @@ def test_memory_of_the_copy_is_used_again(tmp_path):
     first = {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()}
     save(tmp_path, 2, model, optimizer, extra={"step": 1}, async_=True)
     wait_for_save()
-    assert {index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()} == first and first
+    assert {
+        index: tensor.data_ptr() for index, tensor in staging._spare[optimizer].items()
+    } == first and first
     assert_holds(tmp_path, 1)
     before = len(staging._spare)
     del model, optimizer
@@ -182,7 +195,10 @@ def training_worker(rank: int, world: int, root: str) -> None:
     wait_for_save()
     assert latest(root) == path
     copied = sum(tensor.nbytes for tensor in staging._spare[optimizer].values())
-    full = sum(4 * param.numel() * 2 + 4 for param in model.parameters()) + torch.get_rng_state().nbytes * world
+    full = (
+        sum(4 * param.numel() * 2 + 4 for param in model.parameters())
+        + torch.get_rng_state().nbytes * world
+    )
     total = torch.tensor(float(copied))
     torch.distributed.all_reduce(total)
     assert total == full
@@ -217,7 +233,9 @@ def test_two_threads_save_two_models_at_once_each_its_own(tmp_path, monkeypatch)
     def train(number: int) -> None:
         model, optimizer = make(number)
         for step in range(1, 4):
-            save(tmp_path / str(number), step, model, optimizer, extra={"step": number}, async_=True)
+            save(
+                tmp_path / str(number), step, model, optimizer, extra={"step": number}, async_=True
+            )
         wait_for_save()
 
     in_threads(lambda: train(1), lambda: train(2))
@@ -239,7 +257,7 @@ def test_each_thread_gets_the_error_of_its_own_save(tmp_path, monkeypatch):
 
     def unlucky() -> None:
         save_step(tmp_path / "bad", 1, sharded=False, async_=True)
-        asynchronous._pending[-1].join()
+        async_save._pending[-1].join()
         failed.set()
         assert asked.wait(60)
         with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*bad.*No space left"):
@@ -254,10 +272,12 @@ def test_each_thread_gets_the_error_of_its_own_save(tmp_path, monkeypatch):
         asked.set()
 
     in_threads(unlucky, lucky)
-    assert asynchronous._pending == []
+    assert async_save._pending == []
 
 
-def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_raised_one_by_one(tmp_path, gate, monkeypatch):
+def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_raised_one_by_one(
+    tmp_path, gate, monkeypatch
+):
     both = threading.Barrier(2, timeout=60)
 
     def save_only(name: str) -> None:
@@ -265,7 +285,9 @@ def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_ra
         both.wait()
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "publish", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        patched.setattr(
+            saving, "publish", mock.Mock(side_effect=OSError(28, "No space left on device"))
+        )
         in_threads(lambda: save_only("a"), lambda: save_only("b"))
         threading.Timer(0.2, gate.set).start()
         messages = []
@@ -274,7 +296,10 @@ def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_ra
                 wait_for_save()
             messages.append(str(caught.value))
     wait_for_save()
-    assert [sum(f"{tmp_path}/{name}/" in message for message in messages) for name in "ab"] == [1, 1]
+    assert [sum(f"{tmp_path}/{name}/" in message for message in messages) for name in "ab"] == [
+        1,
+        1,
+    ]
 
 
 def test_waiting_waits_for_the_saves_of_all_threads(tmp_path, gate):
@@ -290,7 +315,10 @@ def test_waiting_waits_for_the_saves_of_all_threads(tmp_path, gate):
     thread.start()
     assert started.wait(60)
     (tmp_path / "own").mkdir()
-    assert load(tmp_path / "own", *make(0), missing_ok=True) is None and latest(tmp_path / "other") is None
+    assert (
+        load(tmp_path / "own", *make(0), missing_ok=True) is None
+        and latest(tmp_path / "other") is None
+    )
     threading.Timer(0.2, gate.set).start()
     wait_for_save()
     assert_holds(tmp_path / "other", 1)

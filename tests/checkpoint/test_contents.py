@@ -11,7 +11,14 @@ from distributed import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_bf16_adamw import AdamW_BF16, gather_full_state_dict, import_fp32, load, save, scatter_full_state_dict
+from sharded_bf16_adamw import (
+    AdamW_BF16,
+    gather_full_state_dict,
+    import_fp32,
+    load,
+    save,
+    scatter_full_state_dict,
+)
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 from .layouts import BY_NAME, everything, train
@@ -55,10 +62,20 @@ def test_an_optimizer_of_other_parameters_is_refused_by_name(tmp_path):
     and_more = AdamW_BF16([{"params": own}, {"params": [raw]}], lr=0.1)
     of_another = AdamW_BF16(linear().parameters(), lr=0.1)
     for optimizer, which in (
-        (and_more, "the optimizer holds parameter 4 (shape (3, 7)), which is no parameter of this model; pass"),
-        (of_another, "the optimizer holds parameter 0 (shape (4, 3)), which is no parameter of this model (nor are 3 more); pass"),
+        (
+            and_more,
+            "the optimizer holds parameter 4 (shape (3, 7)), which is no parameter of this model; pass",
+        ),
+        (
+            of_another,
+            "the optimizer holds parameter 0 (shape (4, 3)), which is no parameter of this model (nor are 3 more); pass",
+        ),
     ):
-        for call in (lambda o: save(tmp_path, 2, model, o), lambda o: load(tmp_path, model, o), lambda o: gather_full_state_dict(model, o)):
+        for call in (
+            lambda o: save(tmp_path, 2, model, o),
+            lambda o: load(tmp_path, model, o),
+            lambda o: gather_full_state_dict(model, o),
+        ):
             with pytest.raises(ValueError, match="^" + re.escape(which)):
                 call(optimizer)
             assert not optimizer.state
@@ -71,7 +88,8 @@ def refused_worker(rank: int, world: int, root: str) -> str:
     if rank == 1:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]})
     with pytest.raises(
-        ValueError, match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is no parameter of this model"
+        ValueError,
+        match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is no parameter of this model",
     ) as caught:
         save(root, 1, module, optimizer)
     return str(caught.value)
@@ -103,11 +121,15 @@ class FabricModule(nn.Module):
 
 
 def fabric(module: nn.Module) -> FabricModule:
-    return FabricModule(module, module.module if isinstance(module, DistributedDataParallel) else module)
+    return FabricModule(
+        module, module.module if isinstance(module, DistributedDataParallel) else module
+    )
 
 
 def same(found: Any, expected: Any) -> bool:
-    return found[1] == expected[1] and all(torch.equal(found[0][key], value) for key, value in expected[0].items())
+    return found[1] == expected[1] and all(
+        torch.equal(found[0][key], value) for key, value in expected[0].items()
+    )
 
 
 def fabric_worker(rank: int, world: int, root: str) -> None:
@@ -129,7 +151,10 @@ def fabric_worker(rank: int, world: int, root: str) -> None:
         assert same(everything(module, optimizer), expected), name
         weights = {key: value.float() for key, value in single.state_dict().items()}
         import_fp32(weights, fabric(module), optimizer)
-        assert all(torch.equal(value.bfloat16(), everything(module, optimizer)[0][key].bfloat16()) for key, value in weights.items())
+        assert all(
+            torch.equal(value.bfloat16(), everything(module, optimizer)[0][key].bfloat16())
+            for key, value in weights.items()
+        )
 
 
 def test_names_do_not_depend_on_the_wrapper_of_lightning_fabric(tmp_path):
@@ -140,7 +165,11 @@ def test_tied_weights_are_imported_by_any_of_their_names_into_a_wrapped_module()
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).bfloat16()
     model[1].weight = model[0].weight
     optimizer = AdamW_BF16(model.parameters(), lr=0.1)
-    import_fp32({"0.weight": torch.full((3, 3), 2.0), "1.weight": torch.full((3, 3), 2.0)}, fabric(model), optimizer)
+    import_fp32(
+        {"0.weight": torch.full((3, 3), 2.0), "1.weight": torch.full((3, 3), 2.0)},
+        fabric(model),
+        optimizer,
+    )
     assert (model[0].weight == 2).all()
     import_fp32({"1.weight": torch.full((3, 3), 3.0)}, fabric(model), optimizer)
     assert (model[0].weight == 3).all()
@@ -158,4 +187,6 @@ class Ensemble(nn.Module):
 def test_a_module_that_has_more_is_no_wrapper(tmp_path):
     model = Ensemble().bfloat16()
     path = save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.1))
-    assert set(read_manifest(path).groups[0].params) == {name for name, _ in model.named_parameters()}
+    assert set(read_manifest(path).groups[0].params) == {
+        name for name, _ in model.named_parameters()
+    }

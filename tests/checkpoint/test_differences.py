@@ -35,11 +35,17 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
-    saved, saved_optimizer = trained(Model(same=linear(3, 4), other=linear(3, 4), gone=linear(2, 2)))
+    saved, saved_optimizer = trained(
+        Model(same=linear(3, 4), other=linear(3, 4), gone=linear(2, 2))
+    )
     save(tmp_path, 3, saved, saved_optimizer, extra={"a": 1})
-    here, optimizer = trained(Model(same=linear(3, 4), other=linear(5, 4), new=linear(2, 3)), lr=0.5)
+    here, optimizer = trained(
+        Model(same=linear(3, 4), other=linear(5, 4), new=linear(2, 3)), lr=0.5
+    )
     before = {name: param.detach().clone() for name, param in here.named_parameters()}
-    moments = {name: optimizer.state[param]["exp_avg"].clone() for name, param in here.named_parameters()}
+    moments = {
+        name: optimizer.state[param]["exp_avg"].clone() for name, param in here.named_parameters()
+    }
     with pytest.raises(ValueError, match="is of another model or optimizer"):
         load(tmp_path, here, optimizer)
     loaded = load(tmp_path, here, optimizer, strict=False)
@@ -51,7 +57,9 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     for name in ("other.weight", "new.weight"):
         assert torch.equal(params[name], before[name])
         assert torch.equal(optimizer.state[params[name]]["exp_avg"], moments[name])
-    assert optimizer.param_groups[0]["weight_decay"] == saved_optimizer.param_groups[0]["weight_decay"]
+    assert (
+        optimizer.param_groups[0]["weight_decay"] == saved_optimizer.param_groups[0]["weight_decay"]
+    )
     listed = "\n".join(loaded.not_loaded)
     for sentence in (
         "model.other.weight has shape (4, 3) there but (4, 5) here",
@@ -79,13 +87,20 @@ def test_a_weight_without_its_correction_starts_with_none(tmp_path):
     assert optimizer.state[here.a.weight]["correction"].any()
     loaded = load(tmp_path, here, optimizer, strict=False)
     assert loaded.not_loaded == ["it has no optimizer.state.a.weight.correction"]
-    assert torch.equal(here.a.weight, saved.a.weight) and not optimizer.state[here.a.weight]["correction"].any()
-    assert torch.equal(optimizer.state[here.a.weight]["exp_avg"], plain.state[saved.a.weight]["exp_avg"])
+    assert (
+        torch.equal(here.a.weight, saved.a.weight)
+        and not optimizer.state[here.a.weight]["correction"].any()
+    )
+    assert torch.equal(
+        optimizer.state[here.a.weight]["exp_avg"], plain.state[saved.a.weight]["exp_avg"]
+    )
 
 
 def two_groups(model: nn.Module, first: float, second: float) -> AdamW_BF16:
     a, b = model.parameters()
-    return AdamW_BF16([{"params": [a], "weight_decay": first}, {"params": [b], "weight_decay": second}], lr=1e-3)
+    return AdamW_BF16(
+        [{"params": [a], "weight_decay": first}, {"params": [b], "weight_decay": second}], lr=1e-3
+    )
 
 
 def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
@@ -93,10 +108,16 @@ def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
     save(tmp_path, 1, model, two_groups(model, 0.25, 0.25))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     load(tmp_path, model, optimizer)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.25 and optimizer.param_groups[0]["lr"] == 1e-3
+    assert (
+        optimizer.param_groups[0]["weight_decay"] == 0.25
+        and optimizer.param_groups[0]["lr"] == 1e-3
+    )
     save(tmp_path, 2, model, two_groups(model, 0.25, 0.5))
     before = [param.detach().clone() for param in model.parameters()]
-    with pytest.raises(ValueError, match=r"weight_decay of a.weight is 0.25 there and of b.weight 0.5, but here they are in one group"):
+    with pytest.raises(
+        ValueError,
+        match=r"weight_decay of a.weight is 0.25 there and of b.weight 0.5, but here they are in one group",
+    ):
         load(tmp_path, model, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     load(tmp_path, model, optimizer, strict=False)
@@ -105,21 +126,33 @@ def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
 
 def test_options_keep_their_types(tmp_path):
     """Tuples, a learning rate that is a tensor, infinity; and the schedule's position goes on."""
-    model, optimizer = trained(Model(a=linear(3, 4)), lr=torch.tensor(0.1), betas=(0.8, 0.95), eps=1e-30)
+    model, optimizer = trained(
+        Model(a=linear(3, 4)), lr=torch.tensor(0.1), betas=(0.8, 0.95), eps=1e-30
+    )
     optimizer.param_groups[0]["mine"] = [float("inf"), None, (1, "x")]
     save(tmp_path, 1, model, optimizer)
     fresh = AdamW_BF16(model.parameters(), lr=torch.tensor(0.5))
     fresh.param_groups[0]["mine"] = None
     load(tmp_path, model, fresh)
     group = fresh.param_groups[0]
-    assert isinstance(group["lr"], torch.Tensor) and group["lr"].dtype == torch.float32 and group["lr"] == torch.tensor(0.1)
-    assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-30 and group["mine"] == [float("inf"), None, (1, "x")]
+    assert (
+        isinstance(group["lr"], torch.Tensor)
+        and group["lr"].dtype == torch.float32
+        and group["lr"] == torch.tensor(0.1)
+    )
+    assert (
+        group["betas"] == (0.8, 0.95)
+        and group["eps"] == 1e-30
+        and group["mine"] == [float("inf"), None, (1, "x")]
+    )
     scheduled = AdamW_BF16(model.parameters(), lr_function=LR(lr=1.0, preheat_steps=10))
     load(tmp_path, model, scheduled)
     assert scheduled.param_groups[0]["schedule_step"] == 3
     model.a.weight.grad = torch.zeros_like(model.a.weight)
     scheduled.step()
-    assert scheduled.param_groups[0]["lr"] == LR(lr=1.0, preheat_steps=10)(3), "the schedule is the code's, its position the checkpoint's"
+    assert scheduled.param_groups[0]["lr"] == LR(lr=1.0, preheat_steps=10)(3), (
+        "the schedule is the code's, its position the checkpoint's"
+    )
 
 
 def test_a_scheduler_resumes_after_a_load(tmp_path):
@@ -130,7 +163,10 @@ def test_a_scheduler_resumes_after_a_load(tmp_path):
         optimizer.step()
         scheduler.step()
     save(tmp_path, 4, model, optimizer)
-    for fresh in (AdamW_BF16(model.parameters(), lr=0.5), AdamW_BF16(model.parameters(), lr=torch.tensor(0.5))):
+    for fresh in (
+        AdamW_BF16(model.parameters(), lr=0.5),
+        AdamW_BF16(model.parameters(), lr=torch.tensor(0.5)),
+    ):
         load(tmp_path, model, fresh)
         resumed = CosineAnnealingLR(fresh, 10, last_epoch=4 - 1)
         assert resumed.base_lrs == scheduler.base_lrs == [0.1]
@@ -166,19 +202,31 @@ def test_options_that_only_the_checkpoint_has_are_loaded_where_they_agree_within
     save(tmp_path, 2, model, optimizer)
     whole = AdamW_BF16(model.parameters(), lr=1e-2)
     load(tmp_path, model, whole)
-    assert "mine" not in whole.param_groups[0], "which of the two it would be nobody knows, and nobody here asks"
+    assert "mine" not in whole.param_groups[0], (
+        "which of the two it would be nobody knows, and nobody here asks"
+    )
     whole.param_groups[0]["mine"] = 3
-    with pytest.raises(ValueError, match=r"mine of a.weight is 1 there and of b.weight 2, but here they are in one group"):
+    with pytest.raises(
+        ValueError,
+        match=r"mine of a.weight is 1 there and of b.weight 2, but here they are in one group",
+    ):
         load(tmp_path, model, whole)
 
 
-def test_a_parameter_that_is_no_longer_in_the_optimizer_keeps_its_weight_and_loses_its_state(tmp_path):
+def test_a_parameter_that_is_no_longer_in_the_optimizer_keeps_its_weight_and_loses_its_state(
+    tmp_path,
+):
     saved, saved_optimizer = trained(Model(a=linear(3, 4), b=linear(4, 2)))
     save(tmp_path, 3, saved, saved_optimizer)
     here = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
     optimizer = AdamW_BF16(here.b.parameters(), lr=0.5)
-    sentence = "it has a state of a.weight, which has none here, as where it is not in the optimizer"
-    with pytest.raises(ValueError, match=f"another model or optimizer: {sentence}; build .* or load what fits with strict=False"):
+    sentence = (
+        "it has a state of a.weight, which has none here, as where it is not in the optimizer"
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"another model or optimizer: {sentence}; build .* or load what fits with strict=False",
+    ):
         load(tmp_path, here, optimizer)
     assert load(tmp_path, here, optimizer, strict=False).not_loaded == [sentence]
     assert torch.equal(here.a.weight, saved.a.weight) and torch.equal(here.b.weight, saved.b.weight)
@@ -194,4 +242,6 @@ def test_loading_copies_into_the_memory_that_is_there(tmp_path):
     save(tmp_path, 1, model, optimizer)
     places = {key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()}
     load(tmp_path, model, optimizer)
-    assert {key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()} == places
+    assert {
+        key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()
+    } == places

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ModelParallel, gather_full_state_dict, load, save
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 
 class Net(nn.Module):
@@ -35,7 +35,10 @@ def built(kind: str, world: int) -> tuple[nn.Module, AdamW_BF16]:
     if kind == "DDP":
         model = DistributedDataParallel(model)
     if kind == "HSDP":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(
+            model,
+            mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")),
+        )
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     optimizer.init_state()
     return model, optimizer
@@ -54,12 +57,17 @@ def drift(kind: str, model: nn.Module, optimizer: AdamW_BF16, rank: int) -> None
         model.norm.running_mean = torch.zeros(7).bfloat16()
 
 
-def save_worker(rank: int, world: int, wrapper: str, kind: str, root: str) -> tuple[str, str, list[str]]:
+def save_worker(
+    rank: int, world: int, wrapper: str, kind: str, root: str
+) -> tuple[str, str, list[str]]:
     model, optimizer = built(wrapper, world)
     save(root, 1, model, optimizer)
     drift(kind, model, optimizer, rank)
     results = []
-    for call in (lambda: save(root, 2, model, optimizer), lambda: gather_full_state_dict(model, optimizer)):
+    for call in (
+        lambda: save(root, 2, model, optimizer),
+        lambda: gather_full_state_dict(model, optimizer),
+    ):
         try:
             call()
             results.append("no error")
@@ -83,11 +91,18 @@ def save_worker(rank: int, world: int, wrapper: str, kind: str, root: str) -> tu
 def test_a_save_names_what_has_drifted_and_writes_nothing(tmp_path, wrapper, kind, name):
     import re
 
-    for saved, gathered, names in run_ranks(4 if wrapper == "HSDP" else 2, save_worker, wrapper, kind, str(tmp_path)):
-        assert re.match(rf"tensors that should be the same differ between ranks \(the first between \d and \d\): ({name})", saved), saved
+    for saved, gathered, names in run_ranks(
+        4 if wrapper == "HSDP" else 2, save_worker, wrapper, kind, str(tmp_path)
+    ):
+        assert re.match(
+            rf"tensors that should be the same differ between ranks \(the first between \d and \d\): ({name})",
+            saved,
+        ), saved
         assert "on_divergence='first'" in saved and "ModelParallel" in saved
         assert names == ["LATEST", "step-00000001"]
-        assert gathered == "no error" or (kind == "state" and "linear.weight.correction" in gathered)
+        assert gathered == "no error" or (
+            kind == "state" and "linear.weight.correction" in gathered
+        )
 
 
 def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
@@ -105,7 +120,10 @@ def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
         for param in other.parameters():
             to_local(param).zero_()
     load(root, other, other_optimizer)
-    return all(torch.equal(to_local(param), value) for param, value in zip(other.parameters(), expected, strict=True))
+    return all(
+        torch.equal(to_local(param), value)
+        for param, value in zip(other.parameters(), expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("wrapper", ["none", "HSDP"])
@@ -160,7 +178,9 @@ def test_ranks_that_give_different_folders_are_told_so(tmp_path):
             "give the same on all ranks, and with models on parts of the job each part's group="
         )
         assert loaded.startswith("ranks give different values of the checkpoint to load")
-        assert wrong_group.startswith("group must be a process group or None, but it is of type list")
+        assert wrong_group.startswith(
+            "group must be a process group or None, but it is of type list"
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -185,7 +205,12 @@ def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, boo
     load(later, other, other_optimizer, group=group)
     full = gather_full_state_dict(model, optimizer, group=group)
     assert bool(full) == (rank % 2 == 0)
-    return str(path.relative_to(root)), str(later.relative_to(root)), first, torch.equal(before, to_local(other.weight.detach()))
+    return (
+        str(path.relative_to(root)),
+        str(later.relative_to(root)),
+        first,
+        torch.equal(before, to_local(other.weight.detach())),
+    )
 
 
 def test_two_models_on_halves_of_the_job_have_checkpoints_of_their_own(tmp_path):

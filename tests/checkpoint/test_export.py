@@ -12,11 +12,11 @@ import torch
 from distributed import run_ranks
 
 from sharded_bf16_adamw import save
-from sharded_bf16_adamw.checkpoint import fp32
-from sharded_bf16_adamw.checkpoint.fp32 import export_fp32, joined
+from sharded_bf16_adamw.checkpoint import export
+from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
+from sharded_bf16_adamw.checkpoint.export import export_fp32, joined
+from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
-from sharded_bf16_adamw.checkpoint.storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
 
 from .layouts import LAYOUTS, everything, train
 from .trainings import read_folder, trained, true_values
@@ -30,14 +30,24 @@ def test_export_is_the_true_weight_and_the_safetensors_package_reads_it(tmp_path
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
-    assert not torch.equal(found["up.weight"], module.up.weight.float()), "the corrections must count for something here"
+    assert not torch.equal(found["up.weight"], module.up.weight.float()), (
+        "the corrections must count for something here"
+    )
     index = json.loads((tmp_path / "out" / INDEX).read_text())
-    assert index["metadata"]["total_size"] == 4 * sum(param.numel() for param in module.parameters())
+    assert index["metadata"]["total_size"] == 4 * sum(
+        param.numel() for param in module.parameters()
+    )
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     safetensors = pytest.importorskip("safetensors.torch")
-    theirs = {name: value for file in files for name, value in safetensors.load_file(tmp_path / "out" / file).items()}
-    assert theirs.keys() == expected.keys() and all(torch.equal(theirs[name], expected[name]) for name in theirs)
+    theirs = {
+        name: value
+        for file in files
+        for name, value in safetensors.load_file(tmp_path / "out" / file).items()
+    }
+    assert theirs.keys() == expected.keys() and all(
+        torch.equal(theirs[name], expected[name]) for name in theirs
+    )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*files, INDEX]
     assert path.is_dir()
 
@@ -49,11 +59,16 @@ def test_export_of_the_stored_weights_alone(tmp_path):
     found = read_folder(tmp_path / "out")
     for name, param in module.named_parameters():
         assert found[name].dtype == param.dtype and torch.equal(found[name], param), name
-    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["model-00001-of-00001.safetensors", INDEX]
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [
+        "model-00001-of-00001.safetensors",
+        INDEX,
+    ]
 
 
 def sharded_save_worker(rank: int, world: int, root: str) -> dict[str, torch.Tensor]:
-    module, optimizer = next(layout for layout in LAYOUTS if layout.name == "FSDP2 + TP").build(world, 0)
+    module, optimizer = next(layout for layout in LAYOUTS if layout.name == "FSDP2 + TP").build(
+        world, 0
+    )
     train(module, optimizer, 2)
     save(root, 2, module, optimizer)
     return everything(module, optimizer)[0]
@@ -112,13 +127,13 @@ def test_export_refuses_to_overwrite_and_leaves_nothing_of_a_failure(tmp_path, m
 def test_export_into_the_folder_of_a_run_goes_on_while_the_run_saves(tmp_path, monkeypatch):
     module, optimizer = trained()
     save(tmp_path, 3, module, optimizer)
-    write_folder = fp32.write_folder
+    write_folder = export.write_folder
 
     def write_and_save(*args):
         write_folder(*args)
         save(tmp_path, 4, module, optimizer)  # which removes what failed saves have left
 
-    monkeypatch.setattr(fp32, "write_folder", write_and_save)
+    monkeypatch.setattr(export, "write_folder", write_and_save)
     export_fp32(tmp_path, tmp_path / "out")
     assert read_folder(tmp_path / "out").keys() == dict(module.named_parameters()).keys()
 
@@ -148,14 +163,20 @@ def test_damaged_checkpoint_is_not_exported(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"the checkpoint {path} cannot be used: {file.name} is not what was written"):
+    with pytest.raises(
+        ValueError,
+        match=f"the checkpoint {path} cannot be used: {file.name} is not what was written",
+    ):
         export_fp32(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"dtype": torch.float16}, "Invalid dtype: torch.float16"), ({"max_shard_bytes": 0}, "Invalid max_shard_bytes: 0")],
+    [
+        ({"dtype": torch.float16}, "Invalid dtype: torch.float16"),
+        ({"max_shard_bytes": 0}, "Invalid max_shard_bytes: 0"),
+    ],
 )
 def test_export_arguments(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):

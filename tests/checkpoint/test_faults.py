@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import folders, publishing, storage
+from sharded_bf16_adamw.checkpoint import commit, dcp_storage, directory
 from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text
 
 FLIPS = 240  # bits flipped, one at a time, over all files
@@ -36,12 +36,19 @@ def trained(seed: int, steps: int = 2) -> tuple[nn.Module, AdamW_BF16]:
 
 def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, object]:
     """All that loading may change."""
-    result: dict[str, object] = {name: param.detach().clone() for name, param in model.named_parameters()}
+    result: dict[str, object] = {
+        name: param.detach().clone() for name, param in model.named_parameters()
+    }
     for index, param in enumerate(model.parameters()):
         result.update(
-            {f"{index}.{key}": value.clone() for key, value in optimizer.state[param].items()} if param in optimizer.state else {}
+            {f"{index}.{key}": value.clone() for key, value in optimizer.state[param].items()}
+            if param in optimizer.state
+            else {}
         )
-    result["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    result["groups"] = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
     result["random"] = torch.get_rng_state()
     return result
 
@@ -49,7 +56,9 @@ def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, object]:
 def assert_same(a: dict[str, object], b: dict[str, object]) -> None:
     assert a.keys() == b.keys()
     for key, value in a.items():
-        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], (
+            key
+        )
 
 
 @pytest.fixture
@@ -89,7 +98,9 @@ def test_flipped_bits_are_found(saved, target):
         content = bytearray(file.read_bytes())
         for index in range(FLIPS // len(files(saved))):
             near_an_end = [*range(64), *range(len(content) - 64, len(content))]
-            place = generator.choice(near_an_end) if index % 2 else generator.randrange(len(content))
+            place = (
+                generator.choice(near_an_end) if index % 2 else generator.randrange(len(content))
+            )
             bit = 1 << generator.randrange(8)
             content[place] ^= bit
             file.write_bytes(content)
@@ -107,7 +118,11 @@ def test_truncated_files_are_found(saved, target):
         content = file.read_bytes()
         for size in (0, 1, len(content) // 2, len(content) - 1):
             file.write_bytes(content[:size])
-            cause = "it is damaged" if file.name == "manifest.json" else f"has {size} bytes, not the {len(content)} that were written"
+            cause = (
+                "it is damaged"
+                if file.name == "manifest.json"
+                else f"has {size} bytes, not the {len(content)} that were written"
+            )
             assert_refused(saved, target, file.name.replace(".", r"\.") + ".*" + cause)
             count += 1
         file.write_bytes(content + b"\0")
@@ -161,7 +176,9 @@ def refusing_worker(rank: int, world: int, root: str) -> str:
     with torch.no_grad():
         for param in model.parameters():
             param.fill_(3.0)
-    with pytest.raises(ValueError, match=r"__2_0.distcp is not what was written \(CRC-32 .{8}, not .{8}\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"__2_0.distcp is not what was written \(CRC-32 .{8}, not .{8}\)"
+    ) as caught:
         load(root, model, optimizer)
     assert all(bool((param.to_local() == 3.0).all()) for param in model.parameters())
     return str(caught.value)
@@ -186,11 +203,13 @@ def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
     bomb = pickle.dumps(Bomb())
     (saved / ".metadata").write_bytes(bomb)
     assert_refused(saved, target, r"\.metadata")
-    manifest = folders.read_manifest(saved)
+    manifest = directory.read_manifest(saved)
     manifest.files[".metadata"] = FileRecord(len(bomb), crc32_text(zlib.crc32(bomb)))
     (saved / "manifest.json").write_bytes(manifest.to_bytes())
     before = state(*target)
-    with pytest.raises(ValueError, match=r"\.metadata: it is no metadata of a checkpoint \(it names posix.mkdir"):
+    with pytest.raises(
+        ValueError, match=r"\.metadata: it is no metadata of a checkpoint \(it names posix.mkdir"
+    ):
         load(saved, *target)
     assert_same(state(*target), before)
     assert not Path("exploded").exists()
@@ -198,21 +217,32 @@ def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
     assert Path("exploded").exists(), "the bomb is a live one"
 
 
-@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load"])
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load"],
+)
 def test_metadata_may_name_only_what_describes_tensors(name):
     module, _, attribute = name.rpartition(".")
     with pytest.raises(ValueError, match=f"it names {name}"):
-        storage.parse_metadata(b"c" + module.encode() + b"\n" + attribute.encode() + b"\n.")
+        dcp_storage.parse_metadata(b"c" + module.encode() + b"\n" + attribute.encode() + b"\n.")
 
 
 def test_metadata_with_pickled_objects_is_refused():
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
     with pytest.raises(ValueError, match=r"optimizer\.x is a pickled object, which is not loaded"):
-        storage.parse_metadata(pickle.dumps(Metadata({"optimizer.x": BytesStorageMetadata()}, storage_data={})))
-    for content in (b"", b"\x80", pickle.dumps({}), pickle.dumps(Metadata([], storage_data={})), pickle.dumps(Metadata({}))):
+        dcp_storage.parse_metadata(
+            pickle.dumps(Metadata({"optimizer.x": BytesStorageMetadata()}, storage_data={}))
+        )
+    for content in (
+        b"",
+        b"\x80",
+        pickle.dumps({}),
+        pickle.dumps(Metadata([], storage_data={})),
+        pickle.dumps(Metadata({})),
+    ):
         with pytest.raises(ValueError, match="it is no metadata of a checkpoint"):
-            storage.parse_metadata(content)
+            dcp_storage.parse_metadata(content)
 
 
 # ------------------------------------------------------------------------------------------------------- saves that cannot be
@@ -243,13 +273,18 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(async_, sav
     total = sum(file.stat().st_size for file in files(saved)) + len("step-00000002\n")
 
     def limited_open(path, mode="r", *args, **kwargs):
-        return FullDisk(io.FileIO(path, mode)) if mode == "xb" else open(path, mode, *args, **kwargs)
+        return (
+            FullDisk(io.FileIO(path, mode)) if mode == "xb" else open(path, mode, *args, **kwargs)
+        )
 
-    for module in (folders, publishing, storage):
+    for module in (directory, commit, dcp_storage):
         monkeypatch.setattr(module, "open", limited_open, raising=False)
     for index in range(20):
         FullDisk.room = (total - 16) * index // 19
-        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*: on rank 0, OSError: \[Errno 28\] No space left on device"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"cannot save the checkpoint .*: on rank 0, OSError: \[Errno 28\] No space left on device",
+        ):
             save_and_wait(root, model, optimizer, async_)
         assert latest(root) == saved and verify(root) == []
         assert not list(root.glob(".partial-*"))
@@ -265,11 +300,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(saved, monkeypatch, tmp_pat
     with pytest.raises(RuntimeError, match=f"cannot save a checkpoint in {tmp_path}/file/run"):
         save(tmp_path / "file" / "run", 1, *trained(seed=3))
 
-    def refused(self, *args, **kwargs):  # root may write everywhere, so a mode of the folder would not stop it
+    def refused(
+        self, *args, **kwargs
+    ):  # root may write everywhere, so a mode of the folder would not stop it
         raise PermissionError(errno.EROFS, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(RuntimeError, match=r"cannot save a checkpoint in .*: on rank 0, PermissionError: .*Read-only file system"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot save a checkpoint in .*: on rank 0, PermissionError: .*Read-only file system",
+    ):
         save(saved.parent, 3, *trained(seed=3))
     assert latest(saved.parent) == saved and verify(saved) == []
 
@@ -278,8 +318,9 @@ def test_a_file_that_cannot_be_read_after_it_was_checked_is_said(saved, target, 
     def fails(self, plan, planner):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(storage.PlainReader, "read_data", fails)
+    monkeypatch.setattr(dcp_storage.PlainReader, "read_data", fails)
     with pytest.raises(
-        RuntimeError, match=r"the model may be partly loaded, because the checkpoint .* could not be read after it was checked"
+        RuntimeError,
+        match=r"the model may be partly loaded, because the checkpoint .* could not be read after it was checked",
     ):
         load(saved, *target)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from sharded_bf16_adamw import convert_fp32, export_fp32, import_fp32, load, save
-from sharded_bf16_adamw.checkpoint import agreement, fp32
-from sharded_bf16_adamw.checkpoint.agreement import by_first_rank
+from sharded_bf16_adamw.checkpoint import export, rank_errors
+from sharded_bf16_adamw.checkpoint.rank_errors import by_first_rank
 
 from .trainings import read_folder, trained, true_values
 
@@ -41,7 +41,9 @@ def documented_worker(rank: int, world: int, folder: str) -> dict[str, torch.Ten
 def test_every_rank_may_export_and_import(tmp_path):
     expected = true_values(*trained())
     for values in run_ranks(2, documented_worker, str(tmp_path)):
-        assert values.keys() == expected.keys() and all(torch.equal(values[name], expected[name]) for name in values)
+        assert values.keys() == expected.keys() and all(
+            torch.equal(values[name], expected[name]) for name in values
+        )
     for out in ("a", "b"):
         assert read_folder(tmp_path / out).keys() == expected.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "run"]
@@ -75,7 +77,10 @@ def converting_worker(rank: int, world: int, folder: str) -> list[Any]:
 
 
 def test_every_rank_may_convert(tmp_path):
-    assert run_ranks(2, converting_worker, str(tmp_path)) == [[str(tmp_path / "converted/step-00000000"), 0]] * 2
+    assert (
+        run_ranks(2, converting_worker, str(tmp_path))
+        == [[str(tmp_path / "converted/step-00000000"), 0]] * 2
+    )
 
 
 def failing_worker(rank: int, world: int, folder: str) -> list[str]:
@@ -96,7 +101,10 @@ def failing_worker(rank: int, world: int, folder: str) -> list[str]:
         (convert_fp32, (f"{folder}/exported", f"{folder}/converted")),
         (convert_fp32, (f"{folder}/none", f"{folder}/other")),
     ):
-        with pytest.raises((OSError, ValueError, RuntimeError)) as caught, mock.patch.object(fp32, "write_folder", no_space):
+        with (
+            pytest.raises((OSError, ValueError, RuntimeError)) as caught,
+            mock.patch.object(export, "write_folder", no_space),
+        ):
             function(*arguments)
         messages.append(f"{type(caught.value).__name__}: {caught.value}".replace(folder, ""))
     export_fp32(path, f"{folder}/new")  # a call after one that failed takes the new outcome
@@ -115,7 +123,10 @@ def test_an_error_of_the_writing_rank_is_raised_on_all(tmp_path):
         "FileNotFoundError",
     ]
     assert there[:3] + there[4:] == here[:3] + here[4:]
-    assert there[3] == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on device"
+    assert (
+        there[3]
+        == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on device"
+    )
 
 
 def halves_worker(rank: int, world: int, folder: str) -> list[str]:
@@ -125,7 +136,12 @@ def halves_worker(rank: int, world: int, folder: str) -> list[str]:
     module, optimizer = trained()
     save(f"{folder}/run{rank // 2}", 3, module, optimizer, group=mine)
     done: list[str] = []
-    export_fp32(f"{folder}/run{rank // 2}", f"{folder}/{rank // 2}", progress=lambda count: done.append("wrote"), group=mine)
+    export_fp32(
+        f"{folder}/run{rank // 2}",
+        f"{folder}/{rank // 2}",
+        progress=lambda count: done.append("wrote"),
+        group=mine,
+    )
     with pytest.raises(ValueError, match="this rank is not in the process group given as group"):
         export_fp32(f"{folder}/run0", f"{folder}/other", group=halves[1 - rank // 2])
     return done[:1]
@@ -140,7 +156,10 @@ def missing_worker(rank: int, world: int, folder: str) -> str:
     if rank == 0:
         dist.barrier()
         return ""
-    with mock.patch.object(agreement, "_timeout", return_value=timedelta(seconds=0.2)), pytest.raises(RuntimeError) as caught:
+    with (
+        mock.patch.object(rank_errors, "_timeout", return_value=timedelta(seconds=0.2)),
+        pytest.raises(RuntimeError) as caught,
+    ):
         by_first_rank("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
     dist.barrier()
     return str(caught.value)
@@ -149,5 +168,6 @@ def missing_worker(rank: int, world: int, folder: str) -> str:
 def test_a_rank_that_calls_without_rank_0_does_not_wait_for_ever(tmp_path):
     _, message = run_ranks(2, missing_worker, str(tmp_path))
     assert re.fullmatch(
-        r"rank 0 has not called export_fp32 for .*/out within 0:00:00.200000; call it on every rank, or on rank 0 alone", message
+        r"rank 0 has not called export_fp32 for .*/out within 0:00:00.200000; call it on every rank, or on rank 0 alone",
+        message,
     )

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, newest_good, prune, save, verify
-from sharded_bf16_adamw.checkpoint import folders, publishing
+from sharded_bf16_adamw.checkpoint import commit, directory
 from sharded_bf16_adamw.checkpoint.manifest import crc32_text, read_manifest
 
 from .victims import assert_holds, make, save_step
@@ -32,7 +32,9 @@ def test_folders_that_are_not_ours_are_neither_counted_nor_removed(tmp_path):
     save_step(tmp_path, 1, sharded=False, keep=2)
     save_step(tmp_path, 2, sharded=False, keep=2)
     ours = ["step-00000001-2", "step-00000002"]
-    assert names(tmp_path) == sorted([".exporting-out", "LATEST", *ours, *(path.name for path in kept)])
+    assert names(tmp_path) == sorted(
+        [".exporting-out", "LATEST", *ours, *(path.name for path in kept)]
+    )
     assert prune(tmp_path, 1) == [tmp_path / "step-00000001-2"]
     (tmp_path / "LATEST").unlink()
     assert latest(tmp_path) == tmp_path / "step-00000002"
@@ -56,7 +58,7 @@ def operations(monkeypatch):
 
     for name in ("rename", "replace", "mkdir"):
         watch(os, name)
-    for module in (folders, publishing):
+    for module in (directory, commit):
         watch(module, "sync_folder")
     watch(shutil, "rmtree")
     return done
@@ -90,7 +92,7 @@ def test_every_file_is_flushed_with_all_its_bytes_before_its_name_is_seen(tmp_pa
 def test_what_is_removed_has_lost_its_name_on_the_disk_before_its_files_go(tmp_path, operations):
     path = save_step(tmp_path, 1, sharded=False)
     operations.clear()
-    folders.remove(path)
+    directory.remove(path)
     assert operations[:2] == [("rename", str(path)), ("sync_folder", str(tmp_path))]
     ((name, hidden),) = operations[2:]
     assert name == "rmtree" and hidden.startswith(f"{tmp_path}/.removed-step-00000001-")
@@ -116,24 +118,43 @@ def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_pat
 def rewrite(path: Path, **changes: Any) -> None:
     """A manifest with other values and a right checksum."""
     body = {**json.loads((path / "manifest.json").read_bytes()), **changes}
-    body = {key: value for key, value in body.items() if value is not ... and key != "checksum"} | {"checksum": "0" * 8}  # the last
+    body = {key: value for key, value in body.items() if value is not ... and key != "checksum"} | {
+        "checksum": "0" * 8
+    }  # the last
     blank = json.dumps(body).encode()
-    (path / "manifest.json").write_bytes(blank[:-10] + f'{crc32_text(zlib.crc32(blank))}"}}'.encode())
+    (path / "manifest.json").write_bytes(
+        blank[:-10] + f'{crc32_text(zlib.crc32(blank))}"}}'.encode()
+    )
 
 
 STRANGE = {
     "another key": ({"more": 1}, "it is not what this version writes"),
     "no groups": ({"groups": ...}, "it is not what this version writes"),
     "groups of numbers": ({"groups": [1]}, "it is not what this version writes"),
-    "parameters that are no names": ({"groups": [{"params": [1], "options": {}}]}, "it is not what this version writes"),
+    "parameters that are no names": (
+        {"groups": [{"params": [1], "options": {}}]},
+        "it is not what this version writes",
+    ),
     "files in a list": ({"files": []}, "it is not what this version writes"),
-    "size that is no number": ({"files": {"a": {"bytes": "1", "crc32": ""}}}, "it is not what this version writes"),
+    "size that is no number": (
+        {"files": {"a": {"bytes": "1", "crc32": ""}}},
+        "it is not what this version writes",
+    ),
     "serial that is no number": ({"serial": "newest"}, "it is not what this version writes"),
     "extra that is no dict": ({"extra": None}, "it is not what this version writes"),
-    "file elsewhere": ({"files": {"../a": {"bytes": 1, "crc32": ""}}}, r"it names '../a', which is no file of the checkpoint's own folder"),
-    "folder above": ({"files": {"..": {"bytes": 1, "crc32": ""}}}, r"it names '..', which is no file"),
+    "file elsewhere": (
+        {"files": {"../a": {"bytes": 1, "crc32": ""}}},
+        r"it names '../a', which is no file of the checkpoint's own folder",
+    ),
+    "folder above": (
+        {"files": {"..": {"bytes": 1, "crc32": ""}}},
+        r"it names '..', which is no file",
+    ),
     "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is no file"),
-    "name that no file can have": ({"files": {"a\0": {"bytes": 1, "crc32": ""}}}, r"it names 'a\\x00', which is no file"),
+    "name that no file can have": (
+        {"files": {"a\0": {"bytes": 1, "crc32": ""}}},
+        r"it names 'a\\x00', which is no file",
+    ),
 }
 
 
@@ -145,7 +166,9 @@ def test_a_manifest_of_somebody_else_is_refused_and_hinders_nothing(case, tmp_pa
     assert verify(good) == [], "only what is changed is wrong"
     rewrite(bad, **changes)
     for call in (read_manifest, lambda path: load(path, *make(0))):
-        with pytest.raises(ValueError, match=f"the checkpoint {bad} cannot be used: manifest.json: {message}"):
+        with pytest.raises(
+            ValueError, match=f"the checkpoint {bad} cannot be used: manifest.json: {message}"
+        ):
             call(bad)
     (tmp_path / "LATEST").unlink()
     assert latest(tmp_path) == good, "a damaged one counts as older"
@@ -187,13 +210,17 @@ def flip_a_bit(path: Path) -> None:
 
 def test_the_newest_good_checkpoint_is_the_latest_or_the_first_undamaged_one_before_it(tmp_path):
     assert newest_good(tmp_path / "nothing") == (None, [])
-    paths = [save_step(tmp_path, step, sharded=False) for step in (30, 10, 20, 5)]  # in the order of saving, not of steps
+    paths = [
+        save_step(tmp_path, step, sharded=False) for step in (30, 10, 20, 5)
+    ]  # in the order of saving, not of steps
     assert newest_good(tmp_path) == (paths[3], [])
     flip_a_bit(paths[3])
     (paths[2] / "__0_0.distcp").unlink()
     found, skipped = newest_good(tmp_path)
     assert found == paths[1] and len(skipped) == 2
-    assert skipped[0].startswith(f"the checkpoint {paths[3]} is damaged: __0_0.distcp is not what was written")
+    assert skipped[0].startswith(
+        f"the checkpoint {paths[3]} is damaged: __0_0.distcp is not what was written"
+    )
     assert skipped[1] == f"the checkpoint {paths[2]} is damaged: __0_0.distcp is missing"
     assert_holds(found, 10)
     for path in paths[:2]:
@@ -212,4 +239,9 @@ def test_folders_without_a_manifest_are_named_among_what_was_skipped(tmp_path):
     found, skipped = newest_good(tmp_path)
     assert found == good
     assert skipped[:2] == [f"{tmp_path}/step-{step:08d} has no manifest.json" for step in (3, 4)]
-    assert skipped[2].startswith(f"the checkpoint {latest_one} cannot be used: manifest.json: it is damaged") and len(skipped) == 3
+    assert (
+        skipped[2].startswith(
+            f"the checkpoint {latest_one} cannot be used: manifest.json: it is damaged"
+        )
+        and len(skipped) == 3
+    )

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint.fp32 import export_fp32, joined, split
-from sharded_bf16_adamw.checkpoint.importing import import_fp32, round_moment
+from sharded_bf16_adamw.checkpoint.export import export_fp32, joined, split
+from sharded_bf16_adamw.checkpoint.foreign import import_fp32, round_moment
 
 from .layouts import LAYOUTS, Net
 from .trainings import fp32_training, in_order, read_folder
@@ -17,9 +17,13 @@ from .trainings import fp32_training, in_order, read_folder
 
 def random_floats(count=1 << 20):
     generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator, dtype=torch.int64).to(torch.int32)
+    bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator, dtype=torch.int64).to(
+        torch.int32
+    )
     x = bits.view(torch.float32)
-    special = torch.tensor([0.0, -0.0, 1.0, 1e-45, -1e-40, 2.0**-126, 3.3895e38, 1 + 2**-8, 1 + 2**-9 + 2**-23])
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, 1e-45, -1e-40, 2.0**-126, 3.3895e38, 1 + 2**-8, 1 + 2**-9 + 2**-23]
+    )
     return torch.cat([special, x[x.isfinite() & (x.abs() <= 3.3895e38)]])
 
 
@@ -31,7 +35,9 @@ def test_sixteen_bits_survive():
     assert bool((error <= bound).all())
     normal = x.abs() > 1e-30
     assert float((error / x.double().abs())[normal].max()) > 0.95 * 2.0**-17
-    assert bool((split(x)[0].view(torch.int16) == x.bfloat16().view(torch.int16)).all()), "p is x rounded to nearest"
+    assert bool((split(x)[0].view(torch.int16) == x.bfloat16().view(torch.int16)).all()), (
+        "p is x rounded to nearest"
+    )
 
 
 def test_values_that_bfloat16_cannot_hold():
@@ -51,12 +57,20 @@ def test_moments_are_rounded_without_bias_and_by_their_own_bits():
     up = (rounded.double() - below) / step
     assert set(up.unique().tolist()) == {0.0, 1.0}
     for low in range(-1, 10):
-        chosen = (fraction * 10).int() == low if low >= 0 else torch.ones_like(fraction, dtype=torch.bool)
+        chosen = (
+            (fraction * 10).int() == low
+            if low >= 0
+            else torch.ones_like(fraction, dtype=torch.bool)
+        )
         variance = (fraction * (1 - fraction))[chosen].sum()
         assert abs(float((up - fraction)[chosen].sum() / variance.sqrt())) < 5
     order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(round_moment(x[order]), rounded[order]), "no value's bits depend on its place"
-    assert torch.equal(round_moment(x.bfloat16().float()), x.bfloat16()), "what bfloat16 holds stays"
+    assert torch.equal(round_moment(x[order]), rounded[order]), (
+        "no value's bits depend on its place"
+    )
+    assert torch.equal(round_moment(x.bfloat16().float()), x.bfloat16()), (
+        "what bfloat16 holds stays"
+    )
 
 
 def test_round_trip_through_import_save_and_export(tmp_path):
@@ -70,7 +84,9 @@ def test_round_trip_through_import_save_and_export(tmp_path):
         original = model.state_dict()[name].double()
         error = (value.double() - original).abs()
         assert bool((error <= (0 if "precise" in name else 2.0**-17) * original.abs()).all()), name
-        assert name != "up.weight" or bool(error.any()), "a bound that rounding cannot miss shows nothing"
+        assert name != "up.weight" or bool(error.any()), (
+            "a bound that rounding cannot miss shows nothing"
+        )
 
 
 class Tied(nn.Module):
@@ -100,15 +116,23 @@ def test_tied_weights_are_exported_alike_and_frozen_ones_and_buffers_as_they_are
     save(tmp_path / "run", 2, model, optimizer)
     export_fp32(tmp_path / "run", tmp_path / "out")
     found = read_folder(tmp_path / "out")
-    assert torch.equal(model.gain, model.frozen), "one that a mere comparison of values would take for tied"
+    assert torch.equal(model.gain, model.frozen), (
+        "one that a mere comparison of values would take for tied"
+    )
     assert torch.equal(found["first.weight"], dict(in_order(model, optimizer))[model.first.weight])
     assert torch.equal(found["second.weight"], found["first.weight"])
-    assert not torch.equal(found["gain"], found["frozen"]) and torch.equal(found["frozen"], torch.ones(4))
+    assert not torch.equal(found["gain"], found["frozen"]) and torch.equal(
+        found["frozen"], torch.ones(4)
+    )
     assert found["count"] == 7 and found["count"].dtype == torch.int64
     other = Tied().bfloat16()
-    names = {name: found[name] for name in found if name != "second.weight"}  # Hugging Face leaves out the second of two tied names
+    names = {
+        name: found[name] for name in found if name != "second.weight"
+    }  # Hugging Face leaves out the second of two tied names
     import_fp32(names, other, AdamW_BF16(other.parameters(), lr=1e-4))
-    assert other.second.weight is other.first.weight and torch.equal(other.first.weight, found["first.weight"].bfloat16())
+    assert other.second.weight is other.first.weight and torch.equal(
+        other.first.weight, found["first.weight"].bfloat16()
+    )
 
 
 def test_imported_run_trains_on(tmp_path):
@@ -131,4 +155,6 @@ def test_imported_run_trains_on(tmp_path):
         ours.step()
         theirs.step()
     for (_, weight), b in zip(in_order(module, ours), model.parameters(), strict=True):
-        assert float((weight - b.detach()).abs().max()) < 2e-4, "five steps of 1e-3 with moments of eight bits"
+        assert float((weight - b.detach()).abs().max()) < 2e-4, (
+            "five steps of 1e-3 with moments of eight bits"
+        )

@@ -15,35 +15,65 @@ from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.checkpoint import transport
-from sharded_bf16_adamw.checkpoint.full import gather_full_state_dict, scatter_full_state_dict
+from sharded_bf16_adamw.checkpoint.full_state_dict import (
+    gather_full_state_dict,
+    scatter_full_state_dict,
+)
 from sharded_bf16_adamw.sharding import collectives
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .layouts import BY_NAME, LAYOUTS, Layout, everything, train
 
-WEIGHTS = {f"{layer}.{kind}" for layer in ("up", "down", "precise", "last", "unused") for kind in ("weight", "bias")}
+WEIGHTS = {
+    f"{layer}.{kind}"
+    for layer in ("up", "down", "precise", "last", "unused")
+    for kind in ("weight", "bias")
+}
 
 
-CROSSED = ("DDP", "FSDP1", "FSDP2", "ZeRO-2")  # these also scatter what another number of ranks gathered
+CROSSED = (
+    "DDP",
+    "FSDP1",
+    "FSDP2",
+    "ZeRO-2",
+)  # these also scatter what another number of ranks gathered
 
 
 def layouts_on(world: int) -> list[Layout]:
-    return [layout for layout in LAYOUTS if world in layout.worlds and (world != 3 or layout.name in CROSSED)]
+    return [
+        layout
+        for layout in LAYOUTS
+        if world in layout.worlds and (world != 3 or layout.name in CROSSED)
+    ]
 
 
 def flat(full: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A gathered state in the form of :func:`layouts.everything`, without the weights."""
-    states = {f"{fqn}.{key}": value for fqn, state in full["state"].items() for key, value in state.items()}
-    options = {fqn: {k: v for k, v in group.items() if k != "params"} for group in full["param_groups"] for fqn in group["params"]}
+    states = {
+        f"{fqn}.{key}": value
+        for fqn, state in full["state"].items()
+        for key, value in state.items()
+    }
+    options = {
+        fqn: {k: v for k, v in group.items() if k != "params"}
+        for group in full["param_groups"]
+        for fqn in group["params"]
+    }
     return states, options
 
 
-def states_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def states_of(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     values, options = everything(module, optimizer)
     return {key: value for key, value in values.items() if key not in WEIGHTS}, options
 
 
-def assert_same(found: tuple[dict[str, Any], dict[str, Any]], expected: tuple[dict[str, Any], dict[str, Any]], where: str) -> None:
+def assert_same(
+    found: tuple[dict[str, Any], dict[str, Any]],
+    expected: tuple[dict[str, Any], dict[str, Any]],
+    where: str,
+) -> None:
     """The same bits; a state that one of them lacks is zero in the other (a parameter that never had a gradient)."""
     for key in found[0].keys() | expected[0].keys():
         if key in found[0] and key in expected[0]:
@@ -60,7 +90,9 @@ def as_tuples(options: dict[str, Any]) -> dict[str, Any]:
     return {fqn: {**group, "betas": tuple(group["betas"])} for fqn, group in options.items()}
 
 
-def round_trip_worker(rank: int, world: int, given: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+def round_trip_worker(
+    rank: int, world: int, given: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
     """For each layout: gather what torch gathers, scatter it into another optimizer, and scatter what another run gathered.
 
     Returns:
@@ -74,21 +106,34 @@ def round_trip_worker(rank: int, world: int, given: dict[str, Any] | None) -> di
         full = gather_full_state_dict(module, optimizer)
         if rank == 0:
             assert_same(flat(full), expected, layout.name)
-            assert all(value.is_contiguous() and value.device.type == "cpu" for value in flat(full)[0].values())
+            assert all(
+                value.is_contiguous() and value.device.type == "cpu"
+                for value in flat(full)[0].values()
+            )
             results[layout.name] = copy.deepcopy(full)
         else:
             assert full == {}
         train(module, optimizer, 1)
         if rank == 0:
-            assert_same(flat(full), flat(results[layout.name]), f"{layout.name}: what was gathered must not follow the training")
+            assert_same(
+                flat(full),
+                flat(results[layout.name]),
+                f"{layout.name}: what was gathered must not follow the training",
+            )
         sources = [(full, layout.name), (given, "another run")]
         for source, name in sources if layout.name in CROSSED else sources[:1]:
             other, fresh = layout.build(world, seed=100)
             train(other, fresh, 1)
             scatter_full_state_dict(other, fresh, source if rank == 0 else None)
-            assert_same(states_of(other, fresh), expected if name == layout.name else flat(given), f"{name} into {layout.name}")
+            assert_same(
+                states_of(other, fresh),
+                expected if name == layout.name else flat(given),
+                f"{name} into {layout.name}",
+            )
             train(other, fresh, 1)
-            assert {int(state["step"]) for state in fresh.state.values() if state["step"].numel()} <= {0, 1, 4}
+            assert {
+                int(state["step"]) for state in fresh.state.values() if state["step"].numel()
+            } <= {0, 1, 4}
     return results
 
 
@@ -113,7 +158,11 @@ def test_what_was_gathered_in_one_process_has_memory_of_its_own():
     train(module, optimizer, 2)
     full = gather_full_state_dict(module, optimizer)
     gathered = copy.deepcopy(full)
-    live = {value.untyped_storage().data_ptr() for state in optimizer.state.values() for value in state.values()}
+    live = {
+        value.untyped_storage().data_ptr()
+        for state in optimizer.state.values()
+        for value in state.values()
+    }
     states = [value for state in full["state"].values() for value in state.values()]
     assert not live & {value.untyped_storage().data_ptr() for value in states}
     with torch.no_grad():
@@ -125,18 +174,31 @@ def test_what_was_gathered_in_one_process_has_memory_of_its_own():
     assert_same(flat(full), flat(gathered), "what was gathered must not follow the optimizer")
     for value in states:
         value.fill_(7)
-    assert not any(bool((value == 7).any()) for state in optimizer.state.values() for value in state.values()), "nor the other way round"
+    assert not any(
+        bool((value == 7).any()) for state in optimizer.state.values() for value in state.values()
+    ), "nor the other way round"
 
 
 def test_torch_loads_what_was_gathered_and_the_other_way_round():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     full = single_process_state()
     module, optimizer = LAYOUTS[0].build(1, seed=51)
     train(module, optimizer, 1)
-    set_optimizer_state_dict(module, optimizer, copy.deepcopy(full), options=StateDictOptions(full_state_dict=True, strict=False))
+    set_optimizer_state_dict(
+        module,
+        optimizer,
+        copy.deepcopy(full),
+        options=StateDictOptions(full_state_dict=True, strict=False),
+    )
     assert_same(states_of(module, optimizer), flat(full), "torch loads ours")
-    theirs = get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    theirs = get_optimizer_state_dict(
+        module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     module, optimizer = LAYOUTS[0].build(1, seed=52)
     scatter_full_state_dict(module, optimizer, theirs)
     assert_same(states_of(module, optimizer), flat(full), "ours loads torch's")
@@ -172,7 +234,12 @@ def no_copy_worker(rank: int, world: int) -> int:
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     optimizer.init_state()
-    own = {state.to_local().data_ptr() for states in optimizer.state.values() for key, state in states.items() if key != "step"}
+    own = {
+        state.to_local().data_ptr()
+        for states in optimizer.state.values()
+        for key, state in states.items()
+        if key != "step"
+    }
     used = []
     original = transport._buffer
 
@@ -213,7 +280,9 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
 
         return call
 
-    collectives.served_devices = lambda group=None: ["cuda"] if group in (None, dist.group.WORLD) else served(group)
+    collectives.served_devices = lambda group=None: (
+        ["cuda"] if group in (None, dist.group.WORLD) else served(group)
+    )
     try:
         for function in originals:
             setattr(dist, function, of_group(function))
@@ -228,7 +297,11 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
             setattr(dist, function, original)
     again = gather_full_state_dict(model, optimizer)
     for found in (full, again):
-        assert found == expected == {} if rank else assert_same(flat(found), flat(expected), name) is None
+        assert (
+            found == expected == {}
+            if rank
+            else assert_same(flat(found), flat(expected), name) is None
+        )
     return len(exchanged)
 
 
@@ -265,10 +338,15 @@ def test_schedule_stays_that_of_the_optimizer():
     full = single_process_state()
     constant_module, _ = LAYOUTS[0].build(1, seed=1)
     named = dict(constant_module.named_parameters())
-    groups = [{"params": [named[name] for name in group["params"]]} for group in full["param_groups"]]
+    groups = [
+        {"params": [named[name] for name in group["params"]]} for group in full["param_groups"]
+    ]
     constant = AdamW_BF16(groups, lr=0.125)
     scatter_full_state_dict(constant_module, constant, full)
-    assert constant.param_groups[0]["scheduled_lr"] is None and constant.param_groups[0]["schedule_step"] == 3
+    assert (
+        constant.param_groups[0]["scheduled_lr"] is None
+        and constant.param_groups[0]["schedule_step"] == 3
+    )
     module, optimizer = LAYOUTS[0].build(1, seed=2)
     scatter_full_state_dict(module, optimizer, full)
     group = optimizer.param_groups[0]
@@ -296,9 +374,18 @@ WRONG = [
         lambda full: replace(full, "up.bias", "exp_avg", torch.zeros(12)),
         "exp_avg of up.bias is torch.float32 there but torch.bfloat16 here",
     ),
-    (lambda full: replace(full, "up.bias", "extra", torch.zeros(12)), "it has extra of up.bias, which is not here"),
-    (lambda full: full["state"].update(other={}), "it has a state of other, which is no parameter here"),
-    (lambda full: full["param_groups"][0]["params"].remove("up.bias"), "no group there has all parameters of group 0 here"),
+    (
+        lambda full: replace(full, "up.bias", "extra", torch.zeros(12)),
+        "it has extra of up.bias, which is not here",
+    ),
+    (
+        lambda full: full["state"].update(other={}),
+        "it has a state of other, which is no parameter here",
+    ),
+    (
+        lambda full: full["param_groups"][0]["params"].remove("up.bias"),
+        "no group there has all parameters of group 0 here",
+    ),
 ]
 
 
@@ -309,7 +396,9 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message)
     module, optimizer = LAYOUTS[0].build(1, seed=3)
     train(module, optimizer, 2)
     before = states_of(module, optimizer)
-    with pytest.raises(ValueError, match=f"the full state is of another model or optimizer: {message}"):
+    with pytest.raises(
+        ValueError, match=f"the full state is of another model or optimizer: {message}"
+    ):
         scatter_full_state_dict(module, optimizer, full)
     assert_same(states_of(module, optimizer), before, "nothing changes")
 
@@ -317,9 +406,16 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message)
 def refused_everywhere_worker(rank: int, world: int) -> list[str]:
     """Rank 0 alone sees what it was given: a wrong state, and one that is not even a state."""
     messages = []
-    for given in ({}, {"state": {"up.weight": 5}, "param_groups": [{"params": ["up.weight"]}]}, {"state": {}, "param_groups": [{}]}):
+    for given in (
+        {},
+        {"state": {"up.weight": 5}, "param_groups": [{"params": ["up.weight"]}]},
+        {"state": {}, "param_groups": [{}]},
+    ):
         module, optimizer = BY_NAME["FSDP2"].build(world, 0)
-        with pytest.raises((ValueError, RuntimeError), match=r"the full state is of another|cannot scatter the full state") as caught:
+        with pytest.raises(
+            (ValueError, RuntimeError),
+            match=r"the full state is of another|cannot scatter the full state",
+        ) as caught:
             scatter_full_state_dict(module, optimizer, given if rank == 0 else None)
         messages.append(str(caught.value))
         assert not optimizer.state
@@ -335,5 +431,8 @@ def test_state_that_is_no_tensor_is_refused():
     module, optimizer = LAYOUTS[0].build(1, seed=0)
     train(module, optimizer, 1)
     optimizer.state[next(module.parameters())]["note"] = "text"
-    with pytest.raises(ValueError, match=r"the state 'note' of parameter up.weight is str, but only tensors can be gathered"):
+    with pytest.raises(
+        ValueError,
+        match=r"the state 'note' of parameter up.weight is str, but only tensors can be gathered",
+    ):
         gather_full_state_dict(module, optimizer)

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from sharded_bf16_adamw.checkpoint import contents, staging
-from sharded_bf16_adamw.checkpoint.storage import ChecksummedWriter
+from sharded_bf16_adamw.checkpoint import staging, state_dict
+from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 
 
 class OnGPU(Tensor):
@@ -49,7 +49,9 @@ class Planner(DefaultSavePlanner):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self.plan = SavePlan([WriteItem(MetadataIndex(name), WriteItemType.TENSOR) for name in tensors])
+        self.plan = SavePlan(
+            [WriteItem(MetadataIndex(name), WriteItemType.TENSOR) for name in tensors]
+        )
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self.tensors[write_item.index.fqn]
@@ -73,23 +75,35 @@ def gpus(monkeypatch) -> SimpleNamespace:
     def set_rng_state(value: Tensor, device: Any = "cuda") -> None:
         state.random[index(device)] = value.clone()
 
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=lambda: synchronize(device)))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": state.random[index(device)].clone())
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device=None: SimpleNamespace(synchronize=lambda: synchronize(device)),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state", lambda device="cuda": state.random[index(device)].clone()
+    )
     monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
-    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda gpu: gpu in state.used, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_hasPrimaryContext", lambda gpu: gpu in state.used, raising=False
+    )
     return state
 
 
 @pytest.mark.parametrize("on", [[0], [1], [0, 1], [3, 1, 2]])
 def test_a_staged_copy_is_complete_whichever_gpus_are_copied_from(gpus, on):
     """Training goes on as soon as the copies are made: what has not arrived by then is torn."""
-    tensors = {f"of {index}": on_gpu(index, 1.0 + index) for index in on} | {"on the CPU": torch.full((4,), 9.0)}
+    tensors = {f"of {index}": on_gpu(index, 1.0 + index) for index in on} | {
+        "on the CPU": torch.full((4,), 9.0)
+    }
     planner = Planner(tensors)
     staged = staging.Staged(planner, planner.plan, torch.optim.SGD([torch.zeros(1)]))
     found = [staged.resolve_data(item).tolist() for item in planner.plan.items]
@@ -97,29 +111,43 @@ def test_a_staged_copy_is_complete_whichever_gpus_are_copied_from(gpus, on):
 
 
 @pytest.mark.parametrize(
-    ("on", "ahead"), [([0], True), ([1], False), ([0, 1], False), ([], False)], ids=["current", "another", "both", "none"]
+    ("on", "ahead"),
+    [([0], True), ([1], False), ([0, 1], False), ([], False)],
+    ids=["current", "another", "both", "none"],
 )
 def test_dcp_copies_ahead_from_the_current_gpu_alone(gpus, monkeypatch, tmp_path, on, ahead):
     """It waits for no other one before it writes what it copied. Where nothing is on a GPU (in a thread, whose current GPU is
     the first, whatever this rank's is) it touches none."""
     seen = []
-    monkeypatch.setattr(FileSystemWriter, "write_data", lambda self, plan, planner: seen.append(self.per_thread_copy_ahead > 0))
-    planner = Planner({f"of {index}": on_gpu(index, 1.0) for index in on} | {"on the CPU": torch.ones(1)})
+    monkeypatch.setattr(
+        FileSystemWriter,
+        "write_data",
+        lambda self, plan, planner: seen.append(self.per_thread_copy_ahead > 0),
+    )
+    planner = Planner(
+        {f"of {index}": on_gpu(index, 1.0) for index in on} | {"on the CPU": torch.ones(1)}
+    )
     ChecksummedWriter(tmp_path).write_data(planner.plan, planner)
     assert seen == [ahead]
 
 
 def loaded(saved: dict[str, Tensor]) -> None:
     """As load() does, which reads in place what the checkpoint has."""
-    here = {key: value for key, value in contents.rng_contents(every_device=True).items() if key in saved}
+    here = {
+        key: value
+        for key, value in state_dict.rng_contents(every_device=True).items()
+        if key in saved
+    }
     for key, value in here.items():
         value.copy_(saved[key])
-    contents.set_rng_contents(here)
+    state_dict.set_rng_contents(here)
 
 
 def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
-    saved = contents.rng_contents()
-    assert {key: value.tolist() for key, value in saved.items() if key != "rng.0.cpu"} == {"rng.0.cuda": [10]}, "as older versions save it"
+    saved = state_dict.rng_contents()
+    assert {key: value.tolist() for key, value in saved.items() if key != "rng.0.cpu"} == {
+        "rng.0.cuda": [10]
+    }, "as older versions save it"
     gpus.current, gpus.used = 2, {2}
     loaded(saved)
     assert list(map(int, gpus.random)) == [10, 11, 10, 13]
@@ -128,8 +156,12 @@ def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
 @pytest.mark.parametrize("current_later", [1, 0, 3])
 def test_the_random_states_of_all_gpus_in_use_are_saved(gpus, current_later):
     gpus.current, gpus.used = 1, {1, 3}
-    saved = contents.rng_contents()
+    saved = state_dict.rng_contents()
     assert sorted(saved) == ["rng.0.cpu", "rng.0.cuda", "rng.0.cuda.1", "rng.0.cuda.3"]
-    gpus.random, gpus.current, gpus.used = [torch.tensor([0])] * 4, current_later, {current_later}  # others are used after the load
+    gpus.random, gpus.current, gpus.used = (
+        [torch.tensor([0])] * 4,
+        current_later,
+        {current_later},
+    )  # others are used after the load
     loaded(saved)
     assert (int(gpus.random[1]), int(gpus.random[3])) == (11, 13)

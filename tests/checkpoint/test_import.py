@@ -11,14 +11,16 @@ import torch
 from distributed import run_ranks
 
 from sharded_bf16_adamw import load
-from sharded_bf16_adamw.checkpoint.importing import convert_fp32, import_fp32
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.foreign import convert_fp32, import_fp32
+from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
 from .trainings import expected_states, fp32_training, named_state, trained, written
 
 
-def import_worker(rank: int, world: int, folder: str, state_file: str) -> list[tuple[str, dict[str, torch.Tensor], dict[str, Any]]]:
+def import_worker(
+    rank: int, world: int, folder: str, state_file: str
+) -> list[tuple[str, dict[str, torch.Tensor], dict[str, Any]]]:
     results = []
     for layout in LAYOUTS:
         if world in layout.worlds:
@@ -60,13 +62,18 @@ def test_import_of_torch_files(dtype, keyed_by, tmp_path):
     for key, value in expected_states(model, optimizer).items():
         assert torch.equal(values[key], value), key
     if dtype == torch.bfloat16:
-        assert not values["up.weight.correction"].any() and torch.equal(values["up.weight"], model.up.weight)
+        assert not values["up.weight.correction"].any() and torch.equal(
+            values["up.weight"], model.up.weight
+        )
 
 
 def test_import_without_optimizer_state_starts_afresh_and_keeps_hyper_parameters(tmp_path):
     model, optimizer = fp32_training()
     module, ours = trained()
-    before = [{key: value for key, value in group.items() if key != "params"} for group in ours.param_groups]
+    before = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in ours.param_groups
+    ]
     import_fp32(model.state_dict(), module, ours)
     values, _ = everything(module, ours)
     expected = expected_states(model, optimizer)
@@ -75,12 +82,18 @@ def test_import_without_optimizer_state_starts_afresh_and_keeps_hyper_parameters
             assert not value.any(), key
         else:
             assert torch.equal(value, expected[key]), key
-    assert [{key: value for key, value in group.items() if key != "params"} for group in ours.param_groups] == before
+    assert [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in ours.param_groups
+    ] == before
 
 
 def test_conversion_without_the_models_code(tmp_path):
     model, optimizer = fp32_training()
-    folder = written(tmp_path / "weights", {**model.state_dict(), "table": torch.arange(3), "scale": torch.ones(2)})
+    folder = written(
+        tmp_path / "weights",
+        {**model.state_dict(), "table": torch.arange(3), "scale": torch.ones(2)},
+    )
     state = named_state(model, optimizer)
     path = convert_fp32(folder, tmp_path / "run", state, fp32=["precise.*"], buffers=["scale"])
     assert path == tmp_path / "run" / "step-00000004"
@@ -98,21 +111,28 @@ def test_conversion_without_the_models_code(tmp_path):
 
 @pytest.mark.parametrize("argument", ["fp32", "buffers"])
 def test_patterns_are_a_list_and_each_matches_something(argument, tmp_path):
-    weights = {"blocks.0.attention_norm.weight": torch.ones(2), "norm.weight": torch.ones(2), "head.weight": torch.ones(2, 2)}
+    weights = {
+        "blocks.0.attention_norm.weight": torch.ones(2),
+        "norm.weight": torch.ones(2),
+        "head.weight": torch.ones(2, 2),
+    }
     with pytest.raises(
-        ValueError, match=rf"^{argument} must be a list of patterns, but it is the string '\*norm\*'; write \['\*norm\*'\]$"
+        ValueError,
+        match=rf"^{argument} must be a list of patterns, but it is the string '\*norm\*'; write \['\*norm\*'\]$",
     ):
         convert_fp32(weights, tmp_path / "run", **{argument: "*norm*"})
-    message = (
-        rf"^{argument}: the pattern '\*.norm.\*' matches none of the names, which are such as blocks.0.attention_norm.weight, norm.weight$"
-    )
+    message = rf"^{argument}: the pattern '\*.norm.\*' matches none of the names, which are such as blocks.0.attention_norm.weight, norm.weight$"
     with pytest.raises(ValueError, match=message):
         convert_fp32(weights, tmp_path / "run", **{argument: ["*norm*", "*.norm.*"]})
     assert not (tmp_path / "run").exists()
 
 
 def test_patterns_may_come_one_by_one(tmp_path):
-    weights = {"blocks.0.attention_norm.weight": torch.ones(2), "norm.weight": torch.ones(2), "head.weight": torch.ones(2, 2)}
+    weights = {
+        "blocks.0.attention_norm.weight": torch.ones(2),
+        "norm.weight": torch.ones(2),
+        "head.weight": torch.ones(2, 2),
+    }
     path = convert_fp32(weights, tmp_path / "run", fp32=(pattern for pattern in ["*norm*"]))
     infos = StoredCheckpoint(path).infos
     assert {name: infos[f"model.{name}"].dtype for name in weights} == {
@@ -132,30 +152,65 @@ def change_state(state, name, **changes):
 
 def by_integers(named, more):
     """A named state with integers for names, and more states."""
-    number = {name: index for index, name in enumerate(name for group in named["param_groups"] for name in group["params"])}
-    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]]
-    return {"state": {**{number[name]: values for name, values in named["state"].items()}, **more}, "param_groups": groups}
+    number = {
+        name: index
+        for index, name in enumerate(
+            name for group in named["param_groups"] for name in group["params"]
+        )
+    }
+    groups = [
+        {**group, "params": [number[name] for name in group["params"]]}
+        for group in named["param_groups"]
+    ]
+    return {
+        "state": {**{number[name]: values for name, values in named["state"].items()}, **more},
+        "param_groups": groups,
+    }
 
 
 WRONG = {
-    "missing": (lambda m, s: (weights_without(m, "up.bias"), s), "weights to import are of another model: it has no up.bias"),
-    "unexpected": (lambda m, s: ({**m.state_dict(), "x": torch.ones(1)}, s), "it has x, which is not here"),
-    "shape": (lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(5)}, s), r"up.bias has shape \(5,\) there but \(12,\) here"),
+    "missing": (
+        lambda m, s: (weights_without(m, "up.bias"), s),
+        "weights to import are of another model: it has no up.bias",
+    ),
+    "unexpected": (
+        lambda m, s: ({**m.state_dict(), "x": torch.ones(1)}, s),
+        "it has x, which is not here",
+    ),
+    "shape": (
+        lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(5)}, s),
+        r"up.bias has shape \(5,\) there but \(12,\) here",
+    ),
     "dtype": (
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(12).int()}, s),
         "up.bias is torch.int32 there but torch.bfloat16 here",
     ),
     "no weights": (lambda m, s: ({"epoch": 3}, s), "the source holds no state dict of tensors"),
     "no state": (lambda m, s: (m.state_dict(), {"state": {}}), "holds no optimizer state dict"),
-    "state is a list": (lambda m, s: (m.state_dict(), {**s, "state": [1]}), "holds no optimizer state dict"),
-    "no groups": (lambda m, s: (m.state_dict(), {**s, "param_groups": []}), "holds no optimizer state dict"),
-    "group without parameters": (lambda m, s: (m.state_dict(), {**s, "param_groups": [{"lr": 1.0}]}), "holds no optimizer state dict"),
+    "state is a list": (
+        lambda m, s: (m.state_dict(), {**s, "state": [1]}),
+        "holds no optimizer state dict",
+    ),
+    "no groups": (
+        lambda m, s: (m.state_dict(), {**s, "param_groups": []}),
+        "holds no optimizer state dict",
+    ),
+    "group without parameters": (
+        lambda m, s: (m.state_dict(), {**s, "param_groups": [{"lr": 1.0}]}),
+        "holds no optimizer state dict",
+    ),
     "state of no group": (
         lambda m, s: (m.state_dict(), by_integers(s, {99: {}})),
         "has a state of 99, which is in none of its groups",
     ),
-    "unknown state": (lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}), "it has a state of x, which is no parameter here"),
-    "state of SGD": (lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg=None)), "it has no exp_avg of up.bias"),
+    "unknown state": (
+        lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}),
+        "it has a state of x, which is no parameter here",
+    ),
+    "state of SGD": (
+        lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg=None)),
+        "it has no exp_avg of up.bias",
+    ),
     "state shape": (
         lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg_sq=torch.ones(2))),
         r"exp_avg_sq of up.bias has shape \(2,\) there but \(12,\) here",
@@ -164,7 +219,10 @@ WRONG = {
         lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
         r"has groups of \[2\] parameters but this optimizer has \[\d+, \d+\]",
     ),
-    "groups by name": (lambda m, s: (m.state_dict(), {**s, "param_groups": s["param_groups"][:1]}), "has all of precise.weight"),
+    "groups by name": (
+        lambda m, s: (m.state_dict(), {**s, "param_groups": s["param_groups"][:1]}),
+        "has all of precise.weight",
+    ),
 }
 
 
@@ -178,7 +236,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(case):
     with pytest.raises(ValueError, match=message):
         import_fp32(source, module, ours, state)
     after = everything(module, ours)
-    assert before[1] == after[1] and all(torch.equal(after[0][key], value) for key, value in before[0].items())
+    assert before[1] == after[1] and all(
+        torch.equal(after[0][key], value) for key, value in before[0].items()
+    )
     module, ours = LAYOUTS[0].build(1, seed=9)
     with pytest.raises(ValueError, match=message):
         import_fp32(source, module, ours, state)
@@ -197,12 +257,18 @@ def test_no_pickle_is_executed(as_what, tmp_path, monkeypatch):
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     module, ours = trained(1)
     for name in ("evil.pt", "raw.pt"):
-        arguments = (tmp_path / name, module, ours) if as_what == "weights" else (module.state_dict(), module, ours, tmp_path / name)
+        arguments = (
+            (tmp_path / name, module, ours)
+            if as_what == "weights"
+            else (module.state_dict(), module, ours, tmp_path / name)
+        )
         with pytest.raises(ValueError, match=f"{name} is no torch file, or "):
             import_fp32(*arguments)
     assert not (tmp_path / "evil").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
-    assert (tmp_path / "evil").exists(), "the file must be able to do harm for this test to show anything"
+    assert (tmp_path / "evil").exists(), (
+        "the file must be able to do harm for this test to show anything"
+    )
 
 
 def missing_file_worker(rank: int, world: int, folder: str, what: str) -> list[str]:

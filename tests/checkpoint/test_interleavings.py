@@ -9,5 +9,7 @@ def test_interleaved_jobs_leave_whole_checkpoints():
     total = run_seeds(range(60))
     assert total["interleavings"] == 60
     killed_after_publishing = total["published"] - total["succeeded"]
-    assert min(total["kills"], total["refused"], total["removed"], killed_after_publishing) >= 5, "there was something to lose"
+    assert min(total["kills"], total["refused"], total["removed"], killed_after_publishing) >= 5, (
+        "there was something to lose"
+    )
     assert total["succeeded"] >= 90

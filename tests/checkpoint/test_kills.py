@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sharded_bf16_adamw import latest, verify
-from sharded_bf16_adamw.checkpoint import publishing
-from sharded_bf16_adamw.checkpoint.folders import complete_checkpoints
+from sharded_bf16_adamw.checkpoint import commit
+from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 
 from .victims import assert_holds, operations, run, save_step
 
@@ -29,7 +29,9 @@ def check(root: Path, steps: set[int]) -> int:
     """Everything that can be seen is whole, and the latest is one of ``steps``. Returns which."""
     newest = latest(root)
     assert newest is not None
-    assert newest == root / (root / "LATEST").read_text().strip(), "LATEST names a checkpoint that is there"
+    assert newest == root / (root / "LATEST").read_text().strip(), (
+        "LATEST names a checkpoint that is there"
+    )
     step = int(newest.name.split("-")[1])
     assert step in steps
     for path in complete_checkpoints(root):
@@ -40,7 +42,9 @@ def check(root: Path, steps: set[int]) -> int:
 
 def check_next_save(root: Path) -> None:
     """It works, and cleans up."""
-    publishing._published.pop(root, None)  # as in a new process: this one made the first checkpoint of the job that was killed
+    commit._published.pop(
+        root, None
+    )  # as in a new process: this one made the first checkpoint of the job that was killed
     save_step(root, 9, sharded=False, keep=1)
     assert check(root, {9}) == 9
     assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-00000009"]
@@ -67,20 +71,30 @@ def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
     def kill(index: int) -> int:
         victim, at = chosen[index]
         root = start(tmp_path / str(index), action)
-        assert run(action, root, world, victim, at, everybody)[victim] == -9, "killed before its end"
+        assert run(action, root, world, victim, at, everybody)[victim] == -9, (
+            "killed before its end"
+        )
         found = check(root, {before, done})
         check_next_save(root)
         return found
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(kill, range(len(chosen))))
-    assert set(found) == {before, done}, "kills fell before and after the moment in which the new one becomes the latest"
+    assert set(found) == {before, done}, (
+        "kills fell before and after the moment in which the new one becomes the latest"
+    )
 
 
 def choose_points(root: Path, world: int, generator: random.Random) -> list[tuple[int, int]]:
     """Ranks and numbers of operations: all that change folders or flush, as far as they fit, and some writes, of which there are many."""
-    points = [(rank, at, name) for rank in range(world) for at, name in enumerate(operations(root, rank))]
+    points = [
+        (rank, at, name) for rank in range(world) for at, name in enumerate(operations(root, rank))
+    ]
     special = [(rank, at) for rank, at, name in points if name != "write"]
     writes = [(rank, at) for rank, at, name in points if name == "write"]
-    chosen = special if len(special) <= KILLS - 4 else [*generator.sample(special[:-1], KILLS - 5), special[-1]]
+    chosen = (
+        special
+        if len(special) <= KILLS - 4
+        else [*generator.sample(special[:-1], KILLS - 5), special[-1]]
+    )
     return [*chosen, *generator.sample(writes, min(len(writes), KILLS - len(chosen)))]

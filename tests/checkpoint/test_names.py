@@ -23,7 +23,7 @@ from sharded_bf16_adamw import (
     scatter_full_state_dict,
 )
 from sharded_bf16_adamw.checkpoint.names import plain_name, state_dict_key
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
 
 
 class Counter(nn.Module):
@@ -79,7 +79,9 @@ def ddp(module: nn.Module) -> nn.Module:
 def fsdp1(module: nn.Module, use_orig_params: bool = True) -> nn.Module:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     device = torch.device("cpu")
-    return FullyShardedDataParallel(module, device_mesh=mesh, device_id=device, use_orig_params=use_orig_params)
+    return FullyShardedDataParallel(
+        module, device_mesh=mesh, device_id=device, use_orig_params=use_orig_params
+    )
 
 
 def fsdp1_flat(module: nn.Module) -> nn.Module:
@@ -90,7 +92,9 @@ def fsdp2(module: nn.Module) -> nn.Module:
     return fully_shard(module, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
 
-def build(inner: tuple[Any, ...], outer: tuple[Any, ...], seed: int) -> tuple[nn.Module, AdamW_BF16]:
+def build(
+    inner: tuple[Any, ...], outer: tuple[Any, ...], seed: int
+) -> tuple[nn.Module, AdamW_BF16]:
     """Wrap a block by ``inner``, the first first, and the whole by ``outer``."""
     torch.manual_seed(seed)
     model: nn.Module = Net()
@@ -103,7 +107,9 @@ def build(inner: tuple[Any, ...], outer: tuple[Any, ...], seed: int) -> tuple[nn
 
 def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int) -> None:
     for step in range(steps):
-        model(torch.full((2, 4), 1.0 + step, dtype=torch.bfloat16)).float().square().sum().backward()
+        model(
+            torch.full((2, 4), 1.0 + step, dtype=torch.bfloat16)
+        ).float().square().sum().backward()
         optimizer.step(zero_grad=True)
 
 
@@ -120,7 +126,10 @@ def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
     assert [module.calls for module in model.modules() if isinstance(module, Counter)] == [7]
     path = save(f"{root}/wrapped", 2, model, optimizer)
     found, expected = StoredCheckpoint(path), StoredCheckpoint(f"{root}/plain")
-    assert found.manifest.groups[0].params == NAMES and found.manifest.values == expected.manifest.values
+    assert (
+        found.manifest.groups[0].params == NAMES
+        and found.manifest.values == expected.manifest.values
+    )
     kept = {key for key in expected.infos if not key.startswith("rng.")}
     assert {key for key in found.infos if not key.startswith("rng.")} == kept
     assert all(torch.equal(found.read(key), expected.read(key)) for key in kept)
@@ -128,14 +137,27 @@ def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
     fresh, fresh_optimizer = build((), (), seed=3)
     load(path, fresh, fresh_optimizer)
     full = gather_full_state_dict(model, optimizer)
-    assert not full or sorted(full["state"]) == sorted(full["param_groups"][0]["params"]) == sorted(NAMES)
+    assert not full or sorted(full["state"]) == sorted(full["param_groups"][0]["params"]) == sorted(
+        NAMES
+    )
     scatter_full_state_dict(model, optimizer, full)
-    import_fp32({name: value.float() for name, value in plain.state_dict().items() if name not in OTHERS[1:]}, model, optimizer)
+    import_fp32(
+        {
+            name: value.float()
+            for name, value in plain.state_dict().items()
+            if name not in OTHERS[1:]
+        },
+        model,
+        optimizer,
+    )
 
 
 def single_nestings() -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     orders = [(), (ac,), (compiled,), (ac, compiled), (compiled, ac)]
-    in_place = [((ac, compiled_in_place), (compiled,)), ((compiled_in_place, ac), (ac, compiled_in_place))]
+    in_place = [
+        ((ac, compiled_in_place), (compiled,)),
+        ((compiled_in_place, ac), (ac, compiled_in_place)),
+    ]
     return [*itertools.product(orders, orders), *in_place]
 
 
@@ -177,19 +199,30 @@ def nestings_worker(rank: int, world: int, root: str, indices: list[int]) -> lis
                 import traceback
 
                 traceback.print_exc()
-                failed.append(f"{[f.__name__ for f in inner]} {[f.__name__ for f in outer]}: {type(error).__name__} {error}")
+                failed.append(
+                    f"{[f.__name__ for f in inner]} {[f.__name__ for f in outer]}: {type(error).__name__} {error}"
+                )
     return failed
 
 
 def test_every_order_of_parallel_wrappers(tmp_path):
-    assert run_ranks(2, nestings_worker, str(tmp_path), list(range(len(RANKS_NESTINGS)))) == [[], []]
+    assert run_ranks(2, nestings_worker, str(tmp_path), list(range(len(RANKS_NESTINGS)))) == [
+        [],
+        [],
+    ]
 
 
 def test_a_users_own_module_called_module_keeps_its_segment():
     model = compiled(ac(Net()))
     wrapped = [name for name, _ in model.named_parameters()]
     assert wrapped != NAMES and [plain_name(model, name) for name in wrapped] == NAMES
-    assert [plain_name(model, key) for key in model.state_dict() if key.rpartition(".")[2] in ("weight", "bias")] == NAMES
-    assert [state_dict_key(model, name) for name in NAMES] == NAMES, "the outermost wrappers are left out of all names"
+    assert [
+        plain_name(model, key)
+        for key in model.state_dict()
+        if key.rpartition(".")[2] in ("weight", "bias")
+    ] == NAMES
+    assert [state_dict_key(model, name) for name in NAMES] == NAMES, (
+        "the outermost wrappers are left out of all names"
+    )
     inner = nn.Sequential(compiled(Counter()))
     assert state_dict_key(inner, "0.module.weight") == "0._orig_mod.module.weight"

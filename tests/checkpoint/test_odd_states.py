@@ -55,7 +55,11 @@ def trained(seed: int = 0) -> tuple[nn.Sequential, AdamW_BF16]:
 
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     named = dict(model.named_parameters())
-    return {f"{name}.{key}": value.clone() for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"{name}.{key}": value.clone()
+        for name, p in named.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -75,7 +79,11 @@ def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(tmp_path):
     freeze(model)
     take_steps(model, optimizer)
     expected = states(model, optimizer)
-    assert expected["0.weight.correction"].any() and expected["0.weight.step"] == 3 and expected["1.weight.step"] == 6
+    assert (
+        expected["0.weight.correction"].any()
+        and expected["0.weight.step"] == 3
+        and expected["1.weight.step"] == 6
+    )
     path = save(tmp_path / "run", 1, model, optimizer)
     fresh = layers(seed=1)
     freeze(fresh)
@@ -86,7 +94,9 @@ def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(tmp_path):
     again = {id(param): weight for param, weight in resumed.true_weights()}
     exported = read_folder(export_fp32(path, tmp_path / "out"))
     for (name, param), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(true[id(param)], again[id(other)]) and torch.equal(exported[name], true[id(param)])
+        assert torch.equal(true[id(param)], again[id(other)]) and torch.equal(
+            exported[name], true[id(param)]
+        )
     for one, its_optimizer in ((model, optimizer), (fresh, resumed)):
         one[0].requires_grad_(True)
         take_steps(one, its_optimizer)
@@ -104,7 +114,12 @@ def test_a_frozen_parameter_keeps_its_state_through_gather_scatter_and_import():
     assert same(states(fresh, resumed), states(model, optimizer))
     fresh_optimizer = AdamW_BF16(fresh.parameters(), lr=1e-2)
     weights = {name: value.float() for name, value in model.state_dict().items()}
-    import_fp32(weights, fresh, fresh_optimizer, {**full, "state": {k: dict(v) for k, v in full["state"].items()}})
+    import_fp32(
+        weights,
+        fresh,
+        fresh_optimizer,
+        {**full, "state": {k: dict(v) for k, v in full["state"].items()}},
+    )
     assert fresh_optimizer.state[fresh[0].weight]["step"] == 3
 
 
@@ -201,7 +216,9 @@ def test_a_parameter_that_was_taken_out_of_its_group_keeps_its_state_through_a_c
     assert same(states(fresh, resumed), states(model, optimizer))
     whole = {id(param): weight for param, weight in trained()[1].true_weights()}
     exported = read_folder(export_fp32(path, tmp_path / "out"))
-    assert [exported[name].sum() for name, _ in model.named_parameters()] == [weight.sum() for weight in whole.values()]
+    assert [exported[name].sum() for name, _ in model.named_parameters()] == [
+        weight.sum() for weight in whole.values()
+    ]
     assert list(gather_full_state_dict(model, optimizer)["state"]) == ["1.weight", "1.bias"]
     scatter_full_state_dict(fresh, resumed, gather_full_state_dict(model, optimizer))
     for one, its_optimizer in ((model, optimizer), (fresh, resumed)):
@@ -239,7 +256,10 @@ def test_an_entry_of_no_parameter_is_kept(kind, tmp_path):
     assert resumed.state["epoch"] == 7 and resumed.state["ema"]["decay"] == 0.5
     resumed = kind(fresh.parameters(), lr=1e-2)
     load(save(tmp_path, 1, model, optimizer), fresh, resumed)
-    assert resumed.state["epoch"] == 7 and resumed.state["ema"] == {"decay": 0.5, "count": torch.tensor(3.0)}
+    assert resumed.state["epoch"] == 7 and resumed.state["ema"] == {
+        "decay": 0.5,
+        "count": torch.tensor(3.0),
+    }
     assert optimizer.state["epoch"] == 7
     gather_full_state_dict(model, optimizer)
     if kind is AdamW_BF16:
@@ -254,7 +274,11 @@ def test_an_entry_that_cannot_be_saved_is_named(tmp_path):
             torch.ones(2000),
             "optimizer.state['ema'] belongs to no parameter and holds a tensor of 2000 elements, which cannot",
         ),
-        (7.5, 1, "optimizer.state has an entry under 7.5, which cannot be saved; use a string as its key"),
+        (
+            7.5,
+            1,
+            "optimizer.state has an entry under 7.5, which cannot be saved; use a string as its key",
+        ),
     ):
         model, optimizer = trained()
         optimizer.state[name] = entry
@@ -295,7 +319,13 @@ def test_a_group_without_parameters_is_known_by_its_place(here, there, expected)
 def grouped(model: nn.Module, decay: float, sharding: Any = None) -> AdamW_BF16:
     params = list(model.parameters())
     return AdamW_BF16(
-        [{"params": [], "weight_decay": decay}, {"params": params}, {"params": [], "weight_decay": 2 * decay}], lr=1e-2, sharding=sharding
+        [
+            {"params": [], "weight_decay": decay},
+            {"params": params},
+            {"params": [], "weight_decay": 2 * decay},
+        ],
+        lr=1e-2,
+        sharding=sharding,
     )
 
 
@@ -311,14 +341,20 @@ def test_the_options_of_groups_without_parameters_are_restored(tmp_path):
     fresh = layers(seed=1)
     for restore in (
         lambda resumed: load(path, fresh, resumed),
-        lambda resumed: scatter_full_state_dict(fresh, resumed, gather_full_state_dict(model, optimizer)),
-        lambda resumed: import_fp32(model.float().state_dict(), fresh, resumed, optimizer.state_dict()),
+        lambda resumed: scatter_full_state_dict(
+            fresh, resumed, gather_full_state_dict(model, optimizer)
+        ),
+        lambda resumed: import_fp32(
+            model.float().state_dict(), fresh, resumed, optimizer.state_dict()
+        ),
     ):
         resumed = grouped(fresh, 0.5)
         restore(resumed)
         assert decays(resumed) == [0.25, 0.01, 0.5]
         assert [group["schedule_step"] for group in resumed.param_groups] == [3, 3, 3]
-    converted = convert_fp32(model.state_dict(), tmp_path / "converted", gather_full_state_dict(model, optimizer))
+    converted = convert_fp32(
+        model.state_dict(), tmp_path / "converted", gather_full_state_dict(model, optimizer)
+    )
     assert [len(group.params) for group in read_manifest(converted).groups] == [0, 4, 0]
     one = AdamW_BF16(fresh.parameters(), lr=1e-2)
     load(path, fresh, one)
@@ -338,7 +374,9 @@ def empty_groups_worker(rank: int, world: int, root: str) -> list[Any]:
         take_steps(model, optimizer)
         save(f"{root}/{layout}", 1, model, optimizer)
         full = gather_full_state_dict(model, optimizer)
-        optimizer = grouped(model, 0.5, None if sharding is None else ZeRO(init_device_mesh("cpu", (world,))))
+        optimizer = grouped(
+            model, 0.5, None if sharding is None else ZeRO(init_device_mesh("cpu", (world,)))
+        )
         load(f"{root}/{layout}", model, optimizer)
         found.append(decays(optimizer))
         for group in optimizer.param_groups:
@@ -386,7 +424,9 @@ def on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
             except ValueError as error:
                 said.append(str(error))
     try:
-        import_fp32(weights, model, optimizer if rank == 0 else torch.optim.AdamW(model.parameters()))
+        import_fp32(
+            weights, model, optimizer if rank == 0 else torch.optim.AdamW(model.parameters())
+        )
     except ValueError as error:
         said.append(str(error))
     return said
@@ -429,7 +469,9 @@ class History(nn.Module):
 @pytest.mark.parametrize("saved", [[], [1.0], [1.0, 2.0, 3.0]])
 @pytest.mark.parametrize("here", [[], [5.0], [6.0, 7.0]])
 @pytest.mark.parametrize("empty", [None, {"seen": "nothing"}])
-def test_an_extra_state_comes_back_in_the_size_and_kind_of_the_checkpoint(saved, here, empty, tmp_path):
+def test_an_extra_state_comes_back_in_the_size_and_kind_of_the_checkpoint(
+    saved, here, empty, tmp_path
+):
     model = History(saved, empty)
     save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.1))
     fresh = History(here, empty)
@@ -465,12 +507,18 @@ class Quantised(Tensor):
         return ["qdata", "scale"], None
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Quantised:
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, size: Any, stride: Any
+    ) -> Quantised:
         return Quantised(inner["qdata"], inner["scale"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default):
+        if func in (
+            torch.ops.aten.detach.default,
+            torch.ops.aten.view.default,
+            torch.ops.aten.alias.default,
+        ):
             return Quantised(args[0].qdata, args[0].scale)
         raise NotImplementedError(f"{func} of a quantised tensor")
 
@@ -483,7 +531,9 @@ class LoRA(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         data = torch.randint(-128, 127, (4, 4), dtype=torch.int8, generator=generator)
-        self.base = nn.Parameter(Quantised(data, torch.rand(4, generator=generator)), requires_grad=False)
+        self.base = nn.Parameter(
+            Quantised(data, torch.rand(4, generator=generator)), requires_grad=False
+        )
         self.adapter = nn.Linear(4, 4).to(BF16)
 
 
@@ -501,20 +551,38 @@ def test_a_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path
     base = fresh.base
     fresh_optimizer.state["epoch"] = 1  # not all of it is tensors
     load(tmp_path / "run", fresh, fresh_optimizer)
-    assert fresh.base is base and torch.equal(base.qdata, model.base.qdata) and torch.equal(base.scale, model.base.scale)
-    with pytest.raises(ValueError, match="base is a quantised tensor, of which the checkpoint has the parts"):
+    assert (
+        fresh.base is base
+        and torch.equal(base.qdata, model.base.qdata)
+        and torch.equal(base.scale, model.base.scale)
+    )
+    with pytest.raises(
+        ValueError, match="base is a quantised tensor, of which the checkpoint has the parts"
+    ):
         export_fp32(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     gather_full_state_dict(model, optimizer)
-    with pytest.raises(ValueError, match="base is a Quantised here, into which nothing can be imported"):
-        import_fp32({"base": torch.ones(4, 4), "adapter.weight": torch.ones(4, 4), "adapter.bias": torch.ones(4)}, model, optimizer)
+    with pytest.raises(
+        ValueError, match="base is a Quantised here, into which nothing can be imported"
+    ):
+        import_fp32(
+            {
+                "base": torch.ones(4, 4),
+                "adapter.weight": torch.ones(4, 4),
+                "adapter.bias": torch.ones(4),
+            },
+            model,
+            optimizer,
+        )
 
 
 def test_a_quantised_parameter_is_no_plain_one(tmp_path):
     save(tmp_path, 1, *quantised(seed=0))
     plain = LoRA(0)
     plain.base = nn.Parameter(torch.ones(4, 4, dtype=BF16), requires_grad=False)
-    with pytest.raises(ValueError, match=r"it has no model.base; it has model.base:qdata, which is not here"):
+    with pytest.raises(
+        ValueError, match=r"it has no model.base; it has model.base:qdata, which is not here"
+    ):
         load(tmp_path, plain, AdamW_BF16(plain.adapter.parameters(), lr=0.1))
 
 
@@ -538,7 +606,11 @@ def test_a_subclass_of_tensor_is_saved_as_a_plain_one(async_, tmp_path):
     save(tmp_path / "run", 1, model, optimizer, async_=async_)
     fresh, resumed = build(seed=2)
     load(tmp_path / "run", fresh, resumed)
-    assert type(fresh.ids) is Named and torch.equal(fresh.ids, model.ids) and torch.equal(fresh[0].weight, model[0].weight)
+    assert (
+        type(fresh.ids) is Named
+        and torch.equal(fresh.ids, model.ids)
+        and torch.equal(fresh[0].weight, model[0].weight)
+    )
     assert same(states(fresh, resumed), states(model, optimizer))
     assert len(read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))) == 5
 
@@ -546,7 +618,10 @@ def test_a_subclass_of_tensor_is_saved_as_a_plain_one(async_, tmp_path):
 def dtensor_worker(rank: int, world: int, root: str) -> str:
     mesh = init_device_mesh("cpu", (world,))
     model = LoRA(0)
-    model.base = nn.Parameter(DTensor.from_local(model.base.detach(), mesh, [Replicate()], run_check=False), requires_grad=False)
+    model.base = nn.Parameter(
+        DTensor.from_local(model.base.detach(), mesh, [Replicate()], run_check=False),
+        requires_grad=False,
+    )
     with pytest.raises(ValueError, match="DTensor of Quantised") as caught:
         save(root, 1, model, AdamW_BF16(model.adapter.parameters(), lr=0.1))
     return str(caught.value)
@@ -554,7 +629,9 @@ def dtensor_worker(rank: int, world: int, root: str) -> str:
 
 def test_shards_of_a_quantised_parameter_are_refused_by_name(tmp_path):
     for said in run_ranks(2, dtensor_worker, str(tmp_path)):
-        assert said.startswith("base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave the quantised module out")
+        assert said.startswith(
+            "base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave the quantised module out"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -564,7 +641,11 @@ def test_shards_of_a_quantised_parameter_are_refused_by_name(tmp_path):
 def test_a_tensor_on_the_meta_device_is_named(tmp_path):
     good = save(tmp_path, 1, *trained())
     for make_meta in (
-        lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(4, 4, dtype=BF16, device="meta"), requires_grad=False)),
+        lambda model: setattr(
+            model[0],
+            "weight",
+            nn.Parameter(torch.ones(4, 4, dtype=BF16, device="meta"), requires_grad=False),
+        ),
         lambda model: model[0].register_buffer("weight_scale", torch.ones(4, device="meta")),
     ):
         model = layers()
@@ -575,5 +656,8 @@ def test_a_tensor_on_the_meta_device_is_named(tmp_path):
             lambda m=model, o=optimizer: load(good, m, o),
             lambda m=model, o=optimizer: import_fp32({}, m, o),
         ):
-            with pytest.raises(ValueError, match=r"^0\.weight(_scale)? is on the meta device and has no values; call model.to_empty"):
+            with pytest.raises(
+                ValueError,
+                match=r"^0\.weight(_scale)? is on the meta device and has no values; call model.to_empty",
+            ):
                 call()

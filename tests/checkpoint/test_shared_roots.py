@@ -16,7 +16,7 @@ import pytest
 from distributed import run_ranks
 
 from sharded_bf16_adamw import latest, load, prune, save, verify
-from sharded_bf16_adamw.checkpoint import folders, loading, publishing, root_lock, saving
+from sharded_bf16_adamw.checkpoint import commit, directory, loading, root_lock, saving
 from sharded_bf16_adamw.checkpoint.manifest import FileRecord
 from sharded_bf16_adamw.checkpoint.root_lock import LOCK, RootLock
 
@@ -33,7 +33,7 @@ def names(root: Path) -> list[str]:
 def node_local_worker(rank: int, world: int, folder: str, patience: float) -> str:
     os.makedirs(f"{folder}/node{rank}/run", exist_ok=True)
     os.chdir(f"{folder}/node{rank}")
-    with mock.patch.object(publishing, "SEEN_WITHIN_S", patience):
+    with mock.patch.object(commit, "SEEN_WITHIN_S", patience):
         for async_ in (False, True):
             with pytest.raises(ValueError, match="rank 1 does not see") as caught:
                 save("run", 2, *make(2, sharded=True), keep=1, async_=async_)
@@ -44,8 +44,14 @@ def test_a_root_that_is_another_disk_on_each_node_is_refused_and_nothing_is_remo
     good = save_step(tmp_path / "node0" / "run", 1, sharded=False)
     first, second = run_ranks(2, node_local_worker, str(tmp_path), 0.1)
     assert first == second and "\n" not in first
-    assert "run is not the same folder for all ranks; give a root on a file system that they share" in first
-    assert names(good.parent) == ["LATEST", "step-00000001"] and names(tmp_path / "node1" / "run") == []
+    assert (
+        "run is not the same folder for all ranks; give a root on a file system that they share"
+        in first
+    )
+    assert (
+        names(good.parent) == ["LATEST", "step-00000001"]
+        and names(tmp_path / "node1" / "run") == []
+    )
     assert_holds(good, 1)
 
 
@@ -61,8 +67,11 @@ def lost_file_worker(rank: int, world: int, root: str, size: int | None) -> str:
 
     with (
         mock.patch.object(saving.ChecksummedWriter, "write_data", write_and_lose),
-        mock.patch.object(publishing, "SEEN_WITHIN_S", 0.1),
-        pytest.raises(RuntimeError, match=r"on rank 0, OSError: .*__1_0.distcp, which rank 1 wrote with \d+ bytes") as caught,
+        mock.patch.object(commit, "SEEN_WITHIN_S", 0.1),
+        pytest.raises(
+            RuntimeError,
+            match=r"on rank 0, OSError: .*__1_0.distcp, which rank 1 wrote with \d+ bytes",
+        ) as caught,
     ):
         save(root, 2, *make(2, sharded=True), keep=1)
     assert latest(root) == good and verify(good) == []
@@ -70,9 +79,14 @@ def lost_file_worker(rank: int, world: int, root: str, size: int | None) -> str:
 
 
 @pytest.mark.parametrize(("size", "state"), [(None, "is missing"), (10, "has 10 bytes")])
-def test_a_file_that_rank_0_does_not_see_as_it_was_written_is_named_and_nothing_is_published(size, state, tmp_path):
+def test_a_file_that_rank_0_does_not_see_as_it_was_written_is_named_and_nothing_is_published(
+    size, state, tmp_path
+):
     first, second = run_ranks(2, lost_file_worker, str(tmp_path), size)
-    assert first == second and f"{state} here; give save() a root on a file system that all ranks share" in first
+    assert (
+        first == second
+        and f"{state} here; give save() a root on a file system that all ranks share" in first
+    )
     assert names(tmp_path) == ["LATEST", "step-00000001"]
 
 
@@ -85,7 +99,7 @@ def test_a_file_that_appears_late_is_waited_for(tmp_path):
 
     thread = threading.Thread(target=complete)
     thread.start()
-    publishing.check_arrived(tmp_path, [{"a": FileRecord(5, "")}])
+    commit.check_arrived(tmp_path, [{"a": FileRecord(5, "")}])
     thread.join()
 
 
@@ -123,7 +137,10 @@ def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_
         thread.start()
         assert reached.wait(60)
         before = names(tmp_path)
-        with pytest.raises(RuntimeError, match=rf"process {os.getpid()} on .* is saving to {tmp_path} now; give each job a root"):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"process {os.getpid()} on .* is saving to {tmp_path} now; give each job a root",
+        ):
             save_step(tmp_path, 2, sharded=False, keep=1)
         assert names(tmp_path) == before
         opened.set()
@@ -136,18 +153,25 @@ def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_
 
 def test_the_lock_is_free_again_after_a_save_that_failed_or_was_interrupted(tmp_path, monkeypatch):
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        for module, name in ((os.path, "lexists"), (publishing, "_discard_leftovers"), (saving, "contents"), (saving, "publish")):
+        for module, name in (
+            (os.path, "lexists"),
+            (commit, "_discard_leftovers"),
+            (saving, "contents"),
+            (saving, "publish"),
+        ):
             with monkeypatch.context() as patched:
                 patched.setattr(module, name, mock.Mock(side_effect=error))
                 with pytest.raises((RuntimeError, KeyboardInterrupt)):
                     save_step(tmp_path, 1, sharded=False)
-            assert names(tmp_path) == [] and not publishing._locks
+            assert names(tmp_path) == [] and not commit._locks
     assert_holds(save_step(tmp_path, 1, sharded=False), 1)
 
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
     """Also where its file, which another user made in a sticky folder, may not be removed."""
-    monkeypatch.setattr(os, "unlink", mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+    monkeypatch.setattr(
+        os, "unlink", mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
+    )
     lock = RootLock(tmp_path)
     copy = os.dup(lock._descriptor)  # as a fork has it: of the same open file
     lock.release()
@@ -180,7 +204,10 @@ def leave(root: Path, name: str, hours: float, file_hours: float | None = None) 
     path = root / name
     path.mkdir()
     (path / "__0_0.distcp").write_bytes(b"x")
-    for each, age in ((path / "__0_0.distcp", hours if file_hours is None else file_hours), (path, hours)):
+    for each, age in (
+        (path / "__0_0.distcp", hours if file_hours is None else file_hours),
+        (path, hours),
+    ):
         os.utime(each, (time.time() - 3600 * age,) * 2)
     return path
 
@@ -188,8 +215,12 @@ def leave(root: Path, name: str, hours: float, file_hours: float | None = None) 
 @pytest.mark.parametrize("no_locks", [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_leftover_is_removed_once_its_save_must_be_dead(no_locks, tmp_path, monkeypatch):
     if no_locks is not None:
-        monkeypatch.setattr(root_lock.fcntl, "flock", mock.Mock(side_effect=OSError(no_locks, os.strerror(no_locks))))
-    mine = leave(tmp_path, f".partial-step-00000002-{folders.machine()}-00000000", 0)
+        monkeypatch.setattr(
+            root_lock.fcntl,
+            "flock",
+            mock.Mock(side_effect=OSError(no_locks, os.strerror(no_locks))),
+        )
+    mine = leave(tmp_path, f".partial-step-00000002-{directory.machine()}-00000000", 0)
     fresh = leave(tmp_path, ".partial-step-00000002-another1-00000000", 0.5)
     active = leave(tmp_path, ".partial-step-00000003-another1-00000000", 5, file_hours=0.5)
     leave(tmp_path, ".partial-step-00000002-another1-11111111", 2)
@@ -199,14 +230,25 @@ def test_a_leftover_is_removed_once_its_save_must_be_dead(no_locks, tmp_path, mo
         (tmp_path / f".LATEST-another1-{name}").write_text("step")
         os.utime(tmp_path / f".LATEST-another1-{name}", (time.time() - 3600 * hours,) * 2)
     save_step(tmp_path, 1, sharded=False, keep=1)
-    left = [fresh.name, active.name, ".LATEST-another1-11111111", *([] if no_locks is None else [mine.name])]
+    left = [
+        fresh.name,
+        active.name,
+        ".LATEST-another1-11111111",
+        *([] if no_locks is None else [mine.name]),
+    ]
     assert names(tmp_path) == sorted(["LATEST", "step-00000001", *left])
     assert all((tmp_path / name / "__0_0.distcp").exists() for name in left if "partial" in name)
 
 
-def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(tmp_path, monkeypatch):
+def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(
+    tmp_path, monkeypatch
+):
     """Where no lock keeps them apart."""
-    monkeypatch.setattr(root_lock.fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    monkeypatch.setattr(
+        root_lock.fcntl,
+        "flock",
+        mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")),
+    )
     publish = saving.publish
 
     def publish_second(*args: Any) -> None:
@@ -215,7 +257,10 @@ def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(t
         publish(*args)
 
     monkeypatch.setattr(saving, "publish", publish_second)
-    with pytest.raises(RuntimeError, match=r"another job has saved .*step-00000001 in the meantime; give each job a root of its own"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"another job has saved .*step-00000001 in the meantime; give each job a root of its own",
+    ):
         save_step(tmp_path, 1, sharded=False)
     assert names(tmp_path) == ["LATEST", "step-00000001"]
     assert_holds(tmp_path, 1)
@@ -223,7 +268,9 @@ def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(t
 
 def test_pruning_keeps_the_latest_and_those_saved_last_where_they_differ(tmp_path):
     paths = [save_step(tmp_path, step, sharded=False) for step in (1, 2, 3)]
-    (tmp_path / "LATEST").write_text(f"{paths[1].name}\n")  # the third was published, but then the disk was full
+    (tmp_path / "LATEST").write_text(
+        f"{paths[1].name}\n"
+    )  # the third was published, but then the disk was full
     assert prune(tmp_path, 1) == [paths[0]]
     assert latest(tmp_path) == paths[1]
 
@@ -250,7 +297,9 @@ def test_a_link_to_an_archive_is_unlinked_and_its_target_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("stuck", ["rename", "rmtree"])
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_others_are_removed(stuck, tmp_path, monkeypatch):
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_others_are_removed(
+    stuck, tmp_path, monkeypatch
+):
     for step in (1, 2, 3):
         save_step(tmp_path, step, sharded=False)
     real: Any = getattr(os if stuck == "rename" else shutil, stuck)
@@ -265,13 +314,18 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_others_are_re
     for step in (4, 5):
         with pytest.warns(UserWarning, match=r"step-00000001.* could not be removed .*busy"):
             save_step(tmp_path, step, sharded=False, keep=1)
-        assert [name for name in names(tmp_path) if "00000001" not in name] == ["LATEST", f"step-0000000{step}"]
+        assert [name for name in names(tmp_path) if "00000001" not in name] == [
+            "LATEST",
+            f"step-0000000{step}",
+        ]
         assert_holds(tmp_path, step)
     with warnings.catch_warnings(record=True):
         assert prune(tmp_path, 1) == []
 
 
-def test_a_folder_that_cannot_be_flushed_is_passed_over_but_a_failing_disk_is_not(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_flushed_is_passed_over_but_a_failing_disk_is_not(
+    tmp_path, monkeypatch
+):
     fsync = os.fsync
 
     def refuses(descriptor: int) -> None:
@@ -289,11 +343,19 @@ def test_a_folder_that_cannot_be_flushed_is_passed_over_but_a_failing_disk_is_no
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
     """As permissions of another user do; root may read everything."""
-    for module, name in ((os, "stat"), (os, "scandir"), (os, "listdir"), (os, "open"), (__import__("io"), "open")):
+    for module, name in (
+        (os, "stat"),
+        (os, "scandir"),
+        (os, "listdir"),
+        (os, "open"),
+        (__import__("io"), "open"),
+    ):
         real = getattr(module, name)
 
         def refuses(path: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
-            if not isinstance(path, int) and any(Path(path) == each or each in Path(path).parents for each in forbidden):
+            if not isinstance(path, int) and any(
+                Path(path) == each or each in Path(path).parents for each in forbidden
+            ):
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real(path, *args, **kwargs)
 
@@ -308,18 +370,34 @@ def test_what_may_not_be_read_is_no_missing_checkpoint(what, tmp_path, monkeypat
     forbid(monkeypatch, root / what)
     with pytest.raises(PermissionError):
         latest(root)
-    with pytest.raises(RuntimeError, match=f"cannot read the checkpoint {root}: on rank 0, PermissionError"):
+    with pytest.raises(
+        RuntimeError, match=f"cannot read the checkpoint {root}: on rank 0, PermissionError"
+    ):
         load(root, *make(0), missing_ok=True)
 
 
-def test_an_old_checkpoint_that_may_not_be_read_hinders_no_save_and_is_left_alone(tmp_path, monkeypatch):
+def test_an_old_checkpoint_that_may_not_be_read_hinders_no_save_and_is_left_alone(
+    tmp_path, monkeypatch
+):
     for step in (1, 2):
         save_step(tmp_path, step, sharded=False)
     leave(tmp_path, ".partial-step-00000003-another1-00000000", 2)
     with monkeypatch.context() as patched:
-        forbid(patched, tmp_path / "step-00000001", tmp_path / ".partial-step-00000003-another1-00000000")
-        with pytest.warns(UserWarning, match=r"\.partial-step-00000003.* is left over and could not be removed .*Permission denied"):
+        forbid(
+            patched,
+            tmp_path / "step-00000001",
+            tmp_path / ".partial-step-00000003-another1-00000000",
+        )
+        with pytest.warns(
+            UserWarning,
+            match=r"\.partial-step-00000003.* is left over and could not be removed .*Permission denied",
+        ):
             save_step(tmp_path, 3, sharded=False, keep=1)
         assert prune(tmp_path, 1) == []
-    assert names(tmp_path) == [".partial-step-00000003-another1-00000000", "LATEST", "step-00000001", "step-00000003"]
+    assert names(tmp_path) == [
+        ".partial-step-00000003-another1-00000000",
+        "LATEST",
+        "step-00000001",
+        "step-00000003",
+    ]
     assert_holds(tmp_path / "step-00000001", 1)

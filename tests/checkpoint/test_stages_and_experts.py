@@ -19,8 +19,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from sharded_bf16_adamw import AdamW_BF16, ModelParallel, export_fp32, import_fp32, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import divergence, publishing, saving
+from sharded_bf16_adamw import (
+    AdamW_BF16,
+    ModelParallel,
+    export_fp32,
+    import_fp32,
+    load,
+    save,
+    verify,
+    wait_for_save,
+)
+from sharded_bf16_adamw.checkpoint import commit, divergence, saving
 
 from .test_odd_states import LoRA
 
@@ -39,7 +48,9 @@ def stages() -> ModelParallel:
 
 
 def layers(count: int, first: float) -> nn.Module:
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(count))}).bfloat16()
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(count))}
+    ).bfloat16()
     with torch.no_grad():
         for index, param in enumerate(model.parameters()):
             param.fill_(first + index)
@@ -159,7 +170,10 @@ def exported_worker(rank: int, world: int, root: str) -> bool:
     export_fp32(root, f"{root}/out")
     other = layers(2, -1.0)
     import_fp32(f"{root}/out", other, trained(other, model_parallel=stages()))
-    return all(torch.equal(param.detach(), weight) for param, weight in zip(other.parameters(), weights, strict=True))
+    return all(
+        torch.equal(param.detach(), weight)
+        for param, weight in zip(other.parameters(), weights, strict=True)
+    )
 
 
 def test_an_export_of_stages_that_number_layers_from_0_is_imported(tmp_path):
@@ -177,14 +191,19 @@ def shared_list_worker(rank: int, world: int, root: str) -> bool:
         for param in model.a.parameters():
             param.normal_()
     model.bfloat16()
-    optimizer = trained(model, model_parallel=ModelParallel(ep=dist.group.WORLD, experts=list(model.a)))
+    optimizer = trained(
+        model, model_parallel=ModelParallel(ep=dist.group.WORLD, experts=list(model.a))
+    )
     before = [param.detach().clone() for param in model.a.parameters()]
     save(root, 1, model, optimizer)
     with torch.no_grad():
         for param in model.a.parameters():
             param.zero_()
     load(root, model, optimizer)
-    return all(torch.equal(param.detach(), value) for param, value in zip(model.a.parameters(), before, strict=True))
+    return all(
+        torch.equal(param.detach(), value)
+        for param, value in zip(model.a.parameters(), before, strict=True)
+    )
 
 
 def test_a_list_of_experts_has_numbers_of_the_group_however_it_is_named(tmp_path):
@@ -193,7 +212,9 @@ def test_a_list_of_experts_has_numbers_of_the_group_however_it_is_named(tmp_path
     from safetensors import safe_open
 
     with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
-        assert {name for name in file.keys() if name.endswith("weight")} == {f"{x}.{i}.weight" for x in "ab" for i in range(4)}  # noqa: SIM118
+        assert {name for name in file.keys() if name.endswith("weight")} == {
+            f"{x}.{i}.weight" for x in "ab" for i in range(4)
+        }  # noqa: SIM118
 
 
 def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
@@ -201,12 +222,18 @@ def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
         options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
-        model = FullyShardedDataParallel(nn.Linear(4, 4).bfloat16(), device_mesh=mesh["dp"], **options)
-        optimizer = AdamW_BF16(model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=mesh["pp"]))
+        model = FullyShardedDataParallel(
+            nn.Linear(4, 4).bfloat16(), device_mesh=mesh["dp"], **options
+        )
+        optimizer = AdamW_BF16(
+            model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=mesh["pp"])
+        )
         with pytest.raises(ValueError, match="FSDP1") as caught:
             save(f"{root}/staged", 1, model, optimizer)
         torch.manual_seed(0)
-        plain = FullyShardedDataParallel(nn.Linear(4, 4).bfloat16(), **options)  # over a process group: states are ShardedTensors
+        plain = FullyShardedDataParallel(
+            nn.Linear(4, 4).bfloat16(), **options
+        )  # over a process group: states are ShardedTensors
         optimizer = AdamW_BF16(plain.parameters(), lr=1e-2)
         plain(torch.ones(2, 4).bfloat16()).float().sum().backward()
         optimizer.step(zero_grad=True)
@@ -216,7 +243,9 @@ def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
             for param in plain.parameters():
                 param.zero_()
         load(f"{root}/alone", plain, optimizer)
-    return str(caught.value), all(torch.equal(a.detach(), b) for a, b in zip(plain.parameters(), before, strict=True))
+    return str(caught.value), all(
+        torch.equal(a.detach(), b) for a, b in zip(plain.parameters(), before, strict=True)
+    )
 
 
 def test_fsdp1_is_refused_in_a_stage_and_works_without_a_mesh(tmp_path):
@@ -255,10 +284,20 @@ def wrong_on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
 
 def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
     for root_, path, asynchronous, memory in run_ranks(2, wrong_on_one_rank_worker, str(tmp_path)):
-        assert root_ == "ValueError: root must be a path, but it is of type NoneType; give a str or a pathlib.Path"
-        assert path == "ValueError: path must be a path, but it is of type int; give a str or a pathlib.Path"
-        assert asynchronous.startswith("ValueError: ranks give different values of async_: True on rank 0 and False on rank 1")
-        assert memory.startswith("RuntimeError: cannot compare tensors between ranks: on rank 1, OutOfMemoryError: out of memory")
+        assert (
+            root_
+            == "ValueError: root must be a path, but it is of type NoneType; give a str or a pathlib.Path"
+        )
+        assert (
+            path
+            == "ValueError: path must be a path, but it is of type int; give a str or a pathlib.Path"
+        )
+        assert asynchronous.startswith(
+            "ValueError: ranks give different values of async_: True on rank 0 and False on rank 1"
+        )
+        assert memory.startswith(
+            "RuntimeError: cannot compare tensors between ranks: on rank 1, OutOfMemoryError: out of memory"
+        )
 
 
 def two_threads_worker(rank: int, world: int, root: str) -> list[str]:
@@ -310,7 +349,10 @@ def unshared_load_worker(rank: int, world: int, root: str) -> str:
     os.makedirs(f"{root}/node{rank}")
     os.chdir(root if rank == 0 else f"{root}/node{rank}")  # the same path, another disk
     try:
-        with mock.patch.object(publishing, "SEEN_WITHIN_S", 0.1), pytest.raises(ValueError, match="does not see") as caught:
+        with (
+            mock.patch.object(commit, "SEEN_WITHIN_S", 0.1),
+            pytest.raises(ValueError, match="does not see") as caught,
+        ):
             load("shared", model, optimizer)
         return str(caught.value)
     finally:
@@ -334,8 +376,16 @@ def test_a_job_that_finds_another_ones_later_save_stops(tmp_path):
         "import sys, torch; from sharded_bf16_adamw import AdamW_BF16, save; m = torch.nn.Linear(3, 3).bfloat16(); "
         "print(save(sys.argv[1], 9, m, AdamW_BF16(m.parameters()), keep=2).name)"
     )
-    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert other.stdout.strip() == "step-00000009"
-    with pytest.raises(RuntimeError, match=r"another job has saved .*step-00000009 since this job's last save there"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"another job has saved .*step-00000009 since this job's last save there",
+    ):
         save(tmp_path, 2, model, optimizer, keep=2)
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000009"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-00000001",
+        "step-00000009",
+    ]

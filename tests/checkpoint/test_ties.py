@@ -42,7 +42,11 @@ class LM(nn.Module):
     def __init__(self, tied: tuple[int, ...] = (), seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.emb, self.head, self.more = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+        self.emb, self.head, self.more = (
+            nn.Embedding(16, 8),
+            nn.Linear(8, 16, bias=False),
+            nn.Linear(8, 16, bias=False),
+        )
         layers = (self.emb, self.head, self.more)
         for index in tied[1:]:
             layers[index].weight = layers[tied[0]].weight
@@ -53,7 +57,9 @@ class LM(nn.Module):
         return self.head(hidden) + self.more(torch.tanh(hidden))
 
 
-def build(tied: tuple[int, ...], seed: int = 0, frozen: tuple[int, ...] = ()) -> tuple[LM, AdamW_BF16]:
+def build(
+    tied: tuple[int, ...], seed: int = 0, frozen: tuple[int, ...] = ()
+) -> tuple[LM, AdamW_BF16]:
     model = LM(tied, seed)
     for index in frozen:
         (model.emb, model.head, model.more)[index].weight.requires_grad_(False)
@@ -69,8 +75,13 @@ def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int = 4) -> None:
 
 def values_of(model: LM, optimizer: AdamW_BF16) -> dict[str, list[Tensor]]:
     """By each name its weight and state."""
-    weights = dict(zip(NAMES, (model.emb.weight, model.head.weight, model.more.weight), strict=True))
-    return {name: [p.detach().clone(), *(v.clone() for v in optimizer.state.get(p, {}).values())] for name, p in weights.items()}
+    weights = dict(
+        zip(NAMES, (model.emb.weight, model.head.weight, model.more.weight), strict=True)
+    )
+    return {
+        name: [p.detach().clone(), *(v.clone() for v in optimizer.state.get(p, {}).values())]
+        for name, p in weights.items()
+    }
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -97,15 +108,21 @@ def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tm
             take_steps(other, other_optimizer, 1)
         else:
             first = NAMES[min(here)]
-            different = next(NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved))
+            different = next(
+                NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved)
+            )
             sentence = f"{first} and {different} are one tensor here but were saved as two with different weights"
             with pytest.raises(ValueError, match=re.escape(sentence)):
                 load(path, other, other_optimizer)
-            assert all(same(values_of(other, other_optimizer)[name], before[name]) for name in NAMES)
+            assert all(
+                same(values_of(other, other_optimizer)[name], before[name]) for name in NAMES
+            )
             loaded = load(path, other, other_optimizer, strict=False)
             assert any(sentence in line for line in loaded.not_loaded)
             found = values_of(other, other_optimizer)
-            assert same(found[first], expected[first]) and same(found[different], expected[first]), here
+            assert same(found[first], expected[first]) and same(
+                found[different], expected[first]
+            ), here
 
 
 def test_the_manifest_records_what_is_tied(tmp_path):
@@ -128,7 +145,9 @@ def test_what_was_untied_but_equal_loads_into_one_tensor(tmp_path):
     save(tmp_path, 1, model, optimizer)
     tied, tied_optimizer = build((0, 1), seed=1)
     load(tmp_path, tied, tied_optimizer)
-    assert same(values_of(tied, tied_optimizer)["head.weight"], values_of(model, optimizer)["emb.weight"])
+    assert same(
+        values_of(tied, tied_optimizer)["head.weight"], values_of(model, optimizer)["emb.weight"]
+    )
 
 
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "correction"])
@@ -136,7 +155,10 @@ def test_equal_weights_with_different_states_are_not_one_tensor(key, tmp_path):
     model, optimizer = equal_but_untied()
     optimizer.state[model.head.weight][key] += 1
     save(tmp_path, 1, model, optimizer)
-    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer"):
+    with pytest.raises(
+        ValueError,
+        match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer",
+    ):
         load(tmp_path, *build((0, 1), seed=1))
 
 
@@ -146,7 +168,10 @@ def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_pa
     with torch.no_grad():
         model.head.weight.copy_(model.emb.weight)
     save(tmp_path, 1, model, optimizer)
-    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not"):
+    with pytest.raises(
+        ValueError,
+        match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not",
+    ):
         load(tmp_path, *build((0, 1), seed=1))
 
 
@@ -156,7 +181,10 @@ def test_a_tied_weight_loads_into_one_that_is_frozen_with_its_correction(tmp_pat
     save(tmp_path, 1, model, optimizer)
     untied, untied_optimizer = build((), seed=1, frozen=(1,))
     load(tmp_path, untied, untied_optimizer)
-    assert all(same(values_of(untied, untied_optimizer)[name], values_of(model, optimizer)[name]) for name in NAMES)
+    assert all(
+        same(values_of(untied, untied_optimizer)[name], values_of(model, optimizer)[name])
+        for name in NAMES
+    )
 
 
 def without_record(path: Any) -> None:
@@ -165,7 +193,9 @@ def without_record(path: Any) -> None:
     manifest.ties = None
     content = manifest.to_bytes().replace(b' "ties": null,\n', b"")
     blank = content.rpartition(b'"checksum": "')[0] + b'"checksum": "00000000"\n}\n'
-    (path / "manifest.json").write_bytes(blank.replace(b'"checksum": "00000000"', b'"checksum": "%08x"' % zlib.crc32(blank)))
+    (path / "manifest.json").write_bytes(
+        blank.replace(b'"checksum": "00000000"', b'"checksum": "%08x"' % zlib.crc32(blank))
+    )
     assert read_manifest(path).ties is None
 
 
@@ -176,7 +206,10 @@ def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
     without_record(path)
     tied, tied_optimizer = build((0, 1), seed=1)
     load(path, tied, tied_optimizer)
-    assert all(same(values_of(tied, tied_optimizer)[name], values_of(model, optimizer)[name]) for name in NAMES)
+    assert all(
+        same(values_of(tied, tied_optimizer)[name], values_of(model, optimizer)[name])
+        for name in NAMES
+    )
     exported = read_folder(export_fp32(path, tmp_path / "out"))
     true = next(weight for param, weight in optimizer.true_weights() if param is model.emb.weight)
     assert torch.equal(exported["head.weight"], true) and torch.equal(exported["emb.weight"], true)
@@ -184,7 +217,10 @@ def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
     take_steps(model, optimizer)
     path = save(tmp_path, 2, model, optimizer)
     without_record(path)
-    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights"):
+    with pytest.raises(
+        ValueError,
+        match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights",
+    ):
         load(path, tied, tied_optimizer)
 
 
@@ -195,7 +231,9 @@ def test_an_export_goes_by_the_record_and_not_by_equal_bits(tmp_path):
         model.head.weight.copy_(model.emb.weight)
     save(tmp_path / "run", 1, model, optimizer)
     exported = read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))
-    assert torch.equal(exported["head.weight"], model.head.weight.float()), "which no correction belongs to"
+    assert torch.equal(exported["head.weight"], model.head.weight.float()), (
+        "which no correction belongs to"
+    )
     assert not torch.equal(exported["emb.weight"], exported["head.weight"])
 
 
@@ -206,7 +244,9 @@ def test_imports_into_tied_weights_are_equal_or_refused():
     source = {name: value.float() for name, value in LM((), seed=5).state_dict().items()}
     tied, optimizer = build((0, 1))
     before = values_of(tied, optimizer)
-    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"):
+    with pytest.raises(
+        ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"
+    ):
         import_fp32(source, tied, optimizer)
     assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
     source["head.weight"] = source["emb.weight"].clone()
@@ -225,7 +265,10 @@ def fp32_run(tied: tuple[int, ...]) -> tuple[nn.Module, torch.optim.AdamW, dict[
         optimizer.zero_grad()
     names = [name for name, _ in model.named_parameters()]
     state = {names[key]: value for key, value in optimizer.state_dict()["state"].items()}
-    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in optimizer.state_dict()["param_groups"]]
+    groups = [
+        {**group, "params": [names[key] for key in group["params"]]}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
     return model, optimizer, {"state": state, "param_groups": groups}
 
 
@@ -234,7 +277,10 @@ def test_the_state_of_tied_weights_is_imported_into_each_untied_one():
     untied, optimizer = build((), seed=1)
     import_fp32(model.state_dict(), untied, optimizer, state)
     found = values_of(untied, optimizer)
-    assert same(found["head.weight"], found["emb.weight"]) and optimizer.state[untied.head.weight]["step"] == 3
+    assert (
+        same(found["head.weight"], found["emb.weight"])
+        and optimizer.state[untied.head.weight]["step"] == 3
+    )
     assert optimizer.state[untied.head.weight]["exp_avg"].any()
 
 
@@ -242,12 +288,20 @@ def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal
     model, _, state = fp32_run(())
     model.head.weight.data.copy_(model.emb.weight)
     tied, optimizer = build((0, 1), seed=1)
-    with pytest.raises(ValueError, match=r"emb.weight and head.weight are one tensor here but have different states"):
+    with pytest.raises(
+        ValueError,
+        match=r"emb.weight and head.weight are one tensor here but have different states",
+    ):
         import_fp32(model.state_dict(), tied, optimizer, state)
-    state["state"]["head.weight"] = {key: value.clone() for key, value in state["state"]["emb.weight"].items()}
+    state["state"]["head.weight"] = {
+        key: value.clone() for key, value in state["state"]["emb.weight"].items()
+    }
     import_fp32(model.state_dict(), tied, optimizer, state)
     assert optimizer.state[tied.head.weight]["step"] == 3
-    only_other = {**state, "state": {name: value for name, value in state["state"].items() if name != "emb.weight"}}
+    only_other = {
+        **state,
+        "state": {name: value for name, value in state["state"].items() if name != "emb.weight"},
+    }
     import_fp32(model.state_dict(), tied, optimizer, only_other)
     assert optimizer.state[tied.head.weight]["step"] == 3
 
@@ -287,14 +341,18 @@ def test_buffers_that_share_memory_are_tied(tmp_path):
     save(tmp_path / "untied", 1, untied, AdamW_BF16(untied.parameters(), lr=0.1))
     load(tmp_path / "tied", untied, AdamW_BF16(untied.parameters(), lr=0.1))
     assert torch.equal(untied.b, torch.arange(4.0))
-    with pytest.raises(ValueError, match="a and b are one tensor here but were saved as two with different weights"):
+    with pytest.raises(
+        ValueError, match="a and b are one tensor here but were saved as two with different weights"
+    ):
         load(tmp_path / "untied", tied, AdamW_BF16(tied.parameters(), lr=0.1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- layouts
 
 
-def wrapped(layout: str, tied: tuple[int, ...], world: int, seed: int) -> tuple[nn.Module, AdamW_BF16]:
+def wrapped(
+    layout: str, tied: tuple[int, ...], world: int, seed: int
+) -> tuple[nn.Module, AdamW_BF16]:
     model: nn.Module = LM(tied, seed)
     mesh = init_device_mesh("cpu", (world,))
     sharding = None
@@ -306,7 +364,10 @@ def wrapped(layout: str, tied: tuple[int, ...], world: int, seed: int) -> tuple[
         sharding = ZeRO(mesh)
     else:
         model = FullyShardedDataParallel(
-            model, device_mesh=mesh, device_id=torch.device("cpu"), use_orig_params=layout == "FSDP1 use_orig_params"
+            model,
+            device_mesh=mesh,
+            device_id=torch.device("cpu"),
+            use_orig_params=layout == "FSDP1 use_orig_params",
         )
     return model, AdamW_BF16(model.parameters(), lr=1e-2, sharding=sharding)
 
@@ -322,7 +383,9 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
         folder = f"{root}/{layout} {saved} {here}"
         model, optimizer = wrapped(layout, saved, world, seed=0)
         take_steps(model, optimizer, 2)
-        if read_manifest(save(f"{folder}/there", 2, model, optimizer)).ties != ([["emb.weight", "head.weight"]] if saved else []):
+        if read_manifest(save(f"{folder}/there", 2, model, optimizer)).ties != (
+            [["emb.weight", "head.weight"]] if saved else []
+        ):
             failed.append(f"{folder}: ties")
         plain, plain_optimizer = build(here, seed=1)
         load(f"{folder}/there", plain, plain_optimizer)
@@ -350,10 +413,14 @@ def test_ties_change_under_every_layout(tmp_path):
     assert run_ranks(2, layouts_worker, str(tmp_path)) == [[], []]
 
 
-def staged(tied: tuple[int, ...], rank: int, seed: int, frozen: tuple[int, ...] = ()) -> tuple[LM, AdamW_BF16]:
+def staged(
+    tied: tuple[int, ...], rank: int, seed: int, frozen: tuple[int, ...] = ()
+) -> tuple[LM, AdamW_BF16]:
     """A pipeline stage whose names are those of the other stage, with other values."""
     model, _ = build(tied, seed + 10 * rank, frozen)
-    return model, AdamW_BF16(model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD))
+    return model, AdamW_BF16(
+        model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD)
+    )
 
 
 def stages_worker(rank: int, world: int, root: str) -> list[Any]:
@@ -362,12 +429,19 @@ def stages_worker(rank: int, world: int, root: str) -> list[Any]:
     path = save(root, 2, model, optimizer)
     expected = values_of(model, optimizer)
     found: list[Any] = [read_manifest(path).ties]
-    for of_stages, frozen in ((((), ()), ()), (((), (0, 1)), ()), (((), ()), (1,)), (((0, 1), ()), (0, 1, 2))):
+    for of_stages, frozen in (
+        (((), ()), ()),
+        (((), (0, 1)), ()),
+        (((), ()), (1,)),
+        (((0, 1), ()), (0, 1, 2)),
+    ):
         stage, stage_optimizer = staged(of_stages[rank], rank, 1, frozen)
         load(path, stage, stage_optimizer)
         loaded = values_of(stage, stage_optimizer)
         found.append(all(same(loaded[name], expected[name]) for name in NAMES))
-    with pytest.raises(ValueError, match=r"head.weight@pp1 and more.weight@pp1 are one tensor here") as caught:
+    with pytest.raises(
+        ValueError, match=r"head.weight@pp1 and more.weight@pp1 are one tensor here"
+    ) as caught:
         load(path, *staged((1, 2) if rank else (0, 1), rank, seed=1))
     return [*found, str(caught.value)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sharded_bf16_adamw.checkpoint.importing import round_moment
+from sharded_bf16_adamw.checkpoint.foreign import round_moment
 from sharded_bf16_adamw.checkpoint.safetensors_io import TensorInfo, find_safetensors, write_folder
 
 from .layouts import LAYOUTS, Net, train
@@ -21,7 +21,12 @@ def read_folder(folder):
 
 
 def true_values(module, optimizer):
-    return {name: weight for (name, _), (_, weight) in zip(module.named_parameters(), in_order(module, optimizer), strict=True)}
+    return {
+        name: weight
+        for (name, _), (_, weight) in zip(
+            module.named_parameters(), in_order(module, optimizer), strict=True
+        )
+    }
 
 
 def in_order(module, optimizer):
@@ -34,12 +39,22 @@ def fp32_training(dtype=torch.float32, steps=4):
     torch.manual_seed(3)
     model = Net().to(dtype)
     named = dict(model.named_parameters())
-    groups = [[named[name] for name in named if "precise" not in name], [named[name] for name in named if "precise" in name]]
-    optimizer = torch.optim.AdamW([{"params": params, "lr": 2e-3 * (1 + i)} for i, params in enumerate(groups)], betas=(0.8, 0.95))
+    groups = [
+        [named[name] for name in named if "precise" not in name],
+        [named[name] for name in named if "precise" in name],
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": 2e-3 * (1 + i)} for i, params in enumerate(groups)],
+        betas=(0.8, 0.95),
+    )
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for name, param in named.items():
-            param.grad = None if "unused" in name else torch.randn(param.shape, generator=generator).to(dtype)
+            param.grad = (
+                None
+                if "unused" in name
+                else torch.randn(param.shape, generator=generator).to(dtype)
+            )
         optimizer.step()
     return model, optimizer
 
@@ -56,13 +71,17 @@ def expected_states(model, optimizer):
     result = {}
     for name, param in model.named_parameters():
         ours = torch.float32 if "precise" in name else torch.bfloat16
-        result[name] = param.detach().float() if ours == torch.float32 else param.detach().bfloat16()
+        result[name] = (
+            param.detach().float() if ours == torch.float32 else param.detach().bfloat16()
+        )
         state = optimizer.state.get(param, {})
         for key in ("exp_avg", "exp_avg_sq"):
             value = state.get(key, torch.zeros_like(param)).float()
             result[f"{name}.{key}"] = value if ours == torch.float32 else round_moment(value)
         if ours == torch.bfloat16:
-            result[f"{name}.correction"] = (param.detach().float() - param.detach().bfloat16().float()).bfloat16()
+            result[f"{name}.correction"] = (
+                param.detach().float() - param.detach().bfloat16().float()
+            ).bfloat16()
         result[f"{name}.step"] = torch.tensor(float(state.get("step", 0)))
     return result
 
@@ -71,5 +90,8 @@ def named_state(model, optimizer):
     """As FSDP and get_optimizer_state_dict(full_state_dict=True) give it."""
     name_of = {param: name for name, param in model.named_parameters()}
     state = {name_of[param]: values for param, values in optimizer.state.items()}
-    groups = [{**group, "params": [name_of[param] for param in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        {**group, "params": [name_of[param] for param in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     return {"state": state, "param_groups": groups}

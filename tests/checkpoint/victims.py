@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
-from sharded_bf16_adamw.checkpoint import storage
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.checkpoint import dcp_storage
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
-_context = multiprocessing.get_context("forkserver")  # a fork of a process that has imported torch costs next to nothing
+_context = multiprocessing.get_context(
+    "forkserver"
+)  # a fork of a process that has imported torch costs next to nothing
 _context.set_forkserver_preload(
     [
         "torch",
@@ -30,7 +32,14 @@ _context.set_forkserver_preload(
         "torch._inductor.utils",
     ]
 )
-OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of os; and every write to a file of tensors
+OPERATIONS = (
+    "fsync",
+    "mkdir",
+    "rename",
+    "replace",
+    "rmdir",
+    "unlink",
+)  # of os; and every write to a file of tensors
 PATIENCE = 60  # seconds for survivors to notice that a rank is gone
 
 
@@ -55,7 +64,9 @@ def assert_holds(path: Path, step: int) -> None:
     model, optimizer = make(0)
     assert load(path, model, optimizer) == {"step": step}
     for param in model.parameters():
-        assert all(bool((tensor == step).all()) for tensor in (param, *optimizer.state[param].values()))
+        assert all(
+            bool((tensor == step).all()) for tensor in (param, *optimizer.state[param].values())
+        )
 
 
 def save_step(root: Path, step: int, sharded: bool, **options: Any) -> Path:
@@ -77,13 +88,13 @@ def same_step_again(root: Path, sharded: bool) -> None:
 
 def destroying(root: Path, sharded: bool) -> None:
     """As a script that forgets to wait: the other ranks are still writing."""
-    write_data = storage.ChecksummedWriter.write_data
+    write_data = dcp_storage.ChecksummedWriter.write_data
 
     def write_later(self: Any, plan: Any, planner: Any) -> Any:
         time.sleep(0.5 + dist.get_rank() if dist.is_initialized() else 0)
         return write_data(self, plan, planner)
 
-    storage.ChecksummedWriter.write_data = write_later  # type: ignore[method-assign]
+    dcp_storage.ChecksummedWriter.write_data = write_later  # type: ignore[method-assign]
     save_step(root, 3, sharded, keep=1, async_=True)
     dist.destroy_process_group()
     wait_for_save()
@@ -94,17 +105,25 @@ def pruning(root: Path, sharded: bool) -> None:
 
 
 ACTIONS: dict[str, Callable[[Path, bool], None]] = {
-    action.__name__: action for action in (synchronous, asynchronous, same_step_again, destroying, pruning)
+    action.__name__: action
+    for action in (synchronous, asynchronous, same_step_again, destroying, pruning)
 }
 
 
-def run(action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool) -> list[int]:
+def run(
+    action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool
+) -> list[int]:
     """Run ``action`` on ``world`` ranks; rank ``victim`` is killed before operation ``at``, with all others if ``everybody``.
 
     Returns:
         Exit codes by rank.
     """
-    ranks = [_context.Process(target=_rank, args=(action, root, rank, world, at if rank == victim else None)) for rank in range(world)]
+    ranks = [
+        _context.Process(
+            target=_rank, args=(action, root, rank, world, at if rank == victim else None)
+        )
+        for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + PATIENCE
@@ -127,7 +146,9 @@ def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> Non
     torch.set_num_threads(1)
     if world > 1:
         store = dist.FileStore(f"{root}.store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
+        )
     done = _watch_operations(at)
     try:
         ACTIONS[action](root, world > 1)
@@ -152,6 +173,6 @@ def _watch_operations(at: int | None) -> list[str]:
 
     for name in OPERATIONS:
         setattr(os, name, watched(name, getattr(os, name)))
-    stream: Any = storage._ChecksummedStream
+    stream: Any = dcp_storage._ChecksummedStream
     stream._write = watched("write", stream._write)
     return done

@@ -31,7 +31,13 @@ def why_not(backend: str) -> str | None:
 def cpu_backends() -> list:
     """One pytest parameter for each of ``kernels.BACKENDS`` that serves CPU tensors, skipped with the reason where it does not run here."""
     return [
-        pytest.param(name, marks=pytest.mark.skipif(why_not(name) is not None, reason=f"back end {name}: {why_not(name)}"))
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                why_not(name) is not None, reason=f"back end {name}: {why_not(name)}"
+            ),
+        )
         for name in kernels.BACKENDS
-        if name != "triton"  # for GPU tensors; its interpreter is too slow for checks of these sizes
+        if name
+        != "triton"  # for GPU tensors; its interpreter is too slow for checks of these sizes
     ]

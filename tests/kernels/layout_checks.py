@@ -17,7 +17,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.clone,
     "transposed": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "one element into its storage": lambda x: torch.cat([x.new_full((1,), 9.0), x.flatten()])[1:].view(SHAPE),
+    "one element into its storage": lambda x: torch.cat([x.new_full((1,), 9.0), x.flatten()])[
+        1:
+    ].view(SHAPE),
     "every other column": lambda x: torch.stack([x, torch.full_like(x, 9.0)], dim=-1)[..., 0],
     "inner block": lambda x: torch.nn.functional.pad(x, (1, 1, 2, 0), value=9.0)[..., 2:, 1:-1],
 }
@@ -38,16 +40,24 @@ def check_layouts(update: Update) -> None:
     start = typical(N, 60).map(lambda x: x.view(SHAPE))
     names = list(LAYOUTS)
     mixed = [tuple(names[(i + j) % len(names)] for j in range(5)) for i in range(len(names))]
-    own = [("contiguous",) * i + (name,) + ("contiguous",) * (4 - i) for name in names for i in range(5)]
+    own = [
+        ("contiguous",) * i + (name,) + ("contiguous",) * (4 - i)
+        for name in names
+        for i in range(5)
+    ]
     for wide in (False, True):
         state = start._replace(g=start.g.float()) if wide else start
         for zero_grads in (False, True):
-            wanted = stepped(update, state.map(torch.flatten), 3, zero_grads=zero_grads).map(lambda x: x.view(SHAPE))
+            wanted = stepped(update, state.map(torch.flatten), 3, zero_grads=zero_grads).map(
+                lambda x: x.view(SHAPE)
+            )
             for layout in [*((name,) * 5 for name in names), *mixed, *own]:
                 laid = State(*(LAYOUTS[name](x) for name, x in zip(layout, state, strict=True)))
                 before = [(x.data_ptr(), x.stride()) for x in laid]
                 take_step(update, laid, 3, zero_grads)
-                assert before == [(x.data_ptr(), x.stride()) for x in laid], f"{layout}: a tensor was moved"
+                assert before == [(x.data_ptr(), x.stride()) for x in laid], (
+                    f"{layout}: a tensor was moved"
+                )
                 for name, a, b in zip(State._fields, laid, wanted, strict=True):
                     assert same_bits(a, b), f"{layout}: {name} differs from the contiguous result"
 
@@ -62,7 +72,9 @@ def check_outside_views(update: Update) -> None:
             assert all(x.any() for x in outside)
             take_step(update, laid, 3, zero_grads)
             for field, x, mask in zip(State._fields, laid, outside, strict=True):
-                assert (storage(x)[mask] == 9.0).all(), f"{name}: memory beside {field} was written to"
+                assert (storage(x)[mask] == 9.0).all(), (
+                    f"{name}: memory beside {field} was written to"
+                )
 
 
 def check_shapes(update: Update) -> None:
@@ -72,7 +84,11 @@ def check_shapes(update: Update) -> None:
         state = typical(n, 62)
         wanted = expected(state, 3)
         shaped = state.map(lambda x, shape=shape: x.clone().view(shape))
-        odd = shaped.map(lambda x: x.as_strided(x.shape, [s if d != 1 else 13 for s, d in zip(x.stride(), x.shape, strict=True)]))
+        odd = shaped.map(
+            lambda x: x.as_strided(
+                x.shape, [s if d != 1 else 13 for s, d in zip(x.stride(), x.shape, strict=True)]
+            )
+        )
         for laid in (shaped.map(torch.clone), odd):
             take_step(update, laid, 3, False)
             assert_matches_oracle(laid.map(lambda x: x.reshape(-1)), wanted)
@@ -97,8 +113,19 @@ def check_skipped_in_any_layout(update: Update) -> None:
         assert all(same_bits(a, b) for a, b in zip(laid, state, strict=True)), name
 
 
-def take_step(update: Update, state: State, t: int, zero_grads: bool, found_inf: Tensor | None = None) -> None:
+def take_step(
+    update: Update, state: State, t: int, zero_grads: bool, found_inf: Tensor | None = None
+) -> None:
     """Step ``t`` in place, with the hyper-parameters that :func:`~.rule_checks.stepped` takes by default."""
     count = torch.tensor(float(t - 1))
     lists = [[state.p], [state.g], [state.m], [state.v], [state.c], [count]]
-    update(*lists, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, zero_grads=zero_grads, found_inf=found_inf)
+    update(
+        *lists,
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.1,
+        zero_grads=zero_grads,
+        found_inf=found_inf,
+    )

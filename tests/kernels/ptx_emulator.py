@@ -34,7 +34,9 @@ WARP = 32
 JUNK = 0xA5A5A5A5A5A5A5A5  # in lanes that were never written: negative as an integer, a tiny number as a float
 SYMBOL = "global_smem"  # the one shared array, at address 0 of shared memory
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
-ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.cg)?(?:\.v([24]))?\.(b16|b32|b64)")  # .cg is about caches
+ACCESS = re.compile(
+    r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.cg)?(?:\.v([24]))?\.(b16|b32|b64)"
+)  # .cg is about caches
 ADD = "atom.global.gpu.acq_rel.add.u32"
 SHUFFLE = "shfl.sync.bfly.b32"
 KINDS = {"ld": READ, "st": WRITE}
@@ -74,7 +76,10 @@ class Kernel:
         assert threads
         self.threads = int(threads[1])
         self.shared = shared
-        self.parameters = [(name, int(bits)) for bits, name in re.findall(r"\.param \.[a-z](\d+)[^,)]*?(\w+)\s*[,)]", header)]
+        self.parameters = [
+            (name, int(bits))
+            for bits, name in re.findall(r"\.param \.[a-z](\d+)[^,)]*?(\w+)\s*[,)]", header)
+        ]
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self._registers: dict[str, Any] = {}
@@ -109,7 +114,11 @@ class Kernel:
             run = self._atomic_add(text, *operands)
         elif opcode == SHUFFLE and operands[3:] == ("31", "-1"):
             run = self._shuffle(text, *operands[:3])
-        elif opcode not in ("bra", "bra.uni", "ret") and (opcode, operands, guard) != ("bar.sync", ("0",), None):
+        elif opcode not in ("bra", "bra.uni", "ret") and (opcode, operands, guard) != (
+            "bar.sync",
+            ("0",),
+            None,
+        ):
             raise NotImplementedError(text)
         return Instruction(text, opcode, guard or "", bool(negation), operands, run)
 
@@ -142,13 +151,17 @@ class Kernel:
         """Of ``[register + offset]`` or ``[symbol]``."""
         match = re.fullmatch(r"\[\s*(%rd?\d+|\w+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand)
         assert match, operand
-        return self._source(match[1], np.int64 if match[1].startswith("%rd") else np.int32), int(match[2] or 0)
+        return self._source(match[1], np.int64 if match[1].startswith("%rd") else np.int32), int(
+            match[2] or 0
+        )
 
     def _elementwise(self, opcode: str, operands: tuple[str, ...]) -> Any:
         result, types, function = OPERATIONS[opcode]
         sources = [self._source(x, TYPES[t]) for x, t in zip(operands[1:], types, strict=True)]
         target = self._target(operands[0], TYPES[result])
-        return lambda program, mask: program.write(target, function(*[program.read(x, mask) for x in sources]), mask)
+        return lambda program, mask: program.write(
+            target, function(*[program.read(x, mask) for x in sources]), mask
+        )
 
     def _move(self, dtype: Any, to: str, source: str) -> Any:
         if to.startswith("{"):  # the low half comes first
@@ -167,7 +180,11 @@ class Kernel:
             parts = [self._source(x, _HALF[dtype]) for x in self._vector(source, _HALF[dtype])]
 
             def pack(program: Program, mask: Mask) -> None:
-                program.write(target, np.stack([program.read(x, mask) for x in parts], axis=1).view(dtype).ravel(), mask)
+                program.write(
+                    target,
+                    np.stack([program.read(x, mask) for x in parts], axis=1).view(dtype).ravel(),
+                    mask,
+                )
 
             return pack
         value = self._source(source, dtype)
@@ -181,7 +198,9 @@ class Kernel:
             index, target = names.index(operands[1].strip("[]")), self._target(operands[0], dtype)
             bits = self.parameters[index][1]
             assert bits == 8 * np.dtype(dtype).itemsize
-            return lambda program, mask: program.write(target, np.full(self.threads, program.arguments[index] % (1 << bits), dtype), None)
+            return lambda program, mask: program.write(
+                target, np.full(self.threads, program.arguments[index] % (1 << bits), dtype), None
+            )
         (base, offset), data = (self._address(operands[kind == "ld"]), operands[kind == "st"])
         registers = self._vector(data, dtype)
         if len(registers) != int(width or 1):
@@ -189,7 +208,9 @@ class Kernel:
         size = len(registers) * np.dtype(dtype).itemsize
 
         def run(program: Program, mask: Mask) -> None:
-            cells, first = program.locate(text, space, program.read(base, mask) + offset, size, mask, dtype, KINDS[kind])
+            cells, first = program.locate(
+                text, space, program.read(base, mask) + offset, size, mask, dtype, KINDS[kind]
+            )
             for i, register in enumerate(registers):
                 if kind == "st":
                     cells[first + i] = stored = program.read((register, dtype), mask)
@@ -201,10 +222,16 @@ class Kernel:
         return run
 
     def _atomic_add(self, text: str, to: str, address: str, value: str) -> Any:
-        target, (base, offset), added = self._target(to, np.uint32), self._address(address), self._source(value, np.uint32)
+        target, (base, offset), added = (
+            self._target(to, np.uint32),
+            self._address(address),
+            self._source(value, np.uint32),
+        )
 
         def run(program: Program, mask: Mask) -> None:
-            cells, where = program.locate(text, "global", program.read(base, mask) + offset, 4, mask, np.uint32, ATOMIC)
+            cells, where = program.locate(
+                text, "global", program.read(base, mask) + offset, 4, mask, np.uint32, ATOMIC
+            )
             old = np.zeros(len(where), np.uint32)
             for i, (cell, more) in enumerate(zip(where, program.read(added, mask), strict=True)):
                 old[i] = cells[cell]
@@ -215,10 +242,17 @@ class Kernel:
 
     def _shuffle(self, text: str, to: str, value: str, lanes: str) -> Any:
         """Each thread takes the value of the thread of its warp whose number differs in the bits ``lanes``."""
-        target, source, partner = self._target(to, np.uint32), self._source(value, np.uint32), np.arange(self.threads) ^ int(lanes)
+        target, source, partner = (
+            self._target(to, np.uint32),
+            self._source(value, np.uint32),
+            np.arange(self.threads) ^ int(lanes),
+        )
 
         def run(program: Program, mask: Mask) -> None:
-            if mask is not None and not np.isin(mask.reshape(-1, WARP).sum(axis=1), (0, WARP)).all():
+            if (
+                mask is not None
+                and not np.isin(mask.reshape(-1, WARP).sum(axis=1), (0, WARP)).all()
+            ):
                 raise LaunchError(f"{text}: only a part of a warp takes part")
             values = program.read(source, None)[partner]
             program.write(target, values if mask is None else values[mask], mask)
@@ -262,11 +296,22 @@ class Program:
         self._number = number
         self._log = log
         self._epoch = 0
-        self._spaces: dict[str, Memory | Shared] = {"global": memory, "shared": Shared(kernel.shared)}
+        self._spaces: dict[str, Memory | Shared] = {
+            "global": memory,
+            "shared": Shared(kernel.shared),
+        }
         values = zip(SPECIAL, (lanes, number, programs), strict=True)
-        self._values: dict[str, Array] = {name: np.full(len(lanes), value, np.uint32) for name, value in values}
-        self._order = [np.ones(len(lanes), np.bool_)] if warp_order is None else [lanes // WARP == warp for warp in warp_order]
-        self._next = np.zeros(len(lanes), np.int64)  # for each thread the index of its next instruction
+        self._values: dict[str, Array] = {
+            name: np.full(len(lanes), value, np.uint32) for name, value in values
+        }
+        self._order = (
+            [np.ones(len(lanes), np.bool_)]
+            if warp_order is None
+            else [lanes // WARP == warp for warp in warp_order]
+        )
+        self._next = np.zeros(
+            len(lanes), np.int64
+        )  # for each thread the index of its next instruction
         self._running = np.ones(len(lanes), np.bool_)
         self._waiting = np.zeros(len(lanes), np.bool_)
 
@@ -275,7 +320,9 @@ class Program:
         values = source
         if isinstance(source, tuple):
             written = self._values.get(source[0])
-            values = (self._junk(_unsigned(source[1])) if written is None else written).view(source[1])
+            values = (self._junk(_unsigned(source[1])) if written is None else written).view(
+                source[1]
+            )
         return values if mask is None else values[mask]
 
     def write(self, register: str, values: Array, mask: Mask) -> None:
@@ -290,7 +337,9 @@ class Program:
     def _junk(self, dtype: Any) -> Array:
         return np.full(self._kernel.threads, JUNK % (1 << 8 * np.dtype(dtype).itemsize), dtype)
 
-    def locate(self, text: str, space: str, addresses: Array, size: int, mask: Mask, dtype: Any, kind: int) -> tuple[Array, Array]:
+    def locate(
+        self, text: str, space: str, addresses: Array, size: int, mask: Mask, dtype: Any, kind: int
+    ) -> tuple[Array, Array]:
         """An array and the indices in it of the first elements at the addresses, once the access is seen to be allowed."""
         memory = self._spaces[space]
         if objection := memory.objection(addresses, size, kind != READ):
@@ -298,7 +347,15 @@ class Program:
         if self._log:
             threads = np.arange(self._kernel.threads) if mask is None else np.flatnonzero(mask)
             place = 0 if space == "global" else -(self._number + 1) << 20
-            self._log.add(text, kind, self._number, self._epoch, threads, addresses.astype(np.int64) + place, size)
+            self._log.add(
+                text,
+                kind,
+                self._number,
+                self._epoch,
+                threads,
+                addresses.astype(np.int64) + place,
+                size,
+            )
         return memory.cells(dtype), (addresses - memory.base) // np.dtype(dtype).itemsize
 
     def run(self) -> None:
@@ -342,21 +399,39 @@ class Program:
 
     def _open_barrier(self) -> None:
         if not self._waiting.all() or len(set(self._next.tolist())) > 1:
-            raise LaunchError("threads wait at different barriers, or for threads that have returned")
+            raise LaunchError(
+                "threads wait at different barriers, or for threads that have returned"
+            )
         self._waiting[:] = False
         self._epoch += 1
 
 
 def launch(
-    kernel: Kernel, programs: int, arguments: Sequence[int], memory: Memory, *, by_warp: bool, generator: np.random.Generator
+    kernel: Kernel,
+    programs: int,
+    arguments: Sequence[int],
+    memory: Memory,
+    *,
+    by_warp: bool,
+    generator: np.random.Generator,
 ) -> None:
     """Run all programs of a launch. Of very many only the last to run do it by warp, which takes long; the others do nothing else."""
     assert len(arguments) == len(kernel.parameters)
     log = AccessLog()
     with np.errstate(all="ignore"):
-        for left, number in zip(range(programs, 0, -1), generator.permutation(programs).tolist(), strict=True):
+        for left, number in zip(
+            range(programs, 0, -1), generator.permutation(programs).tolist(), strict=True
+        ):
             if by_warp and left <= 40:
-                Program(kernel, number, programs, arguments, memory, generator.permutation(kernel.threads // WARP), log).run()
+                Program(
+                    kernel,
+                    number,
+                    programs,
+                    arguments,
+                    memory,
+                    generator.permutation(kernel.threads // WARP),
+                    log,
+                ).run()
             else:
                 Program(kernel, number, programs, arguments, memory).run()
     if by_warp and (races := log.races()):

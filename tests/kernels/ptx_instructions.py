@@ -13,7 +13,12 @@ import numpy as np
 
 Array = Any  # numpy.ndarray
 
-BITS = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool_}  # what registers are stored as
+BITS = {
+    "b16": np.uint16,
+    "b32": np.uint32,
+    "b64": np.uint64,
+    "pred": np.bool_,
+}  # what registers are stored as
 TYPES: dict[str, Any] = {
     **BITS,
     **{f"u{n}": np.dtype(f"uint{n}").type for n in (16, 32, 64)},
@@ -23,7 +28,9 @@ TYPES: dict[str, Any] = {
     "bf16": np.uint16,
     "bf16x2": np.uint32,
 }
-NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)  # of every single-precision instruction; double precision keeps payloads
+NAN32 = np.uint32(0x7FFFFFFF).view(
+    np.float32
+)  # of every single-precision instruction; double precision keeps payloads
 
 
 def _f32(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -36,16 +43,24 @@ def _f32(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _shift_left(x: Array, by: Array) -> Array:
-    return np.where(by < 8 * x.itemsize, x << (by & (8 * x.itemsize - 1)).astype(x.dtype), 0).astype(x.dtype)
+    return np.where(
+        by < 8 * x.itemsize, x << (by & (8 * x.itemsize - 1)).astype(x.dtype), 0
+    ).astype(x.dtype)
 
 
 def _shift_right(x: Array, by: Array) -> Array:
-    return x >> np.minimum(by, 8 * x.itemsize - 1).astype(x.dtype) >> (by >= 8 * x.itemsize).astype(x.dtype)  # the sign goes on and on
+    return (
+        x
+        >> np.minimum(by, 8 * x.itemsize - 1).astype(x.dtype)
+        >> (by >= 8 * x.itemsize).astype(x.dtype)
+    )  # the sign goes on and on
 
 
 def _extract(x: Array, position: Array, length: Array) -> Array:
     wide = x.astype(np.uint64) >> (position & 0xFF).astype(np.uint64)
-    return (wide & (np.uint64(1) << np.minimum(length & 0xFF, 32).astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
+    return (
+        wide & (np.uint64(1) << np.minimum(length & 0xFF, 32).astype(np.uint64)) - np.uint64(1)
+    ).astype(np.uint32)
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
@@ -67,7 +82,9 @@ def _to_bf16(x: Array) -> Array:
 
 def _to_int32(x: Array) -> Array:
     """Toward zero, to the nearest integer that there is; NaN to 0."""
-    return np.where(np.isnan(x), 0, np.clip(np.trunc(x.astype(np.float64)), -(2**31), 2**31 - 1)).astype(np.int32)
+    return np.where(
+        np.isnan(x), 0, np.clip(np.trunc(x.astype(np.float64)), -(2**31), 2**31 - 1)
+    ).astype(np.int32)
 
 
 def _fma64(a: Array, b: Array, c: Array) -> Array:
@@ -85,13 +102,25 @@ def _operations() -> dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]
         "neg.f32": ("f32", ("f32",), np.negative),
         "fma.rn.f64": ("f64", ("f64", "f64", "f64"), _fma64),
         "cvt.rn.bf16.f32": ("bf16", ("f32",), _to_bf16),
-        "cvt.rn.bf16x2.f32": ("bf16x2", ("f32", "f32"), lambda a, b: _to_bf16(a).astype(np.uint32) << 16 | _to_bf16(b)),
+        "cvt.rn.bf16x2.f32": (
+            "bf16x2",
+            ("f32", "f32"),
+            lambda a, b: _to_bf16(a).astype(np.uint32) << 16 | _to_bf16(b),
+        ),
         "cvt.rzi.s32.f32": ("s32", ("f32",), _to_int32),
         "cvt.rn.f32.f64": ("f32", ("f64",), _f32(np.positive)),
         "cvt.f64.f32": ("f64", ("f32",), lambda x: x.astype(np.float64)),
     }
-    for t, x in (("f32", _f32), ("f64", lambda function: function)):  # numpy rounds these correctly and keeps subnormals
-        for name, ufunc in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div", np.divide)):
+    for t, x in (
+        ("f32", _f32),
+        ("f64", lambda function: function),
+    ):  # numpy rounds these correctly and keeps subnormals
+        for name, ufunc in (
+            ("add", np.add),
+            ("sub", np.subtract),
+            ("mul", np.multiply),
+            ("div", np.divide),
+        ):
             table[f"{name}.rn.{t}"] = (t, (t, t), x(ufunc))
         table[f"sqrt.rn.{t}"] = (t, (t,), x(np.sqrt))
     for t in ("s32", "s64"):
@@ -102,22 +131,46 @@ def _operations() -> dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]
         table[f"mul.lo.{t}"] = (t, (t, t), np.multiply)
     for t, wide in (("u16", "u32"), ("s16", "s32"), ("u32", "u64"), ("s32", "s64")):
         table[f"mul.wide.{t}"] = (wide, (t, t), lambda a, b, wide=TYPES[wide]: a.astype(wide) * b)
-        table[f"mad.wide.{t}"] = (wide, (t, t, wide), lambda a, b, c, wide=TYPES[wide]: a.astype(wide) * b + c)
+        table[f"mad.wide.{t}"] = (
+            wide,
+            (t, t, wide),
+            lambda a, b, c, wide=TYPES[wide]: a.astype(wide) * b + c,
+        )
     for t in BITS:
-        for name, ufunc in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)):
+        for name, ufunc in (
+            ("and", np.bitwise_and),
+            ("or", np.bitwise_or),
+            ("xor", np.bitwise_xor),
+        ):
             table[f"{name}.{t}"] = (t, (t, t), ufunc)
         table[f"not.{t}"] = (t, (t,), np.invert)
     for t in ("b32", "b64"):
         table[f"shl.{t}"] = (t, (t, "u32"), _shift_left)
     for t in ("u32", "s32", "u64", "s64"):
         table[f"shr.{t}"] = (t, (t, "u32"), _shift_right)
-    for to, source in (("s64", "s32"), ("u16", "u32"), ("u32", "u16"), ("u32", "u64"), ("u64", "u32")):
+    for to, source in (
+        ("s64", "s32"),
+        ("u16", "u32"),
+        ("u32", "u16"),
+        ("u32", "u64"),
+        ("u64", "u32"),
+    ):
         table[f"cvt.{to}.{source}"] = (to, (source,), lambda x, to=TYPES[to]: x.astype(to))
-    comparisons = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+    comparisons = {
+        "eq": np.equal,
+        "ne": np.not_equal,
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+    }
     for t in ("b32", "b64", "s32", "s64", "u32", "u64", "f32", "f64"):
         table[f"selp.{t}"] = (t, (t, t, "pred"), lambda a, b, which: np.where(which, a, b))
         for name, ufunc in comparisons.items():
-            if (t, name) not in (("f32", "ne"), ("f64", "ne")):  # which is false for NaN, unlike numpy's
+            if (t, name) not in (
+                ("f32", "ne"),
+                ("f64", "ne"),
+            ):  # which is false for NaN, unlike numpy's
                 table[f"setp.{name}.{t}"] = ("pred", (t, t), ufunc)
     return table
 

@@ -21,7 +21,11 @@ from sharded_bf16_adamw.kernels import cuda, reference, triton_adamw, triton_nor
 
 from . import ptx_emulator, ptx_memory, triton_checks, triton_offline
 
-KERNELS = ((triton_adamw, "adamw_kernel"), (triton_norm, "norm_kernel"), (triton_norm, "clip_kernel"))
+KERNELS = (
+    (triton_adamw, "adamw_kernel"),
+    (triton_norm, "norm_kernel"),
+    (triton_norm, "clip_kernel"),
+)
 
 
 class Exposed:
@@ -38,7 +42,11 @@ class Exposed:
 
     def memory(self) -> ptx_memory.Memory:
         self._tensors = {key: ref for key, ref in self._tensors.items() if ref() is not None}
-        alive = [tensor for ref in self._tensors.values() if (tensor := ref()) is not None and tensor.numel()]
+        alive = [
+            tensor
+            for ref in self._tensors.values()
+            if (tensor := ref()) is not None and tensor.numel()
+        ]
         return ptx_memory.Memory([(self._address(x), x.numel() * x.element_size()) for x in alive])
 
 
@@ -58,11 +66,18 @@ class EmulatedKernel:
         compiled = self._function.warmup(*args, grid=grid, **options)
         assert compiled.metadata.global_scratch_size == compiled.metadata.profile_scratch_size == 0
         by_name = dict(zip(self._function.arg_names, args, strict=False)) | options
-        passed = [by_name[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"]
-        arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed] + [0, 0]  # no scratch memory
+        passed = [
+            by_name[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"
+        ]
+        arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed] + [
+            0,
+            0,
+        ]  # no scratch memory
         kernel = _parsed(compiled.hash, compiled.asm["ptx"], compiled.metadata.shared)
         memory = self._exposed.memory()
-        ptx_emulator.launch(kernel, grid[0], arguments, memory, by_warp=self._by_warp, generator=self._generator)
+        ptx_emulator.launch(
+            kernel, grid[0], arguments, memory, by_warp=self._by_warp, generator=self._generator
+        )
 
 
 @functools.cache
@@ -100,6 +115,12 @@ def norms(target: str, by_warp: bool = False) -> dict[str, tuple[Any, Any]]:
 def norms_of_one_model(target: str) -> list[float]:
     """Squared norms of the same gradients, whose programs ran in other orders; the last is the reference's."""
     generator = torch.Generator().manual_seed(8)
-    grads = [torch.randn(n, generator=generator).to(dtype) for n in (70001, 16384, 5) for dtype in (torch.bfloat16, torch.float32)]
+    grads = [
+        torch.randn(n, generator=generator).to(dtype)
+        for n in (70001, 16384, 5)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     with emulated(target):
-        return [float(cuda.grad_sum_sq(grads)) for _ in range(3)] + [float(reference.grad_sum_sq(grads))]
+        return [float(cuda.grad_sum_sq(grads)) for _ in range(3)] + [
+            float(reference.grad_sum_sq(grads))
+        ]

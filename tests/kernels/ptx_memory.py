@@ -24,7 +24,9 @@ class Memory:
     def __init__(self, allowed: Sequence[tuple[int, int]]) -> None:
         ranges = sorted(allowed)
         self._starts = np.array([start for start, _ in ranges], dtype=np.int64)
-        self._ends = np.maximum.accumulate(np.array([start + size for start, size in ranges], dtype=np.int64))
+        self._ends = np.maximum.accumulate(
+            np.array([start + size for start, size in ranges], dtype=np.int64)
+        )
 
     def cells(self, dtype: Any) -> Array:
         return _address_space(dtype)
@@ -35,7 +37,11 @@ class Memory:
             return f"{hex(addresses[addresses % size != 0][0])} is not a multiple of {size}"
         before = np.searchsorted(self._starts, addresses, "right") - 1
         outside = (before < 0) | (addresses + size > self._ends[before])
-        return f"{size} bytes at {hex(addresses[outside][0])} are in no tensor" if outside.any() else ""
+        return (
+            f"{size} bytes at {hex(addresses[outside][0])} are in no tensor"
+            if outside.any()
+            else ""
+        )
 
 
 class Shared:
@@ -52,7 +58,11 @@ class Shared:
 
     def objection(self, addresses: Array, size: int, writes: bool) -> str:
         """As of Memory; what nobody has written may not be read, either."""
-        if (addresses % size).any() or addresses.min() < 0 or addresses.max() + size > len(self._written):
+        if (
+            (addresses % size).any()
+            or addresses.min() < 0
+            or addresses.max() + size > len(self._written)
+        ):
             return f"{size} bytes at one of {sorted(set(addresses.tolist()))} of {len(self._written)} in shared memory"
         touched = (addresses[:, None] + np.arange(size)).ravel()
         if writes:

@@ -27,12 +27,29 @@ class AccessLog:
         self._texts: dict[str, int] = {}
         self._tickets: dict[int, Any] = {}  # of each program
 
-    def add(self, text: str, kind: int, program: int, epoch: int, threads: Any, addresses: Any, size: int) -> None:
+    def add(
+        self,
+        text: str,
+        kind: int,
+        program: int,
+        epoch: int,
+        threads: Any,
+        addresses: Any,
+        size: int,
+    ) -> None:
         """Note one instruction. Of shared memory the addresses are below zero, and each program has its own."""
         cells = (addresses[:, None] // 2 + np.arange(size // 2)).ravel()
         rows = np.empty((len(cells), 7), np.int64)
         text_number = self._texts.setdefault(text, len(self._texts))
-        columns = (cells, len(self._rows), program, np.repeat(threads, size // 2), epoch, kind, text_number)
+        columns = (
+            cells,
+            len(self._rows),
+            program,
+            np.repeat(threads, size // 2),
+            epoch,
+            kind,
+            text_number,
+        )
         for i, values in enumerate(columns):
             rows[:, i] = values
         self._rows.append(rows)
@@ -59,20 +76,31 @@ class AccessLog:
                 if access[KIND] > READ:
                     both_atomic = (access[KIND] == ATOMIC) & (cell[:, KIND] == ATOMIC)
                     for other in cell[self._unordered(cell, sides, access, side) & ~both_atomic]:
-                        found.add(tuple(names[x[TEXT]] for x in sorted((access, other), key=lambda x: x[TIME])))
+                        found.add(
+                            tuple(
+                                names[x[TEXT]]
+                                for x in sorted((access, other), key=lambda x: x[TIME])
+                            )
+                        )
         return [f"nothing orders {a} and {b}" for a, b in sorted(found)]
 
     @staticmethod
     def _unordered(cell: Any, sides: Any, access: Any, side: float) -> Any:
         """Which of the accesses of a cell are ordered neither before nor after one of them. Threads may store the same value at once."""
         by_program = (cell[:, THREAD] == access[THREAD]) | (cell[:, EPOCH] != access[EPOCH])
-        by_tickets = np.where(cell[:, TIME] < access[TIME], (sides <= 0) & (side >= 0), (sides >= 0) & (side <= 0))
-        return ~np.where(cell[:, PROGRAM] == access[PROGRAM], by_program, by_tickets) & (cell[:, TIME] != access[TIME])
+        by_tickets = np.where(
+            cell[:, TIME] < access[TIME], (sides <= 0) & (side >= 0), (sides >= 0) & (side <= 0)
+        )
+        return ~np.where(cell[:, PROGRAM] == access[PROGRAM], by_program, by_tickets) & (
+            cell[:, TIME] != access[TIME]
+        )
 
     def _sides(self, rows: Any) -> Any:
         """-1 for what a program's ticket releases, 1 for what has acquired by it, 0 for the ticket; NaN for what is neither."""
         none = np.full(rows.shape[1], -1)
-        tickets = np.array([self._tickets.get(program, none) for program in rows[:, PROGRAM].tolist()])
+        tickets = np.array(
+            [self._tickets.get(program, none) for program in rows[:, PROGRAM].tolist()]
+        )
         by_thread = np.sign(rows[:, TIME] - tickets[:, TIME]).astype(float)
         by_epoch = np.sign(rows[:, EPOCH] - tickets[:, EPOCH]).astype(float)
         by_epoch[by_epoch == 0] = np.nan

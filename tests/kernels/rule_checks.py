@@ -13,11 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rule_oracle import Hyper, step_bf16
+from .rule_oracle import Hyperparams, step_bf16
 
 Update = Callable[..., None]
-DEFAULT = Hyper()
-SPECIAL = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF]  # zero to NaN; signs are added
+DEFAULT = Hyperparams()
+SPECIAL = [
+    0x0000,
+    0x0001,
+    0x007F,
+    0x0080,
+    0x3F80,
+    0x7F7F,
+    0x7F80,
+    0x7F81,
+    0x7FC0,
+    0x7FFF,
+]  # zero to NaN; signs are added
 
 
 class State(NamedTuple):
@@ -47,7 +58,7 @@ def from_bits(pattern: np.ndarray) -> Tensor:
     return torch.from_numpy(pattern.view(np.int32).copy()).view(torch.float32)
 
 
-def stepped(update: Update, state: State, t: int, h: Hyper = DEFAULT, **kwargs: Any) -> State:
+def stepped(update: Update, state: State, t: int, h: Hyperparams = DEFAULT, **kwargs: Any) -> State:
     """The tensors after step ``t``; ``state`` stays as it is."""
     new = state.map(torch.clone)
     count = torch.tensor(float(t - 1))
@@ -56,7 +67,7 @@ def stepped(update: Update, state: State, t: int, h: Hyper = DEFAULT, **kwargs: 
     return new
 
 
-def expected(state: State, t: int, h: Hyper = DEFAULT, scale: float = 1.0):
+def expected(state: State, t: int, h: Hyperparams = DEFAULT, scale: float = 1.0):
     """What the independent implementation makes of ``state`` at step ``t``."""
     return step_bf16(*(bits(x) for x in state), t=t, h=h, scale=scale)
 
@@ -66,7 +77,9 @@ def assert_same_bits(actual: Tensor, wanted: np.ndarray, name: str) -> None:
     got = bits(actual).copy()
     got[(got & 0x7FFF) > 0x7F80] = 0x7FC0
     wrong = np.flatnonzero(got != wanted)
-    assert wrong.size == 0, f"{name}: {wrong.size} of {got.size} differ, first at {wrong[0]}: {got[wrong[0]]:#x} != {wanted[wrong[0]]:#x}"
+    assert wrong.size == 0, (
+        f"{name}: {wrong.size} of {got.size} differ, first at {wrong[0]}: {got[wrong[0]]:#x} != {wanted[wrong[0]]:#x}"
+    )
 
 
 def assert_matches_oracle(new: State, wanted: Any) -> None:
@@ -81,7 +94,12 @@ def typical(n: int, seed: int, scale: float = 1e-2) -> State:
     def normal() -> Tensor:
         return torch.randn(n, generator=gen)
 
-    p, g, m, v = normal().bfloat16(), (normal() * scale).bfloat16(), (normal() * scale / 3).bfloat16(), (normal() * scale).square()
+    p, g, m, v = (
+        normal().bfloat16(),
+        (normal() * scale).bfloat16(),
+        (normal() * scale / 3).bfloat16(),
+        (normal() * scale).square(),
+    )
     ulp = torch.from_numpy(np.spacing(np.abs(p.float().numpy()))) * 2**16
     c = (torch.rand(n, generator=gen) - 0.5) * ulp
     return State(p, g, m, v.bfloat16(), c.bfloat16())
@@ -91,7 +109,10 @@ def random_patterns(n: int, seed: int, grad: type = np.uint16) -> State:
     """Uniformly random bits, so all magnitudes, subnormals, infinities and NaNs, then every pair of special values."""
     rng = np.random.default_rng(seed)
     special = np.array([s | sign for s in SPECIAL for sign in (0, 0x8000)], dtype=np.uint16)
-    columns = [np.concatenate([rng.integers(0, 1 << 16, n, dtype=np.uint16), rng.choice(special, n)]) for _ in range(5)]
+    columns = [
+        np.concatenate([rng.integers(0, 1 << 16, n, dtype=np.uint16), rng.choice(special, n)])
+        for _ in range(5)
+    ]
     keep_sign = np.uint16(0x7FFF)
     columns[3][: n // 2] &= keep_sign  # half of v as in training: not negative
     state = State(*(from_bits(x) for x in columns))
@@ -105,13 +126,18 @@ def check_oracle(update: Update, n: int = 1 << 15) -> None:
     """Every bit as specified: on random patterns and typical values, bfloat16 and float32 gradients, at steps small and large."""
     for seed, (t, h) in enumerate(
         [
-            (1, Hyper()),
-            (2, Hyper(lr=3e-4, beta1=0.95, beta2=0.95, eps=1e-6, weight_decay=0.0)),
-            (777, Hyper(lr=1e-5, beta1=0.0, beta2=0.9999, eps=0.0)),
-            (123_457, Hyper(lr=0.3, beta1=0.8, weight_decay=1e-2)),
+            (1, Hyperparams()),
+            (2, Hyperparams(lr=3e-4, beta1=0.95, beta2=0.95, eps=1e-6, weight_decay=0.0)),
+            (777, Hyperparams(lr=1e-5, beta1=0.0, beta2=0.9999, eps=0.0)),
+            (123_457, Hyperparams(lr=0.3, beta1=0.8, weight_decay=1e-2)),
         ]
     ):
-        for state in (random_patterns(n, seed), random_patterns(n, seed, np.uint32), typical(n, seed), typical(n, seed, 1e-18)):
+        for state in (
+            random_patterns(n, seed),
+            random_patterns(n, seed, np.uint32),
+            typical(n, seed),
+            typical(n, seed, 1e-18),
+        ):
             assert_matches_oracle(stepped(update, state, t, h), expected(state, t, h))
 
 
@@ -123,10 +149,12 @@ def check_scaled(update: Update) -> None:
             wanted = expected(state, 5, scale=scale32.item())
             assert_matches_oracle(stepped(update, state, 5, grad_scale=scale32), wanted)
             wanted = expected(state, 5, scale=-scale32.item())
-            assert_matches_oracle(stepped(update, state, 5, grad_scale=scale32, maximize=True), wanted)
+            assert_matches_oracle(
+                stepped(update, state, 5, grad_scale=scale32, maximize=True), wanted
+            )
     state = typical(5000, 3)
-    ascended = stepped(update, state, 5, Hyper(weight_decay=0.0), maximize=True)
-    assert_matches_oracle(ascended, expected(state, 5, Hyper(weight_decay=0.0), scale=-1.0))
+    ascended = stepped(update, state, 5, Hyperparams(weight_decay=0.0), maximize=True)
+    assert_matches_oracle(ascended, expected(state, 5, Hyperparams(weight_decay=0.0), scale=-1.0))
 
 
 def rounding_errors(stored: Tensor, unrounded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,12 +193,20 @@ def check_uncorrelated(update: Update, n: int = 1 << 20) -> None:
     state = state.map(lambda x: x[order])  # neighbours alike
     now, later = stepped(update, state, 20), stepped(update, state, 21)
     for name, rounded in (("m", "mn"), ("v", "vn"), ("c", "cn")):
-        e = [rounding_errors(getattr(new, name), getattr(expected(state, t), rounded))[1] for new, t in ((now, 20), (later, 21))]
-        for what, r in (("step", correlation(e[0], e[1])), ("element", correlation(e[0][1:], e[0][:-1]))):
+        e = [
+            rounding_errors(getattr(new, name), getattr(expected(state, t), rounded))[1]
+            for new, t in ((now, 20), (later, 21))
+        ]
+        for what, r in (
+            ("step", correlation(e[0], e[1])),
+            ("element", correlation(e[0][1:], e[0][:-1])),
+        ):
             assert abs(r) < 0.005, f"{name}: autocorrelation from {what} to {what} is {r:.4f}"
         for source in State._fields:
             r = correlation(e[0], getattr(state, source).double().numpy())
-            assert abs(r) < 0.005, f"{name}: correlation of the rounding error with {source} is {r:.4f}"
+            assert abs(r) < 0.005, (
+                f"{name}: correlation of the rounding error with {source} is {r:.4f}"
+            )
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -214,16 +250,23 @@ def check_layout_free(update: Update, n: int = 70_001) -> None:
     order = torch.randperm(n, generator=gen)
     permuted = stepped(update, state.map(lambda x: x[order]), 9)
     for a, b in zip(whole, permuted, strict=True):
-        assert torch.equal(a[order].view(torch.int16), b.view(torch.int16)), "permuted elements are rounded differently"
+        assert torch.equal(a[order].view(torch.int16), b.view(torch.int16)), (
+            "permuted elements are rounded differently"
+        )
     for sizes in ([1, n - 1], [n // 2, n - n // 2], [n // 3] * 3 + [n - 3 * (n // 3)]):
-        pieces = [stepped(update, State(*piece), 9) for piece in zip(*(x.split(sizes) for x in state), strict=True)]
+        pieces = [
+            stepped(update, State(*piece), 9)
+            for piece in zip(*(x.split(sizes) for x in state), strict=True)
+        ]
         for a, b in zip(whole, map(torch.cat, zip(*pieces, strict=True)), strict=True):
-            assert torch.equal(a.view(torch.int16), b.view(torch.int16)), f"split into {sizes}, elements are rounded differently"
+            assert torch.equal(a.view(torch.int16), b.view(torch.int16)), (
+                f"split into {sizes}, elements are rounded differently"
+            )
 
 
 def check_nonfinite(update: Update) -> None:
     """NaN and infinity stay what they are, whatever the payload; finite values do not become infinite by rounding."""
-    n, quiet = 4096, Hyper(lr=0.0, weight_decay=0.0)
+    n, quiet = 4096, Hyperparams(lr=0.0, weight_decay=0.0)
     base = typical(n, 14)
     for pattern in (0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFF8000):
         new = stepped(update, base._replace(g=from_bits(np.full(n, pattern, dtype=np.uint32))), 3)
@@ -231,14 +274,18 @@ def check_nonfinite(update: Update) -> None:
             assert x.isnan().all(), f"{name} lost the NaN of gradient {pattern:#x}"
     for sign in (1, -1):
         new = stepped(update, base._replace(g=torch.full((n,), sign * torch.inf).bfloat16()), 3)
-        assert (new.m == sign * torch.inf).all() and (new.v == torch.inf).all() and new.p.isnan().all()
+        assert (
+            (new.m == sign * torch.inf).all() and (new.v == torch.inf).all() and new.p.isnan().all()
+        )
     largest = torch.finfo(torch.bfloat16).max
     full = torch.full((n,), largest).bfloat16()
     keep = quiet._replace(beta1=0.0, beta2=0.0)  # m = g and v = g * g exactly
     many = typical(1 << 19, 14)  # so that draws of 0 are among them
     for sign in (1, -1):
         g = torch.full_like(many.g, sign * largest)
-        assert (stepped(update, many._replace(g=g), 3, keep).m == g).all(), "the largest finite value was changed by rounding"
+        assert (stepped(update, many._replace(g=g), 3, keep).m == g).all(), (
+            "the largest finite value was changed by rounding"
+        )
     for sign in (1, -1):
         new = stepped(update, base._replace(p=sign * full, c=torch.zeros_like(full)), 3, quiet)
         assert (new.p == sign * full).all() and (new.c == 0).all()

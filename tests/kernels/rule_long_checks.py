@@ -14,7 +14,13 @@ from .rule_checks import Update
 
 
 def v_ratios(
-    update: Update, gradients: Callable[[int], Tensor], p: Tensor, v: Tensor, beta2: float, steps: int, every: int
+    update: Update,
+    gradients: Callable[[int], Tensor],
+    p: Tensor,
+    v: Tensor,
+    beta2: float,
+    steps: int,
+    every: int,
 ) -> Iterator[tuple[int, Tensor]]:
     """Run ``steps`` steps at lr 0 and yield ``(step, stored v / exact v as float64)`` each ``every`` steps.
 
@@ -26,7 +32,19 @@ def v_ratios(
     m, c, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
     for t in range(1, steps + 1):
         g = gradients(t)
-        update([p], [g], [m], [v], [c], [count], lr=0.0, beta1=0.9, beta2=beta2, eps=1e-8, weight_decay=0.0)
+        update(
+            [p],
+            [g],
+            [m],
+            [v],
+            [c],
+            [count],
+            lr=0.0,
+            beta1=0.9,
+            beta2=beta2,
+            eps=1e-8,
+            weight_decay=0.0,
+        )
         exact.mul_(beta2).add_(g.double().square_(), alpha=1 - beta2)
         if t % every == 0:
             yield t, v.double() / exact
@@ -64,7 +82,13 @@ def check_v_long_memory(update: Update, steps: int = 10_000, n: int = 4096) -> N
     gen = torch.Generator().manual_seed(21)
     p = torch.randn(n, generator=gen).bfloat16()
     for t, ratio in v_ratios(
-        update, lambda t: torch.randn(n, generator=gen).bfloat16(), p, torch.zeros_like(p), 0.9999, steps, steps // 10
+        update,
+        lambda t: torch.randn(n, generator=gen).bfloat16(),
+        p,
+        torch.zeros_like(p),
+        0.9999,
+        steps,
+        steps // 10,
     ):
         assert_ratio(ratio, 0.01, f"Gaussian, beta2 .9999, step {t}", spread=0.06)
 
@@ -83,11 +107,21 @@ def check_v_zero_gradient(update: Update, steps: int = 4000) -> None:
     p = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     p = p[p.isfinite()]
     zero = torch.zeros_like(p)
-    for t, ratio in v_ratios(update, lambda t: zero, p, torch.full_like(p, 0.7), 0.999, steps, steps // 8):
+    for t, ratio in v_ratios(
+        update, lambda t: zero, p, torch.full_like(p, 0.7), 0.999, steps, steps // 8
+    ):
         assert_ratio(ratio, 0.02, f"zero gradient, step {t}")
 
 
-def displacement_slope(update: Update, p: Tensor, c: Tensor, gradients: Callable[[], Tensor], steps: int, lr: float, wd: float) -> Tensor:
+def displacement_slope(
+    update: Update,
+    p: Tensor,
+    c: Tensor,
+    gradients: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    wd: float,
+) -> Tensor:
     """Run ``steps`` steps and return how far the true weight ``p + c`` went per unit of what float64 went (0-dim float64).
 
     The slope is the least-squares one through the origin. ``p`` and ``c`` (bfloat16) are changed.
@@ -97,7 +131,19 @@ def displacement_slope(update: Update, p: Tensor, c: Tensor, gradients: Callable
     w, m64, v64 = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for t in range(1, steps + 1):
         g = gradients()
-        update([p], [g], [m], [v], [c], [count], lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=wd)
+        update(
+            [p],
+            [g],
+            [m],
+            [v],
+            [c],
+            [count],
+            lr=lr,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=wd,
+        )
         g64 = g.double()
         m64.mul_(0.9).add_(g64, alpha=0.1)
         v64.mul_(0.999).add_(g64.square_(), alpha=0.001)
@@ -124,5 +170,7 @@ def check_displacement(update: Update, steps: int = 3000, n: int = 8192) -> None
         ("lr 1e-7", 1e-7, 0.0, 0.02, noisy),
         ("decay only", 1e-5, 0.1, 0.01, lambda: zero),
     ):
-        slope = displacement_slope(update, p.clone(), torch.zeros_like(p), gradients, steps, lr, wd).item()
+        slope = displacement_slope(
+            update, p.clone(), torch.zeros_like(p), gradients, steps, lr, wd
+        ).item()
         assert abs(slope - 1) < tolerance, f"{what}: the true weight moved {slope:.4f} of the way"

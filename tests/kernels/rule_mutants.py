@@ -53,10 +53,24 @@ MUTANTS = (
     Mutant(
         "v to nearest",
         ((V_ROUNDED, "vn.bfloat16()"),),
-        ("check_one_step_unbiased", "check_v_gaussian", "check_v_long_memory", "check_v_zero_gradient", "check_oracle"),
+        (
+            "check_one_step_unbiased",
+            "check_v_gaussian",
+            "check_v_long_memory",
+            "check_v_zero_gradient",
+            "check_oracle",
+        ),
     ),
-    Mutant("hash without the step", ((STEP_IN_HASH, "step_key(0)"),), ("check_v_constant_gradient", "check_uncorrelated", "check_oracle")),
-    Mutant("p + c formed before decay and split", ((SPLIT, SUM_FIRST),), ("check_displacement", "check_oracle")),
+    Mutant(
+        "hash without the step",
+        ((STEP_IN_HASH, "step_key(0)"),),
+        ("check_v_constant_gradient", "check_uncorrelated", "check_oracle"),
+    ),
+    Mutant(
+        "p + c formed before decay and split",
+        ((SPLIT, SUM_FIRST),),
+        ("check_displacement", "check_oracle"),
+    ),
     Mutant(
         "correction dropped",
         (("cn = (p32 - pn.float()) + d", "cn = torch.zeros_like(d)"),),
@@ -64,25 +78,61 @@ MUTANTS = (
     ),
     # rounding
     Mutant("m to nearest", ((M_ROUNDED, "mn.bfloat16()"),), ("check_one_step_unbiased",)),
-    Mutant("c to nearest", ((C_ROUNDED, "cn.bfloat16()"),), ("check_one_step_unbiased", "check_displacement")),
-    Mutant("p stochastically", (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, rv)"),), ("check_oracle",)),
-    Mutant("15 random bits for v", ((V_ROUNDED, "stochastic_round(vn, rv & 0x7FFF)"),), ("check_one_step_unbiased",)),
-    Mutant("8 random bits for m", ((M_ROUNDED, "stochastic_round(mn, rm >> 8)"),), ("check_one_step_unbiased",)),
-    Mutant("random bits shifted too far for c", ((C_ROUNDED, "stochastic_round(cn, rc >> 4)"),), ("check_one_step_unbiased",)),
+    Mutant(
+        "c to nearest",
+        ((C_ROUNDED, "cn.bfloat16()"),),
+        ("check_one_step_unbiased", "check_displacement"),
+    ),
+    Mutant(
+        "p stochastically",
+        (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, rv)"),),
+        ("check_oracle",),
+    ),
+    Mutant(
+        "15 random bits for v",
+        ((V_ROUNDED, "stochastic_round(vn, rv & 0x7FFF)"),),
+        ("check_one_step_unbiased",),
+    ),
+    Mutant(
+        "8 random bits for m",
+        ((M_ROUNDED, "stochastic_round(mn, rm >> 8)"),),
+        ("check_one_step_unbiased",),
+    ),
+    Mutant(
+        "random bits shifted too far for c",
+        ((C_ROUNDED, "stochastic_round(cn, rc >> 4)"),),
+        ("check_one_step_unbiased",),
+    ),
     Mutant("always up", ((ROUND_UP, "((bits & 0xFFFF) > 0)"),), ("check_one_step_unbiased",)),
     Mutant(
         "up at equality, too",
         ((ROUND_UP, "((bits & 0xFFFF) >= r)"),),
         ("check_nonfinite", "check_oracle"),
     ),
-    Mutant("NaN guard dropped", ((NAN_GUARD, "return rounded"),), ("check_nonfinite", "check_oracle")),
-    Mutant("infinity rounds to NaN", ((NAN_GUARD, "return torch.where(x.isfinite(), rounded, torch.nan)"),), ("check_nonfinite",)),
+    Mutant(
+        "NaN guard dropped", ((NAN_GUARD, "return rounded"),), ("check_nonfinite", "check_oracle")
+    ),
+    Mutant(
+        "infinity rounds to NaN",
+        ((NAN_GUARD, "return torch.where(x.isfinite(), rounded, torch.nan)"),),
+        ("check_nonfinite",),
+    ),
     # the hash
     Mutant("product not folded", ((FOLD, "y = (product ^ x) & 0xFFFF"),), ("check_oracle",)),
-    Mutant("no product", (("product = x * w", "product = x ^ w"),), ("check_each_input_mixes", "check_oracle")),
+    Mutant(
+        "no product",
+        (("product = x * w", "product = x ^ w"),),
+        ("check_each_input_mixes", "check_oracle"),
+    ),
     Mutant("xorshift dropped", (("y ^ y >> 8 ^ high", "y ^ high"),), ("check_oracle",)),
-    Mutant("shifted bits not masked", ((FOLD, "y = product ^ product >> 16 ^ x"),), ("check_oracle",)),
-    Mutant("hash without p", (("_pattern(p) ^ ", ""),), ("check_v_zero_gradient", "check_each_input_mixes")),
+    Mutant(
+        "shifted bits not masked", ((FOLD, "y = product ^ product >> 16 ^ x"),), ("check_oracle",)
+    ),
+    Mutant(
+        "hash without p",
+        (("_pattern(p) ^ ", ""),),
+        ("check_v_zero_gradient", "check_each_input_mixes"),
+    ),
     Mutant("hash without g", (("_pattern(g) ^ ", ""),), ("check_oracle",)),
     Mutant("hash without m", ((" ^ _pattern(m) * SPREAD_M", ""),), ("check_oracle",)),
     Mutant("hash without v", ((" ^ _pattern(v) * SPREAD_V", ""),), ("check_oracle",)),
@@ -102,35 +152,98 @@ MUTANTS = (
         (("(bits >> 16 ^ bits) & 0xFFFF", "bits >> 16 & 0xFFFF"),),
         ("check_float32_gradient_folds", "check_oracle"),
     ),
-    Mutant("float32 gradient folded by addition", (("bits >> 16 ^ bits", "bits"),), ("check_float32_gradient_folds",)),
+    Mutant(
+        "float32 gradient folded by addition",
+        (("bits >> 16 ^ bits", "bits"),),
+        ("check_float32_gradient_folds",),
+    ),
     # the moments and the step
     Mutant(
         "update from rounded moments",
-        (("upd = s.step_size * mn / (_sqrt(vn)", "upd = s.step_size * mn.bfloat16().float() / (_sqrt(vn.bfloat16().float())"),),
+        (
+            (
+                "upd = s.step_size * mn / (_sqrt(vn)",
+                "upd = s.step_size * mn.bfloat16().float() / (_sqrt(vn.bfloat16().float())",
+            ),
+        ),
         ("check_oracle",),
     ),
-    Mutant("m by interpolation", (("s.beta1 * m + s.one_minus_beta1 * g", "m + s.one_minus_beta1 * (g - m)"),), ("check_oracle",)),
-    Mutant("eps inside", (("* s.inv_sqrt_bias_correction2 + s.eps)", "* s.inv_sqrt_bias_correction2)"),), ("check_oracle",)),
-    Mutant("no bias correction", (("f32(lr / (1.0 - power(beta1, step)))", "f32(lr)"),), ("check_oracle", "check_tracks_float64")),
-    Mutant("steps counted twice", (("        step += 1\n", "        step += 2\n"),), ("check_oracle", "check_many_tensors")),
-    Mutant("one step for all", (("t = int(step.item())", "t = int(self._rows[0][4].item())"),), ("check_many_tensors",)),
-    Mutant("float32 parameters without decay", (("p.sub_(s.lr_weight_decay * p + upd)", "p.sub_(upd)"),), ("check_float32_parameters",)),
+    Mutant(
+        "m by interpolation",
+        (("s.beta1 * m + s.one_minus_beta1 * g", "m + s.one_minus_beta1 * (g - m)"),),
+        ("check_oracle",),
+    ),
+    Mutant(
+        "eps inside",
+        (("* s.inv_sqrt_bias_correction2 + s.eps)", "* s.inv_sqrt_bias_correction2)"),),
+        ("check_oracle",),
+    ),
+    Mutant(
+        "no bias correction",
+        (("f32(lr / (1.0 - power(beta1, step)))", "f32(lr)"),),
+        ("check_oracle", "check_tracks_float64"),
+    ),
+    Mutant(
+        "steps counted twice",
+        (("        step += 1\n", "        step += 2\n"),),
+        ("check_oracle", "check_many_tensors"),
+    ),
+    Mutant(
+        "one step for all",
+        (("t = int(step.item())", "t = int(self._rows[0][4].item())"),),
+        ("check_many_tensors",),
+    ),
+    Mutant(
+        "float32 parameters without decay",
+        (("p.sub_(s.lr_weight_decay * p + upd)", "p.sub_(upd)"),),
+        ("check_float32_parameters",),
+    ),
     # the switches
-    Mutant("maximize ignored", (("-scale if hypers[group].maximize else scale", "scale"),), ("check_scaled", "check_float32_parameters")),
+    Mutant(
+        "maximize ignored",
+        (("-scale if hypers[group].maximize else scale", "scale"),),
+        ("check_scaled", "check_float32_parameters"),
+    ),
     Mutant("grad_scale ignored", (("float(grad_scale)", "1.0"),), ("check_scaled",)),
     Mutant("found_inf ignored", (("found_inf.item() != 0", "False"),), ("check_found_inf",)),
-    Mutant("found_inf inverted", (("found_inf.item() != 0", "found_inf.item() == 0"),), ("check_found_inf",)),
-    Mutant("zero_grads ignored", (("            g.zero_()\n", "            pass\n"),), ("check_zero_grads",)),
-    Mutant("gradients always zeroed", (("        if zero_grads:\n", "        if True:\n"),), ("check_zero_grads",)),
-    Mutant("one-element tensors skipped", (("if p.numel() == 0:", "if p.numel() <= 1:"),), ("check_shapes",)),
+    Mutant(
+        "found_inf inverted",
+        (("found_inf.item() != 0", "found_inf.item() == 0"),),
+        ("check_found_inf",),
+    ),
+    Mutant(
+        "zero_grads ignored",
+        (("            g.zero_()\n", "            pass\n"),),
+        ("check_zero_grads",),
+    ),
+    Mutant(
+        "gradients always zeroed",
+        (("        if zero_grads:\n", "        if True:\n"),),
+        ("check_zero_grads",),
+    ),
+    Mutant(
+        "one-element tensors skipped",
+        (("if p.numel() == 0:", "if p.numel() <= 1:"),),
+        ("check_shapes",),
+    ),
     # the dispatch
     Mutant(
         "unlike strides walked alike",
-        (("all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)", "_is_dense(p)"),),
+        (
+            (
+                "all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)",
+                "_is_dense(p)",
+            ),
+        ),
         ("check_layouts",),
         kernels,
     ),
-    Mutant("gaps walked over", ((" for x in tensors) and _is_dense(p)", " for x in tensors)"),), ("check_outside_views",), kernels),
+    Mutant(
+        "gaps walked over",
+        ((" for x in tensors) and _is_dense(p)", " for x in tensors)"),),
+        ("check_outside_views",),
+        kernels,
+    ),
     Mutant(
         "only the parameter's layout looked at",
         (("if all(x is None or x.is_contiguous() for x in tensors):", "if p.is_contiguous():"),),
@@ -139,12 +252,21 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient's layout not looked at",
-        (("if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):", "if True:"),),
+        (
+            (
+                "if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):",
+                "if True:",
+            ),
+        ),
         ("check_layouts", "check_expanded_gradient"),
         kernels,
     ),
-    Mutant("copies not written back", (("original.copy_(copy)", "pass"),), ("check_layouts",), kernels),
-    Mutant("copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels),
+    Mutant(
+        "copies not written back", (("original.copy_(copy)", "pass"),), ("check_layouts",), kernels
+    ),
+    Mutant(
+        "copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels
+    ),
     Mutant(
         "found_inf not passed on",
         (
@@ -158,7 +280,12 @@ MUTANTS = (
     ),
     Mutant(
         "found_inf not passed on for other strides",
-        (("_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf", "_any_strides(grads, hypers, grad_scale=grad_scale"),),
+        (
+            (
+                "_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf",
+                "_any_strides(grads, hypers, grad_scale=grad_scale",
+            ),
+        ),
         ("check_skipped_in_any_layout",),
         kernels,
     ),
@@ -169,9 +296,13 @@ def mutated(mutant: Mutant) -> Update:
     """The update function of a copy of the mutant's module with its edits."""
     source = inspect.getsource(mutant.module)
     for old, new in mutant.edits:
-        assert source.count(old) == 1, f"mutant {mutant.name!r} is out of date: {old!r} stands {source.count(old)} times in its module"
+        assert source.count(old) == 1, (
+            f"mutant {mutant.name!r} is out of date: {old!r} stands {source.count(old)} times in its module"
+        )
         source = source.replace(old, new)
-    module = ModuleType(mutant.module.__name__)  # under the true name, so that relative imports work; it is registered nowhere
+    module = ModuleType(
+        mutant.module.__name__
+    )  # under the true name, so that relative imports work; it is registered nowhere
     module.__package__ = mutant.module.__package__
     exec(compile(source, f"<mutant: {mutant.name}>", "exec"), module.__dict__)
     if mutant.module is kernels:

@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 
 from .rule_checks import State, Update, bits, stepped, typical
-from .rule_oracle import Hyper
+from .rule_oracle import Hyperparams
 
 
-def float64_adamw(p: Tensor, gradients: list[Tensor], h: Hyper, maximize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def float64_adamw(
+    p: Tensor, gradients: list[Tensor], h: Hyperparams, maximize: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own AdamW in float64: the weight, exp_avg and exp_avg_sq after the given gradients."""
     w = p.double().requires_grad_()
-    optimizer = torch.optim.AdamW([w], lr=h.lr, betas=(h.beta1, h.beta2), eps=h.eps, weight_decay=h.weight_decay, maximize=maximize)
+    optimizer = torch.optim.AdamW(
+        [w],
+        lr=h.lr,
+        betas=(h.beta1, h.beta2),
+        eps=h.eps,
+        weight_decay=h.weight_decay,
+        maximize=maximize,
+    )
     for g in gradients:
         w.grad = g.double()
         optimizer.step()
@@ -30,7 +39,7 @@ def assert_close(actual: Tensor, exact: Tensor, relative: float, what: str) -> N
 
 def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> None:
     """float32 parameters follow AdamW in float64 to float32's precision, with float32 and with bfloat16 gradients."""
-    gen, h = torch.Generator().manual_seed(30), Hyper(lr=1e-2)
+    gen, h = torch.Generator().manual_seed(30), Hyperparams(lr=1e-2)
     start = torch.randn(n, generator=gen)
     for dtype in (torch.float32, torch.bfloat16):
         for maximize in (False, True):
@@ -39,26 +48,38 @@ def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> 
             for g in gradients:
                 update([p], [g], [m], [v], [None], [count], **h._asdict(), maximize=maximize)
             w, m64, v64 = float64_adamw(start, gradients, h, maximize)
-            assert_close(p - start, w - start.double(), 1e-5, "displacement")  # of .05, in weights of 1 with 1e-7 of resolution
+            assert_close(
+                p - start, w - start.double(), 1e-5, "displacement"
+            )  # of .05, in weights of 1 with 1e-7 of resolution
             assert_close(m, m64, 1e-6, "exp_avg")
             assert_close(v, v64, 1e-6, "exp_avg_sq")
 
 
 def check_tracks_float64(update: Update, steps: int = 200, n: int = 20_000) -> None:
     """The true weight ``p + c`` of bfloat16 parameters follows AdamW in float64, element by element and without drift."""
-    gen, h = torch.Generator().manual_seed(31), Hyper(lr=1e-3, beta2=0.99)
+    gen, h = torch.Generator().manual_seed(31), Hyperparams(lr=1e-3, beta2=0.99)
     p = torch.randn(n, generator=gen).bfloat16()
     gradients = [torch.randn(n, generator=gen).bfloat16() for _ in range(steps)]
     w, _, _ = float64_adamw(p, gradients, h)
-    start, m, v, c, count = p.double(), torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
+    start, m, v, c, count = (
+        p.double(),
+        torch.zeros_like(p),
+        torch.zeros_like(p),
+        torch.zeros_like(p),
+        torch.zeros(()),
+    )
     for g in gradients:
         update([p], [g], [m], [v], [c], [count], **h._asdict())
     moved, exact = p.double() + c.double() - start, w - start
     slope = ((moved * exact).sum() / exact.square().sum()).item()
     assert abs(slope - 1) < 0.002, f"the true weight moved {slope:.4f} of the way"
-    assert_close(moved, exact, 0.01, "displacement of the true weight")  # what the moments' 8 bits leave
+    assert_close(
+        moved, exact, 0.01, "displacement of the true weight"
+    )  # what the moments' 8 bits leave
     half_ulp = p.abs().double() * 2**-8 + 1e-12
-    assert (c.double().abs() <= half_ulp * 1.01).all(), "the correction holds more than what bfloat16 rounds off"
+    assert (c.double().abs() <= half_ulp * 1.01).all(), (
+        "the correction holds more than what bfloat16 rounds off"
+    )
 
 
 def check_float32_gradient_folds(update: Update) -> None:
@@ -67,8 +88,12 @@ def check_float32_gradient_folds(update: Update) -> None:
     narrow, wide = stepped(update, state, 4), stepped(update, state._replace(g=state.g.float()), 4)
     assert_equal(wide._replace(g=narrow.g), narrow, "float32 gradient")
     finer = stepped(update, state._replace(g=state.g.float() * (1 + 2**-20)), 4)
-    rounded_otherwise = (finer.v != narrow.v).float().mean().item()  # by the value's own change in next to none
-    assert rounded_otherwise > 0.1, "the low bits of a float32 gradient do not reach the random bits"
+    rounded_otherwise = (
+        (finer.v != narrow.v).float().mean().item()
+    )  # by the value's own change in next to none
+    assert rounded_otherwise > 0.1, (
+        "the low bits of a float32 gradient do not reach the random bits"
+    )
 
 
 def check_found_inf(update: Update) -> None:
@@ -76,17 +101,23 @@ def check_found_inf(update: Update) -> None:
     state = typical(5000, 33)
     new, count = state.map(torch.clone), torch.tensor(6.0)
     lists = [[new.p], [new.g], [new.m], [new.v], [new.c], [count]]
-    update(*lists, **Hyper()._asdict(), found_inf=torch.tensor(1.0), zero_grads=True)
+    update(*lists, **Hyperparams()._asdict(), found_inf=torch.tensor(1.0), zero_grads=True)
     assert count.item() == 6
     assert_equal(new, state, "found_inf")
-    assert_equal(stepped(update, state, 7, found_inf=torch.tensor(0.0)), stepped(update, state, 7), "found_inf = 0")
+    assert_equal(
+        stepped(update, state, 7, found_inf=torch.tensor(0.0)),
+        stepped(update, state, 7),
+        "found_inf = 0",
+    )
 
 
 def check_zero_grads(update: Update) -> None:
     """zero_grads zeroes the gradient after it was read, whatever it held; without it the gradient is untouched."""
     state = typical(70_000, 34)
     for g in (state.g, state.g.float(), torch.full_like(state.g, torch.nan)):
-        kept, zeroed = (stepped(update, state._replace(g=g), 7, zero_grads=zero) for zero in (False, True))
+        kept, zeroed = (
+            stepped(update, state._replace(g=g), 7, zero_grads=zero) for zero in (False, True)
+        )
         assert (bits(zeroed.g) == 0).all(), "the gradient was not zeroed"
         assert (bits(kept.g) == bits(g)).all(), "the gradient was changed"
         assert_equal(zeroed._replace(g=kept.g), kept, "zero_grads")
@@ -94,7 +125,7 @@ def check_zero_grads(update: Update) -> None:
 
 def check_many_tensors(update: Update) -> None:
     """Tensors of mixed dtypes, sizes and steps in one call end as they do in calls of their own; lr may be a tensor."""
-    h, sizes = Hyper(lr=2.0**-7), (1, 0, 7, 1024, 65_536, 65_539)
+    h, sizes = Hyperparams(lr=2.0**-7), (1, 0, 7, 1024, 65_536, 65_539)
     for lr in (h.lr, torch.tensor(h.lr)):
         rows = [typical(n, 40 + i) for i, n in enumerate(sizes)]
         rows[2] = rows[2]._replace(g=rows[2].g.float())
@@ -122,4 +153,6 @@ def check_many_tensors(update: Update) -> None:
 
 def assert_equal(actual: State, wanted: State, what: str) -> None:
     for name in State._fields:
-        assert (bits(getattr(actual, name)) == bits(getattr(wanted, name))).all(), f"{what}: {name} differs"
+        assert (bits(getattr(actual, name)) == bits(getattr(wanted, name))).all(), (
+            f"{what}: {name} differs"
+        )

@@ -15,7 +15,7 @@ MASK = 0xFFFFFFFF
 Array = Any  # an ndarray or a numpy scalar: ufuncs take both
 
 
-class Hyper(NamedTuple):
+class Hyperparams(NamedTuple):
     """Hyper-parameters of one step, named as in ``adamw_bf16_``."""
 
     lr: float = 1e-3
@@ -37,7 +37,7 @@ class Stepped(NamedTuple):
     cn: Array
 
 
-def exact_scalars(t: int, h: Hyper) -> dict[str, Decimal]:
+def exact_scalars(t: int, h: Hyperparams) -> dict[str, Decimal]:
     """The scalars of step ``t`` to 60 digits, before any rounding."""
     with localcontext() as context:
         context.prec = 60
@@ -61,7 +61,9 @@ def lowbias32(x: Any) -> Any:
     return x ^ x >> 16
 
 
-def random_bits(g: Array, p: Array, m: Array, v: Array, c: Array, t: int) -> tuple[Array, Array, Array]:
+def random_bits(
+    g: Array, p: Array, m: Array, v: Array, c: Array, t: int
+) -> tuple[Array, Array, Array]:
     """The bits for m, v and c, from uint16 patterns and the step, in uint16 arithmetic that wraps by itself."""
     u16, u32 = np.uint16, np.uint32
     low, high = u16(lowbias32(t) & 0xFFFF), u16(lowbias32(t) >> 16)
@@ -92,7 +94,9 @@ def round_stochastically(x: Array, r: Array) -> Array:
     return np.where(np.isnan(x), 0x7FC0, (bits + 0xFFFF - r) >> 16).astype(np.uint16)
 
 
-def step_bf16(p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyper, scale: float = 1.0) -> Stepped:
+def step_bf16(
+    p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyperparams, scale: float = 1.0
+) -> Stepped:
     """One step on bfloat16 parameters.
 
     Args:

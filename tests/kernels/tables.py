@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import Hyper
+from sharded_bf16_adamw.kernels import Hyperparams
 
 
 def take_step(table: Any, grads: list[Tensor], **arguments: Any) -> None:
@@ -13,7 +13,9 @@ def take_step(table: Any, grads: list[Tensor], **arguments: Any) -> None:
     table.update_(grads, [hyper], **flags)
 
 
-def split(arguments: dict[str, Any]) -> tuple[Hyper, dict[str, Any]]:
+def split(arguments: dict[str, Any]) -> tuple[Hyperparams, dict[str, Any]]:
     """The hyper-parameters among the arguments, and the others."""
-    hyper = {name: value for name, value in arguments.items() if name in Hyper._fields}
-    return Hyper(**hyper), {name: value for name, value in arguments.items() if name not in hyper}
+    hyper = {name: value for name, value in arguments.items() if name in Hyperparams._fields}
+    return Hyperparams(**hyper), {
+        name: value for name, value in arguments.items() if name not in hyper
+    }

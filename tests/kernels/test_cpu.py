@@ -23,7 +23,20 @@ BF16, F32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 DTYPES = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]  # parameter, gradient
 LENGTHS = [*range(41), 63, 64, 65, 1000, 70_001]
-SPECIAL_F32 = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF, 1, 0x7FFFFF, 0x00800000, -0x80000000, 0, 0x3F808000]
+SPECIAL_F32 = [
+    0x7FFFFFFF,
+    -1,
+    0x7F800001,
+    0x7F800000,
+    -0x800000,
+    0x7F7FFFFF,
+    1,
+    0x7FFFFF,
+    0x00800000,
+    -0x80000000,
+    0,
+    0x3F808000,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,25 +67,41 @@ def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None])
 def any_bits(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
     """Random bit patterns, so NaNs of any payload, infinities and subnormals too; ``offset`` elements off any alignment."""
     if dtype == BF16:
-        return torch.randint(-(2**15), 2**15, (n + offset,), dtype=torch.int16, generator=generator).view(BF16)[offset:]
-    x = torch.randint(-(2**31), 2**31, (n + offset,), dtype=torch.int64, generator=generator).to(torch.int32)
+        return torch.randint(
+            -(2**15), 2**15, (n + offset,), dtype=torch.int16, generator=generator
+        ).view(BF16)[offset:]
+    x = torch.randint(-(2**31), 2**31, (n + offset,), dtype=torch.int64, generator=generator).to(
+        torch.int32
+    )
     special = torch.tensor(SPECIAL_F32, dtype=torch.int32)
     x[::5] = special.repeat(len(x))[: len(x[::5])]
     return x.view(F32)[offset:]
 
 
-def training_values(n: int, dtype: torch.dtype, generator: torch.Generator, scale: float, offset: int = 0) -> Tensor:
+def training_values(
+    n: int, dtype: torch.dtype, generator: torch.Generator, scale: float, offset: int = 0
+) -> Tensor:
     return (torch.randn(n + offset, generator=generator) * scale).to(dtype)[offset:]
 
 
 class Problem:
     """Columns of tensors for one step; ``copy`` gives the same again, at the same alignments."""
 
-    def __init__(self, lengths: list[int], p_dtype: torch.dtype, g_dtype: torch.dtype, *, wild: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        p_dtype: torch.dtype,
+        g_dtype: torch.dtype,
+        *,
+        wild: bool,
+        seed: int = 0,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.columns: list[list[Tensor | None]] = [[], [], [], [], []]  # g, p, m, v, c
         for i, n in enumerate(lengths):
-            for k, (column, scale) in enumerate(zip(self.columns, [1e-3, 0.05, 1e-3, 1e-6, 1e-5], strict=True)):
+            for k, (column, scale) in enumerate(
+                zip(self.columns, [1e-3, 0.05, 1e-3, 1e-6, 1e-5], strict=True)
+            ):
                 dtype, offset = (g_dtype if k == 0 else p_dtype), (i * 5 + k) % 7
                 if k == 4 and p_dtype == F32:
                     column.append(None)
@@ -85,7 +114,9 @@ class Problem:
 
     def copy(self) -> Problem:
         twin = object.__new__(Problem)
-        twin.columns = [[None if x is None else _copy_with_offset(x) for x in column] for column in self.columns]
+        twin.columns = [
+            [None if x is None else _copy_with_offset(x) for x in column] for column in self.columns
+        ]
         twin.steps = [step.clone() for step in self.steps]
         return twin
 
@@ -113,7 +144,9 @@ def test_this_machine_has_an_instruction_set_to_test() -> None:
 @pytest.mark.parametrize("wild", [False, True], ids=["training values", "any bits"])
 @pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("isa", cpu.supported_isas())
-def test_bits_are_those_of_the_reference(isa: str, p_dtype: torch.dtype, g_dtype: torch.dtype, wild: bool) -> None:
+def test_bits_are_those_of_the_reference(
+    isa: str, p_dtype: torch.dtype, g_dtype: torch.dtype, wild: bool
+) -> None:
     cpu.select_isa(isa)
     problem = Problem(LENGTHS, p_dtype, g_dtype, wild=wild)
     expected = problem.copy().step(reference)
@@ -137,7 +170,9 @@ def test_bits_are_those_of_the_reference(isa: str, p_dtype: torch.dtype, g_dtype
     ],
     ids=lambda arguments: "-".join(f"{k}={float(v)}" for k, v in arguments.items()),
 )
-def test_arguments_mean_what_they_mean_to_the_reference(isa: str, arguments: dict[str, object]) -> None:
+def test_arguments_mean_what_they_mean_to_the_reference(
+    isa: str, arguments: dict[str, object]
+) -> None:
     cpu.select_isa(isa)
     for p_dtype, g_dtype in DTYPES:
         for wild in (False, True):
@@ -154,7 +189,13 @@ def test_subnormal_and_tied_values_at_any_step(isa: str, t: int) -> None:
     problem = Problem([2**16], BF16, BF16, wild=True)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
     tiny = (torch.arange(2**16) % 512).to(torch.int16).view(BF16)
-    problem.columns = [[tiny.clone()], [every.clone()], [tiny.flip(0)], [every.flip(0).contiguous()], [tiny.clone()]]
+    problem.columns = [
+        [tiny.clone()],
+        [every.clone()],
+        [tiny.flip(0)],
+        [every.flip(0).contiguous()],
+        [tiny.clone()],
+    ]
     problem.steps = [torch.tensor(float(t - 1))]
     expected = problem.copy().step(reference, lr=1e-20)
     assert_same_bits(problem.step(lr=1e-20).tensors(), expected.tensors())
@@ -171,7 +212,10 @@ def test_threads_do_not_change_bits() -> None:
 def test_sum_of_squares_is_the_same_for_any_threads_and_instruction_set() -> None:
     generator = torch.Generator().manual_seed(1)
     for dtype in (BF16, F32):
-        grads = [training_values(n, dtype, generator, 1e-3, offset=n % 5) for n in (400_001, 31, 0, 1, 33, 40_000, 250_000)]
+        grads = [
+            training_values(n, dtype, generator, 1e-3, offset=n % 5)
+            for n in (400_001, 31, 0, 1, 33, 40_000, 250_000)
+        ]
         results = set()
         for isa in cpu.supported_isas():
             cpu.select_isa(isa)
@@ -266,8 +310,12 @@ def test_a_forked_child_steps_after_its_parent_did() -> None:
         try:
             problem.step()
             tasks = Path("/proc/self/task")
-            assert not tasks.exists() or len(list(tasks.iterdir())) == 3  # its own helpers: the parent's did not come along
-            torch.set_num_threads(1)  # torch's own OpenMP threads, unlike ours, hang in a forked child
+            assert (
+                not tasks.exists() or len(list(tasks.iterdir())) == 3
+            )  # its own helpers: the parent's did not come along
+            torch.set_num_threads(
+                1
+            )  # torch's own OpenMP threads, unlike ours, hang in a forked child
             assert_same_bits(problem.tensors(), expected.tensors())
             os._exit(0)
         except BaseException:
@@ -285,7 +333,9 @@ def test_a_forked_child_steps_after_its_parent_did() -> None:
 
 def test_several_threads_may_step_at_once() -> None:
     torch.set_num_threads(3)
-    problems = [Problem([200_003, *[50] * 20], BF16, BF16, wild=False, seed=seed) for seed in range(4)]
+    problems = [
+        Problem([200_003, *[50] * 20], BF16, BF16, wild=False, seed=seed) for seed in range(4)
+    ]
     expected = [problem.copy().step(reference, times=5) for problem in problems]
     callers = [threading.Thread(target=problem.step, kwargs={"times": 5}) for problem in problems]
     for caller in callers:
@@ -305,7 +355,10 @@ def _spin(stop: object) -> None:
 def test_busy_cores_do_not_stop_a_step() -> None:
     context = multiprocessing.get_context("fork")
     stop = context.Event()
-    busy = [context.Process(target=_spin, args=(stop,), daemon=True) for _ in range(2 * (os.cpu_count() or 1))]
+    busy = [
+        context.Process(target=_spin, args=(stop,), daemon=True)
+        for _ in range(2 * (os.cpu_count() or 1))
+    ]
     for process in busy:
         process.start()
     try:
@@ -327,7 +380,9 @@ def test_ceilings_leave_the_tensors_as_they_were(isa: str) -> None:
     cpu.stream_ceiling(arrays)
     assert_same_bits(arrays, before)
     words = np.concatenate([integer(x).numpy().view(np.uint32) for x in arrays])
-    assert cpu.read_ceiling(arrays) == np.bitwise_xor.reduce(words)  # of whole blocks of 32 elements: every one was read
+    assert cpu.read_ceiling(arrays) == np.bitwise_xor.reduce(
+        words
+    )  # of whole blocks of 32 elements: every one was read
 
 
 def test_wrong_gradients_are_refused_before_anything_changes() -> None:
@@ -354,7 +409,10 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
         assert cpu.available() and cpu.selected_isa() == isa
     monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
     cpu.select_isa(None)
-    with pytest.raises(ValueError, match="SHARDED_BF16_ADAMW_ISA is 'sse9', which is not one of baseline, avx2, avx512"):
+    with pytest.raises(
+        ValueError,
+        match="SHARDED_BF16_ADAMW_ISA is 'sse9', which is not one of baseline, avx2, avx512",
+    ):
         cpu.available()
     monkeypatch.setattr(cpu, "supported_isas", lambda: ["baseline"])
     monkeypatch.setenv(cpu.ISA_VARIABLE, "avx512")
@@ -365,7 +423,9 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"])
-def test_without_a_library_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None) -> None:
+def test_without_a_library_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+) -> None:
     path = tmp_path / "_native.so"
     if content is not None:
         path.write_bytes(content)
@@ -374,7 +434,9 @@ def test_without_a_library_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(cpu, "_unavailable_reason", None)
     assert not cpu.available() and cpu.supported_isas() == []
     reason = cpu.unavailable_reason()
-    assert reason is not None and ("was not built" if content is None else "does not load") in reason
+    assert (
+        reason is not None and ("was not built" if content is None else "does not load") in reason
+    )
     with pytest.raises(RuntimeError, match="the CPU back end is not available"):
         cpu.grad_sum_sq([torch.ones(1)])
 

@@ -33,14 +33,24 @@ SANITIZERS = ["address,undefined", "thread"]
 
 
 class Case:
-    def __init__(self, numel: int, p_dtype: torch.dtype, g_dtype: torch.dtype, offset: int, step: float, wild: bool) -> None:
+    def __init__(
+        self,
+        numel: int,
+        p_dtype: torch.dtype,
+        g_dtype: torch.dtype,
+        offset: int,
+        step: float,
+        wild: bool,
+    ) -> None:
         self.offset, self.step = offset, torch.tensor(step)
         generator = np.random.default_rng(numel + offset)
         dtypes = [g_dtype, p_dtype, p_dtype, p_dtype] + [p_dtype] * (p_dtype == BF16)
         self.columns: list[Tensor] = []
         for dtype, scale in zip(dtypes, [1e-3, 0.05, 1e-3, 1e-6, 1e-5], strict=False):
             if wild:  # any bit pattern: NaN payloads, infinities, subnormals
-                integer, all_ones_nan = (np.int16, 0x7FFF) if dtype == BF16 else (np.int32, 0x7FFFFFFF)
+                integer, all_ones_nan = (
+                    (np.int16, 0x7FFF) if dtype == BF16 else (np.int32, 0x7FFFFFFF)
+                )
                 bits = generator.integers(-all_ones_nan - 1, all_ones_nan + 1, numel, integer)
                 bits[::11] = all_ones_nan
                 x = torch.from_numpy(bits).view(dtype)
@@ -50,33 +60,47 @@ class Case:
 
     def header(self) -> bytes:
         g, p = self.columns[:2]
-        return struct.pack("=4qd", p.dtype == F32, g.dtype == F32, p.numel(), self.offset, self.step.item())
+        return struct.pack(
+            "=4qd", p.dtype == F32, g.dtype == F32, p.numel(), self.offset, self.step.item()
+        )
 
 
 def cases(wild: bool) -> list[Case]:
     dtypes = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]
     lengths = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000]
     small = [Case(n, *pair, n % 3, float(n % 2 * 500), wild) for n in lengths for pair in dtypes]
-    return [*small, *(Case(n, *pair, 1, 9.0, wild) for n, pair in zip((100_001, 70_000, 40_001), dtypes, strict=False))]
+    return [
+        *small,
+        *(
+            Case(n, *pair, 1, 9.0, wild)
+            for n, pair in zip((100_001, 70_000, 40_001), dtypes, strict=False)
+        ),
+    ]
 
 
 def content(x: Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
 
 
-def run_and_compare(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+def run_and_compare(
+    command: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> None:
     """Run the driver and compare all that it writes with the reference: NaN in the same places, the same bits elsewhere."""
     for wild in (False, True):
         run_and_compare_cases(cases(wild), command, folder, environment or {})
 
 
-def run_and_compare_cases(all_cases: list[Case], command: list[str], folder: Path, environment: dict[str, str]) -> None:
+def run_and_compare_cases(
+    all_cases: list[Case], command: list[str], folder: Path, environment: dict[str, str]
+) -> None:
     data = struct.pack("=2q6d", len(all_cases), 1, *HYPER.values(), SCALE)
     data += b"".join(case.header() + b"".join(map(content, case.columns)) for case in all_cases)
     source, target = folder / "input", folder / "output"
     source.write_bytes(data)
     arguments = [*command, str(source), str(target), str(THREADS), str(CALLERS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr[-4000:]
 
     sum_sq = reference.grad_sum_sq([case.columns[0] for case in all_cases]).item()
@@ -88,14 +112,18 @@ def run_and_compare_cases(all_cases: list[Case], command: list[str], folder: Pat
     one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
     assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0
     for start in range(0, len(written), one):
-        assert struct.unpack_from("=d", written, start)[0] == pytest.approx(sum_sq, rel=1e-12, nan_ok=True)
+        assert struct.unpack_from("=d", written, start)[0] == pytest.approx(
+            sum_sq, rel=1e-12, nan_ok=True
+        )
         at = start + 8
         for case in all_cases:
             assert struct.unpack_from("=f", written, at)[0] == case.step.item()
             at += 4
             for expected in case.columns:
                 if expected.numel():
-                    actual = torch.frombuffer(bytearray(written[at : at + expected.nbytes]), dtype=expected.dtype)
+                    actual = torch.frombuffer(
+                        bytearray(written[at : at + expected.nbytes]), dtype=expected.dtype
+                    )
                     integer = torch.int16 if expected.dtype == BF16 else torch.int32
                     nan = expected.isnan()
                     assert torch.equal(actual.isnan(), nan)
@@ -106,7 +134,11 @@ def run_and_compare_cases(all_cases: list[Case], command: list[str], folder: Pat
 def build(compiler: str, flags: list[str], folder: Path) -> Path:
     program = folder / "driver"
     sources = [str(DRIVER), *(str(path) for path in sorted(CSRC.glob("*.c")))]
-    done = subprocess.run([compiler, *FLAGS, *flags, *sources, "-o", str(program), "-lm"], capture_output=True, text=True)
+    done = subprocess.run(
+        [compiler, *FLAGS, *flags, *sources, "-o", str(program), "-lm"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return program
 
@@ -137,7 +169,9 @@ def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CC", "cc")
     if reason := why_not(compiler, flags, tmp_path):
         pytest.skip(reason)
-    run_and_compare([str(build(compiler, flags, tmp_path))], tmp_path, {"TSAN_OPTIONS": "halt_on_error=1"})
+    run_and_compare(
+        [str(build(compiler, flags, tmp_path))], tmp_path, {"TSAN_OPTIONS": "halt_on_error=1"}
+    )
 
 
 def test_aarch64_in_an_emulator(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from sharded_bf16_adamw.kernels import cuda, reference
 from sharded_bf16_adamw.kernels.device_memory import NormScratch
 
-pytestmark = pytest.mark.skipif(not cuda.available(), reason=f"no GPU to test on: {cuda.unavailable_reason()}")
+pytestmark = pytest.mark.skipif(
+    not cuda.available(), reason=f"no GPU to test on: {cuda.unavailable_reason()}"
+)
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
 from . import triton_checks  # noqa: E402 (it imports Triton)
@@ -44,8 +46,14 @@ def kernels_in(function: Any) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        names = [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Context Sync"))]
+        on_device = [
+            event.name
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        names = [
+            name for name in on_device if not name.startswith(("Memcpy", "Memset", "Context Sync"))
+        ]
         if names:
             break
     return names
@@ -77,7 +85,9 @@ def test_same_bits_as_the_reference(name: str) -> None:
 
 def test_norm_and_clip() -> None:
     pairs = triton_checks.norms("cuda")
-    assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+    assert {name: found for name, (found, _) in pairs.items()} == {
+        name: wanted for name, (_, wanted) in pairs.items()
+    }
 
 
 def test_norm_is_repeatable() -> None:
@@ -93,10 +103,21 @@ def test_more_than_2_to_31_elements() -> None:
         pytest.skip(f"needs {6 * 2 * n / 2**30:.0f} GiB of free GPU memory")
     large = [torch.empty(n, dtype=BF16, device="cuda").normal_(0, 0.02) for _ in range(5)]
     large[3].abs_()
-    parts = [slice(0, 10000), slice(2**30 - 5000, 2**30 + 5000), slice(2**31 - 5000, 2**31 + 5000), slice(n - 10000, n)]
+    parts = [
+        slice(0, 10000),
+        slice(2**30 - 5000, 2**30 + 5000),
+        slice(2**31 - 5000, 2**31 + 5000),
+        slice(n - 10000, n),
+    ]
     p, g, m, v, c = ([x[part].cpu() for part in parts] for x in large)
     take_step(reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
-    take_step(cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]), [large[1]], **HYPER)
+    take_step(
+        cuda.Table(
+            [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]
+        ),
+        [large[1]],
+        **HYPER,
+    )
     for name, ours, theirs in zip("pgmvc", large, (p, g, m, v, c), strict=True):
         assert differing(name, [ours[part] for part in parts], theirs) == []
     large[1].fill_(1.0)
@@ -111,7 +132,12 @@ def test_one_launch_a_step_and_two_with_clipping() -> None:
         take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
 
     assert kernels_in(lambda: take_step(model.table, grads, **HYPER)) == ["adamw_kernel"]
-    assert kernels_in(lambda: take_step(model.table, [g.clone().detach() for g in grads], **HYPER)).count("adamw_kernel") == 1
+    assert (
+        kernels_in(
+            lambda: take_step(model.table, [g.clone().detach() for g in grads], **HYPER)
+        ).count("adamw_kernel")
+        == 1
+    )
     assert kernels_in(clipped) == ["norm_kernel", "adamw_kernel"]
     sum_sq = cuda.grad_sum_sq(grads)
     assert kernels_in(lambda: cuda.clip_coefficient(sum_sq, 1.0)) == ["clip_kernel"]
@@ -126,10 +152,20 @@ def test_no_host_sync() -> None:
         for own in (grads, grads, moved, grads):
             sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0, model.scratch)
             cuda.clip_coefficient(sum_sq, 1.0)
-            take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+            take_step(
+                model.table,
+                own,
+                **HYPER,
+                grad_scale=coefficient,
+                found_inf=found_inf,
+                zero_grads=True,
+            )
             take_step(model.table, own, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
-    with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):  # the debug mode can see a sync
+    with (
+        no_host_sync(),
+        pytest.raises(RuntimeError, match="synchroniz"),
+    ):  # the debug mode can see a sync
         float(lr)
 
 
@@ -142,7 +178,9 @@ def test_gradients_at_new_addresses() -> None:
             g.copy_(new)
         kept.append([g.clone() for g in grads])
         take_step(fixed.table, grads, **HYPER)
-        take_step(moving.table, kept[-1], **HYPER)  # enqueued at once: many uploads are in flight together
+        take_step(
+            moving.table, kept[-1], **HYPER
+        )  # enqueued at once: many uploads are in flight together
     assert differing("after", moving.tensors(), fixed.tensors()) == []
 
 
@@ -152,7 +190,9 @@ def test_found_inf_skips_on_the_device() -> None:
     before = [x.clone() for x in model.tensors()]
     grads[0].view(-1)[123] = float("nan")
     _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
-    take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True)
+    take_step(
+        model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True
+    )
     assert differing("after", model.tensors(), before) == []
     assert bool(grads[0].any())
 
@@ -227,7 +267,13 @@ def test_one_graph_captures_two_clipped_models_of_equal_shapes() -> None:
 
 def test_capture_without_a_step_before_is_refused() -> None:
     model, grads = Model(), random_grads(1)
-    with pytest.raises(RuntimeError, match="take a step like it before each capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="take a step like it before each capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         cuda.Table(model.params, *model.states, model.steps)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="take a step like it before each capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="take a step like it before each capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         cuda.grad_sum_sq([g[:0] for g in grads])

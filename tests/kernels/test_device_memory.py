@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, device_memory
 from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch, double_bits
-from sharded_bf16_adamw.kernels.reference import Hyper
+from sharded_bf16_adamw.kernels.reference import Hyperparams
 
 EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 
@@ -25,8 +25,12 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(device_memory, "upload", lambda host, device: host.clone())
 
     def of_cpu(function: Any) -> Any:
-        def call(*shape: object, pin_memory: bool = False, device: object = "cpu", **options: object) -> Tensor:
-            assert not (pin_memory and state.now), "no pinned memory can be allocated while a graph is captured"
+        def call(
+            *shape: object, pin_memory: bool = False, device: object = "cpu", **options: object
+        ) -> Tensor:
+            assert not (pin_memory and state.now), (
+                "no pinned memory can be allocated while a graph is captured"
+            )
             return function(*shape, **options)  # type: ignore[no-any-return]
 
         return call
@@ -35,8 +39,14 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch, "zeros", of_cpu(torch.zeros))
     monkeypatch.setattr(cuda, "is_capturing", lambda device: state.now)
     monkeypatch.setattr(cuda, "upload", lambda host, device: host.clone())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=state.stream))
-    monkeypatch.setattr(Tensor, "to", lambda x, device, **options: x.clone() if device is DEVICE else to(x, device, **options))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=state.stream)
+    )
+    monkeypatch.setattr(
+        Tensor,
+        "to",
+        lambda x, device, **options: x.clone() if device is DEVICE else to(x, device, **options),
+    )
     return state
 
 
@@ -66,7 +76,10 @@ def test_a_step_before_each_capture_is_enough(capturing: SimpleNamespace) -> Non
         array.holding(EAGER)
         capturing.now = True
         assert array.holding(captured).tolist() == captured
-    assert [(on_device.tolist(), spare is not None) for on_device, spare in array.captured] == [(OTHER, True), (THIRD, True)]
+    assert [(on_device.tolist(), spare is not None) for on_device, spare in array.captured] == [
+        (OTHER, True),
+        (THIRD, True),
+    ]
     capturing.now = False
     assert array.holding(EAGER).tolist() == EAGER, "a graph has not filled its array yet"
 
@@ -141,11 +154,21 @@ def test_scratch_of_many_sets_of_gradients_is_given_up_again(capturing: SimpleNa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_learning_rate_that_a_graph_would_freeze_is_not_captured(capturing: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_a_learning_rate_that_a_graph_would_freeze_is_not_captured(
+    capturing: SimpleNamespace, dtype: torch.dtype
+) -> None:
     """Eagerly any tensor serves, and is read anew at each step; in a graph one that is on the device."""
-    device, hyper = torch.device("cuda", 0), Hyper(torch.tensor(0.5, dtype=dtype), 0.9, 0.99, 1e-8, 0.0)
+    device, hyper = (
+        torch.device("cuda", 0),
+        Hyperparams(torch.tensor(0.5, dtype=dtype), 0.9, 0.99, 1e-8, 0.0),
+    )
     assert cuda._hyper_values(hyper, device)[0] == double_bits(0.5)
     capturing.now = True
-    with pytest.raises(RuntimeError, match=rf"captures a step whose lr is {dtype} on cpu, .* float64 tensor on cuda:0"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"captures a step whose lr is {dtype} on cpu, .* float64 tensor on cuda:0",
+    ):
         cuda._hyper_values(hyper, device)
-    assert cuda._hyper_values(hyper._replace(lr=0.5), device)[0] == double_bits(0.5), "a number is meant to be kept"
+    assert cuda._hyper_values(hyper._replace(lr=0.5), device)[0] == double_bits(0.5), (
+        "a number is meant to be kept"
+    )

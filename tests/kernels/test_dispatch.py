@@ -14,7 +14,11 @@ from . import layout_checks
 from .backends import cpu_backends, update_of
 from .tables import take_step
 
-CHECKS = [pytest.param(check, id=name) for name, check in vars(layout_checks).items() if name.startswith("check_")]
+CHECKS = [
+    pytest.param(check, id=name)
+    for name, check in vars(layout_checks).items()
+    if name.startswith("check_")
+]
 
 
 @pytest.fixture(params=cpu_backends())
@@ -32,27 +36,78 @@ def test_reference_is_a_backend():
 
 
 def test_no_parameters(backend):
-    kernels.adamw_bf16_([], [], [], [], [], [], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, backend=backend)
+    kernels.adamw_bf16_(
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        lr=1.0,
+        beta1=0.9,
+        beta2=0.9,
+        eps=1e-8,
+        weight_decay=0.0,
+        backend=backend,
+    )
 
 
 def test_unknown_backend():
     row = [[torch.ones(1).bfloat16()] for _ in range(5)]
     with pytest.raises(ValueError, match=r"Invalid backend: 'fast'.*reference"):
-        update_of("fast")(*row, [torch.zeros(())], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+        update_of("fast")(
+            *row, [torch.zeros(())], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0
+        )
 
 
 WRONG = {  # what is wrong: the column of (p, g, m, v, c, step) that is replaced, by what, and the message
     "parameter dtype": (0, torch.Tensor.half, "parameter 1 has dtype torch.float16"),
-    "float32 parameter with a correction": (0, torch.Tensor.float, "parameter 1 has dtype torch.float32 and a correction"),
+    "float32 parameter with a correction": (
+        0,
+        torch.Tensor.float,
+        "parameter 1 has dtype torch.float32 and a correction",
+    ),
     "no correction": (4, lambda _: None, "parameter 1 has dtype torch.bfloat16 and no correction"),
-    "state dtype": (3, torch.Tensor.float, "exp_avg_sq 1 has dtype torch.float32 but its parameter torch.bfloat16"),
-    "state size": (2, lambda x: x[:-1], "exp_avg 1 has 99 elements on cpu but its parameter 100 on cpu"),
-    "correction size": (4, lambda x: x[:-1], "correction 1 has 99 elements on cpu but its parameter 100"),
-    "gradient size": (1, lambda x: x[:-1], "gradient 1 has 99 elements on cpu but its parameter 100"),
-    "state device": (2, lambda x: x.to("meta"), "exp_avg 1 has 100 elements on meta but its parameter 100 on cpu"),
-    "gradient device": (1, lambda x: x.to("meta"), "gradient 1 has 100 elements on meta but its parameter 100 on cpu"),
-    "step device": (5, lambda x: x.to("meta"), "step 1 must be a 0-dim float32 tensor on cpu, but is .* on meta"),
-    "step dtype": (5, torch.Tensor.long, "step 1 must be a 0-dim float32 tensor on cpu, but is torch.int64"),
+    "state dtype": (
+        3,
+        torch.Tensor.float,
+        "exp_avg_sq 1 has dtype torch.float32 but its parameter torch.bfloat16",
+    ),
+    "state size": (
+        2,
+        lambda x: x[:-1],
+        "exp_avg 1 has 99 elements on cpu but its parameter 100 on cpu",
+    ),
+    "correction size": (
+        4,
+        lambda x: x[:-1],
+        "correction 1 has 99 elements on cpu but its parameter 100",
+    ),
+    "gradient size": (
+        1,
+        lambda x: x[:-1],
+        "gradient 1 has 99 elements on cpu but its parameter 100",
+    ),
+    "state device": (
+        2,
+        lambda x: x.to("meta"),
+        "exp_avg 1 has 100 elements on meta but its parameter 100 on cpu",
+    ),
+    "gradient device": (
+        1,
+        lambda x: x.to("meta"),
+        "gradient 1 has 100 elements on meta but its parameter 100 on cpu",
+    ),
+    "step device": (
+        5,
+        lambda x: x.to("meta"),
+        "step 1 must be a 0-dim float32 tensor on cpu, but is .* on meta",
+    ),
+    "step dtype": (
+        5,
+        torch.Tensor.long,
+        "step 1 must be a 0-dim float32 tensor on cpu, but is torch.int64",
+    ),
 }
 
 
@@ -64,18 +119,37 @@ def test_wrong_tensors_are_refused_before_anything_changes(backend, what):
     given = [list(row) for row in rows]
     given[1][column] = change(given[1][column])
     with pytest.raises((TypeError, ValueError), match=message):
-        update_of(backend)(*map(list, zip(*given, strict=True)), lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
-    assert all(torch.equal(x, y) for row, old in zip(rows, before, strict=True) for x, y in zip(row, old, strict=True))
+        update_of(backend)(
+            *map(list, zip(*given, strict=True)),
+            lr=1.0,
+            beta1=0.9,
+            beta2=0.9,
+            eps=1e-8,
+            weight_decay=0.0,
+        )
+    assert all(
+        torch.equal(x, y)
+        for row, old in zip(rows, before, strict=True)
+        for x, y in zip(row, old, strict=True)
+    )
 
 
 def test_groups_of_a_table_have_their_own_hyperparameters(backend):
     """One call steps all of them, as a call of the reference for each would."""
     hypers = [
-        kernels.Hyper(1e-3, 0.9, 0.999, 1e-8, 0.1),
-        kernels.Hyper(torch.tensor(3e-4), 0.8, 0.99, 1e-6, 0.0, maximize=True),
-        kernels.Hyper(0.0, 0.9, 0.95, 1e-8, 0.1),
+        kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1),
+        kernels.Hyperparams(torch.tensor(3e-4), 0.8, 0.99, 1e-6, 0.0, maximize=True),
+        kernels.Hyperparams(0.0, 0.9, 0.95, 1e-8, 0.1),
     ]
-    groups = [0, 2, 1, 1, 0, 2, 1]  # out of order, so that neighbours differ; the third state is off the fast path
+    groups = [
+        0,
+        2,
+        1,
+        1,
+        0,
+        2,
+        1,
+    ]  # out of order, so that neighbours differ; the third state is off the fast path
     states = [layout_checks.typical(512, seed) for seed in range(len(groups))]
     states[2] = states[2].map(lambda x: x.view(16, 32)[:, ::2])
     together, apart = ([state.map(torch.clone) for state in states] for _ in range(2))
@@ -88,7 +162,17 @@ def test_groups_of_a_table_have_their_own_hyperparameters(backend):
         for i, group in enumerate(groups):
             p1, g1, m1, v1, c1 = ([x] for x in apart[i])
             hyper = hypers[group]._asdict()
-            kernels.adamw_bf16_(p1, g1, m1, v1, c1, [counts[1][i]], **hyper, grad_scale=torch.tensor(0.5), backend="reference")
+            kernels.adamw_bf16_(
+                p1,
+                g1,
+                m1,
+                v1,
+                c1,
+                [counts[1][i]],
+                **hyper,
+                grad_scale=torch.tensor(0.5),
+                backend="reference",
+            )
     for a, b in zip(together, apart, strict=True):
         assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
     assert counts[0] == counts[1]
@@ -96,7 +180,10 @@ def test_groups_of_a_table_have_their_own_hyperparameters(backend):
 
 def test_table_serves_many_steps(backend):
     """A table made once takes the steps that separate calls take, also when a gradient's layout or dtype changes in between."""
-    states = [layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE)) for seed in (68, 69)]
+    states = [
+        layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE))
+        for seed in (68, 69)
+    ]
     hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     lay = layout_checks.LAYOUTS["transposed"]
     once = [states[0].map(torch.clone), states[1].map(lay)]
@@ -117,7 +204,9 @@ def test_table_serves_many_steps(backend):
 def test_default_backend_serves_cpu():
     """Chosen by device, whatever it is, it takes the step that the reference takes."""
     state = layout_checks.typical(5000, 65)
-    chosen, reference = (layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference"))
+    chosen, reference = (
+        layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference")
+    )
     assert all(layout_checks.same_bits(a, b) for a, b in zip(chosen, reference, strict=True))
 
 
@@ -125,21 +214,36 @@ def test_float32_parameter_layouts(backend):
     """float32 parameters too may have any strides, unlike those of their gradients and moments."""
     gen = torch.Generator().manual_seed(66)
     p, g, m, v = (torch.rand(layout_checks.SHAPE, generator=gen) for _ in range(4))
-    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "backend": backend}
+    hyper = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "backend": backend,
+    }
     flat = [x.flatten().clone() for x in (p, g, m, v)]
     kernels.adamw_bf16_(*([x] for x in flat), [None], [torch.zeros(())], **hyper)
     names = list(layout_checks.LAYOUTS)
     for i in range(len(names)):
-        laid = [layout_checks.LAYOUTS[names[(i + j) % len(names)]](x) for j, x in enumerate((p, g, m, v))]
+        laid = [
+            layout_checks.LAYOUTS[names[(i + j) % len(names)]](x)
+            for j, x in enumerate((p, g, m, v))
+        ]
         kernels.adamw_bf16_(*([x] for x in laid), [None], [torch.zeros(())], **hyper)
-        assert all(torch.equal(a, b.view(layout_checks.SHAPE)) for a, b in zip(laid, flat, strict=True)), names[i]
+        assert all(
+            torch.equal(a, b.view(layout_checks.SHAPE)) for a, b in zip(laid, flat, strict=True)
+        ), names[i]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_grad_sum_sq(backend, dtype):
     """The sum over tensors of any layout and size, to float32's precision or better, as a 0-dim float64."""
     gen = torch.Generator().manual_seed(67)
-    grads = [torch.randn(shape, generator=gen).to(dtype) for shape in ((), (0,), (1,), (1023,), (65, 1031), layout_checks.SHAPE)]
+    grads = [
+        torch.randn(shape, generator=gen).to(dtype)
+        for shape in ((), (0,), (1,), (1023,), (65, 1031), layout_checks.SHAPE)
+    ]
     grads += [lay(grads[-1]) for lay in layout_checks.LAYOUTS.values()]
     total = kernels.grad_sum_sq(grads, backend=backend)
     exact = sum(np.square(g.double().numpy()).sum() for g in grads)
@@ -173,24 +277,39 @@ class OnMPS(torch.Tensor):
         if function is torch.Tensor.to and torch.device("cpu") in args:
             return result.as_subclass(torch.Tensor)
         if isinstance(result, cls) and result.as_subclass(torch.Tensor).dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         return result
 
 
 def test_norm_and_clip_on_a_device_without_float64():
-    plain = [torch.randn(70_000, generator=torch.Generator().manual_seed(4)).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    plain = [
+        torch.randn(70_000, generator=torch.Generator().manual_seed(4)).to(dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     grads = [grad.as_subclass(OnMPS) for grad in plain]
     with pytest.raises(TypeError, match="float64"):
         grads[0].double()
     total = kernels.grad_sum_sq(grads)
-    assert type(total) is torch.Tensor and torch.equal(total, kernels.grad_sum_sq(plain, backend="reference"))
-    for found, wanted in zip(kernels.grad_norm_clip(grads, 1.0), kernels.grad_norm_clip(plain, 1.0, backend="reference"), strict=True):
+    assert type(total) is torch.Tensor and torch.equal(
+        total, kernels.grad_sum_sq(plain, backend="reference")
+    )
+    for found, wanted in zip(
+        kernels.grad_norm_clip(grads, 1.0),
+        kernels.grad_norm_clip(plain, 1.0, backend="reference"),
+        strict=True,
+    ):
         assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("has_double", [True, False])
 def test_sums_of_an_xpu_are_where_it_has_float64(monkeypatch, has_double):
     kernels.double_device.cache_clear()
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_double))
-    assert kernels.double_device(torch.device("xpu", 0)) == torch.device("xpu:0" if has_double else "cpu")
+    monkeypatch.setattr(
+        torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_double)
+    )
+    assert kernels.double_device(torch.device("xpu", 0)) == torch.device(
+        "xpu:0" if has_double else "cpu"
+    )
     kernels.double_device.cache_clear()

@@ -17,7 +17,11 @@ CHECKS = {
     for name, check in vars(module).items()
     if name.startswith("check_")
 }
-PAIRS = [pytest.param(mutant, check, id=f"{mutant.name}-{check}") for mutant in MUTANTS for check in mutant.caught_by]
+PAIRS = [
+    pytest.param(mutant, check, id=f"{mutant.name}-{check}")
+    for mutant in MUTANTS
+    for check in mutant.caught_by
+]
 
 
 @pytest.mark.parametrize(("mutant", "check"), PAIRS)
@@ -29,7 +33,10 @@ def test_check_notices_mutant(mutant: Mutant, check: str):
 
 def test_unedited_copy_passes():
     """So that what the mutants fail on is their edit, not the copying."""
-    for module, checks in ((reference, (rule_checks.check_oracle, rule_option_checks.check_many_tensors)), (kernels, LAYOUT_CHECKS)):
+    for module, checks in (
+        (reference, (rule_checks.check_oracle, rule_option_checks.check_many_tensors)),
+        (kernels, LAYOUT_CHECKS),
+    ):
         update = mutated(Mutant("none", (), (), module))
         for check in checks:
             check(update)

@@ -37,7 +37,10 @@ TOGETHER, BY_WARP = False, True
 CASES = [
     *[(name, "sm_90", TOGETHER) for name in triton_checks.CASES],
     *[(name, "sm_90", BY_WARP) for name in ("bf16", "grad_scale", "unaligned")],
-    *[(name, "sm_80", TOGETHER) for name in ("bf16", "fp32", "grad_scale", "unaligned fp32 gradients")],
+    *[
+        (name, "sm_80", TOGETHER)
+        for name in ("bf16", "fp32", "grad_scale", "unaligned fp32 gradients")
+    ],
 ]
 
 
@@ -53,7 +56,9 @@ def test_offsets_beyond_32_bits(elsewhere: Run) -> None:
 @pytest.mark.parametrize(("target", "by_warp"), [("sm_90", BY_WARP), ("sm_80", TOGETHER)])
 def test_norm_and_clip(elsewhere: Run, target: str, by_warp: bool) -> None:
     pairs = elsewhere(ptx_launch.norms, target, by_warp)
-    assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+    assert {name: found for name, (found, _) in pairs.items()} == {
+        name: wanted for name, (_, wanted) in pairs.items()
+    }
 
 
 def test_the_norm_has_one_order(elsewhere: Run) -> None:
@@ -68,7 +73,11 @@ def test_the_norm_has_one_order(elsewhere: Run) -> None:
 @pytest.mark.parametrize(
     ("opcode", "sources", "wanted"),
     [
-        ("add.rn.f32", [0x7F800000, 0xFF800000], 0x7FFFFFFF),  # the one NaN of single precision, here and in the next line
+        (
+            "add.rn.f32",
+            [0x7F800000, 0xFF800000],
+            0x7FFFFFFF,
+        ),  # the one NaN of single precision, here and in the next line
         ("add.rn.f32", [0xFFC01234, 0x3F800000], 0x7FFFFFFF),
         ("add.rn.f32", [0x3F800000, 0x33800000], 0x3F800000),  # a tie
         ("mul.rn.f32", [0x00800000, 0x3F000000], 0x00400000),  # subnormals stay
@@ -84,14 +93,22 @@ def test_the_norm_has_one_order(elsewhere: Run) -> None:
         ("cvt.rn.bf16.f32", [0xFF7FFFFF], 0xFF80),
         ("cvt.rn.bf16.f32", [0xFF800001], 0x7FFF),
         ("cvt.rn.bf16x2.f32", [0x3F800000, 0x40000000], 0x3F804000),  # the first goes high
-        ("cvt.rn.f32.f64", [0x3690000000000001], 0x00000001),  # just above half of the smallest subnormal
+        (
+            "cvt.rn.f32.f64",
+            [0x3690000000000001],
+            0x00000001,
+        ),  # just above half of the smallest subnormal
         ("cvt.rzi.s32.f32", [0xBFC00000], 0xFFFFFFFF),
         ("cvt.rzi.s32.f32", [0x4F800000], 0x7FFFFFFF),
         ("cvt.rzi.s32.f32", [0x7FC00000], 0),
         ("cvt.s64.s32", [0x80000000], 0xFFFFFFFF80000000),
         ("cvt.u64.u32", [0x80000000], 0x80000000),
         ("cvt.u32.u64", [0x1234567890ABCDEF], 0x90ABCDEF),
-        ("fma.rn.f64", [0x3FF0000020000000, 0x3FF0000020000000, 0xBFF0000040000000], 0x3D10000000000000),
+        (
+            "fma.rn.f64",
+            [0x3FF0000020000000, 0x3FF0000020000000, 0xBFF0000040000000],
+            0x3D10000000000000,
+        ),
         ("min.s32", [0x7FFFFFFF, 0x7FFF0000], 0x7FFF0000),
         ("min.s32", [0xFFFFFFFF, 0x7FFF0000], 0xFFFFFFFF),
         ("mul.lo.s16", [0x1234, 0xC09D], 0x29E4),
@@ -124,7 +141,9 @@ def test_operations(opcode: str, sources: list[int], wanted: int) -> None:
 
 def run(body: str, *arrays: np.ndarray, by_warp: bool = False, programs: int = 1) -> None:
     """Run a kernel of 64 threads whose parameters are the arrays; ``%rd0`` is the first, and ``%r0`` the thread."""
-    parameters = ", ".join(f".param .u64 .ptr .global .align 1 kernel_param_{i}" for i in range(len(arrays)))
+    parameters = ", ".join(
+        f".param .u64 .ptr .global .align 1 kernel_param_{i}" for i in range(len(arrays))
+    )
     ptx = f"""
 .visible .entry kernel({parameters})
 .reqntid 64
@@ -140,7 +159,14 @@ def run(body: str, *arrays: np.ndarray, by_warp: bool = False, programs: int = 1
 }}"""
     memory = Memory([(x.ctypes.data, x.nbytes) for x in arrays])
     addresses = [x.ctypes.data for x in arrays]
-    launch(Kernel(ptx, 256), programs, addresses, memory, by_warp=by_warp, generator=np.random.default_rng(0))
+    launch(
+        Kernel(ptx, 256),
+        programs,
+        addresses,
+        memory,
+        by_warp=by_warp,
+        generator=np.random.default_rng(0),
+    )
 
 
 STORE = """
@@ -187,22 +213,37 @@ def test_barriers(by_warp: bool) -> None:
 
 def test_atomic_additions_of_all_programs() -> None:
     out = np.zeros(1, np.uint32)
-    run("mov.b32 %r1, 2; atom.global.gpu.acq_rel.add.u32 %r2, [%rd0], %r1;".replace("; ", ";\n"), out, programs=3)
+    run(
+        "mov.b32 %r1, 2; atom.global.gpu.acq_rel.add.u32 %r2, [%rd0], %r1;".replace("; ", ";\n"),
+        out,
+        programs=3,
+    )
     assert out.tolist() == [2 * 64 * 3]
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("mad.wide.u32 %rd1, %r0, 4, %rd0;\n@%p1 st.global.b32 [ %rd1 + 4 ], { %r0 };".replace("@%p1 ", ""), "are in no tensor"),
+        (
+            "mad.wide.u32 %rd1, %r0, 4, %rd0;\n@%p1 st.global.b32 [ %rd1 + 4 ], { %r0 };".replace(
+                "@%p1 ", ""
+            ),
+            "are in no tensor",
+        ),
         ("ld.global.b32 %r1, [%rd0+-4];", "are in no tensor"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+8];", "is not a multiple of 16"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+256];", "16 bytes at .* are in no tensor"),
         (EXCHANGE.format(barrier=""), "nobody has written"),
         ("mov.b32 %r1, 256;\nst.shared.b32 [%r1], %r0;", "in shared memory"),
-        ("setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:", "threads wait at different barriers"),
+        (
+            "setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:",
+            "threads wait at different barriers",
+        ),
         ("st.global.b32 [%rd0], %r0;", "different values"),
-        ("setp.lt.u32 %p1, %r0, 9;\n@%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "only a part of a warp"),
+        (
+            "setp.lt.u32 %p1, %r0, 9;\n@%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;",
+            "only a part of a warp",
+        ),
     ],
 )
 def test_what_a_launch_may_not_do(body: str, message: str) -> None:
@@ -233,11 +274,20 @@ END = "$L1:"
 @pytest.mark.parametrize(
     ("body", "ordered"),
     [  # of three programs: their threads read, take a ticket, and the last one writes
-        (READ + BARRIER + TAKE_TICKET + LAST + WRITE + END, True),  # as adamw_kernel counts up the steps
-        (READ + TAKE_TICKET + LAST + WRITE + END, False),  # threads of other warps may read later than the ticket is taken
+        (
+            READ + BARRIER + TAKE_TICKET + LAST + WRITE + END,
+            True,
+        ),  # as adamw_kernel counts up the steps
+        (
+            READ + TAKE_TICKET + LAST + WRITE + END,
+            False,
+        ),  # threads of other warps may read later than the ticket is taken
         (READ + BARRIER + TAKE_TICKET + WRITE, False),
         (TAKE_TICKET + WRITE.replace("63", "0") + LAST + END, False),
-        (WRITE.replace("63", "0").replace("%r2", "%r0") + TAKE_TICKET + LAST + END, False),  # all programs write
+        (
+            WRITE.replace("63", "0").replace("%r2", "%r0") + TAKE_TICKET + LAST + END,
+            False,
+        ),  # all programs write
         (READ + WRITE, False),
         (READ, True),
     ],

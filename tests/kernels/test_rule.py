@@ -10,12 +10,26 @@ import pytest
 import torch
 
 from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels.reference import _random_bits, _sqrt, lowbias32, power, step_key, step_scalars, stochastic_round
+from sharded_bf16_adamw.kernels.reference import (
+    _random_bits,
+    _sqrt,
+    lowbias32,
+    power,
+    step_key,
+    step_scalars,
+    stochastic_round,
+)
 
 from . import rule_checks, rule_long_checks, rule_option_checks, rule_oracle
 from .backends import cpu_backends, update_of
 from .rule_checks import bits, from_bits, random_patterns, typical
-from .rule_oracle import Hyper, exact_scalars, round_stochastically, step_bf16, to_nearest_even
+from .rule_oracle import (
+    Hyperparams,
+    exact_scalars,
+    round_stochastically,
+    step_bf16,
+    to_nearest_even,
+)
 
 CHECKS = [
     pytest.param(check, id=name)
@@ -44,10 +58,13 @@ def test_global_generator_untouched(update):
 
 def test_oracle_is_elementwise():
     """The comparison itself: array operations give what scalar operations give, one element at a time."""
-    state = [np.concatenate([bits(a)[:300], bits(b)[:300]]) for a, b in zip(random_patterns(300, 51), typical(300, 52), strict=True)]
-    together = step_bf16(*state, t=11, h=Hyper())
+    state = [
+        np.concatenate([bits(a)[:300], bits(b)[:300]])
+        for a, b in zip(random_patterns(300, 51), typical(300, 52), strict=True)
+    ]
+    together = step_bf16(*state, t=11, h=Hyperparams())
     for i in range(state[0].size):
-        alone = step_bf16(*(x[i] for x in state), t=11, h=Hyper())
+        alone = step_bf16(*(x[i] for x in state), t=11, h=Hyperparams())
         for a, b in zip(alone, together, strict=True):
             assert np.array_equal(a, b[i], equal_nan=b.dtype.kind == "f")
 
@@ -61,7 +78,10 @@ def test_oracle_rounds_as_torch_casts():
 
 def test_hash():
     x = np.random.default_rng(54).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
-    assert (bits_of_int32(lowbias32(torch.from_numpy(x.view(np.int32)))) == rule_oracle.lowbias32(x.astype(np.uint64))).all()
+    assert (
+        bits_of_int32(lowbias32(torch.from_numpy(x.view(np.int32))))
+        == rule_oracle.lowbias32(x.astype(np.uint64))
+    ).all()
 
 
 def test_hash_is_lowbias32():
@@ -76,28 +96,43 @@ def test_hash_is_lowbias32():
 INPUTS = [(source, bit) for source in "gpmvc" for bit in range(16)]
 
 
-@pytest.mark.parametrize(("source", "bit"), INPUTS, ids=[f"{source}{bit}" for source, bit in INPUTS])
+@pytest.mark.parametrize(
+    ("source", "bit"), INPUTS, ids=[f"{source}{bit}" for source, bit in INPUTS]
+)
 def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
     """Elements that differ in one stored bit get draws that have nothing to do with each other, over random elements and steps."""
     rng = np.random.default_rng(58)
     element = {name: rng.integers(0, 1 << 16, 1 << 12, dtype=np.uint16) for name in "gpmvc"}
     other = element | {source: element[source] ^ np.uint16(1 << bit)}
     pairs = [
-        [_random_bits(**{name: from_bits(x) for name, x in e.items()}, key=step_key(t)) for e in (element, other)] for t in range(1, 17)
+        [
+            _random_bits(**{name: from_bits(x) for name, x in e.items()}, key=step_key(t))
+            for e in (element, other)
+        ]
+        for t in range(1, 17)
     ]
     for draw in range(3):
         a, b = (np.concatenate([pair[i][draw].numpy() for pair in pairs]) for i in range(2))
         r = rule_checks.correlation(a, b)
-        assert abs(r) < 0.02, f"draw {draw}: correlation {r:.3f}"  # five standard deviations of independent ones
+        assert abs(r) < 0.02, (
+            f"draw {draw}: correlation {r:.3f}"
+        )  # five standard deviations of independent ones
 
 
 def test_random_bits_of_an_element_at_rest():
     """Where nothing but the step changes, draws are uniform over time and do not follow each other."""
-    at_rest = {name: torch.tensor([x]).bfloat16() for name, x in (("g", 0.0), ("p", 1.0), ("m", 0.0), ("v", 1e-4), ("c", 0.0))}
-    draws = np.array([[int(x) for x in _random_bits(**at_rest, key=step_key(t))] for t in range(1, 8001)])
+    at_rest = {
+        name: torch.tensor([x]).bfloat16()
+        for name, x in (("g", 0.0), ("p", 1.0), ("m", 0.0), ("v", 1e-4), ("c", 0.0))
+    }
+    draws = np.array(
+        [[int(x) for x in _random_bits(**at_rest, key=step_key(t))] for t in range(1, 8001)]
+    )
     for r in draws.T:
         counts = np.bincount(r >> 12, minlength=16)
-        assert ((counts - 500) ** 2 / 500).sum() < 45  # chi squared of 15 degrees of freedom: 1 in 10,000
+        assert (
+            (counts - 500) ** 2 / 500
+        ).sum() < 45  # chi squared of 15 degrees of freedom: 1 in 10,000
         assert abs(rule_checks.correlation(r[1:], r[:-1])) < 0.045  # four standard deviations
 
 
@@ -119,7 +154,16 @@ def test_stochastic_round_every_nan_and_infinity():
 def test_stochastic_round_probability():
     """One value against each of the 65,536 random patterns rounds up exactly as often as its discarded bits say."""
     r = np.arange(1 << 16, dtype=np.int32)
-    for pattern in (0x3F800000, 0x3F800001, 0x3F804321, 0x3F80FFFF, 0xBF808000, 0x00000001, 0x7F7F0000, 0x007FFFFF):
+    for pattern in (
+        0x3F800000,
+        0x3F800001,
+        0x3F804321,
+        0x3F80FFFF,
+        0xBF808000,
+        0x00000001,
+        0x7F7F0000,
+        0x007FFFFF,
+    ):
         x = np.full(r.size, pattern, dtype=np.uint32)
         rounded = bits(stochastic_round(from_bits(x), torch.from_numpy(r)))
         assert (rounded != pattern >> 16).sum() == pattern & 0xFFFF
@@ -134,11 +178,16 @@ def test_sqrt_is_correctly_rounded():
 @pytest.mark.parametrize("t", [1, 2, 3, 10, 1000, 12_345, 1_000_003])
 @pytest.mark.parametrize(
     "hyper",
-    [Hyper(), Hyper(lr=3.3e-7, beta1=0.95, beta2=0.9999), Hyper(beta1=0.0, beta2=0.0, eps=0.0), Hyper(lr=0.0, beta1=0.1, beta2=0.99999)],
+    [
+        Hyperparams(),
+        Hyperparams(lr=3.3e-7, beta1=0.95, beta2=0.9999),
+        Hyperparams(beta1=0.0, beta2=0.0, eps=0.0),
+        Hyperparams(lr=0.0, beta1=0.1, beta2=0.99999),
+    ],
 )
-def test_step_scalars(t: int, hyper: Hyper):
+def test_step_scalars(t: int, hyper: Hyperparams):
     """Each is the float32 nearest to the exact value."""
-    actual = step_scalars(t, kernels.Hyper(**hyper._asdict()))
+    actual = step_scalars(t, kernels.Hyperparams(**hyper._asdict()))
     assert actual.step == t
     for name, exact in exact_scalars(t, hyper).items():
         assert getattr(actual, name) == float(np.float32(float(exact))), name
@@ -154,4 +203,6 @@ def test_power(base: float):
                 result = Fraction(float(result * square))
             square = Fraction(float(square * square))
         assert power(base, exponent) == float(result)
-        assert math.isclose(power(base, exponent), float(Fraction(base) ** exponent), rel_tol=2e-16 * (exponent + 1))
+        assert math.isclose(
+            power(base, exponent), float(Fraction(base) ** exponent), rel_tol=2e-16 * (exponent + 1)
+        )

@@ -65,7 +65,11 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
     assert results.pop("kinds") == [0, 6]
     # Each launch has programs for its own rows, of which each has as many as chunks of 4096: 2, 1, 1, 1, 2, 5.
-    assert results.pop("programs") == {"all aligned": [12], "one unaligned": [10, 2], "one unaligned, while a graph is captured": [10, 2]}
+    assert results.pop("programs") == {
+        "all aligned": [12],
+        "one unaligned": [10, 2],
+        "one unaligned, while a graph is captured": [10, 2],
+    }
     assert results.pop("programs of a mixture that a graph captures first") == [12, 12]
     assert results.pop("counter") == 0
     assert results == {  # (launches, uploads)
@@ -125,7 +129,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_each_device_is_asked_for_its_own_capability(gpus: list[tuple[int, int]], first: int) -> None:
+def test_each_device_is_asked_for_its_own_capability(
+    gpus: list[tuple[int, int]], first: int
+) -> None:
     for index in (first, 1 - first):
         reason = cuda.unavailable_reason(torch.device("cuda", index))
         assert (reason is None) == (index == 0)
@@ -138,7 +144,9 @@ def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
     gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     error = {
-        "missing compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore"),
+        "missing compiler": RuntimeError(
+            "Failed to find C compiler. Please specify via CC environment variable.\nmore"
+        ),
         "broken compiler": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
         "broken Triton": ImportError("libtriton.so: undefined symbol"),
     }[module]
@@ -151,16 +159,26 @@ def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
     )
     with pytest.warns(UserWarning, match=sentence):
         assert kernels._backend_module(device, None) is reference
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"):
+    with pytest.raises(
+        ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"
+    ):
         kernels.check_backend("triton")
 
 
-def test_an_error_of_the_device_is_no_reason_for_another_back_end(gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+def test_an_error_of_the_device_is_no_reason_for_another_back_end(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cuda,
+        "clip_coefficient",
+        mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")),
+    )
     with pytest.raises(torch.OutOfMemoryError):
         cuda.available()
     monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match="captures the first use of cuda:0; take a step like it before"):
+    with pytest.raises(
+        RuntimeError, match="captures the first use of cuda:0; take a step like it before"
+    ):
         cuda.available()
     monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
     monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
@@ -172,7 +190,9 @@ def test_an_error_of_the_device_is_no_reason_for_another_back_end(gpus: list[tup
 
 def test_norm_and_clip(interpreted: Run) -> None:
     pairs = interpreted(triton_checks.norms)
-    assert {name: found for name, (found, _) in pairs.items()} == {name: wanted for name, (_, wanted) in pairs.items()}
+    assert {name: found for name, (found, _) in pairs.items()} == {
+        name: wanted for name, (_, wanted) in pairs.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the square root of AMD
@@ -180,11 +200,16 @@ def test_norm_and_clip(interpreted: Run) -> None:
 
 def test_a_square_root_that_flushes_subnormals_is_made_exact(interpreted: Run) -> None:
     wrong = interpreted(triton_checks.square_roots, False)
-    assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, "the model has no fault to mend"
+    assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, (
+        "the model has no fault to mend"
+    )
     assert not any(interpreted(triton_checks.square_roots, True).values())
 
 
-POWER_96, POWER_32 = r"(?:0x39F0000000000000|f0x0F800000)", r"(?:0x41F0000000000000|f0x4F800000)"  # as older and newer LLVM write them
+POWER_96, POWER_32 = (
+    r"(?:0x39F0000000000000|f0x0F800000)",
+    r"(?:0x41F0000000000000|f0x4F800000)",
+)  # as older and newer LLVM write them
 
 
 def elements(pattern: str, llvm: str) -> int:
@@ -196,7 +221,10 @@ def elements(pattern: str, llvm: str) -> int:
 @pytest.mark.parametrize("kernel", ["bf16", "fp32"])
 def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales: bool) -> None:
     compiled = triton_offline.compile_kernel(kernel, target)
-    roots = elements(r"@llvm\.(?:sqrt|amdgcn\.rsq)\.(?P<v>v2)?f32\(", compiled.llvm.partition("\ndefine")[2].partition("\n}")[0])
+    roots = elements(
+        r"@llvm\.(?:sqrt|amdgcn\.rsq)\.(?P<v>v2)?f32\(",
+        compiled.llvm.partition("\ndefine")[2].partition("\n}")[0],
+    )
     tiny = elements(rf"fcmp olt (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_96}", compiled.llvm)
     scaled = elements(rf"fmul (?P<v><2 x )?float.*, (?:splat \(float )?{POWER_32}", compiled.llvm)
     assert (tiny, scaled) == ((roots, roots) if scales else (0, 0))
@@ -214,12 +242,20 @@ VECTORS = {  # 16-byte loads and stores of the main loop: 8 elements a thread
     "fp32": (8, 6),
     "norm": (6, 0),  # 16 elements a thread: 2 for bfloat16 and 4 for float32
 }
-OPERATIONS = {"bf16": (9, 9), "fp32": (6, 9)}  # fp32 additions and multiplications of one element, without those of / and sqrt
+OPERATIONS = {
+    "bf16": (9, 9),
+    "fp32": (6, 9),
+}  # fp32 additions and multiplications of one element, without those of / and sqrt
 
 
 @pytest.mark.parametrize(
     ("kernel", "target"),
-    [(k, t) for t in triton_offline.TARGETS for k in triton_offline.KERNELS if t in ("sm_90", "gfx942") or k in ("bf16", "norm")],
+    [
+        (k, t)
+        for t in triton_offline.TARGETS
+        for k in triton_offline.KERNELS
+        if t in ("sm_90", "gfx942") or k in ("bf16", "norm")
+    ],
 )
 def test_compiled(kernel: str, target: str) -> None:
     compiled = triton_offline.compile_kernel(kernel, target)
@@ -234,7 +270,9 @@ def test_compiled(kernel: str, target: str) -> None:
         lanes = len(re.findall(r"call float @llvm\.fma\.f32\(", compiled.llvm))
         lanes += 2 * len(re.findall(r"call <2 x float> @llvm\.fma\.v2f32\(", compiled.llvm))
         assert lanes == 5 * roots
-        assert not re.search(r"\bf(add|sub|mul|div) (fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b", compiled.llvm)
+        assert not re.search(
+            r"\bf(add|sub|mul|div) (fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b", compiled.llvm
+        )
         assert "llvm.fmuladd" not in compiled.llvm
     else:
         for inexact in ("fma.rn.f32", ".ftz", ".approx", "div.full"):
@@ -261,4 +299,7 @@ def test_values_do_not_recompile(elsewhere: Run, target: str) -> None:
     """One binary for each set of optional arguments, whatever the numbers."""
     launched = elsewhere(triton_checks.signatures, target)
     assert len(launched) == 3 * (2 * 3 + 3)
-    assert sorted(name for name, _ in set(launched)) == ["adamw_kernel"] * 2 + ["clip_kernel"] + ["norm_kernel"] * 2
+    assert (
+        sorted(name for name, _ in set(launched))
+        == ["adamw_kernel"] * 2 + ["clip_kernel"] + ["norm_kernel"] * 2
+    )

@@ -11,16 +11,30 @@ import torch
 import triton
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import Hyper, cuda, reference
+from sharded_bf16_adamw.kernels import Hyperparams, cuda, reference
 from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
 from .tables import split, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-OTHER_GROUP = Hyper(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
-SIZES = (5000, 0, 1, 1023, 8192, 20001)  # odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
-BORDERS = (127, 129, 1025, 1152, 4095, 4097)  # one element to either side of a tail's turn, of a block and of a chunk
+OTHER_GROUP = Hyperparams(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
+SIZES = (
+    5000,
+    0,
+    1,
+    1023,
+    8192,
+    20001,
+)  # odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
+BORDERS = (
+    127,
+    129,
+    1025,
+    1152,
+    4095,
+    4097,
+)  # one element to either side of a tail's turn, of a block and of a chunk
 
 
 @dataclass(frozen=True)
@@ -38,25 +52,43 @@ class Case:
     hyper: dict[str, Any] = field(default_factory=lambda: HYPER)
 
 
-def patterns(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False) -> Tensor:
+def patterns(
+    n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False
+) -> Tensor:
     """``n`` random bit patterns: subnormals, infinities and NaNs among them unless ``finite``; with many exact fp32 ties."""
     if finite:
         x = torch.randn(n + offset, generator=generator) * torch.logspace(-9, 1, n + offset)
         return x.to(dtype)[offset:]
     bits = torch.randint(-(2**15), 2**15, (n + offset, 2), generator=generator).to(torch.int16)
-    special = torch.tensor([0x7F80, 0xFF80, 0x7FFF, 0xFFFF, 0x7FC0, 0, 0x8000, 1, 0x8001, 0x7F, 0x7F7F, 0xFF7F]).to(torch.int16)
+    special = torch.tensor(
+        [0x7F80, 0xFF80, 0x7FFF, 0xFFFF, 0x7FC0, 0, 0x8000, 1, 0x8001, 0x7F, 0x7F7F, 0xFF7F]
+    ).to(torch.int16)
     where = torch.rand(n + offset, generator=generator) < 0.1
-    bits[:, 1] = torch.where(where, special[torch.randint(len(special), (n + offset,), generator=generator)], bits[:, 1])
-    bits[:, 0] = torch.where(torch.rand(n + offset, generator=generator) < 0.1, bits[:, 1], bits[:, 0])  # 0x7fff7fff, 0xffffffff
-    return bits.view(torch.int32).flatten().view(FP32)[offset:] if dtype == FP32 else bits[:, 1].contiguous().view(BF16)[offset:]
+    bits[:, 1] = torch.where(
+        where, special[torch.randint(len(special), (n + offset,), generator=generator)], bits[:, 1]
+    )
+    bits[:, 0] = torch.where(
+        torch.rand(n + offset, generator=generator) < 0.1, bits[:, 1], bits[:, 0]
+    )  # 0x7fff7fff, 0xffffffff
+    return (
+        bits.view(torch.int32).flatten().view(FP32)[offset:]
+        if dtype == FP32
+        else bits[:, 1].contiguous().view(BF16)[offset:]
+    )
 
 
 def model(case: Case) -> dict[str, list[Any]]:
     generator = torch.Generator().manual_seed(3)
-    result: dict[str, list[Any]] = {name: [] for name in ("params", "exp_avgs", "exp_avg_sqs", "corrections", "steps")}
+    result: dict[str, list[Any]] = {
+        name: [] for name in ("params", "exp_avgs", "exp_avg_sqs", "corrections", "steps")
+    }
     for n, dtype, step in zip(case.sizes, case.params, case.steps, strict=True):
-        p, m, v, c = (patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4))
-        half = slice(0, n // 2) if not case.finite else slice(None)  # a square root of negative numbers is NaN: not for all
+        p, m, v, c = (
+            patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4)
+        )
+        half = (
+            slice(0, n // 2) if not case.finite else slice(None)
+        )  # a square root of negative numbers is NaN: not for all
         v[half] = v[half].abs()
         result["params"].append(p)
         result["exp_avgs"].append(m)
@@ -71,7 +103,11 @@ def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
     if x is None:
         return None
     offset = x.storage_offset()
-    return torch.cat([x.new_zeros(offset), x]).to(device)[offset:] if x.dim() else x.to(device, copy=True)
+    return (
+        torch.cat([x.new_zeros(offset), x]).to(device)[offset:]
+        if x.dim()
+        else x.to(device, copy=True)
+    )
 
 
 def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
@@ -85,7 +121,9 @@ def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
             if wrong.any():
                 at = int(wrong.reshape(-1).nonzero()[0])
                 x, y = x.reshape(-1), y.reshape(-1)
-                lines.append(f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} instead of {y[at]}")
+                lines.append(
+                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} instead of {y[at]}"
+                )
     return lines
 
 
@@ -94,22 +132,34 @@ def differences(name: str, device: str = "cpu") -> list[str]:
     from sharded_bf16_adamw.kernels import triton_adamw
 
     if device == "cpu":
-        assert not isinstance(triton_adamw.adamw_kernel, triton.JITFunction), "CPU tensors are for the interpreter or an emulator"
+        assert not isinstance(triton_adamw.adamw_kernel, triton.JITFunction), (
+            "CPU tensors are for the interpreter or an emulator"
+        )
     case = CASES[name]
     theirs = model(case)
     ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
     before = {name: [copied(x) for x in column] for name, column in theirs.items()}
     hyper, flags = split(case.hyper)
-    own_hyper, own_flags = split({name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()})
+    own_hyper, own_flags = split(
+        {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
+    )
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
-    table, reference_table = cuda.Table(**ours, groups=groups), reference.Table(**theirs, groups=groups)  # type: ignore[arg-type]
+    table, reference_table = (
+        cuda.Table(**ours, groups=groups),
+        reference.Table(**theirs, groups=groups),
+    )  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
-        grads = [patterns(n, d, generator, case.grad_offset, case.finite) for n, d in zip(case.sizes, case.grads, strict=True)]
+        grads = [
+            patterns(n, d, generator, case.grad_offset, case.finite)
+            for n, d in zip(case.sizes, case.grads, strict=True)
+        ]
         same: list[Any] = [copied(g, device) for g in grads]
         reference_table.update_(grads, [hyper, OTHER_GROUP], **flags)
         table.update_(same, [own_hyper, OTHER_GROUP], **own_flags)
-        lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing("grads", same, grads)
+        lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing(
+            "grads", same, grads
+        )
         if lines:
             return lines
     found_inf = case.hyper.get("found_inf")
@@ -119,7 +169,11 @@ def differences(name: str, device: str = "cpu") -> list[str]:
     return []
 
 
-ONE = [replace(Case(), params=(p,) * len(SIZES), grads=(g,) * len(SIZES)) for p in (BF16, FP32) for g in (BF16, FP32)]
+ONE = [
+    replace(Case(), params=(p,) * len(SIZES), grads=(g,) * len(SIZES))
+    for p in (BF16, FP32)
+    for g in (BF16, FP32)
+]
 MIXED = replace(
     Case(),
     params=(BF16, FP32, FP32, BF16, BF16, FP32),
@@ -138,8 +192,12 @@ CASES = {
     "unaligned fp32 gradients": replace(ONE[1], grad_offset=3),
     "unaligned fp32": replace(ONE[3], state_offset=1),
     "unaligned fp32, bf16 gradients": replace(ONE[2], grad_offset=1, state_offset=3),
-    "all unaligned, zero_grads": replace(ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"zero_grads": True}),
-    "all unaligned, grad_scale": replace(ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
+    "all unaligned, zero_grads": replace(
+        ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"zero_grads": True}
+    ),
+    "all unaligned, grad_scale": replace(
+        ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}
+    ),
     "borders": replace(ONE[0], sizes=BORDERS),
     "borders, unaligned fp32 gradients": replace(ONE[1], sizes=BORDERS, grad_offset=1),
     "borders, fp32": replace(ONE[3], sizes=BORDERS),
@@ -147,18 +205,28 @@ CASES = {
     "mixed": MIXED,
     "maximize": replace(MIXED, hyper=HYPER | {"maximize": True}),
     "grad_scale": replace(MIXED, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
-    "grad_scale of zero, maximize": replace(ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(0.0), "maximize": True}),
-    "grad_scale of NaN": replace(ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(-1).int().view(FP32)}),
+    "grad_scale of zero, maximize": replace(
+        ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(0.0), "maximize": True}
+    ),
+    "grad_scale of NaN": replace(
+        ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(-1).int().view(FP32)}
+    ),
     "zero_grads": replace(MIXED, hyper=HYPER | {"zero_grads": True}),
     "zero_grads, unaligned": replace(ONE[1], grad_offset=1, hyper=HYPER | {"zero_grads": True}),
     "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0), "zero_grads": True}),
     "found_inf is NaN": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(math.nan)}),
     "found_inf is zero": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(0.0)}),
     "lr tensor": replace(MIXED, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
-    "lr tensor in double": replace(MIXED, hyper=HYPER | {"lr": torch.tensor([3e-4], dtype=torch.float64)}),
-    "zeros": replace(MIXED, hyper={"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}),
+    "lr tensor in double": replace(
+        MIXED, hyper=HYPER | {"lr": torch.tensor([3e-4], dtype=torch.float64)}
+    ),
+    "zeros": replace(
+        MIXED, hyper={"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+    ),
     "betas near one": replace(MIXED, hyper=HYPER | {"beta1": 0.99, "beta2": 0.9999999}),
-    "lr without an fp32 equal": replace(MIXED, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}),
+    "lr without an fp32 equal": replace(
+        MIXED, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}
+    ),
 }
 
 
@@ -179,7 +247,11 @@ def differences_beyond_32_bits() -> list[str]:
     group.chunks = group.chunks[2**31 // group.chunk :]
     take_step(table, [large[1]], **HYPER)
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "corrections")
-    lines = [line for name, x, y in zip(names, large, (p, g, m, v, c), strict=True) for line in differing(name, [x[tail]], y)]
+    lines = [
+        line
+        for name, x, y in zip(names, large, (p, g, m, v, c), strict=True)
+        for line in differing(name, [x[tail]], y)
+    ]
     return lines + (["the first element changed"] if large[2][:8].any() else [])
 
 
@@ -196,13 +268,20 @@ def host_side() -> dict[str, Any]:
         def __getitem__(self, grid: Any) -> Any:
             counts["launches"] += 1
             programs.extend(grid)
-            return lambda *args, **options: (kinds.append(options["kind"]), kernel[grid](*args, **options))
+            return lambda *args, **options: (
+                kinds.append(options["kind"]),
+                kernel[grid](*args, **options),
+            )
 
     def counted_upload(*args: Any) -> Tensor:
         counts["uploads"] += 1
         return upload(*args)
 
-    triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = Counted(), counted_upload, counted_upload
+    triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = (
+        Counted(),
+        counted_upload,
+        counted_upload,
+    )
     try:
         results: dict[str, Any] = {}
         ours = model(replace(Case(), finite=True))
@@ -239,7 +318,9 @@ def host_side() -> dict[str, Any]:
         take_step(cuda.Table(**model(CASES["unaligned"])), grads, **HYPER)
         results["kinds"] = list(kinds)
         only_empty = [torch.zeros(0, dtype=BF16)]
-        table_of_empty = cuda.Table(only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())])
+        table_of_empty = cuda.Table(
+            only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
+        )
         take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
         results["steps"] = [float(x) for x in ours["steps"]]
@@ -249,7 +330,9 @@ def host_side() -> dict[str, Any]:
         triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = kernel, upload, upload
 
 
-def integers(n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str) -> Tensor:
+def integers(
+    n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str
+) -> Tensor:
     """Small integers: their squares add up without any rounding, in any order."""
     return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
 
@@ -286,16 +369,23 @@ def graphs() -> dict[str, Any]:
             p.grad = torch.ones_like(p)
         ours = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
         capture(True)
-        results: dict[str, Any] = {"first step": refusal(ours.step), "states after it": len(ours.state)}
+        results: dict[str, Any] = {
+            "first step": refusal(ours.step),
+            "states after it": len(ours.state),
+        }
         capture(False)
         ours.step()
-        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()  # so that the plan no longer holds
+        ours.state[params[0]]["step"] = ours.state[params[0]][
+            "step"
+        ].clone()  # so that the plan no longer holds
         replaced = weakref.ref(ours._plans[0])
         ours.step()
         gc.collect()
         results["a plan that no graph reads"] = replaced() is not None
         captured = weakref.ref(ours._plans[0])
-        ours.param_groups[0]["lr"] = torch.tensor(2e-3)  # the first one is also among the optimizer's defaults
+        ours.param_groups[0]["lr"] = torch.tensor(
+            2e-3
+        )  # the first one is also among the optimizer's defaults
         ours.step()
         capture(True)
         ours.step()
@@ -305,7 +395,9 @@ def graphs() -> dict[str, Any]:
         ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
         ours.step()
         gc.collect()
-        results["a plan that a graph reads"] = captured() is not None and captured() not in ours._plans
+        results["a plan that a graph reads"] = (
+            captured() is not None and captured() not in ours._plans
+        )
         results["the learning rate that it reads"] = lr() is not None
         clip = ours._grad_norm.clip(ours._gradients(), 1.0, None)
         ours._grad_norm.clip = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
@@ -329,37 +421,82 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
     generator = torch.Generator().manual_seed(6)
     sizes = (*SIZES, 2 * triton_norm.MIN_CHUNK + 3)
     pairs: dict[str, tuple[Any, Any]] = {}
-    for name, dtype, offset in (("bf16", BF16, 0), ("fp32", FP32, 0), ("unaligned bf16", BF16, 1), ("unaligned fp32", FP32, 1)):
+    for name, dtype, offset in (
+        ("bf16", BF16, 0),
+        ("fp32", FP32, 0),
+        ("unaligned bf16", BF16, 1),
+        ("unaligned fp32", FP32, 1),
+    ):
         grads = [integers(n, dtype, offset, generator, device) for n in sizes]
-        pairs[name] = (float(cuda.grad_sum_sq(grads)), sum(int((g.long() ** 2).sum()) for g in grads))
+        pairs[name] = (
+            float(cuda.grad_sum_sq(grads)),
+            sum(int((g.long() ** 2).sum()) for g in grads),
+        )
         pairs[f"{name}, again"] = (float(cuda.grad_sum_sq(grads)), pairs[name][1])
-    mixed = [integers(n, (BF16, FP32)[i % 2], i % 3, generator, device) for i, n in enumerate(sizes)]
+    mixed = [
+        integers(n, (BF16, FP32)[i % 2], i % 3, generator, device) for i, n in enumerate(sizes)
+    ]
     table = integers(5000, BF16, 0, generator, device).view(50, 100)
-    strided = [table.t(), table[:, ::3], table[0, :1].expand(2000)]  # the last has one element of memory
-    pairs["strided"] = (float(cuda.grad_sum_sq(strided)), sum(int((g.long() ** 2).sum()) for g in strided))
+    strided = [
+        table.t(),
+        table[:, ::3],
+        table[0, :1].expand(2000),
+    ]  # the last has one element of memory
+    pairs["strided"] = (
+        float(cuda.grad_sum_sq(strided)),
+        sum(int((g.long() ** 2).sum()) for g in strided),
+    )
     pairs["mixed"] = (float(cuda.grad_sum_sq(mixed)), float(reference.grad_sum_sq(mixed)))
     pairs["empty"] = (float(cuda.grad_sum_sq([torch.zeros(0, device=device)])), 0.0)
     triton_norm.MAX_PROGRAMS, programs = 2, triton_norm.MAX_PROGRAMS
-    pairs["large chunks"] = (float(cuda.grad_sum_sq([*mixed, torch.ones(1, device=device)])), float(reference.grad_sum_sq(mixed)) + 1)
+    pairs["large chunks"] = (
+        float(cuda.grad_sum_sq([*mixed, torch.ones(1, device=device)])),
+        float(reference.grad_sum_sq(mixed)) + 1,
+    )
     triton_norm.MAX_PROGRAMS = programs
-    interpreted = triton.knobs.runtime.interpret  # then the block can change; compiled, it is part of the kernel
+    interpreted = (
+        triton.knobs.runtime.interpret
+    )  # then the block can change; compiled, it is part of the kernel
     programs = 9 if interpreted else 2053  # more than one block adds
-    block, triton_norm.BLOCK_PARTIALS = triton_norm.BLOCK_PARTIALS, 4 if interpreted else triton_norm.BLOCK_PARTIALS
+    block, triton_norm.BLOCK_PARTIALS = (
+        triton_norm.BLOCK_PARTIALS,
+        4 if interpreted else triton_norm.BLOCK_PARTIALS,
+    )
     many = [torch.full((1,), 2.0, device=device) for _ in range(programs)]
     pairs["more programs than one block adds"] = (float(cuda.grad_sum_sq(many)), 4.0 * len(many))
     triton_norm.BLOCK_PARTIALS = block
     largest = torch.full((3,), torch.finfo(BF16).max, dtype=BF16, device=device)
     pairs["largest"] = (float(cuda.grad_sum_sq([largest])), 3 * float(largest[0]) ** 2)
-    for name, value in (("inf", math.inf), ("nan", math.nan), ("large", 3e38), ("small", 1e-30), ("one", 1.0), ("zero", 0.0)):
-        g = [torch.tensor([value, 0.0, 2 * value if value < 1 else 0.0], device=device), torch.zeros(3000, device=device)]
+    for name, value in (
+        ("inf", math.inf),
+        ("nan", math.nan),
+        ("large", 3e38),
+        ("small", 1e-30),
+        ("one", 1.0),
+        ("zero", 0.0),
+    ):
+        g = [
+            torch.tensor([value, 0.0, 2 * value if value < 1 else 0.0], device=device),
+            torch.zeros(3000, device=device),
+        ]
         total = sum(float(x) ** 2 for x in g[0])
         norm = math.sqrt(total) if total == total else math.nan
-        wanted = [norm, min(1.0, 0.5 / (norm + 1e-6)) if norm == norm else math.nan, float(not math.isfinite(total))]
+        wanted = [
+            norm,
+            min(1.0, 0.5 / (norm + 1e-6)) if norm == norm else math.nan,
+            float(not math.isfinite(total)),
+        ]
         wanted = torch.tensor(wanted, dtype=torch.float64).to(FP32)
         fused = torch.stack(cuda.grad_norm_clip(g, 0.5)[1:])
         separate = torch.stack(cuda.clip_coefficient(cuda.grad_sum_sq(g), 0.5))
-        pairs[f"clip {name}"] = (differing("fused", [fused], [wanted]) + differing("separate", [separate], [wanted]), [])
-        pairs[f"dtypes {name}"] = ([x.dtype for x in cuda.grad_norm_clip(g, 0.5)], [torch.float64, FP32, FP32, FP32])
+        pairs[f"clip {name}"] = (
+            differing("fused", [fused], [wanted]) + differing("separate", [separate], [wanted]),
+            [],
+        )
+        pairs[f"dtypes {name}"] = (
+            [x.dtype for x in cuda.grad_norm_clip(g, 0.5)],
+            [torch.float64, FP32, FP32, FP32],
+        )
     return pairs
 
 
@@ -410,9 +547,14 @@ def square_roots(scaled: bool) -> dict[str, int]:
     wanted = np.sqrt(x)
     root = torch.empty(len(x))
     builder = interpreter.InterpreterBuilder
-    exact, builder.create_precise_sqrt = builder.create_precise_sqrt, lambda self, arg: self.unary_op(arg, flushing_root)
+    exact, builder.create_precise_sqrt = (
+        builder.create_precise_sqrt,
+        lambda self, arg: self.unary_op(arg, flushing_root),
+    )
     try:
-        (scaled_root_kernel if scaled else root_kernel)[(len(x) // 1024,)](torch.from_numpy(x), root)
+        (scaled_root_kernel if scaled else root_kernel)[(len(x) // 1024,)](
+            torch.from_numpy(x), root
+        )
     finally:
         builder.create_precise_sqrt = exact
     wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
@@ -434,7 +576,9 @@ def signatures(target: str) -> list[tuple[str, str]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+            return lambda *args, **options: compiled.append(
+                self.kernel.warmup(*args, grid=grid, **options)
+            )
 
     pretend(target)
     triton_adamw.adamw_kernel = Warmed(triton_adamw.adamw_kernel)
@@ -445,7 +589,14 @@ def signatures(target: str) -> list[tuple[str, str]]:
         table = cuda.Table(rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
         for lr in (1e-3, 0.0, 1.0):
             take_step(table, rows, **HYPER | {"lr": lr})
-            take_step(table, rows, **HYPER, grad_scale=torch.ones(4)[n % 4], found_inf=torch.ones(4)[(n + 1) % 4], maximize=n == 1)
+            take_step(
+                table,
+                rows,
+                **HYPER,
+                grad_scale=torch.ones(4)[n % 4],
+                found_inf=torch.ones(4)[(n + 1) % 4],
+                maximize=n == 1,
+            )
         cuda.grad_norm_clip(rows, float(n))
         cuda.clip_coefficient(cuda.grad_sum_sq(rows), 1.0)
     return [(x.metadata.name, x.hash) for x in compiled]

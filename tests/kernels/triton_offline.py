@@ -53,11 +53,23 @@ CLIP_ARGUMENTS: dict[str, str] = {"sum_sq": "*fp64", "clip": "*fp32", "max_norm_
 _FULL_ADAMW = {"fp32_param": False, "zero_grads": False, "hardware_cast": True}
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "bf16": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 0}),
-    "bf16, zero_grads": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 0, "zero_grads": True}),
+    "bf16, zero_grads": (
+        triton_adamw.adamw_kernel,
+        ADAMW_ARGUMENTS,
+        _FULL_ADAMW | {"kind": 0, "zero_grads": True},
+    ),
     "bf16, fp32 gradient": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 1}),
-    "bf16, unaligned gradient": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 2}),
+    "bf16, unaligned gradient": (
+        triton_adamw.adamw_kernel,
+        ADAMW_ARGUMENTS,
+        _FULL_ADAMW | {"kind": 2},
+    ),
     "bf16, unaligned": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 6}),
-    "fp32": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 1, "fp32_param": True}),
+    "fp32": (
+        triton_adamw.adamw_kernel,
+        ADAMW_ARGUMENTS,
+        _FULL_ADAMW | {"kind": 1, "fp32_param": True},
+    ),
     "norm": (triton_norm.norm_kernel, NORM_ARGUMENTS, {}),
     "clip": (triton_norm.clip_kernel, CLIP_ARGUMENTS, {}),
 }
@@ -86,20 +98,33 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
     function, arguments, constants = KERNELS[kernel]
     gpu = TARGETS[target]
     constants = constants | {"flushing_sqrt": gpu.backend == "hip"}
-    constant_arguments = {name: value for name, value in constants.items() if name in function.arg_names}
+    constant_arguments = {
+        name: value for name, value in constants.items() if name in function.arg_names
+    }
     signature = {name: arguments.get(name, "constexpr") for name in function.arg_names}
-    aligned = {i: name for i, name in enumerate(function.arg_names) if name not in ("grad_scale", "found_inf")}
+    aligned = {
+        i: name
+        for i, name in enumerate(function.arg_names)
+        if name not in ("grad_scale", "found_inf")
+    }
     source = ASTSource(
         function,
         signature,
         {(function.arg_names.index(name),): value for name, value in constant_arguments.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in aligned.items() if signature[name].startswith("*")},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in aligned.items()
+            if signature[name].startswith("*")
+        },
     )
     warps = 1 if kernel == "clip" else triton_adamw.THREADS // gpu.warp_size
     binary = triton.compile(source, gpu, {"num_warps": warps, "enable_fp_fusion": False} | options)
     if gpu.backend == "hip":
         text = binary.asm["amdgcn"]
-        vgprs, spilled = (sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text))) for key in ("vgpr_count", "[sv]gpr_spill_count"))
+        vgprs, spilled = (
+            sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
+            for key in ("vgpr_count", "[sv]gpr_spill_count")
+        )
         return Compiled(text, binary.asm["llir"], "", vgprs, spilled)
     return Compiled(binary.asm["ptx"], binary.asm["llir"], *_machine_code(binary.asm["cubin"]))
 
@@ -109,7 +134,9 @@ def pretend(target: str) -> None:
 
     class Driver:
         get_current_target = staticmethod(lambda: TARGETS[target])
-        get_current_device = staticmethod(lambda: list(TARGETS).index(target))  # launchers keep what they compiled by device
+        get_current_device = staticmethod(
+            lambda: list(TARGETS).index(target)
+        )  # launchers keep what they compiled by device
         get_current_stream = staticmethod(lambda device=0: 0)
 
     driver.set_active(Driver())
@@ -121,8 +148,15 @@ def _machine_code(cubin: bytes) -> tuple[str, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     return sass, registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
 

@@ -29,9 +29,32 @@ FEW = {"rounds": 3, "seconds": 60.0, "turn": 0.0}
 def finished(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> tuple[Path, str]:
     """One run of the script at tiny sizes: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("benchmark")
-    (folder / "benchmarks.md").write_text("# Benchmarks\nabove\n<!-- benchmark:cpu:begin -->\nold\n<!-- benchmark:cpu:end -->\nbelow\n")
-    command = [sys.executable, str(repo / "launch" / "benchmark.py"), "--device", "cpu", "--threads", "1", "2", "--sizes", "4K", "3x50"]
-    command += ["--rounds", "3", "--turn", "0", "--fsdp2", "--json", str(folder / "run.json"), "--docs", str(folder / "benchmarks.md")]
+    (folder / "benchmarks.md").write_text(
+        "# Benchmarks\nabove\n<!-- benchmark:cpu:begin -->\nold\n<!-- benchmark:cpu:end -->\nbelow\n"
+    )
+    command = [
+        sys.executable,
+        str(repo / "launch" / "benchmark.py"),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "2",
+        "--sizes",
+        "4K",
+        "3x50",
+    ]
+    command += [
+        "--rounds",
+        "3",
+        "--turn",
+        "0",
+        "--fsdp2",
+        "--json",
+        str(folder / "run.json"),
+        "--docs",
+        str(folder / "benchmarks.md"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
@@ -43,7 +66,13 @@ def test_json_holds_every_round_and_what_follows_from_them(finished: tuple[Path,
         ("4K", 1, 4096, 1), ("3x50", 3, 150, 1), ("4K", 1, 4096, 2), ("3x50", 3, 150, 2),
     ]  # fmt: skip
     own = {"ours", "ours-clip", "ours-kernel", "ours-reference", "copy"}
-    torchs = {"torch-fused-fp32", "torch-fused-fp32-grads", "torch-foreach-fp32", "torch-fused-bf16", "torch-foreach-bf16"}
+    torchs = {
+        "torch-fused-fp32",
+        "torch-fused-fp32-grads",
+        "torch-foreach-fp32",
+        "torch-fused-bf16",
+        "torch-foreach-bf16",
+    }
     for result in run["results"]:
         (times,) = result["batches"]  # all of them fit into memory together
         assert own | torchs <= times.keys()
@@ -52,7 +81,9 @@ def test_json_holds_every_round_and_what_follows_from_them(finished: tuple[Path,
         for row in result["rows"]:
             if row["key"] in times:
                 assert row["seconds"] == statistics.median(times[row["key"]])
-                assert row["ratio"] == statistics.median(a / b for a, b in zip(times[row["key"]], times["ours"], strict=True))
+                assert row["ratio"] == statistics.median(
+                    a / b for a, b in zip(times[row["key"]], times["ours"], strict=True)
+                )
             else:
                 assert row["note"] == result["failures"][row["key"]] and row["seconds"] is None
     assert run["machine"]["torch"] == torch.__version__ and run["machine"]["name"]
@@ -62,8 +93,12 @@ def test_fsdp2_ratios_follow_from_its_rounds(finished: tuple[Path, str]) -> None
     fsdp2 = json.loads((finished[0] / "run.json").read_text())["fsdp2"]
     times = {name: torch.tensor(values) for name, values in fsdp2["times"].items()}
     assert {len(x) for x in times.values()} == {3} and fsdp2["parameters"] == 100
-    assert fsdp2["clip_ratio"] == pytest.approx(float((times["torch clip"] / times["ours clip"]).median()), rel=1e-5)
-    both = {name: times[f"{name} clip"] + times[f"{name} step"] for name in ("ours", *fsdp2["ratios"])}
+    assert fsdp2["clip_ratio"] == pytest.approx(
+        float((times["torch clip"] / times["ours clip"]).median()), rel=1e-5
+    )
+    both = {
+        name: times[f"{name} clip"] + times[f"{name} step"] for name in ("ours", *fsdp2["ratios"])
+    }
     assert len(both) == 4
     for name, found in fsdp2["ratios"].items():
         assert found == pytest.approx(float((both[name] / both["ours"]).median()), rel=1e-5)
@@ -78,7 +113,10 @@ def test_docs_get_the_table_and_its_picture(finished: tuple[Path, str]) -> None:
     assert "--sizes 4K 3x50 --rounds 3 --turn 0 --fsdp2`" in text and str(folder) not in text
     for picture in (folder / "img" / "benchmark_cpu.png", folder / "run.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "[not measured] >= 80 % of the copy ceiling at 16M" in printed and "torch fused fp32" in printed
+    assert (
+        "[not measured] >= 80 % of the copy ceiling at 16M" in printed
+        and "torch fused fp32" in printed
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +136,14 @@ def test_bad_arguments(arguments: list[str], complaint: str, repo: Path) -> None
 # --------------------------------------------------------------------------------------------------------------- measuring
 
 
-def fake(key: str, log: list[str] | None = None, *, memory: int = 1, fail_at: int | None = None, ceiling: str | None = None) -> Contender:
+def fake(
+    key: str,
+    log: list[str] | None = None,
+    *,
+    memory: int = 1,
+    fail_at: int | None = None,
+    ceiling: str | None = None,
+) -> Contender:
     """A contender that logs its steps, and raises at its step ``fail_at`` (the first is 1)."""
     taken = [0]
 
@@ -113,16 +158,28 @@ def fake(key: str, log: list[str] | None = None, *, memory: int = 1, fail_at: in
 
 
 def test_rounds_are_interleaved_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_measure, "LONG", 0.0)  # so that no step goes before those that are timed
+    monkeypatch.setattr(
+        bench_measure, "LONG", 0.0
+    )  # so that no step goes before those that are timed
     log: list[str] = []
-    result = measure_size([fake(key, log) for key in "abcd"], [(10,)], CPU, **(FEW | {"rounds": 8}), report=lambda _: None)
+    result = measure_size(
+        [fake(key, log) for key in "abcd"],
+        [(10,)],
+        CPU,
+        **(FEW | {"rounds": 8}),
+        report=lambda _: None,
+    )
     rounds = [log[i : i + 4] for i in range(4, len(log), 4)]  # the first four are the first steps
-    assert len(rounds) == 10 and all(sorted(r) == list("abcd") for r in rounds)  # two rounds warm up
+    assert len(rounds) == 10 and all(
+        sorted(r) == list("abcd") for r in rounds
+    )  # two rounds warm up
     assert len({tuple(r) for r in rounds}) > 4
     assert {len(x) for x in result["batches"][0].values()} == {8}
 
 
-def test_short_steps_fill_a_turn_after_one_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_steps_fill_a_turn_after_one_that_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     taken = [0]
 
@@ -132,17 +189,31 @@ def test_short_steps_fill_a_turn_after_one_that_is_not_timed(monkeypatch: pytest
 
     monkeypatch.setattr(bench_measure.time, "perf_counter", lambda: now[0])
     failures: dict[str, str] = {}
-    runners = {"a": Runner(step, before=lambda: taken.__setitem__(0, 0))}  # the first step of each turn takes 100 s, the others 1 s
-    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=400.0) == {"a": [1.0, 1.0]}
+    runners = {
+        "a": Runner(step, before=lambda: taken.__setitem__(0, 0))
+    }  # the first step of each turn takes 100 s, the others 1 s
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=400.0) == {
+        "a": [1.0, 1.0]
+    }
     assert taken == [1 + 400]
-    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {"a": [100.0, 100.0]}
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {
+        "a": [100.0, 100.0]
+    }
     monkeypatch.setattr(bench_measure, "LONG", 101.0)
-    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {"a": [1.0, 1.0]}
+    assert bench_measure.measure(runners, CPU, failures, rounds=2, seconds=1e9, turn=50.0) == {
+        "a": [1.0, 1.0]
+    }
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 5])
 def test_one_that_fails_is_named_and_the_others_go_on(fail_at: int) -> None:
-    result = measure_size([fake("ours"), fake("bad", fail_at=fail_at), fake("good")], [(10,)], CPU, **FEW, report=lambda _: None)
+    result = measure_size(
+        [fake("ours"), fake("bad", fail_at=fail_at), fake("good")],
+        [(10,)],
+        CPU,
+        **FEW,
+        report=lambda _: None,
+    )
     assert result["failures"] == {"bad": "failed: bad gives up"}
     assert {key: len(x) for key, x in result["batches"][0].items()} == {"ours": 3, "good": 3}
 
@@ -166,7 +237,9 @@ def test_a_package_that_lacks_another_says_so() -> None:
 
 
 def test_ratios_are_taken_within_rounds() -> None:
-    result = {"batches": [{"ours": [1.0, 10.0, 3.0]}, {"x": [2.0, 5.0, 30.0], "ours": [1.0, 10.0, 3.0]}]}
+    result = {
+        "batches": [{"ours": [1.0, 10.0, 3.0]}, {"x": [2.0, 5.0, 30.0], "ours": [1.0, 10.0, 3.0]}]
+    }
     assert ratio(result, "x", "ours") == 2.0  # of 2, 0.5 and 10; the medians' ratio would be 5 / 3
     assert ratio(result, "y", "ours") is None
 
@@ -174,7 +247,9 @@ def test_ratios_are_taken_within_rounds() -> None:
 def test_batches_fit_into_memory_with_ours_and_the_ceilings() -> None:
     sizes = {"ours": 10, "a": 20, "b": 20, "d": 20, "c": 5, "huge": 100, "top": 10, "other": 10}
     ceilings = {"ours": "top", "a": "other"}
-    everyone = [fake(key, memory=memory, ceiling=ceilings.get(key)) for key, memory in sizes.items()]
+    everyone = [
+        fake(key, memory=memory, ceiling=ceilings.get(key)) for key, memory in sizes.items()
+    ]
     groups, too_large = bench_measure.batches(everyone, 100, 5500 / bench_measure.MEMORY_SHARE)
     assert [c.key for c in too_large] == ["huge"]
     names = [[c.key for c in group] for group in groups]
@@ -188,7 +263,14 @@ def test_batches_fit_into_memory_with_ours_and_the_ceilings() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "numel"),
-    [("7", 1, 7), ("2K", 1, 2048), ("128M", 1, 1 << 27), ("1B", 1, 1 << 30), ("1000x1", 1000, 1), ("2x3K", 2, 3072)],
+    [
+        ("7", 1, 7),
+        ("2K", 1, 2048),
+        ("128M", 1, 1 << 27),
+        ("1B", 1, 1 << 30),
+        ("1000x1", 1000, 1),
+        ("2x3K", 2, 3072),
+    ],
 )
 def test_sizes(text: str, count: int, numel: int) -> None:
     assert parse_size(text) == [(numel,)] * count
@@ -203,10 +285,14 @@ def test_sizes_that_are_none(text: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- contenders
 
 
-def test_every_contender_of_ours_and_torch_steps_all_of_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contender_of_ours_and_torch_steps_all_of_its_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[list[torch.Tensor]] = []
     make = contenders._parameters
-    monkeypatch.setattr(contenders, "_parameters", lambda *args: made.append(make(*args)) or made[-1])
+    monkeypatch.setattr(
+        contenders, "_parameters", lambda *args: made.append(make(*args)) or made[-1]
+    )
     weights = {}
     for contender in contenders.contenders(CPU):
         if contender.package is None and contender.color != contenders.CEILING:
@@ -215,7 +301,9 @@ def test_every_contender_of_ours_and_torch_steps_all_of_its_parameters(monkeypat
             before = [p.detach().clone() for p in made[-1]]
             runner.before()
             runner.step()
-            assert all((p != q).float().mean() > 0.01 for p, q in zip(made[-1], before, strict=True)), contender.key
+            assert all(
+                (p != q).float().mean() > 0.01 for p, q in zip(made[-1], before, strict=True)
+            ), contender.key
             if not contender.on:
                 runner.step()  # a second one, as the others
             weights[contender.key] = [p.detach() for p in made[-1]]
@@ -244,14 +332,26 @@ def test_ceilings_leave_our_tensors_as_they_were(shapes: tuple[tuple[int, ...], 
         runner = contender.make(shapes, CPU, ours)
         runner.before()
         runner.step()
-        assert all(torch.equal(x, y) for a, b in zip(contenders._columns(ours), before, strict=True) for x, y in zip(a, b, strict=True))
+        assert all(
+            torch.equal(x, y)
+            for a, b in zip(contenders._columns(ours), before, strict=True)
+            for x, y in zip(a, b, strict=True)
+        )
     contenders.cpu.select_isa(None)
 
 
 def test_what_runs_on_the_tensors_of_one_that_failed_fails() -> None:
-    everyone = [fake("ours"), fake("bad", fail_at=1), replace(fake("there"), on="bad"), replace(fake("fine"), on="ours")]
+    everyone = [
+        fake("ours"),
+        fake("bad", fail_at=1),
+        replace(fake("there"), on="bad"),
+        replace(fake("fine"), on="ours"),
+    ]
     result = measure_size(everyone, [(10,)], CPU, **FEW, report=lambda _: None)
-    assert result["failures"] == {"bad": "failed: bad gives up", "there": "failed: it runs on the tensors of bad, which failed"}
+    assert result["failures"] == {
+        "bad": "failed: bad gives up",
+        "there": "failed: it runs on the tensors of bad, which failed",
+    }
     assert result["batches"][0].keys() == {"ours", "fine"}
 
 
@@ -259,8 +359,12 @@ def test_the_clipping_contender_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = runner_of_ours().optimizer
     calls: list[str] = []
     for name in ("clip_grad_norm_", "step"):
-        monkeypatch.setattr(contenders.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name))
-    clip = next(c for c in contenders.contenders(CPU) if c.key == "ours-clip").make([(4,)], CPU, ours)
+        monkeypatch.setattr(
+            contenders.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name)
+        )
+    clip = next(c for c in contenders.contenders(CPU) if c.key == "ours-clip").make(
+        [(4,)], CPU, ours
+    )
     clip.step()
     assert calls == ["clip_grad_norm_", "step"]
 
@@ -270,7 +374,9 @@ def test_the_reading_contender_reads_all_gradients(monkeypatch: pytest.MonkeyPat
     assert ours is not None
     read: list[torch.Tensor] = []
     monkeypatch.setattr(contenders.cpu, "read_ceiling", read.extend)
-    reading = next(c for c in contenders.contenders(CPU) if c.key == "ours-reading").make([(300,), (5, 7)], CPU, ours)
+    reading = next(c for c in contenders.contenders(CPU) if c.key == "ours-reading").make(
+        [(300,), (5, 7)], CPU, ours
+    )
     reading.step()
     assert len(read) == 2 and all(x is p.grad for x, p in zip(read, ours.state, strict=True))
     assert all(state["step"] == 2 for state in ours.state.values())
@@ -289,12 +395,21 @@ def test_the_copies_of_mixed_precision_are_made() -> None:
     master[0].grad.zero_()  # type: ignore[union-attr]
     runner.step()
     assert torch.equal(seen[0], wanted)
-    weights = next(cell.cell_contents for cell in runner.step.__closure__ if _is_bf16_list(cell.cell_contents, like=master[0]))  # type: ignore[attr-defined]
+    weights = next(
+        cell.cell_contents
+        for cell in runner.step.__closure__
+        if _is_bf16_list(cell.cell_contents, like=master[0])
+    )  # type: ignore[attr-defined]
     assert (weights[0] == 0.125).all()
 
 
 def _is_bf16_list(x: Any, like: torch.Tensor) -> bool:
-    return isinstance(x, list) and len(x) == 1 and x[0].dtype == torch.bfloat16 and float(x[0].abs().max()) > 0.01
+    return (
+        isinstance(x, list)
+        and len(x) == 1
+        and x[0].dtype == torch.bfloat16
+        and float(x[0].abs().max()) > 0.01
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- reporting
@@ -321,5 +436,12 @@ def test_rows_show_the_share_of_the_ceiling() -> None:
     everyone = [fake("ours", ceiling="top"), fake("top")]
     for size, share in (("64K", 0.75), ("32K", None)):
         shape = {"tensors": 1, "numel": parse_size(size)[0][0], "threads": 1}
-        ours, top = bench_report.rows(everyone, {**shape, "batches": [{"ours": [1.0] * 3, "top": [0.75] * 3}], "failures": {}})
-        assert (ours["share"], ours["ratio"], top["share"], top["ratio"]) == (share, 1.0, None, 0.75)
+        ours, top = bench_report.rows(
+            everyone, {**shape, "batches": [{"ours": [1.0] * 3, "top": [0.75] * 3}], "failures": {}}
+        )
+        assert (ours["share"], ours["ratio"], top["share"], top["ratio"]) == (
+            share,
+            1.0,
+            None,
+            0.75,
+        )

@@ -64,13 +64,26 @@ def test_inspect(tmp_path, capsys):
     code, out, err = run(capsys, "inspect", tmp_path)
     assert code == 0 and err == ""
     lines = out.splitlines()
-    facts = dict(line.split(maxsplit=1) for line in lines[: lines.index("")] if not line.startswith(("saved by", "on disk")))
+    facts = dict(
+        line.split(maxsplit=1)
+        for line in lines[: lines.index("")]
+        if not line.startswith(("saved by", "on disk"))
+    )
     assert facts["checkpoint"] == str(tmp_path / "step-00000002") and facts["step"] == "2"
     assert facts["tensors"] == "5 of 57 elements: 152 B of weights, 384 B of state"
     assert torch.__version__ in facts["versions"] and "1 rank(s): not sharded" in out
     rows = [line.split("  ") for line in lines[lines.index("") + 1 :]]
     table = {row[0]: [cell.strip() for cell in row if cell.strip()] for row in rows}
-    assert table["0.weight"] == ["0.weight", "8 x 4", "bfloat16", "1", "64 B", "196 B", "2", "0.125"]
+    assert table["0.weight"] == [
+        "0.weight",
+        "8 x 4",
+        "bfloat16",
+        "1",
+        "64 B",
+        "196 B",
+        "2",
+        "0.125",
+    ]
     assert table["1.bias"] == ["1.bias", "8", "float32", "1", "32 B", "68 B", "2", "0.125"]
     assert table["calls"] == ["calls", "scalar", "int64", "1", "8 B", "-", "-", "-"]
 
@@ -90,15 +103,31 @@ def test_verify(tmp_path, capsys):
 
 def test_export_and_import(tmp_path, capsys):
     _, optimizer = make_run(tmp_path / "run")
-    code, out, err = run(capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.1KB")
+    code, out, err = run(
+        capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.1KB"
+    )
     assert (code, err) == (0, "") and str(tmp_path / "out") in out
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    code, out, err = run(capsys, "import", tmp_path / "out", tmp_path / "new", "--fp32", "1.*", "--lr", "0.5", "--betas", "0.5", "0.75")
+    code, out, err = run(
+        capsys,
+        "import",
+        tmp_path / "out",
+        tmp_path / "new",
+        "--fp32",
+        "1.*",
+        "--lr",
+        "0.5",
+        "--betas",
+        "0.5",
+        "0.75",
+    )
     assert (code, err) == (0, "")
     other, fresh = make(seed=1)
     load(tmp_path / "new", other, fresh)
-    for (_, weight), (_, expected) in zip(fresh.true_weights(), optimizer.true_weights(), strict=True):
+    for (_, weight), (_, expected) in zip(
+        fresh.true_weights(), optimizer.true_weights(), strict=True
+    ):
         assert torch.allclose(weight, expected, rtol=2.0**-17, atol=0)
     group = fresh.param_groups[0]
     assert (group["lr"], group["betas"], other.calls.item()) == (0.5, (0.5, 0.75), 5)
@@ -111,14 +140,20 @@ def test_import_with_optimizer_state(tmp_path, capsys):
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "other.pt")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "other.pt"
+    )
     file = tmp_path / "other.pt"
-    code, _, err = run(capsys, "import", file, tmp_path / "new", "--optimizer", file, "--fp32", "1.*")
+    code, _, err = run(
+        capsys, "import", file, tmp_path / "new", "--optimizer", file, "--fp32", "1.*"
+    )
     assert (code, err) == (0, "")
     ours, fresh = make(seed=1)
     load(tmp_path / "new", ours, fresh)
     assert fresh.param_groups[0]["lr"] == 0.25 and latest(tmp_path / "new").name == "step-00000001"
-    assert torch.equal(fresh.state[ours[1].weight]["exp_avg"], optimizer.state[model[1].weight]["exp_avg"])
+    assert torch.equal(
+        fresh.state[ours[1].weight]["exp_avg"], optimizer.state[model[1].weight]["exp_avg"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,8 +176,12 @@ def test_prune_keeps_the_newest_whole_ones(damaged, keep, left, code, tmp_path, 
     assert steps_left(tmp_path) == [1, 2, 3, 4]
     found, out, err = run(capsys, "prune", tmp_path, "--keep", keep)
     assert found == code and steps_left(tmp_path) == left
-    assert out.splitlines() == [f"{tmp_path}/step-{step:08d}: removed" for step in (1, 2, 3, 4) if step not in left]
-    assert not list(tmp_path.glob(".removed*")) and ("damaged" in err) == bool((set(damaged) & set(left) and code == 0) or damaged[3:])
+    assert out.splitlines() == [
+        f"{tmp_path}/step-{step:08d}: removed" for step in (1, 2, 3, 4) if step not in left
+    ]
+    assert not list(tmp_path.glob(".removed*")) and ("damaged" in err) == bool(
+        (set(damaged) & set(left) and code == 0) or damaged[3:]
+    )
 
 
 def test_prune_keeps_a_checkpoint_whose_place_in_the_order_is_unknown(tmp_path, capsys):
@@ -153,7 +192,9 @@ def test_prune_keeps_a_checkpoint_whose_place_in_the_order_is_unknown(tmp_path, 
     assert steps_left(tmp_path) == [2, 3]
 
 
-def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_alone(tmp_path, capsys):
+def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_alone(
+    tmp_path, capsys
+):
     """What a copy or a removal that was cut short leaves."""
     make_run(tmp_path, (1, 2, 3))
     empty, partly = tmp_path / "step-00000004", tmp_path / "step-00000002"
@@ -184,24 +225,56 @@ def test_prune_goes_on_after_a_checkpoint_that_cannot_be_removed(tmp_path, capsy
     monkeypatch.setattr(os, "rename", refuses)
     code, out, err = run(capsys, "prune", tmp_path, "--keep", 1)
     assert code == 1 and out == f"{tmp_path}/step-00000002: removed\n"
-    assert err.startswith(f"{tmp_path}/step-00000001: could not be removed: [Errno 13] Permission denied")
+    assert err.startswith(
+        f"{tmp_path}/step-00000001: could not be removed: [Errno 13] Permission denied"
+    )
 
 
 USAGE = {
     "no command": ((), "the following arguments are required"),
     "unknown command": (("paint",), "invalid choice: 'paint'"),
-    "nothing there": (("inspect", "{root}/none"), "there is no checkpoint at {root}/none; give the folder of a checkpoint"),
+    "nothing there": (
+        ("inspect", "{root}/none"),
+        "there is no checkpoint at {root}/none; give the folder of a checkpoint",
+    ),
     "nothing to verify": (("verify", "{root}/none"), "there is no checkpoint at {root}/none"),
-    "nothing to verify at all": (("verify", "--all", "{root}/none"), "there is no checkpoint at {root}/none"),
-    "nothing to export": (("export", "{root}/none", "{root}/out"), "there is no checkpoint at {root}/none"),
-    "export exists": (("export", "{root}/run", "{root}"), "{root} exists already; give the name of a new folder"),
-    "shard size": (("export", "{root}/run", "{root}/out", "--max-shard-size", "5XB"), "5XB is not a size such as 500MB or 5GB"),
-    "shard of nothing": (("export", "{root}/run", "{root}/out", "--max-shard-size", "0"), "0 is not a positive size"),
+    "nothing to verify at all": (
+        ("verify", "--all", "{root}/none"),
+        "there is no checkpoint at {root}/none",
+    ),
+    "nothing to export": (
+        ("export", "{root}/none", "{root}/out"),
+        "there is no checkpoint at {root}/none",
+    ),
+    "export exists": (
+        ("export", "{root}/run", "{root}"),
+        "{root} exists already; give the name of a new folder",
+    ),
+    "shard size": (
+        ("export", "{root}/run", "{root}/out", "--max-shard-size", "5XB"),
+        "5XB is not a size such as 500MB or 5GB",
+    ),
+    "shard of nothing": (
+        ("export", "{root}/run", "{root}/out", "--max-shard-size", "0"),
+        "0 is not a positive size",
+    ),
     "dtype": (("export", "{root}/run", "{root}/out", "--dtype", "int8"), "invalid choice: 'int8'"),
-    "nothing to import": (("import", "{root}/none", "{root}/new"), "there is no {root}/none; give a safetensors file"),
-    "no torch file": (("import", "{root}/none.pt", "{root}/new"), "there is no file {root}/none.pt"),
-    "import exists": (("import", "{root}/weights.pt", "{root}/run"), "{root}/run has a checkpoint already; give another folder"),
-    "nothing to prune": (("prune", "{root}/none", "--keep", "1"), "there is no checkpoint at {root}/none"),
+    "nothing to import": (
+        ("import", "{root}/none", "{root}/new"),
+        "there is no {root}/none; give a safetensors file",
+    ),
+    "no torch file": (
+        ("import", "{root}/none.pt", "{root}/new"),
+        "there is no file {root}/none.pt",
+    ),
+    "import exists": (
+        ("import", "{root}/weights.pt", "{root}/run"),
+        "{root}/run has a checkpoint already; give another folder",
+    ),
+    "nothing to prune": (
+        ("prune", "{root}/none", "--keep", "1"),
+        "there is no checkpoint at {root}/none",
+    ),
     "keep nothing": (("prune", "{root}/run", "--keep", "0"), "0 is not a positive number"),
 }
 
@@ -214,7 +287,9 @@ def test_errors_of_use_end_with_2_and_one_sentence(case, tmp_path, capsys):
     arguments, message = USAGE[case]
     code, out, err = run(capsys, *[argument.format(root=tmp_path) for argument in arguments])
     assert (code, out) == (2, "")
-    assert err.startswith("error: ") and err.count("\n") == 1 and message.format(root=tmp_path) in err
+    assert (
+        err.startswith("error: ") and err.count("\n") == 1 and message.format(root=tmp_path) in err
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -224,12 +299,23 @@ def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
     (tmp_path / "weights.safetensors").write_bytes(b"\xff" * 100)
     torch.save(make()[0].state_dict(), tmp_path / "weights.pt")
     for arguments, message in (
-        (("import", tmp_path / "weights.pt", tmp_path / "new", "--fp32", "*.norm.*"), "the pattern '*.norm.*' matches none of the names"),
+        (
+            ("import", tmp_path / "weights.pt", tmp_path / "new", "--fp32", "*.norm.*"),
+            "the pattern '*.norm.*' matches none of the names",
+        ),
         (("export", tmp_path / "run", tmp_path / "out"), f"{name} is not what was written"),
-        (("import", tmp_path / "weights.safetensors", tmp_path / "new"), "weights.safetensors is not a safetensors file, or is damaged"),
+        (
+            ("import", tmp_path / "weights.safetensors", tmp_path / "new"),
+            "weights.safetensors is not a safetensors file, or is damaged",
+        ),
     ):
         code, out, err = run(capsys, *arguments)
-        assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+        assert (
+            (code, out) == (1, "")
+            and err.startswith("error: ")
+            and err.count("\n") == 1
+            and message in err
+        )
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
@@ -247,7 +333,12 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
     from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text, read_manifest
 
     evil = (tmp_path / "evil.pt").read_bytes()
-    commands = [("inspect", "{path}"), ("verify", "{path}"), ("export", "{path}", "{root}/out"), ("prune", "{root}/run", "--keep", "1")]
+    commands = [
+        ("inspect", "{path}"),
+        ("verify", "{path}"),
+        ("export", "{path}", "{root}/out"),
+        ("prune", "{root}/run", "--keep", "1"),
+    ]
     for what in ("metadata", "tensors"):
         root = tmp_path / what
         make_run(root / "run")
@@ -256,13 +347,19 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
         metadata = pickle.loads((path / ".metadata").read_bytes())
         for place in metadata.storage_data.values():
             place.offset, place.length = 0, len(evil)
-        contents = {".metadata": pickle.dumps(Evil() if what == "metadata" else metadata, protocol=2), file.name: evil}
+        contents = {
+            ".metadata": pickle.dumps(Evil() if what == "metadata" else metadata, protocol=2),
+            file.name: evil,
+        }
         manifest = read_manifest(path)
         for name, content in contents.items():
             (path / name).write_bytes(content)
             manifest.files[name] = FileRecord(len(content), crc32_text(zlib.crc32(content)))
         (path / "manifest.json").write_bytes(manifest.to_bytes())
-        codes = {command[0]: run(capsys, *[part.format(path=path, root=root) for part in command])[0] for command in commands}
+        codes = {
+            command[0]: run(capsys, *[part.format(path=path, root=root) for part in command])[0]
+            for command in commands
+        }
         assert codes["verify"] == 0 and codes["export"] == 1 and not (root / "out").exists()
         assert not (tmp_path / "evil").exists(), what
     assert run(capsys, "import", tmp_path / "evil.pt", tmp_path / "new")[0] == 1

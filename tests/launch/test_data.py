@@ -13,7 +13,11 @@ from data import Text, UsageError, load_text
 
 @pytest.fixture
 def text() -> Text:
-    return Text(train=np.arange(200, dtype=np.uint8), held_out=np.arange(200, 256, dtype=np.uint8), seq_len=8)
+    return Text(
+        train=np.arange(200, dtype=np.uint8),
+        held_out=np.arange(200, 256, dtype=np.uint8),
+        seq_len=8,
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(text):
@@ -30,7 +34,9 @@ def test_batches_are_windows_of_the_training_part(text):
     assert batches.shape == (2000, 9)
     assert batches.dtype == torch.int64
     assert (batches.diff(dim=1) == 1).all()
-    assert batches.min() == 0 and batches.max() == 199, "the first and the last byte are both trained on"
+    assert batches.min() == 0 and batches.max() == 199, (
+        "the first and the last byte are both trained on"
+    )
 
 
 def test_held_out_batches_cover_the_held_out_part_alone(text):
@@ -41,7 +47,13 @@ def test_held_out_batches_cover_the_held_out_part_alone(text):
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path):
-    for name, content in (("b/two", b"2" * 30), ("a", b"1" * 30), (".git/hidden", b"x" * 30), (".hidden", b"x" * 30), ("c", b"3" * 40)):
+    for name, content in (
+        ("b/two", b"2" * 30),
+        ("a", b"1" * 30),
+        (".git/hidden", b"x" * 30),
+        (".hidden", b"x" * 30),
+        ("c", b"3" * 40),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     text = load_text(str(tmp_path), seq_len=4)
@@ -64,7 +76,9 @@ def test_the_default_is_the_standard_library_without_its_tests():
 
 
 def test_missing_data_is_named():
-    with pytest.raises(UsageError, match=r"--data /no/such/text cannot be read \(No such file or directory"):
+    with pytest.raises(
+        UsageError, match=r"--data /no/such/text cannot be read \(No such file or directory"
+    ):
         load_text("/no/such/text", seq_len=8)
 
 
@@ -75,7 +89,10 @@ def test_an_unreadable_file_within_a_folder_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(data.Path, "read_bytes", refuse)
-    with pytest.raises(UsageError, match=rf"--data {tmp_path} cannot be read \(Permission denied: {tmp_path}/secret\)"):
+    with pytest.raises(
+        UsageError,
+        match=rf"--data {tmp_path} cannot be read \(Permission denied: {tmp_path}/secret\)",
+    ):
         load_text(str(tmp_path), seq_len=8)
 
 
@@ -91,7 +108,9 @@ def test_an_unreadable_file_is_named(tmp_path):
 @pytest.mark.parametrize("size", [0, 89])
 def test_too_little_data_says_how_much_is_needed(tmp_path, size):
     (tmp_path / "short").write_bytes(b"x" * size)
-    with pytest.raises(UsageError, match=rf"short holds {size} bytes, too few for --seq-len 8: give at least 90"):
+    with pytest.raises(
+        UsageError, match=rf"short holds {size} bytes, too few for --seq-len 8: give at least 90"
+    ):
         load_text(str(tmp_path / "short"), seq_len=8)
     (tmp_path / "short").write_bytes(b"x" * 90)
     load_text(str(tmp_path / "short"), seq_len=8)  # which is then enough

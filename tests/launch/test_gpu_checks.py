@@ -19,7 +19,10 @@ def test_patterns_hold_the_special_values(dtype: torch.dtype) -> None:
     x = gpu_checks.patterns(20000, dtype, torch.Generator().manual_seed(0))
     info = torch.finfo(dtype)
     assert x.dtype == dtype and x.shape == (20000,)
-    assert all(bool((x == value).any()) for value in (torch.inf, -torch.inf, 0.0, torch.finfo(torch.bfloat16).max))
+    assert all(
+        bool((x == value).any())
+        for value in (torch.inf, -torch.inf, 0.0, torch.finfo(torch.bfloat16).max)
+    )
     assert x.isnan().any() and ((x != 0) & (x.abs() < info.smallest_normal)).any()
     assert gpu_checks.patterns(0, dtype, torch.Generator()).shape == (0,)
 
@@ -38,7 +41,9 @@ def test_placed_is_off_alignment() -> None:
     assert gpu_checks.placed(torch.tensor(3.0), CPU, 1).dim() == 0
 
 
-def test_a_check_that_raises_fails_and_the_others_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_that_raises_fails_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def raises(device: torch.device) -> tuple[bool, str]:
         raise RuntimeError("called a synchronizing operation")
 
@@ -47,10 +52,15 @@ def test_a_check_that_raises_fails_and_the_others_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_checks, "check_no_sync", raises)
     checks = gpu_checks.run_checks(CPU)
     assert [c.passed for c in checks] == [True, True, False, True, True]
-    assert "FAIL  no host sync: RuntimeError: called a synchronizing operation" in capsys.readouterr().out
+    assert (
+        "FAIL  no host sync: RuntimeError: called a synchronizing operation"
+        in capsys.readouterr().out
+    )
 
 
-def test_help_runs_no_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_runs_no_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu_checks, "run_checks", lambda device: pytest.fail("ran"))
     with pytest.raises(SystemExit) as left:
         gpu_checks.main(["--help"])
@@ -81,5 +91,11 @@ assert [x.unique().tolist() for x in arrays] == [[1], [3], [5], [9], [17]]
 def test_bits_and_stream_kernel_by_the_interpreter(repo: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
     command = [sys.executable, "-c", INTERPRETED, str(repo), str(repo / "launch")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -47,7 +47,9 @@ def test_attention_depends_on_positions():
     tokens = torch.arange(16)[None]
     swapped = tokens.clone()
     swapped[0, [2, 5]] = tokens[0, [5, 2]]
-    gpt.blocks[0].attention.query.weight.data.mul_(100)  # attention that prefers some positions over others
+    gpt.blocks[0].attention.query.weight.data.mul_(
+        100
+    )  # attention that prefers some positions over others
     gpt.blocks[0].attention.key.weight.data.mul_(100)
     gpt.blocks[0].attention.output.weight.data.mul_(100)
     difference = (gpt(tokens)[0, -1] - gpt(swapped)[0, -1]).abs().max()
@@ -82,7 +84,9 @@ def test_initialisation_depends_on_the_seed_and_the_parameter():
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name])
         assert torch.equal(parameter, other[name]) == (parameter.ndim == 1)
-    assert not torch.equal(first["blocks.0.attention.query.weight"], first["blocks.0.attention.key.weight"])
+    assert not torch.equal(
+        first["blocks.0.attention.query.weight"], first["blocks.0.attention.key.weight"]
+    )
 
 
 def test_bfloat16_weights_start_as_the_float32_ones_rounded():
@@ -121,7 +125,9 @@ def test_cpus_without_bfloat16_instructions_compute_the_same_product(monkeypatch
         monkeypatch.setattr(model, "has_fast_bf16", lambda device, fast=fast: fast)
         y = layer(x)
         assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)  # one rounding to bfloat16
+        torch.testing.assert_close(
+            y.double(), exact, rtol=2**-8, atol=1e-4
+        )  # one rounding to bfloat16
 
 
 def initial_weights(rank: int, world_size: int, strategy: str) -> dict[str, torch.Tensor]:
@@ -133,7 +139,10 @@ def initial_weights(rank: int, world_size: int, strategy: str) -> dict[str, torc
     gpt.init_weights(0)
     STRATEGIES[strategy].wrap(gpt, mesh)
     assert any(isinstance(p, DTensor) for p in gpt.parameters()) == (strategy == "fsdp2")
-    return {n: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone() for n, p in gpt.named_parameters()}
+    return {
+        n: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+        for n, p in gpt.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 3)])

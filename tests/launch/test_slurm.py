@@ -51,7 +51,14 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 def start(slurm: dict[str, str], out: Path, steps: int) -> subprocess.Popen[str]:
     command = ["bash", "launch/slurm.sh", *SHORT.split(), "--steps", str(steps), "--out", str(out)]
-    return subprocess.Popen(command, cwd=LAUNCH.parent, env=slurm, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=LAUNCH.parent,
+        env=slurm,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def test_job_trains_to_its_end(slurm, tmp_path):
@@ -60,7 +67,10 @@ def test_job_trains_to_its_end(slurm, tmp_path):
     assert job.returncode == 0, output
     assert latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
     calls = Path(slurm["CALLS"]).read_text()
-    assert "--nnodes 1 --nproc-per-node 2 --rdzv-id 7 --rdzv-backend c10d --rdzv-endpoint localhost:" in calls
+    assert (
+        "--nnodes 1 --nproc-per-node 2 --rdzv-id 7 --rdzv-backend c10d --rdzv-endpoint localhost:"
+        in calls
+    )
     assert "requeue" not in calls and "scancel" not in calls
 
 
@@ -77,7 +87,10 @@ def test_job_saves_and_returns_to_the_queue_before_its_time_ends(slurm, tmp_path
     assert "stopped at step" in output
     saved = latest(run / "checkpoints")
     assert saved is not None
-    assert Path(slurm["CALLS"]).read_text().splitlines()[1:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
+    assert Path(slurm["CALLS"]).read_text().splitlines()[1:] == [
+        "scancel --signal=TERM 7",
+        "scontrol requeue 7",
+    ]
     steps = int(saved.name.split("-")[1])
     again = start(slurm, run, steps + 2)
     output, _ = again.communicate(timeout=200)

@@ -14,15 +14,22 @@ import train
 from model import GPT, PRESETS
 from options import parse_args
 from report import read_metrics
+from sharded_bf16_adamw.sharding.zero.param import Rows
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_bf16_adamw.sharding.zero_rows import Rows
-
 SHORT = ["--device=cpu", "--no-progress", "--preset=nano", "--seq-len=16", "--batch-size=8"]
 SHORT += ["--eval-batches=2", "--eval-every=3", "--save-every=0"]
-RANKS = [("ddp", 2), ("fsdp1", 3), ("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)]
+RANKS = [
+    ("ddp", 2),
+    ("fsdp1", 3),
+    ("fsdp1", 2),
+    ("fsdp2", 2),
+    ("hsdp", 4),
+    ("tp", 2),
+    ("fsdp2+tp", 4),
+]
 LR = 0.003  # at 0.01 some texts have steps where even another order of the sequences in a batch changes the gradient norm by 1 %
 LIMIT = 0.005  # nats a byte, of about 5.5: the forward and backward of several ranks round otherwise than those of one
 
@@ -50,28 +57,47 @@ def norms(lines):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return run(1, tmp_path_factory.mktemp("single"), "--strategy", "single", "--steps", 6, "--batch-size", 12, "--lr", LR)
+    return run(
+        1,
+        tmp_path_factory.mktemp("single"),
+        "--strategy",
+        "single",
+        "--steps",
+        6,
+        "--batch-size",
+        12,
+        "--lr",
+        LR,
+    )
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), RANKS)
 def test_trains_like_one_process(tmp_path, single, strategy, ranks):
-    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", LR)
+    lines = run(
+        ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", LR
+    )
     expected, losses = held_out(single), held_out(lines)
     assert list(losses) == [0, 3, 6]
     assert expected[6] < expected[0] - 100 * LIMIT, "or the limit would not tell training from none"
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], abs=LIMIT)
-    assert norms(lines) == pytest.approx(norms(single), rel=0.01), "of all ranks together, each element once"
+    assert norms(lines) == pytest.approx(norms(single), rel=0.01), (
+        "of all ranks together, each element once"
+    )
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)]
+)
 def test_resumes_where_it_was(tmp_path, strategy, ranks):
     """The same losses, bit for bit, and a checkpoint that another strategy goes on from."""
     arguments = ("--strategy", strategy, "--save-every", 3, "--steps", 6, "--lr", 0.01)
     whole = run(ranks, tmp_path / "whole", *arguments)
     middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
     resumed = run(ranks, tmp_path / "resumed", *arguments, "--resume", middle)
-    later = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in whole if line["step"] > 3]
+    later = [
+        {k: v for k, v in line.items() if k != "tokens_per_s"} for line in whole if line["step"] > 3
+    ]
     assert [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in resumed] == later
     other = run(2, tmp_path / "other", "--strategy", "fsdp2", *arguments[2:], "--resume", middle)
     assert held_out(other)[6] == pytest.approx(held_out(whole)[6], abs=LIMIT)
@@ -80,7 +106,18 @@ def test_resumes_where_it_was(tmp_path, strategy, ranks):
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("tp", 2), ("fsdp2+tp", 4)])
 def test_torchs_optimizer_trains_too(tmp_path, single, strategy, ranks):
     """The comparison that ``--optimizer torch-fp32`` is for: its first norm is the one of the same weights."""
-    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 2, "--batch-size", 12, "--optimizer", "torch-fp32")
+    lines = run(
+        ranks,
+        tmp_path,
+        "--strategy",
+        strategy,
+        "--steps",
+        2,
+        "--batch-size",
+        12,
+        "--optimizer",
+        "torch-fp32",
+    )
     assert norms(lines)[0] == pytest.approx(norms(single)[0], rel=0.01)
     assert all(math.isfinite(loss) for loss in held_out(lines).values())
 
@@ -95,15 +132,33 @@ def refused_worker(rank, world, *arguments):
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [
-        (3, ["--strategy", "hsdp", "--batch-size", 12], "in pairs, which 3 cannot be: start an even number"),
-        (3, ["--strategy", "fsdp2+tp", "--batch-size", 12], "in pairs, which 3 cannot be: start an even number"),
+        (
+            3,
+            ["--strategy", "hsdp", "--batch-size", 12],
+            "in pairs, which 3 cannot be: start an even number",
+        ),
+        (
+            3,
+            ["--strategy", "fsdp2+tp", "--batch-size", 12],
+            "in pairs, which 3 cannot be: start an even number",
+        ),
         (3, ["--strategy", "tp"], "2 heads do not divide into 3 tensor-parallel ranks"),
-        (2, ["--strategy", "tp", "--seq-len", 15], "--seq-len 15 does not divide into 2 tensor-parallel ranks: use a multiple of 2"),
-        (4, ["--strategy", "fsdp2+tp", "--batch-size", 3], "--batch-size 3 does not divide into 2 rank(s)"),
+        (
+            2,
+            ["--strategy", "tp", "--seq-len", 15],
+            "--seq-len 15 does not divide into 2 tensor-parallel ranks: use a multiple of 2",
+        ),
+        (
+            4,
+            ["--strategy", "fsdp2+tp", "--batch-size", 3],
+            "--batch-size 3 does not divide into 2 rank(s)",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused_on_every_rank(tmp_path, ranks, arguments, message):
-    results = distributed.run_ranks(ranks, refused_worker, "--out", tmp_path, "--steps", 2, *arguments)
+    results = distributed.run_ranks(
+        ranks, refused_worker, "--out", tmp_path, "--steps", 2, *arguments
+    )
     assert [code for code, _ in results] == [2] * ranks
     assert message in results[0][1]
     assert not any(errors for _, errors in results[1:]), "one rank says it"
@@ -111,7 +166,20 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(tmp_path, ranks, argume
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("fsdp2+tp", 4)])
 def test_micro_batches_train_like_whole_ones(tmp_path, single, strategy, ranks):
-    lines = run(ranks, tmp_path, "--strategy", strategy, "--steps", 6, "--batch-size", 12, "--lr", LR, "--grad-accum", 3)
+    lines = run(
+        ranks,
+        tmp_path,
+        "--strategy",
+        strategy,
+        "--steps",
+        6,
+        "--batch-size",
+        12,
+        "--lr",
+        LR,
+        "--grad-accum",
+        3,
+    )
     assert norms(lines) == pytest.approx(norms(single), rel=0.01)
     assert held_out(lines)[6] == pytest.approx(held_out(single)[6], abs=LIMIT)
 
@@ -126,7 +194,9 @@ class Reductions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        self.count += name.startswith("c10d.") and any(kind in name for kind in ("allreduce", "reduce_scatter", "alltoall"))
+        self.count += name.startswith("c10d.") and any(
+            kind in name for kind in ("allreduce", "reduce_scatter", "alltoall")
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -135,7 +205,18 @@ def counting_worker(rank, world, folder, strategy):
     counts = []
     for micro_batches in (1, 3):
         out = f"{folder}/{micro_batches}"
-        args = ["--out", out, "--strategy", strategy, "--batch-size", "12", "--steps", "3", "--grad-accum", str(micro_batches)]
+        args = [
+            "--out",
+            out,
+            "--strategy",
+            strategy,
+            "--batch-size",
+            "12",
+            "--steps",
+            "3",
+            "--grad-accum",
+            str(micro_batches),
+        ]
         run = train.set_up(parse_args([*SHORT, *args]))
         for step in range(3):
             run.step = step
@@ -146,7 +227,16 @@ def counting_worker(rank, world, folder, strategy):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "ranks"), [("ddp", 2), ("zero1", 2), ("zero2", 2), ("fsdp1", 2), ("fsdp2", 2), ("hsdp", 4), ("fsdp2+tp", 4)]
+    ("strategy", "ranks"),
+    [
+        ("ddp", 2),
+        ("zero1", 2),
+        ("zero2", 2),
+        ("fsdp1", 2),
+        ("fsdp2", 2),
+        ("hsdp", 4),
+        ("fsdp2+tp", 4),
+    ],
 )
 def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path, strategy, ranks):
     for one, three in distributed.run_ranks(ranks, counting_worker, str(tmp_path), strategy):
@@ -156,10 +246,13 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path, 
 def whole_gradients(run):
     """The reduced gradients of a step, by parameter name."""
     sharding = run.optimizer._sharding
-    sharding.reduce()
+    sharding.reduce_grads()
     if isinstance(run.module, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(run.module, with_grads=True):
-            return {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in run.module.named_parameters()}
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
+                for name, p in run.module.named_parameters()
+            }
     found = {}
     for name, p in run.model.named_parameters():
         (grad,) = sharding.grads([p])
@@ -171,7 +264,21 @@ def whole_gradients(run):
 
 def accumulation_worker(rank, world, folder, strategy, dtype):
     """What the strategy reduces, against the sums of micro-batches in ``dtype``, averaged over the ranks in float32."""
-    args = parse_args([*SHORT, "--out", folder, "--strategy", strategy, "--batch-size", "12", "--steps", "1", "--grad-accum", "3"])
+    args = parse_args(
+        [
+            *SHORT,
+            "--out",
+            folder,
+            "--strategy",
+            strategy,
+            "--batch-size",
+            "12",
+            "--steps",
+            "1",
+            "--grad-accum",
+            "3",
+        ]
+    )
     run = train.set_up(args)
     alone = GPT(PRESETS[args.preset]).bfloat16()
     alone.init_weights(args.seed)
@@ -193,8 +300,16 @@ def accumulation_worker(rank, world, folder, strategy, dtype):
 
 @pytest.mark.parametrize(
     ("strategy", "dtype"),
-    [("ddp", torch.bfloat16), ("zero1", torch.bfloat16), ("fsdp1", torch.bfloat16), ("zero2", torch.float32), ("fsdp2", torch.float32)],
+    [
+        ("ddp", torch.bfloat16),
+        ("zero1", torch.bfloat16),
+        ("fsdp1", torch.bfloat16),
+        ("zero2", torch.float32),
+        ("fsdp2", torch.float32),
+    ],
 )
 def test_micro_batches_add_up_to_the_bits_of_their_sum(tmp_path, strategy, dtype):
-    for unlike, parameters in distributed.run_ranks(2, accumulation_worker, str(tmp_path), strategy, dtype):
+    for unlike, parameters in distributed.run_ranks(
+        2, accumulation_worker, str(tmp_path), strategy, dtype
+    ):
         assert not unlike and parameters > 10

@@ -27,7 +27,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_one_process(tmp_path, capsys, strategy, optimizer):
-    assert run("--out", tmp_path, "--strategy", strategy, "--optimizer", optimizer, "--steps", 6, "--eval-every", 3) == 0
+    assert (
+        run(
+            "--out",
+            tmp_path,
+            "--strategy",
+            strategy,
+            "--optimizer",
+            optimizer,
+            "--steps",
+            6,
+            "--eval-every",
+            3,
+        )
+        == 0
+    )
     lines = curve(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 3, 6]
@@ -63,7 +77,9 @@ def test_every_strategy_optimizer_and_accumulation_trains_alike_on_two_ranks(tmp
     for name, arguments in runs.items():
         alone = curve(tmp_path / arguments[arguments.index("--optimizer") + 1])
         here = curve(tmp_path / name)
-        assert here[1] == pytest.approx(alone[1], rel=0.003), f"{name}: loss and gradient norm of the first step"
+        assert here[1] == pytest.approx(alone[1], rel=0.003), (
+            f"{name}: loss and gradient norm of the first step"
+        )
         assert held_out(here) == pytest.approx(held_out(alone), rel=0.003), name
 
 
@@ -73,7 +89,10 @@ def test_a_tenth_of_an_epoch_on_two_ranks_reaches_the_loss_of_one(tmp_path):
     assert code == 0, err
     first, *_, last = held_out(curve(tmp_path))
     assert last < first - 1
-    mine, total = (int(x.replace(",", "")) for x in re.search(r"state +([\d,]+) bytes on rank 0, ([\d,]+) on 2", out).groups())
+    mine, total = (
+        int(x.replace(",", ""))
+        for x in re.search(r"state +([\d,]+) bytes on rank 0, ([\d,]+) on 2", out).groups()
+    )
     assert mine / total == pytest.approx(0.5, abs=0.001), "each rank holds its half"
     assert "--strategy fsdp2 on 2 x cpu" in out
 
@@ -92,12 +111,16 @@ def test_all_optimizers_see_the_same_schedule(tmp_path):
 
 def test_schedules():
     def rates(*arguments: str) -> list[float]:
-        schedule = make_schedule(parse_args([*["--steps", "100", "--lr", "1", "--warmup", "4"], *arguments]))
+        schedule = make_schedule(
+            parse_args([*["--steps", "100", "--lr", "1", "--warmup", "4"], *arguments])
+        )
         return [schedule(step) for step in range(100)]
 
     assert rates("--schedule", "constant") == [0.25, 0.5, 0.75] + [1.0] * 97
     assert rates("--schedule", "power")[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates("--schedule", "power")[15] == pytest.approx(0.5), "a quarter of the peak's square at four times its step"
+    assert rates("--schedule", "power")[15] == pytest.approx(0.5), (
+        "a quarter of the peak's square at four times its step"
+    )
     cosine = rates("--final-lr", "0.1")
     assert cosine[51] == pytest.approx(0.55)
     assert cosine[99] == pytest.approx(0.1)
@@ -107,7 +130,19 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path):
     for optimizer in ("bf16", "torch-fp32"):
         for clip in ("0", "1e-9"):
             assert (
-                run("--out", tmp_path / optimizer / clip, "--optimizer", optimizer, "--steps", 2, "--clip", clip, "--weight-decay", 0) == 0
+                run(
+                    "--out",
+                    tmp_path / optimizer / clip,
+                    "--optimizer",
+                    optimizer,
+                    "--steps",
+                    2,
+                    "--clip",
+                    clip,
+                    "--weight-decay",
+                    0,
+                )
+                == 0
             )
         free, clipped = (curve(tmp_path / optimizer / clip) for clip in ("0", "1e-9"))
         assert free[1]["grad_norm"] == clipped[1]["grad_norm"] > 1

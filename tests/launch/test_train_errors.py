@@ -32,17 +32,35 @@ def write(path: Path, size: int) -> Path:
 
 
 ERRORS = {
-    "missing data": (lambda t: ["--data", t / "none"], "--data .*/none cannot be read .No such file"),
-    "too little data": (lambda t: ["--data", write(t / "short", 20)], "short holds 20 bytes, too few for --seq-len 16: give at least 170"),
-    "missing checkpoint": (lambda t: ["--resume", t / "none"], "--resume .*/none is neither a checkpoint nor a folder with one"),
+    "missing data": (
+        lambda t: ["--data", t / "none"],
+        "--data .*/none cannot be read .No such file",
+    ),
+    "too little data": (
+        lambda t: ["--data", write(t / "short", 20)],
+        "short holds 20 bytes, too few for --seq-len 16: give at least 170",
+    ),
+    "missing checkpoint": (
+        lambda t: ["--resume", t / "none"],
+        "--resume .*/none is neither a checkpoint nor a folder with one",
+    ),
     "folder is a file": (lambda t: ["--out", write(t / "file", 1)], "--out .*/file cannot be used"),
-    "uneven batch": (lambda t: ["--batch-size", 10, "--grad-accum", 4], "--batch-size 10 does not divide into 1 rank.s. x --grad-accum 4"),
+    "uneven batch": (
+        lambda t: ["--batch-size", 10, "--grad-accum", 4],
+        "--batch-size 10 does not divide into 1 rank.s. x --grad-accum 4",
+    ),
     "unknown option": (lambda t: ["--stpes", 4], "unrecognized arguments: --stpes 4"),
     "unknown preset": (lambda t: ["--preset", "huge"], "invalid choice: 'huge'"),
     "no steps": (lambda t: ["--steps", 0], "--steps: 0 is not a positive number"),
     "not a number": (lambda t: ["--steps", "many"], "--steps: invalid positive value: 'many'"),
-    "bad hyper-parameter": (lambda t: ["--betas", 0.9, 1.5], "Invalid beta parameter at index 1: 1.5"),
-    "bad hyper-parameter of torch's": (lambda t: ["--optimizer", "torch-fp32", "--weight-decay", -1], "Invalid weight_decay value: -1"),
+    "bad hyper-parameter": (
+        lambda t: ["--betas", 0.9, 1.5],
+        "Invalid beta parameter at index 1: 1.5",
+    ),
+    "bad hyper-parameter of torch's": (
+        lambda t: ["--optimizer", "torch-fp32", "--weight-decay", -1],
+        "Invalid weight_decay value: -1",
+    ),
     "negative lr": (lambda t: ["--lr", -1], "--lr: -1 is not a number from 0 on"),
     "negative last lr": (lambda t: ["--final-lr", -1], "--final-lr: -1 is not a number from 0 on"),
     "negative clip": (lambda t: ["--clip", -1], "--clip: -1 is not a number from 0 on"),
@@ -65,9 +83,18 @@ def test_an_error_of_use_is_one_sentence_and_exit_code_2(tmp_path, capsys, case)
 @pytest.mark.parametrize(
     ("arguments", "note"),
     [
-        ("--optimizer torch-bf16 --optimizer-backend native", "--optimizer-backend native has no effect with --optimizer torch-bf16"),
-        ("--schedule constant --final-lr 1e-5", "--final-lr 1e-05 has no effect with --schedule constant"),
-        ("--steps 4 --warmup 5", "--warmup 5 is longer than --steps 4: the learning rate will not reach --lr 0.003"),
+        (
+            "--optimizer torch-bf16 --optimizer-backend native",
+            "--optimizer-backend native has no effect with --optimizer torch-bf16",
+        ),
+        (
+            "--schedule constant --final-lr 1e-5",
+            "--final-lr 1e-05 has no effect with --schedule constant",
+        ),
+        (
+            "--steps 4 --warmup 5",
+            "--warmup 5 is longer than --steps 4: the learning rate will not reach --lr 0.003",
+        ),
         ("--steps 4 --warmup 4 --optimizer-backend native --final-lr 1e-5", None),
         ("--steps 1", None),
     ],
@@ -91,7 +118,10 @@ def test_help_shows_every_default(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_asking_for_a_gpu_that_is_not_there(capsys):
     assert train.main(["--device", "cuda"]) == 2
-    assert "--device cuda needs a GPU for each of the 1 processes, but 0 were found" in capsys.readouterr().err
+    assert (
+        "--device cuda needs a GPU for each of the 1 processes, but 0 were found"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +129,10 @@ def test_asking_for_a_gpu_that_is_not_there(capsys):
     [
         ([], "already holds a run: add --resume auto to continue it"),
         (["--resume", "auto", "--preset", "small"], "was trained with --preset tiny, not small"),
-        (["--resume", "auto", "--optimizer", "torch-bf16"], "was trained with --optimizer bf16, not torch-bf16"),
+        (
+            ["--resume", "auto", "--optimizer", "torch-bf16"],
+            "was trained with --optimizer bf16, not torch-bf16",
+        ),
         (["--resume", "auto", "--steps", "1"], "is at step 2, past --steps 1"),
     ],
 )
@@ -115,13 +148,20 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, capsys, argum
 def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
     assert run("--out", tmp_path, "--steps", 2) == 0
     damaged = latest(tmp_path / "checkpoints")
-    (damaged / "manifest.json").write_bytes((damaged / "manifest.json").read_bytes().replace(b'"serial": 1', b'"serial": 2'))
+    (damaged / "manifest.json").write_bytes(
+        (damaged / "manifest.json").read_bytes().replace(b'"serial": 1', b'"serial": 2')
+    )
     layer = torch.nn.Linear(2, 2).bfloat16()
     foreign = save(tmp_path / "foreign", 1, layer, AdamW_BF16(layer.parameters(), lr=0.1))
-    for path, sentence in ((damaged, "cannot be used: manifest.json: it is damaged"), (foreign, "was not saved by train.py")):
+    for path, sentence in (
+        (damaged, "cannot be used: manifest.json: it is damaged"),
+        (foreign, "was not saved by train.py"),
+    ):
         capsys.readouterr()
         assert run("--out", tmp_path, "--steps", 2, "--resume", path) == 2
-        assert re.fullmatch(rf"error: the checkpoint {path} {sentence}[^\n]*\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            rf"error: the checkpoint {path} {sentence}[^\n]*\n", capsys.readouterr().err
+        )
 
 
 def test_a_changed_seed_is_noted_on_resume(tmp_path, capsys):
@@ -154,4 +194,6 @@ def test_an_error_on_one_rank_is_raised_on_all():
 def test_single_refuses_several_ranks(tmp_path):
     code, _, err = finish(start(2, "--strategy", "single", "--out", tmp_path))
     assert code != 0
-    assert "error: --strategy single runs on one process, not 2: use --strategy ddp or fsdp2." in err
+    assert (
+        "error: --strategy single runs on one process, not 2: use --strategy ddp or fsdp2." in err
+    )

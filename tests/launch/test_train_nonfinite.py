@@ -35,7 +35,10 @@ BAD = {
 def strict_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; NaN and Infinity, which are not JSON, fail."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+    return [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in lines
+    ]
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -43,7 +46,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def local_weights(run: train.Run) -> list[torch.Tensor]:
-    return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in run.optimizer.param_groups[0]["params"]]
+    return [
+        (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
+        for p in run.optimizer.param_groups[0]["params"]
+    ]
 
 
 class Trouble:
@@ -77,7 +83,9 @@ class Trouble:
     def _loss_of(self, loss_of):
         def changed(module, rows):
             loss = loss_of(module, rows)
-            return self._change(loss) if self._step in self._bad and torch.is_grad_enabled() else loss
+            return (
+                self._change(loss) if self._step in self._bad and torch.is_grad_enabled() else loss
+            )
 
         return changed
 
@@ -92,15 +100,44 @@ class Trouble:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_diverged_run_ends_with_one_sentence_and_keeps_its_good_checkpoint(tmp_path, capsys, optimizer):
-    arguments = (*DIVERGING, "--optimizer", optimizer, "--steps", 60, "--save-every", 1, "--keep", 1, "--max-nonfinite", 4)
+def test_a_diverged_run_ends_with_one_sentence_and_keeps_its_good_checkpoint(
+    tmp_path, capsys, optimizer
+):
+    arguments = (
+        *DIVERGING,
+        "--optimizer",
+        optimizer,
+        "--steps",
+        60,
+        "--save-every",
+        1,
+        "--keep",
+        1,
+        "--max-nonfinite",
+        4,
+    )
     assert run("--out", tmp_path, *arguments) == 1
     err = capsys.readouterr().err
     sentence = r"error: the loss or gradient norm was not finite in 4 steps in a row, up to step 5: the last good checkpoint is"
-    assert len(re.findall(rf"^{sentence} {tmp_path}/checkpoints/step-00000001; continue with [^\n]*$", err, re.MULTILINE)) == 1, err
+    assert (
+        len(
+            re.findall(
+                rf"^{sentence} {tmp_path}/checkpoints/step-00000001; continue with [^\n]*$",
+                err,
+                re.MULTILINE,
+            )
+        )
+        == 1
+    ), err
     assert err.count("error:") == 1 and "note: step 2 is not saved" in err
     assert saved_steps(tmp_path) == [1] and verify(tmp_path / "checkpoints") == []
-    assert [line["nonfinite_steps"] for line in strict_lines(tmp_path) if "loss" in line] == [0, 1, 2, 3, 4]
+    assert [line["nonfinite_steps"] for line in strict_lines(tmp_path) if "loss" in line] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert strict_lines(tmp_path)[-1]["grad_norm"] is None
     assert not dist.is_initialized()
 
@@ -113,7 +150,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys, opti
     with Trouble({2}, BAD[kind]) as trouble:
         assert run("--out", tmp_path / "bad", *arguments) == 0
     assert trouble.moved == [True, True, False, True, True]
-    lines, clean = ([line for line in strict_lines(tmp_path / name) if "loss" in line] for name in ("bad", "clean"))
+    lines, clean = (
+        [line for line in strict_lines(tmp_path / name) if "loss" in line]
+        for name in ("bad", "clean")
+    )
     assert [line["nonfinite_steps"] for line in lines] == [0, 0, 1, 1, 1]
     assert lines[2]["loss"] is None
     assert [line["lr"] for line in lines] == [line["lr"] for line in clean], "the schedule goes on"
@@ -123,9 +163,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys, opti
 def test_skipping_can_be_turned_off(tmp_path, capsys):
     """Then the weights turn NaN, and are not saved."""
     with Trouble({1}, BAD["NaN"]) as trouble:
-        assert run("--out", tmp_path, "--steps", 4, "--save-every", 1, "--no-skip-nonfinite", "--max-nonfinite", 0) == 1
+        assert (
+            run(
+                "--out",
+                tmp_path,
+                "--steps",
+                4,
+                "--save-every",
+                1,
+                "--no-skip-nonfinite",
+                "--max-nonfinite",
+                0,
+            )
+            == 1
+        )
     assert trouble.moved[1]
-    assert "error: a weight or an optimizer state is not finite after step 4, which is not saved" in capsys.readouterr().err
+    assert (
+        "error: a weight or an optimizer state is not finite after step 4, which is not saved"
+        in capsys.readouterr().err
+    )
     assert saved_steps(tmp_path) == [1]
 
 
@@ -147,12 +203,20 @@ def test_the_count_goes_on_in_a_resumed_run(tmp_path):
     with Trouble({1}, BAD["NaN"]):
         assert run("--out", tmp_path, "--steps", 3) == 0
     assert run("--out", tmp_path, "--steps", 5, "--resume", "auto") == 0
-    assert [line["nonfinite_steps"] for line in curve(tmp_path) if "loss" in line] == [0, 1, 1, 1, 1]
+    assert [line["nonfinite_steps"] for line in curve(tmp_path) if "loss" in line] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 POISONS = {
     "weight": lambda run: run.optimizer.param_groups[0]["params"][0],
-    "second moment": lambda run: run.optimizer.state[run.optimizer.param_groups[0]["params"][0]]["exp_avg_sq"],
+    "second moment": lambda run: run.optimizer.state[run.optimizer.param_groups[0]["params"][0]][
+        "exp_avg_sq"
+    ],
 }
 
 
@@ -165,7 +229,9 @@ def poisoned_update(step: int, part: str, on_this_rank: bool) -> Any:
         if run.step == step and on_this_rank:
             tensor = POISONS[part](run)
             with torch.no_grad():
-                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)[-1:] = math.inf
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)[-1:] = (
+                    math.inf
+                )
         return norm
 
     return mock.patch.object(train, "update", poisoned)
@@ -177,7 +243,10 @@ def test_weights_and_states_that_are_not_finite_are_not_saved(tmp_path, capsys, 
     with poisoned_update(1, part, True):
         assert run("--out", tmp_path, "--steps", 4, "--save-every", 1, "--keep", 1, option) == 1
     err = capsys.readouterr().err
-    assert re.fullmatch(r"error: a weight or an optimizer state is not finite after step 2, which is not saved: [^\n]*\n", err), err
+    assert re.fullmatch(
+        r"error: a weight or an optimizer state is not finite after step 2, which is not saved: [^\n]*\n",
+        err,
+    ), err
     assert saved_steps(tmp_path) == [1] and verify(tmp_path / "checkpoints") == []
 
 
@@ -194,7 +263,18 @@ def one_rank_has_trouble(rank: int, world_size: int, folder: str) -> list[tuple[
     results = []
     for number, (kind, arguments) in enumerate(RUNS):
         with Trouble({1} if rank == 1 else set(), BAD[kind]) as trouble:
-            code = train.main([*SHORT, "--out", f"{folder}/{number}", "--steps", "3", "--eval-every", "3", *arguments.split()])
+            code = train.main(
+                [
+                    *SHORT,
+                    "--out",
+                    f"{folder}/{number}",
+                    "--steps",
+                    "3",
+                    "--eval-every",
+                    "3",
+                    *arguments.split(),
+                ]
+            )
         results.append((code, trouble.moved))
     return results
 
@@ -204,15 +284,35 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
     for results in distributed.run_ranks(2, one_rank_has_trouble, str(tmp_path)):
         assert results == [(0, [True, False, True])] * len(RUNS)
     for number, run_ in enumerate(RUNS):
-        assert [line["nonfinite_steps"] for line in strict_lines(tmp_path / str(number)) if "loss" in line] == [0, 1, 1], run_
+        assert [
+            line["nonfinite_steps"]
+            for line in strict_lines(tmp_path / str(number))
+            if "loss" in line
+        ] == [0, 1, 1], run_
 
 
 def one_rank_diverges(rank: int, world_size: int, folder: str) -> list[int]:
     codes = []
     with Trouble({1, 2} if rank == 1 else set(), BAD["NaN"]):
-        codes.append(train.main([*SHORT, "--out", f"{folder}/loss", "--steps", "4", "--max-nonfinite", "2"]))
+        codes.append(
+            train.main([*SHORT, "--out", f"{folder}/loss", "--steps", "4", "--max-nonfinite", "2"])
+        )
     with poisoned_update(1, "weight", rank == 1):
-        codes.append(train.main([*SHORT, "--out", f"{folder}/weight", "--steps", "2", "--save-every", "1", "--keep", "1"]))
+        codes.append(
+            train.main(
+                [
+                    *SHORT,
+                    "--out",
+                    f"{folder}/weight",
+                    "--steps",
+                    "2",
+                    "--save-every",
+                    "1",
+                    "--keep",
+                    "1",
+                ]
+            )
+        )
     return codes
 
 
@@ -230,7 +330,18 @@ def one_replica_is_corrupted(rank: int, world_size: int, folder: str) -> int:
             next(run.model.parameters()).data.view(-1)[:1].view(torch.int16).bitwise_xor_(1)
         return norm
 
-    options = ["--strategy", "ddp", "--check-replicas", "2", "--save-every", "1", "--steps", "6", "--out", folder]
+    options = [
+        "--strategy",
+        "ddp",
+        "--check-replicas",
+        "2",
+        "--save-every",
+        "1",
+        "--steps",
+        "6",
+        "--out",
+        folder,
+    ]
     with mock.patch.object(train, "update", corrupted):
         return train.main([*SHORT, *options])
 
@@ -243,7 +354,10 @@ def test_a_flipped_bit_on_one_replica_ends_the_run_before_it_is_saved(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("part", [None, "exp_avg", "exp_avg_sq", "correction"])
 def test_every_weight_and_state_is_looked_at(value, part):
-    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in (((0,), torch.bfloat16), ((5, 3), torch.bfloat16))]
+    params = [
+        torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+        for shape, dtype in (((0,), torch.bfloat16), ((5, 3), torch.bfloat16))
+    ]
     params.append(torch.nn.Parameter(torch.ones(2)))
     optimizer = train.AdamW_BF16(params, lr=0.1)
     for param in params:

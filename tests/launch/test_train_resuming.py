@@ -17,8 +17,8 @@ from data import Text
 from report import Metrics, read_metrics
 
 from sharded_bf16_adamw import latest, verify
-from sharded_bf16_adamw.checkpoint.storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.stored import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
+from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
 
 from .train_runs import (
     OPTIMIZERS,
@@ -55,7 +55,9 @@ def stop_at(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_told_to_stop_saves_and_resumes_with_the_same_bits(tmp_path, capsys, stop_at, optimizer):
+def test_a_run_told_to_stop_saves_and_resumes_with_the_same_bits(
+    tmp_path, capsys, stop_at, optimizer
+):
     arguments = ("--optimizer", optimizer, "--steps", 8, "--eval-every", 2)
     assert run("--out", tmp_path / "whole", *arguments) == 0
     stop_at(4)
@@ -86,7 +88,9 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_pa
 
 
 def test_when_one_rank_is_told_to_stop_all_save_and_exit_cleanly(tmp_path):
-    process = start(2, "--out", tmp_path, "--steps", 100_000, "--save-every", 1, "--eval-every", 100_000)
+    process = start(
+        2, "--out", tmp_path, "--steps", 100_000, "--save-every", 1, "--eval-every", 100_000
+    )
     wait_for_step(process, tmp_path, 3)
     ranks = workers(process)
     assert len(ranks) == 2
@@ -94,7 +98,12 @@ def test_when_one_rank_is_told_to_stop_all_save_and_exit_cleanly(tmp_path):
     code, out, err = finish(process)
     assert code == 0, err
     step = int(re.search(r"stopped at step (\d+), saved", out).group(1))
-    assert json.loads((tmp_path / f"checkpoints/step-{step:08d}/manifest.json").read_text())["extra"]["step"] == step
+    assert (
+        json.loads((tmp_path / f"checkpoints/step-{step:08d}/manifest.json").read_text())["extra"][
+            "step"
+        ]
+        == step
+    )
     assert curve(tmp_path)[-1]["step"] == step
 
 
@@ -106,7 +115,10 @@ def saves(monkeypatch):
     write_data = ChecksummedWriter.write_data
 
     def write(self, plan, planner):
-        step, background = int(re.search(r"step-(\d+)", self.path.name).group(1)), threading.current_thread() is not threading.main_thread()
+        step, background = (
+            int(re.search(r"step-(\d+)", self.path.name).group(1)),
+            threading.current_thread() is not threading.main_thread(),
+        )
         if background and step in failing:
             raise OSError(28, "No space left on device")
         done.append((step, background))
@@ -117,11 +129,15 @@ def saves(monkeypatch):
 
 
 @pytest.mark.parametrize(("option", "background"), [((), True), (("--no-async-save",), False)])
-def test_a_run_saves_in_the_background_and_when_told_to_stop_completely(tmp_path, stop_at, saves, option, background):
+def test_a_run_saves_in_the_background_and_when_told_to_stop_completely(
+    tmp_path, stop_at, saves, option, background
+):
     arguments = ("--steps", 8, "--eval-every", 2, "--save-every", 2, *option)
     assert run("--out", tmp_path / "whole", *arguments) == 0
     assert saves[0] == [(2, background), (4, background), (6, background), (8, background)]
-    assert latest(tmp_path / "whole/checkpoints").name == "step-00000008", "the last one has been waited for"
+    assert latest(tmp_path / "whole/checkpoints").name == "step-00000008", (
+        "the last one has been waited for"
+    )
     saves[0].clear()
     stop_at(4)
     assert run("--out", tmp_path / "stopped", *arguments) == 0
@@ -135,14 +151,23 @@ def test_a_run_saves_in_the_background_and_when_told_to_stop_completely(tmp_path
 
 def values_in(folder: Path) -> dict[str, list[float]]:
     stored = StoredCheckpoint(folder / "checkpoints")
-    return {key: stored.read(key).flatten().tolist() for key in stored.infos if key.startswith(("model.", "optimizer."))}
+    return {
+        key: stored.read(key).flatten().tolist()
+        for key in stored.infos
+        if key.startswith(("model.", "optimizer."))
+    }
 
 
 @pytest.mark.parametrize(("failing", "steps"), [(4, 5), (4, 4)])
-def test_a_save_that_failed_in_the_background_ends_the_run_after_one_of_its_end(tmp_path, saves, failing, steps):
+def test_a_save_that_failed_in_the_background_ends_the_run_after_one_of_its_end(
+    tmp_path, saves, failing, steps
+):
     saves[1].add(failing)
     try:
-        with pytest.raises(RuntimeError, match=r"cannot save the checkpoint .*step-00000004: on rank 0, OSError: .*No space left"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"cannot save the checkpoint .*step-00000004: on rank 0, OSError: .*No space left",
+        ):
             run("--out", tmp_path, "--steps", steps, "--save-every", 2)
         assert dist.is_initialized(), "it was said before the process group was destroyed"
     finally:
@@ -200,12 +225,19 @@ def test_a_damaged_latest_checkpoint_is_not_the_end(tmp_path, capsys, name):
         capsys.readouterr()
         assert run("--out", tmp_path, *arguments, "--resume", resume) == 2
         err = capsys.readouterr().err
-        assert re.fullmatch(rf"error: the checkpoint {damaged} cannot be used: [^\n]*; {good} is undamaged: use --resume {use}\n", err), err
+        assert re.fullmatch(
+            rf"error: the checkpoint {damaged} cannot be used: [^\n]*; {good} is undamaged: use --resume {use}\n",
+            err,
+        ), err
     assert run("--out", tmp_path, *arguments, "--resume", "newest-good") == 0
     said = capsys.readouterr()
-    assert "steps 2 to 4" in said.out and re.search(rf"^note: [^\n]*{damaged} [^\n]*\n", said.err, re.MULTILINE)
+    assert "steps 2 to 4" in said.out and re.search(
+        rf"^note: [^\n]*{damaged} [^\n]*\n", said.err, re.MULTILINE
+    )
     assert curve(tmp_path) == whole
-    assert verify(tmp_path / "checkpoints") == [] and not damaged.exists(), "the step saved again replaces the damaged one"
+    assert verify(tmp_path / "checkpoints") == [] and not damaged.exists(), (
+        "the step saved again replaces the damaged one"
+    )
 
 
 def test_newest_good_of_nothing_starts_afresh_and_of_damaged_ones_alone_does_not(tmp_path, capsys):
@@ -214,16 +246,24 @@ def test_newest_good_of_nothing_starts_afresh_and_of_damaged_ones_alone_does_not
     for resume in ("newest-good", "auto"):
         capsys.readouterr()
         assert run("--out", tmp_path, "--steps", 2, "--resume", resume) == 2
-        assert re.search(rf"error: [^\n]*no checkpoint in {tmp_path}/checkpoints is undamaged", capsys.readouterr().err)
+        assert re.search(
+            rf"error: [^\n]*no checkpoint in {tmp_path}/checkpoints is undamaged",
+            capsys.readouterr().err,
+        )
 
 
 def resume_from_damage(rank: int, world_size: int, folder: str) -> list[int]:
     arguments = [*SHORT, "--out", folder, "--steps", "4", "--eval-every", "2", "--save-every", "2"]
     codes = [train.main(arguments)]
     if rank == 0:
-        (Path(folder) / "checkpoints/step-00000004/__1_0.distcp").write_bytes(b"")  # which rank 1 checks
+        (Path(folder) / "checkpoints/step-00000004/__1_0.distcp").write_bytes(
+            b""
+        )  # which rank 1 checks
     dist.barrier()
-    return [*codes, *(train.main([*arguments, "--resume", resume]) for resume in ("auto", "newest-good"))]
+    return [
+        *codes,
+        *(train.main([*arguments, "--resume", resume]) for resume in ("auto", "newest-good")),
+    ]
 
 
 def test_two_ranks_resume_from_the_newest_good_checkpoint(tmp_path):
@@ -232,7 +272,9 @@ def test_two_ranks_resume_from_the_newest_good_checkpoint(tmp_path):
 
 def test_metrics_drop_what_a_resumed_run_repeats_and_an_incomplete_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "held_out_loss": 5}\n{"step": 1, "loss": 4}\n{"step": 2, "loss": 3}\n{"step": 3, "lo')
+    path.write_text(
+        '{"step": 0, "held_out_loss": 5}\n{"step": 1, "loss": 4}\n{"step": 2, "loss": 3}\n{"step": 3, "lo'
+    )
     Metrics(path, start=1, steps=5, bar=False).close()
     assert [line["step"] for line in read_metrics(path)] == [0, 1]
     Metrics(path, start=0, steps=5, bar=False).close()

@@ -15,16 +15,32 @@ from report import read_metrics
 SCRIPT = Path(train.__file__)
 OPTIMIZERS = ("bf16", "torch-fp32", "torch-bf16")
 STATE_BYTES = {"bf16": 6.0, "torch-fp32": 8.0, "torch-bf16": 4.0}
-SHORT = ["--device", "cpu", "--no-progress", "--seq-len", "16", "--batch-size", "12", "--eval-batches", "1"]
+SHORT = [
+    "--device",
+    "cpu",
+    "--no-progress",
+    "--seq-len",
+    "16",
+    "--batch-size",
+    "12",
+    "--eval-batches",
+    "1",
+]
 TIMEOUT = 200
 
 
 def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
     """The script with settings for a short run, under torchrun for more than one process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(SCRIPT), *SHORT, *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -47,7 +63,9 @@ def kill(process: subprocess.Popen[str]) -> None:
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks that torchrun started."""
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    return sorted(int(s.split()[0]) for s in stats if int(s.rpartition(")")[2].split()[1]) == process.pid)
+    return sorted(
+        int(s.split()[0]) for s in stats if int(s.rpartition(")")[2].split()[1]) == process.pid
+    )
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
@@ -60,7 +78,10 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 def curve(folder: Path) -> list[dict[str, float]]:
     """All metrics but the times."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_s"}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def held_out(lines: list[dict[str, float]]) -> list[float]:

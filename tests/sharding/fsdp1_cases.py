@@ -16,11 +16,19 @@ def wrap(module, use_orig_params=True, mesh=None, **options):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # FSDP1 is deprecated
-        return FullyShardedDataParallel(module, device_mesh=mesh, use_orig_params=use_orig_params, device_id=torch.device("cpu"), **options)
+        return FullyShardedDataParallel(
+            module,
+            device_mesh=mesh,
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+            **options,
+        )
 
 
 def wrapped(use_orig_params, strategy="FULL_SHARD"):
-    return BY_NAME[f"FSDP1 {strategy}, use_orig_params={use_orig_params}"].wrap(Layers(), dist.get_world_size())
+    return BY_NAME[f"FSDP1 {strategy}, use_orig_params={use_orig_params}"].wrap(
+        Layers(), dist.get_world_size()
+    )
 
 
 def train(model, optimizer, steps):
@@ -31,5 +39,7 @@ def train(model, optimizer, steps):
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        a[name].keys() == b[name].keys() and all(torch.equal(a[name][key], b[name][key]) for key in a[name]) for name in a
+        a[name].keys() == b[name].keys()
+        and all(torch.equal(a[name][key], b[name][key]) for key in a[name])
+        for name in a
     )

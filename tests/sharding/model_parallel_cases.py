@@ -32,14 +32,23 @@ LAYERS = {
     "norm.weight": (5,),
 }
 STAGES = (("embed", "layers.0"), ("layers.1", "layers.2", "norm"))
-MOE = {"router.weight": (4, 6), **{f"experts.{i}.{kind}": shape for i in range(4) for kind, shape in (("weight", (5, 6)), ("bias", (5,)))}}
+MOE = {
+    "router.weight": (4, 6),
+    **{
+        f"experts.{i}.{kind}": shape
+        for i in range(4)
+        for kind, shape in (("weight", (5, 6)), ("bias", (5,)))
+    },
+}
 STACKED = {"router.weight": (4, 6), "moe.w1": (4, 5, 6)}  # all experts in one parameter
 FP32 = ("norm.weight",)
 
 
 def value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-    return torch.randn(shape, generator=generator).to(torch.float32 if name in FP32 else torch.bfloat16)
+    return torch.randn(shape, generator=generator).to(
+        torch.float32 if name in FP32 else torch.bfloat16
+    )
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
@@ -73,7 +82,9 @@ class Part:
             whole = whole if part is None else whole[part]
             param = self.local(local)
             if isinstance(param, DTensor):
-                grad: Any = distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
+                grad: Any = distribute_tensor(
+                    whole, param.device_mesh, param.placements, src_data_rank=None
+                )
                 grad = grad.clone()
                 if broken and grad.to_local().numel():
                     grad.to_local().fill_(torch.nan)
@@ -133,7 +144,9 @@ def optimizer_of(model: nn.Module, **options: Any) -> AdamW_BF16:
     biases = [param for name, param in model.named_parameters() if name.endswith("bias")]
     others = [param for name, param in model.named_parameters() if not name.endswith("bias")]
     groups = [{"params": others, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
-    return AdamW_BF16(groups, lr_function=LR(lr=1e-2, preheat_steps=5), skip_nonfinite=True, **options)
+    return AdamW_BF16(
+        groups, lr_function=LR(lr=1e-2, preheat_steps=5), skip_nonfinite=True, **options
+    )
 
 
 def part(
@@ -158,14 +171,18 @@ def one_process(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Part:
 
 
 def names_of_stage(stage: int, renumber: bool = False) -> dict[str, tuple[str, slice | None]]:
-    mine = [name for name in LAYERS if name.startswith(tuple(f"{prefix}." for prefix in STAGES[stage]))]
+    mine = [
+        name for name in LAYERS if name.startswith(tuple(f"{prefix}." for prefix in STAGES[stage]))
+    ]
     if not renumber:
         return {name: (name, None) for name in mine}
     first = min(int(name.split(".")[1]) for name in mine if name.startswith("layers."))
     local = {}
     for name in mine:
         head, *rest = name.split(".")
-        local[".".join([head, str(int(rest[0]) - first), *rest[1:]]) if head == "layers" else name] = (name, None)
+        local[
+            ".".join([head, str(int(rest[0]) - first), *rest[1:]]) if head == "layers" else name
+        ] = (name, None)
     return local
 
 
@@ -179,19 +196,27 @@ def pipeline(*, inner: str = "", renumber: bool = False) -> Callable[[int, int, 
                 fully_shard(model, mesh=mesh["dp"])
             if inner == "hsdp":
                 fully_shard(
-                    model, mesh=init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pp", "replicate", "shard"))["replicate", "shard"]
+                    model,
+                    mesh=init_device_mesh(
+                        "cpu", (2, 2, 1), mesh_dim_names=("pp", "replicate", "shard")
+                    )["replicate", "shard"],
                 )
 
         def options(model: nn.Module) -> dict[str, Any]:
             parallel = ModelParallel(pp=mesh["pp"], dp=mesh["dp"] if inner == "ddp" else None)
-            return {"model_parallel": parallel, **({"sharding": ZeRO(mesh["dp"], stage=2)} if inner == "zero2" else {})}
+            return {
+                "model_parallel": parallel,
+                **({"sharding": ZeRO(mesh["dp"], stage=2)} if inner == "zero2" else {}),
+            }
 
         return part(LAYERS, names_of_stage(stage, renumber), seed, wrap, options)
 
     return build
 
 
-def names_of_experts(ep_rank: int, ep_ranks: int, uneven: bool = False) -> dict[str, tuple[str, slice | None]]:
+def names_of_experts(
+    ep_rank: int, ep_ranks: int, uneven: bool = False
+) -> dict[str, tuple[str, slice | None]]:
     counts = [3, 1] if uneven else [4 // ep_ranks] * ep_ranks
     first = sum(counts[:ep_rank])
     local = {"router.weight": ("router.weight", None)}
@@ -212,9 +237,14 @@ def experts(*, dense: str = "", uneven: bool = False) -> Callable[[int, int, int
         def options(model: nn.Module) -> dict[str, Any]:
             dp = dist.group.WORLD if world > 2 else None
             parallel = ModelParallel(ep=mesh["ep"], experts=model.get_submodule("experts"), dp=dp)
-            return {"model_parallel": parallel, **({"sharding": ZeRO(mesh["ep"])} if dense == "zero2" else {})}
+            return {
+                "model_parallel": parallel,
+                **({"sharding": ZeRO(mesh["ep"])} if dense == "zero2" else {}),
+            }
 
-        return part(MOE, names_of_experts(mesh["ep"].get_local_rank(), 2, uneven), seed, wrap, options)
+        return part(
+            MOE, names_of_experts(mesh["ep"].get_local_rank(), 2, uneven), seed, wrap, options
+        )
 
     return build
 
@@ -223,12 +253,19 @@ def stacked_experts(rank: int, world: int, seed: int) -> Part:
     """A plain parameter of this rank's experts, whose numbers nobody can know."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     count = 4 // world
-    names = {"router.weight": ("router.weight", None), "moe.w1": ("moe.w1", slice(rank * count, (rank + 1) * count))}
+    names = {
+        "router.weight": ("router.weight", None),
+        "moe.w1": ("moe.w1", slice(rank * count, (rank + 1) * count)),
+    }
     return part(
         STACKED,
         names,
         seed,
-        options=lambda model: {"model_parallel": ModelParallel(ep=mesh.get_group(), experts=[model.get_parameter("moe.w1")])},
+        options=lambda model: {
+            "model_parallel": ModelParallel(
+                ep=mesh.get_group(), experts=[model.get_parameter("moe.w1")]
+            )
+        },
     )
 
 
@@ -238,7 +275,9 @@ def dtensor_experts(rank: int, world: int, seed: int) -> Part:
 
     def wrap(model: nn.Module) -> None:
         moe = model.get_submodule("moe")
-        moe.w1 = nn.Parameter(distribute_tensor(moe.w1.detach(), mesh, [Shard(0)], src_data_rank=None))
+        moe.w1 = nn.Parameter(
+            distribute_tensor(moe.w1.detach(), mesh, [Shard(0)], src_data_rank=None)
+        )
         fully_shard(model.get_submodule("router"), mesh=mesh)
 
     return part(STACKED, {name: (name, None) for name in STACKED}, seed, wrap)
@@ -262,13 +301,18 @@ def pipeline_of_experts(rank: int, world: int, seed: int) -> Part:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "ep"))
     stage, ep_rank = mesh["pp"].get_local_rank(), mesh["ep"].get_local_rank()
     local_names = names_of_experts(ep_rank, 2)
-    names = {f"block{stage}.{local}": (f"block{stage}.{name}", part_of) for local, (name, part_of) in local_names.items()}
+    names = {
+        f"block{stage}.{local}": (f"block{stage}.{name}", part_of)
+        for local, (name, part_of) in local_names.items()
+    }
     return part(
         TWO_MOE,
         names,
         seed,
         options=lambda model: {
-            "model_parallel": ModelParallel(pp=mesh["pp"], ep=mesh["ep"], experts=model.get_submodule(f"block{stage}.experts"))
+            "model_parallel": ModelParallel(
+                pp=mesh["pp"], ep=mesh["ep"], experts=model.get_submodule(f"block{stage}.experts")
+            )
         },
     )
 
@@ -281,8 +325,20 @@ CASES = [
     Case("PP2 x FSDP2", 4, LAYERS, pipeline(inner="fsdp2")),
     Case("PP2 x HSDP", 4, LAYERS, pipeline(inner="hsdp")),
     Case("PP2 x ZeRO-2", 4, LAYERS, pipeline(inner="zero2")),
-    Case("PP2, each stage numbers its layers from 0", 2, LAYERS, pipeline(renumber=True), reloads=False),
-    Case("PP2 x FSDP2, each stage numbers its layers from 0", 4, LAYERS, pipeline(inner="fsdp2", renumber=True), reloads=False),
+    Case(
+        "PP2, each stage numbers its layers from 0",
+        2,
+        LAYERS,
+        pipeline(renumber=True),
+        reloads=False,
+    ),
+    Case(
+        "PP2 x FSDP2, each stage numbers its layers from 0",
+        4,
+        LAYERS,
+        pipeline(inner="fsdp2", renumber=True),
+        reloads=False,
+    ),
     Case("EP2, plain experts in a ModuleList", 2, MOE, experts()),
     Case("EP2, 3 experts and 1", 2, MOE, experts(uneven=True)),
     Case("EP2 x 2 replicas", 4, MOE, experts()),

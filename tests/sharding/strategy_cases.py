@@ -15,19 +15,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 COLUMNS = ("weights", "exp_avg", "exp_avg_sq", "correction")
 STEPS, ROWS = 20, 12  # the rows of a batch are divided evenly among 1, 2, 3 or 4 ranks
-SHAPES = {"tall": (6, 13), "wide": (12, 8), "flat": (16, 4), "single_row": (5, 1), "single_precision": (7, 3)}  # (inputs, outputs)
+SHAPES = {
+    "tall": (6, 13),
+    "wide": (12, 8),
+    "flat": (16, 4),
+    "single_row": (5, 1),
+    "single_precision": (7, 3),
+}  # (inputs, outputs)
 GAIN = 10
 CLIP = 5.0  # clips the steps of larger gradients, and leaves the others
 Batch = dict[str, tuple[Tensor, Tensor]]  # x (rows, inputs) and c (rows, outputs) of each layer
@@ -55,7 +77,9 @@ class Layers(nn.Module):
         self.get_submodule("single_precision").float()
 
     def forward(self, batch: Batch) -> Tensor:
-        losses = [(whole(self.get_submodule(name)(x)) * c).sum().float() for name, (x, c) in batch.items()]
+        losses = [
+            (whole(self.get_submodule(name)(x)) * c).sum().float() for name, (x, c) in batch.items()
+        ]
         return torch.stack(losses).sum()
 
 
@@ -86,7 +110,9 @@ class Wrapped:
     data_rank: int = 0
     data_ranks: int = 1
     sharding: Any = None  # the optimizer's argument
-    set_gradient_sync: Callable[[bool], None] | None = None  # where there is one, each rank's rows come in two micro-batches
+    set_gradient_sync: Callable[[bool], None] | None = (
+        None  # where there is one, each rank's rows come in two micro-batches
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +135,9 @@ def ddp(model: nn.Module, world: int) -> Wrapped:
 def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wrapped]:
     def wrap(model: nn.Module, world: int) -> Wrapped:
         hybrid = {"mesh_shape": (2, world // 2), "mesh_dim_names": ("replicate", "shard")}
-        mesh = init_device_mesh("cpu", **(hybrid if strategy == "HYBRID_SHARD" else {"mesh_shape": (world,)}))
+        mesh = init_device_mesh(
+            "cpu", **(hybrid if strategy == "HYBRID_SHARD" else {"mesh_shape": (world,)})
+        )
         options = {
             "device_mesh": mesh,
             "sharding_strategy": ShardingStrategy[strategy],
@@ -119,7 +147,11 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # FSDP1 and NO_SHARD are deprecated
             warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # on one rank
-            for name in ("wide", "single_row", "single_precision"):  # the others share the root's flat parameter
+            for name in (
+                "wide",
+                "single_row",
+                "single_precision",
+            ):  # the others share the root's flat parameter
                 setattr(model, name, FullyShardedDataParallel(model.get_submodule(name), **options))
             return over_all_ranks(FullyShardedDataParallel(model, **options))
 
@@ -164,7 +196,11 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
         "flat": RowwiseParallel(input_layouts=Replicate()),
         "gain": SequenceParallel(sequence_dim=0),
     }
-    parallelize_module(model, mesh, {"gain": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(0))})
+    parallelize_module(
+        model,
+        mesh,
+        {"gain": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(0))},
+    )
     parallelize_module(model, mesh, plan)
 
 
@@ -182,7 +218,9 @@ def fsdp2_tensor_parallel(model: nn.Module, world: int) -> Wrapped:
 
 
 def zero1(model: nn.Module, world: int) -> Wrapped:
-    return over_all_ranks(DistributedDataParallel(model), sharding=ZeRO(init_device_mesh("cpu", (world,)), stage=1))
+    return over_all_ranks(
+        DistributedDataParallel(model), sharding=ZeRO(init_device_mesh("cpu", (world,)), stage=1)
+    )
 
 
 def zero2(model: nn.Module, world: int) -> Wrapped:
@@ -194,14 +232,23 @@ CASES = [
     Case("DDP", ANY, ddp),
     *(
         Case(f"FSDP1 {strategy}, use_orig_params={orig}", worlds, fsdp1(strategy, orig))
-        for strategy, worlds in (("FULL_SHARD", ANY), ("SHARD_GRAD_OP", ANY), ("NO_SHARD", ANY), ("HYBRID_SHARD", (4,)))
+        for strategy, worlds in (
+            ("FULL_SHARD", ANY),
+            ("SHARD_GRAD_OP", ANY),
+            ("NO_SHARD", ANY),
+            ("HYBRID_SHARD", (4,)),
+        )
         for orig in (False, True)
     ),
     Case("FSDP2", ANY, fsdp2()),
     Case("FSDP2 reshard_after_forward=False", ANY, fsdp2(reshard_after_forward=False)),
     Case("FSDP2 reshard_after_forward=2", (4,), fsdp2(reshard_after_forward=2)),
     Case("FSDP2 shard_placement_fn to columns", ANY, fsdp2_columns),
-    Case("FSDP2 MixedPrecisionPolicy", ANY, fsdp2(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))),
+    Case(
+        "FSDP2 MixedPrecisionPolicy",
+        ANY,
+        fsdp2(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
+    ),
     Case("FSDP2 CPUOffloadPolicy", ANY, fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
     Case("FSDP2 two micro-batches", ANY, fsdp2_accumulating),
     Case("HSDP (FSDP2, 2 x 2)", (4,), hsdp),
@@ -216,7 +263,10 @@ BY_NAME = {case.name: case for case in CASES}
 def backward(wrapped: Wrapped, batch: Batch) -> None:
     """Leave the gradients of the whole batch: what ranks average, times their number."""
     own = {
-        name: (x[wrapped.data_rank :: wrapped.data_ranks], c[wrapped.data_rank :: wrapped.data_ranks] * wrapped.data_ranks)
+        name: (
+            x[wrapped.data_rank :: wrapped.data_ranks],
+            c[wrapped.data_rank :: wrapped.data_ranks] * wrapped.data_ranks,
+        )
         for name, (x, c) in batch.items()
     }
     if wrapped.set_gradient_sync is None:
@@ -229,10 +279,17 @@ def backward(wrapped: Wrapped, batch: Batch) -> None:
 
 def make_optimizer(wrapped: Wrapped) -> AdamW_BF16:
     schedule = LR(lr=1e-2, preheat_steps=5)
-    return AdamW_BF16(wrapped.module.parameters(), lr_function=schedule, weight_decay=0.1, sharding=wrapped.sharding)
+    return AdamW_BF16(
+        wrapped.module.parameters(),
+        lr_function=schedule,
+        weight_decay=0.1,
+        sharding=wrapped.sharding,
+    )
 
 
-def train(wrapped: Wrapped, steps: int = STEPS, exact: bool = True) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
+def train(
+    wrapped: Wrapped, steps: int = STEPS, exact: bool = True
+) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
     """Train; return every parameter's weights and states in full, by name, and the gradient norms before clipping."""
     optimizer = make_optimizer(wrapped)
     norms = []
@@ -247,15 +304,24 @@ def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # FSDP1's own functions that torch calls
         weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
-        states = get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
-    return {name: {"weights": weight.clone(), **states.get(name, {})} for name, weight in weights.items()}
+        states = get_optimizer_state_dict(
+            module, optimizer, options=StateDictOptions(full_state_dict=True)
+        )["state"]
+    return {
+        name: {"weights": weight.clone(), **states.get(name, {})}
+        for name, weight in weights.items()
+    }
 
 
-def single_process(steps: int = STEPS, exact: bool = True) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
+def single_process(
+    steps: int = STEPS, exact: bool = True
+) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
     return train(Wrapped(Layers()), steps, exact)
 
 
-def table_worker(rank: int, world: int, name: str) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
+def table_worker(
+    rank: int, world: int, name: str
+) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
     return train(BY_NAME[name].wrap(Layers(), world))
 
 
@@ -273,8 +339,11 @@ def replay_worker(rank: int, world: int, name: str, steps: int) -> dict[str, dic
     optimizer_alone = make_optimizer(Wrapped(nn.ParameterList(alone)))
     for step in range(steps):
         backward(wrapped, make_batch(step, exact=False))
-        sharding.reduce()
-        assert all(grad is not None or not copy.numel() for grad, copy in zip(sharding.grads(params), alone, strict=True))
+        sharding.reduce_grads()
+        assert all(
+            grad is not None or not copy.numel()
+            for grad, copy in zip(sharding.grads(params), alone, strict=True)
+        )
         for grad, param, copy in zip(sharding.grads(params), params, alone, strict=True):
             copy.grad = None if grad is None else sharding.local_grads([param])[0].clone()
         optimizer.step(zero_grad=True)

@@ -10,7 +10,9 @@ LARGE = 8 * (SMALL + 5 * COLUMNS) + 3  # bytes: in rows, with words and bytes le
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 8 * SMALL, LARGE])
 def test_one_flipped_bit_changes_the_checksum(size):
-    values = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    values = torch.randint(
+        0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+    )
     flipped = [values]
     for place in {0, size // 3, size // 2, size - 1}:
         for bit in (0, 7):
@@ -24,7 +26,11 @@ def test_one_flipped_bit_changes_the_checksum(size):
 @pytest.mark.parametrize("size", [64, 8 * SMALL, LARGE])
 def test_position_counts(size):
     values = torch.zeros(size, dtype=torch.uint8)
-    places = [0, 1, 8, size // 2, size - 9] if size == 64 else [0, 8 * COLUMNS, size // 2, size - 9, size - 1]
+    places = (
+        [0, 1, 8, size // 2, size - 9]
+        if size == 64
+        else [0, 8 * COLUMNS, size // 2, size - 9, size - 1]
+    )
     ones = []
     for place in places:
         ones.append(values.clone())

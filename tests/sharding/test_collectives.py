@@ -42,7 +42,12 @@ def different_histories_worker(rank, world):
 
 
 def test_ranks_with_different_numbers_of_groups_make_one():
-    assert run_ranks(4, different_histories_worker) == [[6, 5, 10], [5, 6, 9, 10, 5], [5, 6, 9, 10, 5], [5, 9, 10]]
+    assert run_ranks(4, different_histories_worker) == [
+        [6, 5, 10],
+        [5, 6, 9, 10, 5],
+        [5, 6, 9, 10, 5],
+        [5, 9, 10],
+    ]
 
 
 def recreating_worker(rank, world):
@@ -159,7 +164,9 @@ def zero_on_a_part_worker(rank, world, stage):
     groups = [dist.new_group([1, 2], timeout=SOON), dist.new_group([0], timeout=SOON)]
     mesh = DeviceMesh.from_group(groups[rank == 0], "cpu")
     model = nn.Linear(4, 4).bfloat16()
-    optimizer = AdamW_BF16(model.parameters(), lr=1e-2, sharding=ZeRO(mesh, stage=stage, broadcast_initial=True))
+    optimizer = AdamW_BF16(
+        model.parameters(), lr=1e-2, sharding=ZeRO(mesh, stage=stage, broadcast_initial=True)
+    )
     model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
     return model.weight.detach()

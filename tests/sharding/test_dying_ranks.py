@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.collectives import Exchange, exchange
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.sharding.collectives import CheckedWork, comm_errors
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .fsdp1_cases import wrap
 from .zero_cases import zero
@@ -33,7 +33,9 @@ def build(strategy):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)]).to(torch.bfloat16)
     if strategy.startswith("ZeRO"):
-        optimizer = AdamW_BF16(model.parameters(), lr=1e-2, sharding=zero(int(strategy[-1])), skip_nonfinite=True)
+        optimizer = AdamW_BF16(
+            model.parameters(), lr=1e-2, sharding=zero(int(strategy[-1])), skip_nonfinite=True
+        )
         return (DistributedDataParallel(model) if strategy == "ZeRO-1" else model), optimizer
     model = fully_shard(model) if strategy == "FSDP2" else wrap(model)
     return model, AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True)
@@ -45,13 +47,15 @@ def die(*args, **kwargs):
 
 def arrange_death(moment, model, optimizer):
     if moment == "backward":
-        next(model.parameters()).register_post_accumulate_grad_hook(die)  # the last gradient: others are on their way
+        next(model.parameters()).register_post_accumulate_grad_hook(
+            die
+        )  # the last gradient: others are on their way
     elif moment == "agreement":
-        optimizer._sharding.reduce = die
+        optimizer._sharding.reduce_grads = die
     elif moment == "norm":
-        optimizer._grad_norm.clip = die
+        optimizer._grad_norm.compute = die
     else:
-        optimizer._sharding.gather = die
+        optimizer._sharding.all_gather_params = die
 
 
 def memory_of(model, optimizer):
@@ -75,7 +79,9 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
     before = memory_of(model, optimizer)
     with pytest.raises(RuntimeError) as caught:
         one_step(model, optimizer, clip)
-    unchanged = [torch.equal(a, b) for a, b in zip(before, memory_of(model, optimizer), strict=True)]
+    unchanged = [
+        torch.equal(a, b) for a, b in zip(before, memory_of(model, optimizer), strict=True)
+    ]
     torch.save((str(caught.value), str(caught.value.__cause__), all(unchanged)), f"{folder}/seen")
 
 
@@ -93,7 +99,9 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
         ("FSDP1", "norm", False, "summing the gradient norm", True),
     ],
 )
-def test_a_rank_that_dies_is_one_sentence_on_the_other(tmp_path, strategy, moment, clip, what, unchanged):
+def test_a_rank_that_dies_is_one_sentence_on_the_other(
+    tmp_path, strategy, moment, clip, what, unchanged
+):
     with pytest.raises(AssertionError, match=r"rank 1:\nthe process died") as caught:
         run_ranks(2, dying_worker, str(tmp_path), strategy, moment, clip)
     assert (tmp_path / "seen").exists(), str(caught.value)
@@ -113,13 +121,19 @@ def hanging_worker(rank, world, moment):
     model = nn.Linear(4, 4).bfloat16()
     if moment == "construction":
         if rank == 0:
-            with pytest.raises(RuntimeError, match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$"):
+            with pytest.raises(
+                RuntimeError,
+                match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$",
+            ):
                 AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))
         return
     optimizer = AdamW_BF16(model.parameters(), sharding=ZeRO(mesh, broadcast_initial=True))
     model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     if rank == 0:
-        with pytest.raises(RuntimeError, match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$",
+        ):
             optimizer.step()
 
 
@@ -129,21 +143,34 @@ def test_a_rank_that_hangs_is_an_error_within_the_meshs_timeout(moment):
 
 
 def test_the_message_names_the_ranks_and_keeps_other_errors():
-    for ranks, words in (([0, 1], "ranks 0, 1 "), ([4, 5, 6, 7], "ranks 4 to 7 "), ([0, 2, 4], "ranks 0, 2, 4 ")):
+    for ranks, words in (
+        ([0, 1], "ranks 0, 1 "),
+        ([4, 5, 6, 7], "ranks 4 to 7 "),
+        ([0, 2, 4], "ranks 0, 2, 4 "),
+    ):
         run_ranks(1, naming_worker, ranks, words)
-    with pytest.raises(KeyError), exchange("counting", [0, 1]):
+    with pytest.raises(KeyError), comm_errors("counting", [0, 1]):
         raise KeyError("not torch's")
 
 
 def naming_worker(rank, world, ranks, words):
-    with pytest.raises(RuntimeError, match=f"counting between {words}failed on rank 0") as caught, exchange("counting", ranks):
+    with (
+        pytest.raises(RuntimeError, match=f"counting between {words}failed on rank 0") as caught,
+        comm_errors("counting", ranks),
+    ):
         raise RuntimeError("torch's words")
     assert str(caught.value.__cause__) == "torch's words"
 
 
 def refused_worker(rank, world):
     with pytest.raises(RuntimeError, match=r"^counting between ranks 0, 1 failed"):
-        Exchange("counting", dist.all_reduce, torch.zeros(2).to_sparse(), group=dist.group.WORLD, op=dist.ReduceOp.BXOR)
+        CheckedWork(
+            "counting",
+            dist.all_reduce,
+            torch.zeros(2).to_sparse(),
+            group=dist.group.WORLD,
+            op=dist.ReduceOp.BXOR,
+        )
 
 
 def test_a_collective_that_cannot_start_is_reported_alike():

@@ -12,7 +12,16 @@ from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 from sharded_bf16_adamw import AdamW_BF16
 
 from .fsdp1_cases import same, train, wrap, wrapped
-from .strategy_cases import CLIP, Layers, Wrapped, backward, collect, make_batch, make_optimizer, single_process
+from .strategy_cases import (
+    CLIP,
+    Layers,
+    Wrapped,
+    backward,
+    collect,
+    make_batch,
+    make_optimizer,
+    single_process,
+)
 
 BF16 = torch.bfloat16
 
@@ -47,15 +56,24 @@ def guard_worker(rank, world, use_orig_params, strategy):
     batch = make_batch(1)
     batch["wide"][1][:, 7] = float("nan")
     backward(model, batch)
-    nan_here = any(p.grad is not None and bool(p.grad.isnan().any()) for p in model.module.parameters())
+    nan_here = any(
+        p.grad is not None and bool(p.grad.isnan().any()) for p in model.module.parameters()
+    )
     optimizer.step(zero_grad=True)
     unchanged = same(collect(model.module, optimizer), before)
     train(model, optimizer, [2])
-    return nan_here, unchanged, optimizer.skipped_steps, same(collect(model.module, optimizer), before)
+    return (
+        nan_here,
+        unchanged,
+        optimizer.skipped_steps,
+        same(collect(model.module, optimizer), before),
+    )
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize(("world", "strategy"), [(3, "FULL_SHARD"), (4, "HYBRID_SHARD"), (2, "NO_SHARD")])
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(3, "FULL_SHARD"), (4, "HYBRID_SHARD"), (2, "NO_SHARD")]
+)
 def test_one_ranks_nan_makes_every_rank_skip(world, strategy, use_orig_params):
     results = run_ranks(world, guard_worker, use_orig_params, strategy)
     if strategy != "NO_SHARD":
@@ -71,7 +89,11 @@ def ignored_worker(rank, world, use_orig_params):
     model(torch.ones(1, 4, dtype=BF16))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    whole = 32 if use_orig_params else sum(p.numel() for p in model.parameters() if p is not ignored) * world + 16
+    whole = (
+        32
+        if use_orig_params
+        else sum(p.numel() for p in model.parameters() if p is not ignored) * world + 16
+    )
     return AdamW_BF16(model.parameters(), lr=1e-2).clip_grad_norm_(1.0).item() ** 2, whole
 
 
@@ -83,7 +105,11 @@ def test_ignored_parameters_count_once(use_orig_params):
 
 def unsharded_worker(rank, world, use_orig_params):
     """Every rank has all of every gradient, each element 1."""
-    model = wrap(nn.Linear(8, 8, bias=False).to(BF16), use_orig_params, sharding_strategy=ShardingStrategy.NO_SHARD)
+    model = wrap(
+        nn.Linear(8, 8, bias=False).to(BF16),
+        use_orig_params,
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+    )
     model(torch.ones(1, 8, dtype=BF16)).sum().backward()
     return AdamW_BF16(model.parameters(), lr=1e-2).clip_grad_norm_(1.0).item()
 
@@ -97,11 +123,18 @@ def accumulation_worker(rank, world, use_orig_params):
     """Two micro-batches, the first in ``no_sync``; gradients are reduced in fp32."""
     precision = MixedPrecision(param_dtype=BF16, reduce_dtype=torch.float32)
     model = Layers()
-    model = Wrapped(wrap(model, use_orig_params, auto_wrap_policy=lambda **_: True, mixed_precision=precision), rank, world)
+    model = Wrapped(
+        wrap(model, use_orig_params, auto_wrap_policy=lambda **_: True, mixed_precision=precision),
+        rank,
+        world,
+    )
     optimizer = make_optimizer(model)
     for step in range(5):
         batch = make_batch(step)
-        first, second = ({name: (x[half], c[half]) for name, (x, c) in batch.items()} for half in (slice(0, 6), slice(6, 12)))
+        first, second = (
+            {name: (x[half], c[half]) for name, (x, c) in batch.items()}
+            for half in (slice(0, 6), slice(6, 12))
+        )
         with model.module.no_sync():
             backward(model, first)
         backward(model, second)
@@ -122,10 +155,20 @@ def hybrid_worker(rank, world):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     models = [
         wrap(nn.Linear(8, 8, bias=False).to(BF16)),
-        wrap(nn.Linear(6, 6, bias=False).to(BF16), mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD),
+        wrap(
+            nn.Linear(6, 6, bias=False).to(BF16),
+            mesh=mesh,
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        ),
     ]
     for model in models:
-        model(torch.ones(1, model.weight.shape[0] if model.weight.ndim > 1 else model.module.in_features, dtype=BF16)).sum().backward()
+        model(
+            torch.ones(
+                1,
+                model.weight.shape[0] if model.weight.ndim > 1 else model.module.in_features,
+                dtype=BF16,
+            )
+        ).sum().backward()
     optimizer = AdamW_BF16([p for model in models for p in model.parameters()], lr=1e-2)
     return optimizer.clip_grad_norm_(1.0).item()
 
@@ -139,14 +182,21 @@ def true_weights_worker(rank, world, use_orig_params, strategy):
     model = wrapped(use_orig_params, strategy)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(3))
-    corrections = [optimizer.state[p].get("correction", torch.zeros(())) for p in model.module.parameters()]
-    expected = [p.detach().float() + c.float() for p, c in zip(model.module.parameters(), corrections, strict=True)]
+    corrections = [
+        optimizer.state[p].get("correction", torch.zeros(())) for p in model.module.parameters()
+    ]
+    expected = [
+        p.detach().float() + c.float()
+        for p, c in zip(model.module.parameters(), corrections, strict=True)
+    ]
     assert any(bool(c.any()) for c in corrections)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             loss = model.module(make_batch(7))
         found = list(optimizer.true_weights())
-        assert all(torch.equal(weight, own) for (_, weight), own in zip(found, expected, strict=True)) and len(found) == len(expected)
+        assert all(
+            torch.equal(weight, own) for (_, weight), own in zip(found, expected, strict=True)
+        ) and len(found) == len(expected)
         params = optimizer.param_groups[0]["params"]
         fresh = AdamW_BF16(params)
         fresh.init_state()
@@ -159,7 +209,9 @@ def true_weights_worker(rank, world, use_orig_params, strategy):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize(("world", "strategy"), [(2, "FULL_SHARD"), (2, "SHARD_GRAD_OP"), (4, "HYBRID_SHARD")])
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(2, "FULL_SHARD"), (2, "SHARD_GRAD_OP"), (4, "HYBRID_SHARD")]
+)
 def test_true_weights_are_those_of_the_shards_after_an_evaluation(world, strategy, use_orig_params):
     first, *others = run_ranks(world, true_weights_worker, use_orig_params, strategy)
     assert all(same(first, other) for other in others)

@@ -25,7 +25,8 @@ def built_too_early_worker(rank, world):
     wrap_of_model = wrap(model, use_orig_params=False)
     wrap_of_model(torch.ones(1, 4, dtype=BF16)).sum().backward()
     with pytest.raises(
-        RuntimeError, match=r"built before .*FullyShardedDataParallel.*; build AdamW_BF16\(model.parameters\(\)\) afterwards"
+        RuntimeError,
+        match=r"built before .*FullyShardedDataParallel.*; build AdamW_BF16\(model.parameters\(\)\) afterwards",
     ):
         optimizer.step()
     assert not optimizer.state
@@ -51,11 +52,18 @@ def built_early_with_orig_params_worker(rank, world, stepped):
         return None
     before = [p.detach().clone() for p in sharded.parameters()]
     optimizer.step()
-    return [not torch.equal(a, b) for a, b in zip(before, sharded.parameters(), strict=True) if a.numel()]
+    return [
+        not torch.equal(a, b)
+        for a, b in zip(before, sharded.parameters(), strict=True)
+        if a.numel()
+    ]
 
 
 def test_optimizer_built_before_wrapping_trains_where_fsdp_keeps_the_parameters():
-    assert all(all(changed) and changed for changed in run_ranks(2, built_early_with_orig_params_worker, False))
+    assert all(
+        all(changed) and changed
+        for changed in run_ranks(2, built_early_with_orig_params_worker, False)
+    )
 
 
 def test_state_from_before_wrapping_is_refused():
@@ -82,7 +90,10 @@ def lookup_worker(rank, world):
     model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(BF16))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     walks = []
-    original, fsdp1._register_handles = fsdp1._register_handles, lambda: (walks.append(1), original())
+    original, fsdp1._register_handles = (
+        fsdp1._register_handles,
+        lambda: (walks.append(1), original()),
+    )
     try:
         for _ in range(3):
             model(torch.ones(1, 4, dtype=BF16)).sum().backward()
@@ -105,7 +116,10 @@ def tensor_parallel_worker(rank, world):
     model = wrap(model, mesh=mesh["data"])
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     model(torch.ones(1, 4, dtype=BF16)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"over tensor-parallel parameters hides .* use fully_shard \(FSDP2\) after parallelize_module"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"over tensor-parallel parameters hides .* use fully_shard \(FSDP2\) after parallelize_module",
+    ):
         optimizer.clip_grad_norm_(1.0)
     guarded = AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True)
     with pytest.raises(RuntimeError, match="no global gradient norm can be had"):

@@ -39,7 +39,9 @@ def test_full_state_is_right_and_on_rank_0_alone_where_offloaded(use_orig_params
     expected = collect(model.module, optimizer)
     for states in expected.values():
         del states["weights"]
-    (offloaded, gathered), (nothing, other) = run_ranks(2, full_state_worker, use_orig_params, strategy)
+    (offloaded, gathered), (nothing, other) = run_ranks(
+        2, full_state_worker, use_orig_params, strategy
+    )
     assert nothing is None
     assert same(offloaded, expected)
     assert same(gathered, expected) and same(other, expected)
@@ -58,16 +60,24 @@ def reload_worker(rank, world, use_orig_params, options):
         resumed_optimizer = make_optimizer(resumed)
         set_model_state_dict(resumed.module, weights, options=options)
         set_optimizer_state_dict(resumed.module, resumed_optimizer, states, options=options)
-    equal_at_once = same(collect(resumed.module, resumed_optimizer), collect(model.module, optimizer))
+    equal_at_once = same(
+        collect(resumed.module, resumed_optimizer), collect(model.module, optimizer)
+    )
     for both in ((model, optimizer), (resumed, resumed_optimizer)):
         train(*both, range(3, 6))
-    return equal_at_once, same(collect(resumed.module, resumed_optimizer), collect(model.module, optimizer))
+    return equal_at_once, same(
+        collect(resumed.module, resumed_optimizer), collect(model.module, optimizer)
+    )
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True), StateDictOptions(full_state_dict=True)],
+    [
+        StateDictOptions(),
+        StateDictOptions(flatten_optimizer_state_dict=True),
+        StateDictOptions(full_state_dict=True),
+    ],
     ids=["sharded", "sharded and flattened", "full"],
 )
 def test_state_reloads_through_torchs_api(use_orig_params, options):
@@ -86,7 +96,9 @@ def checkpoint_worker(rank, world, folder, name, action):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_checkpoints_go_between_fsdp1_and_fsdp2_and_other_numbers_of_ranks(tmp_path, use_orig_params):
+def test_checkpoints_go_between_fsdp1_and_fsdp2_and_other_numbers_of_ranks(
+    tmp_path, use_orig_params
+):
     name = f"FSDP1 FULL_SHARD, use_orig_params={use_orig_params}"
     expected, *_ = run_ranks(3, checkpoint_worker, tmp_path / "1", name, "save")
     single = Wrapped(Layers())

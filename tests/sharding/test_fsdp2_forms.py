@@ -9,10 +9,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sharded_bf16_adamw import AdamW_BF16
 
-from .strategy_cases import BY_NAME, CASES, Layers, Wrapped, backward, collect, make_batch, make_optimizer
+from .strategy_cases import (
+    BY_NAME,
+    CASES,
+    Layers,
+    Wrapped,
+    backward,
+    collect,
+    make_batch,
+    make_optimizer,
+)
 
 STATES = ("exp_avg", "exp_avg_sq", "correction")
-WRAPPED = [case.name for case in CASES if "DDP" not in case.name]  # DDP wants to be told of unused parameters
+WRAPPED = [
+    case.name for case in CASES if "DDP" not in case.name
+]  # DDP wants to be told of unused parameters
 HSDP = "HSDP (FSDP2, 2 x 2)"
 
 
@@ -26,7 +37,9 @@ def world_of(name):
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        a[fqn].keys() == b[fqn].keys() and all(torch.equal(a[fqn][key], b[fqn][key]) for key in a[fqn]) for fqn in a
+        a[fqn].keys() == b[fqn].keys()
+        and all(torch.equal(a[fqn][key], b[fqn][key]) for key in a[fqn])
+        for fqn in a
     )
 
 
@@ -70,7 +83,9 @@ def frozen_worker(rank, world, name, steps):
 @pytest.mark.parametrize("name", WRAPPED)
 def test_frozen_parameters_have_no_state_and_do_not_decay(name):
     expected = frozen_worker(0, 1, None, 3)
-    assert list(expected["wide.weight"]) == ["weights"] and torch.equal(expected["wide.weight"]["weights"], Layers().wide.weight)
+    assert list(expected["wide.weight"]) == ["weights"] and torch.equal(
+        expected["wide.weight"]["weights"], Layers().wide.weight
+    )
     for result in run_ranks(world_of(name), frozen_worker, name, 3):
         assert same(result, expected)
 
@@ -88,10 +103,16 @@ def thaw_worker(rank, world, name, steps):
     return collect(wrapped.module, optimizer)
 
 
-@pytest.mark.parametrize("name", ["FSDP2", HSDP, "tensor parallel", "FSDP2 + tensor parallel (2 x 2)"])
+@pytest.mark.parametrize(
+    "name", ["FSDP2", HSDP, "tensor parallel", "FSDP2 + tensor parallel (2 x 2)"]
+)
 def test_parameters_frozen_and_unfrozen_midway(name):
     expected = thaw_worker(0, 1, None, 5)
-    assert expected["wide.weight"]["step"] == 3 and expected["tall.weight"]["step"] == 3 and expected["gain.weight"]["step"] == 5
+    assert (
+        expected["wide.weight"]["step"] == 3
+        and expected["tall.weight"]["step"] == 3
+        and expected["gain.weight"]["step"] == 5
+    )
     for result in run_ranks(world_of(name), thaw_worker, name, 5):
         assert same(result, expected)
 
@@ -104,16 +125,24 @@ def placements_worker(rank, world, name):
     sizes = {}
     for fqn, param in wrapped.module.named_parameters():
         states = [optimizer.state[param][key] for key in STATES if key in optimizer.state[param]]
-        assert all(isinstance(state, DTensor) and state.placements == param.placements for state in states)
+        assert all(
+            isinstance(state, DTensor) and state.placements == param.placements for state in states
+        )
         sizes[fqn] = (param.placements, sum(state.to_local().nbytes for state in states))
     return sizes
 
 
 def test_hsdp_states_are_replicated_over_one_mesh_axis_and_sharded_over_the_other():
     results = run_ranks(4, placements_worker, HSDP)
-    assert all(placements == (Replicate(), Shard(0)) for sizes in results for placements, _ in sizes.values())
+    assert all(
+        placements == (Replicate(), Shard(0))
+        for sizes in results
+        for placements, _ in sizes.values()
+    )
     assert [sizes["wide.weight"][1] for sizes in results] == [12 * 8 * 6 // 2] * 4
-    assert [sizes["tall.weight"][1] for sizes in results] == [7 * 6 * 6, 6 * 6 * 6] * 2, "7 and 6 rows"
+    assert [sizes["tall.weight"][1] for sizes in results] == [7 * 6 * 6, 6 * 6 * 6] * 2, (
+        "7 and 6 rows"
+    )
 
 
 def test_states_are_sharded_in_the_dimension_that_the_parameter_is():
@@ -136,7 +165,11 @@ def hybrid_norm_worker(rank, world):
         wrapped.module.wide.weight.grad = torch.ones_like(wrapped.module.wide.weight)
     before = wrapped.module.wide.weight.full_tensor()
     optimizer.step()
-    return squared, optimizer.skipped_steps, torch.equal(before, wrapped.module.wide.weight.full_tensor())
+    return (
+        squared,
+        optimizer.skipped_steps,
+        torch.equal(before, wrapped.module.wide.weight.full_tensor()),
+    )
 
 
 def test_replicas_count_once_and_share_the_guard():

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.sharding.dtensor import shard_groups, to_local, zeros_like_shard
 from sharded_bf16_adamw.sharding.global_norm import all_reduce_sums
-from sharded_bf16_adamw.sharding.local import shard_groups, to_local, zeros_like_shard
 
 BF16 = torch.bfloat16
 
@@ -44,13 +44,20 @@ def groups_worker(rank, world):
         (mesh, (Replicate(), Replicate()), ()),
     ]
     for where, placements, expected in cases:
-        param = DTensor.from_local(torch.zeros(2, 2), where, placements, shape=torch.Size((4, 4)), stride=(4, 1))
+        param = DTensor.from_local(
+            torch.zeros(2, 2), where, placements, shape=torch.Size((4, 4)), stride=(4, 1)
+        )
         assert shard_groups(param) == expected, placements
     return [dist.get_process_group_ranks(group) for group in (outer, inner)]
 
 
 def test_groups_are_those_of_the_axes_that_shard():
-    assert run_ranks(4, groups_worker) == [[[0, 2], [0, 1]], [[1, 3], [0, 1]], [[0, 2], [2, 3]], [[1, 3], [2, 3]]]
+    assert run_ranks(4, groups_worker) == [
+        [[0, 2], [0, 1]],
+        [[1, 3], [0, 1]],
+        [[0, 2], [2, 3]],
+        [[1, 3], [2, 3]],
+    ]
 
 
 def zeros_worker(rank, world):
@@ -58,7 +65,12 @@ def zeros_worker(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, (Shard(0),)))
     zeros = zeros_like_shard(param, BF16)
-    assert isinstance(zeros, DTensor) and zeros.placements == param.placements and zeros.shape == (5, 3) and zeros.dtype == BF16
+    assert (
+        isinstance(zeros, DTensor)
+        and zeros.placements == param.placements
+        and zeros.shape == (5, 3)
+        and zeros.dtype == BF16
+    )
     assert to_local(zeros).shape == to_local(param).shape and not to_local(zeros).any()
     to_local(zeros).fill_(1.0)
     return to_local(zeros).numel(), zeros.full_tensor().sum().item()
@@ -71,7 +83,11 @@ def test_zeros_like_a_shard_are_sharded_as_it_is_and_share_memory_with_their_loc
 def missing_gradients_worker(rank, world, with_gradient):
     """Two parameters on different groups; ``with_gradient`` says which ranks have a gradient of the one that all share."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
-    shared = nn.Parameter(DTensor.from_local(torch.zeros(2, dtype=BF16), init_device_mesh("cpu", (world,)), (Shard(0),)))
+    shared = nn.Parameter(
+        DTensor.from_local(
+            torch.zeros(2, dtype=BF16), init_device_mesh("cpu", (world,)), (Shard(0),)
+        )
+    )
     inner = nn.Parameter(DTensor.from_local(torch.zeros(3, dtype=BF16), mesh["inner"], (Shard(0),)))
     optimizer = AdamW_BF16([shared, inner], lr=1e-2, skip_nonfinite=True)
     inner.grad = torch.ones_like(inner)

@@ -11,11 +11,20 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from sharded_bf16_adamw import gather_full_state_dict, import_fp32, load, save, scatter_full_state_dict
+from sharded_bf16_adamw import (
+    gather_full_state_dict,
+    import_fp32,
+    load,
+    save,
+    scatter_full_state_dict,
+)
 
 from .model_parallel_cases import BY_NAME, CASES, CLIP, STEPS, Case, one_process, train, value
 
-BEGIN, END = "<!-- table of model parallelism: begin -->", "<!-- table of model parallelism: end -->"
+BEGIN, END = (
+    "<!-- table of model parallelism: begin -->",
+    "<!-- table of model parallelism: end -->",
+)
 COLUMNS = (
     "norm",
     "guard",
@@ -39,7 +48,13 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
     trained = model.everything()
 
     steps = {key: value for key, value in trained.items() if key.endswith(".step")}
-    save(folder_of(root, rank, world, model.group), STEPS, model.model, model.optimizer, group=model.group)
+    save(
+        folder_of(root, rank, world, model.group),
+        STEPS,
+        model.model,
+        model.optimizer,
+        group=model.group,
+    )
     full = gather_full_state_dict(model.model, model.optimizer, group=model.group)
     model.give_gradients(STEPS, broken=rank == world - 1)
     model.optimizer.step(zero_grad=True)
@@ -51,7 +66,11 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
 
     other = case.build(rank, world, 8)
     scatter_full_state_dict(other.model, other.optimizer, full or None, group=model.group)
-    scattered = {key: value for key, value in other.everything().items() if key.rpartition(".")[2] in ("exp_avg", "step", "correction")}
+    scattered = {
+        key: value
+        for key, value in other.everything().items()
+        if key.rpartition(".")[2] in ("exp_avg", "step", "correction")
+    }
     del other
     from_one = imported = None
     if case.reloads:
@@ -66,7 +85,8 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
         "trained": trained,
         "guard": guard,
         "loaded": loaded,
-        "scattered": all(torch.equal(value, trained[key]) for key, value in scattered.items()) and len(scattered) >= len(steps),
+        "scattered": all(torch.equal(value, trained[key]) for key, value in scattered.items())
+        and len(scattered) >= len(steps),
         "full": full,
         "from_one": from_one,
         "imported": imported,
@@ -113,12 +133,23 @@ def outcome(case: Case) -> dict[str, str]:
         save(f"{root}/whole", STEPS, model.model, model.optimizer)
         results = run_ranks(case.world, worker, case.name, f"{root}/parts", f"{root}/whole")
         halves = "half" in case.name
-        references = [expected(tuple(case.shapes), rank // (case.world // 2) if halves else 0) for rank in range(case.world)]
-        right_norms = all(result["norms"] == own for result, (_, own) in zip(results, references, strict=True))
+        references = [
+            expected(tuple(case.shapes), rank // (case.world // 2) if halves else 0)
+            for rank in range(case.world)
+        ]
+        right_norms = all(
+            result["norms"] == own for result, (_, own) in zip(results, references, strict=True)
+        )
         guard = [result["guard"] for result in results]
         # on the halves of a job two models train, of which one alone has the bad gradient
-        skipped = [(int(not halves or rank >= case.world // 2), not halves or rank >= case.world // 2) for rank in range(case.world)]
-        bits = all(matches(result["trained"], own) for result, (own, _) in zip(results, references, strict=True))
+        skipped = [
+            (int(not halves or rank >= case.world // 2), not halves or rank >= case.world // 2)
+            for rank in range(case.world)
+        ]
+        bits = all(
+            matches(result["trained"], own)
+            for result, (own, _) in zip(results, references, strict=True)
+        )
         one = "not possible"
         if case.reloads:
             path = f"{root}/parts/half0" if halves else f"{root}/parts"
@@ -129,14 +160,24 @@ def outcome(case: Case) -> dict[str, str]:
         if case.reloads:
             here = one_process(case.shapes, 6)
             import_fp32(source_of(case), here.model, here.optimizer)
-            imported = "yes" if all(matches(result["imported"], here.everything()) for result in results) else "no"
-            back = "yes" if all(matches(result["from_one"], reference) for result in results) else "no"
+            imported = (
+                "yes"
+                if all(matches(result["imported"], here.everything()) for result in results)
+                else "no"
+            )
+            back = (
+                "yes" if all(matches(result["from_one"], reference) for result in results) else "no"
+            )
         full = results[0]["full"].get("state", {})
         gathered = all(result["scattered"] for result in results) and (
             not case.reloads
             or (
                 full.keys() == case.shapes.keys()
-                and all(torch.equal(value, reference[f"{name}.{key}"]) for name, state in full.items() for key, value in state.items())
+                and all(
+                    torch.equal(value, reference[f"{name}.{key}"])
+                    for name, state in full.items()
+                    for key, value in state.items()
+                )
             )
         )
     assert norms
@@ -156,14 +197,20 @@ def table() -> str:
     """In Markdown, a row for each case."""
     lines = [f"| job | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
     for case in CASES:
-        lines.append(f"| {case.name} | {case.world} | {' | '.join(outcome(case)[column] for column in COLUMNS)} |")
+        lines.append(
+            f"| {case.name} | {case.world} | {' | '.join(outcome(case)[column] for column in COLUMNS)} |"
+        )
     return "\n".join(lines)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
-    impossible = set() if case.reloads else {"load in one process", "load from one process", "import"}
-    assert outcome(case) == {column: "not possible" if column in impossible else "yes" for column in COLUMNS}
+    impossible = (
+        set() if case.reloads else {"load in one process", "load from one process", "import"}
+    )
+    assert outcome(case) == {
+        column: "not possible" if column in impossible else "yes" for column in COLUMNS
+    }
 
 
 def test_the_runs_clip_some_steps_and_leave_others():

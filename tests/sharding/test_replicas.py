@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ModelParallel, ZeRO
-from sharded_bf16_adamw.sharding.local import to_local
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 
 def model_and_mesh(kind: str, world: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -28,19 +28,29 @@ def model_and_mesh(kind: str, world: int) -> tuple[nn.Module, dict[str, Any]]:
         return fully_shard(model, mesh=mesh), {}
     if kind == "tensor parallel":
         both = init_device_mesh("cpu", (world,))
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), both, [Replicate()], src_data_rank=None))
-        model.other = nn.Parameter(distribute_tensor(torch.ones(8, 8).bfloat16(), both, [Shard(0)], src_data_rank=None))
+        model.weight = nn.Parameter(
+            distribute_tensor(model.weight.detach(), both, [Replicate()], src_data_rank=None)
+        )
+        model.other = nn.Parameter(
+            distribute_tensor(torch.ones(8, 8).bfloat16(), both, [Shard(0)], src_data_rank=None)
+        )
         return model, {}
     if kind == "ZeRO":
         return model, {"sharding": ZeRO(mesh, stage=2)}
     if kind == "DDP":
-        return DistributedDataParallel(model), {"model_parallel": ModelParallel(dp=dist.group.WORLD)}
+        return DistributedDataParallel(model), {
+            "model_parallel": ModelParallel(dp=dist.group.WORLD)
+        }
     options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
     if kind == "FSDP1 HYBRID_SHARD":
-        return FullyShardedDataParallel(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD, **options), {}
+        return FullyShardedDataParallel(
+            model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD, **options
+        ), {}
     assert kind == "FSDP1 NO_SHARD"
     mesh = init_device_mesh("cpu", (world,))
-    return FullyShardedDataParallel(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.NO_SHARD, **options), {}
+    return FullyShardedDataParallel(
+        model, device_mesh=mesh, sharding_strategy=ShardingStrategy.NO_SHARD, **options
+    ), {}
 
 
 KINDS = ("HSDP", "tensor parallel", "ZeRO", "DDP", "FSDP1 HYBRID_SHARD", "FSDP1 NO_SHARD")
@@ -65,16 +75,23 @@ def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
                 to_local(param.grad).view(-1)[:1] = torch.inf
                 break
     if kind == "ZeRO":  # reduces gradients itself: what it holds of them is what can break
-        optimizer._sharding.reduce()
+        optimizer._sharding.reduce_grads()
         for grad in optimizer._sharding._reduced.values():
             grad.fill_(1.0)
             if rank == world - 1:
                 grad.view(-1)[:1] = torch.inf
     optimizer.step()
-    same = all(torch.equal(to_local(param), old) for param, old in zip(model.parameters(), before, strict=True))
+    same = all(
+        torch.equal(to_local(param), old)
+        for param, old in zip(model.parameters(), before, strict=True)
+    )
     give_gradient(optimizer, 1.0)
     optimizer.zero_grad()
-    return optimizer.skipped_steps, same, sum(to_local(param).numel() for param in model.parameters())
+    return (
+        optimizer.skipped_steps,
+        same,
+        sum(to_local(param).numel() for param in model.parameters()),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,13 +126,19 @@ def test_one_flipped_bit_is_named_on_every_rank(kind, what):
     for message, _ in run_ranks(4, check_worker, kind, what):
         assert message.startswith(f"replicas of {name}"), message
         assert "suspect the hardware" in message
-        assert re.search(r"differ (on rank 3 from those on rank 0, 1, 2|between ranks [01], [23])", message), message
+        assert re.search(
+            r"differ (on rank 3 from those on rank 0, 1, 2|between ranks [01], [23])", message
+        ), message
 
 
 def guard_of_a_mesh_worker(rank: int, world: int) -> tuple[int, float]:
     """Replicas over both dimensions of a mesh: what one rank finds must reach all, not its own line and column alone."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4).bfloat16(), mesh, [Replicate(), Replicate()], src_data_rank=None))
+    weight = nn.Parameter(
+        distribute_tensor(
+            torch.ones(4, 4).bfloat16(), mesh, [Replicate(), Replicate()], src_data_rank=None
+        )
+    )
     optimizer = AdamW_BF16([weight], lr=0.5, skip_nonfinite=True)
     weight.grad = torch.ones_like(weight)
     if rank == world - 1:
@@ -137,7 +160,9 @@ def every_bit_worker(rank: int, world: int) -> list[int]:
             for bit in range(width):
                 param = nn.Parameter(torch.ones(11, dtype=dtype))
                 if rank:
-                    param.data[place : place + 1].view(bits).bitwise_xor_(-(1 << bit) if bit == width - 1 else 1 << bit)
+                    param.data[place : place + 1].view(bits).bitwise_xor_(
+                        -(1 << bit) if bit == width - 1 else 1 << bit
+                    )
                 try:
                     AdamW_BF16([param], lr=1e-2).check_replicas()
                     unseen.append(place * width + bit)
@@ -165,7 +190,11 @@ def test_ranks_with_other_parameters_are_told_so():
 def nothing_to_compare_worker(rank: int, world: int) -> str:
     fully_sharded = fully_shard(nn.Linear(4, 4).bfloat16())
     AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has none
-    optimizer = AdamW_BF16([nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD))
+    optimizer = AdamW_BF16(
+        [nn.Parameter(torch.ones(4).bfloat16())],
+        lr=1e-2,
+        model_parallel=ModelParallel(pp=dist.group.WORLD),
+    )
     with pytest.raises(RuntimeError) as caught:
         optimizer.check_replicas()
     return str(caught.value)
@@ -218,7 +247,9 @@ def unlike_worker(rank: int, world: int, kind: str) -> str:
     else:
         model.expert = nn.Linear(8, 8, bias=False).bfloat16()
         parallel = ModelParallel(ep=dist.group.WORLD, experts=model.expert)
-    optimizer = AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True, model_parallel=parallel)
+    optimizer = AdamW_BF16(
+        model.parameters(), lr=1e-2, skip_nonfinite=True, model_parallel=parallel
+    )
     give_gradient(optimizer, 1.0)
     model.plain.weight.grad.fill_(1.0 + rank // (world // 2))
     with pytest.raises(RuntimeError) as caught:

@@ -11,7 +11,11 @@ from distributed import run_ranks
 from .strategy_cases import CASES, CLIP, COLUMNS, Case, replay_worker, single_process, table_worker
 
 BEGIN, END = "<!-- table of strategies: begin -->", "<!-- table of strategies: end -->"
-RUNS = [pytest.param(case, world, id=f"{case.name} on {world}") for case in CASES for world in case.worlds]
+RUNS = [
+    pytest.param(case, world, id=f"{case.name} on {world}")
+    for case in CASES
+    for world in case.worlds
+]
 
 
 @functools.cache
@@ -42,7 +46,10 @@ def table() -> str:
     lines = [f"| strategy | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
     for case in CASES:
         for world in case.worlds:
-            cells = ["identical" if wrong == 0 else f"{wrong} of {total} differ" for wrong, total in differing(case, world).values()]
+            cells = [
+                "identical" if wrong == 0 else f"{wrong} of {total} differ"
+                for wrong, total in differing(case, world).values()
+            ]
             lines.append(f"| {case.name} | {world} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -66,7 +73,11 @@ def test_where_reductions_round_only_the_gradients_differ(case):
     world = 2 if 2 in case.worlds else 4
     reference, _ = single_process(3, exact=False)
     for result in run_ranks(world, replay_worker, case.name, 3):
-        unlike = [name for name, values in result.items() if not torch.equal(values["exp_avg"], reference[name]["exp_avg"])]
+        unlike = [
+            name
+            for name, values in result.items()
+            if not torch.equal(values["exp_avg"], reference[name]["exp_avg"])
+        ]
         assert unlike, "these gradients were to round differently from those of one process"
 
 

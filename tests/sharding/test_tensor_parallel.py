@@ -14,7 +14,15 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_bf16_adamw import AdamW_BF16, load, save
 
-from .strategy_cases import BY_NAME, Layers, backward, collect, make_batch, make_optimizer, parallelize
+from .strategy_cases import (
+    BY_NAME,
+    Layers,
+    backward,
+    collect,
+    make_batch,
+    make_optimizer,
+    parallelize,
+)
 
 BF16 = torch.bfloat16
 STATES = ("exp_avg", "exp_avg_sq", "correction")
@@ -35,8 +43,14 @@ def placements_worker(rank, world, name):
         states = [optimizer.state[param][key] for key in STATES if key in optimizer.state[param]]
         if isinstance(param, DTensor):
             found[fqn] = param.placements
-            assert all(state.placements == param.placements and state.device_mesh == param.device_mesh for state in states)
-            assert all(state.to_local().shape == param.to_local().shape and state.shape == param.shape for state in states)
+            assert all(
+                state.placements == param.placements and state.device_mesh == param.device_mesh
+                for state in states
+            )
+            assert all(
+                state.to_local().shape == param.to_local().shape and state.shape == param.shape
+                for state in states
+            )
         else:
             assert not any(isinstance(state, DTensor) for state in states)
     return found
@@ -54,7 +68,9 @@ def test_states_are_placed_as_their_parameters_are_under_fsdp2_too():
         assert found["wide.weight"] == (_StridedShard(0, split_factor=2), Shard(0))
         assert found["flat.weight"] == (Shard(0), Shard(1))
         assert found["gain.weight"] == (Shard(0), Replicate())
-        assert found["single_row.weight"] == (Shard(0),), "on the data mesh alone: another mesh in the same optimizer"
+        assert found["single_row.weight"] == (Shard(0),), (
+            "on the data mesh alone: another mesh in the same optimizer"
+        )
 
 
 def partial_worker(rank, world):
@@ -70,7 +86,13 @@ def partial_worker(rank, world):
     optimizer.step()
     x, c = batch["gain"]
     whole = (x.double() * c.double()).sum(0)
-    return left, norm.item(), whole.norm().item(), optimizer.state[weight]["exp_avg"].to_local(), (0.1 * whole).to(BF16)
+    return (
+        left,
+        norm.item(),
+        whole.norm().item(),
+        optimizer.state[weight]["exp_avg"].to_local(),
+        (0.1 * whole).to(BF16),
+    )
 
 
 def test_gradients_left_as_partial_sums_are_summed():
@@ -90,10 +112,16 @@ def guard_worker(rank, world, name):
     batch = make_batch(1)
     batch["wide"][1][:, 7] = float("nan")
     backward(wrapped, batch)
-    nan_here = any(bool(p.grad.to_local().isnan().any()) for p in wrapped.module.parameters() if isinstance(p, DTensor))
+    nan_here = any(
+        bool(p.grad.to_local().isnan().any())
+        for p in wrapped.module.parameters()
+        if isinstance(p, DTensor)
+    )
     optimizer.step(zero_grad=True)
     after = collect(wrapped.module, optimizer)
-    unchanged = all(torch.equal(after[fqn][key], before[fqn][key]) for fqn in before for key in before[fqn])
+    unchanged = all(
+        torch.equal(after[fqn][key], before[fqn][key]) for fqn in before for key in before[fqn]
+    )
     return nan_here, unchanged, optimizer.skipped_steps
 
 
@@ -117,13 +145,22 @@ def checkpoint_worker(rank, world, folder, name, action):
     return collect(wrapped.module, optimizer)
 
 
-@pytest.mark.parametrize(("saver", "saving", "loader", "loading"), [(BOTH, 4, "FSDP2", 3), ("FSDP2", 3, BOTH, 4), (TP, 2, BOTH, 4)])
-def test_checkpoints_go_between_tensor_parallel_and_other_layouts(tmp_path, saver, saving, loader, loading):
+@pytest.mark.parametrize(
+    ("saver", "saving", "loader", "loading"),
+    [(BOTH, 4, "FSDP2", 3), ("FSDP2", 3, BOTH, 4), (TP, 2, BOTH, 4)],
+)
+def test_checkpoints_go_between_tensor_parallel_and_other_layouts(
+    tmp_path, saver, saving, loader, loading
+):
     expected, *_ = run_ranks(saving, checkpoint_worker, tmp_path, saver, "save")
     for result in run_ranks(loading, checkpoint_worker, tmp_path, loader, "load"):
         assert result.keys() == expected.keys()
         for fqn, values in result.items():
-            assert all(torch.equal(values[key], expected[fqn][key]) for key in ("weights", "step", *STATES) if key in expected[fqn]), fqn
+            assert all(
+                torch.equal(values[key], expected[fqn][key])
+                for key in ("weights", "step", *STATES)
+                if key in expected[fqn]
+            ), fqn
 
 
 def mixed_worker(rank, world):

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import MeanOnItsWay
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_bf16_adamw.sharding import zero_comm
-from sharded_bf16_adamw.sharding.zero_comm import MeanOnItsWay
+from sharded_bf16_adamw.sharding.zero import reduce_scatter
 
 from .zero_cases import (
     STATES,
@@ -47,7 +47,10 @@ def own_numel(shape, rank, ranks):
     """Elements of the rows that DTensor would give this rank, by the rule that the documentation states."""
     if not shape:
         return 1
-    dim = next((d for d, size in enumerate(shape) if size >= ranks), max(range(len(shape)), key=lambda d: shape[d]))
+    dim = next(
+        (d for d, size in enumerate(shape) if size >= ranks),
+        max(range(len(shape)), key=lambda d: shape[d]),
+    )
     chunk = -(-shape[dim] // ranks)
     rows = max(0, min(chunk, shape[dim] - rank * chunk))
     return rows * torch.Size([size for d, size in enumerate(shape) if d != dim]).numel()
@@ -57,11 +60,18 @@ def bits_worker(rank, world, stage, clip, options):
     model = Parameters()
     optimizer = new_optimizer(model, zero(stage, **options))
     norms = train(model, optimizer, 20, averaged=stage == 1, clip=clip)
-    states = [(p, optimizer.state[p][key]) for p in model.parameters() for key in STATES if key in optimizer.state[p]]
+    states = [
+        (p, optimizer.state[p][key])
+        for p in model.parameters()
+        for key in STATES
+        if key in optimizer.state[p]
+    ]
     assert all(isinstance(state, DTensor) and state.shape == p.shape for p, state in states)
     for p, state in states:
         assert state.to_local().numel() == own_numel(p.shape, rank, world)
-        assert state.to_local().untyped_storage().nbytes() == state.to_local().nbytes, "no more memory than the rows"
+        assert state.to_local().untyped_storage().nbytes() == state.to_local().nbytes, (
+            "no more memory than the rows"
+        )
     return collect(model, optimizer), norms
 
 
@@ -133,15 +143,21 @@ def like_nccl():
     def averaging(function, position):
         def call(*args, group=None, op=dist.ReduceOp.SUM, async_op=False):
             if op == dist.ReduceOp.AVG:
-                args[position].mul_(torch.tensor(1 / dist.get_world_size(group)).to(args[position].dtype))
+                args[position].mul_(
+                    torch.tensor(1 / dist.get_world_size(group)).to(args[position].dtype)
+                )
                 op = dist.ReduceOp.SUM
             return function(*args, group=group, op=op, async_op=async_op)
 
         return call
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(zero_comm, "is_gloo", lambda *args: False)
-        for name, position in (("reduce_scatter_single", 1), ("reduce_scatter_tensor", 1), ("all_reduce", 0)):
+        patched.setattr(reduce_scatter, "is_gloo", lambda *args: False)
+        for name, position in (
+            ("reduce_scatter_single", 1),
+            ("reduce_scatter_tensor", 1),
+            ("all_reduce", 0),
+        ):
             if hasattr(dist, name):
                 patched.setattr(dist, name, averaging(getattr(dist, name), position))
         yield
@@ -154,7 +170,9 @@ def reduce_scatter_worker(rank, world, shape):
     optimizer = new_optimizer(model, zero(2, mesh))
     with like_nccl(), traffic() as calls:
         train(model, optimizer, 5, averaged=False)
-    return collect(model, optimizer), {name.partition("_single")[0].partition("_tensor")[0] for name, _, _ in calls}
+    return collect(model, optimizer), {
+        name.partition("_single")[0].partition("_tensor")[0] for name, _, _ in calls
+    }
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
@@ -172,7 +190,9 @@ def mean_worker(rank, world):
     dist.all_gather(everyones, lines)
     total = functools.reduce(torch.add, [theirs[rank].float() for theirs in everyones])
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(MeanOnItsWay(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype))
+        assert torch.equal(
+            MeanOnItsWay(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
+        )
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -185,7 +205,9 @@ def nccl_mean_worker(rank, world, shape):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
     shards = mesh.get_local_rank(mesh.ndim - 1)
-    lines = torch.randint(-8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)).bfloat16()
+    lines = torch.randint(
+        -8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)
+    ).bfloat16()
     everyones = [torch.empty_like(lines) for _ in range(ranks)]
     dist.all_gather(everyones, lines, group=group)
     total = functools.reduce(torch.add, [theirs[shards].float() for theirs in everyones])
@@ -201,7 +223,7 @@ def nccl_mean_worker(rank, world, shape):
         with like_nccl():
             assert torch.equal(MeanOnItsWay(lines.clone(), mesh, dtype).wait(), wanted)
     with like_nccl():
-        zero_comm.all_reduce_mean(whole, mesh)
+        reduce_scatter.all_reduce_mean(whole, mesh)
     if not replicas:
         assert torch.equal(whole, (torch.stack(of_all).float().sum(0) / world).bfloat16())
     return float(total.abs().max())
@@ -215,12 +237,19 @@ def test_the_average_of_nccl_is_not_used(shape):
 def first_step_worker(rank, world):
     """Rank 1 does not use the layer whose gradient comes first, and comes to its step only when rank 0's backward pass is over."""
     model = Linears(LAYERS, WIDTH)
-    optimizer = new_optimizer(model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True))
-    x, others = torch.ones(2, WIDTH, dtype=torch.bfloat16), dist.new_group(timeout=timedelta(seconds=5))
+    optimizer = new_optimizer(
+        model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True)
+    )
+    x, others = (
+        torch.ones(2, WIDTH, dtype=torch.bfloat16),
+        dist.new_group(timeout=timedelta(seconds=5)),
+    )
     with like_nccl(), patience(0.05):
         for _ in range(3):
             nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
-            dist.barrier(others)  # as rank 0's loss.item() waits for its device, and with it for rank 1
+            dist.barrier(
+                others
+            )  # as rank 0's loss.item() waits for its device, and with it for rank 1
             optimizer.step(zero_grad=True)
         for _ in range(3):
             model(x).sum().backward()
@@ -241,12 +270,16 @@ def state_bytes_worker(rank, world):
     optimizer = new_optimizer(model, zero(broadcast_initial=True))
     model(torch.ones(1, 16, dtype=torch.bfloat16)).sum().backward()
     optimizer.step(zero_grad=True)
-    return sum(optimizer.state[p][key].to_local().nbytes for p in model.parameters() for key in STATES)
+    return sum(
+        optimizer.state[p][key].to_local().nbytes for p in model.parameters() for key in STATES
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_state_at_rest_is_six_bytes_a_parameter_over_the_world_size(world):
-    assert run_ranks(world, state_bytes_worker) == [3 * 2 * (16 * 24 + 24 * 48 + 48) // world] * world
+    assert (
+        run_ranks(world, state_bytes_worker) == [3 * 2 * (16 * 24 + 24 * 48 + 48) // world] * world
+    )
 
 
 LAYERS, WIDTH = 8, 48
@@ -271,28 +304,45 @@ def traffic_of_a_step(stage):
             optimizer.clip_grad_norm_(1.0)
             optimizer.step(zero_grad=True)
         if step == 0:
-            assert sum(name == "broadcast" for name, _, _ in calls) <= 1, "the order of gradients, once"
+            assert sum(name == "broadcast" for name, _, _ in calls) <= 1, (
+                "the order of gradients, once"
+            )
     return calls
 
 
 @pytest.mark.parametrize(("world", "old_names"), [(2, False), (2, True), (3, False), (4, False)])
 def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
     for calls in run_ranks(world, traffic_worker, 2, old_names):
-        sent = {name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls}
+        sent = {
+            name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls
+        }
         share = (world - 1) / world * WEIGHT_BYTES
-        assert sent["all_to_all_single"] == pytest.approx(share) and sent["all_gather_single"] == pytest.approx(share)
-        rest = [(name, size) for name, _, size in calls if name not in ("all_to_all_single", "all_gather_single")]
+        assert sent["all_to_all_single"] == pytest.approx(share) and sent[
+            "all_gather_single"
+        ] == pytest.approx(share)
+        rest = [
+            (name, size)
+            for name, _, size in calls
+            if name not in ("all_to_all_single", "all_gather_single")
+        ]
         flags = (
             1 + LAYERS // 2 + 2 * LAYERS + 4
         )  # bytes: any problem, buckets, parameters with and without, arrival, stepped, discarding or not
-        assert sorted(rest) == sorted([("all_reduce", 32), ("all_reduce", flags)]), "the norm and who has gradients"
+        assert sorted(rest) == sorted([("all_reduce", 32), ("all_reduce", flags)]), (
+            "the norm and who has gradients"
+        )
 
 
 def test_stage_1_sends_each_weight_once():
     for calls in run_ranks(3, traffic_worker, 1):
-        assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(2 / 3 * WEIGHT_BYTES)
+        assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(
+            2 / 3 * WEIGHT_BYTES
+        )
         assert {name for name, _, _ in calls} == {"all_gather_single", "all_reduce"}
-        assert sorted(size for name, _, size in calls if name == "all_reduce") == [1 + 2 * LAYERS, 32]
+        assert sorted(size for name, _, size in calls if name == "all_reduce") == [
+            1 + 2 * LAYERS,
+            32,
+        ]
 
 
 def overlap_worker(rank, world):
@@ -300,12 +350,16 @@ def overlap_worker(rank, world):
     optimizer = new_optimizer(model, zero(bucket_size_mb=2.5 * LAYER_MB))
     events = []
     for index, layer in enumerate(model):
-        layer.weight.register_post_accumulate_grad_hook(lambda p, i=index: events.append(f"gradient {i}"))
+        layer.weight.register_post_accumulate_grad_hook(
+            lambda p, i=index: events.append(f"gradient {i}")
+        )
     for _ in range(2):
         events.clear()
         with traffic() as calls:
             loss = model(torch.ones(2, WIDTH, dtype=torch.bfloat16)).sum()
-            calls.on_call = lambda name: events.append("sent") if name == "all_to_all_single" else None
+            calls.on_call = lambda name: (
+                events.append("sent") if name == "all_to_all_single" else None
+            )
             loss.backward()
             events.append("backward ended")
             calls.on_call = None
@@ -338,7 +392,9 @@ def memory_worker(rank, world, strategy):
         optimizer = new_optimizer(model)
 
         def count(state, bucket):
-            buckets[bucket.index()] = bucket.buffer().nbytes  # the reducer's own, which live as long as the module
+            buckets[bucket.index()] = (
+                bucket.buffer().nbytes
+            )  # the reducer's own, which live as long as the module
             return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
 
         module.register_comm_hook(None, count)

@@ -7,7 +7,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +35,12 @@ def build(strategy, fill=None):
         for layer in model:
             fully_shard(layer, mesh=one_dimensional())
         fully_shard(model, mesh=one_dimensional())
-    optimizer = AdamW_BF16(model.parameters(), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1, sharding=sharding)
+    optimizer = AdamW_BF16(
+        model.parameters(),
+        lr_function=LR(lr=1e-2, preheat_steps=5),
+        weight_decay=0.1,
+        sharding=sharding,
+    )
     return (DistributedDataParallel(model) if strategy == "zero1" else model), optimizer
 
 
@@ -39,20 +48,30 @@ def steps(model, optimizer, first, count):
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            grad = torch.randint(-8, 9, p.shape, generator=generator).to(p.dtype)  # any mean of equal ones is exact
-            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+            grad = torch.randint(-8, 9, p.shape, generator=generator).to(
+                p.dtype
+            )  # any mean of equal ones is exact
+            p.grad = (
+                distribute_tensor(grad, p.device_mesh, p.placements)
+                if isinstance(p, DTensor)
+                else grad
+            )
         optimizer.step(zero_grad=True)
 
 
 def plain(model, optimizer):
-    return {name.removeprefix("module."): value for name, value in collect(model, optimizer).items()}
+    return {
+        name.removeprefix("module."): value for name, value in collect(model, optimizer).items()
+    }
 
 
 def save_worker(rank, world, root, strategy):
     model, optimizer = build(strategy)
     steps(model, optimizer, 0, 4)
     save(root, 4, model, optimizer)
-    dcp.save(get_optimizer_state_dict(model, optimizer, options=FLATTENED), checkpoint_id=f"{root}/torch")
+    dcp.save(
+        get_optimizer_state_dict(model, optimizer, options=FLATTENED), checkpoint_id=f"{root}/torch"
+    )
     saved = plain(model, optimizer)
     steps(model, optimizer, 4, 2)
     return saved, plain(model, optimizer)
@@ -63,10 +82,14 @@ def load_worker(rank, world, root, strategy):
     load(root, model, optimizer)
     loaded = plain(model, optimizer)
     other, other_optimizer = build(strategy, fill=7.0)
-    state = get_optimizer_state_dict(other, other_optimizer, options=FLATTENED)  # torch makes it by a step with zero gradients
+    state = get_optimizer_state_dict(
+        other, other_optimizer, options=FLATTENED
+    )  # torch makes it by a step with zero gradients
     dcp.load(state, checkpoint_id=f"{root}/torch")
     set_optimizer_state_dict(other, other_optimizer, state, options=FLATTENED)
-    by_torch = {key: value for key, value in plain(other, other_optimizer).items() if key.count(".") == 2}
+    by_torch = {
+        key: value for key, value in plain(other, other_optimizer).items() if key.count(".") == 2
+    }
     steps(model, optimizer, 4, 2)
     return loaded, by_torch, plain(model, optimizer)
 

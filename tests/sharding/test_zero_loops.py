@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from .zero_cases import SHAPES, Parameters, assert_same_bits, collect, new_optimizer, patience, rank_gradients, zero
+from .zero_cases import (
+    SHAPES,
+    Parameters,
+    assert_same_bits,
+    collect,
+    new_optimizer,
+    patience,
+    rank_gradients,
+    zero,
+)
 
 ALL = frozenset(SHAPES)
 
@@ -21,17 +30,37 @@ class Loop:
         self.ranks = ranks
         self.alone = options is None
         self.model = Parameters()
-        self.optimizer = new_optimizer(self.model, None if options is None else zero(**options), skip_nonfinite=True)
+        self.optimizer = new_optimizer(
+            self.model, None if options is None else zero(**options), skip_nonfinite=True
+        )
 
     def backward(self, step, names_of=lambda rank: ALL):
         """``names_of(rank)``: the parameters that the rank uses."""
         if self.alone:
             used = frozenset().union(*(names_of(rank) for rank in range(self.ranks)))
-            contributions = [{name: grad for name, grad in self._grads(step, rank) if name in names_of(rank)} for rank in range(self.ranks)]
-            sums = {name: sum(each[name].double() for each in contributions if name in each) for name in ALL if name in used}
-            self.run({name: (total / self.ranks).to(self.model.get_parameter(name).dtype) for name, total in sums.items()})
+            contributions = [
+                {name: grad for name, grad in self._grads(step, rank) if name in names_of(rank)}
+                for rank in range(self.ranks)
+            ]
+            sums = {
+                name: sum(each[name].double() for each in contributions if name in each)
+                for name in ALL
+                if name in used
+            }
+            self.run(
+                {
+                    name: (total / self.ranks).to(self.model.get_parameter(name).dtype)
+                    for name, total in sums.items()
+                }
+            )
         else:
-            self.run({name: grad for name, grad in self._grads(step, dist.get_rank()) if name in names_of(dist.get_rank())})
+            self.run(
+                {
+                    name: grad
+                    for name, grad in self._grads(step, dist.get_rank())
+                    if name in names_of(dist.get_rank())
+                }
+            )
 
     def run(self, grads):
         if any(self.model.get_parameter(name).requires_grad for name in grads):
@@ -50,25 +79,37 @@ class Loop:
 
 def unused_on_some_ranks(loop):
     for step in range(6):
-        loop.backward(step, lambda rank: ALL - {"even", "large"} if rank == 0 else {"even", "scalar", "uneven"})
+        loop.backward(
+            step,
+            lambda rank: ALL - {"even", "large"} if rank == 0 else {"even", "scalar", "uneven"},
+        )
         loop.step()
 
 
 def unused_on_changing_ranks(loop):
     for step in range(8):
-        loop.backward(step, lambda rank, step=step: {name for i, name in enumerate(SHAPES) if (i + rank + step) % 3})
+        loop.backward(
+            step,
+            lambda rank, step=step: {
+                name for i, name in enumerate(SHAPES) if (i + rank + step) % 3
+            },
+        )
         loop.step()
 
 
 def unused_everywhere_for_a_while(loop):
     for step in range(9):
-        loop.backward(step, lambda rank, step=step: ALL - {"conv", "fp32", "wide"} if 2 <= step < 7 else ALL)
+        loop.backward(
+            step, lambda rank, step=step: ALL - {"conv", "fp32", "wide"} if 2 <= step < 7 else ALL
+        )
         loop.step()
 
 
 def a_rank_without_any_gradient(loop):
     for step in range(4):
-        loop.backward(step, lambda rank, step=step: ALL if rank == step % loop.ranks else frozenset())
+        loop.backward(
+            step, lambda rank, step=step: ALL if rank == step % loop.ranks else frozenset()
+        )
         loop.step()
 
 
@@ -82,7 +123,9 @@ def several_backwards(loop):
 def several_backwards_with_other_uses(loop):
     for step in range(4):
         loop.backward(7 * step, lambda rank: ALL if rank == 0 else {"even", "conv"})
-        loop.backward(7 * step + 1, lambda rank: {"uneven", "scalar"} if rank == 0 else ALL - {"conv"})
+        loop.backward(
+            7 * step + 1, lambda rank: {"uneven", "scalar"} if rank == 0 else ALL - {"conv"}
+        )
         loop.step()
 
 
@@ -90,7 +133,9 @@ def no_sync(loop):
     for step in range(4):
         with loop.no_sync():
             loop.backward(7 * step)
-            loop.backward(7 * step + 1, lambda rank: {"even", "fp32", "scalar"} if rank == 0 else ALL)
+            loop.backward(
+                7 * step + 1, lambda rank: {"even", "fp32", "scalar"} if rank == 0 else ALL
+            )
         loop.backward(7 * step + 2, lambda rank: ALL - {"large", "scalar"})
         loop.step()
 

@@ -16,7 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
-from .zero_cases import Parameters, mean_gradients, new_optimizer, one_dimensional, rank_gradients, zero
+from .zero_cases import (
+    Parameters,
+    mean_gradients,
+    new_optimizer,
+    one_dimensional,
+    rank_gradients,
+    zero,
+)
 
 
 def linears():
@@ -34,14 +41,21 @@ def fsdp2(rank, world):
 
 
 def fsdp1(rank, world):
-    model = FullyShardedDataParallel(linears(), device_mesh=one_dimensional(), use_orig_params=True, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(
+        linears(),
+        device_mesh=one_dimensional(),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
     AdamW_BF16(model.parameters(), sharding=zero())
 
 
 def fsdp2_on_one_rank(rank, world):
     model = linears()
     mesh = one_dimensional()
-    AdamW_BF16((fully_shard(model, mesh=mesh) if rank == 1 else model).parameters(), sharding=zero())
+    AdamW_BF16(
+        (fully_shard(model, mesh=mesh) if rank == 1 else model).parameters(), sharding=zero()
+    )
 
 
 def fsdp2_afterwards(rank, world):
@@ -64,11 +78,15 @@ def other_order(rank, world):
 
 
 def other_shapes(rank, world):
-    AdamW_BF16(nn.Linear(4, 6 + rank).bfloat16().parameters(), sharding=zero(broadcast_initial=True))
+    AdamW_BF16(
+        nn.Linear(4, 6 + rank).bfloat16().parameters(), sharding=zero(broadcast_initial=True)
+    )
 
 
 def other_number(rank, world):
-    AdamW_BF16(list(linears().named_parameters())[: 4 - rank], sharding=zero(broadcast_initial=True))
+    AdamW_BF16(
+        list(linears().named_parameters())[: 4 - rank], sharding=zero(broadcast_initial=True)
+    )
 
 
 def parameter_replaced(rank, world):
@@ -208,40 +226,92 @@ def zero_grad_of_the_model(rank, world):
 
 MISUSES = [
     (fsdp2, ValueError, "is a DTensor .* which is sharded already; leave out sharding="),
-    (fsdp1, ValueError, "is a part of FullyShardedDataParallel, which is sharded already; leave out sharding="),
+    (
+        fsdp1,
+        ValueError,
+        "is a part of FullyShardedDataParallel, which is sharded already; leave out sharding=",
+    ),
     (fsdp2_on_one_rank, ValueError, "on rank 1, parameter 0 .* is a DTensor"),
     (
         fsdp2_afterwards,
         RuntimeError,
         "parameter 0 .* has been replaced in its module by another .*; build the optimizer after",
     ),
-    (other_weights, ValueError, "the initial weights of parameter '1.weight' differ between ranks; .* broadcast_initial=True"),
-    (other_order, ValueError, r"number 0 is '0.weight' \(6, 4\) torch.bfloat16 *on rank 0 but '1.bias' \(2,\) torch.bfloat16 *on rank 1"),
+    (
+        other_weights,
+        ValueError,
+        "the initial weights of parameter '1.weight' differ between ranks; .* broadcast_initial=True",
+    ),
+    (
+        other_order,
+        ValueError,
+        r"number 0 is '0.weight' \(6, 4\) torch.bfloat16 *on rank 0 but '1.bias' \(2,\) torch.bfloat16 *on rank 1",
+    ),
     (other_shapes, ValueError, r"number 0 is .*\(6, 4\).* on rank 0 but .*\(7, 4\)"),
     (other_number, ValueError, "number 3 is '1.bias' .* on rank 0 but none on rank 1"),
     (parameter_replaced, RuntimeError, "parameter '1.weight' has been replaced in its module"),
-    (parameter_replaced_on_one_rank, RuntimeError, "on rank 1, parameter '1.weight' has been replaced in its module"),
-    (another_dtype, RuntimeError, "parameter '0.weight' was .*torch.bfloat16 on cpu and is now .*torch.float32 on cpu"),
+    (
+        parameter_replaced_on_one_rank,
+        RuntimeError,
+        "on rank 1, parameter '1.weight' has been replaced in its module",
+    ),
+    (
+        another_dtype,
+        RuntimeError,
+        "parameter '0.weight' was .*torch.bfloat16 on cpu and is now .*torch.float32 on cpu",
+    ),
     (swapped_in_groups, RuntimeError, "has come into param_groups behind the optimizer's back"),
-    (stage_2_with_ddp, RuntimeError, "wrapped by DistributedDataParallel, which would reduce the gradients too; .*stage=1"),
-    (stage_1_without_ddp, RuntimeError, "the gradients of parameter 'even' differ between ranks; .*stage=2"),
-    (stage_1_unused_on_a_rank, RuntimeError, "parameter '1.weight' has a gradient on some ranks and none on others"),
+    (
+        stage_2_with_ddp,
+        RuntimeError,
+        "wrapped by DistributedDataParallel, which would reduce the gradients too; .*stage=1",
+    ),
+    (
+        stage_1_without_ddp,
+        RuntimeError,
+        "the gradients of parameter 'even' differ between ranks; .*stage=2",
+    ),
+    (
+        stage_1_unused_on_a_rank,
+        RuntimeError,
+        "parameter '1.weight' has a gradient on some ranks and none on others",
+    ),
     (
         a_second_one_of_stage_2,
         RuntimeError,
         "the gradients of parameter '0.weight' go to a ZeRO stage 2 optimizer that was built later; delete",
     ),
-    (sparse_on_one_rank, RuntimeError, "on rank 1, the gradient of parameter 0 .* is sparse, .* sparse=False"),
-    (zero_grad_on_one_rank, RuntimeError, r"some ranks have discarded gradients by zero_grad\(\) between .* and others have not"),
-    (zero_grad_of_the_model, RuntimeError, r"model.zero_grad\(\) does not reach them, so call optimizer.zero_grad\(\) or step"),
-    (zero_grad_where_a_rank_has_none, RuntimeError, r"some ranks have discarded gradients by zero_grad\(\)"),
+    (
+        sparse_on_one_rank,
+        RuntimeError,
+        "on rank 1, the gradient of parameter 0 .* is sparse, .* sparse=False",
+    ),
+    (
+        zero_grad_on_one_rank,
+        RuntimeError,
+        r"some ranks have discarded gradients by zero_grad\(\) between .* and others have not",
+    ),
+    (
+        zero_grad_of_the_model,
+        RuntimeError,
+        r"model.zero_grad\(\) does not reach them, so call optimizer.zero_grad\(\) or step",
+    ),
+    (
+        zero_grad_where_a_rank_has_none,
+        RuntimeError,
+        r"some ranks have discarded gradients by zero_grad\(\)",
+    ),
     (stage_3, ValueError, "Invalid stage: 3"),
     (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),
     (cubic_mesh, ValueError, "Invalid mesh: it has 3 dimensions"),
     (no_zero, ValueError, r"Invalid sharding: 'zero2'; give ZeRO\(mesh\)"),
     (copied, TypeError, "cannot be pickled or deep-copied; save its state"),
     (pickled, TypeError, "cannot be pickled or deep-copied; save its state"),
-    (shards_into_one_process, ValueError, "the loaded exp_avg of parameter '0.weight' is a shard but the parameter is whole here"),
+    (
+        shards_into_one_process,
+        ValueError,
+        "the loaded exp_avg of parameter '0.weight' is a shard but the parameter is whole here",
+    ),
     (no_sync_in_stage_1, RuntimeError, r"use no_sync\(\) of the DistributedDataParallel module"),
     (no_sync_without_zero, RuntimeError, r"no_sync\(\) of the optimizer is for ZeRO stage 2"),
 ]
@@ -253,6 +323,8 @@ def misuse_worker(rank, world, number):
         misuse(rank, world)
 
 
-@pytest.mark.parametrize("number", range(len(MISUSES)), ids=[misuse.__name__ for misuse, _, _ in MISUSES])
+@pytest.mark.parametrize(
+    "number", range(len(MISUSES)), ids=[misuse.__name__ for misuse, _, _ in MISUSES]
+)
 def test_is_refused_on_every_rank(number):
     run_ranks(2, misuse_worker, number)

@@ -8,12 +8,12 @@ import gc
 import pytest
 import torch
 from distributed import run_ranks
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import Agreement
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.sharding.zero_comm import Agreement
 
 from .zero_cases import (
     Parameters,
@@ -33,7 +33,10 @@ def fp32_accumulation_worker(rank, world):
     """1 + 8 * 2^-9: bfloat16 drops each of the small ones."""
     expected = torch.full((4,), 1 + 8 * 2.0**-9)
     found = {}
-    for name, options in {"bf16": {}, "fp32": {"accumulate_dtype": torch.float32, "reduce_dtype": torch.float32}}.items():
+    for name, options in {
+        "bf16": {},
+        "fp32": {"accumulate_dtype": torch.float32, "reduce_dtype": torch.float32},
+    }.items():
         for syncs in (True, False):
             p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
             optimizer = AdamW_BF16([p], lr=0.0, betas=(0.0, 0.0), sharding=zero(**options))
@@ -51,7 +54,12 @@ def fp32_accumulation_worker(rank, world):
 
 def test_accumulates_in_float32_if_asked():
     for found in run_ranks(2, fp32_accumulation_worker):
-        assert found == {("bf16", True): False, ("bf16", False): False, ("fp32", True): True, ("fp32", False): True}
+        assert found == {
+            ("bf16", True): False,
+            ("bf16", False): False,
+            ("fp32", True): True,
+            ("fp32", False): True,
+        }
 
 
 def nonfinite_worker(rank, world, stage):
@@ -88,7 +96,10 @@ class Tied(nn.Module):
 
 def tied_worker(rank, world):
     models = [Tied().bfloat16(), Tied().bfloat16()]
-    optimizers = [AdamW_BF16(models[0].parameters(), lr=1e-2, sharding=zero()), AdamW_BF16(models[1].parameters(), lr=1e-2)]
+    optimizers = [
+        AdamW_BF16(models[0].parameters(), lr=1e-2, sharding=zero()),
+        AdamW_BF16(models[1].parameters(), lr=1e-2),
+    ]
     for _ in range(5):
         for model, optimizer in zip(models, optimizers, strict=True):
             model(torch.arange(12)).float().logsumexp(-1).sum().backward()
@@ -145,7 +156,9 @@ def beside_fsdp_worker(rank, world, sharding):
     other(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
     torch.manual_seed(0)
     model = nn.Linear(6, 6).bfloat16()
-    optimizer = AdamW_BF16(model.parameters(), lr=0.5, sharding=None if sharding is None else zero(sharding))
+    optimizer = AdamW_BF16(
+        model.parameters(), lr=0.5, sharding=None if sharding is None else zero(sharding)
+    )
     before = model.bias.tolist()
     model.weight.sum().backward()
     optimizer.step()
@@ -210,7 +223,12 @@ def agreement_worker(rank, world):
         ([2**60 + rank], [2**60 + 1]),
     ):
         assert agreement.maximum(values) == expected
-    assert agreement.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [True, False, True, False]
+    assert agreement.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_agreements_take_a_byte_for_a_flag_and_any_integer():
@@ -222,7 +240,9 @@ def one_process_state_worker(rank, world, saved):
     optimizer = new_optimizer(model, zero())
     optimizer.load_state_dict(saved)
     for p in model.parameters():
-        assert all(isinstance(value, DTensor) for key, value in optimizer.state[p].items() if key != "step")
+        assert all(
+            isinstance(value, DTensor) for key, value in optimizer.state[p].items() if key != "step"
+        )
     return {key: value for key, value in collect(model, optimizer).items() if "." in key}
 
 
@@ -239,7 +259,9 @@ def broadcast_worker(rank, world):
     model = Parameters(seed=rank)
     new_optimizer(model, zero(broadcast_initial=True))
     first = Parameters(seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True)
+    )
 
 
 def test_initial_weights_are_broadcast_if_asked():
@@ -257,7 +279,9 @@ def true_weights_worker(rank, world):
             whole, p.float() + (0 if correction is None else correction.full_tensor().float())
         )
     optimizer.reset_correction()
-    assert all(not weight.full_tensor().sub(p.float()).any() for p, weight in optimizer.true_weights())
+    assert all(
+        not weight.full_tensor().sub(p.float()).any() for p, weight in optimizer.true_weights()
+    )
 
 
 def test_true_weights():
@@ -281,7 +305,9 @@ def after_piling_up_worker(rank, world):
     if rank == 0:
         model(rank_gradients(2, rank, world)).backward()
     for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
-        with pytest.raises(RuntimeError, match="gradients have come on top of those that the step before has taken"):
+        with pytest.raises(
+            RuntimeError, match="gradients have come on top of those that the step before has taken"
+        ):
             refused()
     assert_same_bits(collect(model, optimizer), before)
     optimizer.zero_grad()
@@ -331,7 +357,9 @@ def cleared_on_some_ranks_worker(rank, world):
     if rank == 0:
         optimizer.zero_grad()
         model(rank_gradients(2, rank, world)).backward()
-    with pytest.raises(RuntimeError, match=r"gradients have come on top .* after each step, on every rank"):
+    with pytest.raises(
+        RuntimeError, match=r"gradients have come on top .* after each step, on every rank"
+    ):
         optimizer.step()
     assert_same_bits(collect(model, optimizer), before)
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding import zero_stage2
+from sharded_bf16_adamw.sharding.zero import stage2
 
 SMALL = 300 / 2**20  # a bucket size in MB that holds a few of the parameters below
 STATES = ("exp_avg", "exp_avg_sq", "correction")
@@ -42,7 +42,9 @@ class Parameters(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name, shape in SHAPES.items():
-            value = torch.randn(shape, generator=generator).to(torch.float32 if name.startswith("fp32") else torch.bfloat16)
+            value = torch.randn(shape, generator=generator).to(
+                torch.float32 if name.startswith("fp32") else torch.bfloat16
+            )
             if name == "transposed":
                 value = value.t().contiguous().t()
             if name == "conv":
@@ -50,14 +52,18 @@ class Parameters(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, grads: dict[str, Tensor]) -> Tensor:
-        return torch.stack([(self.get_parameter(name) * grad).sum().float() for name, grad in grads.items()]).sum()
+        return torch.stack(
+            [(self.get_parameter(name) * grad).sum().float() for name, grad in grads.items()]
+        ).sum()
 
 
 def mean_gradients(step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
     scale = 2.0 ** -(step % 7)
     return {
-        name: (torch.randint(-8, 9, shape, generator=generator) * scale).to(torch.float32 if name.startswith("fp32") else torch.bfloat16)
+        name: (torch.randint(-8, 9, shape, generator=generator) * scale).to(
+            torch.float32 if name.startswith("fp32") else torch.bfloat16
+        )
         for name, shape in SHAPES.items()
     }
 
@@ -67,7 +73,10 @@ def rank_gradients(step: int, rank: int, ranks: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
     scale = 2.0 ** -(step % 7)
     return {
-        name: mean + (torch.randint(-3, 4, mean.shape, generator=generator) * scale * (2 * rank - ranks + 1)).to(mean.dtype)
+        name: mean
+        + (
+            torch.randint(-3, 4, mean.shape, generator=generator) * scale * (2 * rank - ranks + 1)
+        ).to(mean.dtype)
         for name, mean in mean_gradients(step).items()
     }
 
@@ -78,11 +87,19 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [item for item in named if item[1].ndim > 1]},
         {"params": [item for item in named if item[1].ndim <= 1], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]  # torch mistakes an empty group for one without names
+    return [
+        group for group in groups if group["params"]
+    ]  # torch mistakes an empty group for one without names
 
 
 def new_optimizer(model: nn.Module, sharding: ZeRO | None = None, **options: Any) -> AdamW_BF16:
-    return AdamW_BF16(groups_of(model), lr_function=LR(lr=1e-2, preheat_steps=5), weight_decay=0.1, sharding=sharding, **options)
+    return AdamW_BF16(
+        groups_of(model),
+        lr_function=LR(lr=1e-2, preheat_steps=5),
+        weight_decay=0.1,
+        sharding=sharding,
+        **options,
+    )
 
 
 def one_dimensional() -> DeviceMesh:
@@ -90,10 +107,22 @@ def one_dimensional() -> DeviceMesh:
 
 
 def zero(stage: int = 2, mesh: DeviceMesh | None = None, **options: Any) -> ZeRO:
-    return ZeRO(one_dimensional() if mesh is None else mesh, stage=stage, **{"bucket_size_mb": SMALL, **options})
+    return ZeRO(
+        one_dimensional() if mesh is None else mesh,
+        stage=stage,
+        **{"bucket_size_mb": SMALL, **options},
+    )
 
 
-def train(model: nn.Module, optimizer: AdamW_BF16, steps: int, *, averaged: bool, clip: float | None = None, start: int = 0) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: AdamW_BF16,
+    steps: int,
+    *,
+    averaged: bool,
+    clip: float | None = None,
+    start: int = 0,
+) -> list[float]:
     """Steps on the gradients of this module; returns the norms. ``averaged``: as if DDP had been at work, or on one process."""
     norms = []
     for step in range(start, start + steps):
@@ -115,7 +144,9 @@ def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
     result = {}
     for name, param in model.named_parameters():
         result[name] = full(param)
-        result.update({f"{name}.{key}": full(value) for key, value in sorted(optimizer.state[param].items())})
+        result.update(
+            {f"{name}.{key}": full(value) for key, value in sorted(optimizer.state[param].items())}
+        )
     return result
 
 
@@ -134,7 +165,10 @@ class Linears(nn.Sequential):
         self.to(torch.bfloat16)
 
 
-NAMES_NOW = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
+NAMES_NOW = {
+    "all_gather_into_tensor": "all_gather_single",
+    "reduce_scatter_tensor": "reduce_scatter_single",
+}
 
 
 class Calls(list[tuple[str, float, float]]):
@@ -190,11 +224,11 @@ def traffic() -> Iterator[Calls]:
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """How long a backward pass waits for a bucket to leave, in this process."""
-    before, zero_stage2.PATIENCE = zero_stage2.PATIENCE, seconds
+    before, stage2.PATIENCE = stage2.PATIENCE, seconds
     try:
         yield
     finally:
-        zero_stage2.PATIENCE = before
+        stage2.PATIENCE = before
 
 
 class LiveBytes:
@@ -208,7 +242,9 @@ class LiveBytes:
     def look(self) -> None:
         grads = [p.grad for p in self._params]  # Python sees a tensor once it has been asked for
         assert len(grads) == len(self._params)
-        self.peak = max(self.peak, sum(size for key, size in _storages().items() if key not in self._before))
+        self.peak = max(
+            self.peak, sum(size for key, size in _storages().items() if key not in self._before)
+        )
 
 
 def _storages() -> dict[int, int]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .folders import (
+from .directory import (
     LATEST,
     REMOVED,
     discard,
@@ -89,7 +89,9 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
-        raise FileExistsError(f"another job has saved {final} in the meantime; give each job a root of its own") from error
+        raise FileExistsError(
+            f"another job has saved {final} in the meantime; give each job a root of its own"
+        ) from error
     _published[root] = manifest.serial
     sync_folder(root)  # LATEST must not be on the disk before what it names
     temporary = root / f"{NEW_LATEST}{unique_suffix()}"
@@ -109,7 +111,9 @@ def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
     That is earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another job
     has published since are left alone. Failing to remove one is a warning.
     """
-    older = [path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial]
+    older = [
+        path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial
+    ]
     replaced = [path for path in older if _step(path) == manifest.step]
     rest = [path for path in older if path not in replaced]
     remove_all(replaced + (rest[: max(0, len(rest) - keep + 1)] if keep is not None else []))
@@ -231,7 +235,10 @@ def _discard_leftovers(partial: Path) -> None:
             except FileNotFoundError:
                 pass  # another process has removed or published it
             except OSError as error:
-                warnings.warn(f"{path} is left over and could not be removed ({error}); remove it yourself", stacklevel=2)
+                warnings.warn(
+                    f"{path} is left over and could not be removed ({error}); remove it yourself",
+                    stacklevel=2,
+                )
 
 
 def _last_change(path: Path) -> float:

@@ -11,16 +11,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checksum import checksums
-from .fsdp1 import is_flattened
-from .zero_comm import Agreement
-from .zero_rows import Rows
+from ..checksum import checksums
+from ..fsdp1 import is_flattened
+from .param import Rows
+from .reduce_scatter import Agreement
 
 
 def check_replicated(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
     """Why the parameter cannot be sharded by ZeRO, or None."""
     if isinstance(param, DTensor) or is_flattened(param):
-        kind = "a DTensor (of fully_shard or parallelize_module)" if isinstance(param, DTensor) else "a part of FullyShardedDataParallel"
+        kind = (
+            "a DTensor (of fully_shard or parallelize_module)"
+            if isinstance(param, DTensor)
+            else "a part of FullyShardedDataParallel"
+        )
         return f"parameter {name} is {kind}, which is sharded already; leave out sharding= there, ZeRO is for replicated models"
     if param.device.type != mesh.device_type:
         return f"parameter {name} is on {param.device} but the mesh of ZeRO is for {mesh.device_type}; move the model before the optimizer"
@@ -30,9 +34,12 @@ def check_replicated(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
 def check_same_parameters(agreement: Agreement, params: list[Tensor], names: list[str]) -> None:
     """Raise ValueError on every rank unless all have the same parameters in the same order. Collective."""
     signatures = [
-        f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}" for name, p in zip(names, params, strict=True)
+        f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}"
+        for name, p in zip(names, params, strict=True)
     ]
-    digest = int.from_bytes(hashlib.blake2b("\n".join(signatures).encode(), digest_size=7).digest(), "big")
+    digest = int.from_bytes(
+        hashlib.blake2b("\n".join(signatures).encode(), digest_size=7).digest(), "big"
+    )
     if all(agreement.are_equal([len(params), digest])):
         return
     everyones = agreement.everyones(signatures)
@@ -52,13 +59,21 @@ def differing(agreement: Agreement, tensors: Iterable[Tensor | None]) -> list[bo
     """Which of the tensors have not the same bits on every rank. Collective."""
     tensors = list(tensors)
     numbers = iter(checksums([x for x in tensors if x is not None]))
-    return [not equal for equal in agreement.are_equal([0 if x is None else next(numbers) for x in tensors])]
+    return [
+        not equal
+        for equal in agreement.are_equal([0 if x is None else next(numbers) for x in tensors])
+    ]
 
 
 def wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
     """Whether a live DistributedDataParallel holds one of the parameters: it would reduce the same gradients again."""
     ours = {id(param) for param in params}
-    return any(id(p) in ours for ddp in gc.get_objects() if issubclass(type(ddp), DistributedDataParallel) for p in ddp.parameters())
+    return any(
+        id(p) in ours
+        for ddp in gc.get_objects()
+        if issubclass(type(ddp), DistributedDataParallel)
+        for p in ddp.parameters()
+    )
 
 
 class Owners:
@@ -69,7 +84,9 @@ class Owners:
         self._places = [
             (parameters, name, by_id[id(param)])
             for module in gc.get_objects()
-            if issubclass(type(module), nn.Module)  # isinstance would run code of proxies and lazy modules
+            if issubclass(
+                type(module), nn.Module
+            )  # isinstance would run code of proxies and lazy modules
             for parameters in [module.__dict__.get("_parameters") or {}]
             for name, param in parameters.items()
             if id(param) in by_id

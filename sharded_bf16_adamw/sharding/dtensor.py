@@ -30,7 +30,11 @@ def local_grad(param: Tensor) -> Tensor:
     """This rank's part of ``param.grad``, laid out as the parameter is. Tensor parallelism may leave partial sums: they are reduced."""
     grad = param.grad
     assert grad is not None
-    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+    if (
+        isinstance(grad, DTensor)
+        and isinstance(param, DTensor)
+        and grad.placements != param.placements
+    ):
         grad = grad.redistribute(placements=param.placements)
     return to_local(grad)
 
@@ -38,7 +42,9 @@ def local_grad(param: Tensor) -> Tensor:
 def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros sharded as ``param`` is: a DTensor of its mesh, placements and global shape (uneven and empty shards included) or a
     plain tensor of its shape and strides."""
-    return torch.zeros_like(param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+    return torch.zeros_like(
+        param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+    )
 
 
 def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -51,7 +57,11 @@ def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """
     if isinstance(param, DTensor):
         mesh = param.device_mesh
-        return tuple(mesh.get_group(axis) for axis, placement in enumerate(param.placements) if not placement.is_replicate())
+        return tuple(
+            mesh.get_group(axis)
+            for axis, placement in enumerate(param.placements)
+            if not placement.is_replicate()
+        )
     if is_flattened(param):
         group = shard_group(param)
         return () if group is None else (group,)

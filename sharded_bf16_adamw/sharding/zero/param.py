@@ -35,7 +35,9 @@ class Rows:
         self._ranks = ranks
         self.dim = shard_dim(param.shape, ranks)
         size = 1 if self.dim is None else param.shape[self.dim]
-        self._inner = () if self.dim is None else (*param.shape[: self.dim], *param.shape[self.dim + 1 :])
+        self._inner = (
+            () if self.dim is None else (*param.shape[: self.dim], *param.shape[self.dim + 1 :])
+        )
         self._row_numel = param.numel() // size if size else 0
         self.chunk = -(-size // ranks)
         self.width = self.chunk * self._row_numel
@@ -51,7 +53,12 @@ class Rows:
     @property
     def is_even(self) -> bool:
         """Whether the parameter's memory is just its place: equal chunks one after the other."""
-        return self.dim == 0 and self._rest == 0 and self._full_ranks == self._ranks and self.param.is_contiguous()
+        return (
+            self.dim == 0
+            and self._rest == 0
+            and self._full_ranks == self._ranks
+            and self.param.is_contiguous()
+        )
 
     def own(self, full: Tensor) -> Tensor:
         """This rank's rows of a tensor of the parameter's shape: a view."""
@@ -62,13 +69,17 @@ class Rows:
         placement = Replicate() if self.dim is None else Shard(self.dim)
         placements = (*[Replicate()] * (self._mesh.ndim - 1), placement)
         shape, stride = self.param.shape, self.param.stride()
-        return DTensor.from_local(local, self._mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            local, self._mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     def pack(self, full: Tensor, place: Tensor) -> None:
         """Copy a tensor of the parameter's shape into its place, which has its own dtype."""
         rows, lines = self._rows_of(full), self._lines_of(place)
         boundary = self._full_ranks * self.chunk
-        lines[: self._full_ranks].copy_(rows[:boundary].unflatten(0, (self._full_ranks, self.chunk)))
+        lines[: self._full_ranks].copy_(
+            rows[:boundary].unflatten(0, (self._full_ranks, self.chunk))
+        )
         behind = self._full_ranks
         if self._rest:
             lines[behind, : self._rest].copy_(rows[boundary:])
@@ -80,7 +91,9 @@ class Rows:
         """Inverse of :meth:`pack`."""
         rows, lines = self._rows_of(full), self._lines_of(place)
         boundary = self._full_ranks * self.chunk
-        rows[:boundary].unflatten(0, (self._full_ranks, self.chunk)).copy_(lines[: self._full_ranks])
+        rows[:boundary].unflatten(0, (self._full_ranks, self.chunk)).copy_(
+            lines[: self._full_ranks]
+        )
         if self._rest:
             rows[boundary:].copy_(lines[self._full_ranks, : self._rest])
 
@@ -108,4 +121,7 @@ def shard_dim(shape: torch.Size, ranks: int) -> int | None:
     """The first dimension with a row for every rank; else the longest; None for a 0-dim tensor."""
     if not shape:
         return None
-    return next((dim for dim, size in enumerate(shape) if size >= ranks), max(range(len(shape)), key=lambda dim: shape[dim]))
+    return next(
+        (dim for dim, size in enumerate(shape) if size >= ranks),
+        max(range(len(shape)), key=lambda dim: shape[dim]),
+    )

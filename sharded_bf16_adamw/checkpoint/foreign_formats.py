@@ -40,7 +40,9 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._files = find_safetensors(path)
         self.infos = {name: file.infos[name] for name, file in self._files.items()}
-        self.ties: list[list[str]] = []  # a file holds each name once, and its writer left out the others or copied
+        self.ties: list[
+            list[str]
+        ] = []  # a file holds each name once, and its writer left out the others or copied
 
     def read(self, name: str, block: Block) -> Tensor:
         return self._files[name].read(name, *block)
@@ -49,11 +51,24 @@ class _Safetensors:
 class _Tensors:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+        }
         classes: dict[Any, list[str]] = {}
         for name, tensor in tensors.items():
-            if tensor.numel() and tensor.layout == torch.strided and not tensor.is_meta and not is_wrapper(tensor):
-                place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if (
+                tensor.numel()
+                and tensor.layout == torch.strided
+                and not tensor.is_meta
+                and not is_wrapper(tensor)
+            ):
+                place = (
+                    tensor.device,
+                    tensor.data_ptr(),
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.stride(),
+                )
                 classes.setdefault(place, []).append(name)
         self.ties = [names for names in classes.values() if len(names) > 1]
 
@@ -82,8 +97,14 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Sourc
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{what} holds no state dict of tensors, neither itself nor under {', '.join(_WEIGHTS_KEYS)}")
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        raise ValueError(
+            f"{what} holds no state dict of tensors, neither itself nor under {', '.join(_WEIGHTS_KEYS)}"
+        )
     _refuse_shards(what, content)
     return _Tensors(content)
 
@@ -105,7 +126,9 @@ def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
             content = content[key]
             break
     if not _is_optimizer_state(content):
-        raise ValueError(f'{what} holds no optimizer state dict, which has "state" and "param_groups"')
+        raise ValueError(
+            f'{what} holds no optimizer state dict, which has "state" and "param_groups"'
+        )
     for values in content["state"].values():
         _refuse_shards(what, values)
     return dict(content)
@@ -120,7 +143,9 @@ def _is_optimizer_state(content: Any) -> bool:
         and all(isinstance(values, Mapping) for values in state.values())
         and isinstance(groups, list)
         and bool(groups)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and all(
+            isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
+        )
     )
 
 
@@ -140,13 +165,19 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
         except RuntimeError:  # the format from before torch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no torch file, or holds objects other than tensors and plain data, which are not loaded") from error
+        raise ValueError(
+            f"{path} is no torch file, or holds objects other than tensors and plain data, which are not loaded"
+        ) from error
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is no torch file, or is damaged ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is no torch file, or is damaged ({type(error).__name__})"
+        ) from error
 
 
 def _refuse_shards(what: str, tensors: Mapping[str, Any]) -> None:
     """Which part of a tensor they are is known to their own process group alone."""
     for name, value in tensors.items():
         if isinstance(value, DTensor):
-            raise ValueError(f"{what}: {name} is a shard of a tensor; gather the full state dict first")
+            raise ValueError(
+                f"{what}: {name} is a shard of a tensor; gather the full state dict first"
+            )

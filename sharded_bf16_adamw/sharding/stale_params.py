@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .dtensor import DTensor
 from .fsdp1 import is_flattened
-from .local import DTensor
 
 
 def sharded_after_construction(params: list[Tensor]) -> bool:
@@ -31,7 +31,9 @@ def _seem_replaced(params: list[Tensor]) -> bool:
     in_modules: set[int] = set()
     replaced: set[tuple[int, ...]] = set()  # shapes
     for module in gc.get_objects():
-        if not issubclass(type(module), torch.nn.Module):  # isinstance would run code of proxies and lazy modules
+        if not issubclass(
+            type(module), torch.nn.Module
+        ):  # isinstance would run code of proxies and lazy modules
             continue
         for param in module.__dict__.get("_parameters", {}).values():
             if param is None:
@@ -56,5 +58,7 @@ def _shapes_replaced_by(param: Tensor) -> Iterable[tuple[int, ...]]:
     if isinstance(param, DTensor):
         return (tuple(param.shape),)
     if is_flattened(param):
-        return getattr(param, "_shapes", ())  # of a flat parameter; the original parameters in it, where they live on, have none
+        return getattr(
+            param, "_shapes", ()
+        )  # of a flat parameter; the original parameters in it, where they live on, have none
     return ()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .strategy import Sharding
+from ..base import Sharding
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,37 @@ class ZeRO:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):
-            raise ValueError(f"Invalid mesh: {self.mesh!r}; ZeRO needs a DeviceMesh, such as init_device_mesh('cuda', (world_size,))")
+            raise ValueError(
+                f"Invalid mesh: {self.mesh!r}; ZeRO needs a DeviceMesh, such as init_device_mesh('cuda', (world_size,))"
+            )
         if self.mesh.ndim not in (1, 2):
-            raise ValueError(f"Invalid mesh: it has {self.mesh.ndim} dimensions; ZeRO takes one (shard) or two (replicate, shard)")
+            raise ValueError(
+                f"Invalid mesh: it has {self.mesh.ndim} dimensions; ZeRO takes one (shard) or two (replicate, shard)"
+            )
         if self.mesh.get_coordinate() is None:
-            raise ValueError("Invalid mesh: this rank is not in it; build the optimizer on the ranks of the mesh alone")
+            raise ValueError(
+                "Invalid mesh: this rank is not in it; build the optimizer on the ranks of the mesh alone"
+            )
         if self.stage not in (1, 2):
-            raise ValueError(f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain module), and FSDP2 is stage 3")
+            raise ValueError(
+                f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain module), and FSDP2 is stage 3"
+            )
         if not self.bucket_size_mb > 0:
             raise ValueError(f"Invalid bucket_size_mb: {self.bucket_size_mb}; it must be positive")
         if self.max_in_flight < 1:
             raise ValueError(f"Invalid max_in_flight: {self.max_in_flight}; it must be at least 1")
         if self.reduce_dtype not in (None, torch.bfloat16, torch.float32):
-            raise ValueError(f"Invalid reduce_dtype: {self.reduce_dtype}; choose torch.bfloat16, torch.float32 or None")
+            raise ValueError(
+                f"Invalid reduce_dtype: {self.reduce_dtype}; choose torch.bfloat16, torch.float32 or None"
+            )
         if self.accumulate_dtype not in (None, torch.float32):
-            raise ValueError(f"Invalid accumulate_dtype: {self.accumulate_dtype}; choose torch.float32 or None")
+            raise ValueError(
+                f"Invalid accumulate_dtype: {self.accumulate_dtype}; choose torch.float32 or None"
+            )
         if self.stage == 1 and (self.reduce_dtype or self.accumulate_dtype):
-            raise ValueError("reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and accumulates the gradients")
+            raise ValueError(
+                "reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and accumulates the gradients"
+            )
 
     @property
     def bucket_bytes(self) -> int:
@@ -74,7 +88,7 @@ class ZeRO:
 
     def start(self) -> Sharding:
         """What one optimizer works with. Collective over the mesh."""
-        from .zero_stage1 import Stage1
-        from .zero_stage2 import Stage2
+        from .stage1 import Stage1
+        from .stage2 import Stage2
 
         return Stage1(self) if self.stage == 1 else Stage2(self)

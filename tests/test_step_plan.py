@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.plan import Plan
+from sharded_bf16_adamw.step_plan import StepPlan
 
 BF16 = torch.bfloat16
 
@@ -16,7 +16,13 @@ def make():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).to(BF16)
     model[1].to(torch.float32)
-    return model, AdamW_BF16([{"params": model[0].parameters()}, {"params": [*model[1].parameters(), *model[2].parameters()]}], lr=1e-2)
+    return model, AdamW_BF16(
+        [
+            {"params": model[0].parameters()},
+            {"params": [*model[1].parameters(), *model[2].parameters()]},
+        ],
+        lr=1e-2,
+    )
 
 
 def give_gradients(optimizer, seed):
@@ -48,7 +54,9 @@ def step_replaced(model, optimizer):
 
 
 def state_dict_of_a_parameter_replaced(model, optimizer):
-    optimizer.state[model[0].weight] = {key: value.clone() for key, value in optimizer.state[model[0].weight].items()}
+    optimizer.state[model[0].weight] = {
+        key: value.clone() for key, value in optimizer.state[model[0].weight].items()
+    }
 
 
 def state_emptied(model, optimizer):
@@ -130,7 +138,9 @@ def transposed_parameter(model, optimizer):
 CHANGES = [
     value
     for value in list(globals().values())
-    if callable(value) and getattr(value, "__code__", None) and value.__code__.co_varnames[:2] == ("model", "optimizer")
+    if callable(value)
+    and getattr(value, "__code__", None)
+    and value.__code__.co_varnames[:2] == ("model", "optimizer")
 ]
 
 
@@ -146,7 +156,9 @@ def run(change, forget_plan):
         optimizer.step()
     params = list(model.parameters())
     states = [optimizer.state[p] for p in params]
-    return [p.detach() for p in params] + [value for state in states for key, value in sorted(state.items()) if key != "note"]
+    return [p.detach() for p in params] + [
+        value for state in states for key, value in sorted(state.items()) if key != "note"
+    ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -195,7 +207,9 @@ def test_a_state_replaced_while_others_step_is_seen():
         model, optimizer = make()
         train_in_turns(optimizer, [0, 1])
         param = model[0].weight
-        optimizer.state[param] = {key: value.clone() + 1 for key, value in optimizer.state[param].items()}
+        optimizer.state[param] = {
+            key: value.clone() + 1 for key, value in optimizer.state[param].items()
+        }
         train_in_turns(optimizer, [1])
         if forget_plans:
             optimizer._plans.clear()
@@ -214,7 +228,9 @@ def test_no_more_plans_are_kept_than_are_of_use():
     assert len(optimizer._plans) == 4
     del optimizer.param_groups[1]
     optimizer.step()
-    assert len(optimizer._plans) == 1, "the others would keep the memory of parameters that are gone"
+    assert len(optimizer._plans) == 1, (
+        "the others would keep the memory of parameters that are gone"
+    )
 
 
 def test_other_sizes_at_the_same_address_are_seen():
@@ -227,7 +243,10 @@ def test_other_sizes_at_the_same_address_are_seen():
     param.grad = None
     param.data = param.data[:4]
     param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(4,\)\) has local shape \(4,\) but its exp_avg \(8,\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"parameter 0 \(shape \(4,\)\) has local shape \(4,\) but its exp_avg \(8,\)",
+    ):
         optimizer.step()
     assert torch.equal(memory, before)
 
@@ -246,10 +265,16 @@ def test_a_gradient_of_another_size_is_refused(steps_before):
     param.grad = torch.ones_like(param)
     param.data = memory
     before = [first.detach().clone(), memory.clone()]
-    with pytest.raises(RuntimeError, match="gradient of parameter 'second' has 4 elements, not as many as the parameter"):
+    with pytest.raises(
+        RuntimeError,
+        match="gradient of parameter 'second' has 4 elements, not as many as the parameter",
+    ):
         optimizer.step()
     assert torch.equal(first, before[0]) and torch.equal(memory, before[1])
-    assert optimizer.param_groups[0]["schedule_step"] == steps_before and len(optimizer.state) == 2 * steps_before
+    assert (
+        optimizer.param_groups[0]["schedule_step"] == steps_before
+        and len(optimizer.state) == 2 * steps_before
+    )
 
 
 def damaged(key, change):
@@ -267,8 +292,14 @@ def damaged(key, change):
             lambda optimizer, param: setattr(param, "data", param.data.float()),
             "'w' is torch.float32 but its exp_avg torch.bfloat16: the model",
         ),
-        (damaged("exp_avg_sq", torch.Tensor.float), "'w' is torch.bfloat16 but its exp_avg_sq torch.float32: the model was converted"),
-        (damaged("correction", lambda x: None), "state 'correction' of parameter 'w' is None where a tensor must be"),
+        (
+            damaged("exp_avg_sq", torch.Tensor.float),
+            "'w' is torch.bfloat16 but its exp_avg_sq torch.float32: the model was converted",
+        ),
+        (
+            damaged("correction", lambda x: None),
+            "state 'correction' of parameter 'w' is None where a tensor must be",
+        ),
         (damaged("step", lambda x: 1), "state 'step' of parameter 'w' is 1 where a tensor must be"),
         (damaged("exp_avg", lambda x: x.to("meta")), "'w' is on cpu but its exp_avg on meta"),
         (damaged("step", lambda x: torch.ones(2)), r"the step of parameter 'w' has shape \(2,\)"),
@@ -315,9 +346,17 @@ def test_other_strides_at_the_same_address_are_seen():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("change", [memory_of_a_parameter_replaced, one_state_tensor_replaced, step_replaced, memory_of_a_state_replaced])
+@pytest.mark.parametrize(
+    "change",
+    [
+        memory_of_a_parameter_replaced,
+        one_state_tensor_replaced,
+        step_replaced,
+        memory_of_a_state_replaced,
+    ],
+)
 def test_a_plan_that_is_never_renewed_would_be_caught(change, monkeypatch):
     """The mutant: these changes must matter, or the test above would prove nothing."""
-    monkeypatch.setattr(Plan, "is_current", lambda *_: True)
+    monkeypatch.setattr(StepPlan, "is_valid", lambda *_: True)
     kept, made_anew = run(change, False), run(change, True)
     assert not all(torch.equal(a, b) for a, b in zip(kept, made_anew, strict=True))

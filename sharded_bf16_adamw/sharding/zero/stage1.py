@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .zero_buckets import gather_weights, split_by_size
-from .zero_checks import Owners, check_replicated, check_same_parameters, differing
-from .zero_comm import Agreement, broadcast_first
-from .zero_rows import Rows
+from .bucket import gather_weights, split_by_size
+from .checks import Owners, check_replicated, check_same_parameters, differing
+from .param import Rows
+from .reduce_scatter import Agreement, broadcast_first
 
 if TYPE_CHECKING:
-    from .zero import ZeRO
+    from .config import ZeRO
 
 
 class Stage:
@@ -28,13 +28,18 @@ class Stage:
         self._agreement = Agreement(policy.mesh)
         self._rows: dict[Tensor, Rows] = {}  # of all parameters, in the order of groups
         self._owners = Owners([])
-        self._with_grad: list[Rows] = []  # those that have a gradient on some rank, as agreed in reduce()
+        self._with_grad: list[
+            Rows
+        ] = []  # those that have a gradient on some rank, as agreed in reduce()
         self._gathered_for: list[Rows] = []
         self._gather_buckets: list[list[Rows]] = []
         self._ready = False  # whether reduce() has been done for the step to come
 
-    def attach(self, params: list[Tensor], names: list[str]) -> None:
-        problems = [check_replicated(param, name, self._mesh) for param, name in zip(params, names, strict=True)]
+    def add_params(self, params: list[Tensor], names: list[str]) -> None:
+        problems = [
+            check_replicated(param, name, self._mesh)
+            for param, name in zip(params, names, strict=True)
+        ]
         self._agreement.maximum([], next(filter(None, problems), None), ValueError)
         check_same_parameters(self._agreement, params, names)
         if self._policy.broadcast_initial:
@@ -52,13 +57,20 @@ class Stage:
                         f"the initial weights of parameter {name} differ between ranks; build the model from the same seed or checkpoint "
                         "on every rank, or give ZeRO broadcast_initial=True"
                     )
-        self._rows.update({param: Rows(param, self._mesh, name) for param, name in zip(params, names, strict=True)})
+        self._rows.update(
+            {
+                param: Rows(param, self._mesh, name)
+                for param, name in zip(params, names, strict=True)
+            }
+        )
         self._owners = Owners(self._rows.values())
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def all_gather_params(self) -> None:
         if self._gathered_for is not self._with_grad and self._gathered_for != self._with_grad:
-            self._gather_buckets = split_by_size([rows for rows in self._with_grad if not rows.is_whole], self._policy.bucket_bytes)
+            self._gather_buckets = split_by_size(
+                [rows for rows in self._with_grad if not rows.is_whole], self._policy.bucket_bytes
+            )
         self._gathered_for = self._with_grad
         gather_weights(self._gather_buckets, self._mesh, self._policy.max_in_flight)
         self._ready = False
@@ -83,13 +95,19 @@ class Stage:
         return () if self._rows_of(param).is_whole else (self._mesh.get_group(self._mesh.ndim - 1),)
 
     def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        axes = range(self._mesh.ndim) if self._rows_of(param).is_whole else range(self._mesh.ndim - 1)
+        axes = (
+            range(self._mesh.ndim) if self._rows_of(param).is_whole else range(self._mesh.ndim - 1)
+        )
         return tuple(self._mesh.get_group(axis) for axis in axes if self._mesh.size(axis) > 1)
 
     def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        return tuple(self._mesh.get_group(axis) for axis in range(self._mesh.ndim) if self._mesh.size(axis) > 1)
+        return tuple(
+            self._mesh.get_group(axis)
+            for axis in range(self._mesh.ndim)
+            if self._mesh.size(axis) > 1
+        )
 
-    def check_copyable(self) -> None:
+    def check_picklable(self) -> None:
         raise TypeError(
             "an optimizer with sharding=ZeRO(...) belongs to its process group and cannot be pickled or deep-copied; "
             "save its state with sharded_bf16_adamw.save or its state_dict()"
@@ -108,7 +126,10 @@ class Stage:
         """What is wrong on this rank with the parameters and their gradients, or None."""
         for param, rows in self._rows.items():
             if (param.shape, param.dtype, param.device) != rows.form:
-                was, now = [f"{tuple(shape)} {dtype} on {device}" for shape, dtype, device in (rows.form, param_form(param))]
+                was, now = [
+                    f"{tuple(shape)} {dtype} on {device}"
+                    for shape, dtype, device in (rows.form, param_form(param))
+                ]
                 return f"parameter {rows.name} was {was} and is now {now}; build the optimizer after all changes to the model"
             grad = param.grad
             if grad is not None and (problem := grad_problem(grad)):
@@ -135,13 +156,17 @@ class Stage1(Stage):
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
         self._compared = False  # whether the ranks' gradients have been found to be the same
-        self._agreed_has: list[bool] = []  # which parameters, in the order of groups, had gradients in the last reduce()
+        self._agreed_has: list[
+            bool
+        ] = []  # which parameters, in the order of groups, had gradients in the last reduce()
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def reduce_grads(self) -> None:
         all_rows = list(self._rows.values())
         has = [rows.param.grad is not None for rows in all_rows]
-        if self._ready and has == self._agreed_has:  # a backward pass may have come after clip_grad_norm_, alike on all ranks
+        if (
+            self._ready and has == self._agreed_has
+        ):  # a backward pass may have come after clip_grad_norm_, alike on all ranks
             return
         agreed = self._agreement.maximum([*has, *[not x for x in has]], self._problem())
         for rows, somewhere, missing in zip(all_rows, agreed, agreed[len(has) :], strict=False):
@@ -151,7 +176,9 @@ class Stage1(Stage):
                     "DistributedDataParallel, which averages gradients: wrap the model (find_unused_parameters=True if need be), or use "
                     "ZeRO(stage=2) on the plain module"
                 )
-        self._with_grad = [rows for rows, somewhere in zip(all_rows, agreed, strict=False) if somewhere]
+        self._with_grad = [
+            rows for rows, somewhere in zip(all_rows, agreed, strict=False) if somewhere
+        ]
         self._agreed_has = has
         if not self._compared and self._with_grad:
             self._compare_gradients()
@@ -178,4 +205,6 @@ class Stage1(Stage):
         self._ready = False
 
     def no_sync(self) -> AbstractContextManager[None]:
-        raise RuntimeError("in ZeRO stage 1 DDP reduces the gradients: use no_sync() of the DistributedDataParallel module")
+        raise RuntimeError(
+            "in ZeRO stage 1 DDP reduces the gradients: use no_sync() of the DistributedDataParallel module"
+        )

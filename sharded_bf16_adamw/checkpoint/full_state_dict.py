@@ -13,14 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .agreement import Group, check_group, errors_on_every_rank, gather_on_rank_0, on_rank_0, rank, scatter_from_rank_0
 from .blocks import local_blocks
-from .contents import STATE, Contents, merged, optimizer_contents
 from .divergence import one_of_each
 from .groups import match_groups
 from .manifest import ParamGroup
 from .plain import as_tensor
+from .rank_errors import (
+    Group,
+    check_group,
+    gather_on_rank_0,
+    on_rank_0,
+    raise_on_all_ranks,
+    rank,
+    scatter_from_rank_0,
+)
 from .rank_names import RankNames
+from .state_dict import STATE, Contents, merged, optimizer_contents
 from .torch_state import (
     check_model_and_optimizer,
     has_fsdp1,
@@ -29,13 +37,26 @@ from .torch_state import (
     new_states_only_if_it_succeeds,
     set_sharded_optimizer_state,
 )
-from .transport import Entry, Key, Transfer, connect, deliver, held, plan_transfers, receive, send, table_of
+from .transport import (
+    Entry,
+    Key,
+    Transfer,
+    connect,
+    deliver,
+    held,
+    plan_transfers,
+    receive,
+    send,
+    table_of,
+)
 
 # --------------------------------------------------------------------------------------------------------- gather and scatter
 
 
 @torch.no_grad()
-def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def gather_full_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
     """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank of ``group`` calls it.
 
     Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
@@ -70,13 +91,17 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
     """
     cannot = "cannot gather the optimizer state"
     names = _rank_names(cannot, model, optimizer, group)
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         found = optimizer_contents(model, optimizer, names)
     found = one_of_each(found, names, group, None)
     tensors, tables = _gathered_tables(cannot, found, group)
-    groups = merged(gather_on_rank_0([ParamGroup(params, _plain_options(options)) for params, options in found.groups], group))
+    groups = merged(
+        gather_on_rank_0(
+            [ParamGroup(params, _plain_options(options)) for params, options in found.groups], group
+        )
+    )
     wholes = _merged(tables)
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         plan = plan_transfers(tables, wholes, replicas=False)
     transfers = scatter_from_rank_0(plan, group)
     if rank(group) != 0:
@@ -88,7 +113,9 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
         by_key[transfer.key].append(transfer)
     full: dict[str, dict[str, Tensor]] = {}
     for (fqn, name), entry in wholes.items():
-        whole = full.setdefault(fqn, {})[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        whole = full.setdefault(fqn, {})[name] = torch.empty(
+            entry.shape, dtype=entry.dtype, device="cpu"
+        )
         for transfer in by_key[fqn, name]:
             (sender,) = transfer.ranks
             place = transfer.block.of(whole)
@@ -96,12 +123,19 @@ def gather_full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *
                 place.copy_(held(tensors[transfer.key], transfer, group))
             else:
                 receive(place, sender, group)
-    return {"state": full, "param_groups": [{"params": params, **options} for params, options in groups]}
+    return {
+        "state": full,
+        "param_groups": [{"params": params, **options} for params, options in groups],
+    }
 
 
 @torch.no_grad()
 def scatter_full_state_dict(
-    model: nn.Module, optimizer: torch.optim.Optimizer, full: dict[str, Any] | None, *, group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    full: dict[str, Any] | None,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Inverse of :func:`gather_full_state_dict`: give each rank its part of what rank 0 holds. Collective: every rank of
     ``group`` calls it.
@@ -125,36 +159,56 @@ def scatter_full_state_dict(
     stored, given = on_rank_0(cannot, lambda: _names_and_groups(full), group)
     names.add_stage_as_in(stored)
     with new_states_only_if_it_succeeds(optimizer):
-        with errors_on_every_rank(cannot, group):
+        with raise_on_all_ranks(cannot, group):
             init_state(optimizer)
             init_frozen_states(model, optimizer, stored, stored, names.stored)
             found = optimizer_contents(model, optimizer, names)
         tensors, tables = _gathered_tables(cannot, found, group)
         groups_of_ranks = gather_on_rank_0([params for params, _ in found.groups], group)
         plan: list[list[Transfer]] = []
-        with errors_on_every_rank(cannot, group):
+        with raise_on_all_ranks(cannot, group):
             if rank(group) == 0:
                 assert full is not None
                 wholes = _merged(tables)
                 _check(wholes, groups_of_ranks, full)
-                plan = plan_transfers(tables, {key: entry for key, entry in wholes.items() if key[0] in full["state"]}, replicas=True)
+                plan = plan_transfers(
+                    tables,
+                    {key: entry for key, entry in wholes.items() if key[0] in full["state"]},
+                    replicas=True,
+                )
     transfers = scatter_from_rank_0(plan, group)
     for transfer in transfers:
-        block = transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]])) if full and rank(group) == 0 else None
+        block = (
+            transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]]))
+            if full and rank(group) == 0
+            else None
+        )
         deliver(transfer, block, tensors, group)
-    for key in tensors.keys() - {transfer.key for transfer in transfers}:  # those of parameters that never had a gradient
+    for key in tensors.keys() - {
+        transfer.key for transfer in transfers
+    }:  # those of parameters that never had a gradient
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    matches = match_groups([params for params, _ in found.groups], [other["params"] for other in given])
-    options_of = [_options(own.options if match is None else given[match]) for own, match in zip(found.groups, matches, strict=True)]
+    matches = match_groups(
+        [params for params, _ in found.groups], [other["params"] for other in given]
+    )
+    options_of = [
+        _options(own.options if match is None else given[match])
+        for own, match in zip(found.groups, matches, strict=True)
+    ]
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
-        if "scheduled_lr" in live:  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
+        if (
+            "scheduled_lr" in live
+        ):  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
     if has_fsdp1(model):
         state: dict[str, dict[str, Any]] = {}
         for (fqn, name), tensor in tensors.items():
             state.setdefault(names.local(fqn), {})[name] = tensor
-        own = [{**options, "params": list(map(names.local, params))} for (params, _), options in zip(found.groups, options_of, strict=True)]
+        own = [
+            {**options, "params": list(map(names.local, params))}
+            for (params, _), options in zip(found.groups, options_of, strict=True)
+        ]
         set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": own})
         return
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
@@ -164,22 +218,28 @@ def scatter_full_state_dict(
 # ----------------------------------------------------------------------------------------------------------------- checks
 
 
-def _rank_names(cannot: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> RankNames:
+def _rank_names(
+    cannot: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+) -> RankNames:
     """Check the arguments on all ranks and agree on names. Collective."""
     check_group(group)
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         check_model_and_optimizer("(model, optimizer)", model, optimizer)
         names = RankNames(model, optimizer)
     names.number_experts()
     return names
 
 
-def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
+def _gathered_tables(
+    cannot: str, found: Contents, group: Group
+) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
     """Return this rank's states by parameter and name, and on rank 0 what each rank holds of them. Collective."""
-    with errors_on_every_rank(cannot, group):
+    with raise_on_all_ranks(cannot, group):
         for key, value in found.plain.items():
             fqn, _, name = key.removeprefix(STATE).rpartition(".")
-            raise ValueError(f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered")
+            raise ValueError(
+                f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered"
+            )
         tensors: dict[Key, Tensor] = {}
         for key, tensor in found.tensors.items():
             fqn, _, name = key.removeprefix(STATE).rpartition(".")
@@ -191,22 +251,32 @@ def _gathered_tables(cannot: str, found: Contents, group: Group) -> tuple[dict[K
 
 def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
     if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
-        raise ValueError('the full state is of another model or optimizer: rank 0 must pass a dict with "state" and "param_groups"')
+        raise ValueError(
+            'the full state is of another model or optimizer: rank 0 must pass a dict with "state" and "param_groups"'
+        )
     return list(full["state"]), full["param_groups"]
 
 
-def _check(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]) -> None:
+def _check(
+    wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]
+) -> None:
     """Refuse a full state that does not fit this model and optimizer."""
     problems = _differences(wholes, groups_of_ranks, full)
     if problems:
         more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
-        raise ValueError(f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}")
+        raise ValueError(
+            f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}"
+        )
 
 
-def _differences(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]) -> list[str]:
+def _differences(
+    wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]
+) -> list[str]:
     state, problems = full["state"], []
     known = {fqn for groups in groups_of_ranks for params in groups for fqn in params}
-    problems += [f"it has a state of {fqn}, which is no parameter here" for fqn in state if fqn not in known]
+    problems += [
+        f"it has a state of {fqn}, which is no parameter here" for fqn in state if fqn not in known
+    ]
     for (fqn, name), entry in wholes.items():
         if fqn not in state:
             continue
@@ -214,11 +284,18 @@ def _differences(wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]
         if value is None:
             problems.append(f"it has no {name} of {fqn}")
         elif tuple(as_tensor(value).shape) != entry.shape:
-            problems.append(f"{name} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {entry.shape} here")
+            problems.append(
+                f"{name} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {entry.shape} here"
+            )
         elif as_tensor(value).dtype != entry.dtype:
-            problems.append(f"{name} of {fqn} is {as_tensor(value).dtype} there but {entry.dtype} here")
+            problems.append(
+                f"{name} of {fqn} is {as_tensor(value).dtype} there but {entry.dtype} here"
+            )
     problems += [
-        f"it has {name} of {fqn}, which is not here" for fqn in state for name in state[fqn] if fqn in known and (fqn, name) not in wholes
+        f"it has {name} of {fqn}, which is not here"
+        for fqn in state
+        for name in state[fqn]
+        if fqn in known and (fqn, name) not in wholes
     ]
     for groups in groups_of_ranks:
         matches = match_groups(groups, [group["params"] for group in full["param_groups"]])
@@ -238,12 +315,19 @@ def _merged(tables: list[dict[Key, Entry]]) -> dict[Key, Entry]:
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a group's options whose tensors (lr) are in CPU memory."""
-    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in options.items()}
+    return {
+        key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in options.items()
+    }
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a group's options without its parameters."""
-    return {key: value for key, value in _plain_options(options).items() if key not in ("params", "param_names")}
+    return {
+        key: value
+        for key, value in _plain_options(options).items()
+        if key not in ("params", "param_names")
+    }
 
 
 def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:

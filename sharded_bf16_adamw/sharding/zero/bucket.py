@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collectives import Exchange
-from .zero_comm import MeanOnItsWay, all_gather_start, all_reduce_mean
-from .zero_rows import Rows
+from ..collectives import CheckedWork
+from .param import Rows
+from .reduce_scatter import MeanOnItsWay, all_gather_start, all_reduce_mean
 
 
 class Bucket:
@@ -22,13 +22,17 @@ class Bucket:
         result_dtype: of their mean.
     """
 
-    def __init__(self, members: list[Rows], mesh: DeviceMesh, dtype: torch.dtype, result_dtype: torch.dtype) -> None:
+    def __init__(
+        self, members: list[Rows], mesh: DeviceMesh, dtype: torch.dtype, result_dtype: torch.dtype
+    ) -> None:
         self.members = members
         self._mesh = mesh
         self._dtype = dtype
         self._result_dtype = result_dtype
         self._ranks = mesh.size(mesh.ndim - 1)
-        self._filled: dict[Rows, Tensor] = {}  # each member's place, of those that have brought a gradient
+        self._filled: dict[
+            Rows, Tensor
+        ] = {}  # each member's place, of those that have brought a gradient
         self._lines: Tensor | None = None  # (ranks, sum of widths)
         self.sent = 0  # how many times since the ranks last agreed
 
@@ -40,7 +44,9 @@ class Bucket:
     @property
     def is_complete(self) -> bool:
         """Whether all trainable members have brought their gradients."""
-        return self.is_pending and all(rows in self._filled or not rows.param.requires_grad for rows in self.members)
+        return self.is_pending and all(
+            rows in self._filled or not rows.param.requires_grad for rows in self.members
+        )
 
     def add(self, rows: Rows, grad: Tensor) -> None:
         """Take a member's gradient, of the parameter's shape; a second one is added to the first."""
@@ -73,18 +79,29 @@ class Bucket:
     def own_rows(self, line: Tensor) -> dict[Rows, Tensor]:
         """Each member's rows of this rank, as views of its line of the bucket."""
         widths = [rows.width for rows in self.members]
-        return {rows: rows.own_of_line(part) for rows, part in zip(self.members, line.split(widths), strict=True)}
+        return {
+            rows: rows.own_of_line(part)
+            for rows, part in zip(self.members, line.split(widths), strict=True)
+        }
 
     def _new_lines(self) -> Tensor:
         width = sum(rows.width for rows in self.members)
         return torch.empty(self._ranks, width, dtype=self._dtype, device=self.members[0].form[2])
 
     def _places(self, lines: Tensor) -> dict[Rows, Tensor]:
-        return dict(zip(self.members, lines.split([rows.width for rows in self.members], 1), strict=True))
+        return dict(
+            zip(self.members, lines.split([rows.width for rows in self.members], 1), strict=True)
+        )
 
     def _is_place_itself(self, rows: Rows, grad: Tensor) -> bool:
         """Whether the gradient can be sent from where it lies."""
-        return len(self.members) == 1 and not self._filled and grad.dtype == self._dtype and rows.is_even and grad.is_contiguous()
+        return (
+            len(self.members) == 1
+            and not self._filled
+            and grad.dtype == self._dtype
+            and rows.is_even
+            and grad.is_contiguous()
+        )
 
 
 class WholeBucket(Bucket):
@@ -122,15 +139,23 @@ def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: i
     ranks, group = mesh.size(axis), mesh.get_group(axis)
     if ranks == 1:
         return
-    in_flight: list[tuple[list[Rows], Tensor | None, Exchange]] = []
+    in_flight: list[tuple[list[Rows], Tensor | None, CheckedWork]] = []
     for bucket in buckets:
         if len(in_flight) == max_in_flight:
             _receive(*in_flight.pop(0))
         first = bucket[0].param.detach()
         if len(bucket) == 1 and bucket[0].is_even:
-            in_flight.append((bucket, None, all_gather_start(first.view(-1), bucket[0].own(first).reshape(-1), group)))
+            in_flight.append(
+                (
+                    bucket,
+                    None,
+                    all_gather_start(first.view(-1), bucket[0].own(first).reshape(-1), group),
+                )
+            )
             continue
-        line = torch.empty(sum(rows.width for rows in bucket), dtype=first.dtype, device=first.device)
+        line = torch.empty(
+            sum(rows.width for rows in bucket), dtype=first.dtype, device=first.device
+        )
         _pack_own(bucket, line)
         lines = torch.empty(ranks, line.numel(), dtype=line.dtype, device=line.device)
         in_flight.append((bucket, lines, all_gather_start(lines.view(-1), line, group)))
@@ -141,13 +166,18 @@ def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: i
 def _pack_own(bucket: list[Rows], line: Tensor) -> None:
     """Copy this rank's rows of all members to its line of the bucket: on a GPU in a few launches, not one for each member."""
     places = line.split([rows.width for rows in bucket])
-    parts = [rows.own_parts(rows.param.detach(), place) for rows, place in zip(bucket, places, strict=True)]
-    torch._foreach_copy_([of_line for _, of_line, _ in parts], [of_param for of_param, _, _ in parts])
+    parts = [
+        rows.own_parts(rows.param.detach(), place)
+        for rows, place in zip(bucket, places, strict=True)
+    ]
+    torch._foreach_copy_(
+        [of_line for _, of_line, _ in parts], [of_param for of_param, _, _ in parts]
+    )
     if padding := [rest for _, _, rest in parts if rest is not None]:
         torch._foreach_zero_(padding)
 
 
-def _receive(bucket: list[Rows], lines: Tensor | None, work: Exchange) -> None:
+def _receive(bucket: list[Rows], lines: Tensor | None, work: CheckedWork) -> None:
     work.wait()
     if lines is None:  # it came in where it belongs
         torch.autograd.graph.increment_version([rows.param for rows in bucket])
@@ -162,7 +192,10 @@ def split_by_size(members: Iterable[Rows], bucket_bytes: int) -> list[list[Rows]
     open_buckets: dict[object, tuple[list[Rows], int]] = {}
     result = []
     for rows in members:
-        kind, size = (rows.param.dtype, rows.param.device, rows.is_whole), rows.param.numel() * rows.param.element_size()
+        kind, size = (
+            (rows.param.dtype, rows.param.device, rows.is_whole),
+            rows.param.numel() * rows.param.element_size(),
+        )
         bucket, filled = open_buckets.pop(kind, ([], 0))
         if bucket and filled + size > bucket_bytes:
             result.append(bucket)

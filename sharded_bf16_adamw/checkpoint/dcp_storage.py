@@ -42,13 +42,19 @@ class ChecksummedWriter(FileSystemWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=False, overwrite=False)  # DCP's fsync comes before the last bytes have left Python's buffer
+        super().__init__(
+            path, sync_files=False, overwrite=False
+        )  # DCP's fsync comes before the last bytes have left Python's buffer
         self.fs = _ChecksummedFiles()
         self.files = self.fs.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         # DCP copies ahead without blocking, and then waits for a stream of the current device alone.
-        devices = {data.device for data in map(planner.resolve_data, plan.items) if isinstance(data, torch.Tensor)}
+        devices = {
+            data.device
+            for data in map(planner.resolve_data, plan.items)
+            if isinstance(data, torch.Tensor)
+        }
         gpus = devices - {torch.device("cpu")}
         if not gpus or gpus != {torch.device("cuda", torch.cuda.current_device())}:
             self.per_thread_copy_ahead = 0
@@ -56,7 +62,9 @@ class ChecksummedWriter(FileSystemWriter):
             return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # no checkpoint_id: it would be the path of the unfinished folder, as a pickled Path
+        return StorageMeta(
+            save_id=self.save_id
+        )  # no checkpoint_id: it would be the path of the unfinished folder, as a pickled Path
 
 
 class PlainReader(FileSystemReader):
@@ -84,11 +92,15 @@ def read_metadata(path: Path, record: FileRecord) -> Metadata:
     """
     content = (path / METADATA).read_bytes()
     if FileRecord(len(content), crc32_text(zlib.crc32(content))) != record:
-        raise ValueError(f"the checkpoint {path} cannot be used: {METADATA} is not what was written; load another checkpoint")
+        raise ValueError(
+            f"the checkpoint {path} cannot be used: {METADATA} is not what was written; load another checkpoint"
+        )
     try:
         return parse_metadata(content)
     except ValueError as error:
-        raise ValueError(f"the checkpoint {path} cannot be used: {METADATA}: {error}; load another checkpoint") from error
+        raise ValueError(
+            f"the checkpoint {path} cannot be used: {METADATA}: {error}; load another checkpoint"
+        ) from error
 
 
 def parse_metadata(content: bytes) -> Metadata:
@@ -102,10 +114,17 @@ def parse_metadata(content: bytes) -> Metadata:
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"it is no metadata of a checkpoint ({error})") from error
     if not (
-        isinstance(metadata, Metadata) and all(isinstance(part, dict) for part in (metadata.state_dict_metadata, metadata.storage_data))
+        isinstance(metadata, Metadata)
+        and all(
+            isinstance(part, dict) for part in (metadata.state_dict_metadata, metadata.storage_data)
+        )
     ):
         raise ValueError("it is no metadata of a checkpoint")
-    pickled = [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    pickled = [
+        key
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, BytesStorageMetadata)
+    ]
     if pickled:
         raise ValueError(f"{pickled[0]} is a pickled object, which is not loaded")
     return metadata
@@ -141,7 +160,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which metadata of tensors does not need")
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which metadata of tensors does not need"
+        )
 
 
 class _ChecksummedFiles(FileSystem):
@@ -159,7 +180,9 @@ class _ChecksummedFiles(FileSystem):
                 yield stream
                 stream.close()
             except Exception:
-                if stream.error is not None:  # such as a full disk, of which torch.save only says that a position is unexpected
+                if (
+                    stream.error is not None
+                ):  # such as a full disk, of which torch.save only says that a position is unexpected
                     raise stream.error from None
                 raise
         self.files[Path(path).name] = FileRecord(stream.count, crc32_text(stream.crc))

@@ -24,7 +24,9 @@ from .manifest import MANIFEST, Manifest, crc32_text, find_damage, read_manifest
 
 LATEST = "LATEST"
 REMOVED = ".removed-"
-_NAME = re.compile(r"step-(\d{8,})(-\d+)?")  # a copy that somebody keeps as step-00000200-best is not one of ours to count or remove
+_NAME = re.compile(
+    r"step-(\d{8,})(-\d+)?"
+)  # a copy that somebody keeps as step-00000200-best is not one of ours to count or remove
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
@@ -61,7 +63,9 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
 
 def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
     """What to raise where :func:`find_checkpoint` found none."""
-    return FileNotFoundError(f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one")
+    return FileNotFoundError(
+        f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one"
+    )
 
 
 def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
@@ -200,7 +204,10 @@ def remove_all(paths: list[Path]) -> list[Path]:
         except FileNotFoundError:
             continue  # another process has removed it
         except OSError as error:
-            warnings.warn(f"the older checkpoint {path} could not be removed ({error}); remove it yourself", stacklevel=2)
+            warnings.warn(
+                f"the older checkpoint {path} could not be removed ({error}); remove it yourself",
+                stacklevel=2,
+            )
             continue
         removed.append(path)
     return removed
@@ -221,7 +228,10 @@ def discard(path: Path) -> None:
     except FileNotFoundError:
         pass  # another process removes it too
     except OSError as error:
-        warnings.warn(f"{path} is left over and could not be removed ({error}); remove it yourself", stacklevel=2)
+        warnings.warn(
+            f"{path} is left over and could not be removed ({error}); remove it yourself",
+            stacklevel=2,
+        )
 
 
 def unique_suffix() -> str:

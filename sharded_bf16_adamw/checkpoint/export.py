@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .agreement import Group, by_first_rank, check_group
-from .asynchronous import wait_for_own_saves
-from .contents import MODEL, STATE
-from .folders import sync_folder
+from .async_save import wait_for_own_saves
+from .directory import sync_folder
 from .odd_values import PART
+from .rank_errors import Group, by_first_rank, check_group
+from .reader import StoredCheckpoint
 from .safetensors_io import NAMES, TensorInfo, write_folder
-from .stored import StoredCheckpoint
+from .state_dict import MODEL, STATE
 
 Progress = Callable[[int], None]  # called with the bytes just done
 
@@ -89,10 +89,18 @@ def export_fp32(
     return Path(by_first_rank("export_fp32", out, export, group))
 
 
-def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_shard_bytes: int, progress: Progress | None) -> None:
+def _export(
+    path: str | os.PathLike[str],
+    out: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> None:
     wait_for_own_saves()  # else the root would stand for the checkpoint before
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p alone)")
+        raise ValueError(
+            f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p alone)"
+        )
     if max_shard_bytes < 1:
         raise ValueError(f"Invalid max_shard_bytes: {max_shard_bytes}; it must be positive")
     if out.exists():
@@ -110,19 +118,27 @@ def _export(path: str | os.PathLike[str], out: Path, dtype: torch.dtype, max_sha
                     "dequantise it in the model, save that and export it"
                 )
             if info.dtype not in NAMES:
-                raise ValueError(f"{key.removeprefix(MODEL)} is {info.dtype}, which safetensors files cannot hold; export without it")
-            infos[key.removeprefix(MODEL)] = TensorInfo(info.shape, torch.float32) if key in corrections else info
+                raise ValueError(
+                    f"{key.removeprefix(MODEL)} is {info.dtype}, which safetensors files cannot hold; export without it"
+                )
+            infos[key.removeprefix(MODEL)] = (
+                TensorInfo(info.shape, torch.float32) if key in corrections else info
+            )
 
     def tensor_of(name: str) -> Tensor:
         tensor = stored.read(MODEL + name)
         if MODEL + name in corrections:
             correction = corrections[MODEL + name]
-            tensor = tensor.float() if correction is None else joined(tensor, stored.read(correction))
+            tensor = (
+                tensor.float() if correction is None else joined(tensor, stored.read(correction))
+            )
         if progress is not None:
             progress(tensor.nbytes)
         return tensor
 
-    partial = out.with_name(f".exporting-{out.name}")  # a name that no save takes for its own leftover
+    partial = out.with_name(
+        f".exporting-{out.name}"
+    )  # a name that no save takes for its own leftover
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
     partial.mkdir(parents=True)
     try:
@@ -145,18 +161,29 @@ def _corrections(stored: StoredCheckpoint) -> dict[str, str | None]:
     if stored.manifest.ties is None:
         return _with_guessed_ties(stored, own)
     for names in stored.manifest.ties:  # which have one state, under one of them
-        shared = next((own[MODEL + name] for name in names if own.get(MODEL + name) is not None), None)
+        shared = next(
+            (own[MODEL + name] for name in names if own.get(MODEL + name) is not None), None
+        )
         own.update({MODEL + name: shared for name in names if MODEL + name in own})
     return own
 
 
-def _with_guessed_ties(stored: StoredCheckpoint, own: dict[str, str | None]) -> dict[str, str | None]:
+def _with_guessed_ties(
+    stored: StoredCheckpoint, own: dict[str, str | None]
+) -> dict[str, str | None]:
     """A save before ties were recorded: take a weight without a state for tied to one with a state if all their bits are the same.
     A constant (all ones, all zeros) proves nothing."""
     for key in [key for key, correction in own.items() if correction is None]:
-        candidates = [other for other in own if own[other] is not None and stored.infos[other].shape == stored.infos[key].shape]
+        candidates = [
+            other
+            for other in own
+            if own[other] is not None and stored.infos[other].shape == stored.infos[key].shape
+        ]
         if candidates:
             weight = stored.read(key)
             if weight.numel() and bool((weight != weight.flatten()[0]).any()):
-                own[key] = next((own[other] for other in candidates if torch.equal(stored.read(other), weight)), None)
+                own[key] = next(
+                    (own[other] for other in candidates if torch.equal(stored.read(other), weight)),
+                    None,
+                )
     return own

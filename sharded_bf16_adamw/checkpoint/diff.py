@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .agreement import Group, known_elsewhere
-from .contents import MODEL, STATE, Contents, param_of_state
 from .groups import match_groups
 from .manifest import Manifest, ParamGroup
 from .plain import decode
+from .rank_errors import Group, known_elsewhere
+from .state_dict import MODEL, STATE, Contents, param_of_state
 
 
 @dataclass
@@ -35,13 +35,21 @@ class Comparison:
     differences: list[str] = field(default_factory=list)
 
 
-def keys_elsewhere(metadata: Metadata, manifest: Manifest, here: Contents, group: Group) -> set[str]:
+def keys_elsewhere(
+    metadata: Metadata, manifest: Manifest, here: Contents, group: Group
+) -> set[str]:
     """Return the keys of the checkpoint that other ranks alone have (pipeline stages, experts). Collective."""
-    saved: set[str] = {key for key in (*metadata.state_dict_metadata, *manifest.values) if key.startswith((MODEL, STATE))}
+    saved: set[str] = {
+        key
+        for key in (*metadata.state_dict_metadata, *manifest.values)
+        if key.startswith((MODEL, STATE))
+    }
     return known_elsewhere(saved.difference(here.tensors, here.plain), group)
 
 
-def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: Collection[str] = ()) -> Comparison:
+def compare(
+    metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: Collection[str] = ()
+) -> Comparison:
     """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference.
     ``elsewhere`` are keys that other ranks have."""
     result = Comparison()
@@ -56,7 +64,11 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: C
             continue
         if param is None or param in with_state:
             result.differences.append(problem)
-        if param is not None and MODEL + param in saved and _difference("", saved[MODEL + param], here.tensors[MODEL + param]) is None:
+        if (
+            param is not None
+            and MODEL + param in saved
+            and _difference("", saved[MODEL + param], here.tensors[MODEL + param]) is None
+        ):
             result.unsaved_states.append(key)
     for key, value in here.plain.items():
         if key in saved_plain:
@@ -66,9 +78,15 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: C
             if param_of_state(key) is None or param_of_state(key) in with_state:
                 result.differences.append(f"it has no {key}")
     with_state_here = {param_of_state(key) for key in [*here.tensors, *here.plain]}
-    unused = {param for param in with_state if param not in with_state_here and MODEL + param in here.tensors}
+    unused = {
+        param
+        for param in with_state
+        if param not in with_state_here and MODEL + param in here.tensors
+    }
     for param in sorted(unused):
-        result.differences.append(f"it has a state of {param}, which has none here, as where it is not in the optimizer")
+        result.differences.append(
+            f"it has a state of {param}, which has none here, as where it is not in the optimizer"
+        )
     for key in [*saved, *saved_plain]:
         is_here = key in here.tensors or key in here.plain or key in elsewhere
         if key.startswith((MODEL, STATE)) and not is_here and param_of_state(key) not in unused:
@@ -79,12 +97,20 @@ def compare(metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: C
 
 def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
     """The names of the parameters of which the checkpoint has a state."""
-    return {fqn for key in chain(metadata.state_dict_metadata, manifest.values) if (fqn := param_of_state(key)) is not None}
+    return {
+        fqn
+        for key in chain(metadata.state_dict_metadata, manifest.values)
+        if (fqn := param_of_state(key)) is not None
+    }
 
 
 def restored(here: Contents, comparison: Comparison, loaded: dict[str, Any]) -> Contents:
     """What the model and optimizer are to hold: loaded tensors and values, and of the rest what they hold now."""
-    return Contents({**here.tensors, **{key: loaded[key] for key in comparison.loadable}}, comparison.plain, comparison.groups)
+    return Contents(
+        {**here.tensors, **{key: loaded[key] for key in comparison.loadable}},
+        comparison.plain,
+        comparison.groups,
+    )
 
 
 def _difference(key: str, entry: Any, value: Any) -> str | None:
@@ -106,13 +132,27 @@ def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Com
     for group, match in zip(here, matches, strict=True):
         options = dict(group.options)
         if not group.params and match is None and "schedule_step" in options:
-            options["schedule_step"] = max((decode(other.options.get("schedule_step", 0)) for other in saved), default=0)
+            options["schedule_step"] = max(
+                (decode(other.options.get("schedule_step", 0)) for other in saved), default=0
+            )
         if not group.params and match is not None:
-            found = {name: decode(value) for name, value in saved[match].options.items() if name != "param_names"}
+            found = {
+                name: decode(value)
+                for name, value in saved[match].options.items()
+                if name != "param_names"
+            }
             options.update({name: _like(options.get(name), value) for name, value in found.items()})
-        for name in dict.fromkeys(chain(options, *(options_of.get(fqn, {}) for fqn in group.params))):
-            found = {fqn: options_of[fqn][name] for fqn in group.params if name in options_of.get(fqn, {})}
-            if not found or name == "param_names":  # which is no option but what the caller called them
+        for name in dict.fromkeys(
+            chain(options, *(options_of.get(fqn, {}) for fqn in group.params))
+        ):
+            found = {
+                fqn: options_of[fqn][name]
+                for fqn in group.params
+                if name in options_of.get(fqn, {})
+            }
+            if (
+                not found or name == "param_names"
+            ):  # which is no option but what the caller called them
                 continue
             first = next(iter(found))
             other = next((fqn for fqn in found if found[fqn] != found[first]), None)

@@ -22,21 +22,23 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .zero_buckets import Bucket, WholeBucket, split_by_size
-from .zero_checks import wrapped_by_ddp
-from .zero_comm import MeanOnItsWay
-from .zero_rows import Rows
-from .zero_stage1 import Stage, grad_problem, param_form
+from .bucket import Bucket, WholeBucket, split_by_size
+from .checks import wrapped_by_ddp
+from .param import Rows
+from .reduce_scatter import MeanOnItsWay
+from .stage1 import Stage, grad_problem, param_form
 
 if TYPE_CHECKING:
-    from .zero import ZeRO
+    from .config import ZeRO
 
 PATIENCE = 1.0  # seconds that a backward pass waits for a bucket to leave before it lets more of them pile up
 PILED_UP = (
     "gradients have come on top of those that the step before has taken; ZeRO stage 2 holds gradients itself, where model.zero_grad() "
     "does not reach them, so call optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
-_taker: Any = WeakIdKeyDictionary()  # parameter -> weak reference to the one Stage2, the newest, that takes its gradients
+_taker: Any = (
+    WeakIdKeyDictionary()
+)  # parameter -> weak reference to the one Stage2, the newest, that takes its gradients
 
 _takeovers = 0  # how often that has changed
 
@@ -56,31 +58,41 @@ class Stage2(Stage):
         self._syncs = True
         self._checked_ddp = False
         self._seen_takeovers = 0
-        self._is_patient = True  # whether the other ranks can be expected to keep up during the backward pass
-        self._is_trusting = False  # whether they have, in the last step: the device may then wait for them
+        self._is_patient = (
+            True  # whether the other ranks can be expected to keep up during the backward pass
+        )
+        self._is_trusting = (
+            False  # whether they have, in the last step: the device may then wait for them
+        )
         self._buckets: list[Bucket] = []
         self._active = 0  # the first buckets: of parameters that had gradients lately; the others go only when asked for
         self._next = 0  # the bucket to be sent next
         self._bucket_of: dict[Rows, Bucket] = {}
         self._in_flight: list[tuple[Bucket, MeanOnItsWay]] = []
-        self._accumulated: dict[Tensor, Tensor] = {}  # whole gradients of this rank, float32, where asked for
+        self._accumulated: dict[
+            Tensor, Tensor
+        ] = {}  # whole gradients of this rank, float32, where asked for
         self._reduced: dict[Tensor, Tensor] = {}  # the mean over ranks, of this rank's rows
         self._has_grad: set[Rows] = set()  # on this rank, since clear_grads()
         self._stepped = False  # whether a step has taken the gradients that are held
         self._piled_up = False  # whether others have come on top of them since
-        self._arrival: dict[Rows, None] | None = {}  # order in which gradients first came; None once the ranks have agreed on one
+        self._arrival: (
+            dict[Rows, None] | None
+        ) = {}  # order in which gradients first came; None once the ranks have agreed on one
         self._agreed_arrival = False
         self._order: list[Rows] = []
         self._last_with_grad: list[Rows] = []
         self._built_for: list[Rows] = []
 
-    def attach(self, params: list[Tensor], names: list[str]) -> None:
+    def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._agreement.maximum([self._is_busy()])):
-            self.reduce()  # what is under way goes by the old buckets
-        super().attach(params, names)
+            self.reduce_grads()  # what is under way goes by the old buckets
+        super().add_params(params, names)
         self._ready = False
         self._hook_all()
-        self._order = list(reversed(self._rows.values()))  # backward passes go roughly against the order of construction
+        self._order = list(
+            reversed(self._rows.values())
+        )  # backward passes go roughly against the order of construction
         self._arrival = {}
         self._build(self._order)
 
@@ -115,7 +127,9 @@ class Stage2(Stage):
             self._send_complete()
         elif self._policy.accumulate_dtype is not None:
             total = self._accumulated.get(param)
-            self._accumulated[param] = grad.to(torch.float32, copy=True) if total is None else total.add_(grad)
+            self._accumulated[param] = (
+                grad.to(torch.float32, copy=True) if total is None else total.add_(grad)
+            )
             param.grad = None
 
     def _take(self, rows: Rows) -> None:
@@ -165,8 +179,10 @@ class Stage2(Stage):
 
     # -------------------------------------------------------------------------------------------------------------- in a step
 
-    def reduce(self) -> None:
-        if not self._ready or any(param.grad is not None for param in self._rows):  # set by hand after clip_grad_norm_
+    def reduce_grads(self) -> None:
+        if not self._ready or any(
+            param.grad is not None for param in self._rows
+        ):  # set by hand after clip_grad_norm_
             self._reduce(discarding=False)
 
     @torch.no_grad()
@@ -175,15 +191,29 @@ class Stage2(Stage):
         problem = self._problem()
         if problem is None:
             for rows in self._order:
-                if rows.param.grad is not None or rows.param in self._accumulated:  # set by hand, unfrozen lately, or of no_sync()
+                if (
+                    rows.param.grad is not None or rows.param in self._accumulated
+                ):  # set by hand, unfrozen lately, or of no_sync()
                     self._take(rows)
                     self._send_complete()
         all_rows = list(self._rows.values())
         own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
         has = [rows in self._has_grad for rows in all_rows]
-        values = [*own, *has, *[not x for x in has], bool(self._arrival), self._stepped, discarding, not discarding]
+        values = [
+            *own,
+            *has,
+            *[not x for x in has],
+            bool(self._arrival),
+            self._stepped,
+            discarding,
+            not discarding,
+        ]
         agreed, problems = self._agreement.maximum_and_problems(values, problem)
-        times, somewhere, missing = agreed[: len(own)], agreed[len(own) :][: len(has)], agreed[len(own) + len(has) : -4]
+        times, somewhere, missing = (
+            agreed[: len(own)],
+            agreed[len(own) :][: len(has)],
+            agreed[len(own) + len(has) : -4],
+        )
         any_arrival, any_stepped, any_discards, any_keeps = agreed[-4:]
         self._piled_up |= bool(any_stepped and any(times))
         self._send_rest(times[: self._active], self._buckets[: self._active])
@@ -193,7 +223,9 @@ class Stage2(Stage):
         for bucket in self._buckets:
             bucket.sent = 0
         self._next = 0
-        if problems is not None:  # raised when all that was under way has arrived, so that the ranks can still talk
+        if (
+            problems is not None
+        ):  # raised when all that was under way has arrived, so that the ranks can still talk
             raise RuntimeError(problems)
         if self._piled_up and not any_discards:
             raise RuntimeError(PILED_UP)
@@ -250,8 +282,8 @@ class Stage2(Stage):
         return [self._reduced[param] for param in params]
 
     @torch.no_grad()
-    def gather(self) -> None:
-        super().gather()
+    def all_gather_params(self) -> None:
+        super().all_gather_params()
         self._stepped = bool(self._with_grad)  # a step without any leaves nothing to pile up on
         self._hook_all()
         self._adapt()
@@ -266,7 +298,9 @@ class Stage2(Stage):
 
     def _is_busy(self) -> bool:
         """Whether gradients of this rank are on their way or wait for others."""
-        return bool(self._in_flight) or any(bucket.sent or bucket.is_pending for bucket in self._buckets)
+        return bool(self._in_flight) or any(
+            bucket.sent or bucket.is_pending for bucket in self._buckets
+        )
 
     # ---------------------------------------------------------------------------------------------------------------- buckets
 
@@ -277,7 +311,10 @@ class Stage2(Stage):
             number = {rows: index for index, rows in enumerate(numbered)}
             arrived = list(self._arrival)
             arrived += [rows for rows in self._order if rows not in self._arrival]
-            self._order = [numbered[index] for index in self._agreement.of_first([number[rows] for rows in arrived])]
+            self._order = [
+                numbered[index]
+                for index in self._agreement.of_first([number[rows] for rows in arrived])
+            ]
             self._arrival = None
             self._build(self._with_grad)
         elif self._with_grad == self._last_with_grad != self._built_for:
@@ -289,8 +326,12 @@ class Stage2(Stage):
         assert not self._in_flight and not any(bucket.is_pending for bucket in self._buckets)
         size = self._policy.bucket_bytes
         chosen = {rows for rows in active if not rows.is_whole}
-        first = split_by_size([rows for rows in self._order if rows in chosen and rows.param.numel()], size)
-        rest = split_by_size([rows for rows in self._order if rows not in chosen and rows.param.numel()], size)
+        first = split_by_size(
+            [rows for rows in self._order if rows in chosen and rows.param.numel()], size
+        )
+        rest = split_by_size(
+            [rows for rows in self._order if rows not in chosen and rows.param.numel()], size
+        )
         self._buckets = [self._new_bucket(members) for members in (*first, *rest)]
         self._bucket_of = {rows: bucket for bucket in self._buckets for rows in bucket.members}
         self._active, self._next = len(first), 0

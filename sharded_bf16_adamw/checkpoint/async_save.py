@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..sharding.collectives import new_cpu_group
-from .agreement import Group, on_rank_0
+from .rank_errors import Group, on_rank_0
 
 
 class _Pending(threading.Thread):
@@ -47,9 +47,13 @@ class _Pending(threading.Thread):
         return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
-_pending: list[_Pending] = []  # in the order in which they were started; done ones until their errors were raised
+_pending: list[
+    _Pending
+] = []  # in the order in which they were started; done ones until their errors were raised
 _lock = threading.Lock()  # of the list
-_groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()  # by a group of the same ranks
+_groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)  # by a group of the same ranks
 _borrowed: set[dist.ProcessGroup] = set()  # those that a save under way uses
 
 
@@ -110,7 +114,11 @@ def borrow_group(group: Group) -> Group:
     assert of is not None
     known = _groups.setdefault(of, [])
     index = on_rank_0(  # whose thread is the last to leave a group
-        "cannot save", lambda: next((i for i, candidate in enumerate(known) if candidate not in _borrowed), len(known)), group
+        "cannot save",
+        lambda: next(
+            (i for i, candidate in enumerate(known) if candidate not in _borrowed), len(known)
+        ),
+        group,
     )
     if index == len(known):
         known.append(new_cpu_group(dist.get_process_group_ranks(of)))

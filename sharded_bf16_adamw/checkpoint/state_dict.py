@@ -19,13 +19,23 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..sharding.local import to_local
+from ..sharding.dtensor import to_local
 from ..sharding.model_parallel import ModelParallel
-from ..sharding.zero import ZeRO
-from .agreement import Group, rank
+from ..sharding.zero.config import ZeRO
 from .manifest import ParamGroup
 from .names import named_tensors, plain_name, unwrapped
-from .odd_values import ENTRY, MODEL, PART, entry_key, is_extra_state, is_wrapper, parts_of, set_extra_states, without_subclass
+from .odd_values import (
+    ENTRY,
+    MODEL,
+    PART,
+    entry_key,
+    is_extra_state,
+    is_wrapper,
+    parts_of,
+    set_extra_states,
+    without_subclass,
+)
+from .rank_errors import Group, rank
 from .rank_names import RankNames
 from .torch_state import (
     has_fsdp1,
@@ -61,15 +71,28 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankName
     own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
     model_part: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
-        model_part.update(parts_of(MODEL + names.stored(name), own[name] if is_wrapper(value) and name in own else value))
+        model_part.update(
+            parts_of(
+                MODEL + names.stored(name),
+                own[name] if is_wrapper(value) and name in own else value,
+            )
+        )
     optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
     tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
     plain = {key: value for key, value in model_part.items() if key not in tensors}
-    plain.update({entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()})
-    return Contents({**tensors, **optimizer_part.tensors}, {**plain, **optimizer_part.plain}, optimizer_part.groups)
+    plain.update(
+        {entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()}
+    )
+    return Contents(
+        {**tensors, **optimizer_part.tensors},
+        {**plain, **optimizer_part.plain},
+        optimizer_part.groups,
+    )
 
 
-def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False) -> Contents:
+def optimizer_contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False
+) -> Contents:
     """Return the optimizer's part of :func:`contents`, without entries of no parameter; ``removed`` as for
     :func:`.torch_state.sharded_optimizer_state`."""
     state_dict = sharded_optimizer_state(model, optimizer, removed)
@@ -79,7 +102,10 @@ def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer, names
         values.update({key: without_subclass(value) for key, value in flat.items()})
     tensors = {key: value for key, value in values.items() if _is_tensor(value)}
     plain = {key: value for key, value in values.items() if key not in tensors}
-    groups = [ParamGroup(list(map(names.stored, group.pop("params"))), group) for group in state_dict["param_groups"]]
+    groups = [
+        ParamGroup(list(map(names.stored, group.pop("params"))), group)
+        for group in state_dict["param_groups"]
+    ]
     return Contents(tensors, plain, groups)
 
 
@@ -93,7 +119,9 @@ def with_stages(found: Contents, names: RankNames) -> Contents:
     def renamed(values: dict[str, Any]) -> dict[str, Any]:
         return {_with_fqn(key, names.of_stage): value for key, value in values.items()}
 
-    groups = [ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in found.groups]
+    groups = [
+        ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in found.groups
+    ]
     return Contents(renamed(found.tensors), renamed(found.plain), groups)
 
 
@@ -107,7 +135,14 @@ def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
         for place, (params, options) in enumerate(groups):
             new = [fqn for fqn in params if fqn not in seen]
             seen.update(new)
-            known = next((group for group, at in zip(result, places, strict=True) if at == place and group.options == options), None)
+            known = next(
+                (
+                    group
+                    for group, at in zip(result, places, strict=True)
+                    if at == place and group.options == options
+                ),
+                None,
+            )
             if known is not None:
                 known.params.extend(new)
             elif new or (holder == 0 and not params):
@@ -116,18 +151,34 @@ def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
     return result
 
 
-def set_contents(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames) -> None:
+def set_contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames
+) -> None:
     """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
-    flat = {_with_fqn(key, names.local): value for key, value in {**values.tensors, **values.plain}.items()}
+    flat = {
+        _with_fqn(key, names.local): value
+        for key, value in {**values.tensors, **values.plain}.items()
+    }
     own = _section(MODEL, flat)
     if _are_live(model, optimizer, values):
-        set_extra_states(model, {name: value for name, value in own.items() if is_extra_state(name)})
+        set_extra_states(
+            model, {name: value for name, value in own.items() if is_extra_state(name)}
+        )
         _set_options(optimizer, values.groups)
     else:
-        set_sharded_model_state(model, {name: value for name, value in own.items() if PART not in name})
-        groups = [{"params": list(map(names.local, params)), **options} for params, options in values.groups]
-        state = _nested(_section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))})
-        set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups}, removed=True)
+        set_sharded_model_state(
+            model, {name: value for name, value in own.items() if PART not in name}
+        )
+        groups = [
+            {"params": list(map(names.local, params)), **options}
+            for params, options in values.groups
+        ]
+        state = _nested(
+            _section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))}
+        )
+        set_sharded_optimizer_state(
+            model, optimizer, {"state": state, "param_groups": groups}, removed=True
+        )
         for live, group in zip(optimizer.param_groups, values.groups, strict=True):
             for name, value in group.options.items():
                 live.setdefault(name, value)  # of the options torch loads those that are here
@@ -139,12 +190,22 @@ def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Conten
     """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
     if any(key.startswith(STATE) for key in values.plain) or has_fsdp1(model):
         return False
-    params = [param for group in optimizer.param_groups for param in group["params"]] + removed_params(model, optimizer)
+    params = [
+        param for group in optimizer.param_groups for param in group["params"]
+    ] + removed_params(model, optimizer)
     states = [value for param in params for value in optimizer.state.get(param, {}).values()]
-    of_model = {_address(part) for tensor in chain(model.parameters(), model.buffers()) for part in parts_of("", tensor).values()}
+    of_model = {
+        _address(part)
+        for tensor in chain(model.parameters(), model.buffers())
+        for part in parts_of("", tensor).values()
+    }
     given = {_address(value) for key, value in values.tensors.items() if key.startswith(STATE)}
     return (
-        all(_address(value) in of_model for key, value in values.tensors.items() if key.startswith(MODEL) and not is_extra_state(key))
+        all(
+            _address(value) in of_model
+            for key, value in values.tensors.items()
+            if key.startswith(MODEL) and not is_extra_state(key)
+        )
         and given == {_address(value) for value in states}
         and len(states) == sum(key.startswith(STATE) for key in values.tensors)
     )
@@ -183,13 +244,17 @@ def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, T
         state[f"rng.{rank(group)}.cuda"] = torch.cuda.get_rng_state()
         gpus = [gpu for gpu in range(torch.cuda.device_count()) if every_device or _is_used(gpu)]
         if len(gpus) > 1:
-            state.update({f"rng.{rank(group)}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus})
+            state.update(
+                {f"rng.{rank(group)}.cuda.{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus}
+            )
     return state
 
 
 def set_rng_contents(state: dict[str, Tensor]) -> None:
     """Inverse of :func:`rng_contents`."""
-    for key in sorted(state):  # the current GPU's before those by index, which know better where both are there
+    for key in sorted(
+        state
+    ):  # the current GPU's before those by index, which know better where both are there
         kind, _, index = key.split(".", 2)[2].partition(".")
         if kind == "cpu":
             torch.set_rng_state(state[key])
@@ -228,7 +293,9 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
         if isinstance(module, DistributedDataParallel):
             words.append("DistributedDataParallel")
         elif isinstance(module, FullyShardedDataParallel):
-            words.append(f"FullyShardedDataParallel {module.sharding_strategy.name} use_orig_params={module._use_orig_params}")
+            words.append(
+                f"FullyShardedDataParallel {module.sharding_strategy.name} use_orig_params={module._use_orig_params}"
+            )
         elif isinstance(module, FSDPModule):
             words.append("fully_shard")
     for param in model.parameters():
@@ -238,8 +305,16 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
     policy = getattr(getattr(sharding, "dense", sharding), "_policy", None)
     parallel = getattr(optimizer, "model_parallel", None)
     if isinstance(parallel, ModelParallel):
-        words += [f"{name} {dist.get_world_size(group)}" for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group)) if group]
-    words += [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)] if isinstance(policy, ZeRO) else []
+        words += [
+            f"{name} {dist.get_world_size(group)}"
+            for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group))
+            if group
+        ]
+    words += (
+        [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)]
+        if isinstance(policy, ZeRO)
+        else []
+    )
     return ", ".join(dict.fromkeys(words)) or "not sharded"
 
 
@@ -249,14 +324,20 @@ def _describe_mesh(mesh: DeviceMesh) -> str:
 
 def _section(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """The values whose keys have a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
 
 
 def _flat(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """``{"a": {"b": 1}}`` -> ``{"<prefix>.a.b": 1}``."""
     result = {}
     for key, value in state.items():
-        result.update(_flat(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value})
+        result.update(
+            _flat(f"{prefix}.{key}", value)
+            if isinstance(value, dict)
+            else {f"{prefix}.{key}": value}
+        )
     return result
 
 

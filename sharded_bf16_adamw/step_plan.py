@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels import Hyper, Table
-from .sharding.local import DTensor, group_by, to_local
-from .sharding.strategy import Sharding
+from .kernels import Hyperparams, Table
+from .sharding.base import Sharding
+from .sharding.dtensor import DTensor, group_by, to_local
 
 
-class Plan:
+class StepPlan:
     """Parameters that take part in a step, their states and a kernel table for each device.
 
     Args:
@@ -32,7 +32,12 @@ class Plan:
     """
 
     def __init__(
-        self, groups: list[list[Tensor]], states: list[dict[str, Any]], names: list[str], sharding: Sharding, backend: str | None
+        self,
+        groups: list[list[Tensor]],
+        states: list[dict[str, Any]],
+        names: list[str],
+        sharding: Sharding,
+        backend: str | None,
     ) -> None:
         params = self.params = list(chain.from_iterable(groups))
         self._sizes = list(map(len, groups))
@@ -48,19 +53,32 @@ class Plan:
         group_of = [number for number, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
             local_params = [to_local(shards[i]) for i in indices]
-            columns: dict[str, list[Any]] = {key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS}
+            columns: dict[str, list[Any]] = {
+                key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS
+            }
             groups_here = [group_of[i] for i in indices]
-            states_here = (columns["exp_avg"], columns["exp_avg_sq"], columns["correction"], columns["step"])
+            states_here = (
+                columns["exp_avg"],
+                columns["exp_avg_sq"],
+                columns["correction"],
+                columns["step"],
+            )
             table = Table(local_params, *states_here, groups=groups_here, backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
-    def is_for(self, groups: list[list[Tensor]]) -> bool:
+    def matches(self, groups: list[list[Tensor]]) -> bool:
         """Whether the plan is for just these parameters in these groups."""
-        return list(map(len, groups)) == self._sizes and all(map(is_, chain.from_iterable(groups), self.params))
+        return list(map(len, groups)) == self._sizes and all(
+            map(is_, chain.from_iterable(groups), self.params)
+        )
 
-    def is_current(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether all memory of the parameters and of their states lies where it lay, and the parameters are laid out as they were."""
-        return self._addresses is not None and self._addresses == self._read_addresses() and self._layouts == self._read_layouts()
+        return (
+            self._addresses is not None
+            and self._addresses == self._read_addresses()
+            and self._layouts == self._read_layouts()
+        )
 
     @property
     def captured(self) -> bool:
@@ -77,14 +95,23 @@ class Plan:
         local = grads if self._plain else self._sharding.local_grads(self.params)
         numels = list(map(Tensor.numel, local))
         if numels != self._numels:
-            index = next(i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b)
+            index = next(
+                i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b
+            )
             raise RuntimeError(
                 f"the gradient of parameter {self._names[index]} has {numels[index]} elements, not as many as the parameter, which was "
                 "resized after the backward pass; call zero_grad() when you resize a parameter"
             )
         return local
 
-    def update_(self, grads: list[Tensor], hypers: list[Hyper], *, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def update_(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyperparams],
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""
         for device, indices, table in self._tables:
             table.update_(

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from ..kernels.reference import lowbias32, stochastic_round
 from ..optimizer import AdamW_BF16
-from .agreement import by_first_rank, check_group, errors_on_every_rank, known_elsewhere
 from .blocks import local_blocks
-from .folders import latest
-from .fp32 import Progress, split
+from .directory import latest
+from .export import Progress, split
+from .foreign_formats import Source, open_optimizer_state, open_weights
 from .groups import match_groups
 from .odd_values import is_wrapper
 from .plain import as_tensor
+from .rank_errors import by_first_rank, check_group, known_elsewhere, raise_on_all_ranks
 from .rank_names import RankNames
 from .saving import save
-from .sources import Source, open_optimizer_state, open_weights
 from .ties import same_bits, ties_of
 from .torch_state import (
     check_model_and_optimizer,
@@ -38,7 +38,13 @@ from .torch_state import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")  # of torch.optim.AdamW's that mean the same here
+HYPERPARAMETERS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "maximize",
+)  # of torch.optim.AdamW's that mean the same here
 _Path = str | os.PathLike[str]
 
 
@@ -65,7 +71,7 @@ def import_fp32(
     rank of ``group`` calls it, and reads its own part of each tensor from ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, what is then missing (see
-    :mod:`sharded_bf16_adamw.checkpoint.fp32` for the bound); one that is frozen has a correction only if ``optimizer_state`` has
+    :mod:`sharded_bf16_adamw.checkpoint.export` for the bound); one that is frozen has a correction only if ``optimizer_state`` has
     a state of it. Moments are rounded stochastically, with bits that depend on the values
     alone. So every number of ranks and every strategy gets the same bits.
 
@@ -89,40 +95,66 @@ def import_fp32(
             then part old, part new, as the message says.
     """
     check_group(group)
-    with errors_on_every_rank("cannot import", group):
+    with raise_on_all_ranks("cannot import", group):
         check_model_and_optimizer("import_fp32(source, model, optimizer)", model, optimizer)
         if not isinstance(optimizer, AdamW_BF16):
-            raise ValueError(f"optimizer must be an AdamW_BF16, but it is of type {type(optimizer).__name__}; build one")
+            raise ValueError(
+                f"optimizer must be an AdamW_BF16, but it is of type {type(optimizer).__name__}; build one"
+            )
         weights = open_weights(source)
         opened = None if optimizer_state is None else open_optimizer_state(optimizer_state)
         rank_names = RankNames(model, optimizer)
     rank_names.number_experts()
     rank_names.add_stage_as_in(weights.infos)
     with new_states_only_if_it_succeeds(optimizer):
-        with errors_on_every_rank("cannot import", group):
+        with raise_on_all_ranks("cannot import", group):
             init_state(optimizer)
             optimizer_part = sharded_optimizer_state(model, optimizer)
-            imported = None if opened is None else _by_name(opened, optimizer_part["param_groups"], rank_names)
+            imported = (
+                None
+                if opened is None
+                else _by_name(opened, optimizer_part["param_groups"], rank_names)
+            )
             ties = ties_of(model, rank_names)
-            known = {rank_names.stored(name) for group_ in optimizer_part["param_groups"] for name in group_["params"]}
+            known = {
+                rank_names.stored(name)
+                for group_ in optimizer_part["param_groups"]
+                for name in group_["params"]
+            }
             imported = None if imported is None else _with_ties(imported, ties, weights.ties, known)
-        with errors_on_every_rank("cannot import", group):
-            if imported is not None and not imported["state"].keys() <= set(map(rank_names.stored, optimizer_part["state"])):
-                init_frozen_states(model, optimizer, imported["state"], imported["state"], rank_names.stored)
+        with raise_on_all_ranks("cannot import", group):
+            if imported is not None and not imported["state"].keys() <= set(
+                map(rank_names.stored, optimizer_part["state"])
+            ):
+                init_frozen_states(
+                    model, optimizer, imported["state"], imported["state"], rank_names.stored
+                )
                 optimizer_part = sharded_optimizer_state(model, optimizer)
             model_part = sharded_model_state(model)
-            stored_weights = {rank_names.stored(name): tensor for name, tensor in model_part.items()}
-            stored_states = {rank_names.stored(name): state for name, state in optimizer_part["state"].items()}
+            stored_weights = {
+                rank_names.stored(name): tensor for name, tensor in model_part.items()
+            }
+            stored_states = {
+                rank_names.stored(name): state for name, state in optimizer_part["state"].items()
+            }
         unknown = known_elsewhere(set(weights.infos) - stored_weights.keys(), group)
-        unknown_states = known_elsewhere(set(() if imported is None else imported["state"]) - stored_states.keys(), group)
-        with errors_on_every_rank("cannot import", group):
+        unknown_states = known_elsewhere(
+            set(() if imported is None else imported["state"]) - stored_states.keys(), group
+        )
+        with raise_on_all_ranks("cannot import", group):
             names = _names_in_source(weights, ties, stored_weights, unknown)
             if imported is not None:
-                imported["state"] = {name: state for name, state in imported["state"].items() if name not in unknown_states}
+                imported["state"] = {
+                    name: state
+                    for name, state in imported["state"].items()
+                    if name not in unknown_states
+                }
                 _check_states(imported["state"], stored_states)
-                own_groups = [_stored_group(shown, rank_names) for shown in optimizer_part["param_groups"]]
+                own_groups = [
+                    _stored_group(shown, rank_names) for shown in optimizer_part["param_groups"]
+                ]
                 groups = _matching_groups(own_groups, imported["param_groups"])
-    with errors_on_every_rank("cannot import, and the model is now part old, part new", group):
+    with raise_on_all_ranks("cannot import, and the model is now part old, part new", group):
         for key, tensor in stored_weights.items():
             if isinstance(tensor, Tensor):
                 _fill_weight(tensor, weights, names[key])
@@ -132,12 +164,29 @@ def import_fp32(
                 if kind == "correction":
                     _fill_correction(tensor, weights, names[fqn])
                 else:
-                    _fill_state(tensor, None if imported is None else imported["state"].get(fqn, {}).get(kind))
+                    _fill_state(
+                        tensor,
+                        None if imported is None else imported["state"].get(fqn, {}).get(kind),
+                    )
                 _report(progress, tensor)
         if imported is not None:
-            for live, shown, own, matching in zip(optimizer.param_groups, optimizer_part["param_groups"], own_groups, groups, strict=True):
-                _set_hyperparameters(live, matching, _steps(imported["state"], own["params"] or [*imported["state"]]))
-                shown.update({key: value for key, value in live.items() if key not in ("params", "param_names")})
+            for live, shown, own, matching in zip(
+                optimizer.param_groups,
+                optimizer_part["param_groups"],
+                own_groups,
+                groups,
+                strict=True,
+            ):
+                _set_hyperparameters(
+                    live, matching, _steps(imported["state"], own["params"] or [*imported["state"]])
+                )
+                shown.update(
+                    {
+                        key: value
+                        for key, value in live.items()
+                        if key not in ("params", "param_names")
+                    }
+                )
     if has_fsdp1(model):
         set_sharded_model_state(model, model_part)
         set_sharded_optimizer_state(model, optimizer, optimizer_part)
@@ -178,7 +227,9 @@ def convert_fp32(
     """
 
     def convert() -> str:
-        return str(_convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters))
+        return str(
+            _convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
+        )
 
     return Path(by_first_rank("convert_fp32", root, convert))
 
@@ -195,7 +246,10 @@ def _convert(
     if latest(root) is not None:
         raise FileExistsError(f"{root} has a checkpoint already; give another folder")
     weights = open_weights(source)
-    fp32, buffers = _checked_patterns("fp32", fp32, weights), _checked_patterns("buffers", buffers, weights)
+    fp32, buffers = (
+        _checked_patterns("fp32", fp32, weights),
+        _checked_patterns("buffers", buffers, weights),
+    )
     state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
     model = nn.Module()
     made: dict[str, nn.Parameter] = {}
@@ -265,7 +319,9 @@ def _report(progress: Progress | None, tensor: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- names and checks
 
 
-def _names_in_source(weights: Source, ties: list[list[str]], model_part: dict[str, Any], elsewhere: set[str]) -> dict[str, str]:
+def _names_in_source(
+    weights: Source, ties: list[list[str]], model_part: dict[str, Any], elsewhere: set[str]
+) -> dict[str, str]:
     """Map each of the model's names to its name in the source; they differ only for tied parameters.
 
     Raises:
@@ -291,10 +347,18 @@ def _names_in_source(weights: Source, ties: list[list[str]], model_part: dict[st
         elif info.shape != tuple(tensor.shape):
             problems.append(f"{name} has shape {info.shape} there but {tuple(tensor.shape)} here")
         elif is_wrapper(tensor):
-            problems.append(f"{name} is a {type(tensor).__name__} here, into which nothing can be imported; quantise it afterwards")
-        elif info.dtype != tensor.dtype and not (info.dtype.is_floating_point and tensor.dtype.is_floating_point):
+            problems.append(
+                f"{name} is a {type(tensor).__name__} here, into which nothing can be imported; quantise it afterwards"
+            )
+        elif info.dtype != tensor.dtype and not (
+            info.dtype.is_floating_point and tensor.dtype.is_floating_point
+        ):
             problems.append(f"{name} is {info.dtype} there but {tensor.dtype} here")
-    problems += [f"it has {name}, which is not here" for name in weights.infos if name not in model_part and name not in elsewhere]
+    problems += [
+        f"it has {name}, which is not here"
+        for name in weights.infos
+        if name not in model_part and name not in elsewhere
+    ]
     _raise("the weights to import are of another model", problems)
     return names
 
@@ -303,11 +367,14 @@ def _same_block(weights: Source, first: str, other: str, tensor: Tensor) -> bool
     """Return whether this rank's part of a tensor is the same under two names."""
     fits = weights.infos[first].shape == tuple(tensor.shape)  # else that is what is wrong
     return weights.infos[first] == weights.infos[other] and all(
-        not fits or same_bits(weights.read(first, block), weights.read(other, block)) for block, _ in local_blocks(tensor)
+        not fits or same_bits(weights.read(first, block), weights.read(other, block))
+        for block, _ in local_blocks(tensor)
     )
 
 
-def _with_ties(state_dict: dict[str, Any], here: list[list[str]], there: list[list[str]], known: set[str]) -> dict[str, Any]:
+def _with_ties(
+    state_dict: dict[str, Any], here: list[list[str]], there: list[list[str]], known: set[str]
+) -> dict[str, Any]:
     """File the states of tied parameters under the names that the model, whose parameters are ``known``, has them by.
 
     Raises:
@@ -327,19 +394,30 @@ def _with_ties(state_dict: dict[str, Any], here: list[list[str]], there: list[li
         for name in [name for name in others if name in states]:
             state = states.pop(name)
             if not _same_state(states.setdefault(first, state), state):
-                raise ValueError(f"{first} and {name} are one tensor here but have different states in the one to import")
+                raise ValueError(
+                    f"{first} and {name} are one tensor here but have different states in the one to import"
+                )
             for group in groups:
                 group.update([first] if name in group else [])
                 group.discard(name)
-    renamed = [{**group, "params": sorted(names)} for group, names in zip(state_dict["param_groups"], groups, strict=True)]
+    renamed = [
+        {**group, "params": sorted(names)}
+        for group, names in zip(state_dict["param_groups"], groups, strict=True)
+    ]
     return {"state": states, "param_groups": renamed}
 
 
 def _same_state(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a is b or all(same_bits(as_tensor(a[key]), as_tensor(b[key])) for key in ("step", *MOMENTS) if key in a and key in b)
+    return a is b or all(
+        same_bits(as_tensor(a[key]), as_tensor(b[key]))
+        for key in ("step", *MOMENTS)
+        if key in a and key in b
+    )
 
 
-def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]], rank_names: RankNames) -> dict[str, Any]:
+def _by_name(
+    state_dict: dict[str, Any], own: list[dict[str, Any]], rank_names: RankNames
+) -> dict[str, Any]:
     """An optimizer's state dict keyed by parameter names, from one keyed by integers or by names."""
     if all(isinstance(key, str) for key in state_dict["state"]) and state_dict["state"]:
         return state_dict
@@ -350,12 +428,24 @@ def _by_name(state_dict: dict[str, Any], own: list[dict[str, Any]], rank_names: 
             f"{[len(group['params']) for group in own]}; build it with the same groups, or export the state keyed by parameter names"
         )
     own = [_stored_group(group, rank_names) for group in own]
-    name_of = {key: name for keys, group in zip(theirs, own, strict=True) for key, name in zip(keys, group["params"], strict=True)}
+    name_of = {
+        key: name
+        for keys, group in zip(theirs, own, strict=True)
+        for key, name in zip(keys, group["params"], strict=True)
+    }
     unknown = [key for key in state_dict["state"] if key not in name_of]
     if unknown:
-        raise ValueError(f"the optimizer state to import has a state of {unknown[0]}, which is in none of its groups")
-    groups = [{**group, "params": [name_of[key] for key in group["params"]]} for group in state_dict["param_groups"]]
-    return {"state": {name_of[key]: values for key, values in state_dict["state"].items()}, "param_groups": groups}
+        raise ValueError(
+            f"the optimizer state to import has a state of {unknown[0]}, which is in none of its groups"
+        )
+    groups = [
+        {**group, "params": [name_of[key] for key in group["params"]]}
+        for group in state_dict["param_groups"]
+    ]
+    return {
+        "state": {name_of[key]: values for key, values in state_dict["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def _stored_group(group: dict[str, Any], rank_names: RankNames) -> dict[str, Any]:
@@ -364,7 +454,9 @@ def _stored_group(group: dict[str, Any], rank_names: RankNames) -> dict[str, Any
 
 
 def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
-    problems = [f"it has a state of {fqn}, which is no parameter here" for fqn in imported if fqn not in own]
+    problems = [
+        f"it has a state of {fqn}, which is no parameter here" for fqn in imported if fqn not in own
+    ]
     for fqn in imported.keys() & own.keys():
         for kind in ("step", *MOMENTS):
             value = imported[fqn].get(kind)
@@ -372,23 +464,33 @@ def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
             if value is None:
                 problems.append(f"it has no {kind} of {fqn}")
             elif tuple(as_tensor(value).shape) != expected:
-                problems.append(f"{kind} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {expected} here")
+                problems.append(
+                    f"{kind} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {expected} here"
+                )
     _raise("the optimizer state to import is of another model, or not of AdamW", problems)
 
 
 def _raise(what: str, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were")
+        raise ValueError(
+            f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were"
+        )
 
 
-def _matching_groups(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _matching_groups(
+    own: list[dict[str, Any]], theirs: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """For each own group the imported one that it takes its hyper-parameters from."""
-    matches = match_groups([group["params"] for group in own], [group["params"] for group in theirs])
+    matches = match_groups(
+        [group["params"] for group in own], [group["params"] for group in theirs]
+    )
     for group, match in zip(own, matches, strict=True):
         if group["params"] and match is None:
             names = ", ".join(group["params"][:3])
-            raise ValueError(f"no group of the optimizer state to import has all of {names}...; build the same groups")
+            raise ValueError(
+                f"no group of the optimizer state to import has all of {names}...; build the same groups"
+            )
     return [{} if match is None else theirs[match] for match in matches]
 
 
@@ -398,7 +500,9 @@ def _steps(state: dict[str, Any], names: list[str]) -> int:
 
 def _checked_patterns(argument: str, patterns: Iterable[str], weights: Source) -> list[str]:
     if isinstance(patterns, str):
-        raise ValueError(f"{argument} must be a list of patterns, but it is the string {patterns!r}; write [{patterns!r}]")
+        raise ValueError(
+            f"{argument} must be a list of patterns, but it is the string {patterns!r}; write [{patterns!r}]"
+        )
     patterns = list(patterns)
     for pattern in patterns:
         if not any(_matches(name, [pattern]) for name in weights.infos):
@@ -415,14 +519,23 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _like_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The model's parameters in groups as the optimizer state has them; one that it does not name stands with the first group."""
     named = dict(model.named_parameters())
-    if state is None or not all(isinstance(name, str) for group in state["param_groups"] for name in group["params"]):
-        sizes = [len(named)] if state is None else [len(group["params"]) for group in state["param_groups"]]
+    if state is None or not all(
+        isinstance(name, str) for group in state["param_groups"] for name in group["params"]
+    ):
+        sizes = (
+            [len(named)]
+            if state is None
+            else [len(group["params"]) for group in state["param_groups"]]
+        )
         if state is not None and sum(sizes) != len(named):
             raise ValueError(
                 f"the optimizer state is of {sum(sizes)} parameters but the weights have {len(named)}; name the buffers among them"
             )
         remaining = iter(named.values())
         return [{"params": [next(remaining) for _ in range(size)]} for size in sizes]
-    groups = [{"params": [named.pop(name) for name in group["params"] if name in named]} for group in state["param_groups"]]
+    groups = [
+        {"params": [named.pop(name) for name in group["params"] if name in named]}
+        for group in state["param_groups"]
+    ]
     groups[0]["params"] += named.values()
     return groups

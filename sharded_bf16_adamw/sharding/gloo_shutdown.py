@@ -31,7 +31,11 @@ def wait_for_gloo_threads() -> None:
     deadline = time.monotonic() + MAX_WAIT
     idle = 0
     while idle < IDLE_SAMPLES and time.monotonic() < deadline:
-        states = [state for name, state in map(_name_and_state, TASKS.glob("*/stat")) if THREAD_NAME in name]
+        states = [
+            state
+            for name, state in map(_name_and_state, TASKS.glob("*/stat"))
+            if THREAD_NAME in name
+        ]
         if not states:
             return
         idle = idle + 1 if all(state == "S" for state in states) else 0

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 Result = TypeVar("Result")
-Group = dist.ProcessGroup | None  # None: all ranks of the default group. Ranks below are those in the group, from 0 on
+Group = (
+    dist.ProcessGroup | None
+)  # None: all ranks of the default group. Ranks below are those in the group, from 0 on
 
 _POLL_S = 0.05  # seconds between two looks at the store
 _ERRORS = {error.__name__: error for error in (FileExistsError, FileNotFoundError, ValueError)}
@@ -34,7 +36,7 @@ def world_size(group: Group = None) -> int:
 
 
 @contextmanager
-def errors_on_every_rank(doing: str, group: Group = None) -> Iterator[None]:
+def raise_on_all_ranks(doing: str, group: Group = None) -> Iterator[None]:
     """Raise on every rank if the body failed on any. Collective.
 
     Raises:
@@ -46,7 +48,9 @@ def errors_on_every_rank(doing: str, group: Group = None) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as caught:  # DCP's is a BaseException
         error = caught
-    outcomes = gather_everywhere(None if error is None else (isinstance(error, ValueError), _one_line(error)), group)
+    outcomes = gather_everywhere(
+        None if error is None else (isinstance(error, ValueError), _one_line(error)), group
+    )
     for failed_rank, outcome in enumerate(outcomes):
         if outcome is not None:
             raise _as_raised_everywhere(doing, failed_rank, *outcome) from error
@@ -71,7 +75,9 @@ def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -
     return result
 
 
-def by_first_rank(what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None) -> str:
+def by_first_rank(
+    what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None
+) -> str:
     """Call ``function`` on the group's first rank, without the other ranks' help, and wait for it on every rank that calls.
 
     Not collective: the first rank waits for nobody, so a call on that rank alone is complete as well. The outcome travels
@@ -96,7 +102,9 @@ def by_first_rank(what: str, path: str | os.PathLike[str], function: Callable[[]
     ranks = [global_rank(index, group) for index in range(world_size(group))]
     key = json.dumps([what, os.path.abspath(path), ranks])
     _calls[key] += 1
-    store = dist.PrefixStore(f"sharded_bf16_adamw/{key}/{_calls[key]}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(
+        f"sharded_bf16_adamw/{key}/{_calls[key]}", dist.distributed_c10d._get_default_store()
+    )
     if rank(group) == 0:
         store.set("started", "")
         token = _on_this_rank_alone.set(True)
@@ -117,7 +125,11 @@ def by_first_rank(what: str, path: str | os.PathLike[str], function: Callable[[]
     _is_set(store, "outcome", None)  # an export may take hours
     kind, text = json.loads(store.get("outcome"))
     if kind is not None:
-        raise _ERRORS[kind](text) if kind else RuntimeError(f"{what} failed on rank {ranks[0]}: {text}")
+        raise (
+            _ERRORS[kind](text)
+            if kind
+            else RuntimeError(f"{what} failed on rank {ranks[0]}: {text}")
+        )
     return str(text)
 
 
@@ -173,7 +185,9 @@ def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
         return values[0]
     received: list[Any] = [None]
     with _talking(group):
-        dist.scatter_object_list(received, values if rank(group) == 0 else None, group_src=0, group=group)
+        dist.scatter_object_list(
+            received, values if rank(group) == 0 else None, group_src=0, group=group
+        )
     return received[0]
 
 
@@ -181,13 +195,17 @@ def check_group(group: Any) -> None:
     """Raise ValueError unless ``group`` is a process group that this rank is in, or None for all ranks."""
     if group is None:
         return
-    is_member = group != dist.GroupMember.NON_GROUP_MEMBER  # what new_group() returns on the ranks that are not in it
+    is_member = (
+        group != dist.GroupMember.NON_GROUP_MEMBER
+    )  # what new_group() returns on the ranks that are not in it
     if is_member and not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group must be a process group or None, but it is of type {type(group).__name__}; use mesh.get_group() of a DeviceMesh"
         )
     if not is_member or dist.get_rank(group) < 0:
-        raise ValueError("this rank is not in the process group given as group; call it on the ranks of the group alone")
+        raise ValueError(
+            "this rank is not in the process group given as group; call it on the ranks of the group alone"
+        )
 
 
 def same_on_every_rank(arguments: dict[str, Any], group: Group = None) -> None:
@@ -207,7 +225,9 @@ def as_path(what: str, value: Any) -> Path:
     try:
         return Path(value)
     except TypeError:
-        raise ValueError(f"{what} must be a path, but it is of type {type(value).__name__}; give a str or a pathlib.Path") from None
+        raise ValueError(
+            f"{what} must be a path, but it is of type {type(value).__name__}; give a str or a pathlib.Path"
+        ) from None
 
 
 def known_elsewhere(unknown: set[str], group: Group = None) -> set[str]:
@@ -224,12 +244,20 @@ def _alone(group: Group) -> bool:
     """Whether this process has nobody to agree with. One whose group was destroyed must not take itself for that: it would publish its
     part of a checkpoint as the whole."""
     if group is not None and not dist.is_initialized():
-        raise RuntimeError("the process group was destroyed before this was done; call wait_for_save() before dist.destroy_process_group()")
+        raise RuntimeError(
+            "the process group was destroyed before this was done; call wait_for_save() before dist.destroy_process_group()"
+        )
     return not dist.is_initialized() or _on_this_rank_alone.get()
 
 
-def _as_raised_everywhere(doing: str, failed_rank: int, is_value_error: bool, message: str) -> Exception:
-    return ValueError(message) if is_value_error else RuntimeError(f"{doing}: on rank {failed_rank}, {message}")
+def _as_raised_everywhere(
+    doing: str, failed_rank: int, is_value_error: bool, message: str
+) -> Exception:
+    return (
+        ValueError(message)
+        if is_value_error
+        else RuntimeError(f"{doing}: on rank {failed_rank}, {message}")
+    )
 
 
 def _one_line(error: BaseException) -> str:

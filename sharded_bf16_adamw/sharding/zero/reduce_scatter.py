@@ -12,17 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collectives import Exchange, exchange, new_cpu_group
+from ..collectives import CheckedWork, comm_errors, new_cpu_group
 
 REDUCING, AGREEING = "averaging gradients", "agreeing on what to exchange"  # for messages
 BEYOND_A_BYTE = 255  # in the place of a value that does not fit into a byte
 SUM_CHUNK = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
 
 
-def all_gather_start(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> Exchange:
+def all_gather_start(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> CheckedWork:
     """Start gathering the ranks' 1-D ``own`` into ``output``, end to end."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    return Exchange("gathering the updated weights", gather, output, own, group=group)
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # its name before torch 2.13
+    return CheckedWork("gathering the updated weights", gather, output, own, group=group)
 
 
 class MeanOnItsWay:
@@ -44,19 +46,25 @@ class MeanOnItsWay:
         self._lines: Tensor | None = lines  # kept from being freed while it is sent
         self._received = lines
         self._mean: Tensor | None = None
-        self._work: Exchange | None = None
-        self._second_work: Exchange | None = None  # over the dimension of replicas
+        self._work: CheckedWork | None = None
+        self._second_work: CheckedWork | None = None  # over the dimension of replicas
         group, ranks = mesh.get_group(mesh.ndim - 1), lines.shape[0]
         self._host_waits = is_gloo(group, lines.device)
         if ranks == 1:
             return
         if self._host_waits:
             self._received = torch.empty_like(lines)
-            self._work = Exchange(REDUCING, dist.all_to_all_single, self._received, lines, group=group)
+            self._work = CheckedWork(
+                REDUCING, dist.all_to_all_single, self._received, lines, group=group
+            )
         else:
-            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce_scatter = (
+                getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            )
             self._received = torch.empty_like(lines[0])
-            self._work = Exchange(REDUCING, reduce_scatter, self._received, lines.view(-1), group=group)
+            self._work = CheckedWork(
+                REDUCING, reduce_scatter, self._received, lines.view(-1), group=group
+            )
 
     @property
     def is_settled(self) -> bool:
@@ -78,7 +86,11 @@ class MeanOnItsWay:
         if self.is_settled:
             return True
         if self._work is not None:
-            if patience is not None and (self._host_waits or not trusting) and not _completed_within(self._work, patience):
+            if (
+                patience is not None
+                and (self._host_waits or not trusting)
+                and not _completed_within(self._work, patience)
+            ):
                 return False
             self._work.wait()
         dtype = self._received.dtype if self._mesh.ndim > 1 else self._dtype
@@ -92,7 +104,9 @@ class MeanOnItsWay:
         self._lines = self._work = None
         del self._received
         if self._mesh.ndim > 1 and self._mesh.size(0) > 1:
-            self._second_work = Exchange(REDUCING, dist.all_reduce, mean, group=self._mesh.get_group(0))
+            self._second_work = CheckedWork(
+                REDUCING, dist.all_reduce, mean, group=self._mesh.get_group(0)
+            )
         return True
 
     def wait(self) -> Tensor:
@@ -105,7 +119,7 @@ class MeanOnItsWay:
         return self._mean.to(self._dtype)
 
 
-def _completed_within(work: Exchange, seconds: float) -> bool:
+def _completed_within(work: CheckedWork, seconds: float) -> bool:
     end = time.monotonic() + seconds
     while not work.is_completed():
         if time.monotonic() > end:
@@ -119,7 +133,7 @@ def all_reduce_mean(value: Tensor, mesh: DeviceMesh) -> None:
     for axis in reversed(range(mesh.ndim)):
         if mesh.size(axis) > 1:
             group = mesh.get_group(axis)
-            with exchange(REDUCING, dist.get_process_group_ranks(group)):
+            with comm_errors(REDUCING, dist.get_process_group_ranks(group)):
                 dist.all_reduce(value, group=group)
             value.copy_(_divided(value, mesh.size(axis), value.dtype))
 
@@ -128,7 +142,7 @@ def broadcast_first(value: Tensor, mesh: DeviceMesh) -> None:
     """Give every rank of the mesh the value of its first rank, in place."""
     for axis in reversed(range(mesh.ndim)):
         group = mesh.get_group(axis)
-        with exchange("broadcasting the initial weights", dist.get_process_group_ranks(group)):
+        with comm_errors("broadcasting the initial weights", dist.get_process_group_ranks(group)):
             dist.broadcast(value, group=group, group_src=0)
 
 
@@ -139,7 +153,11 @@ def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _divided(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Divide in float32 and round once. By a tensor: a GPU would multiply by the reciprocal of a Python number."""
-    return total.float().div(torch.full((), float(count), dtype=torch.float32, device=total.device)).to(dtype)
+    return (
+        total.float()
+        .div(torch.full((), float(count), dtype=torch.float32, device=total.device))
+        .to(dtype)
+    )
 
 
 def _mean_of_lines(lines: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,10 +184,15 @@ class Agreement:
         self._first = int(mesh.mesh.flatten()[0])
         self._is_alone = len(self.ranks) == 1
         timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
-        with exchange(AGREEING, self.ranks):
+        with comm_errors(AGREEING, self.ranks):
             self._group = new_cpu_group(self.ranks, timeout)
 
-    def maximum(self, values: Sequence[int], problem: str | None = None, error: type[Exception] = RuntimeError) -> list[int]:
+    def maximum(
+        self,
+        values: Sequence[int],
+        problem: str | None = None,
+        error: type[Exception] = RuntimeError,
+    ) -> list[int]:
         """The element-wise maximum over ranks; every rank passes as many values.
 
         Raises:
@@ -180,11 +203,19 @@ class Agreement:
             raise error(problems)
         return result
 
-    def maximum_and_problems(self, values: Sequence[int], problem: str | None) -> tuple[list[int], str | None]:
+    def maximum_and_problems(
+        self, values: Sequence[int], problem: str | None
+    ) -> tuple[list[int], str | None]:
         """The element-wise maximum over ranks, and the problems of all of them in one sentence."""
         anywhere, *result = self._maximum([problem is not None, *values])
         if anywhere:
-            found = {text: rank for rank, text in reversed(list(zip(self.ranks, self.everyones(problem), strict=True))) if text is not None}
+            found = {
+                text: rank
+                for rank, text in reversed(
+                    list(zip(self.ranks, self.everyones(problem), strict=True))
+                )
+                if text is not None
+            }
             return result, "; ".join(f"on rank {rank}, {text}" for text, rank in found.items())
         return result, None
 
@@ -192,14 +223,17 @@ class Agreement:
         """Which of the values are the same on every rank."""
         count = len(values)
         extremes = self.maximum([*values, *[-value for value in values]])
-        return [highest == -lowest for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)]
+        return [
+            highest == -lowest
+            for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)
+        ]
 
     def everyones(self, value: Any) -> list[Any]:
         """What each rank passed, in the order of ``ranks``."""
         if self._is_alone:
             return [value]
         values = [None] * len(self.ranks)
-        with exchange(AGREEING, self.ranks):
+        with comm_errors(AGREEING, self.ranks):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -207,19 +241,22 @@ class Agreement:
         """What the first rank of the mesh passed."""
         row = torch.tensor(values, dtype=torch.int64, device="cpu")
         if not self._is_alone:
-            Exchange(AGREEING, dist.broadcast, row, group=self._group, src=self._first).wait()
+            CheckedWork(AGREEING, dist.broadcast, row, group=self._group, src=self._first).wait()
         return row.tolist()
 
     def _maximum(self, values: Sequence[int]) -> list[int]:
         """A byte for each value, since flags need no more; then, if one is beyond that on any rank, all again in eight."""
         if self._is_alone:
             return list(values)
-        result = self._maximum_in(torch.uint8, [value if 0 <= value < BEYOND_A_BYTE else BEYOND_A_BYTE for value in values])
+        result = self._maximum_in(
+            torch.uint8,
+            [value if 0 <= value < BEYOND_A_BYTE else BEYOND_A_BYTE for value in values],
+        )
         return self._maximum_in(torch.int64, values) if BEYOND_A_BYTE in result else result
 
     def _maximum_in(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
         row = torch.tensor(values, dtype=dtype, device="cpu")
-        Exchange(AGREEING, dist.all_reduce, row, group=self._group, op=dist.ReduceOp.MAX).wait()
+        CheckedWork(AGREEING, dist.all_reduce, row, group=self._group, op=dist.ReduceOp.MAX).wait()
         return row.tolist()
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from .blocks import Block
-from .folders import find_checkpoint, no_checkpoint
+from .dcp_storage import METADATA, read_metadata
+from .directory import find_checkpoint, no_checkpoint
 from .manifest import MANIFEST, find_damage, read_manifest
 from .plain import decode
 from .safetensors_io import TensorInfo
-from .storage import METADATA, read_metadata
 
 
 class StoredCheckpoint:
@@ -49,7 +49,9 @@ class StoredCheckpoint:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self.infos[key] = TensorInfo(tuple(entry.size), entry.properties.dtype)
-                self.blocks[key] = [Block(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+                self.blocks[key] = [
+                    Block(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks
+                ]
         self._storage = metadata.storage_data
 
     def check(self) -> None:
@@ -74,8 +76,15 @@ class StoredCheckpoint:
 
     def group_values(self) -> dict[str, dict[str, Any]]:
         """The hyper-parameters by parameter name, such as ``{"layer.weight": {"lr": 0.001, "betas": (0.9, 0.999), ...}}``."""
-        options = [{name: decode(value) for name, value in group.options.items()} for group in self.manifest.groups]
-        return {fqn: own for group, own in zip(self.manifest.groups, options, strict=True) for fqn in group.params}
+        options = [
+            {name: decode(value) for name, value in group.options.items()}
+            for group in self.manifest.groups
+        ]
+        return {
+            fqn: own
+            for group, own in zip(self.manifest.groups, options, strict=True)
+            for fqn in group.params
+        }
 
     def _read_block(self, key: str, block: Block) -> Tensor:
         place = self._storage.get(MetadataIndex(key, torch.Size(block.offsets)))
@@ -87,11 +96,18 @@ class StoredCheckpoint:
                 content = io.BytesIO(file.read(place.length))
             tensor = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
-            raise self._unusable(f"{key} in {place.relative_path} cannot be read ({type(error).__name__})") from error
+            raise self._unusable(
+                f"{key} in {place.relative_path} cannot be read ({type(error).__name__})"
+            ) from error
         info = self.infos[key]
-        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (block.sizes, info.dtype):
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (
+            block.sizes,
+            info.dtype,
+        ):
             raise self._unusable(f"{key} in {place.relative_path} is not what {METADATA} says")
         return tensor
 
     def _unusable(self, reason: str) -> ValueError:
-        return ValueError(f"the checkpoint {self.path} cannot be used: {reason}; choose another checkpoint")
+        return ValueError(
+            f"the checkpoint {self.path} cannot be used: {reason}; choose another checkpoint"
+        )
