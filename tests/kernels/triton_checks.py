@@ -399,8 +399,8 @@ def graphs() -> dict[str, Any]:
             captured() is not None and captured() not in ours._plans
         )
         results["the learning rate that it reads"] = lr() is not None
-        clip = ours._grad_norm.clip(ours._gradients(), 1.0, None)
-        ours._grad_norm.clip = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
+        clip = ours._grad_norm.compute(ours._gradients(), 1.0, None)
+        ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
         for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)
             ours.clip_grad_norm_(1.0)
