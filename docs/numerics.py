@@ -1,7 +1,8 @@
-"""Reproduce the table and the plots of numerics.md: ``python docs/numerics.py``.
+"""Reproduce the tables and plots of numerics.md: ``python docs/numerics.py``.
 
-Rewrites what stands between the markers in ``numerics.md`` and the pictures in ``img/``. About a minute on one core; seeded, so a second
-run writes the same figures. Needs matplotlib (``pip install '.[docs]'``).
+Rewrites the text between the markers of ``numerics.md`` and the plots in ``img/``. Takes about a
+minute on one core. Seeded, so a second run writes the same figures. Needs matplotlib
+(``pip install '.[docs]'``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import matplotlib
@@ -23,7 +24,8 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- numerics:begin -->", "<!-- numerics:end -->"
-V_STEPS, V_EVERY, GROUP = 12_000, 200, 2048  # elements of each kind
+V_STEPS, V_EVERY = 12_000, 200
+GROUP = 2048  # elements of each kind of gradient
 SLOPE_STEPS, SLOPE_LR = 3000, 1e-5
 LR_PER_WEIGHT = [10.0**-k for k in range(2, 10)]
 
@@ -32,9 +34,9 @@ class Ours:
     """Our rule on a bfloat16 parameter, or our rule with one part changed.
 
     Args:
-        start: the weights, bfloat16.
-        change: gives a context manager that changes the reference back end while it is active.
-        keep_correction: False forgets the correction after each step.
+        start: the initial weights, bfloat16.
+        change: returns a context manager that patches the reference back end.
+        keep_correction: False sets the correction to zero after each step.
     """
 
     def __init__(
@@ -49,17 +51,15 @@ class Ours:
         self.change, self.keep_correction = change, keep_correction
 
     def step(self, g: Tensor, lr: float, beta2: float, weight_decay: float) -> None:
-        hyper: dict[str, Any] = {
-            "lr": lr,
-            "beta1": 0.9,
-            "beta2": beta2,
-            "eps": 1e-8,
-            "weight_decay": weight_decay,
-        }
         with self.change() if self.change else nullcontext():
-            backend = "reference" if self.change else None
             adamw_bf16_(
-                [self.p], [g], [self.m], [self.v], [self.c], [self.count], **hyper, backend=backend
+                *([tensor] for tensor in (self.p, g, self.m, self.v, self.c, self.count)),
+                lr=lr,
+                beta1=0.9,
+                beta2=beta2,
+                eps=1e-8,
+                weight_decay=weight_decay,
+                backend="reference" if self.change else None,
             )
         if not self.keep_correction:
             self.c.zero_()
@@ -68,7 +68,7 @@ class Ours:
         return self.p.double() + self.c.double()
 
 
-class Stock:
+class TorchAdamW:
     """torch.optim.AdamW with parameters, states and operations of one dtype."""
 
     def __init__(self, start: Tensor, dtype: torch.dtype):
@@ -92,15 +92,15 @@ def round_to_nearest() -> AbstractContextManager:
     return mock.patch.object(reference, "stochastic_round", lambda x, r: x.bfloat16())
 
 
-def step_left_out_of_hash() -> AbstractContextManager:
+def hash_without_step() -> AbstractContextManager:
     return mock.patch.object(reference, "step_key", return_value=0)
 
 
-Rules = Mapping[str, Callable[[Tensor], "Ours | Stock"]]
+Rules = Mapping[str, Callable[[Tensor], "Ours | TorchAdamW"]]
 RULES: Rules = {
     "round to nearest": lambda start: Ours(start, round_to_nearest),
-    "all-bf16 operations": lambda start: Stock(start, torch.bfloat16),
-    "fp32 master weights": lambda start: Stock(start, torch.float32),
+    "all-bf16 operations": lambda start: TorchAdamW(start, torch.bfloat16),
+    "fp32 master weights": lambda start: TorchAdamW(start, torch.float32),
     "ours": Ours,
 }
 
@@ -108,7 +108,11 @@ RULES: Rules = {
 def v_ratios(
     rules: Rules, gradient: Callable[[int], Tensor], start: Tensor, beta2: float, steps: int
 ) -> dict[str, Tensor]:
-    """Run at lr 0 and return per rule stored v / exact v, float64 of shape ``(steps / V_EVERY, elements)``."""
+    """Run at lr 0 and return stored v / exact v of each rule.
+
+    Returns:
+        float64 tensors of shape ``(steps / V_EVERY, elements)``, by rule.
+    """
     runs = {name: make(start) for name, make in rules.items()}
     exact = torch.zeros_like(start, dtype=torch.float64)
     ratios: dict[str, list[Tensor]] = {name: [] for name in rules}
@@ -126,12 +130,15 @@ def v_ratios(
 def slopes(
     rules: Rules, gradient: Callable[[], Tensor], start: Tensor, wd: float
 ) -> dict[str, Tensor]:
-    """Run ``SLOPE_STEPS`` steps and return per rule the least-squares slope of the weight's displacement against float64's.
+    """Run ``SLOPE_STEPS`` steps and compare each rule's displacement of the weight with float64's.
 
-    ``start`` is bfloat16 of shape (groups, elements); the result holds one slope for each group.
+    ``start`` is bfloat16 of shape ``(groups, elements)``.
+
+    Returns:
+        The least-squares slope of each group, by rule.
     """
     runs = {name: make(start) for name, make in rules.items()}
-    exact = Stock(start, torch.float64)
+    exact = TorchAdamW(start, torch.float64)
     for _ in range(SLOPE_STEPS):
         g = gradient()
         for run in [exact, *runs.values()]:
@@ -143,13 +150,16 @@ def slopes(
     }
 
 
-def measure() -> tuple[
-    dict[str, dict[str, Tensor]],
-    dict[str, Tensor],
-    list[tuple[str, dict[str, str]]],
-    list[tuple[str, str, str]],
-]:
-    """Return the v ratios per kind of gradient and rule, the slopes per rule, the rows of the table and those of the ablation."""
+class Measured(NamedTuple):
+    """The figures of the page."""
+
+    v: dict[str, dict[str, Tensor]]  # stored v / exact v, by kind of gradient and rule
+    slope: dict[str, Tensor]  # for each of LR_PER_WEIGHT, by rule
+    rows: list[tuple[str, dict[str, str]]]  # of the first table
+    ablation: list[tuple[str, str, str]]  # rows of the second table
+
+
+def measure() -> Measured:
     gen = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -192,13 +202,17 @@ def measure() -> tuple[
             {rule: f"{s[0]:.3f}" for rule, s in decay.items()},
         )
     )
-    return v, slope, rows, ablation(gen)
+    return Measured(v, slope, rows, ablation(gen))
 
 
 def ablation(gen: torch.Generator) -> list[tuple[str, str, str]]:
-    """Rows ``(what is left out, what is measured, figure)``."""
+    """Measure the rule without one of its parts.
+
+    Returns:
+        Rows ``(part left out, quantity, figure)``.
+    """
     p, g = (torch.randn(GROUP, generator=gen).bfloat16() for _ in range(2))
-    hashed = {"ours": Ours, "without": lambda start: Ours(start, step_left_out_of_hash)}
+    hashed = {"ours": Ours, "without": lambda start: Ours(start, hash_without_step)}
     constant = {
         name: r[len(r) // 3 :].mean()
         for name, r in v_ratios(hashed, lambda t: g, p, 0.999, 6000).items()
@@ -228,15 +242,15 @@ def with_spread(ratio: Tensor) -> str:
     return f"{mean:.3f} ± {std:.3f}" if mean < 10 else f"{mean:.0f} ± {std:.0f}"
 
 
-def table(rows: list[tuple[str, dict[str, str]]], parts: list[tuple[str, str, str]]) -> str:
-    """Both tables as markdown."""
+def tables(measured: Measured) -> str:
+    """Return both tables in Markdown."""
     lines = ["| | " + " | ".join(RULES) + " |", "|---|" + "---|" * len(RULES)]
     lines += [
         f"| {name} | " + " | ".join(figures[rule] for rule in RULES) + " |"
-        for name, figures in rows
+        for name, figures in measured.rows
     ]
     lines += ["", "| left out | measured | |", "|---|---|---|"]
-    lines += [f"| {' | '.join(part)} |" for part in parts]
+    lines += [f"| {' | '.join(row)} |" for row in measured.ablation]
     return "\n".join(lines)
 
 
@@ -275,16 +289,16 @@ def plot_slope(slope: dict[str, Tensor], path: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    v, slope, rows, parts = measure()
-    markdown = table(rows, parts)
+    measured = measure()
+    markdown = tables(measured)
     print(markdown)
     page = HERE / "numerics.md"
     text = page.read_text(encoding="utf-8")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     page.write_text(f"{head}{BEGIN}\n{markdown}\n{END}{tail}", encoding="utf-8")
     (HERE / "img").mkdir(exist_ok=True)
-    plot_v(v, HERE / "img" / "numerics_v.png")
-    plot_slope(slope, HERE / "img" / "numerics_slope.png")
+    plot_v(measured.v, HERE / "img" / "numerics_v.png")
+    plot_slope(measured.slope, HERE / "img" / "numerics_slope.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Fill in the tables of ``docs/strategies.md``: ``python docs/strategies.py``. Needs no GPU; runs gloo on the CPU.
+"""Rewrite the tables of ``docs/strategies.md``: ``python docs/strategies.py``.
 
-Runs the cases that the tests run, so it needs their packages (``pip install -e '.[test]'``).
+Runs the cases of the tests with gloo on the CPU, so it needs the tests' packages
+(``pip install -e '.[test]'``) and no GPU.
 """
 
 from __future__ import annotations
