@@ -42,15 +42,28 @@ def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
 
 
 def table() -> str:
-    """In Markdown, a row for each strategy and world size."""
-    lines = [f"| strategy | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
+    """Return the table in Markdown: the numbers of ranks with identical bits, by strategy and column.
+
+    A row of FSDP1 covers both values of use_orig_params.
+    """
+    lines = [f"| strategy | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    by_name: dict[str, list[Case]] = {}
     for case in CASES:
-        for world in case.worlds:
-            cells = [
-                "identical" if wrong == 0 else f"{wrong} of {total} differ"
-                for wrong, total in differing(case, world).values()
-            ]
-            lines.append(f"| {case.name} | {world} | {' | '.join(cells)} |")
+        by_name.setdefault(case.name.partition(", use_orig_params")[0], []).append(case)
+    for name, cases in by_name.items():
+        cells = []
+        for column in COLUMNS:
+            wrong = dict.fromkeys((world for case in cases for world in case.worlds), 0)
+            for case in cases:
+                for world in case.worlds:
+                    wrong[world] += differing(case, world)[column][0]
+            cells.append(
+                ", ".join(
+                    f"{world} ({count} differ)" if count else str(world)
+                    for world, count in wrong.items()
+                )
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
