@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,48 +17,6 @@ from torch.distributed import distributed_c10d as c10d
 # Per default process group, how many groups each set of ranks has made. A new default group has a new store.
 _groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-@contextmanager
-def comm_errors(what: str, ranks: Sequence[int]) -> Iterator[None]:
-    """A context for a collective, its start or the wait for it. ``what`` names it in the message, ``ranks`` are the global ones in it.
-
-    Raises:
-        RuntimeError: from torch's own, which names neither the operation nor what to do.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} between {_in_words(ranks)} failed on rank {dist.get_rank()}; most likely one of them has died or hangs, so look for "
-            "the first error in their logs, then start all ranks again from the last checkpoint"
-        ) from error
-
-
-class CheckedWork:
-    """A collective on its way: ``function(*args, group=group, async_op=True, **options)``. ``what`` names it in messages."""
-
-    def __init__(
-        self,
-        what: str,
-        function: Callable[..., Any],
-        *args: Tensor,
-        group: dist.ProcessGroup,
-        **options: Any,
-    ) -> None:
-        self._what = what
-        self._ranks = dist.get_process_group_ranks(group)
-        with comm_errors(what, self._ranks):
-            self._work = function(*args, group=group, async_op=True, **options)
-
-    def is_completed(self) -> bool:
-        """Whether :meth:`wait` would not wait: it is done, or has failed."""
-        return self._work.is_completed()
-
-    def wait(self) -> None:
-        """Wait for it: on gloo this thread does, on NCCL the current stream."""
-        with comm_errors(self._what, self._ranks):
-            self._work.wait()
 
 
 def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -147,9 +104,3 @@ def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(moved, group=group)
     if moved is not value:
         value.copy_(moved)
-
-
-def _in_words(ranks: Sequence[int]) -> str:
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"

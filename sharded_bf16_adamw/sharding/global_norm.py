@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_reduce, comm_errors
+from .collectives import all_reduce
+from .comm_errors import comm_errors
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checksum import checksums
-from .collectives import comm_errors, device_for
+from .collectives import device_for
+from .comm_errors import comm_errors
 
 COMPARING = "comparing replicas"  # for messages
 

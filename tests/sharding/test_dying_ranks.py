@@ -16,15 +16,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.collectives import CheckedWork, comm_errors
+from sharded_bf16_adamw.sharding.comm_errors import CheckedWork, comm_errors
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .fsdp1_cases import wrap
 from .zero_cases import zero
 
 ADVICE = (
-    r"; most likely one of them has died or hangs, so look for the first error in their logs, then start all ranks again from the last "
-    "checkpoint"
+    "; most likely one of them has died or hangs, so look for the first error in their logs, then "
+    "restart all ranks from the last checkpoint"
 )
 
 

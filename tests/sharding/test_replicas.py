@@ -76,7 +76,7 @@ def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
                 break
     if kind == "ZeRO":  # reduces gradients itself: what it holds of them is what can break
         optimizer._sharding.reduce_grads()
-        for grad in optimizer._sharding._reduced.values():
+        for grad in optimizer._sharding._sharded_grads.values():
             grad.fill_(1.0)
             if rank == world - 1:
                 grad.view(-1)[:1] = torch.inf

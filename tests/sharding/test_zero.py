@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import MeanOnItsWay
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw.sharding.zero import reduce_scatter
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
 from .zero_cases import (
     STATES,
@@ -24,10 +24,10 @@ from .zero_cases import (
     LiveBytes,
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
     new_optimizer,
     one_dimensional,
-    patience,
     rank_gradients,
     traffic,
     train,
@@ -191,7 +191,7 @@ def mean_worker(rank, world):
     total = functools.reduce(torch.add, [theirs[rank].float() for theirs in everyones])
     for dtype in (torch.bfloat16, torch.float32):
         assert torch.equal(
-            MeanOnItsWay(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
+            PendingReduce(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
         )
 
 
@@ -221,7 +221,7 @@ def nccl_mean_worker(rank, world, shape):
             dist.all_reduce(wanted, group=mesh.get_group(0))
             wanted = (wanted.float() / replicas).to(dtype)
         with like_nccl():
-            assert torch.equal(MeanOnItsWay(lines.clone(), mesh, dtype).wait(), wanted)
+            assert torch.equal(PendingReduce(lines.clone(), mesh, dtype).wait(), wanted)
     with like_nccl():
         reduce_scatter.all_reduce_mean(whole, mesh)
     if not replicas:
@@ -244,7 +244,7 @@ def first_step_worker(rank, world):
         torch.ones(2, WIDTH, dtype=torch.bfloat16),
         dist.new_group(timeout=timedelta(seconds=5)),
     )
-    with like_nccl(), patience(0.05):
+    with like_nccl(), backpressure_timeout(0.05):
         for _ in range(3):
             nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
             dist.barrier(
@@ -405,7 +405,7 @@ def memory_worker(rank, world, strategy):
     live = LiveBytes(model)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: live.look())
-    with patience(60.0):  # looking takes longer than a bucket
+    with backpressure_timeout(60.0):  # looking takes longer than a bucket
         module(x).sum().backward()
     live.look()
     optimizer.step(zero_grad=True)

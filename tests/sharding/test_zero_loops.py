@@ -13,9 +13,9 @@ from .zero_cases import (
     SHAPES,
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
     new_optimizer,
-    patience,
     rank_gradients,
     zero,
 )
@@ -252,7 +252,7 @@ def scenarios_worker(rank, world, options):
     for scenario in SCENARIOS:
         loop = Loop(world, options)
         try:
-            with patience(0.05):  # in some scenarios another rank cannot keep up
+            with backpressure_timeout(0.05):  # in some scenarios another rank cannot keep up
                 scenario(loop)
         except Exception as error:
             raise AssertionError(scenario.__name__) from error

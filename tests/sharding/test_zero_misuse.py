@@ -260,7 +260,7 @@ MISUSES = [
         RuntimeError,
         "parameter '0.weight' was .*torch.bfloat16 on cpu and is now .*torch.float32 on cpu",
     ),
-    (swapped_in_groups, RuntimeError, "has come into param_groups behind the optimizer's back"),
+    (swapped_in_groups, RuntimeError, r"was put into param_groups without add_param_group\(\)"),
     (
         stage_2_with_ddp,
         RuntimeError,

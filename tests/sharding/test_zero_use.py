@@ -8,12 +8,12 @@ import gc
 import pytest
 import torch
 from distributed import run_ranks
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import Agreement
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 
 from .zero_cases import (
     Parameters,
@@ -212,9 +212,9 @@ def test_gradients_set_by_hand_after_the_norm_count():
 
 def agreement_worker(rank, world):
     """Most values fit into a byte; all are right if some do not."""
-    agreement = Agreement(one_dimensional())
+    consensus = Consensus(one_dimensional())
     with traffic() as calls:
-        assert agreement.maximum([rank, 1 - rank, 254]) == [1, 1, 254]
+        assert consensus.all_reduce_max([rank, 1 - rank, 254]) == [1, 1, 254]
     assert [size for _, _, size in calls] == [4]
     for values, expected in (
         ([255 - rank, 3], [255, 3]),
@@ -222,8 +222,8 @@ def agreement_worker(rank, world):
         ([-5 - rank, 3], [-5, 3]),
         ([2**60 + rank], [2**60 + 1]),
     ):
-        assert agreement.maximum(values) == expected
-    assert agreement.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
+        assert consensus.all_reduce_max(values) == expected
+    assert consensus.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
         True,
         False,
         True,
@@ -306,7 +306,7 @@ def after_piling_up_worker(rank, world):
         model(rank_gradients(2, rank, world)).backward()
     for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
         with pytest.raises(
-            RuntimeError, match="gradients have come on top of those that the step before has taken"
+            RuntimeError, match="new gradients were accumulated onto gradients that the previous"
         ):
             refused()
     assert_same_bits(collect(model, optimizer), before)
@@ -358,7 +358,7 @@ def cleared_on_some_ranks_worker(rank, world):
         optimizer.zero_grad()
         model(rank_gradients(2, rank, world)).backward()
     with pytest.raises(
-        RuntimeError, match=r"gradients have come on top .* after each step, on every rank"
+        RuntimeError, match="new gradients were accumulated onto .* after each step, on every rank"
     ):
         optimizer.step()
     assert_same_bits(collect(model, optimizer), before)

@@ -222,13 +222,13 @@ def traffic() -> Iterator[Calls]:
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
+def backpressure_timeout(seconds: float) -> Iterator[None]:
     """How long a backward pass waits for a bucket to leave, in this process."""
-    before, stage2.PATIENCE = stage2.PATIENCE, seconds
+    before, stage2.BACKPRESSURE_TIMEOUT_S = stage2.BACKPRESSURE_TIMEOUT_S, seconds
     try:
         yield
     finally:
-        stage2.PATIENCE = before
+        stage2.BACKPRESSURE_TIMEOUT_S = before
 
 
 class LiveBytes:
