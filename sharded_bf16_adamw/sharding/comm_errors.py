@@ -1,4 +1,4 @@
-"""Errors of torch's collectives, reworded: which operation failed, between which ranks, what to do."""
+"""Errors of torch's collectives that name the operation, its ranks, and what to do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def comm_errors(operation: str, ranks: Sequence[int]) -> Iterator[None]:
 
 
 class CheckedWork:
-    """A collective in flight, started as ``function(*args, group=group, async_op=True, **options)``.
+    """A collective in flight: ``function(*args, group=group, async_op=True, **options)``.
 
     Args:
         operation: names the collective in messages.

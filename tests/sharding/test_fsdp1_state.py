@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from sharded_bf16_adamw import load, save
-from sharded_bf16_adamw.sharding.fsdp1 import full_optimizer_state_dict
+from sharded_bf16_adamw import gather_full_state_dict, load, save
 
 from .fsdp1_cases import same, train, wrapped
 from .strategy_cases import BY_NAME, Layers, Wrapped, collect, make_optimizer
@@ -25,26 +24,20 @@ def full_state_worker(rank, world, use_orig_params, strategy):
     model = wrapped(use_orig_params, strategy)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(5))
-    offloaded = full_optimizer_state_dict(model.module, optimizer, cpu_offload=True)
-    gathered = full_optimizer_state_dict(model.module, optimizer)
-    return offloaded.get("state"), gathered["state"]
+    return gather_full_state_dict(model.module, optimizer).get("state")
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
-def test_full_state_is_right_and_on_rank_0_alone_where_offloaded(use_orig_params, strategy):
+def test_rank_0_gathers_the_full_state(use_orig_params, strategy):
     model = Wrapped(Layers())
     optimizer = make_optimizer(model)
     train(model, optimizer, range(5))
     expected = collect(model.module, optimizer)
     for states in expected.values():
         del states["weights"]
-    (offloaded, gathered), (nothing, other) = run_ranks(
-        2, full_state_worker, use_orig_params, strategy
-    )
-    assert nothing is None
-    assert same(offloaded, expected)
-    assert same(gathered, expected) and same(other, expected)
+    gathered, other = run_ranks(2, full_state_worker, use_orig_params, strategy)
+    assert same(gathered, expected) and other is None
 
 
 def reload_worker(rank, world, use_orig_params, options):

@@ -310,7 +310,7 @@ MISUSES = [
     (
         shards_into_one_process,
         ValueError,
-        "the loaded exp_avg of parameter '0.weight' is a shard but the parameter is whole here",
+        "the loaded exp_avg of parameter '0.weight' is a shard but the parameter is not sharded",
     ),
     (no_sync_in_stage_1, RuntimeError, r"use no_sync\(\) of the DistributedDataParallel module"),
     (no_sync_without_zero, RuntimeError, r"no_sync\(\) of the optimizer is for ZeRO stage 2"),

@@ -55,7 +55,7 @@ class Consensus:
     def all_reduce_max_and_problems(
         self, values: Sequence[int], problem: str | None
     ) -> tuple[list[int], str | None]:
-        """Return the element-wise maximum over ranks, and the problems of all ranks in a sentence."""
+        """Return the element-wise maximum over ranks, and all ranks' problems in one sentence."""
         any_problem, *result = self._all_reduce_max([problem is not None, *values])
         if not any_problem:
             return result, None
