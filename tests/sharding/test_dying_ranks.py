@@ -20,7 +20,7 @@ from sharded_bf16_adamw.sharding.comm_errors import CheckedWork, comm_errors
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .fsdp1_cases import wrap
-from .zero_cases import zero
+from .zero.cases import zero
 
 ADVICE = (
     "; most likely one of them has died or hangs, so look for the first error in their logs, then "
@@ -99,7 +99,7 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
         ("FSDP1", "norm", False, "summing the gradient norm", True),
     ],
 )
-def test_a_rank_that_dies_is_one_sentence_on_the_other(
+def test_dead_rank_is_a_clear_error_on_the_other(
     tmp_path, strategy, moment, clip, what, unchanged
 ):
     with pytest.raises(AssertionError, match=r"rank 1:\nthe process died") as caught:
@@ -138,11 +138,11 @@ def hanging_worker(rank, world, moment):
 
 
 @pytest.mark.parametrize("moment", ["construction", "step"])
-def test_a_rank_that_hangs_is_an_error_within_the_meshs_timeout(moment):
+def test_hanging_rank_is_an_error_within_the_mesh_timeout(moment):
     run_ranks(2, hanging_worker, moment)
 
 
-def test_the_message_names_the_ranks_and_keeps_other_errors():
+def test_comm_errors_names_ranks_and_keeps_other_errors():
     for ranks, words in (
         ([0, 1], "ranks 0, 1 "),
         ([4, 5, 6, 7], "ranks 4 to 7 "),
@@ -173,5 +173,5 @@ def refused_worker(rank, world):
         )
 
 
-def test_a_collective_that_cannot_start_is_reported_alike():
+def test_collective_that_cannot_start_is_reported():
     run_ranks(2, refused_worker)

@@ -38,12 +38,12 @@ def one_element_worker(rank, world, nonfinite):
     return held, has_gradient, norm.item(), optimizer.skipped_steps
 
 
-def test_ranks_without_any_element_take_part_in_the_norm():
+def test_ranks_with_empty_shards_join_the_norm():
     results = run_ranks(3, one_element_worker, False)
     assert results == [([1], [True], 3.0, 0), ([0], [False], 3.0, 0), ([0], [False], 3.0, 0)]
 
 
-def test_ranks_without_any_element_learn_of_a_nan():
+def test_ranks_with_empty_shards_skip_on_nan():
     assert [skipped for _, _, _, skipped in run_ranks(3, one_element_worker, True)] == [1, 1, 1]
 
 
@@ -74,7 +74,7 @@ def guard_worker(rank, world, use_orig_params, strategy):
 @pytest.mark.parametrize(
     ("world", "strategy"), [(3, "FULL_SHARD"), (4, "HYBRID_SHARD"), (2, "NO_SHARD")]
 )
-def test_one_ranks_nan_makes_every_rank_skip(world, strategy, use_orig_params):
+def test_nan_on_one_rank_skips_the_step_on_all(world, strategy, use_orig_params):
     results = run_ranks(world, guard_worker, use_orig_params, strategy)
     if strategy != "NO_SHARD":
         assert not all(nan_here for nan_here, *_ in results)
@@ -98,7 +98,7 @@ def ignored_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_ignored_parameters_count_once(use_orig_params):
+def test_norm_counts_ignored_parameters_once(use_orig_params):
     for squared, whole in run_ranks(2, ignored_worker, use_orig_params):
         assert squared == pytest.approx(whole, rel=1e-6)
 
@@ -115,7 +115,7 @@ def unsharded_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_replicas_of_no_shard_count_once(use_orig_params):
+def test_norm_counts_no_shard_replicas_once(use_orig_params):
     assert run_ranks(3, unsharded_worker, use_orig_params) == [8.0] * 3
 
 
@@ -144,7 +144,7 @@ def accumulation_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_accumulated_and_mixed_precision_gradients_give_the_bits_of_one_process(use_orig_params):
+def test_accumulation_with_mixed_precision_matches_single_process(use_orig_params):
     expected, _ = single_process(5)
     for result in run_ranks(2, accumulation_worker, use_orig_params):
         assert same(result, expected)
@@ -173,7 +173,7 @@ def hybrid_worker(rank, world):
     return optimizer.clip_grad_norm_(1.0).item()
 
 
-def test_parameters_of_different_groups_count_once():
+def test_norm_over_different_shard_groups():
     assert run_ranks(4, hybrid_worker) == [10.0] * 4  # sqrt(8 * 8 + 6 * 6)
 
 
@@ -212,6 +212,6 @@ def true_weights_worker(rank, world, use_orig_params, strategy):
 @pytest.mark.parametrize(
     ("world", "strategy"), [(2, "FULL_SHARD"), (2, "SHARD_GRAD_OP"), (4, "HYBRID_SHARD")]
 )
-def test_true_weights_are_those_of_the_shards_after_an_evaluation(world, strategy, use_orig_params):
+def test_true_weights_are_sharded_after_an_evaluation(world, strategy, use_orig_params):
     first, *others = run_ranks(world, true_weights_worker, use_orig_params, strategy)
     assert all(same(first, other) for other in others)

@@ -32,7 +32,7 @@ def built_too_early_worker(rank, world):
     assert not optimizer.state
 
 
-def test_optimizer_built_before_wrapping_is_refused_where_fsdp_replaces_the_parameters():
+def test_optimizer_built_before_wrapping_is_an_error():
     run_ranks(2, built_too_early_worker)
 
 
@@ -59,14 +59,14 @@ def built_early_with_orig_params_worker(rank, world, stepped):
     ]
 
 
-def test_optimizer_built_before_wrapping_trains_where_fsdp_keeps_the_parameters():
+def test_optimizer_built_before_wrapping_trains_with_orig_params():
     assert all(
         all(changed) and changed
         for changed in run_ranks(2, built_early_with_orig_params_worker, False)
     )
 
 
-def test_state_from_before_wrapping_is_refused():
+def test_state_from_before_wrapping_is_an_error():
     run_ranks(2, built_early_with_orig_params_worker, True)
 
 
@@ -81,7 +81,7 @@ def module_gone_worker(rank, world):
         optimizer.clip_grad_norm_(1.0)
 
 
-def test_a_norm_whose_ranks_are_unknown_is_an_error():
+def test_norm_without_live_fsdp_module_is_an_error():
     run_ranks(2, module_gone_worker)
 
 
@@ -104,7 +104,7 @@ def lookup_worker(rank, world):
     return len(walks)
 
 
-def test_modules_are_looked_up_once():
+def test_fsdp_modules_are_registered_once():
     assert run_ranks(2, lookup_worker) == [1, 1]
 
 
@@ -126,5 +126,5 @@ def tensor_parallel_worker(rank, world):
         guarded.step()
 
 
-def test_a_norm_over_tensor_parallel_parameters_is_an_error():
+def test_norm_of_fsdp1_over_tensor_parallel_is_an_error():
     run_ranks(4, tensor_parallel_worker)

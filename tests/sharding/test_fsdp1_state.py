@@ -73,7 +73,7 @@ def reload_worker(rank, world, use_orig_params, options):
     ],
     ids=["sharded", "sharded and flattened", "full"],
 )
-def test_state_reloads_through_torchs_api(use_orig_params, options):
+def test_state_reloads_through_torch_functions(use_orig_params, options):
     assert run_ranks(3, reload_worker, use_orig_params, options) == [(True, True)] * 3
 
 
@@ -89,7 +89,7 @@ def checkpoint_worker(rank, world, folder, name, action):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_checkpoints_go_between_fsdp1_and_fsdp2_and_other_numbers_of_ranks(
+def test_checkpoints_between_fsdp1_and_fsdp2_on_other_world_sizes(
     tmp_path, use_orig_params
 ):
     name = f"FSDP1 FULL_SHARD, use_orig_params={use_orig_params}"

@@ -204,7 +204,7 @@ def table() -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
+def test_model_parallel_matches_single_process(case):
     impossible = (
         set() if case.reloads else {"load in one process", "load from one process", "import"}
     )
@@ -213,7 +213,7 @@ def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
     }
 
 
-def test_the_runs_clip_some_steps_and_leave_others():
+def test_some_steps_clip_and_some_do_not():
     for case in CASES:
         _, norms = expected(tuple(case.shapes), 0)
         clipped = [norm > CLIP for norm in norms]

@@ -55,20 +55,20 @@ def table() -> str:
 
 
 @pytest.mark.parametrize(("case", "world"), RUNS)
-def test_bits_are_those_of_one_process(case, world):
+def test_bits_match_single_process(case, world):
     counts = differing(case, world)
     assert {column: wrong for column, (wrong, _) in counts.items()} == dict.fromkeys(COLUMNS, 0)
     assert all(total > 0 for _, total in counts.values())
 
 
-def test_the_runs_of_the_table_clip_some_steps_and_leave_others():
+def test_some_steps_clip_and_some_do_not():
     _, norms = expected()
     clipped = [norm > CLIP for norm in norms]
     assert any(clipped) and not all(clipped)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_where_reductions_round_only_the_gradients_differ(case):
+def test_update_matches_where_reductions_round(case):
     """Each rank's part is, bit for bit, what one process makes of the same reduced gradients: the worker checks it."""
     world = 2 if 2 in case.worlds else 4
     reference, _ = single_process(3, exact=False)

@@ -56,14 +56,14 @@ def placements_worker(rank, world, name):
     return found
 
 
-def test_states_are_placed_as_their_parameters_are():
+def test_states_have_the_placements_of_parameters():
     for found in run_ranks(2, placements_worker, TP):
         assert found["tall.weight"] == (Shard(0),) and found["flat.weight"] == (Shard(1),)
         assert found["flat.bias"] == found["gain.weight"] == (Replicate(),)
         assert "single_row.weight" not in found, "a plain parameter"
 
 
-def test_states_are_placed_as_their_parameters_are_under_fsdp2_too():
+def test_states_have_the_placements_of_parameters_under_fsdp2():
     for found in run_ranks(4, placements_worker, BOTH):
         assert found["wide.weight"] == (_StridedShard(0, split_factor=2), Shard(0))
         assert found["flat.weight"] == (Shard(0), Shard(1))
@@ -95,7 +95,7 @@ def partial_worker(rank, world):
     )
 
 
-def test_gradients_left_as_partial_sums_are_summed():
+def test_partial_gradients_are_reduced():
     for left, norm, expected_norm, exp_avg, expected in run_ranks(2, partial_worker):
         assert left == (Partial(),), "what this test is about"
         assert norm == pytest.approx(expected_norm, rel=1e-6)
@@ -126,7 +126,7 @@ def guard_worker(rank, world, name):
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, TP), (4, BOTH)])
-def test_one_ranks_nan_makes_every_rank_skip(world, name):
+def test_nan_on_one_rank_skips_the_step_on_all(world, name):
     results = run_ranks(world, guard_worker, name)
     assert sum(nan_here for nan_here, *_ in results) == 1
     assert [rest for _, *rest in results] == [[True, 1]] * world
@@ -149,7 +149,7 @@ def checkpoint_worker(rank, world, folder, name, action):
     ("saver", "saving", "loader", "loading"),
     [(BOTH, 4, "FSDP2", 3), ("FSDP2", 3, BOTH, 4), (TP, 2, BOTH, 4)],
 )
-def test_checkpoints_go_between_tensor_parallel_and_other_layouts(
+def test_checkpoints_between_tensor_parallel_and_other_layouts(
     tmp_path, saver, saving, loader, loading
 ):
     expected, *_ = run_ranks(saving, checkpoint_worker, tmp_path, saver, "save")
@@ -180,6 +180,6 @@ def mixed_worker(rank, world):
     return AdamW_BF16(params, lr=1e-2).clip_grad_norm_(1.0).item() ** 2
 
 
-def test_norm_over_parameters_of_several_meshes_counts_each_element_once():
+def test_norm_over_several_meshes():
     for squared in run_ranks(4, mixed_worker):
         assert squared == pytest.approx(5 * 36, rel=1e-6)

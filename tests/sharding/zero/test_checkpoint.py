@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, load, save
 
-from .zero_cases import assert_same_bits, collect, one_dimensional, zero
+from .cases import assert_same_bits, collect, one_dimensional, zero
 
 FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -104,7 +104,7 @@ def load_worker(rank, world, root, strategy):
     ],
     ids=str,
 )
-def test_saved_under_one_strategy_and_loaded_under_another(saved, loaded, tmp_path):
+def test_checkpoints_load_under_other_strategies(saved, loaded, tmp_path):
     at_save, later = run_ranks(saved[1], save_worker, str(tmp_path), saved[0])[0]
     states = {key: value for key, value in at_save.items() if key.count(".") == 2}
     for strategy, world in loaded:

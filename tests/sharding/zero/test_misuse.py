@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
-from .zero_cases import (
+from .cases import (
     Parameters,
     mean_gradients,
     new_optimizer,
@@ -326,5 +326,5 @@ def misuse_worker(rank, world, number):
 @pytest.mark.parametrize(
     "number", range(len(MISUSES)), ids=[misuse.__name__ for misuse, _, _ in MISUSES]
 )
-def test_is_refused_on_every_rank(number):
+def test_misuse_is_an_error_on_every_rank(number):
     run_ranks(2, misuse_worker, number)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from .zero_cases import (
+from .cases import (
     SHAPES,
     Parameters,
     assert_same_bits,
@@ -261,7 +261,7 @@ def scenarios_worker(rank, world, options):
 
 
 @pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
-def test_every_loop_gives_the_bits_of_one_process(world, options):
+def test_training_loops_match_single_process(world, options):
     found = run_ranks(world, scenarios_worker, options)
     for scenario in SCENARIOS:
         loop = Loop(world)

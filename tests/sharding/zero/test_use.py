@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 
-from .zero_cases import (
+from .cases import (
     Parameters,
     assert_same_bits,
     collect,
@@ -52,7 +52,7 @@ def fp32_accumulation_worker(rank, world):
     return found
 
 
-def test_accumulates_in_float32_if_asked():
+def test_accumulate_dtype_float32():
     for found in run_ranks(2, fp32_accumulation_worker):
         assert found == {
             ("bf16", True): False,
@@ -78,7 +78,7 @@ def nonfinite_worker(rank, world, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_ranks_infinity_makes_every_rank_skip(stage):
+def test_inf_on_one_rank_skips_the_step_on_all(stage):
     assert run_ranks(3, nonfinite_worker, stage) == [2, 2, 2]
 
 
@@ -130,7 +130,7 @@ def late_group_worker(rank, world):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_group_added_between_backward_and_step():
+def test_add_param_group_between_backward_and_step():
     run_ranks(2, late_group_worker)
 
 
@@ -146,7 +146,7 @@ def late_group_of_one_busy_rank_worker(rank, world):
     return p.tolist(), late.tolist()
 
 
-def test_a_group_added_while_one_rank_alone_has_gradients():
+def test_add_param_group_while_only_one_rank_has_gradients():
     assert run_ranks(2, late_group_of_one_busy_rank_worker) == [([-0.5] * 4, [-0.5] * 4)] * 2
 
 
@@ -167,7 +167,7 @@ def beside_fsdp_worker(rank, world, sharding):
 
 
 @pytest.mark.parametrize("sharding", [None, 1, 2])
-def test_beside_a_model_of_the_same_shapes_that_fsdp_has_sharded(sharding):
+def test_unused_parameter_beside_fsdp_model_of_same_shapes(sharding):
     assert run_ranks(2, beside_fsdp_worker, sharding) == [1.0, 1.0]
 
 
@@ -187,7 +187,7 @@ def after_the_norm_worker(rank, world):
     return collect(model, optimizer)
 
 
-def test_gradients_that_first_come_after_the_norm_in_stage_1():
+def test_stage_1_gradients_after_clip_grad_norm():
     model = Parameters()
     optimizer = new_optimizer(model)
     after_the_norm(model, optimizer, mean_gradients)
@@ -206,11 +206,11 @@ def set_after_the_norm_worker(rank, world):
     return p.tolist()
 
 
-def test_gradients_set_by_hand_after_the_norm_count():
+def test_gradients_set_by_hand_after_clip_grad_norm():
     assert run_ranks(2, set_after_the_norm_worker) == [[0.5] * 4] * 2
 
 
-def agreement_worker(rank, world):
+def consensus_worker(rank, world):
     """Most values fit into a byte; all are right if some do not."""
     consensus = Consensus(one_dimensional())
     with traffic() as calls:
@@ -231,8 +231,8 @@ def agreement_worker(rank, world):
     ]
 
 
-def test_agreements_take_a_byte_for_a_flag_and_any_integer():
-    run_ranks(2, agreement_worker)
+def test_consensus_takes_a_byte_for_a_flag_and_any_integer():
+    run_ranks(2, consensus_worker)
 
 
 def one_process_state_worker(rank, world, saved):
@@ -246,7 +246,7 @@ def one_process_state_worker(rank, world, saved):
     return {key: value for key, value in collect(model, optimizer).items() if "." in key}
 
 
-def test_loads_the_state_dict_of_one_process():
+def test_load_state_dict_of_single_process():
     model = Parameters()
     optimizer = new_optimizer(model)
     train(model, optimizer, 3, averaged=True)
@@ -264,7 +264,7 @@ def broadcast_worker(rank, world):
     )
 
 
-def test_initial_weights_are_broadcast_if_asked():
+def test_broadcast_initial():
     run_ranks(3, broadcast_worker)
 
 
@@ -288,7 +288,7 @@ def test_true_weights():
     run_ranks(3, true_weights_worker)
 
 
-def after_piling_up_worker(rank, world):
+def stale_grads_worker(rank, world):
     """What is refused is forgotten by ``zero_grad()``, and gradients that are discarded before the next backward pass do not count."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
@@ -315,7 +315,7 @@ def after_piling_up_worker(rank, world):
     return collect(model, optimizer)
 
 
-def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
+def test_stale_gradients_are_an_error_until_zero_grad():
     model = Parameters()
     optimizer = new_optimizer(model)
     optimizer.step()
@@ -323,7 +323,7 @@ def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
         train(model, optimizer, 1, averaged=True, start=step)
         if step == 0:
             optimizer.step()  # without gradients, as above
-    for found in run_ranks(2, after_piling_up_worker):
+    for found in run_ranks(2, stale_grads_worker):
         assert_same_bits(found, collect(model, optimizer))
 
 
@@ -341,12 +341,12 @@ def one_after_another_worker(rank, world):
     return [state["step"].item() for state in first.state.values()]
 
 
-def test_an_optimizer_of_stage_2_trains_again_when_a_later_one_is_gone():
+def test_stage_2_trains_again_once_a_later_optimizer_is_gone():
     for steps in run_ranks(2, one_after_another_worker):
         assert set(steps) == {2.0}
 
 
-def cleared_on_some_ranks_worker(rank, world):
+def stale_grads_on_one_rank_worker(rank, world):
     """A rank that keeps the mean of the step before would add the new one to it, though no gradient came on that rank."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
@@ -364,5 +364,5 @@ def cleared_on_some_ranks_worker(rank, world):
     assert_same_bits(collect(model, optimizer), before)
 
 
-def test_gradients_of_stage_2_that_pile_up_on_another_rank_are_refused():
-    run_ranks(2, cleared_on_some_ranks_worker)
+def test_stale_gradients_on_another_rank_are_an_error():
+    run_ranks(2, stale_grads_on_one_rank_worker)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_bf16_adamw.sharding.zero import reduce_scatter
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
-from .zero_cases import (
+from .cases import (
     STATES,
     Linears,
     LiveBytes,
@@ -78,7 +78,7 @@ def bits_worker(rank, world, stage, clip, options):
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_bits_of_one_process(world, stage, clip):
+def test_bits_match_single_process(world, stage, clip):
     expected, norms = single_process(20, clip)
     for weights, own_norms in run_ranks(world, bits_worker, stage, clip, {}):
         assert own_norms == norms
@@ -95,7 +95,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_bits_do_not_depend_on_the_options(options):
+def test_options_do_not_change_bits(options):
     expected, norms = single_process(20, 0.5)
     for weights, own_norms in run_ranks(3, bits_worker, 2, 0.5, options):
         assert own_norms == norms
@@ -113,7 +113,7 @@ def hybrid_worker(rank, world, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_replicate_and_shard_mesh(stage):
+def test_bits_match_on_replicate_shard_mesh(stage):
     expected, norms = single_process(20, 0.5)
     for weights, own_norms in run_ranks(4, hybrid_worker, stage):
         assert own_norms == norms
@@ -131,7 +131,7 @@ def ddp_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_stage_1_beside_ddp(world):
+def test_stage_1_with_ddp_matches_single_process(world):
     for weights in run_ranks(world, ddp_worker):
         assert_same_bits(weights, single_process(5)[0])
 
@@ -176,7 +176,7 @@ def reduce_scatter_worker(rank, world, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
-def test_reduce_scatter_gives_the_same_bits(shape):
+def test_nccl_reduce_scatter_gives_same_bits(shape):
     for weights, names in run_ranks(torch.Size(shape).numel(), reduce_scatter_worker, shape):
         assert "reduce_scatter" in names and "all_to_all" not in names
         assert_same_bits(weights, single_process(5)[0])
@@ -196,7 +196,7 @@ def mean_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_mean_is_rounded_once(world):
+def test_mean_is_rounded_once(world):
     run_ranks(world, mean_worker)
 
 
@@ -230,7 +230,7 @@ def nccl_mean_worker(rank, world, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1)])
-def test_the_average_of_nccl_is_not_used(shape):
+def test_nccl_average_is_not_used(shape):
     assert min(run_ranks(3, nccl_mean_worker, shape)) > 0
 
 
@@ -257,7 +257,7 @@ def first_step_worker(rank, world):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_no_device_waits_in_the_first_backward_pass_for_a_rank_that_leaves_a_parameter_unused():
+def test_first_backward_pass_does_not_block_the_device():
     one, two = run_ranks(2, first_step_worker)
     assert all(map(torch.equal, one, two))
 
@@ -276,7 +276,7 @@ def state_bytes_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_state_at_rest_is_six_bytes_a_parameter_over_the_world_size(world):
+def test_state_takes_six_bytes_a_parameter_over_world_size(world):
     assert (
         run_ranks(world, state_bytes_worker) == [3 * 2 * (16 * 24 + 24 * 48 + 48) // world] * world
     )
@@ -311,7 +311,7 @@ def traffic_of_a_step(stage):
 
 
 @pytest.mark.parametrize(("world", "old_names"), [(2, False), (2, True), (3, False), (4, False)])
-def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
+def test_stage_2_traffic(world, old_names):
     for calls in run_ranks(world, traffic_worker, 2, old_names):
         sent = {
             name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls
@@ -333,7 +333,7 @@ def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
         )
 
 
-def test_stage_1_sends_each_weight_once():
+def test_stage_1_traffic():
     for calls in run_ranks(3, traffic_worker, 1):
         assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(
             2 / 3 * WEIGHT_BYTES
@@ -368,7 +368,7 @@ def overlap_worker(rank, world):
     return events
 
 
-def test_reduction_starts_before_backward_ends():
+def test_reductions_overlap_with_backward():
     """The optimizer's hooks were registered first, so a bucket's second gradient is listed after it was sent."""
     for events in run_ranks(2, overlap_worker):
         expected = []
@@ -413,7 +413,7 @@ def memory_worker(rank, world, strategy):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_take_less_memory_than_under_ddp_by_all_but_a_ranks_share(world):
+def test_stage_2_gradient_memory_below_ddp(world):
     ddp = run_ranks(world, memory_worker, "ddp")
     ours = run_ranks(world, memory_worker, "zero2")
     for (ddp_peak, gradient_bytes), (peak, _) in zip(ddp, ours, strict=True):
