@@ -1,4 +1,4 @@
-"""Process groups for the CPU, between ranks that have made different numbers of groups before."""
+"""CPU process groups of ranks that have created different numbers of groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summed(group) -> float:
 
 
 def different_histories_worker(rank, world):
-    dist.new_group([0, 1])  # counts on ranks 0 and 1 alone
+    dist.new_group([0, 1])  # counts only on ranks 0 and 1
     if rank == 3:
         new_cpu_group([3])
     sums = []
@@ -122,11 +122,11 @@ def test_device_for_a_group(monkeypatch, config, device, wanted):
 
 
 class FakeCUDA(torch.Tensor):
-    """Stands on a GPU; the copy of a CPU tensor there."""
+    """A CPU tensor that stands for its copy on a GPU."""
 
 
 def nccl_only_worker(rank, world):
-    """FSDP2 with CPUOffloadPolicy keeps gradients on the CPU; the groups of its mesh play NCCL's part."""
+    """CPUOffloadPolicy keeps gradients on the CPU; the mesh's groups stand for NCCL."""
     model = nn.Linear(8, 8, bias=False).bfloat16()
     fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)

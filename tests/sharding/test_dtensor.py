@@ -1,4 +1,4 @@
-"""sharding/local.py: from a parameter to local tensors, and the process groups that a norm is summed over."""
+"""Local shards, and the process groups that a norm is summed over."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_shard_groups_of_dtensors():
 
 
 def zeros_worker(rank, world):
-    """5 rows on 4 ranks: 2, 2, 1 and none."""
+    """5 rows on 4 ranks are 2, 2, 1 and none."""
     mesh = init_device_mesh("cpu", (world,))
     param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, (Shard(0),)))
     zeros = zeros_like_shard(param, BF16)
@@ -81,7 +81,7 @@ def test_zeros_like_shard_of_uneven_shards():
 
 
 def missing_gradients_worker(rank, world, with_gradient):
-    """Two parameters on different groups; ``with_gradient`` says which ranks have a gradient of the one that all share."""
+    """Two parameters on different groups; ranks ``with_gradient`` have one of the shared one."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     shared = nn.Parameter(
         DTensor.from_local(

@@ -1,4 +1,4 @@
-"""FSDP1: norms and the guard over its shard groups, accumulation and mixed precision, true weights."""
+"""FSDP1: norm and guard over shard groups, accumulation, mixed precision, true weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ranks_with_empty_shards_skip_on_nan():
 
 
 def guard_worker(rank, world, use_orig_params, strategy):
-    """The second step's NaN is in one row of one weight alone, so on one rank of those that shard."""
+    """In the second step one row of one weight is NaN, so only one shard has it."""
     model = wrapped(use_orig_params, strategy)
     optimizer = AdamW_BF16(model.module.parameters(), lr=1e-2, skip_nonfinite=True)
     train(model, optimizer, [0])
@@ -82,7 +82,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(world, strategy, use_orig_params)
 
 
 def ignored_worker(rank, world, use_orig_params):
-    """A parameter that FSDP ignores is a plain one that every rank holds, and counts once."""
+    """A parameter that FSDP ignores is plain and replicated, and counts once."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(BF16)
     ignored = model[1].weight
     model = wrap(model, use_orig_params, ignored_states=[ignored])
@@ -104,7 +104,7 @@ def test_norm_counts_ignored_parameters_once(use_orig_params):
 
 
 def unsharded_worker(rank, world, use_orig_params):
-    """Every rank has all of every gradient, each element 1."""
+    """Every rank holds full gradients of ones."""
     model = wrap(
         nn.Linear(8, 8, bias=False).to(BF16),
         use_orig_params,
@@ -120,7 +120,7 @@ def test_norm_counts_no_shard_replicas_once(use_orig_params):
 
 
 def accumulation_worker(rank, world, use_orig_params):
-    """Two micro-batches, the first in ``no_sync``; gradients are reduced in fp32."""
+    """Two micro-batches, the first in ``no_sync``; gradients are reduced in float32."""
     precision = MixedPrecision(param_dtype=BF16, reduce_dtype=torch.float32)
     model = Layers()
     model = Wrapped(
@@ -151,7 +151,7 @@ def test_accumulation_with_mixed_precision_matches_single_process(use_orig_param
 
 
 def hybrid_worker(rank, world):
-    """Different groups in one optimizer: one model sharded over all ranks, one over pairs of them, each gradient element 1."""
+    """One model is sharded over all ranks, one over pairs of them; gradients are ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     models = [
         wrap(nn.Linear(8, 8, bias=False).to(BF16)),
@@ -178,7 +178,7 @@ def test_norm_over_different_shard_groups():
 
 
 def true_weights_worker(rank, world, use_orig_params, strategy):
-    """A forward pass without a backward leaves the root gathered, and with SHARD_GRAD_OP everything; the optimizer still sees shards."""
+    """A forward pass alone leaves parameters unsharded; the optimizer still sees shards."""
     model = wrapped(use_orig_params, strategy)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(3))

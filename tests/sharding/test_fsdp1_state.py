@@ -1,4 +1,4 @@
-"""FSDP1: the optimizer's state through torch's own API, in full, and in checkpoints."""
+"""FSDP1: optimizer state through torch's functions, in full, and in checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_rank_0_gathers_the_full_state(use_orig_params, strategy):
 
 
 def reload_worker(rank, world, use_orig_params, options):
-    """States go to a new model and optimizer through torch's own functions, and training goes on with the same bits."""
+    """Copy states to a new optimizer by torch's functions; training continues equally."""
     model = wrapped(use_orig_params)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(3))
@@ -89,9 +89,7 @@ def checkpoint_worker(rank, world, folder, name, action):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_checkpoints_between_fsdp1_and_fsdp2_on_other_world_sizes(
-    tmp_path, use_orig_params
-):
+def test_checkpoints_between_fsdp1_and_fsdp2_on_other_world_sizes(tmp_path, use_orig_params):
     name = f"FSDP1 FULL_SHARD, use_orig_params={use_orig_params}"
     expected, *_ = run_ranks(3, checkpoint_worker, tmp_path / "1", name, "save")
     single = Wrapped(Layers())

@@ -1,4 +1,4 @@
-"""What the table of strategies does not show of FSDP2, HSDP, FSDP1 and tensor parallelism: unused and frozen parameters, state sizes."""
+"""FSDP2, HSDP and others: unused and frozen parameters, state sizes and placements."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from .strategy_cases import (
 )
 
 STATES = ("exp_avg", "exp_avg_sq", "correction")
-WRAPPED = [
-    case.name for case in CASES if "DDP" not in case.name
-]  # DDP wants to be told of unused parameters
+# DDP needs find_unused_parameters.
+WRAPPED = [case.name for case in CASES if "DDP" not in case.name]
 HSDP = "HSDP (FSDP2, 2 x 2)"
 
 
@@ -44,7 +43,7 @@ def same(a, b):
 
 
 def unused_worker(rank, world, name, steps):
-    """``wide`` has no gradient in every second step: then it does not decay either."""
+    """``wide`` has no gradient in every second step, so no decay either."""
     wrapped = wrap(name, world, Layers())
     optimizer = make_optimizer(wrapped)
     for step in range(steps):
@@ -66,7 +65,7 @@ def test_unused_parameters_do_not_change(name):
 
 
 def frozen_worker(rank, world, name, steps):
-    """``wide`` is frozen from the start, in a parameter group with the others: no state, no decay."""
+    """``wide`` is frozen from the start, in one group with the others."""
     model = Layers()
     model.wide.requires_grad_(False)
     wrapped = wrap(name, world, model)
@@ -159,7 +158,7 @@ def hybrid_norm_worker(rank, world):
         param.grad = torch.ones_like(param)
     squared = optimizer.clip_grad_norm_(1.0).item() ** 2
     optimizer.step(zero_grad=True)
-    if rank in (1, 3):  # both replicas of one shard, as the reduction leaves it
+    if rank in (1, 3):  # both replicas of one shard, as a reduction would
         wrapped.module.wide.weight.grad = torch.full_like(wrapped.module.wide.weight, float("inf"))
     else:
         wrapped.module.wide.weight.grad = torch.ones_like(wrapped.module.wide.weight)

@@ -1,4 +1,4 @@
-"""Replicas of weights and states: the guard acts on all or none of them, and a flipped bit is found and named."""
+"""Replicas: the guard skips on all or none of them, and a flipped bit is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharded_bf16_adamw.sharding.dtensor import to_local
 
 
 def model_and_mesh(kind: str, world: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A linear layer whose shards have replicas, and the optimizer's arguments."""
+    """Return a linear layer whose shards have replicas, and the optimizer's arguments."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8, bias=False).bfloat16()
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -70,11 +70,11 @@ def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
     before = [to_local(param).clone() for param in model.parameters()]
     give_gradient(optimizer, 1.0)
     if rank == world - 1:
-        for param in model.parameters():  # a flipped bit, behind the last reduction
+        for param in model.parameters():  # a bit that flips after the reduction
             if param.grad is not None:
                 to_local(param.grad).view(-1)[:1] = torch.inf
                 break
-    if kind == "ZeRO":  # reduces gradients itself: what it holds of them is what can break
+    if kind == "ZeRO":  # it reduces gradients itself, so its own copy can break
         optimizer._sharding.reduce_grads()
         for grad in optimizer._sharding._sharded_grads.values():
             grad.fill_(1.0)
@@ -106,7 +106,7 @@ def check_worker(rank: int, world: int, kind: str, what: str) -> tuple[str, str]
     for _ in range(2):
         give_gradient(optimizer, 1.0)
         optimizer.step(zero_grad=True)
-    optimizer.check_replicas()  # all is well
+    optimizer.check_replicas()  # raises nothing
     if rank == world - 1:
         param = next(param for param in model.parameters() if to_local(param).numel())
         tensor = to_local(param if what == "weight" else optimizer.state[param][what]).detach()
@@ -132,7 +132,7 @@ def test_flipped_bit_is_reported_on_every_rank(kind, what):
 
 
 def guard_of_a_mesh_worker(rank: int, world: int) -> tuple[int, float]:
-    """Replicas over both dimensions of a mesh: what one rank finds must reach all, not its own line and column alone."""
+    """Replicas over both dimensions of a mesh: a finding must reach all ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     weight = nn.Parameter(
         distribute_tensor(
@@ -152,7 +152,7 @@ def test_nan_on_one_rank_of_a_2d_mesh_skips_on_all():
 
 
 def every_bit_worker(rank: int, world: int) -> list[int]:
-    """The bits of the first words that check_replicas does not see when they flip on one rank."""
+    """Return the bits of the first words whose flip on one rank remains undetected."""
     unseen = []
     for dtype, bits in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32)):
         width = torch.iinfo(bits).bits
@@ -189,7 +189,7 @@ def test_different_parameters_are_reported():
 
 def nothing_to_compare_worker(rank: int, world: int) -> str:
     fully_sharded = fully_shard(nn.Linear(4, 4).bfloat16())
-    AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has none
+    AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has no replicas
     optimizer = AdamW_BF16(
         [nn.Parameter(torch.ones(4).bfloat16())],
         lr=1e-2,
@@ -217,7 +217,7 @@ def test_check_on_a_single_process_passes():
 
 
 def mixed_worker(rank: int, world: int, drifted: bool, declared: bool) -> str:
-    """FSDP2 beside a plain parameter."""
+    """A model with an FSDP2 module and a plain one."""
     torch.manual_seed(0)
     model = nn.Module()
     model.sharded = fully_shard(nn.Linear(8, 8, bias=False).bfloat16())
@@ -234,7 +234,7 @@ def mixed_worker(rank: int, world: int, drifted: bool, declared: bool) -> str:
 
 
 def differing_gradients_worker(rank: int, world: int, kind: str) -> str:
-    """Gradients that nobody has averaged, where only the exchange over replicas or experts can tell."""
+    """Gradients are not averaged, which only replica or expert groups can detect."""
     torch.manual_seed(0)
     model = nn.Module()
     model.plain = nn.Linear(8, 8, bias=False).bfloat16()

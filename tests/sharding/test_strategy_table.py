@@ -1,4 +1,4 @@
-"""The table of docs/strategies.md: same gradients in, same bits out, whatever the sharding and the number of ranks."""
+"""The table of docs/strategies.md: equal gradients give equal bits under every sharding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected():
 
 @functools.cache
 def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
-    """For each column, how many elements differ on any rank from the single process, out of how many."""
+    """Return for each column (elements that differ from a single process, all elements)."""
     reference, norms = expected()
     counts = {column: [0, 0] for column in COLUMNS}
     for result, own_norms in run_ranks(world, table_worker, case.name):
@@ -42,7 +42,7 @@ def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
 
 
 def table() -> str:
-    """In Markdown, a row for each strategy and world size."""
+    """Return Markdown, a row for each strategy and world size."""
     lines = [f"| strategy | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
     for case in CASES:
         for world in case.worlds:
@@ -69,7 +69,7 @@ def test_some_steps_clip_and_some_do_not():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_update_matches_where_reductions_round(case):
-    """Each rank's part is, bit for bit, what one process makes of the same reduced gradients: the worker checks it."""
+    """The worker compares each shard with one process on the same reduced gradients."""
     world = 2 if 2 in case.worlds else 4
     reference, _ = single_process(3, exact=False)
     for result in run_ranks(world, replay_worker, case.name, 3):

@@ -1,4 +1,4 @@
-"""Tensor parallelism, alone and under FSDP2: state like the parameters, partial gradients, norms over several meshes, the guard."""
+"""Tensor parallelism, alone and under FSDP2: placements, partial gradients, norms, guard."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_states_have_the_placements_of_parameters_under_fsdp2():
 
 
 def partial_worker(rank, world):
-    """A gain whose inputs' rows are divided: each rank's gradient is its own rows' part of the sum."""
+    """The rows of a gain's inputs are sharded, so each rank's gradient is a partial sum."""
     model = Layers()
     parallelize(model, init_device_mesh("cpu", (world,)))
     batch = {"gain": make_batch(0)["gain"]}
@@ -103,7 +103,7 @@ def test_partial_gradients_are_reduced():
 
 
 def guard_worker(rank, world, name):
-    """NaN in one row of a weight's gradient, which one tensor rank (and under FSDP2 one rank of all) holds."""
+    """One row of a weight's gradient, which only one rank holds, is NaN."""
     wrapped = wrap(name, world)
     optimizer = AdamW_BF16(wrapped.module.parameters(), lr=1e-2, skip_nonfinite=True)
     backward(wrapped, make_batch(0))
@@ -164,7 +164,7 @@ def test_checkpoints_between_tensor_parallel_and_other_layouts(
 
 
 def mixed_worker(rank, world):
-    """One call over a plain parameter, a tensor-parallel one, FSDP2 on all ranks, HSDP, and FSDP2 over tensor parallel: all gradients 1."""
+    """Parameters: plain, TP, FSDP2 on all ranks, HSDP, FSDP2 over TP; gradients are ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     models = [nn.Linear(6, 6, bias=False).to(BF16) for _ in range(5)]
     plain, tensor, all_ranks, hybrid, both = models

@@ -1,4 +1,4 @@
-"""ZeRO gives the bits of one process, keeps a rank's share of the state, and sends no more than it must."""
+"""ZeRO matches a single process bit for bit, with minimal memory and traffic."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def single_process(steps, clip=None):
 
 
 def own_numel(shape, rank, ranks):
-    """Elements of the rows that DTensor would give this rank, by the rule that the documentation states."""
+    """Return the numel of this rank's local shard by the documented rule."""
     if not shape:
         return 1
     dim = next(
@@ -138,7 +138,10 @@ def test_stage_1_with_ddp_matches_single_process(world):
 
 @contextmanager
 def like_nccl():
-    """Reduce-scatters over gloo, whose average of bfloat16 is NCCL's: each addend is multiplied by a rounded ``1 / ranks``."""
+    """Use gloo's reduce-scatter in place of NCCL's, and give it NCCL's average of bfloat16.
+
+    That average multiplies each addend by a rounded ``1 / ranks``.
+    """
 
     def averaging(function, position):
         def call(*args, group=None, op=dist.ReduceOp.SUM, async_op=False):
@@ -164,7 +167,7 @@ def like_nccl():
 
 
 def reduce_scatter_worker(rank, world, shape):
-    """As NCCL does it, here by gloo."""
+    """Train with reduce-scatters, as with NCCL."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = Parameters()
     optimizer = new_optimizer(model, zero(2, mesh))
@@ -183,12 +186,12 @@ def test_nccl_reduce_scatter_gives_same_bits(shape):
 
 
 def mean_worker(rank, world):
-    """Sums that round: in float32 in the order of ranks, then once."""
+    """Compare with a sum in float32 in the order of ranks, rounded once."""
     torch.manual_seed(rank)
     lines = torch.randn(world, 1000).bfloat16()
-    everyones = [torch.empty_like(lines) for _ in range(world)]
-    dist.all_gather(everyones, lines)
-    total = functools.reduce(torch.add, [theirs[rank].float() for theirs in everyones])
+    of_ranks = [torch.empty_like(lines) for _ in range(world)]
+    dist.all_gather(of_ranks, lines)
+    total = functools.reduce(torch.add, [other[rank].float() for other in of_ranks])
     for dtype in (torch.bfloat16, torch.float32):
         assert torch.equal(
             PendingReduce(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
@@ -201,16 +204,16 @@ def test_mean_is_rounded_once(world):
 
 
 def nccl_mean_worker(rank, world, shape):
-    """Small integers, whose sums bfloat16 holds: only the division by the number of ranks rounds."""
+    """Sums of small integers are exact in bfloat16, so only the division rounds."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
     shards = mesh.get_local_rank(mesh.ndim - 1)
     lines = torch.randint(
         -8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)
     ).bfloat16()
-    everyones = [torch.empty_like(lines) for _ in range(ranks)]
-    dist.all_gather(everyones, lines, group=group)
-    total = functools.reduce(torch.add, [theirs[shards].float() for theirs in everyones])
+    of_ranks = [torch.empty_like(lines) for _ in range(ranks)]
+    dist.all_gather(of_ranks, lines, group=group)
+    total = functools.reduce(torch.add, [other[shards].float() for other in of_ranks])
     whole = lines[0, :5].clone()
     of_all = [torch.empty_like(whole) for _ in range(world)]
     dist.all_gather(of_all, whole)
@@ -235,7 +238,10 @@ def test_nccl_average_is_not_used(shape):
 
 
 def first_step_worker(rank, world):
-    """Rank 1 does not use the layer whose gradient comes first, and comes to its step only when rank 0's backward pass is over."""
+    """Rank 1 does not use the layer whose gradient comes first.
+
+    It begins its step only after rank 0's backward pass.
+    """
     model = Linears(LAYERS, WIDTH)
     optimizer = new_optimizer(
         model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True)
@@ -247,9 +253,8 @@ def first_step_worker(rank, world):
     with like_nccl(), backpressure_timeout(0.05):
         for _ in range(3):
             nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
-            dist.barrier(
-                others
-            )  # as rank 0's loss.item() waits for its device, and with it for rank 1
+            # Like loss.item() on rank 0, which waits for its device and so for rank 1.
+            dist.barrier(others)
             optimizer.step(zero_grad=True)
         for _ in range(3):
             model(x).sum().backward()
@@ -262,7 +267,7 @@ def test_first_backward_pass_does_not_block_the_device():
     assert all(map(torch.equal, one, two))
 
 
-# --------------------------------------------------------------------------------------------------------- memory and traffic
+# -------------------------------------------------------------------------- memory and traffic
 
 
 def state_bytes_worker(rank, world):
@@ -288,7 +293,7 @@ LAYER_MB = WIDTH * WIDTH * 2 / 2**20
 
 
 def traffic_worker(rank, world, stage, old_names=False):
-    """``old_names``: as before torch 2.13."""
+    """Train with collectives of the names before torch 2.13 if ``old_names``."""
     with pytest.MonkeyPatch.context() as patched:
         if old_names:
             patched.delattr(dist, "all_gather_single", raising=False)
@@ -325,9 +330,8 @@ def test_stage_2_traffic(world, old_names):
             for name, _, size in calls
             if name not in ("all_to_all_single", "all_gather_single")
         ]
-        flags = (
-            1 + LAYERS // 2 + 2 * LAYERS + 4
-        )  # bytes: any problem, buckets, parameters with and without, arrival, stepped, discarding or not
+        # A byte each for any problem, every bucket, has_grad, lacks_grad, and four flags.
+        flags = 1 + LAYERS // 2 + 2 * LAYERS + 4
         assert sorted(rest) == sorted([("all_reduce", 32), ("all_reduce", flags)]), (
             "the norm and who has gradients"
         )
@@ -369,7 +373,7 @@ def overlap_worker(rank, world):
 
 
 def test_reductions_overlap_with_backward():
-    """The optimizer's hooks were registered first, so a bucket's second gradient is listed after it was sent."""
+    """The optimizer's hooks run first, so a bucket is sent before its second gradient is listed."""
     for events in run_ranks(2, overlap_worker):
         expected = []
         for i in range(LAYERS - 1, 0, -2):
@@ -378,7 +382,7 @@ def test_reductions_overlap_with_backward():
 
 
 def memory_worker(rank, world, strategy):
-    """Peak bytes of gradients and of what carries them, over a backward pass after the first; and the bytes of all gradients."""
+    """Return the peak bytes of gradients and buckets in a backward pass, and of all gradients."""
     layers, width = 16, 32
     model = Linears(layers, width)
     weight_bytes = layers * width * width * 2
@@ -392,9 +396,8 @@ def memory_worker(rank, world, strategy):
         optimizer = new_optimizer(model)
 
         def count(state, bucket):
-            buckets[bucket.index()] = (
-                bucket.buffer().nbytes
-            )  # the reducer's own, which live as long as the module
+            # The reducer's buffers live as long as the module.
+            buckets[bucket.index()] = bucket.buffer().nbytes
             return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
 
         module.register_comm_hook(None, count)
@@ -405,7 +408,7 @@ def memory_worker(rank, world, strategy):
     live = LiveBytes(model)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: live.look())
-    with backpressure_timeout(60.0):  # looking takes longer than a bucket
+    with backpressure_timeout(60.0):  # LiveBytes.look() is slow
         module(x).sum().backward()
     live.look()
     optimizer.step(zero_grad=True)

@@ -1,4 +1,4 @@
-"""Checkpoints know nothing of ZeRO: saved with it, loaded without, and back, bit for bit."""
+"""Checkpoints saved with ZeRO load without it and vice versa, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a training loop does, ZeRO does as one process would: each scenario is run on both and compared bit for bit."""
+"""Training loops of all kinds give the same bits with ZeRO and on a single process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ ALL = frozenset(SHAPES)
 
 
 class Loop:
-    """A model, an optimizer and backward passes: on one process the gradients of all ``ranks`` averaged, else those of this rank."""
+    """A model and its optimizer.
+
+    On a single process backward passes give the mean gradients of all ``ranks``.
+    """
 
     def __init__(self, ranks, options=None):
         self.ranks = ranks
@@ -35,7 +38,7 @@ class Loop:
         )
 
     def backward(self, step, names_of=lambda rank: ALL):
-        """``names_of(rank)``: the parameters that the rank uses."""
+        """Run a backward pass in which each rank uses the parameters ``names_of(rank)``."""
         if self.alone:
             used = frozenset().union(*(names_of(rank) for rank in range(self.ranks)))
             contributions = [
@@ -152,7 +155,7 @@ def frozen_and_unfrozen(loop):
 
 
 def kept_gradients(loop):
-    """Without ``zero_grad`` gradients stay for the next step."""
+    """Without ``zero_grad`` the next step uses the same gradients."""
     for step in range(3):
         loop.backward(step)
         loop.optimizer.step()
@@ -181,7 +184,7 @@ def gradients_set_by_hand(loop):
 
 
 def gradients_that_are_views(loop):
-    """Of other strides than their parameters."""
+    """Set gradients whose strides differ from their parameters'."""
 
     def run(grads):
         for name, grad in grads.items():

@@ -1,4 +1,4 @@
-"""Uses of ZeRO beside the plain loop: float32 sums, the guard, tied weights, late groups, loaded states, initial and true weights."""
+"""ZeRO with accumulation, the guard, tied weights, added groups, loaded states and others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .cases import (
 
 
 def fp32_accumulation_worker(rank, world):
-    """1 + 8 * 2^-9: bfloat16 drops each of the small ones."""
+    """Sum 1 + 8 * 2^-9, in which bfloat16 drops each of the small addends."""
     expected = torch.full((4,), 1 + 8 * 2.0**-9)
     found = {}
     for name, options in {
@@ -135,7 +135,7 @@ def test_add_param_group_between_backward_and_step():
 
 
 def late_group_of_one_busy_rank_worker(rank, world):
-    """Rank 1 has no gradient, so nothing of it is on its way when the group comes."""
+    """Rank 1 has no gradient, so it has nothing in flight when the group is added."""
     p, late = (nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(2))
     optimizer = AdamW_BF16([p], lr=0.5, weight_decay=0.0, sharding=zero())
     if rank == 0:
@@ -151,7 +151,7 @@ def test_add_param_group_while_only_one_rank_has_gradients():
 
 
 def beside_fsdp_worker(rank, world, sharding):
-    """An FSDP2 model of the same shapes lives in the process, and one parameter here is unused on every rank."""
+    """Train beside an FSDP2 model of the same shapes; one parameter is unused."""
     other = fully_shard(nn.Linear(6, 6).bfloat16())
     other(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_unused_parameter_beside_fsdp_model_of_same_shapes(sharding):
 
 
 def after_the_norm(model, optimizer, of_step):
-    """Gradients of one parameter before clip_grad_norm_, and of all after it."""
+    """Give one parameter a gradient before clip_grad_norm_, and all after it."""
     for step in range(3):
         model({"even": of_step(step)["even"]}).backward()
         optimizer.clip_grad_norm_(0.5)
@@ -211,7 +211,7 @@ def test_gradients_set_by_hand_after_clip_grad_norm():
 
 
 def consensus_worker(rank, world):
-    """Most values fit into a byte; all are right if some do not."""
+    """Most values fit into a byte; if one does not, all are exchanged in full."""
     consensus = Consensus(one_dimensional())
     with traffic() as calls:
         assert consensus.all_reduce_max([rank, 1 - rank, 254]) == [1, 1, 254]
@@ -289,13 +289,13 @@ def test_true_weights():
 
 
 def stale_grads_worker(rank, world):
-    """What is refused is forgotten by ``zero_grad()``, and gradients that are discarded before the next backward pass do not count."""
+    """``zero_grad()`` clears stale gradients; gradients that it discards are never stale."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
-    optimizer.step()  # one that takes nothing leaves nothing
+    optimizer.step()  # uses no gradients
     train(model, optimizer, 1, averaged=False)
     optimizer.step()
-    for discarded in (3, 4):  # as a generator's loss gives gradients to the discriminator
+    for discarded in (3, 4):  # as a discriminator discards gradients of the generator's loss
         model(rank_gradients(discarded, rank, world)).backward()
         optimizer.zero_grad()
     model(rank_gradients(1, rank, world)).backward()
@@ -322,7 +322,7 @@ def test_stale_gradients_are_an_error_until_zero_grad():
     for step in range(3):
         train(model, optimizer, 1, averaged=True, start=step)
         if step == 0:
-            optimizer.step()  # without gradients, as above
+            optimizer.step()  # uses no gradients, as above
     for found in run_ranks(2, stale_grads_worker):
         assert_same_bits(found, collect(model, optimizer))
 
@@ -334,9 +334,9 @@ def one_after_another_worker(rank, world):
     train(model, second, 1, averaged=False)
     del second
     gc.collect()
-    train(model, first, 1, averaged=False, start=1)  # alone again
+    train(model, first, 1, averaged=False, start=1)  # the only optimizer again
     model(rank_gradients(2, rank, world)).backward()
-    assert model.large.grad is None, "it takes gradients as they come"
+    assert model.large.grad is None, "the hook takes gradients"
     first.step(zero_grad=True)
     return [state["step"].item() for state in first.state.values()]
 
@@ -347,7 +347,7 @@ def test_stage_2_trains_again_once_a_later_optimizer_is_gone():
 
 
 def stale_grads_on_one_rank_worker(rank, world):
-    """A rank that keeps the mean of the step before would add the new one to it, though no gradient came on that rank."""
+    """Rank 1 keeps its used gradients and has no new ones, but would add rank 0's."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
     train(model, optimizer, 1, averaged=False)
@@ -358,7 +358,7 @@ def stale_grads_on_one_rank_worker(rank, world):
         optimizer.zero_grad()
         model(rank_gradients(2, rank, world)).backward()
     with pytest.raises(
-        RuntimeError, match="new gradients were accumulated onto .* after each step, on every rank"
+        RuntimeError, match=r"new gradients were accumulated onto .* after each step, on every rank"
     ):
         optimizer.step()
     assert_same_bits(collect(model, optimizer), before)
