@@ -44,13 +44,13 @@ from sharded_bf16_adamw.sharding.dtensor import to_local
 
 COLUMNS = ("weights", "exp_avg", "exp_avg_sq", "correction")
 STEPS, ROWS = 20, 12  # the rows of a batch are divided evenly among 1, 2, 3 or 4 ranks
-SHAPES = {
+SHAPES = {  # (inputs, outputs)
     "tall": (6, 13),
     "wide": (12, 8),
     "flat": (16, 4),
     "single_row": (5, 1),
     "single_precision": (7, 3),
-}  # (inputs, outputs)
+}
 GAIN = 10
 CLIP = 5.0  # clips the steps of larger gradients, and leaves the others
 Batch = dict[str, tuple[Tensor, Tensor]]  # x (rows, inputs) and c (rows, outputs) of each layer
@@ -111,9 +111,8 @@ class Wrapped:
     data_rank: int = 0
     data_ranks: int = 1
     sharding: Any = None  # the optimizer's argument
-    set_gradient_sync: Callable[[bool], None] | None = (
-        None  # where there is one, each rank's rows come in two micro-batches
-    )
+    # If given, each rank's rows come in two micro-batches.
+    set_gradient_sync: Callable[[bool], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,8 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # FSDP1 and NO_SHARD are deprecated
             warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # on one rank
-            for name in (
-                "wide",
-                "single_row",
-                "single_precision",
-            ):  # the others share the root's flat parameter
+            # The other layers share the root's flat parameter.
+            for name in ("wide", "single_row", "single_precision"):
                 setattr(model, name, FullyShardedDataParallel(model.get_submodule(name), **options))
             return over_all_ranks(FullyShardedDataParallel(model, **options))
 

@@ -48,9 +48,8 @@ def steps(model, optimizer, first, count):
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            grad = torch.randint(-8, 9, p.shape, generator=generator).to(
-                p.dtype
-            )  # any mean of equal ones is exact
+            # Equal on all ranks, so that the mean is exact.
+            grad = torch.randint(-8, 9, p.shape, generator=generator).to(p.dtype)
             p.grad = (
                 distribute_tensor(grad, p.device_mesh, p.placements)
                 if isinstance(p, DTensor)
@@ -82,9 +81,8 @@ def load_worker(rank, world, root, strategy):
     load(root, model, optimizer)
     loaded = plain(model, optimizer)
     other, other_optimizer = build(strategy, fill=7.0)
-    state = get_optimizer_state_dict(
-        other, other_optimizer, options=FLATTENED
-    )  # torch makes it by a step with zero gradients
+    # torch creates the states by a step with zero gradients.
+    state = get_optimizer_state_dict(other, other_optimizer, options=FLATTENED)
     dcp.load(state, checkpoint_id=f"{root}/torch")
     set_optimizer_state_dict(other, other_optimizer, state, options=FLATTENED)
     by_torch = {

@@ -327,6 +327,22 @@ def test_stale_gradients_are_an_error_until_zero_grad():
         assert_same_bits(found, collect(model, optimizer))
 
 
+def stale_after_clip_worker(rank, world):
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = AdamW_BF16([p], lr=0.5, sharding=zero())
+    p.sum().backward()
+    optimizer.step()
+    optimizer.clip_grad_norm_(1e9)  # prepares a second step with the same gradients
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="new gradients were accumulated onto"):
+            optimizer.step()
+
+
+def test_stale_gradients_after_clip_grad_norm_stay_an_error():
+    run_ranks(2, stale_after_clip_worker)
+
+
 def one_after_another_worker(rank, world):
     model = Parameters()
     first = new_optimizer(model, zero())
