@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Stage1(Stage):
-    """Optimizer states are sharded; DistributedDataParallel averages the gradients."""
+    """A stage in which states are sharded; DistributedDataParallel averages the gradients."""
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from enum import Enum, auto
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,9 +100,9 @@ class BucketOrder(Enum):
 
 
 class GradReport(NamedTuple):
-    """One rank's gradients; or the maximum over ranks, in which a flag says that any rank has it.
+    """One rank's gradients, or the maximum over ranks, in which a flag is set if any rank sets it.
 
-    Its flat form, the fields one after the other, is what ranks exchange.
+    Ranks exchange its flat form: the fields one after the other.
     """
 
     launches: list[int]  # of each bucket since the last consensus, a pending one included
@@ -127,7 +127,10 @@ class GradReport(NamedTuple):
 
 
 class Stage2(Stage):
-    """Optimizer states and gradients are sharded; see [Note: Order of reductions across ranks]."""
+    """A stage in which states and gradients are sharded.
+
+    See [Note: Order of reductions across ranks].
+    """
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
@@ -256,15 +259,12 @@ class Stage2(Stage):
             self._sharded_grads[zero_param.param] = grad if held is None else held.add_(grad)
 
     @contextmanager
-    def _without_sync(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         before, self._require_grad_sync = self._require_grad_sync, False
         try:
             yield
         finally:
             self._require_grad_sync = before
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return self._without_sync()
 
     # ---------------------------------------------------------------------------------- in a step
 
