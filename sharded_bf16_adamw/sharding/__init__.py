@@ -1,1 +1,1 @@
-"""How a parameter is spread over ranks. Nothing here knows the update rule."""
+"""The sharding of parameters over ranks, independent of the update rule."""

@@ -1,11 +1,10 @@
-"""The boundary to torch's collectives: where one fails because a rank is gone, the others say so in one sentence."""
+"""Process groups for CPU tensors, and collectives by way of a device that the group serves."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,51 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-# Per default process group, how many groups each set of ranks has made. A new default group has a new store.
-_groups_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+# Per default process group, the number of groups that each set of ranks has created. A new default
+# group has a new store.
+_groups_created: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = (
+    WeakKeyDictionary()
+)
 _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-@contextmanager
-def comm_errors(what: str, ranks: Sequence[int]) -> Iterator[None]:
-    """A context for a collective, its start or the wait for it. ``what`` names it in the message, ``ranks`` are the global ones in it.
-
-    Raises:
-        RuntimeError: from torch's own, which names neither the operation nor what to do.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} between {_in_words(ranks)} failed on rank {dist.get_rank()}; most likely one of them has died or hangs, so look for "
-            "the first error in their logs, then start all ranks again from the last checkpoint"
-        ) from error
-
-
-class CheckedWork:
-    """A collective on its way: ``function(*args, group=group, async_op=True, **options)``. ``what`` names it in messages."""
-
-    def __init__(
-        self,
-        what: str,
-        function: Callable[..., Any],
-        *args: Tensor,
-        group: dist.ProcessGroup,
-        **options: Any,
-    ) -> None:
-        self._what = what
-        self._ranks = dist.get_process_group_ranks(group)
-        with comm_errors(what, self._ranks):
-            self._work = function(*args, group=group, async_op=True, **options)
-
-    def is_completed(self) -> bool:
-        """Whether :meth:`wait` would not wait: it is done, or has failed."""
-        return self._work.is_completed()
-
-    def wait(self) -> None:
-        """Wait for it: on gloo this thread does, on NCCL the current stream."""
-        with comm_errors(self._what, self._ranks):
-            self._work.wait()
 
 
 def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -75,7 +35,8 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
         timeout: of the creation and of each collective; None for torch's default.
 
     Returns:
-        The group, its ranks ascending. ``dist.destroy_process_group`` frees it; the name is not used again.
+        The group, its ranks ascending. ``dist.destroy_process_group`` frees it; the name is not
+        used again.
 
     Raises:
         ValueError: a rank is listed twice or does not exist, or this rank is missing.
@@ -86,14 +47,15 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
         raise ValueError(f"Invalid ranks: {list(ranks)}; list distinct global ranks below {world}")
     if dist.get_rank() not in members:
         raise ValueError(
-            f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on the ranks that it lists"
+            f"Invalid ranks: {list(ranks)} lack rank {dist.get_rank()}; call new_cpu_group only on "
+            "the ranks that it lists"
         )
     assert dist.group.WORLD is not None
-    made = _groups_made.setdefault(dist.group.WORLD, Counter())
-    made[members] += 1  # even if this fails: the store then holds stale addresses under the name
+    created = _groups_created.setdefault(dist.group.WORLD, Counter())
+    created[members] += 1  # even if this fails: the store then holds stale addresses of that name
     # The digest keeps the name short for any number of ranks.
     digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
-    name: Any = f"sharded_bf16_adamw:{digest}:{made[members]}"
+    name: Any = f"sharded_bf16_adamw:{digest}:{created[members]}"
     group, _ = c10d._new_process_group_helper(
         len(members),
         members.index(dist.get_rank()),
@@ -108,9 +70,10 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
 
 
 def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
-    """Return a process group of the same ranks that serves CPU tensors: ``group`` itself if it does, else a gloo group.
+    """Return ``group`` if it serves CPU tensors, else a gloo group of the same ranks.
 
-    Collective over ``group`` at its first call, and free afterwards. Ranks may be numbered otherwise in the result.
+    The first call is collective over ``group``; later ones communicate nothing. The group ranks may
+    differ from those in ``group``.
     """
     own = group or dist.group.WORLD
     assert own is not None
@@ -122,34 +85,26 @@ def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
 
 
 def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
-    """Return the device types whose tensors the group's back ends take, such as ``["cuda"]`` for NCCL alone."""
+    """Return the device types that the group's back ends serve, such as ``["cuda"]`` for NCCL."""
     return [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
 
 
 def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Return the device from which ``group`` can exchange a tensor of ``device``: that one if a back end serves it, else another.
+    """Return ``device`` if a back end of ``group`` serves it, else a device that one serves.
 
     FSDP2's ``CPUOffloadPolicy`` keeps parameters on the CPU, which NCCL does not serve.
     """
     served = served_devices(group)
     if device.type in served:
         return device
-    return (
-        torch.device("cpu")
-        if served[0] == "cpu"
-        else torch.device(served[0], torch.accelerator.current_device_index())
-    )
+    if served[0] == "cpu":
+        return torch.device("cpu")
+    return torch.device(served[0], torch.accelerator.current_device_index())
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
-    """Add up over the group in place, by way of a device that the group serves."""
+    """Sum over the group in place, by way of a device that the group serves."""
     moved = value.to(device_for(group, value.device))
     dist.all_reduce(moved, group=group)
     if moved is not value:
         value.copy_(moved)
-
-
-def _in_words(ranks: Sequence[int]) -> str:
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"

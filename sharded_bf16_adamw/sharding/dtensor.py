@@ -1,7 +1,8 @@
-"""From a parameter to this rank's local tensors, where torch does the communication (one process, DDP, FSDP, tensor parallel).
+"""Local shards and process groups of parameters that torch shards or replicates.
 
-An elementwise update needs no communication of its own: a rank updates the shard that it holds. Only a global gradient norm
-does: :func:`shard_groups` says over which ranks a parameter is spread, :func:`replica_groups` which ranks hold the same part.
+That is one process, DDP, FSDP and tensor parallelism. An elementwise update needs no communication:
+a rank updates the shard that it holds. Only a global gradient norm does: :func:`shard_groups`
+returns the groups to sum over, :func:`replica_groups` those that hold the same shard.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from .fsdp1 import is_flattened, replica_group, shard_group
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return the local shard of a DTensor, sharing its memory; any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    local = tensor._local_tensor  # what to_local() gives, less its step of autograd, which every tensor would pay at every step
+    # As to_local(), without its autograd function, which costs time for every tensor in every step.
+    local = tensor._local_tensor
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def local_grad(param: Tensor) -> Tensor:
-    """This rank's part of ``param.grad``, laid out as the parameter is. Tensor parallelism may leave partial sums: they are reduced."""
+    """Return the local shard of ``param.grad``, with the parameter's placements.
+
+    Partial sums, which tensor parallelism may leave, are reduced.
+    """
     grad = param.grad
     assert grad is not None
     if (
@@ -40,38 +45,38 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros sharded as ``param`` is: a DTensor of its mesh, placements and global shape (uneven and empty shards included) or a
-    plain tensor of its shape and strides."""
+    """Return zeros sharded as ``param`` is.
+
+    For a DTensor they are one of its mesh, placements and global shape, uneven and empty shards
+    included; for a plain tensor they have its shape and strides.
+    """
     return torch.zeros_like(
         param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
     )
 
 
 def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The process groups over which the elements of ``param`` are spread, outermost first; those that hold replicas do not count.
+    """Return the process groups over which ``param`` is sharded, outermost first.
 
-    A DTensor has one for each mesh axis that it is not replicated on, an FSDP1 parameter at most one, any other parameter none.
+    A DTensor has one for each mesh axis that it is not replicated on, an FSDP1 parameter at most
+    one, any other parameter none.
 
     Raises:
-        RuntimeError: it is a parameter of FSDP1 whose groups cannot be known; see :func:`.fsdp1.shard_group`.
+        RuntimeError: the groups of an FSDP1 parameter are unknown; see :func:`.fsdp1.shard_group`.
     """
     if isinstance(param, DTensor):
         mesh = param.device_mesh
-        return tuple(
-            mesh.get_group(axis)
-            for axis, placement in enumerate(param.placements)
-            if not placement.is_replicate()
-        )
-    if is_flattened(param):
-        group = shard_group(param)
-        return () if group is None else (group,)
-    return ()
+        placements = enumerate(param.placements)
+        return tuple(mesh.get_group(axis) for axis, each in placements if not each.is_replicate())
+    group = shard_group(param) if is_flattened(param) else None
+    return () if group is None else (group,)
 
 
 def replica_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the process groups whose ranks hold replicas of this rank's part of ``param``, as far as the parameter says.
+    """Return the process groups whose ranks are known to hold replicas of this rank's shard.
 
-    A DTensor has one for each mesh axis that it is replicated on, an FSDP1 parameter at most one, any other parameter none.
+    A DTensor has one for each mesh axis that it is replicated on, an FSDP1 parameter at most one,
+    any other parameter none.
     """
     if isinstance(param, DTensor):
         mesh = param.device_mesh

@@ -1,4 +1,4 @@
-"""Experts of one rank beside a model that ZeRO shards: each parameter goes to the strategy that knows it."""
+"""Rank-local experts in a model that ZeRO shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .torch_managed import TorchManaged
 
 
 class ExpertsApart:
-    """Parameters that ``parallel`` names as experts are this rank's alone, gradients included; ``dense`` shards all others."""
+    """The strategy ``dense`` for all parameters but the experts, which stay whole on their rank.
+
+    Their gradients are not averaged either. ``parallel`` names the experts.
+    """
 
     def __init__(self, dense: Sharding, parallel: ModelParallel) -> None:
         self.dense = dense
@@ -24,11 +27,8 @@ class ExpertsApart:
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         self._expert_ids = {id(param) for param in self._parallel.expert_params()}
-        dense = [
-            (param, name)
-            for param, name in zip(params, names, strict=True)
-            if id(param) not in self._expert_ids
-        ]
+        named = zip(params, names, strict=True)
+        dense = [(param, name) for param, name in named if id(param) not in self._expert_ids]
         self.dense.add_params([param for param, _ in dense], [name for _, name in dense])
 
     def reduce_grads(self) -> None:
@@ -71,12 +71,11 @@ class ExpertsApart:
         return self._experts if id(param) in self._expert_ids else self.dense
 
     def _merged(self, params: list[Tensor], method: str) -> list[Any]:
-        """Ask each strategy for its parameters, in one call each, and put the answers in the order of ``params``."""
+        """Call ``method`` once for each strategy's parameters; merge in the order of ``params``."""
         result: list[Any] = [None] * len(params)
         for sharding in (self.dense, self._experts):
             indices = [index for index, param in enumerate(params) if self._of(param) is sharding]
-            for index, value in zip(
-                indices, getattr(sharding, method)([params[i] for i in indices]), strict=True
-            ):
+            values = getattr(sharding, method)([params[index] for index in indices])
+            for index, value in zip(indices, values, strict=True):
                 result[index] = value
         return result

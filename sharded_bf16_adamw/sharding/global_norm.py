@@ -1,7 +1,8 @@
-"""Sums of squares that ranks hold in parts, added up so that every element counts once and every rank gets one result.
+"""The sum of squares over all ranks: every element counts once, and every rank gets one result.
 
-Vocabulary: a *key* is the tuple of process groups over which parameters are spread, as :func:`.local.shard_groups` gives it. The
-empty key stands for plain tensors, which every rank is taken to hold as a replica.
+A *key* is the tuple of process groups over which parameters are sharded, as
+:func:`.dtensor.shard_groups` returns it. The empty key stands for plain tensors, which count as
+replicas on every rank.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_reduce, comm_errors
+from .collectives import all_reduce
+from .comm_errors import comm_errors
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]
-_TOLERANCE = 1e-6  # of the relative variance of replicas' sums: other kernels may round a gradient differently, no more
+# Bound on the relative variance of replicas' sums: other kernels may round a gradient differently.
+_TOLERANCE = 1e-6
 
 
 def all_reduce_sums(
@@ -26,45 +29,46 @@ def all_reduce_sums(
     replicas: Sequence[dist.ProcessGroup],
     parallel: ModelParallel | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add up this rank's sums of squares over all ranks that share the model. Collective over every group named.
+    """Add up this rank's sums of squares over all ranks. Collective over every group named.
 
-    Every rank of a group passes the same keys in the same order, also those of parameters of which it holds no element or no gradient.
+    Every rank of a group passes the same keys in the same order, also those of parameters of which
+    it holds no element or no gradient.
 
     Args:
         sums: by key, 0-dim float64.
         expert_sums: likewise, of the parameters that differ over ``parallel.ep``.
-        replicas: groups whose ranks hold replicas, over which nothing is added: their ranks compare, and agree whether all is finite.
-        parallel: groups over which parameters differ; None where there are none.
+        replicas: groups whose ranks hold replicas. Nothing is added up over them; their ranks
+            compare their totals, and agree on whether all are finite.
+        parallel: groups over which parameters differ, or None.
 
     Returns:
-        ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite where any rank's sum is not.
-        ``mismatch`` is positive where ranks that should have equal gradients (of plain tensors beside shards or experts, of replicas)
-        have not: the total is then meaningless.
+        ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite if any
+        rank's sum is not. ``mismatch`` is positive if gradients differ that must be equal (of plain
+        tensors beside shards or experts, of replicas); the total is then meaningless.
 
     Raises:
         RuntimeError: another rank has died or hangs.
     """
     own = [*sums.values(), *expert_sums.values()]
     device = own[0].device if own else torch.device("cpu")
+    # NaN if any sum is not finite, else 0. Added to every sum, it reaches all ranks.
     poison = torch.zeros((), dtype=torch.float64, device=device)
     for value in own:
-        poison += (value - value).to(
-            device
-        )  # NaN where it is not finite: reaches all ranks with whatever is added up
+        poison += (value - value).to(device)
     total, mismatch = _sum_over_shards(sums, poison)
-    experts, mismatch_of_experts = _sum_over_shards(expert_sums, poison)
-    mismatch = mismatch + mismatch_of_experts
+    experts, experts_mismatch = _sum_over_shards(expert_sums, poison)
+    mismatch = mismatch + experts_mismatch
     if parallel is not None and (group := parallel.ep_group) is not None:
         experts, mismatch, first, second = _all_reduce(
             group, experts, mismatch, total, total.square()
         )
-        total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
+        total, mismatch = _compare(total, mismatch, first, second, dist.get_world_size(group))
     total = total + experts
     for group in replicas:
         not_finite, mismatch, first, second = _all_reduce(
             group, (~total.isfinite()).double(), mismatch, total, total.square()
         )
-        total, mismatch = _agreed(total, mismatch, first, second, dist.get_world_size(group))
+        total, mismatch = _compare(total, mismatch, first, second, dist.get_world_size(group))
         total = torch.where(not_finite > 0, torch.nan, total)
     if parallel is not None and (group := parallel.pp_group) is not None:
         total, mismatch = _all_reduce(group, total, mismatch)
@@ -72,7 +76,7 @@ def all_reduce_sums(
 
 
 def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up one set of sums. Each exchange carries the sum of plain tensors and its square, to compare replicas."""
+    """Add up one set of sums, and compare the sums of plain tensors in the same all-reduces."""
     total, mismatch = poison, torch.zeros_like(poison)
     plain = sums.get((), torch.zeros_like(poison)).to(poison.device)
     for key, value in sums.items():
@@ -80,23 +84,25 @@ def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, T
             value, mismatch, first, second = _all_reduce(
                 key, value.to(poison.device) + poison, mismatch, plain, plain.square()
             )
-            plain, mismatch = _agreed(
-                plain, mismatch, first, second, math.prod(map(dist.get_world_size, key))
-            )
+            ranks = math.prod(map(dist.get_world_size, key))
+            plain, mismatch = _compare(plain, mismatch, first, second, ranks)
             total = total + value
     return total + plain, mismatch
 
 
-def _agreed(
+def _compare(
     own: Tensor, mismatch: Tensor, first: Tensor, second: Tensor, ranks: int
 ) -> tuple[Tensor, Tensor]:
-    """Return one value for what ``ranks`` ranks should have alike, from the sums of their values and squares, and count a mismatch."""
+    """Return one value for all ranks, and the mismatch, increased by one if the values differ.
+
+    ``first`` and ``second`` are the sums over ranks of the value and of its square.
+    """
     differ = ranks * second - first.square() > _TOLERANCE * first.square()
     return torch.where(first == ranks * own, own, first / ranks), mismatch + differ.double()
 
 
 def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:
-    """Add up 0-dim values over each group in turn; returns them stacked."""
+    """Sum 0-dim values over each group in turn, and return them stacked."""
     stacked = torch.stack(values)
     for group in (groups,) if isinstance(groups, dist.ProcessGroup) else groups:
         with comm_errors("summing the gradient norm", dist.get_process_group_ranks(group)):

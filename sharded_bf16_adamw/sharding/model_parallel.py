@@ -1,7 +1,8 @@
 """Ranks that hold different parameters: pipeline stages and rank-local experts.
 
-A DTensor says over which ranks it is spread. A plain tensor does not: it may be a replica of what other ranks hold, or a parameter of
-this rank alone. :class:`ModelParallel` tells the two apart, for the gradient norm, the non-finite guard and checkpoints.
+A DTensor says over which ranks it is sharded. A plain tensor does not: it may be a replica of what
+other ranks hold, or a parameter of this rank alone. :class:`ModelParallel` tells the two apart, for
+the gradient norm, the non-finite guard and checkpoints.
 """
 
 from __future__ import annotations
@@ -18,30 +19,47 @@ GroupLike = dist.ProcessGroup | DeviceMesh
 
 @dataclass(frozen=True, eq=False)
 class ModelParallel:
-    """Process groups over whose ranks parameters differ: ``AdamW_BF16(params, model_parallel=ModelParallel(pp=mesh["pp"]))``.
+    """Process groups over whose ranks parameters differ.
 
-    Name only what DTensors do not say. FSDP2, HSDP and tensor parallelism by DTensor need no entry; they, DDP and
-    ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. Groups are process groups or one-dimensional ``DeviceMesh``.
+    Name only what DTensors do not say. FSDP2, HSDP and tensor parallelism by DTensor need no entry;
+    they, DDP and ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. A group is a
+    process group or a one-dimensional ``DeviceMesh``.
 
     Args:
-        pp: the pipeline, as torchtitan's ``pp_mesh``: every parameter belongs to this rank's stage, whatever shards it there. Give one
-            optimizer all stages that a rank holds. A weight that two stages hold (a tied embedding) counts twice in the norm.
-        ep: the ranks over which ``experts`` differ: expert parallelism with plain tensors (Megatron's ``allreduce=False`` parameters).
-        experts: the modules that this rank alone of ``ep`` holds, or single parameters. Name an ``nn.ModuleList`` of experts itself: its
-            modules are numbered from 0 on each rank and get numbers of the whole group in checkpoints, so that they load on another
-            number of ranks. The names of what is in other modules, and of single parameters, get the rank in ``ep`` appended.
-            ``sharding=ZeRO(...)`` leaves experts to their rank: it neither shards their states nor averages their gradients.
-        dp: the ranks that hold replicas of the plain parameters that are no experts, such as DistributedDataParallel's. The guard then
-            skips a step on all of them or on none, and ``check_replicas`` compares them.
-        edp: likewise the ranks that hold replicas of the experts.
+        pp: the pipeline, as torchtitan's ``pp_mesh``: every parameter belongs to this rank's stage,
+            also where it is sharded inside the stage. Give one optimizer all stages that a rank
+            holds. A weight that two stages hold (a tied embedding) counts twice in the norm.
+        ep: the ranks over which ``experts`` differ: expert parallelism with plain tensors
+            (Megatron's ``allreduce=False`` parameters).
+        experts: the modules that only this rank of ``ep`` holds, or single parameters. Name an
+            ``nn.ModuleList`` of experts itself: its modules are numbered from 0 on each rank and
+            get numbers of the whole group in checkpoints, so that they load on another number of
+            ranks. Parameters of other modules, and single parameters, get the rank in ``ep``
+            appended to their names. ``sharding=ZeRO(...)`` neither shards the states of experts nor
+            averages their gradients.
+        dp: the ranks that hold replicas of the plain parameters other than experts, such as
+            DistributedDataParallel's. The guard then skips a step on all of them or on none, and
+            ``check_replicas`` compares them.
+        edp: the ranks that hold replicas of the experts, likewise.
 
     Raises:
-        ValueError: a group is none, this rank is not in it, or ``experts`` is given without ``ep``.
+        ValueError: a group is invalid, this rank is not in it, or ``experts`` is given without
+            ``ep``.
 
     Example:
-        >>> from sharded_bf16_adamw import ModelParallel
-        >>> ModelParallel()
-        ModelParallel(pp=None, ep=None, experts=(), dp=None, edp=None)
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from sharded_bf16_adamw import AdamW_BF16, ModelParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("pp", "dp"))
+        >>> stage = torch.nn.Linear(4, 2, dtype=torch.bfloat16)
+        >>> parallel = ModelParallel(pp=mesh["pp"], dp=mesh["dp"])
+        >>> optimizer = AdamW_BF16(stage.parameters(), lr=1e-3, model_parallel=parallel)
+        >>> stage(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        >>> optimizer.clip_grad_norm_(1.0)  # the norm over all pipeline stages
+        tensor(3.1623)
+        >>> optimizer.step(zero_grad=True)
+        >>> dist.destroy_process_group()
     """
 
     pp: GroupLike | None = None
@@ -51,56 +69,56 @@ class ModelParallel:
     edp: GroupLike | None = None
 
     def __post_init__(self) -> None:
-        experts = (
-            (self.experts,)
-            if isinstance(self.experts, (nn.Module, Tensor))
-            else tuple(self.experts)
-        )
+        is_single = isinstance(self.experts, (nn.Module, Tensor))
+        experts = (self.experts,) if is_single else tuple(self.experts)  # type: ignore[arg-type]
         object.__setattr__(self, "experts", experts)
-        wrong = next(
-            (value for value in experts if not isinstance(value, (nn.Module, Tensor))), None
-        )
-        if wrong is not None:
-            raise ValueError(f"Invalid experts: {wrong!r}; give modules or parameters")
-        for name, value in (("pp", self.pp), ("ep", self.ep), ("dp", self.dp), ("edp", self.edp)):
-            _check_group(name, value)
+        for value in experts:
+            if not isinstance(value, (nn.Module, Tensor)):
+                raise ValueError(f"Invalid experts: {value!r}; give modules or parameters")
+        for name in ("pp", "ep", "dp", "edp"):
+            _check_group(name, getattr(self, name))
         if self.ep is None and experts:
             raise ValueError(
-                "experts are given without ep; name the process group or mesh dimension over which they differ"
+                "experts are given without ep; name the process group or mesh dimension over which "
+                "they differ"
             )
 
     @property
     def pp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``pp``; None where there is none, or this rank alone is in it."""
+        """The process group of ``pp``; None if not given or of this rank alone."""
         return _group_of(self.pp)
 
     @property
     def ep_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``ep``; None where there is none, or this rank alone is in it."""
+        """The process group of ``ep``; None if not given or of this rank alone."""
         return _group_of(self.ep)
 
     @property
     def dp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``dp``; None where there is none, or this rank alone is in it."""
+        """The process group of ``dp``; None if not given or of this rank alone."""
         return _group_of(self.dp)
 
     @property
     def edp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``edp``; None where there is none, or this rank alone is in it."""
+        """The process group of ``edp``; None if not given or of this rank alone."""
         return _group_of(self.edp)
 
     def check_holds_experts(self, params: Iterable[Tensor]) -> None:
-        """Raise ValueError where a single parameter among the experts is not one of ``params``: it would silently be no expert."""
+        """Raise ValueError if a single parameter among the experts is not one of ``params``.
+
+        It would silently not count as an expert.
+        """
         known = {id(param) for param in params}
         for value in self.experts:  # type: ignore[union-attr]
             if isinstance(value, Tensor) and id(value) not in known:
                 raise ValueError(
-                    f"ModelParallel(experts=...) names a parameter of shape {tuple(value.shape)} that the optimizer does not hold; name "
-                    "its module, or the parameter as it is after fully_shard and the like, which replace it"
+                    f"ModelParallel(experts=...) names a parameter of shape {tuple(value.shape)} "
+                    "that the optimizer does not hold; name its module, or the parameter that "
+                    "replaced it in fully_shard or the like"
                 )
 
     def expert_params(self) -> Iterator[Tensor]:
-        """Yield the parameters of this rank alone of ``ep``, as the modules hold them now."""
+        """Yield the parameters of the experts, as the modules hold them now."""
         for value in self.experts:  # type: ignore[union-attr]
             if isinstance(value, nn.Module):
                 yield from value.parameters()
@@ -114,21 +132,21 @@ def _check_group(name: str, value: GroupLike | None) -> None:
     if isinstance(value, DeviceMesh):
         if value.ndim != 1:
             raise ValueError(
-                f"Invalid {name}: the mesh has {value.ndim} dimensions; take one of them, such as mesh[{name!r}]"
+                f"Invalid {name}: the mesh has {value.ndim} dimensions; take one of them, such as "
+                f"mesh[{name!r}]"
             )
-        inside = value.get_coordinate() is not None
-    elif (
-        value == dist.GroupMember.NON_GROUP_MEMBER
-    ):  # what new_group() returns on the ranks that are not in it
-        inside = False
+        is_member = value.get_coordinate() is not None
+    # new_group() returns this on ranks that are not in the group.
+    elif value == dist.GroupMember.NON_GROUP_MEMBER:
+        is_member = False
     elif isinstance(value, dist.ProcessGroup):
-        inside = dist.get_rank(value) >= 0
+        is_member = dist.get_rank(value) >= 0
     else:
         raise ValueError(
             f"Invalid {name}: {value!r}; give a process group or a one-dimensional DeviceMesh"
         )
-    if not inside:
-        raise ValueError(f"Invalid {name}: this rank is not in it")
+    if not is_member:
+        raise ValueError(f"Invalid {name}: this rank is not in it; give a group of this rank")
 
 
 def _group_of(value: GroupLike | None) -> dist.ProcessGroup | None:

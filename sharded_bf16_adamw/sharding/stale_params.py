@@ -1,4 +1,4 @@
-"""Recognise an optimizer whose parameters the model no longer uses, which torch would let pass in silence."""
+"""Detection of an optimizer whose parameters the model no longer uses, an error torch misses."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from .fsdp1 import is_flattened
 
 
 def sharded_after_construction(params: list[Tensor]) -> bool:
-    """Whether sharding the model replaced some of ``params`` after they were given to the optimizer.
+    """Return whether sharding the model replaced some of the optimizer's ``params``.
 
-    ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module, ``FullyShardedDataParallel`` (unless with
-    ``use_orig_params=True``) new flat ones. They leave no trace on the old ones, which then never receive a gradient. So it is
-    recognised from the other side: a live module has such a parameter with a gradient, which the optimizer does not hold, and which
-    stands for a parameter whose global shape is that of one of ``params`` that has no gradient and is in no module any more.
+    ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module,
+    ``FullyShardedDataParallel`` (unless with ``use_orig_params=True``) new flat ones. They leave no
+    trace on the old parameters, which never receive a gradient again. So the search starts from the
+    new ones. It looks for a parameter that a live module holds and the optimizer does not, that has
+    a gradient, and whose global shape is that of one of ``params`` that has no gradient and is in
+    no module any more.
     """
     if not _seem_replaced(params):
         return False
-    gc.collect()  # was it a module that is gone, but for the collector?
+    gc.collect()  # the parameter may be in a dead module that is not yet collected
     return _seem_replaced(params)
 
 
 def _seem_replaced(params: list[Tensor]) -> bool:
     held = {id(param) for param in params}
     in_modules: set[int] = set()
-    replaced: set[tuple[int, ...]] = set()  # shapes
+    replaced_shapes: set[tuple[int, ...]] = set()
     for module in gc.get_objects():
-        if not issubclass(
-            type(module), torch.nn.Module
-        ):  # isinstance would run code of proxies and lazy modules
+        # isinstance would run code of proxies and lazy modules
+        if not issubclass(type(module), torch.nn.Module):
             continue
         for param in module.__dict__.get("_parameters", {}).values():
             if param is None:
                 continue
             in_modules.add(id(param))
             if id(param) not in held and param.grad is not None:
-                replaced.update(map(tuple, _shapes_replaced_by(param)))
+                replaced_shapes.update(map(tuple, _shapes_replaced_by(param)))
     return any(
-        isinstance(param, torch.nn.Parameter)  # others were in no module before either
+        isinstance(param, torch.nn.Parameter)  # other tensors were never in a module
         and param.grad is None
         and param.requires_grad
         and id(param) not in in_modules
         and not isinstance(param, DTensor)
         and not is_flattened(param)
-        and tuple(param.shape) in replaced
+        and tuple(param.shape) in replaced_shapes
         for param in params
     )
 
 
 def _shapes_replaced_by(param: Tensor) -> Iterable[tuple[int, ...]]:
-    """The shapes of the parameters in whose place ``param`` came when the model was sharded."""
+    """Return the shapes of the parameters that ``param`` replaced when the model was sharded."""
     if isinstance(param, DTensor):
         return (tuple(param.shape),)
     if is_flattened(param):
-        return getattr(
-            param, "_shapes", ()
-        )  # of a flat parameter; the original parameters in it, where they live on, have none
+        # A flat parameter has this; original parameters that stay in the module do not.
+        return getattr(param, "_shapes", ())
     return ()

@@ -1,4 +1,4 @@
-"""The sharding that leaves all communication to torch: one process, DDP, FSDP, HSDP, tensor parallelism."""
+"""The strategy that leaves all communication to torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .dtensor import local_grad, replica_groups, shard_groups, to_local
 
 
 class TorchManaged:
-    """This rank updates what it holds, and torch does the communication: one process, DDP, FSDP, HSDP, tensor parallelism."""
+    """One process, DDP, FSDP, HSDP or tensor parallelism: a rank updates what it holds."""
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def reduce_grads(self) -> None:
-        """The wrapper around the model has reduced the gradients in the backward pass."""
+        """Do nothing: the model's wrapper has reduced the gradients in the backward pass."""
 
     def grads(self, params: list[Tensor]) -> list[Any]:
         return [param.grad for param in params]
@@ -29,34 +29,34 @@ class TorchManaged:
         return [local_grad(param) for param in params]
 
     def all_gather_params(self) -> None:
-        """The wrapper gathers weights when it needs them."""
+        """Do nothing: the model's wrapper all-gathers weights when it needs them."""
 
     def clear_grads(self) -> None:
-        """It holds none."""
+        """Do nothing: no gradients are held."""
 
     def shard(self, param: Tensor) -> Tensor:
         return param
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
-        if isinstance(param, DTensor) and not isinstance(
-            value, DTensor
-        ):  # whole on every rank, as a plain state_dict is
-            return distribute_tensor(
-                value, param.device_mesh, param.placements, src_data_rank=None
-            ).to(param.device)
+        if isinstance(param, DTensor) and not isinstance(value, DTensor):
+            # A plain state_dict: every rank holds the full tensor.
+            mesh, placements = param.device_mesh, param.placements
+            return distribute_tensor(value, mesh, placements, src_data_rank=None).to(param.device)
         if isinstance(value, DTensor) and not isinstance(param, DTensor):
             raise ValueError(
-                f"{what} is a shard but the parameter is whole here; load what ZeRO or FSDP sharded with sharded_bf16_adamw.load or with "
+                f"{what} is a shard but the parameter is not sharded; load what ZeRO or FSDP "
+                "sharded with sharded_bf16_adamw.load or with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         if (
             isinstance(value, DTensor)
             and isinstance(param, DTensor)
-            and not _sharded_alike(value, param)
+            and not _have_same_sharding(value, param)
         ):
             raise ValueError(
-                f"{what} is sharded otherwise than the parameter ({value.placements} and {param.placements}); load it with "
-                "sharded_bf16_adamw.load or with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                f"{what} is sharded differently from the parameter ({value.placements} and "
+                f"{param.placements}); load it with sharded_bf16_adamw.load or with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         return value
 
@@ -71,16 +71,17 @@ class TorchManaged:
 
     def no_sync(self) -> AbstractContextManager[None]:
         raise RuntimeError(
-            "no_sync() of the optimizer is for ZeRO stage 2; without it the model's wrapper reduces gradients, so use its own: "
-            "no_sync() of DDP and FSDP1, set_requires_gradient_sync(False) of FSDP2"
+            "no_sync() of the optimizer is for ZeRO stage 2; otherwise the model's wrapper reduces "
+            "gradients, so use no_sync() of DDP and FSDP1, or set_requires_gradient_sync(False) of "
+            "FSDP2"
         )
 
     def check_picklable(self) -> None:
-        """Nothing here belongs to one process alone."""
+        """Do nothing: it holds no process group."""
 
 
-def _sharded_alike(a: DTensor, b: DTensor) -> bool:
-    """Whether each rank has the same elements of both. Dimensions of meshes may have different names."""
+def _have_same_sharding(a: DTensor, b: DTensor) -> bool:
+    """Return whether each rank holds the same elements of both; names of meshes do not matter."""
     return (
         a.placements == b.placements
         and torch.equal(a.device_mesh.mesh, b.device_mesh.mesh)

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.fsdp1 import full_optimizer_state_dict
 
 INPUTS = 6
 
@@ -157,8 +160,9 @@ def everything(
     """Weights and states in full by name, through torch's own functions; and the options of each parameter's group. Collective."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, and warns of what it calls itself
-        result = dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))
-        optimizer_state = full_optimizer_state_dict(module, optimizer)
+        options_full = StateDictOptions(full_state_dict=True)
+        result = dict(get_model_state_dict(module, options=options_full))
+        optimizer_state = get_optimizer_state_dict(module, optimizer, options=options_full)
     for fqn, state in optimizer_state["state"].items():
         result.update({f"{fqn}.{key}": value for key, value in state.items()})
     options = {

@@ -14,7 +14,7 @@ import train
 from model import GPT, PRESETS
 from options import parse_args
 from report import read_metrics
-from sharded_bf16_adamw.sharding.zero.param import Rows
+from sharded_bf16_adamw.sharding.zero.param import ZeroParam
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -257,7 +257,7 @@ def whole_gradients(run):
     for name, p in run.model.named_parameters():
         (grad,) = sharding.grads([p])
         if not isinstance(grad, DTensor) and grad.shape != p.shape:
-            grad = Rows(p, run.world.mesh(), name).as_dtensor(grad)
+            grad = ZeroParam(p, run.world.mesh(), name).as_dtensor(grad)
         found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
     return found
 

@@ -1,4 +1,4 @@
-"""Models wrapped by FSDP1, and what the tests of it share."""
+"""Models wrapped by FSDP1, for its tests."""
 
 from __future__ import annotations
 

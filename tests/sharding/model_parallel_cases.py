@@ -1,7 +1,8 @@
-"""Jobs whose ranks hold different parameters, each compared with one process that holds them all.
+"""Jobs whose ranks hold different parameters, to compare with one process that holds them all.
 
-A model is a dict of parameters by the names that one process would use. Each rank builds its part of it, and takes the gradients that
-:func:`gradient` makes of name and step, as pipelines and expert parallelism would leave them after their own communication.
+A model is a dict of parameters by the names that one process would use. Each rank builds its part
+of it. Its gradients are those that :func:`gradient` makes of name and step, as pipelines and expert
+parallelism would leave them after their own communication.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
 
 @dataclass
 class Part:
-    """What one rank holds.
+    """The part of a model that one rank holds.
 
     Attributes:
         names: for each local name the global one and, of a slice of a global tensor, which.
@@ -93,7 +94,10 @@ class Part:
             param.grad = grad
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights and states by global name, whole or, of a slice of a global tensor, with its position in the name."""
+        """Return weights and states by global name.
+
+        The name of a slice of a global tensor holds its position.
+        """
         found = {}
         for local, (name, part) in self.names.items():
             label = name if part is None else f"{name}[{part.start}]"
@@ -110,17 +114,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A way to spread a model: ``build(rank, world, seed)`` is called on every rank; ``reloads`` says where its checkpoint loads."""
+    """A distribution of a model; ``build(rank, world, seed)`` is called on every rank.
+
+    ``reloads``: its checkpoint loads in one process, which has all parameters.
+    """
 
     name: str
     world: int
     shapes: dict[str, tuple[int, ...]]
     build: Callable[[int, int, int], Part]
-    reloads: bool = True  # in one process, which has all parameters
+    reloads: bool = True
 
 
 def module_of(params: dict[str, Tensor]) -> nn.Module:
-    """A module with these parameters; children of ``experts`` are in an ``nn.ModuleList``."""
+    """Build a module with these parameters; children of ``experts`` go into a ModuleList."""
     root = nn.Module()
     for name, tensor in params.items():
         holder = root
@@ -250,7 +257,7 @@ def experts(*, dense: str = "", uneven: bool = False) -> Callable[[int, int, int
 
 
 def stacked_experts(rank: int, world: int, seed: int) -> Part:
-    """A plain parameter of this rank's experts, whose numbers nobody can know."""
+    """Build a plain parameter of this rank's experts, whose numbers are unknown."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     count = 4 // world
     names = {
@@ -270,7 +277,7 @@ def stacked_experts(rank: int, world: int, seed: int) -> Part:
 
 
 def dtensor_experts(rank: int, world: int, seed: int) -> Part:
-    """torchtitan's way: a DTensor over the expert mesh beside FSDP2; nothing to declare."""
+    """Build as torchtitan does: a DTensor over the expert mesh beside FSDP2."""
     mesh = init_device_mesh("cpu", (world,))
 
     def wrap(model: nn.Module) -> None:
@@ -284,7 +291,7 @@ def dtensor_experts(rank: int, world: int, seed: int) -> Part:
 
 
 def zero_on_a_half(rank: int, world: int, seed: int) -> Part:
-    """Two models, each on a half of the job: the same names and shapes, other weights and other folders."""
+    """Build two models of the same names and shapes, each on a half of the job."""
     half = rank // (world // 2)
     meshes = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("half", "dp"))
     mesh: DeviceMesh = meshes["dp"]

@@ -1,8 +1,9 @@
-"""Every way to shard a model that the table of ``docs/strategies.md`` has a row for, and one training run that fits them all.
+"""The strategies in the table of ``docs/strategies.md``, and a training run for all of them.
 
-The model's layers do not feed each other: each has inputs ``x`` and cotangents ``c`` of its own, and the loss is the sum of all
-``(layer(x) * c).sum()``. So a weight's gradient is ``c.T @ x`` whatever the weights are, and small integers for ``x`` and ``c`` (times a
-power of two) make every product, every sum over rows and every reduction over ranks exact in bfloat16.
+The model's layers do not feed each other: each has inputs ``x`` and cotangents ``c`` of its own,
+and the loss is the sum of all ``(layer(x) * c).sum()``. So a weight's gradient is ``c.T @ x`` for
+any weights, and small integers for ``x`` and ``c`` (times a power of two) make every product, every
+sum over rows and every reduction over ranks exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from sharded_bf16_adamw.sharding.dtensor import to_local
 
 COLUMNS = ("weights", "exp_avg", "exp_avg_sq", "correction")
 STEPS, ROWS = 20, 12  # the rows of a batch are divided evenly among 1, 2, 3 or 4 ranks
-SHAPES = {
+SHAPES = {  # (inputs, outputs)
     "tall": (6, 13),
     "wide": (12, 8),
     "flat": (16, 4),
     "single_row": (5, 1),
     "single_precision": (7, 3),
-}  # (inputs, outputs)
+}
 GAIN = 10
 CLIP = 5.0  # clips the steps of larger gradients, and leaves the others
 Batch = dict[str, tuple[Tensor, Tensor]]  # x (rows, inputs) and c (rows, outputs) of each layer
@@ -65,7 +66,7 @@ class Gain(nn.Module):
 
 
 class Layers(nn.Module):
-    """Rows of 13, 8, 4, 3 and 1, so uneven shards, and none at all on some ranks; one layer is float32."""
+    """Layers of 13, 8, 4, 3 and 1 rows, so that shards are uneven or empty; one is float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,15 +105,14 @@ def make_batch(step: int, exact: bool = True) -> Batch:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A model as a strategy has it. The ranks of one ``data_rank`` see the same rows."""
+    """A wrapped model. The ranks of one ``data_rank`` see the same rows."""
 
     module: nn.Module
     data_rank: int = 0
     data_ranks: int = 1
     sharding: Any = None  # the optimizer's argument
-    set_gradient_sync: Callable[[bool], None] | None = (
-        None  # where there is one, each rank's rows come in two micro-batches
-    )
+    # If given, each rank's rows come in two micro-batches.
+    set_gradient_sync: Callable[[bool], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,8 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # FSDP1 and NO_SHARD are deprecated
             warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # on one rank
-            for name in (
-                "wide",
-                "single_row",
-                "single_precision",
-            ):  # the others share the root's flat parameter
+            # The other layers share the root's flat parameter.
+            for name in ("wide", "single_row", "single_precision"):
                 setattr(model, name, FullyShardedDataParallel(model.get_submodule(name), **options))
             return over_all_ranks(FullyShardedDataParallel(model, **options))
 
@@ -159,7 +156,7 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wr
 
 
 def fsdp2(**options: Any) -> Callable[[nn.Module, int], Wrapped]:
-    """``fully_shard`` with these options on every layer and the model."""
+    """Return a wrap that calls ``fully_shard`` with these options on every layer and the model."""
 
     def wrap(model: nn.Module, world: int) -> Wrapped:
         for module in (*model.children(), model):
@@ -189,7 +186,10 @@ def hsdp(model: nn.Module, world: int) -> Wrapped:
 
 
 def parallelize(model: nn.Module, mesh: Any) -> None:
-    """Columns, rows and, of the gain, the inputs' rows are divided; ``single_row`` and ``single_precision`` stay whole on every rank."""
+    """Shard columns, rows and, for the gain, the rows of its inputs.
+
+    ``single_row`` and ``single_precision`` stay whole on every rank.
+    """
     plan = {
         "tall": ColwiseParallel(output_layouts=Replicate()),
         "wide": ColwiseParallel(output_layouts=Replicate()),
@@ -261,7 +261,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def backward(wrapped: Wrapped, batch: Batch) -> None:
-    """Leave the gradients of the whole batch: what ranks average, times their number."""
+    """Compute the gradients of the whole batch: those averaged over ranks, times their number."""
     own = {
         name: (
             x[wrapped.data_rank :: wrapped.data_ranks],
@@ -290,7 +290,7 @@ def make_optimizer(wrapped: Wrapped) -> AdamW_BF16:
 def train(
     wrapped: Wrapped, steps: int = STEPS, exact: bool = True
 ) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
-    """Train; return every parameter's weights and states in full, by name, and the gradient norms before clipping."""
+    """Train; return weights and states in full by name, and the norms before clipping."""
     optimizer = make_optimizer(wrapped)
     norms = []
     for step in range(steps):
@@ -326,7 +326,7 @@ def table_worker(
 
 
 def replay_worker(rank: int, world: int, name: str, steps: int) -> dict[str, dict[str, Tensor]]:
-    """Train on gradients whose sums round; check that this rank's part is what one process makes of the same reduced gradients.
+    """Train on gradients whose sums round; compare each shard with a single process.
 
     Returns:
         As :func:`collect`.

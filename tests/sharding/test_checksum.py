@@ -1,11 +1,11 @@
-"""Checksums by which replicas are compared: every bit and its position count."""
+"""Checksums depend on every bit and its position."""
 
 import pytest
 import torch
 
 from sharded_bf16_adamw.sharding.checksum import COLUMNS, SMALL, checksums
 
-LARGE = 8 * (SMALL + 5 * COLUMNS) + 3  # bytes: in rows, with words and bytes left over
+LARGE = 8 * (SMALL + 5 * COLUMNS) + 3  # bytes: full rows, and words and bytes beyond them
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 8 * SMALL, LARGE])
@@ -24,7 +24,7 @@ def test_one_flipped_bit_changes_the_checksum(size):
 
 
 @pytest.mark.parametrize("size", [64, 8 * SMALL, LARGE])
-def test_position_counts(size):
+def test_checksum_depends_on_positions(size):
     values = torch.zeros(size, dtype=torch.uint8)
     places = (
         [0, 1, 8, size // 2, size - 9]
@@ -40,7 +40,7 @@ def test_position_counts(size):
     assert checksums([values]) == [0]
 
 
-def test_strides_and_alignment_do_not_count():
+def test_checksum_does_not_depend_on_strides_and_alignment():
     values = torch.randn(33, 65).bfloat16()
     shifted = torch.empty(values.numel() + 1, dtype=torch.bfloat16)[1:].view(33, 65).copy_(values)
     transposed = values.t().contiguous().t()

@@ -1,4 +1,4 @@
-"""Process groups for the CPU, between ranks that have made different numbers of groups before."""
+"""CPU process groups of ranks that have created different numbers of groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summed(group) -> float:
 
 
 def different_histories_worker(rank, world):
-    dist.new_group([0, 1])  # counts on ranks 0 and 1 alone
+    dist.new_group([0, 1])  # counts only on ranks 0 and 1
     if rank == 3:
         new_cpu_group([3])
     sums = []
@@ -41,7 +41,7 @@ def different_histories_worker(rank, world):
     return sums
 
 
-def test_ranks_with_different_numbers_of_groups_make_one():
+def test_new_cpu_group_on_ranks_with_different_group_counts():
     assert run_ranks(4, different_histories_worker) == [
         [6, 5, 10],
         [5, 6, 9, 10, 5],
@@ -68,7 +68,7 @@ def recreating_worker(rank, world):
     assert [summed(group) for group in kept] == [5, 5]
 
 
-def test_groups_of_the_same_ranks_are_made_and_destroyed_again_and_again():
+def test_new_cpu_group_repeatedly_for_the_same_ranks():
     for _ in range(2):  # the second time under another default process group
         run_ranks(3, recreating_worker)
 
@@ -87,7 +87,7 @@ def failing_worker(rank, world):
     return summed(new_cpu_group([0, 1, 2], SOON))
 
 
-def test_a_creation_that_failed_on_every_rank_may_be_repeated():
+def test_new_cpu_group_again_after_a_failure():
     assert run_ranks(3, failing_worker) == [6, 6, 6]
 
 
@@ -101,7 +101,7 @@ def refusing_worker(rank, world):
             new_cpu_group(ranks)
 
 
-def test_wrong_ranks_are_refused():
+def test_new_cpu_group_rejects_invalid_ranks():
     run_ranks(2, refusing_worker)
 
 
@@ -115,18 +115,18 @@ def test_wrong_ranks_are_refused():
         ("cpu:gloo,cuda:gloo", "mps", "cpu"),
     ],
 )
-def test_device_from_which_a_group_exchanges(monkeypatch, config, device, wanted):
+def test_device_for_a_group(monkeypatch, config, device, wanted):
     monkeypatch.setattr(dist, "get_backend_config", lambda group=None: config)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     assert device_for(None, torch.device(device)) == torch.device(wanted)
 
 
 class FakeCUDA(torch.Tensor):
-    """Stands on a GPU; the copy of a CPU tensor there."""
+    """A CPU tensor that stands for its copy on a GPU."""
 
 
 def nccl_only_worker(rank, world):
-    """FSDP2 with CPUOffloadPolicy keeps gradients on the CPU; the groups of its mesh play NCCL's part."""
+    """CPUOffloadPolicy keeps gradients on the CPU; the mesh's groups stand for NCCL."""
     model = nn.Linear(8, 8, bias=False).bfloat16()
     fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
@@ -154,7 +154,7 @@ def nccl_only_worker(rank, world):
     return found.item(), expected.item()
 
 
-def test_norm_of_gradients_on_the_cpu_over_nccl_alone():
+def test_norm_of_cpu_gradients_with_nccl_only():
     found = run_ranks(2, nccl_only_worker)
     assert found[0] == found[1] and found[0][0] == found[0][1] > 0
 
@@ -173,6 +173,6 @@ def zero_on_a_part_worker(rank, world, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_zero_is_built_between_ranks_with_different_numbers_of_groups(stage):
+def test_zero_on_ranks_with_different_group_counts(stage):
     _, one, two = run_ranks(3, zero_on_a_part_worker, stage)
     assert torch.equal(one, two)

@@ -1,4 +1,4 @@
-"""When a rank dies or hangs, each of the others says so in one sentence, its weights and states as they were where they could be."""
+"""A rank that dies or hangs is one clear error on the others; if possible nothing has changed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.collectives import CheckedWork, comm_errors
+from sharded_bf16_adamw.sharding.comm_errors import CheckedWork, comm_errors
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .fsdp1_cases import wrap
-from .zero_cases import zero
+from .zero.cases import zero
 
 ADVICE = (
-    r"; most likely one of them has died or hangs, so look for the first error in their logs, then start all ranks again from the last "
-    "checkpoint"
+    "; most likely one of them has died or hangs, so look for the first error in their logs, then "
+    "restart all ranks from the last checkpoint"
 )
 
 
 def build(strategy):
-    """The module to call and its optimizer."""
+    """Return the module to call and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)]).to(torch.bfloat16)
     if strategy.startswith("ZeRO"):
@@ -47,9 +47,8 @@ def die(*args, **kwargs):
 
 def arrange_death(moment, model, optimizer):
     if moment == "backward":
-        next(model.parameters()).register_post_accumulate_grad_hook(
-            die
-        )  # the last gradient: others are on their way
+        # The last gradient, when others are in flight.
+        next(model.parameters()).register_post_accumulate_grad_hook(die)
     elif moment == "agreement":
         optimizer._sharding.reduce_grads = die
     elif moment == "norm":
@@ -71,7 +70,7 @@ def one_step(model, optimizer, clip):
 
 
 def dying_worker(rank, world, folder, strategy, moment, clip):
-    """Rank 1 dies in the second step; rank 0 writes down what it sees."""
+    """Rank 1 dies in the second step; rank 0 saves its error."""
     model, optimizer = build(strategy)
     one_step(model, optimizer, clip)
     if rank == 1:
@@ -99,9 +98,7 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
         ("FSDP1", "norm", False, "summing the gradient norm", True),
     ],
 )
-def test_a_rank_that_dies_is_one_sentence_on_the_other(
-    tmp_path, strategy, moment, clip, what, unchanged
-):
+def test_dead_rank_is_a_clear_error_on_the_other(tmp_path, strategy, moment, clip, what, unchanged):
     with pytest.raises(AssertionError, match=r"rank 1:\nthe process died") as caught:
         run_ranks(2, dying_worker, str(tmp_path), strategy, moment, clip)
     assert (tmp_path / "seen").exists(), str(caught.value)
@@ -116,7 +113,7 @@ def impatient_mesh() -> DeviceMesh:
 
 
 def hanging_worker(rank, world, moment):
-    """Rank 1 is alive, and does not come. The wait is the mesh's 3 seconds, not the 100 of the default group."""
+    """Rank 1 hangs. The timeout is the mesh's 3 s, not the default group's 100 s."""
     mesh = impatient_mesh()
     model = nn.Linear(4, 4).bfloat16()
     if moment == "construction":
@@ -138,11 +135,11 @@ def hanging_worker(rank, world, moment):
 
 
 @pytest.mark.parametrize("moment", ["construction", "step"])
-def test_a_rank_that_hangs_is_an_error_within_the_meshs_timeout(moment):
+def test_hanging_rank_is_an_error_within_the_mesh_timeout(moment):
     run_ranks(2, hanging_worker, moment)
 
 
-def test_the_message_names_the_ranks_and_keeps_other_errors():
+def test_comm_errors_names_ranks_and_keeps_other_errors():
     for ranks, words in (
         ([0, 1], "ranks 0, 1 "),
         ([4, 5, 6, 7], "ranks 4 to 7 "),
@@ -173,5 +170,5 @@ def refused_worker(rank, world):
         )
 
 
-def test_a_collective_that_cannot_start_is_reported_alike():
+def test_collective_that_cannot_start_is_reported():
     run_ranks(2, refused_worker)

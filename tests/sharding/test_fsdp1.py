@@ -1,4 +1,4 @@
-"""FSDP1: norms and the guard over its shard groups, accumulation and mixed precision, true weights."""
+"""FSDP1: norm and guard over shard groups, accumulation, mixed precision, true weights."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def one_element_worker(rank, world, nonfinite):
     return held, has_gradient, norm.item(), optimizer.skipped_steps
 
 
-def test_ranks_without_any_element_take_part_in_the_norm():
+def test_ranks_with_empty_shards_join_the_norm():
     results = run_ranks(3, one_element_worker, False)
     assert results == [([1], [True], 3.0, 0), ([0], [False], 3.0, 0), ([0], [False], 3.0, 0)]
 
 
-def test_ranks_without_any_element_learn_of_a_nan():
+def test_ranks_with_empty_shards_skip_on_nan():
     assert [skipped for _, _, _, skipped in run_ranks(3, one_element_worker, True)] == [1, 1, 1]
 
 
 def guard_worker(rank, world, use_orig_params, strategy):
-    """The second step's NaN is in one row of one weight alone, so on one rank of those that shard."""
+    """In the second step one row of one weight is NaN, so only one shard has it."""
     model = wrapped(use_orig_params, strategy)
     optimizer = AdamW_BF16(model.module.parameters(), lr=1e-2, skip_nonfinite=True)
     train(model, optimizer, [0])
@@ -74,7 +74,7 @@ def guard_worker(rank, world, use_orig_params, strategy):
 @pytest.mark.parametrize(
     ("world", "strategy"), [(3, "FULL_SHARD"), (4, "HYBRID_SHARD"), (2, "NO_SHARD")]
 )
-def test_one_ranks_nan_makes_every_rank_skip(world, strategy, use_orig_params):
+def test_nan_on_one_rank_skips_the_step_on_all(world, strategy, use_orig_params):
     results = run_ranks(world, guard_worker, use_orig_params, strategy)
     if strategy != "NO_SHARD":
         assert not all(nan_here for nan_here, *_ in results)
@@ -82,7 +82,7 @@ def test_one_ranks_nan_makes_every_rank_skip(world, strategy, use_orig_params):
 
 
 def ignored_worker(rank, world, use_orig_params):
-    """A parameter that FSDP ignores is a plain one that every rank holds, and counts once."""
+    """A parameter that FSDP ignores is plain and replicated, and counts once."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).to(BF16)
     ignored = model[1].weight
     model = wrap(model, use_orig_params, ignored_states=[ignored])
@@ -98,13 +98,13 @@ def ignored_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_ignored_parameters_count_once(use_orig_params):
+def test_norm_counts_ignored_parameters_once(use_orig_params):
     for squared, whole in run_ranks(2, ignored_worker, use_orig_params):
         assert squared == pytest.approx(whole, rel=1e-6)
 
 
 def unsharded_worker(rank, world, use_orig_params):
-    """Every rank has all of every gradient, each element 1."""
+    """Every rank holds full gradients of ones."""
     model = wrap(
         nn.Linear(8, 8, bias=False).to(BF16),
         use_orig_params,
@@ -115,12 +115,12 @@ def unsharded_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_replicas_of_no_shard_count_once(use_orig_params):
+def test_norm_counts_no_shard_replicas_once(use_orig_params):
     assert run_ranks(3, unsharded_worker, use_orig_params) == [8.0] * 3
 
 
 def accumulation_worker(rank, world, use_orig_params):
-    """Two micro-batches, the first in ``no_sync``; gradients are reduced in fp32."""
+    """Two micro-batches, the first in ``no_sync``; gradients are reduced in float32."""
     precision = MixedPrecision(param_dtype=BF16, reduce_dtype=torch.float32)
     model = Layers()
     model = Wrapped(
@@ -144,14 +144,14 @@ def accumulation_worker(rank, world, use_orig_params):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_accumulated_and_mixed_precision_gradients_give_the_bits_of_one_process(use_orig_params):
+def test_accumulation_with_mixed_precision_matches_single_process(use_orig_params):
     expected, _ = single_process(5)
     for result in run_ranks(2, accumulation_worker, use_orig_params):
         assert same(result, expected)
 
 
 def hybrid_worker(rank, world):
-    """Different groups in one optimizer: one model sharded over all ranks, one over pairs of them, each gradient element 1."""
+    """One model is sharded over all ranks, one over pairs of them; gradients are ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     models = [
         wrap(nn.Linear(8, 8, bias=False).to(BF16)),
@@ -173,12 +173,12 @@ def hybrid_worker(rank, world):
     return optimizer.clip_grad_norm_(1.0).item()
 
 
-def test_parameters_of_different_groups_count_once():
+def test_norm_over_different_shard_groups():
     assert run_ranks(4, hybrid_worker) == [10.0] * 4  # sqrt(8 * 8 + 6 * 6)
 
 
 def true_weights_worker(rank, world, use_orig_params, strategy):
-    """A forward pass without a backward leaves the root gathered, and with SHARD_GRAD_OP everything; the optimizer still sees shards."""
+    """A forward pass alone leaves parameters unsharded; the optimizer still sees shards."""
     model = wrapped(use_orig_params, strategy)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(3))
@@ -212,6 +212,6 @@ def true_weights_worker(rank, world, use_orig_params, strategy):
 @pytest.mark.parametrize(
     ("world", "strategy"), [(2, "FULL_SHARD"), (2, "SHARD_GRAD_OP"), (4, "HYBRID_SHARD")]
 )
-def test_true_weights_are_those_of_the_shards_after_an_evaluation(world, strategy, use_orig_params):
+def test_true_weights_are_sharded_after_an_evaluation(world, strategy, use_orig_params):
     first, *others = run_ranks(world, true_weights_worker, use_orig_params, strategy)
     assert all(same(first, other) for other in others)

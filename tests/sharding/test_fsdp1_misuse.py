@@ -1,4 +1,4 @@
-"""FSDP1: uses that must be refused, and the look-up of the modules that tells."""
+"""FSDP1: misuse is an error; FSDP modules are looked up once."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ def built_too_early_worker(rank, world):
     wrap_of_model(torch.ones(1, 4, dtype=BF16)).sum().backward()
     with pytest.raises(
         RuntimeError,
-        match=r"built before .*FullyShardedDataParallel.*; build AdamW_BF16\(model.parameters\(\)\) afterwards",
+        match=r"built before .*FullyShardedDataParallel.*; "
+        r"build AdamW_BF16\(model.parameters\(\)\) afterwards",
     ):
         optimizer.step()
     assert not optimizer.state
 
 
-def test_optimizer_built_before_wrapping_is_refused_where_fsdp_replaces_the_parameters():
+def test_optimizer_built_before_wrapping_is_an_error():
     run_ranks(2, built_too_early_worker)
 
 
 def built_early_with_orig_params_worker(rank, world, stepped):
-    """``use_orig_params=True`` keeps the parameter objects: an optimizer without state trains them, one with state of the old shapes
-    must not."""
+    """``use_orig_params=True`` keeps the parameter objects.
+
+    An optimizer without state trains them; one with states of the old shapes must not.
+    """
     model = nn.Linear(4, 4).to(BF16)
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     if stepped:
@@ -59,14 +62,14 @@ def built_early_with_orig_params_worker(rank, world, stepped):
     ]
 
 
-def test_optimizer_built_before_wrapping_trains_where_fsdp_keeps_the_parameters():
+def test_optimizer_built_before_wrapping_trains_with_orig_params():
     assert all(
         all(changed) and changed
         for changed in run_ranks(2, built_early_with_orig_params_worker, False)
     )
 
 
-def test_state_from_before_wrapping_is_refused():
+def test_state_from_before_wrapping_is_an_error():
     run_ranks(2, built_early_with_orig_params_worker, True)
 
 
@@ -81,12 +84,12 @@ def module_gone_worker(rank, world):
         optimizer.clip_grad_norm_(1.0)
 
 
-def test_a_norm_whose_ranks_are_unknown_is_an_error():
+def test_norm_without_live_fsdp_module_is_an_error():
     run_ranks(2, module_gone_worker)
 
 
 def lookup_worker(rank, world):
-    """The walk over all objects happens once, not at every step."""
+    """Count the walks over all objects."""
     model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(BF16))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     walks = []
@@ -104,12 +107,12 @@ def lookup_worker(rank, world):
     return len(walks)
 
 
-def test_modules_are_looked_up_once():
+def test_fsdp_modules_are_registered_once():
     assert run_ranks(2, lookup_worker) == [1, 1]
 
 
 def tensor_parallel_worker(rank, world):
-    """FSDP1 has taken over local parts of DTensors: the update is right, a norm over all ranks is not to be had."""
+    """FSDP1 over local shards of DTensors: updates are right, but a norm is impossible."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False)).to(BF16)
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
@@ -118,13 +121,14 @@ def tensor_parallel_worker(rank, world):
     model(torch.ones(1, 4, dtype=BF16)).sum().backward()
     with pytest.raises(
         RuntimeError,
-        match=r"over tensor-parallel parameters hides .* use fully_shard \(FSDP2\) after parallelize_module",
+        match=r"over tensor-parallel parameters hides .* "
+        r"use fully_shard \(FSDP2\) after parallelize_module",
     ):
         optimizer.clip_grad_norm_(1.0)
     guarded = AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True)
-    with pytest.raises(RuntimeError, match="no global gradient norm can be had"):
+    with pytest.raises(RuntimeError, match="the global gradient norm cannot be computed"):
         guarded.step()
 
 
-def test_a_norm_over_tensor_parallel_parameters_is_an_error():
+def test_norm_of_fsdp1_over_tensor_parallel_is_an_error():
     run_ranks(4, tensor_parallel_worker)

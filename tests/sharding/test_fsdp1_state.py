@@ -1,4 +1,4 @@
-"""FSDP1: the optimizer's state through torch's own API, in full, and in checkpoints."""
+"""FSDP1: optimizer state through torch's functions, in full, and in checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from sharded_bf16_adamw import load, save
-from sharded_bf16_adamw.sharding.fsdp1 import full_optimizer_state_dict
+from sharded_bf16_adamw import gather_full_state_dict, load, save
 
 from .fsdp1_cases import same, train, wrapped
 from .strategy_cases import BY_NAME, Layers, Wrapped, collect, make_optimizer
@@ -25,30 +24,24 @@ def full_state_worker(rank, world, use_orig_params, strategy):
     model = wrapped(use_orig_params, strategy)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(5))
-    offloaded = full_optimizer_state_dict(model.module, optimizer, cpu_offload=True)
-    gathered = full_optimizer_state_dict(model.module, optimizer)
-    return offloaded.get("state"), gathered["state"]
+    return gather_full_state_dict(model.module, optimizer).get("state")
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
-def test_full_state_is_right_and_on_rank_0_alone_where_offloaded(use_orig_params, strategy):
+def test_rank_0_gathers_the_full_state(use_orig_params, strategy):
     model = Wrapped(Layers())
     optimizer = make_optimizer(model)
     train(model, optimizer, range(5))
     expected = collect(model.module, optimizer)
     for states in expected.values():
         del states["weights"]
-    (offloaded, gathered), (nothing, other) = run_ranks(
-        2, full_state_worker, use_orig_params, strategy
-    )
-    assert nothing is None
-    assert same(offloaded, expected)
-    assert same(gathered, expected) and same(other, expected)
+    gathered, other = run_ranks(2, full_state_worker, use_orig_params, strategy)
+    assert same(gathered, expected) and other is None
 
 
 def reload_worker(rank, world, use_orig_params, options):
-    """States go to a new model and optimizer through torch's own functions, and training goes on with the same bits."""
+    """Copy states to a new optimizer by torch's functions; training continues equally."""
     model = wrapped(use_orig_params)
     optimizer = make_optimizer(model)
     train(model, optimizer, range(3))
@@ -80,7 +73,7 @@ def reload_worker(rank, world, use_orig_params, options):
     ],
     ids=["sharded", "sharded and flattened", "full"],
 )
-def test_state_reloads_through_torchs_api(use_orig_params, options):
+def test_state_reloads_through_torch_functions(use_orig_params, options):
     assert run_ranks(3, reload_worker, use_orig_params, options) == [(True, True)] * 3
 
 
@@ -96,9 +89,7 @@ def checkpoint_worker(rank, world, folder, name, action):
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_checkpoints_go_between_fsdp1_and_fsdp2_and_other_numbers_of_ranks(
-    tmp_path, use_orig_params
-):
+def test_checkpoints_between_fsdp1_and_fsdp2_on_other_world_sizes(tmp_path, use_orig_params):
     name = f"FSDP1 FULL_SHARD, use_orig_params={use_orig_params}"
     expected, *_ = run_ranks(3, checkpoint_worker, tmp_path / "1", name, "save")
     single = Wrapped(Layers())

@@ -1,4 +1,4 @@
-"""Pipelines, rank-local experts and models on a part of the job: norm, guard, bits and checkpoints are those of one process."""
+"""Pipelines, rank-local experts and models on a part of the job match one process."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
 
 
 def source_of(case: Case) -> dict[str, Tensor]:
-    """Weights of another training, in float32."""
+    """Return the float32 weights of another training."""
     return {name: value(name, shape, 3).float() * 1.1 for name, shape in case.shapes.items()}
 
 
@@ -111,7 +111,7 @@ def expected(shapes: tuple[str, ...], seed: int) -> tuple[dict[str, Tensor], lis
 
 
 def matches(result: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
-    """Whether every tensor of a rank is that of one process, or its slice."""
+    """Return whether every tensor of a rank equals that of one process, or its slice."""
     for key, tensor in result.items():
         name, _, rest = key.partition("[")
         start, _, extra = rest.partition("]")
@@ -125,7 +125,7 @@ def matches(result: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
 
 @functools.cache
 def outcome(case: Case) -> dict[str, str]:
-    """A cell for each column."""
+    """Return a cell for each column."""
     with tempfile.TemporaryDirectory() as root:
         reference, norms = expected(tuple(case.shapes), 0)
         model = one_process(case.shapes)
@@ -141,7 +141,7 @@ def outcome(case: Case) -> dict[str, str]:
             result["norms"] == own for result, (_, own) in zip(results, references, strict=True)
         )
         guard = [result["guard"] for result in results]
-        # on the halves of a job two models train, of which one alone has the bad gradient
+        # Of the two models on the halves of a job, only one has the bad gradient.
         skipped = [
             (int(not halves or rank >= case.world // 2), not halves or rank >= case.world // 2)
             for rank in range(case.world)
@@ -194,17 +194,16 @@ def outcome(case: Case) -> dict[str, str]:
 
 
 def table() -> str:
-    """In Markdown, a row for each case."""
+    """Return Markdown, a row for each case."""
     lines = [f"| job | ranks | {' | '.join(COLUMNS)} |", "|---|--:|" + "---|" * len(COLUMNS)]
     for case in CASES:
-        lines.append(
-            f"| {case.name} | {case.world} | {' | '.join(outcome(case)[column] for column in COLUMNS)} |"
-        )
+        cells = [outcome(case)[column] for column in COLUMNS]
+        lines.append(f"| {case.name} | {case.world} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
+def test_model_parallel_matches_single_process(case):
     impossible = (
         set() if case.reloads else {"load in one process", "load from one process", "import"}
     )
@@ -213,7 +212,7 @@ def test_norm_guard_bits_and_checkpoints_are_those_of_one_process(case):
     }
 
 
-def test_the_runs_clip_some_steps_and_leave_others():
+def test_some_steps_clip_and_some_do_not():
     for case in CASES:
         _, norms = expected(tuple(case.shapes), 0)
         clipped = [norm > CLIP for norm in norms]

@@ -1,4 +1,4 @@
-"""Replicas of weights and states: the guard acts on all or none of them, and a flipped bit is found and named."""
+"""Replicas: the guard skips on all or none of them, and a flipped bit is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharded_bf16_adamw.sharding.dtensor import to_local
 
 
 def model_and_mesh(kind: str, world: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A linear layer whose shards have replicas, and the optimizer's arguments."""
+    """Return a linear layer whose shards have replicas, and the optimizer's arguments."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8, bias=False).bfloat16()
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -70,13 +70,13 @@ def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
     before = [to_local(param).clone() for param in model.parameters()]
     give_gradient(optimizer, 1.0)
     if rank == world - 1:
-        for param in model.parameters():  # a flipped bit, behind the last reduction
+        for param in model.parameters():  # a bit that flips after the reduction
             if param.grad is not None:
                 to_local(param.grad).view(-1)[:1] = torch.inf
                 break
-    if kind == "ZeRO":  # reduces gradients itself: what it holds of them is what can break
+    if kind == "ZeRO":  # it reduces gradients itself, so its own copy can break
         optimizer._sharding.reduce_grads()
-        for grad in optimizer._sharding._reduced.values():
+        for grad in optimizer._sharding._sharded_grads.values():
             grad.fill_(1.0)
             if rank == world - 1:
                 grad.view(-1)[:1] = torch.inf
@@ -95,7 +95,7 @@ def guard_worker(rank: int, world: int, kind: str) -> tuple[int, bool, int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_that_breaks_on_one_replica_is_skipped_on_all(kind):
+def test_inf_on_one_replica_skips_the_step_on_all(kind):
     for skipped, same, _ in run_ranks(4, guard_worker, kind):
         assert (skipped, same) == (1, True)
 
@@ -106,7 +106,7 @@ def check_worker(rank: int, world: int, kind: str, what: str) -> tuple[str, str]
     for _ in range(2):
         give_gradient(optimizer, 1.0)
         optimizer.step(zero_grad=True)
-    optimizer.check_replicas()  # all is well
+    optimizer.check_replicas()  # raises nothing
     if rank == world - 1:
         param = next(param for param in model.parameters() if to_local(param).numel())
         tensor = to_local(param if what == "weight" else optimizer.state[param][what]).detach()
@@ -121,7 +121,7 @@ def check_worker(rank: int, world: int, kind: str, what: str) -> tuple[str, str]
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg_sq", "correction"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_flipped_bit_is_named_on_every_rank(kind, what):
+def test_flipped_bit_is_reported_on_every_rank(kind, what):
     name = "parameter" if what == "weight" else what
     for message, _ in run_ranks(4, check_worker, kind, what):
         assert message.startswith(f"replicas of {name}"), message
@@ -132,7 +132,7 @@ def test_one_flipped_bit_is_named_on_every_rank(kind, what):
 
 
 def guard_of_a_mesh_worker(rank: int, world: int) -> tuple[int, float]:
-    """Replicas over both dimensions of a mesh: what one rank finds must reach all, not its own line and column alone."""
+    """Replicas over both dimensions of a mesh: a finding must reach all ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     weight = nn.Parameter(
         distribute_tensor(
@@ -147,12 +147,12 @@ def guard_of_a_mesh_worker(rank: int, world: int) -> tuple[int, float]:
     return optimizer.skipped_steps, float(to_local(weight.detach()).sum())
 
 
-def test_a_finding_reaches_every_rank_of_a_mesh():
+def test_nan_on_one_rank_of_a_2d_mesh_skips_on_all():
     assert run_ranks(4, guard_of_a_mesh_worker) == [(1, 16.0)] * 4
 
 
 def every_bit_worker(rank: int, world: int) -> list[int]:
-    """The bits of the first words that check_replicas does not see when they flip on one rank."""
+    """Return the bits of the first words whose flip on one rank remains undetected."""
     unseen = []
     for dtype, bits in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32)):
         width = torch.iinfo(bits).bits
@@ -171,25 +171,25 @@ def every_bit_worker(rank: int, world: int) -> list[int]:
     return unseen
 
 
-def test_every_single_bit_is_seen():
+def test_every_flipped_bit_is_detected():
     assert run_ranks(2, every_bit_worker) == [[], []]
 
 
-def unlike_models_worker(rank: int, world: int) -> str:
+def different_parameters_worker(rank: int, world: int) -> str:
     params = [nn.Parameter(torch.ones(4).bfloat16()) for _ in range(1 + rank)]
     with pytest.raises(RuntimeError, match="ModelParallel") as caught:
         AdamW_BF16(params, lr=1e-2).check_replicas()
     return str(caught.value)
 
 
-def test_ranks_with_other_parameters_are_told_so():
-    for message in run_ranks(2, unlike_models_worker):
+def test_different_parameters_are_reported():
+    for message in run_ranks(2, different_parameters_worker):
         assert message.startswith("replicas of the list of parameters differ between ranks 0, 1")
 
 
 def nothing_to_compare_worker(rank: int, world: int) -> str:
     fully_sharded = fully_shard(nn.Linear(4, 4).bfloat16())
-    AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has none
+    AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has no replicas
     optimizer = AdamW_BF16(
         [nn.Parameter(torch.ones(4).bfloat16())],
         lr=1e-2,
@@ -200,7 +200,7 @@ def nothing_to_compare_worker(rank: int, world: int) -> str:
     return str(caught.value)
 
 
-def test_a_check_that_can_compare_nothing_says_so():
+def test_check_without_replicas_is_an_error():
     for message in run_ranks(2, nothing_to_compare_worker):
         assert message.startswith("rank 0 has nothing to compare")
 
@@ -209,7 +209,7 @@ def alone() -> AdamW_BF16:
     return AdamW_BF16([nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2)
 
 
-def test_a_single_process_has_nothing_to_compare():
+def test_check_on_a_single_process_passes():
     optimizer = alone()
     optimizer.check_replicas()
     optimizer.init_state()
@@ -217,7 +217,7 @@ def test_a_single_process_has_nothing_to_compare():
 
 
 def mixed_worker(rank: int, world: int, drifted: bool, declared: bool) -> str:
-    """FSDP2 beside a plain parameter."""
+    """A model with an FSDP2 module and a plain one."""
     torch.manual_seed(0)
     model = nn.Module()
     model.sharded = fully_shard(nn.Linear(8, 8, bias=False).bfloat16())
@@ -233,8 +233,8 @@ def mixed_worker(rank: int, world: int, drifted: bool, declared: bool) -> str:
         return str(error)
 
 
-def unlike_worker(rank: int, world: int, kind: str) -> str:
-    """Gradients that nobody has averaged, where only the exchange over replicas or experts can tell."""
+def differing_gradients_worker(rank: int, world: int, kind: str) -> str:
+    """Gradients are not averaged, which only replica or expert groups can detect."""
     torch.manual_seed(0)
     model = nn.Module()
     model.plain = nn.Linear(8, 8, bias=False).bfloat16()
@@ -259,8 +259,8 @@ def unlike_worker(rank: int, world: int, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["HSDP", "dp", "ep"])
-def test_unlike_gradients_are_an_error_on_every_rank(kind):
-    for message in run_ranks(4, unlike_worker, kind):
+def test_differing_gradients_are_an_error_on_every_rank(kind):
+    for message in run_ranks(4, differing_gradients_worker, kind):
         assert message.startswith("ranks that should have equal gradients have unlike ones")
 
 
@@ -276,11 +276,11 @@ def mixed_guard_worker(rank: int, world: int) -> int:
     return optimizer.skipped_steps
 
 
-def test_a_plain_gradient_that_breaks_beside_shards_is_skipped_on_all():
+def test_inf_in_plain_gradient_beside_shards_skips_on_all():
     assert run_ranks(2, mixed_guard_worker) == [1, 1]
 
 
-def test_plain_gradients_that_differ_between_ranks_have_no_common_norm():
+def test_norm_of_differing_plain_gradients_is_an_error():
     assert run_ranks(2, mixed_worker, False, False) == [f"{128**0.5:.4f}"] * 2
     for message in run_ranks(2, mixed_worker, True, False):
         assert message.startswith("ranks that should have equal gradients have unlike ones")

@@ -1,4 +1,4 @@
-"""The table of docs/strategies.md: same gradients in, same bits out, whatever the sharding and the number of ranks."""
+"""The table of docs/strategies.md: equal gradients give equal bits under every sharding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected():
 
 @functools.cache
 def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
-    """For each column, how many elements differ on any rank from the single process, out of how many."""
+    """Return for each column (elements that differ from a single process, all elements)."""
     reference, norms = expected()
     counts = {column: [0, 0] for column in COLUMNS}
     for result, own_norms in run_ranks(world, table_worker, case.name):
@@ -68,21 +68,21 @@ def table() -> str:
 
 
 @pytest.mark.parametrize(("case", "world"), RUNS)
-def test_bits_are_those_of_one_process(case, world):
+def test_bits_match_single_process(case, world):
     counts = differing(case, world)
     assert {column: wrong for column, (wrong, _) in counts.items()} == dict.fromkeys(COLUMNS, 0)
     assert all(total > 0 for _, total in counts.values())
 
 
-def test_the_runs_of_the_table_clip_some_steps_and_leave_others():
+def test_some_steps_clip_and_some_do_not():
     _, norms = expected()
     clipped = [norm > CLIP for norm in norms]
     assert any(clipped) and not all(clipped)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_where_reductions_round_only_the_gradients_differ(case):
-    """Each rank's part is, bit for bit, what one process makes of the same reduced gradients: the worker checks it."""
+def test_update_matches_where_reductions_round(case):
+    """The worker compares each shard with one process on the same reduced gradients."""
     world = 2 if 2 in case.worlds else 4
     reference, _ = single_process(3, exact=False)
     for result in run_ranks(world, replay_worker, case.name, 3):

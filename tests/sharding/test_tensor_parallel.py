@@ -1,4 +1,4 @@
-"""Tensor parallelism, alone and under FSDP2: state like the parameters, partial gradients, norms over several meshes, the guard."""
+"""Tensor parallelism, alone and under FSDP2: placements, partial gradients, norms, guard."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def placements_worker(rank, world, name):
     return found
 
 
-def test_states_are_placed_as_their_parameters_are():
+def test_states_have_the_placements_of_parameters():
     for found in run_ranks(2, placements_worker, TP):
         assert found["tall.weight"] == (Shard(0),) and found["flat.weight"] == (Shard(1),)
         assert found["flat.bias"] == found["gain.weight"] == (Replicate(),)
         assert "single_row.weight" not in found, "a plain parameter"
 
 
-def test_states_are_placed_as_their_parameters_are_under_fsdp2_too():
+def test_states_have_the_placements_of_parameters_under_fsdp2():
     for found in run_ranks(4, placements_worker, BOTH):
         assert found["wide.weight"] == (_StridedShard(0, split_factor=2), Shard(0))
         assert found["flat.weight"] == (Shard(0), Shard(1))
@@ -74,7 +74,7 @@ def test_states_are_placed_as_their_parameters_are_under_fsdp2_too():
 
 
 def partial_worker(rank, world):
-    """A gain whose inputs' rows are divided: each rank's gradient is its own rows' part of the sum."""
+    """The rows of a gain's inputs are sharded, so each rank's gradient is a partial sum."""
     model = Layers()
     parallelize(model, init_device_mesh("cpu", (world,)))
     batch = {"gain": make_batch(0)["gain"]}
@@ -95,7 +95,7 @@ def partial_worker(rank, world):
     )
 
 
-def test_gradients_left_as_partial_sums_are_summed():
+def test_partial_gradients_are_reduced():
     for left, norm, expected_norm, exp_avg, expected in run_ranks(2, partial_worker):
         assert left == (Partial(),), "what this test is about"
         assert norm == pytest.approx(expected_norm, rel=1e-6)
@@ -103,7 +103,7 @@ def test_gradients_left_as_partial_sums_are_summed():
 
 
 def guard_worker(rank, world, name):
-    """NaN in one row of a weight's gradient, which one tensor rank (and under FSDP2 one rank of all) holds."""
+    """One row of a weight's gradient, which only one rank holds, is NaN."""
     wrapped = wrap(name, world)
     optimizer = AdamW_BF16(wrapped.module.parameters(), lr=1e-2, skip_nonfinite=True)
     backward(wrapped, make_batch(0))
@@ -126,7 +126,7 @@ def guard_worker(rank, world, name):
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, TP), (4, BOTH)])
-def test_one_ranks_nan_makes_every_rank_skip(world, name):
+def test_nan_on_one_rank_skips_the_step_on_all(world, name):
     results = run_ranks(world, guard_worker, name)
     assert sum(nan_here for nan_here, *_ in results) == 1
     assert [rest for _, *rest in results] == [[True, 1]] * world
@@ -149,7 +149,7 @@ def checkpoint_worker(rank, world, folder, name, action):
     ("saver", "saving", "loader", "loading"),
     [(BOTH, 4, "FSDP2", 3), ("FSDP2", 3, BOTH, 4), (TP, 2, BOTH, 4)],
 )
-def test_checkpoints_go_between_tensor_parallel_and_other_layouts(
+def test_checkpoints_between_tensor_parallel_and_other_layouts(
     tmp_path, saver, saving, loader, loading
 ):
     expected, *_ = run_ranks(saving, checkpoint_worker, tmp_path, saver, "save")
@@ -164,7 +164,7 @@ def test_checkpoints_go_between_tensor_parallel_and_other_layouts(
 
 
 def mixed_worker(rank, world):
-    """One call over a plain parameter, a tensor-parallel one, FSDP2 on all ranks, HSDP, and FSDP2 over tensor parallel: all gradients 1."""
+    """Parameters: plain, TP, FSDP2 on all ranks, HSDP, FSDP2 over TP; gradients are ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     models = [nn.Linear(6, 6, bias=False).to(BF16) for _ in range(5)]
     plain, tensor, all_ranks, hybrid, both = models
@@ -180,6 +180,6 @@ def mixed_worker(rank, world):
     return AdamW_BF16(params, lr=1e-2).clip_grad_norm_(1.0).item() ** 2
 
 
-def test_norm_over_parameters_of_several_meshes_counts_each_element_once():
+def test_norm_over_several_meshes():
     for squared in run_ranks(4, mixed_worker):
         assert squared == pytest.approx(5 * 36, rel=1e-6)

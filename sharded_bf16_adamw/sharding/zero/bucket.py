@@ -1,204 +1,220 @@
-"""Parameters exchanged together: one collective for a few large or many small ones."""
+"""Buckets: parameters whose gradients or weights travel in one collective."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..collectives import CheckedWork
-from .param import Rows
-from .reduce_scatter import MeanOnItsWay, all_gather_start, all_reduce_mean
+from ..comm_errors import CheckedWork
+from .param import ZeroParam
+from .reduce_scatter import PendingReduce, all_reduce_mean
 
 
 class Bucket:
-    """Gradients on their way out, and weights on their way back. All members have one dtype and device.
+    """Parameters of one dtype and device whose gradients are reduced together.
 
     Args:
-        members: in the order in which their gradients are expected.
-        dtype: of the gradients on the wire.
-        result_dtype: of their mean.
+        zero_params: in the order in which their gradients are expected.
+        mesh: 1-D, or 2-D (replicate, shard).
+        reduce_dtype: dtype of the gradients in the collective.
+        result_dtype: dtype of their mean.
     """
 
     def __init__(
-        self, members: list[Rows], mesh: DeviceMesh, dtype: torch.dtype, result_dtype: torch.dtype
+        self,
+        zero_params: list[ZeroParam],
+        mesh: DeviceMesh,
+        reduce_dtype: torch.dtype,
+        result_dtype: torch.dtype,
     ) -> None:
-        self.members = members
+        self.zero_params = zero_params
         self._mesh = mesh
-        self._dtype = dtype
+        self._dtype = reduce_dtype
         self._result_dtype = result_dtype
+        self._device = zero_params[0].spec.device
         self._ranks = mesh.size(mesh.ndim - 1)
-        self._filled: dict[
-            Rows, Tensor
-        ] = {}  # each member's place, of those that have brought a gradient
-        self._lines: Tensor | None = None  # (ranks, sum of widths)
-        self.sent = 0  # how many times since the ranks last agreed
+        self._padded_grads: dict[ZeroParam, Tensor] = {}  # views of the reduce-scatter input
+        self._reduce_scatter_input: Tensor | None = None
+        self.launches = 0  # since the last consensus
 
     @property
     def is_pending(self) -> bool:
-        """Whether there is a gradient that has not been sent."""
-        return bool(self._filled)
+        """Whether the bucket holds a gradient."""
+        return bool(self._padded_grads)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all trainable members have brought their gradients."""
+        """Whether the bucket holds a gradient of every trainable parameter."""
         return self.is_pending and all(
-            rows in self._filled or not rows.param.requires_grad for rows in self.members
+            zero_param in self._padded_grads or not zero_param.param.requires_grad
+            for zero_param in self.zero_params
         )
 
-    def add(self, rows: Rows, grad: Tensor) -> None:
-        """Take a member's gradient, of the parameter's shape; a second one is added to the first."""
-        if self._is_place_itself(rows, grad):
-            self._lines = grad.detach().view(self._ranks, -1)
-            self._filled[rows] = self._lines
+    def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
+        """Copy in or, if the bucket holds one already, add a gradient of the parameter's shape."""
+        if self._needs_no_copy(zero_param, grad):
+            self._reduce_scatter_input = grad.detach().view(self._ranks, -1)
+            self._padded_grads[zero_param] = self._reduce_scatter_input
             return
-        if self._lines is None:
-            self._lines = self._new_lines()
-        place = self._places(self._lines)[rows]
-        if rows in self._filled:
-            second = torch.empty_like(place)
-            rows.pack(grad, second)
-            place.add_(second)
+        if self._reduce_scatter_input is None:
+            self._reduce_scatter_input = self._new_reduce_scatter_input()
+        padded_grad = self._padded_grads_in(self._reduce_scatter_input)[zero_param]
+        if zero_param in self._padded_grads:
+            addend = torch.empty_like(padded_grad)
+            zero_param.copy_in(grad, addend)
+            padded_grad.add_(addend)
         else:
-            rows.pack(grad, place)
-            self._filled[rows] = place
+            zero_param.copy_in(grad, padded_grad)
+            self._padded_grads[zero_param] = padded_grad
 
-    def send(self) -> MeanOnItsWay:
-        """Start reducing what was added; members without a gradient on this rank send zeros. The bucket is then empty."""
-        lines = self._lines if self._lines is not None else self._new_lines()
-        for rows, place in self._places(lines).items():
-            if rows not in self._filled:
-                place.zero_()
-        self._lines = None
-        self._filled = {}
-        self.sent += 1
-        return MeanOnItsWay(lines, self._mesh, self._result_dtype)
+    def launch_reduce(self) -> PendingReduce:
+        """Start the reduce-scatter, with zeros for missing gradients, and empty the bucket."""
+        reduce_scatter_input = self._reduce_scatter_input
+        if reduce_scatter_input is None:
+            reduce_scatter_input = self._new_reduce_scatter_input()
+        for zero_param, padded_grad in self._padded_grads_in(reduce_scatter_input).items():
+            if zero_param not in self._padded_grads:
+                padded_grad.zero_()
+        self._reduce_scatter_input = None
+        self._padded_grads = {}
+        self.launches += 1
+        return PendingReduce(reduce_scatter_input, self._mesh, self._result_dtype)
 
-    def own_rows(self, line: Tensor) -> dict[Rows, Tensor]:
-        """Each member's rows of this rank, as views of its line of the bucket."""
-        widths = [rows.width for rows in self.members]
-        return {
-            rows: rows.own_of_line(part)
-            for rows, part in zip(self.members, line.split(widths), strict=True)
-        }
+    def local_shards(self, reduced: Tensor) -> Iterator[tuple[ZeroParam, Tensor]]:
+        """Yield each parameter's local shard as a view of the reduced shard of the bucket."""
+        shards = reduced.split([each.padded_shard_numel for each in self.zero_params])
+        for zero_param, shard in zip(self.zero_params, shards, strict=True):
+            yield zero_param, zero_param.unpack_shard(shard)
 
-    def _new_lines(self) -> Tensor:
-        width = sum(rows.width for rows in self.members)
-        return torch.empty(self._ranks, width, dtype=self._dtype, device=self.members[0].form[2])
+    def _new_reduce_scatter_input(self) -> Tensor:
+        numel = sum(zero_param.padded_shard_numel for zero_param in self.zero_params)
+        return torch.empty(self._ranks, numel, dtype=self._dtype, device=self._device)
 
-    def _places(self, lines: Tensor) -> dict[Rows, Tensor]:
-        return dict(
-            zip(self.members, lines.split([rows.width for rows in self.members], 1), strict=True)
-        )
+    def _padded_grads_in(self, reduce_scatter_input: Tensor) -> dict[ZeroParam, Tensor]:
+        numels = [zero_param.padded_shard_numel for zero_param in self.zero_params]
+        return dict(zip(self.zero_params, reduce_scatter_input.split(numels, 1), strict=True))
 
-    def _is_place_itself(self, rows: Rows, grad: Tensor) -> bool:
-        """Whether the gradient can be sent from where it lies."""
+    def _needs_no_copy(self, zero_param: ZeroParam, grad: Tensor) -> bool:
+        """Return whether the gradient can be the reduce-scatter input itself."""
         return (
-            len(self.members) == 1
-            and not self._filled
+            len(self.zero_params) == 1
+            and not self._padded_grads
             and grad.dtype == self._dtype
-            and rows.is_even
+            and zero_param.is_even
             and grad.is_contiguous()
         )
 
 
-class WholeBucket(Bucket):
-    """0-dim parameters: they have no rows to spread, so all ranks reduce and update them alike. Sending waits for all ranks."""
+class ReplicatedBucket(Bucket):
+    """0-dim parameters: they cannot be sharded, so all ranks all-reduce and update them alike.
 
-    def add(self, rows: Rows, grad: Tensor) -> None:
+    ``launch_reduce`` blocks until all ranks have launched.
+    """
+
+    def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
         value = grad.detach().to(self._dtype, copy=True)
-        self._filled[rows] = self._filled[rows] + value if rows in self._filled else value
+        held = self._padded_grads.get(zero_param)
+        self._padded_grads[zero_param] = value if held is None else held + value
 
-    def send(self) -> MeanOnItsWay:
-        zero = torch.zeros((), dtype=self._dtype, device=self.members[0].form[2])
-        values = torch.stack([self._filled.get(rows, zero) for rows in self.members])
-        self._filled = {}
-        self.sent += 1
-        return _WholeMean(values, self._mesh, self._result_dtype)
+    def launch_reduce(self) -> PendingReduce:
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        grads = torch.stack([self._padded_grads.get(each, zero) for each in self.zero_params])
+        self._padded_grads = {}
+        self.launches += 1
+        return _ReplicatedReduce(grads, self._mesh, self._result_dtype)
 
-    def own_rows(self, line: Tensor) -> dict[Rows, Tensor]:
-        return dict(zip(self.members, line, strict=True))
+    def local_shards(self, reduced: Tensor) -> Iterator[tuple[ZeroParam, Tensor]]:
+        yield from zip(self.zero_params, reduced, strict=True)
 
 
-class _WholeMean(MeanOnItsWay):
-    def __init__(self, values: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-        all_reduce_mean(values, mesh)
-        self._mean = values.to(dtype)
-        self._second_work = None
+class _ReplicatedReduce(PendingReduce):
+    """An all-reduce, done by the constructor."""
+
+    def __init__(self, grads: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+        all_reduce_mean(grads, mesh)
+        self._mean = grads.to(dtype)
+        self._replicate_work = None
 
     def wait(self) -> Tensor:
         assert self._mean is not None
         return self._mean
 
 
-def gather_weights(buckets: list[list[Rows]], mesh: DeviceMesh, max_in_flight: int) -> None:
-    """Give every rank the rows that other ranks have updated, bucket by bucket."""
+def all_gather_buckets(
+    buckets: list[list[ZeroParam]], mesh: DeviceMesh, max_in_flight: int
+) -> None:
+    """All-gather the updated local shards into the parameters, bucket by bucket."""
     axis = mesh.ndim - 1
     ranks, group = mesh.size(axis), mesh.get_group(axis)
     if ranks == 1:
         return
-    in_flight: list[tuple[list[Rows], Tensor | None, CheckedWork]] = []
+    in_flight: list[tuple[list[ZeroParam], Tensor | None, CheckedWork]] = []
     for bucket in buckets:
         if len(in_flight) == max_in_flight:
-            _receive(*in_flight.pop(0))
+            _finish_all_gather(*in_flight.pop(0))
         first = bucket[0].param.detach()
         if len(bucket) == 1 and bucket[0].is_even:
-            in_flight.append(
-                (
-                    bucket,
-                    None,
-                    all_gather_start(first.view(-1), bucket[0].own(first).reshape(-1), group),
-                )
-            )
+            shard = bucket[0].local_shard(first).reshape(-1)
+            in_flight.append((bucket, None, _launch_all_gather(first.view(-1), shard, group)))
             continue
-        line = torch.empty(
-            sum(rows.width for rows in bucket), dtype=first.dtype, device=first.device
-        )
-        _pack_own(bucket, line)
-        lines = torch.empty(ranks, line.numel(), dtype=line.dtype, device=line.device)
-        in_flight.append((bucket, lines, all_gather_start(lines.view(-1), line, group)))
+        numel = sum(zero_param.padded_shard_numel for zero_param in bucket)
+        shard = torch.empty(numel, dtype=first.dtype, device=first.device)
+        _copy_in_shards(bucket, shard)
+        output = torch.empty(ranks, numel, dtype=shard.dtype, device=shard.device)
+        in_flight.append((bucket, output, _launch_all_gather(output.view(-1), shard, group)))
     for item in in_flight:
-        _receive(*item)
+        _finish_all_gather(*item)
 
 
-def _pack_own(bucket: list[Rows], line: Tensor) -> None:
-    """Copy this rank's rows of all members to its line of the bucket: on a GPU in a few launches, not one for each member."""
-    places = line.split([rows.width for rows in bucket])
-    parts = [
-        rows.own_parts(rows.param.detach(), place)
-        for rows, place in zip(bucket, places, strict=True)
-    ]
+def _launch_all_gather(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -> CheckedWork:
+    # Named all_gather_into_tensor before torch 2.13.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return CheckedWork("gathering the updated weights", all_gather, output, shard, group=group)
+
+
+def _copy_in_shards(bucket: list[ZeroParam], shard: Tensor) -> None:
+    """Copy the local shards to this rank's shard of the bucket, on a GPU in a few launches."""
+    shards = shard.split([zero_param.padded_shard_numel for zero_param in bucket])
+    pairs = list(zip(bucket, shards, strict=True))
     torch._foreach_copy_(
-        [of_line for _, of_line, _ in parts], [of_param for of_param, _, _ in parts]
+        [zero_param.unpack_shard(part) for zero_param, part in pairs],
+        [zero_param.local_shard(zero_param.param.detach()) for zero_param, _ in pairs],
     )
-    if padding := [rest for _, _, rest in parts if rest is not None]:
+    padding = [zero_param.padding(part) for zero_param, part in pairs]
+    if padding := [part for part in padding if part.numel()]:
         torch._foreach_zero_(padding)
 
 
-def _receive(bucket: list[Rows], lines: Tensor | None, work: CheckedWork) -> None:
+def _finish_all_gather(bucket: list[ZeroParam], output: Tensor | None, work: CheckedWork) -> None:
     work.wait()
-    if lines is None:  # it came in where it belongs
-        torch.autograd.graph.increment_version([rows.param for rows in bucket])
+    if output is None:  # the parameter's own memory was the output
+        torch.autograd.graph.increment_version([zero_param.param for zero_param in bucket])
         return
-    for rows, place in zip(bucket, lines.split([rows.width for rows in bucket], 1), strict=True):
-        rows.unpack(place, rows.param.detach())
+    numels = [zero_param.padded_shard_numel for zero_param in bucket]
+    for zero_param, padded in zip(bucket, output.split(numels, 1), strict=True):
+        zero_param.copy_out(padded, zero_param.param.detach())
 
 
-def split_by_size(members: Iterable[Rows], bucket_bytes: int) -> list[list[Rows]]:
-    """Cut a sequence into buckets of up to ``bucket_bytes`` of weights (a larger parameter has its own), each of one dtype, device and
-    wholeness, in the order in which they become complete."""
-    open_buckets: dict[object, tuple[list[Rows], int]] = {}
+def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[list[ZeroParam]]:
+    """Split parameters into buckets of up to ``bucket_bytes`` of weights.
+
+    A larger parameter gets a bucket of its own. All parameters of a bucket have one dtype and
+    device, and are all replicated or all sharded. Buckets are in the order in which they become
+    complete.
+    """
+    open_buckets: dict[object, tuple[list[ZeroParam], int]] = {}
     result = []
-    for rows in members:
-        kind, size = (
-            (rows.param.dtype, rows.param.device, rows.is_whole),
-            rows.param.numel() * rows.param.element_size(),
-        )
-        bucket, filled = open_buckets.pop(kind, ([], 0))
+    for zero_param in zero_params:
+        param = zero_param.param
+        key = (param.dtype, param.device, zero_param.is_replicated)
+        size = param.numel() * param.element_size()
+        bucket, filled = open_buckets.pop(key, ([], 0))
         if bucket and filled + size > bucket_bytes:
             result.append(bucket)
             bucket, filled = [], 0
-        open_buckets[kind] = ([*bucket, rows], filled + size)
+        open_buckets[key] = ([*bucket, zero_param], filled + size)
     return result + [bucket for bucket, _ in open_buckets.values()]

@@ -1,4 +1,4 @@
-"""What can be wrong with parameters under ZeRO. Every finding is an error on every rank."""
+"""Checks of the parameters under ZeRO. Every finding becomes an error on every rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import hashlib
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -13,91 +14,112 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checksum import checksums
 from ..fsdp1 import is_flattened
-from .param import Rows
-from .reduce_scatter import Agreement
+from .consensus import Consensus
+from .param import ParamSpec, ZeroParam
 
 
-def check_replicated(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
-    """Why the parameter cannot be sharded by ZeRO, or None."""
+def param_problem(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
+    """Return why ZeRO cannot shard the parameter, or None."""
     if isinstance(param, DTensor) or is_flattened(param):
         kind = (
             "a DTensor (of fully_shard or parallelize_module)"
             if isinstance(param, DTensor)
             else "a part of FullyShardedDataParallel"
         )
-        return f"parameter {name} is {kind}, which is sharded already; leave out sharding= there, ZeRO is for replicated models"
+        return (
+            f"parameter {name} is {kind}, which is sharded already; leave out sharding= there, "
+            "ZeRO is for replicated models"
+        )
     if param.device.type != mesh.device_type:
-        return f"parameter {name} is on {param.device} but the mesh of ZeRO is for {mesh.device_type}; move the model before the optimizer"
+        return (
+            f"parameter {name} is on {param.device} but the mesh of ZeRO is for "
+            f"{mesh.device_type}; move the model before you build the optimizer"
+        )
     return None
 
 
-def check_same_parameters(agreement: Agreement, params: list[Tensor], names: list[str]) -> None:
-    """Raise ValueError on every rank unless all have the same parameters in the same order. Collective."""
+def changed_spec_problem(zero_param: ZeroParam) -> str | None:
+    """Return how the parameter has changed since the optimizer was built, or None."""
+    spec = ParamSpec.of(zero_param.param)
+    if spec == zero_param.spec:
+        return None
+    return (
+        f"parameter {zero_param.name} was {zero_param.spec} and is now {spec}; build the "
+        "optimizer after all changes to the model"
+    )
+
+
+def grad_problem(grad: Tensor) -> str | None:
+    """Return why a gradient cannot be used, or None."""
+    if grad.layout != torch.strided:
+        return "is sparse, which AdamW_BF16 does not support; build its layer with sparse=False"
+    if grad.dtype not in (torch.bfloat16, torch.float32):
+        return f"is {grad.dtype}; it must be bfloat16 or float32"
+    return None
+
+
+def check_same_parameters(consensus: Consensus, params: list[Tensor], names: list[str]) -> None:
+    """Raise ValueError on every rank unless all have the same parameters in order. Collective."""
     signatures = [
         f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}"
         for name, p in zip(names, params, strict=True)
     ]
-    digest = int.from_bytes(
-        hashlib.blake2b("\n".join(signatures).encode(), digest_size=7).digest(), "big"
-    )
-    if all(agreement.are_equal([len(params), digest])):
+    digest = hashlib.blake2b("\n".join(signatures).encode(), digest_size=7).digest()
+    if all(consensus.are_equal([len(params), int.from_bytes(digest, "big")])):
         return
-    everyones = agreement.everyones(signatures)
-    for rank, theirs in zip(agreement.ranks, everyones, strict=True):
-        if theirs == everyones[0]:
-            continue
-        for index in range(max(len(theirs), len(everyones[0]))):
-            a, b = [row[index] if index < len(row) else "none" for row in (everyones[0], theirs)]
+    first, *others = consensus.all_gather_object(signatures)
+    for rank, other in zip(consensus.ranks[1:], others, strict=True):
+        for index in range(max(len(first), len(other))):
+            a, b = [row[index] if index < len(row) else "none" for row in (first, other)]
             if a != b:
                 raise ValueError(
-                    f"the parameters given to ZeRO differ between ranks: number {index} is {a} on rank {agreement.ranks[0]} but {b} on "
-                    f"rank {rank}; build the same model and the same groups in the same order on every rank"
+                    f"the parameters given to ZeRO differ between ranks: number {index} is {a} on "
+                    f"rank {consensus.ranks[0]} but {b} on rank {rank}; build the same model and "
+                    "the same groups in the same order on every rank"
                 )
 
 
-def differing(agreement: Agreement, tensors: Iterable[Tensor | None]) -> list[bool]:
-    """Which of the tensors have not the same bits on every rank. Collective."""
+def find_differing(consensus: Consensus, tensors: Iterable[Tensor | None]) -> list[bool]:
+    """Return for each tensor whether its bits differ between ranks. Collective."""
     tensors = list(tensors)
-    numbers = iter(checksums([x for x in tensors if x is not None]))
-    return [
-        not equal
-        for equal in agreement.are_equal([0 if x is None else next(numbers) for x in tensors])
-    ]
+    present = iter(checksums([tensor for tensor in tensors if tensor is not None]))
+    numbers = [0 if tensor is None else next(present) for tensor in tensors]
+    return [not equal for equal in consensus.are_equal(numbers)]
 
 
-def wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
-    """Whether a live DistributedDataParallel holds one of the parameters: it would reduce the same gradients again."""
-    ours = {id(param) for param in params}
+def is_wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
+    """Return whether a live DistributedDataParallel holds one of the parameters."""
+    ids = {id(param) for param in params}
     return any(
-        id(p) in ours
+        id(p) in ids
         for ddp in gc.get_objects()
         if issubclass(type(ddp), DistributedDataParallel)
         for p in ddp.parameters()
     )
 
 
-class Owners:
-    """Which modules hold the parameters, to notice when one gets another in its place."""
+class ParamOwners:
+    """The modules that hold the parameters, to notice a parameter that was replaced in one."""
 
-    def __init__(self, all_rows: Iterable[Rows]) -> None:
-        by_id = {id(rows.param): rows for rows in all_rows}
-        self._places = [
+    def __init__(self, zero_params: Iterable[ZeroParam]) -> None:
+        by_id = {id(zero_param.param): zero_param for zero_param in zero_params}
+        self._owners = [
             (parameters, name, by_id[id(param)])
             for module in gc.get_objects()
-            if issubclass(
-                type(module), nn.Module
-            )  # isinstance would run code of proxies and lazy modules
+            # isinstance would run code of proxies and lazy modules
+            if issubclass(type(module), nn.Module)
             for parameters in [module.__dict__.get("_parameters") or {}]
             for name, param in parameters.items()
             if id(param) in by_id
         ]
 
-    def replaced(self) -> str | None:
-        """What to say where a module has another parameter now than when the optimizer was built, or None."""
-        for parameters, name, rows in self._places:
-            if parameters.get(name) is not rows.param and parameters.get(name) is not None:
+    def replaced_problem(self) -> str | None:
+        """Return which parameter has been replaced since the optimizer was built, or None."""
+        for parameters, name, zero_param in self._owners:
+            if parameters.get(name) is not zero_param.param and parameters.get(name) is not None:
                 return (
-                    f"parameter {rows.name} has been replaced in its module by another one, which the optimizer does not train; "
-                    "build the optimizer after all changes to the model"
+                    f"parameter {zero_param.name} has been replaced in its module by another one, "
+                    "which the optimizer does not train; build the optimizer after all changes to "
+                    "the model"
                 )
         return None

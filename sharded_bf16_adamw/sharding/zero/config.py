@@ -1,7 +1,8 @@
-"""ZeRO for replicated models: each rank keeps the optimizer state of its own rows of every parameter, and updates those alone.
+"""ZeRO for replicated models: each rank updates a shard of every parameter and keeps its state.
 
-Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054. Bucketed
-reduction during the backward pass is as in PyTorch DDP, Li et al., arXiv:2006.15704.
+Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+arXiv:1910.02054. Bucketed reduction during the backward pass is as in PyTorch DDP, Li et al.,
+arXiv:2006.15704.
 """
 
 from __future__ import annotations
@@ -16,28 +17,49 @@ from ..base import Sharding
 
 @dataclass(frozen=True)
 class ZeRO:
-    """Shard the optimizer of a model that every rank holds in full: ``AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))``.
+    """Sharding of the optimizer of a model that every rank holds in full.
 
-    Stage 1 goes beside ``DistributedDataParallel``, which averages the gradients: it shards optimizer states. Stage 2 takes the plain
-    module, averages gradients itself while the backward pass goes on, and keeps only this rank's rows of them: ``param.grad`` is None after
-    the backward pass, so only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. Either way ``step`` updates this rank's
-    rows and gathers the others' from their ranks.
+    Stage 1 goes beside ``DistributedDataParallel``, which averages the gradients: it shards
+    optimizer states. Stage 2 takes the plain module, averages gradients during the backward pass,
+    and keeps only this rank's shards of them: ``param.grad`` is None after the backward pass, so
+    only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. In either stage ``step``
+    updates this rank's shards and all-gathers the updated weights.
 
-    Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass and its step, are collective: every
-    rank calls them, in the same order.
+    Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass
+    and its step, are collective: every rank calls them, in the same order.
 
     Args:
-        mesh: one-dimensional: all ranks share all rows; or two-dimensional, (replicate, shard): rows are spread over the second dimension
-            and every line of the first holds all of them, as in hybrid FSDP.
+        mesh: one-dimensional: every parameter is sharded over all ranks; or two-dimensional,
+            (replicate, shard): sharded over the second dimension and replicated over the first, as
+            in hybrid FSDP.
         stage: 1 or 2.
-        bucket_size_mb: how much goes into one collective, in MiB of weights.
-        reduce_dtype: dtype in which gradients travel, ``torch.bfloat16`` or ``torch.float32``; None for the parameter's. Stage 2.
-        accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None for the dtype of the gradients. Stage 2.
-        broadcast_initial: give every rank the first rank's weights, rather than refuse weights that differ.
-        max_in_flight: how many buckets may be on their way at once; more of them hide slower networks and take more memory.
+        bucket_size_mb: size of a bucket, which one collective carries, in MiB of weights.
+        reduce_dtype: dtype in which gradients are reduced, ``torch.bfloat16`` or ``torch.float32``;
+            None for the parameter's. Stage 2 only.
+        accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None
+            for the dtype of the gradients. Stage 2 only.
+        broadcast_initial: whether every rank takes the first rank's weights; by default weights
+            that differ are an error.
+        max_in_flight: number of buckets in flight at once; more of them hide slower networks and
+            take more memory.
 
     Raises:
         ValueError: an argument is out of range, or this rank is not in the mesh.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from sharded_bf16_adamw import AdamW_BF16, ZeRO
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> model = torch.nn.Linear(4, 2, dtype=torch.bfloat16)
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3, sharding=ZeRO(mesh, stage=2))
+        >>> model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        >>> optimizer.step(zero_grad=True)
+        >>> optimizer.state[model.weight]["exp_avg"].placements
+        (Shard(dim=0),)
+        >>> dist.destroy_process_group()
     """
 
     mesh: DeviceMesh
@@ -51,19 +73,23 @@ class ZeRO:
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):
             raise ValueError(
-                f"Invalid mesh: {self.mesh!r}; ZeRO needs a DeviceMesh, such as init_device_mesh('cuda', (world_size,))"
+                f"Invalid mesh: {self.mesh!r}; ZeRO needs a DeviceMesh, such as "
+                "init_device_mesh('cuda', (world_size,))"
             )
         if self.mesh.ndim not in (1, 2):
             raise ValueError(
-                f"Invalid mesh: it has {self.mesh.ndim} dimensions; ZeRO takes one (shard) or two (replicate, shard)"
+                f"Invalid mesh: it has {self.mesh.ndim} dimensions; ZeRO takes one (shard) or two "
+                "(replicate, shard)"
             )
         if self.mesh.get_coordinate() is None:
             raise ValueError(
-                "Invalid mesh: this rank is not in it; build the optimizer on the ranks of the mesh alone"
+                "Invalid mesh: this rank is not in it; build the optimizer only on the ranks of "
+                "the mesh"
             )
         if self.stage not in (1, 2):
             raise ValueError(
-                f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain module), and FSDP2 is stage 3"
+                f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain "
+                "module); for stage 3 use FSDP2"
             )
         if not self.bucket_size_mb > 0:
             raise ValueError(f"Invalid bucket_size_mb: {self.bucket_size_mb}; it must be positive")
@@ -71,7 +97,8 @@ class ZeRO:
             raise ValueError(f"Invalid max_in_flight: {self.max_in_flight}; it must be at least 1")
         if self.reduce_dtype not in (None, torch.bfloat16, torch.float32):
             raise ValueError(
-                f"Invalid reduce_dtype: {self.reduce_dtype}; choose torch.bfloat16, torch.float32 or None"
+                f"Invalid reduce_dtype: {self.reduce_dtype}; choose torch.bfloat16, torch.float32 "
+                "or None"
             )
         if self.accumulate_dtype not in (None, torch.float32):
             raise ValueError(
@@ -79,15 +106,17 @@ class ZeRO:
             )
         if self.stage == 1 and (self.reduce_dtype or self.accumulate_dtype):
             raise ValueError(
-                "reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and accumulates the gradients"
+                "reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and "
+                "accumulates the gradients"
             )
 
     @property
     def bucket_bytes(self) -> int:
+        """Size of a bucket in bytes of weights."""
         return max(1, int(self.bucket_size_mb * 2**20))
 
     def start(self) -> Sharding:
-        """What one optimizer works with. Collective over the mesh."""
+        """Return the sharding state for one optimizer. Collective over the mesh."""
         from .stage1 import Stage1
         from .stage2 import Stage2
 

@@ -1,15 +1,20 @@
-"""Which rows of a replicated parameter a rank owns under ZeRO, and how rows lie in the buffers that ranks exchange.
+"""The shard of a replicated parameter that a rank owns under ZeRO, and its layout in buffers.
 
-Vocabulary:
+[Note: ZeRO tensors]
+A parameter of *size* ``n`` along its *shard dimension* (dimension 0, or another one where that is
+shorter than the number of ranks) is cut as ``torch.chunk`` and DTensor's ``Shard`` cut, so that
+torch's checkpoint code finds every element. With ``shard_size = ceil(n / ranks)``, rank ``r`` owns
+indices ``r * shard_size`` to ``(r + 1) * shard_size``; the last ranks own fewer or none.
 
-* rows: slices of a parameter along its *shard dimension*: dimension 0, or another one where that is shorter than the number of ranks.
-* chunk: ``ceil(rows / ranks)``; rank ``r`` owns rows ``r * chunk`` to ``(r + 1) * chunk``, the last ranks fewer or none. This is how
-  DTensor's ``Shard`` cuts, so torch's checkpoint code knows where each row is.
-* place: a ``(ranks, width)`` part of a buffer, where ``width`` is the elements of one chunk. Line ``r`` holds what rank ``r`` owns, with
-  zeros behind if those are fewer.
+* *local shard*: the elements that this rank owns, as a view of a tensor of the parameter's shape.
+* *padded gradient*: ``(ranks, padded_shard_numel)``, a part of a reduce-scatter input. Row ``r``
+  holds the shard of rank ``r``, with the shard dimension first, followed by zeros if it is short.
+* *shard*, 1-D of ``padded_shard_numel`` elements: one such row, as a collective carries it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,108 +22,124 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-class Rows:
-    """The rows of one parameter that this rank owns.
+class ParamSpec(NamedTuple):
+    """The properties of a parameter that its layout depends on."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, param: Tensor) -> ParamSpec:
+        """Return the current spec of a parameter."""
+        return cls(param.shape, param.dtype, param.device)
+
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)} {self.dtype} on {self.device}"
+
+
+class ZeroParam:
+    """One replicated parameter and the shard of it that this rank owns.
 
     Args:
         param: a plain parameter, whole on every rank.
-        mesh: 1-D, or 2-D (replicate, shard): rows are spread over the last dimension.
+        mesh: 1-D, or 2-D (replicate, shard); the last dimension shards.
+        name: for messages.
     """
 
     def __init__(self, param: Tensor, mesh: DeviceMesh, name: str) -> None:
         self.param = param
         self.name = name
-        self.form = (param.shape, param.dtype, param.device)  # what the layout depends on
+        self.spec = ParamSpec.of(param)
         self._mesh = mesh
         axis = mesh.ndim - 1
         ranks, rank = mesh.size(axis), mesh.get_local_rank(axis)
         self._ranks = ranks
-        self.dim = shard_dim(param.shape, ranks)
-        size = 1 if self.dim is None else param.shape[self.dim]
-        self._inner = (
-            () if self.dim is None else (*param.shape[: self.dim], *param.shape[self.dim + 1 :])
+        self.shard_dim = choose_shard_dim(param.shape, ranks)
+        shape, dim = param.shape, self.shard_dim
+        size = 1 if dim is None else shape[dim]
+        self._inner_shape = () if dim is None else (*shape[:dim], *shape[dim + 1 :])
+        self._inner_numel = param.numel() // size if size else 0
+        self._shard_size = -(-size // ranks)
+        self.padded_shard_numel = self._shard_size * self._inner_numel
+        # The first ranks have a full shard, at most one more rank has a short one.
+        self._full_shards, self._short_size = (
+            divmod(size, self._shard_size) if self._shard_size else (ranks, 0)
         )
-        self._row_numel = param.numel() // size if size else 0
-        self.chunk = -(-size // ranks)
-        self.width = self.chunk * self._row_numel
-        self._full_ranks, self._rest = divmod(size, self.chunk) if self.chunk else (ranks, 0)
-        self._start = min(rank * self.chunk, size)
-        self._count = min((rank + 1) * self.chunk, size) - self._start
+        self._start = min(rank * self._shard_size, size)
+        self._local_size = min((rank + 1) * self._shard_size, size) - self._start
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the parameter is a 0-dim one, which every rank updates."""
-        return self.dim is None
+    def is_replicated(self) -> bool:
+        """Whether the parameter is 0-dim: every rank then updates all of it."""
+        return self.shard_dim is None
 
     @property
     def is_even(self) -> bool:
-        """Whether the parameter's memory is just its place: equal chunks one after the other."""
+        """Whether tensors laid out as the parameter are padded gradients without a copy."""
         return (
-            self.dim == 0
-            and self._rest == 0
-            and self._full_ranks == self._ranks
+            self.shard_dim == 0
+            and self._short_size == 0
+            and self._full_shards == self._ranks
             and self.param.is_contiguous()
         )
 
-    def own(self, full: Tensor) -> Tensor:
-        """This rank's rows of a tensor of the parameter's shape: a view."""
-        return full if self.dim is None else full.narrow(self.dim, self._start, self._count)
+    def local_shard(self, full: Tensor) -> Tensor:
+        """Return this rank's shard of a tensor of the parameter's shape, as a view."""
+        if self.shard_dim is None:
+            return full
+        return full.narrow(self.shard_dim, self._start, self._local_size)
 
     def as_dtensor(self, local: Tensor) -> DTensor:
-        """A DTensor of the parameter's shape of which ``local`` is this rank's part."""
-        placement = Replicate() if self.dim is None else Shard(self.dim)
+        """Wrap this rank's shard into a DTensor of the parameter's shape."""
+        placement = Replicate() if self.shard_dim is None else Shard(self.shard_dim)
         placements = (*[Replicate()] * (self._mesh.ndim - 1), placement)
         shape, stride = self.param.shape, self.param.stride()
         return DTensor.from_local(
             local, self._mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
-    def pack(self, full: Tensor, place: Tensor) -> None:
-        """Copy a tensor of the parameter's shape into its place, which has its own dtype."""
-        rows, lines = self._rows_of(full), self._lines_of(place)
-        boundary = self._full_ranks * self.chunk
-        lines[: self._full_ranks].copy_(
-            rows[:boundary].unflatten(0, (self._full_ranks, self.chunk))
-        )
-        behind = self._full_ranks
-        if self._rest:
-            lines[behind, : self._rest].copy_(rows[boundary:])
-            lines[behind, self._rest :].zero_()
-            behind += 1
-        lines[behind:].zero_()
+    def copy_in(self, full: Tensor, padded: Tensor) -> None:
+        """Copy a tensor of the parameter's shape to a padded gradient, which has its own dtype."""
+        full, shards = self._shard_dim_first(full), self._unflatten(padded)
+        count = self._full_shards
+        boundary = count * self._shard_size
+        shards[:count].copy_(full[:boundary].unflatten(0, (count, self._shard_size)))
+        if self._short_size:
+            shards[count, : self._short_size].copy_(full[boundary:])
+            shards[count, self._short_size :].zero_()
+            count += 1
+        shards[count:].zero_()
 
-    def unpack(self, place: Tensor, full: Tensor) -> None:
-        """Inverse of :meth:`pack`."""
-        rows, lines = self._rows_of(full), self._lines_of(place)
-        boundary = self._full_ranks * self.chunk
-        rows[:boundary].unflatten(0, (self._full_ranks, self.chunk)).copy_(
-            lines[: self._full_ranks]
-        )
-        if self._rest:
-            rows[boundary:].copy_(lines[self._full_ranks, : self._rest])
+    def copy_out(self, padded: Tensor, full: Tensor) -> None:
+        """Copy to a tensor of the parameter's shape; inverse of :meth:`copy_in`."""
+        full, shards = self._shard_dim_first(full), self._unflatten(padded)
+        count = self._full_shards
+        boundary = count * self._shard_size
+        full[:boundary].unflatten(0, (count, self._shard_size)).copy_(shards[:count])
+        if self._short_size:
+            full[boundary:].copy_(shards[count, : self._short_size])
 
-    def own_parts(self, full: Tensor, line: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return views of this rank's rows: in a tensor of the parameter's shape, and in its line of a place, 1-D of ``width``
-        elements; and the rest of that line, if there is any."""
-        numel = self._count * self._row_numel
-        return self.own(full), self.own_of_line(line), line[numel:] if numel < self.width else None
+    def unpack_shard(self, shard: Tensor) -> Tensor:
+        """Return the local shard, in the parameter's dimensions, as a view of a 1-D shard."""
+        unpadded = shard[: self._local_size * self._inner_numel]
+        assert self.shard_dim is not None
+        return unpadded.view(self._local_size, *self._inner_shape).movedim(0, self.shard_dim)
 
-    def own_of_line(self, line: Tensor) -> Tensor:
-        """This rank's rows, in the parameter's dimensions, as a view of its line of a place."""
-        rows = line[: self._count * self._row_numel].view(self._count, *self._inner)
-        assert self.dim is not None
-        return rows.movedim(0, self.dim)
+    def padding(self, shard: Tensor) -> Tensor:
+        """Return the padding of a 1-D shard of this rank as a view, empty if there is none."""
+        return shard[self._local_size * self._inner_numel :]
 
-    def _rows_of(self, full: Tensor) -> Tensor:
-        assert self.dim is not None
-        return full.movedim(self.dim, 0)
+    def _shard_dim_first(self, full: Tensor) -> Tensor:
+        assert self.shard_dim is not None
+        return full.movedim(self.shard_dim, 0)
 
-    def _lines_of(self, place: Tensor) -> Tensor:
-        return place.unflatten(1, (self.chunk, *self._inner))
+    def _unflatten(self, padded: Tensor) -> Tensor:
+        return padded.unflatten(1, (self._shard_size, *self._inner_shape))
 
 
-def shard_dim(shape: torch.Size, ranks: int) -> int | None:
-    """The first dimension with a row for every rank; else the longest; None for a 0-dim tensor."""
+def choose_shard_dim(shape: torch.Size, ranks: int) -> int | None:
+    """Return the first dimension with an index for every rank, else the longest; None if 0-dim."""
     if not shape:
         return None
     return next(

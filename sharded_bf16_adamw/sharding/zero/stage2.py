@@ -1,343 +1,464 @@
-"""ZeRO stage 2: gradients are averaged during the backward pass, and a rank keeps its rows of them.
+"""ZeRO stage 2, on the plain module: gradients are reduced during the backward pass and sharded.
 
-From the backward pass to the step::
+[Note: Order of reductions across ranks]
+A post-accumulate hook adds each gradient to its bucket. The collectives of a process group must
+start in one order on every rank, but gradients need not become ready in one order, and a parameter
+may be unused on some ranks. So three rules hold:
 
-    gradient ready -> its place in a bucket -> bucket complete -> sent -> the mean of this rank's rows      (while backward goes on)
-    reduce(): the ranks agree which buckets are left and who has gradients -> the rest is sent -> all are waited for
+* Buckets launch in one fixed order, from first to last and, after several backward passes, from the
+  first again. A complete bucket waits for the one before it. A rank on which a parameter is unused
+  thus falls behind.
+* ``reduce_grads()``, which every rank calls, exchanges how often each bucket was launched, and each
+  rank launches what it is behind by (:meth:`Stage2._flush`), with zeros for missing gradients.
+* Before that consensus, no rank blocks indefinitely on another: a backward pass with
+  ``max_in_flight`` reductions in flight waits ``BACKPRESSURE_TIMEOUT_S`` for the oldest, then lets
+  them pile up. A device, which cannot time out, may block only if every rank had the same
+  gradients in the last step (:class:`Backpressure`).
 
-Buckets are sent in one order on every rank, whatever order the gradients come in: a bucket waits for the one before. A rank on which
-a parameter is unused thus falls behind, and catches up in reduce(), where it learns how often each bucket was sent elsewhere. Until the
-ranks have agreed there, no rank waits without end for another.
+The same exchange tells which parameters have a gradient on some rank, and finds ranks that disagree
+on ``zero_grad()``. A rank with an error of its own still launches what the others wait for, and
+only then all raise it together.
 """
 
 from __future__ import annotations
 
-import operator
+import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from enum import Enum, auto
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .bucket import Bucket, WholeBucket, split_by_size
-from .checks import wrapped_by_ddp
-from .param import Rows
-from .reduce_scatter import MeanOnItsWay
-from .stage1 import Stage, grad_problem, param_form
+from ...profiling import profiler_range
+from .bucket import Bucket, ReplicatedBucket, split_by_size
+from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .param import ZeroParam
+from .reduce_scatter import PendingReduce
+from .stage import Stage
 
 if TYPE_CHECKING:
     from .config import ZeRO
 
-PATIENCE = 1.0  # seconds that a backward pass waits for a bucket to leave before it lets more of them pile up
-PILED_UP = (
-    "gradients have come on top of those that the step before has taken; ZeRO stage 2 holds gradients itself, where model.zero_grad() "
-    "does not reach them, so call optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
+logger = logging.getLogger("sharded_bf16_adamw")
+
+BACKPRESSURE_TIMEOUT_S = 1.0
+STALE_GRADS_ERROR = (
+    "new gradients were accumulated onto gradients that the previous step() already used; ZeRO "
+    "stage 2 holds gradients itself, where model.zero_grad() does not reach them, so call "
+    "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
-_taker: Any = (
-    WeakIdKeyDictionary()
-)  # parameter -> weak reference to the one Stage2, the newest, that takes its gradients
 
-_takeovers = 0  # how often that has changed
+# Parameter -> weak reference to the newest Stage2 of it, which alone takes its gradients.
+_grad_owner: Any = WeakIdKeyDictionary()
+_owner_changes = 0
 
 
-def _take_over(param: Tensor, taker: weakref.ref[Stage2]) -> None:
-    global _takeovers
-    _taker[param] = taker
-    _takeovers += 1
+class GradState(Enum):
+    """The use that ``step()`` has made of the gradients that stage 2 holds.
+
+    - ``UNUSED``: none since they came; further ones are accumulated.
+    - ``USED``: a step has used them. A step without new ones may use them again.
+    - ``STALE``: gradients were accumulated onto used ones, on some rank. ``clear_grads()`` alone
+      leaves this state.
+    """
+
+    UNUSED = auto()
+    USED = auto()
+    STALE = auto()
+
+
+class Backpressure(Enum):
+    """The way a backward pass waits when ``max_in_flight`` reductions are in flight.
+
+    - ``HOST``: this thread waits, with a timeout. The state at first.
+    - ``DEVICE``: with NCCL the device blocks, without a timeout; with gloo as ``HOST``. The state
+      after a step in which all ranks had gradients of the same parameters.
+    - ``OFF``: it does not wait. The state after any other step, and after a timeout.
+    """
+
+    HOST = auto()
+    DEVICE = auto()
+    OFF = auto()
+
+
+class BucketOrder(Enum):
+    """The origin of the order of parameters over buckets.
+
+    - ``GUESSED``: against the order of construction; the order of gradients is being recorded.
+    - ``RECORDED``: as before, and ranks have agreed that some rank has recorded an order.
+    - ``FIXED``: the first rank's recorded order.
+    """
+
+    GUESSED = auto()
+    RECORDED = auto()
+    FIXED = auto()
+
+
+class GradReport(NamedTuple):
+    """One rank's gradients, or the maximum over ranks, in which a flag is set if any rank sets it.
+
+    Ranks exchange its flat form: the fields one after the other.
+    """
+
+    launches: list[int]  # of each bucket since the last consensus, a pending one included
+    has_grad: list[bool]  # of each parameter
+    lacks_grad: list[bool]
+    has_recorded_order: bool
+    has_used_grads: bool
+    discards: bool  # called by zero_grad()
+    keeps: bool  # called for a step
+
+    def flatten(self) -> list[int]:
+        """Return the flat form."""
+        return [*self.launches, *self.has_grad, *self.lacks_grad, *self[3:]]
+
+    def unflatten(self, values: list[int]) -> GradReport:
+        """Return the report of a flat form of the same lengths."""
+        rest = iter(values)
+        launches = list(islice(rest, len(self.launches)))
+        has_grad = list(map(bool, islice(rest, len(self.has_grad))))
+        lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
+        return GradReport(launches, has_grad, lacks_grad, *map(bool, rest))
 
 
 class Stage2(Stage):
-    """On the plain module."""
+    """A stage in which states and gradients are sharded.
+
+    See [Note: Order of reductions across ranks].
+    """
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
+        # - State
+        self._grad_state = GradState.UNUSED
+        self._backpressure = Backpressure.HOST
+        self._require_grad_sync = True  # False inside no_sync()
+        self._has_grad: set[ZeroParam] = set()  # on this rank, since clear_grads()
+        self._accumulated_grads: dict[Tensor, Tensor] = {}  # unsharded, float32; of no_sync()
+        self._sharded_grads: dict[Tensor, Tensor] = {}  # means over ranks of local shards
+
+        # - Hooks
         self._hooked: set[Tensor] = set()
-        self._syncs = True
+        self._seen_owner_changes = 0
         self._checked_ddp = False
-        self._seen_takeovers = 0
-        self._is_patient = (
-            True  # whether the other ranks can be expected to keep up during the backward pass
-        )
-        self._is_trusting = (
-            False  # whether they have, in the last step: the device may then wait for them
-        )
+
+        # - Buckets
         self._buckets: list[Bucket] = []
-        self._active = 0  # the first buckets: of parameters that had gradients lately; the others go only when asked for
-        self._next = 0  # the bucket to be sent next
-        self._bucket_of: dict[Rows, Bucket] = {}
-        self._in_flight: list[tuple[Bucket, MeanOnItsWay]] = []
-        self._accumulated: dict[
-            Tensor, Tensor
-        ] = {}  # whole gradients of this rank, float32, where asked for
-        self._reduced: dict[Tensor, Tensor] = {}  # the mean over ranks, of this rank's rows
-        self._has_grad: set[Rows] = set()  # on this rank, since clear_grads()
-        self._stepped = False  # whether a step has taken the gradients that are held
-        self._piled_up = False  # whether others have come on top of them since
-        self._arrival: (
-            dict[Rows, None] | None
-        ) = {}  # order in which gradients first came; None once the ranks have agreed on one
-        self._agreed_arrival = False
-        self._order: list[Rows] = []
-        self._last_with_grad: list[Rows] = []
-        self._built_for: list[Rows] = []
+        # The first buckets, of parameters that had gradients lately, launch during the backward
+        # pass; the others only in reduce_grads().
+        self._num_active = 0
+        self._next_bucket = 0  # to be launched, among the active ones
+        self._bucket_of: dict[ZeroParam, Bucket] = {}
+        self._in_flight: list[tuple[Bucket, PendingReduce]] = []
+
+        # - Assignment of parameters to buckets
+        self._order: list[ZeroParam] = []
+        self._order_state = BucketOrder.GUESSED
+        self._recorded_order: dict[ZeroParam, None] = {}
+        self._buckets_built_for: list[ZeroParam] = []
+        self._last_with_grad: list[ZeroParam] = []
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
-        if any(self._agreement.maximum([self._is_busy()])):
-            self.reduce_grads()  # what is under way goes by the old buckets
+        if any(self._consensus.all_reduce_max([self._is_busy()])):
+            self.reduce_grads()  # what is in flight belongs to the old buckets
         super().add_params(params, names)
-        self._ready = False
-        self._hook_all()
-        self._order = list(
-            reversed(self._rows.values())
-        )  # backward passes go roughly against the order of construction
-        self._arrival = {}
-        self._build(self._order)
+        self._is_reduced = False
+        self._register_hooks()
+        # Backward passes go roughly against the order of construction.
+        self._order = list(reversed(self._zero_params.values()))
+        self._order_state, self._recorded_order = BucketOrder.GUESSED, {}
+        self._assign_buckets(self._order)
 
-    # ------------------------------------------------------------------------------------------------ during the backward pass
+    # ------------------------------------------------------------------ during the backward pass
 
-    def _hook_all(self) -> None:
-        """Be called when a gradient is ready; parameters that were frozen so far may no longer be."""
-        me = weakref.ref(self)
+    def _register_hooks(self) -> None:
+        """Hook every trainable parameter that has no hook yet, as one may have been unfrozen."""
+        weak_self = weakref.ref(self)
 
-        def arrived(param: Tensor) -> None:
-            stage = me()
-            taker = _taker.get(param)
-            if stage is not None and (taker is me or taker is None or taker() is None):
-                stage._arrived(param)
+        def on_grad_ready(param: Tensor) -> None:
+            stage = weak_self()
+            owner = _grad_owner.get(param)
+            if stage is not None and (owner is weak_self or owner is None or owner() is None):
+                stage._on_grad_ready(param)
 
-        for param in self._rows:
+        for param in self._zero_params:
             if param.requires_grad and param not in self._hooked:
                 self._hooked.add(param)
-                _take_over(param, me)
-                weakref.finalize(self, param.register_post_accumulate_grad_hook(arrived).remove)
+                _claim_grads(param, weak_self)
+                handle = param.register_post_accumulate_grad_hook(on_grad_ready)
+                weakref.finalize(self, handle.remove)
 
     @torch.no_grad()
-    def _arrived(self, param: Tensor) -> None:
-        rows, grad = self._rows[param], param.grad
-        self._ready = False
-        if grad is None or grad_problem(grad) or param_form(param) != rows.form:
-            return  # reduce() tells all ranks
-        if self._syncs:
-            if self._arrival is not None:
-                self._arrival.setdefault(rows)
-            self._take(rows)
-            self._send_complete()
+    def _on_grad_ready(self, param: Tensor) -> None:
+        zero_param, grad = self._zero_params[param], param.grad
+        self._is_reduced = False
+        if grad is None or grad_problem(grad) or changed_spec_problem(zero_param):
+            return  # reduce_grads() raises on all ranks
+        if self._require_grad_sync:
+            if self._order_state is not BucketOrder.FIXED:
+                self._recorded_order.setdefault(zero_param)
+            self._add_to_bucket(zero_param)
+            self._launch_complete()
         elif self._policy.accumulate_dtype is not None:
-            total = self._accumulated.get(param)
-            self._accumulated[param] = (
+            total = self._accumulated_grads.get(param)
+            self._accumulated_grads[param] = (
                 grad.to(torch.float32, copy=True) if total is None else total.add_(grad)
             )
             param.grad = None
 
-    def _take(self, rows: Rows) -> None:
-        """Move a parameter's gradient to its bucket."""
-        param, grad = rows.param, rows.param.grad
-        total = self._accumulated.pop(param, None)
+    def _add_to_bucket(self, zero_param: ZeroParam) -> None:
+        """Move a parameter's gradient, with what no_sync() has accumulated, to its bucket."""
+        param, grad = zero_param.param, zero_param.param.grad
+        total = self._accumulated_grads.pop(param, None)
         if total is not None and grad is not None:
             total.add_(grad)
-        whole = grad if total is None else total
-        assert whole is not None
-        self._has_grad.add(rows)
-        if rows in self._bucket_of:
-            self._bucket_of[rows].add(rows, whole)
+        unsharded_grad = grad if total is None else total
+        assert unsharded_grad is not None
+        self._has_grad.add(zero_param)
+        if zero_param in self._bucket_of:  # an empty parameter has none
+            self._bucket_of[zero_param].add_grad(zero_param, unsharded_grad)
         param.grad = None
 
-    def _send_complete(self) -> None:
-        while self._active and self._buckets[self._next].is_complete:
-            self._send(self._buckets[self._next], PATIENCE)
-            self._next = (self._next + 1) % self._active
+    def _launch_complete(self) -> None:
+        """Launch complete buckets in order, from the next one on."""
+        while self._num_active and self._buckets[self._next_bucket].is_complete:
+            self._apply_backpressure()
+            self._launch(self._buckets[self._next_bucket])
+            self._next_bucket = (self._next_bucket + 1) % self._num_active
 
-    def _send(self, bucket: Bucket, patience: float | None = None) -> None:
-        """Send a bucket when no more than ``max_in_flight`` are under way, or when ``patience`` seconds are over."""
-        under_way = [mean for _, mean in self._in_flight if not mean.is_settled]
-        if len(under_way) >= self._policy.max_in_flight and (patience is None or self._is_patient):
-            self._is_patient = under_way[0].settle(patience, self._is_trusting)
-        while self._in_flight and self._in_flight[0][1].is_done:
-            self._receive()
-        self._in_flight.append((bucket, bucket.send()))
+    def _apply_backpressure(self) -> None:
+        """Wait for the oldest reduction if ``max_in_flight`` are in flight."""
+        if self._backpressure is Backpressure.OFF:
+            return
+        if oldest := self._oldest_over_limit():
+            device_may_block = self._backpressure is Backpressure.DEVICE
+            if not oldest.finish_local(BACKPRESSURE_TIMEOUT_S, device_may_block):
+                self._backpressure = Backpressure.OFF
 
-    def _receive(self) -> None:
-        """Take the rows of the oldest bucket on its way."""
-        bucket, mean = self._in_flight.pop(0)
-        for rows, part in bucket.own_rows(mean.wait()).items():
-            earlier = self._reduced.get(rows.param)
-            self._reduced[rows.param] = part if earlier is None else earlier.add_(part)
+    def _oldest_over_limit(self) -> PendingReduce | None:
+        """Return the oldest unfinished reduction, or None if fewer than ``max_in_flight`` are."""
+        unfinished = [pending for _, pending in self._in_flight if not pending.is_local_finished]
+        return unfinished[0] if len(unfinished) >= self._policy.max_in_flight else None
+
+    def _launch(self, bucket: Bucket) -> None:
+        while self._in_flight and self._in_flight[0][1].is_completed:
+            self._wait_oldest()
+        with profiler_range("ZeRO::reduce_scatter"):
+            self._in_flight.append((bucket, bucket.launch_reduce()))
+
+    def _wait_oldest(self) -> None:
+        """Wait for the oldest reduction, and accumulate its result."""
+        bucket, pending = self._in_flight.pop(0)
+        for zero_param, grad in bucket.local_shards(pending.wait()):
+            held = self._sharded_grads.get(zero_param.param)
+            self._sharded_grads[zero_param.param] = grad if held is None else held.add_(grad)
 
     @contextmanager
-    def _without_sync(self) -> Iterator[None]:
-        before, self._syncs = self._syncs, False
+    def no_sync(self) -> Iterator[None]:
+        before, self._require_grad_sync = self._require_grad_sync, False
         try:
             yield
         finally:
-            self._syncs = before
+            self._require_grad_sync = before
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        return self._without_sync()
-
-    # -------------------------------------------------------------------------------------------------------------- in a step
+    # ---------------------------------------------------------------------------------- in a step
 
     def reduce_grads(self) -> None:
-        if not self._ready or any(
-            param.grad is not None for param in self._rows
-        ):  # set by hand after clip_grad_norm_
-            self._reduce(discarding=False)
+        # A gradient that was set by hand after clip_grad_norm_ ran no hook.
+        if not self._is_reduced or any(param.grad is not None for param in self._zero_params):
+            self._finish_reduction(discard=False)
 
     @torch.no_grad()
-    def _reduce(self, discarding: bool) -> None:
-        """``discarding``: for :meth:`clear_grads`, not for a step."""
-        problem = self._problem()
+    def _finish_reduction(self, discard: bool) -> None:
+        """Reach consensus, launch and wait for all reductions. Collective.
+
+        Args:
+            discard: for :meth:`clear_grads`, not for a step.
+        """
+        self._is_reduced = False
+        problem = self._find_problem()
         if problem is None:
-            for rows in self._order:
-                if (
-                    rows.param.grad is not None or rows.param in self._accumulated
-                ):  # set by hand, unfrozen lately, or of no_sync()
-                    self._take(rows)
-                    self._send_complete()
-        all_rows = list(self._rows.values())
-        own = [bucket.sent + bucket.is_pending for bucket in self._buckets]
-        has = [rows in self._has_grad for rows in all_rows]
-        values = [
-            *own,
-            *has,
-            *[not x for x in has],
-            bool(self._arrival),
-            self._stepped,
-            discarding,
-            not discarding,
-        ]
-        agreed, problems = self._agreement.maximum_and_problems(values, problem)
-        times, somewhere, missing = (
-            agreed[: len(own)],
-            agreed[len(own) :][: len(has)],
-            agreed[len(own) + len(has) : -4],
-        )
-        any_arrival, any_stepped, any_discards, any_keeps = agreed[-4:]
-        self._piled_up |= bool(any_stepped and any(times))
-        self._send_rest(times[: self._active], self._buckets[: self._active])
-        self._send_rest(times[self._active :], self._buckets[self._active :])
+            self._add_unhooked_grads()
+        report = self._report(discard)
+        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
+        agreed = report.unflatten(values)
+        self._flush(self._buckets[: self._num_active], agreed.launches[: self._num_active])
+        self._flush(self._buckets[self._num_active :], agreed.launches[self._num_active :])
         while self._in_flight:
-            self._receive()
+            self._wait_oldest()
         for bucket in self._buckets:
-            bucket.sent = 0
-        self._next = 0
-        if (
-            problems is not None
-        ):  # raised when all that was under way has arrived, so that the ranks can still talk
+            bucket.launches = 0
+        self._next_bucket = 0
+        # Errors are raised only now that nothing is in flight, so that ranks can go on together.
+        if agreed.has_used_grads and any(agreed.launches):
+            self._grad_state = GradState.STALE
+        if problems is not None:
             raise RuntimeError(problems)
-        if self._piled_up and not any_discards:
-            raise RuntimeError(PILED_UP)
-        if any_discards and any_keeps:
+        if self._grad_state is GradState.STALE and not agreed.discards:
+            raise RuntimeError(STALE_GRADS_ERROR)
+        if agreed.discards and agreed.keeps:
             raise RuntimeError(
-                "some ranks have discarded gradients by zero_grad() between a backward pass and its step, and others have not; every rank "
-                "must call it there, and must have taken part in the backward pass"
+                "some ranks have discarded gradients by zero_grad() between a backward pass and "
+                "its step, and others have not; every rank must call it there, and must have "
+                "taken part in the backward pass"
             )
-        self._with_grad = [rows for rows, some in zip(all_rows, somewhere, strict=True) if some]
-        self._is_patient = self._is_trusting = not any(map(operator.and_, somewhere, missing))
-        self._agreed_arrival = bool(any_arrival)
-        self._reduced = {rows.param: self._reduced_rows(rows) for rows in self._with_grad}
-        self._ready = True
+        self._apply(agreed)
+        self._is_reduced = True
 
-    def _send_rest(self, times: list[int], buckets: list[Bucket]) -> None:
-        """Send each bucket until it has been sent as often as on the rank that did most, in the order that hooks keep to."""
-        for turn in range(max(times, default=0)):
-            for bucket, wanted in zip(buckets, times, strict=True):
-                if bucket.sent <= turn < wanted:
-                    self._send(bucket)
+    def _add_unhooked_grads(self) -> None:
+        """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""
+        for zero_param in self._order:
+            if zero_param.param.grad is not None or zero_param.param in self._accumulated_grads:
+                self._add_to_bucket(zero_param)
+                self._launch_complete()
 
-    def _reduced_rows(self, rows: Rows) -> Tensor:
-        if rows.param not in self._reduced:
-            assert rows.param.numel() == 0
-            return rows.own(torch.zeros_like(rows.param))
-        return self._reduced[rows.param]
+    def _report(self, discard: bool) -> GradReport:
+        has_grad = [each in self._has_grad for each in self._zero_params.values()]
+        return GradReport(
+            launches=[bucket.launches + bucket.is_pending for bucket in self._buckets],
+            has_grad=has_grad,
+            lacks_grad=[not has for has in has_grad],
+            has_recorded_order=bool(self._recorded_order),
+            has_used_grads=self._grad_state is not GradState.UNUSED,
+            discards=discard,
+            keeps=not discard,
+        )
 
-    def _problem(self) -> str | None:
+    def _apply(self, agreed: GradReport) -> None:
+        """Take over what ranks have agreed on, for the step and for the next backward pass."""
+        zero_params = self._zero_params.values()
+        self._with_grad = [
+            each for each, has in zip(zero_params, agreed.has_grad, strict=True) if has
+        ]
+        both = zip(agreed.has_grad, agreed.lacks_grad, strict=True)
+        differ = any(some_have and some_lack for some_have, some_lack in both)
+        self._backpressure = Backpressure.OFF if differ else Backpressure.DEVICE
+        if agreed.has_recorded_order:
+            self._order_state = BucketOrder.RECORDED
+        self._sharded_grads = {each.param: self._sharded_grad(each) for each in self._with_grad}
+
+    def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
+        """Launch each bucket until it has ``launches``, in the order that hooks keep to."""
+        for turn in range(max(launches, default=0)):
+            for bucket, wanted in zip(buckets, launches, strict=True):
+                if bucket.launches <= turn < wanted:
+                    if oldest := self._oldest_over_limit():
+                        oldest.finish_local()
+                    self._launch(bucket)
+
+    def _sharded_grad(self, zero_param: ZeroParam) -> Tensor:
+        if zero_param.param not in self._sharded_grads:
+            assert zero_param.param.numel() == 0
+            return zero_param.local_shard(torch.zeros_like(zero_param.param))
+        return self._sharded_grads[zero_param.param]
+
+    def _find_problem(self) -> str | None:
         if not self._checked_ddp:
-            self._checked_ddp = True  # a walk over all objects of the process: once is enough
-            if wrapped_by_ddp(self._rows):
+            self._checked_ddp = True  # walks over all objects of the process, so only once
+            if is_wrapped_by_ddp(self._zero_params):
                 return (
-                    "the model is wrapped by DistributedDataParallel, which would reduce the gradients too; ZeRO stage 2 goes on the plain "
-                    "module, or use ZeRO(stage=1) beside DDP"
+                    "the model is wrapped by DistributedDataParallel, which would reduce the "
+                    "gradients too; ZeRO stage 2 goes on the plain module, or use ZeRO(stage=1) "
+                    "beside DDP"
                 )
-        if self._seen_takeovers != _takeovers:
-            if rows := self._taken_over():
+        if self._seen_owner_changes != _owner_changes:
+            if zero_param := self._find_claimed():
                 return (
-                    f"the gradients of parameter {rows.name} go to a ZeRO stage 2 optimizer that was built later; delete that one, or use "
-                    "that one alone"
+                    f"the gradients of parameter {zero_param.name} go to a ZeRO stage 2 optimizer "
+                    "that was built later; delete that one, or use that one alone"
                 )
-            self._seen_takeovers = _takeovers
-        return super()._problem()
+            self._seen_owner_changes = _owner_changes
+        return super()._find_problem()
 
-    def _taken_over(self) -> Rows | None:
-        """The first parameter whose gradients another optimizer takes."""
-        takers = ((rows, _taker[param]()) for param, rows in self._rows.items() if param in _taker)
-        return next((rows for rows, taker in takers if taker not in (None, self)), None)
+    def _find_claimed(self) -> ZeroParam | None:
+        """Return the first parameter whose gradients another optimizer takes."""
+        for param, zero_param in self._zero_params.items():
+            if param in _grad_owner and _grad_owner[param]() not in (None, self):
+                return zero_param
+        return None
 
     def grads(self, params: list[Tensor]) -> list[Any]:
-        return [self._reduced.get(param) for param in params]
+        return [self._sharded_grads.get(param) for param in params]
 
     def local_grads(self, params: list[Tensor]) -> list[Tensor]:
-        return [self._reduced[param] for param in params]
+        return [self._sharded_grads[param] for param in params]
 
     @torch.no_grad()
     def all_gather_params(self) -> None:
         super().all_gather_params()
-        self._stepped = bool(self._with_grad)  # a step without any leaves nothing to pile up on
-        self._hook_all()
-        self._adapt()
+        # A step without gradients uses none.
+        self._grad_state = GradState.USED if self._with_grad else GradState.UNUSED
+        self._register_hooks()
+        self._rebuild_buckets()
 
     def clear_grads(self) -> None:
-        self._accumulated.clear()
+        self._accumulated_grads.clear()
         if self._is_busy():
-            self._reduce(discarding=True)  # other ranks may have sent what this one is to forget
-        self._reduced.clear()
+            self._finish_reduction(discard=True)  # other ranks may have launched reductions too
+        self._sharded_grads.clear()
         self._has_grad.clear()
-        self._ready = self._stepped = self._piled_up = False
+        self._is_reduced = False
+        self._grad_state = GradState.UNUSED
 
     def _is_busy(self) -> bool:
-        """Whether gradients of this rank are on their way or wait for others."""
+        """Return whether gradients of this rank are in flight or pending."""
         return bool(self._in_flight) or any(
-            bucket.sent or bucket.is_pending for bucket in self._buckets
+            bucket.launches or bucket.is_pending for bucket in self._buckets
         )
 
-    # ---------------------------------------------------------------------------------------------------------------- buckets
+    # ------------------------------------------------------------------------------------ buckets
 
-    def _adapt(self) -> None:
-        """Fit the buckets to the order in which gradients come on the first rank, and to who has any, once that has lasted two steps."""
-        if self._agreed_arrival and self._arrival is not None:
-            numbered = list(self._rows.values())
-            number = {rows: index for index, rows in enumerate(numbered)}
-            arrived = list(self._arrival)
-            arrived += [rows for rows in self._order if rows not in self._arrival]
-            self._order = [
-                numbered[index]
-                for index in self._agreement.of_first([number[rows] for rows in arrived])
-            ]
-            self._arrival = None
-            self._build(self._with_grad)
-        elif self._with_grad == self._last_with_grad != self._built_for:
-            self._build(self._with_grad)
+    def _rebuild_buckets(self) -> None:
+        """Fit buckets to the order of gradients on the first rank, and to who has gradients.
+
+        The latter only once it has stayed the same for two steps.
+        """
+        if self._order_state is BucketOrder.RECORDED:
+            zero_params = list(self._zero_params.values())
+            index_of = {zero_param: index for index, zero_param in enumerate(zero_params)}
+            order = [*self._recorded_order]
+            order += [each for each in self._order if each not in self._recorded_order]
+            indices = self._consensus.broadcast_from_first([index_of[each] for each in order])
+            self._order = [zero_params[index] for index in indices]
+            self._order_state, self._recorded_order = BucketOrder.FIXED, {}
+            self._assign_buckets(self._with_grad)
+        elif self._with_grad == self._last_with_grad != self._buckets_built_for:
+            self._assign_buckets(self._with_grad)
         self._last_with_grad = self._with_grad
 
-    def _build(self, active: list[Rows]) -> None:
-        """Distribute the parameters over buckets, those in ``active`` over the first ones; 0-dim ones are not for the backward pass."""
+    def _assign_buckets(self, active: list[ZeroParam]) -> None:
+        """Assign parameters to buckets, those in ``active`` to the first ones.
+
+        0-dim parameters are not reduced during the backward pass, since that blocks.
+        """
         assert not self._in_flight and not any(bucket.is_pending for bucket in self._buckets)
         size = self._policy.bucket_bytes
-        chosen = {rows for rows in active if not rows.is_whole}
-        first = split_by_size(
-            [rows for rows in self._order if rows in chosen and rows.param.numel()], size
+        chosen = {zero_param for zero_param in active if not zero_param.is_replicated}
+        nonempty = [zero_param for zero_param in self._order if zero_param.param.numel()]
+        first = split_by_size([each for each in nonempty if each in chosen], size)
+        rest = split_by_size([each for each in nonempty if each not in chosen], size)
+        self._buckets = [self._new_bucket(zero_params) for zero_params in (*first, *rest)]
+        self._bucket_of = {each: bucket for bucket in self._buckets for each in bucket.zero_params}
+        self._num_active, self._next_bucket = len(first), 0
+        self._buckets_built_for = active
+        logger.debug(
+            "ZeRO stage 2 rebuilt its buckets: %d launched during the backward pass, %d in step()",
+            len(first),
+            len(rest),
         )
-        rest = split_by_size(
-            [rows for rows in self._order if rows not in chosen and rows.param.numel()], size
-        )
-        self._buckets = [self._new_bucket(members) for members in (*first, *rest)]
-        self._bucket_of = {rows: bucket for bucket in self._buckets for rows in bucket.members}
-        self._active, self._next = len(first), 0
-        self._built_for = active
 
-    def _new_bucket(self, members: list[Rows]) -> Bucket:
-        dtype = self._policy.reduce_dtype or members[0].param.dtype
-        kind = WholeBucket if members[0].is_whole else Bucket
-        return kind(members, self._mesh, dtype, self._policy.accumulate_dtype or dtype)
+    def _new_bucket(self, zero_params: list[ZeroParam]) -> Bucket:
+        dtype = self._policy.reduce_dtype or zero_params[0].spec.dtype
+        kind = ReplicatedBucket if zero_params[0].is_replicated else Bucket
+        return kind(zero_params, self._mesh, dtype, self._policy.accumulate_dtype or dtype)
+
+
+def _claim_grads(param: Tensor, owner: weakref.ref[Stage2]) -> None:
+    global _owner_changes
+    _grad_owner[param] = owner
+    _owner_changes += 1

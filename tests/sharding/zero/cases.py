@@ -1,4 +1,4 @@
-"""A model of awkward shapes for the tests of ZeRO, gradients that ranks can average exactly, and counters of bytes."""
+"""A model of awkward shapes, gradients with exact means, and counters of bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.zero import stage2
 
-SMALL = 300 / 2**20  # a bucket size in MB that holds a few of the parameters below
+SMALL = 300 / 2**20  # bucket size in MiB, for a few of the parameters below
 STATES = ("exp_avg", "exp_avg_sq", "correction")
 SHAPES = {
     "even": (24, 5),
     "uneven": (13, 6),
     "bias": (13,),
-    "wide": (1, 64),  # no row for every rank, but columns
-    "short": (3, 2),  # neither
+    "wide": (1, 64),  # enough columns for every rank, but not rows
+    "short": (3, 2),  # neither enough
     "single": (1,),
     "scalar": (),
     "empty": (0, 4),
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 class Parameters(nn.Module):
-    """The loss is a linear function of all parameters, so that the gradients are what the caller chooses, to the bit."""
+    """A model whose loss is linear in its parameters, so that callers choose the gradients."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -69,7 +69,10 @@ def mean_gradients(step: int) -> dict[str, Tensor]:
 
 
 def rank_gradients(step: int, rank: int, ranks: int) -> dict[str, Tensor]:
-    """This rank's gradients: different on every rank, with every sum exact in bfloat16 and :func:`mean_gradients` as their mean."""
+    """Return gradients that differ between ranks, with :func:`mean_gradients` as their mean.
+
+    Every sum is exact in bfloat16.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     scale = 2.0 ** -(step % 7)
     return {
@@ -87,9 +90,8 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [item for item in named if item[1].ndim > 1]},
         {"params": [item for item in named if item[1].ndim <= 1], "weight_decay": 0.0},
     ]
-    return [
-        group for group in groups if group["params"]
-    ]  # torch mistakes an empty group for one without names
+    # torch mistakes an empty group for one without names.
+    return [group for group in groups if group["params"]]
 
 
 def new_optimizer(model: nn.Module, sharding: ZeRO | None = None, **options: Any) -> AdamW_BF16:
@@ -123,7 +125,10 @@ def train(
     clip: float | None = None,
     start: int = 0,
 ) -> list[float]:
-    """Steps on the gradients of this module; returns the norms. ``averaged``: as if DDP had been at work, or on one process."""
+    """Take steps on the gradients of this module, and return the norms.
+
+    ``averaged``: gradients are those after DDP's averaging, or of one process.
+    """
     norms = []
     for step in range(start, start + steps):
         rank, ranks = (0, 1) if averaged else (dist.get_rank(), dist.get_world_size())
@@ -140,7 +145,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
-    """Weights and states in full, by parameter name. Collective."""
+    """Return full weights and states by parameter name. Collective."""
     result = {}
     for name, param in model.named_parameters():
         result[name] = full(param)
@@ -157,7 +162,7 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 class Linears(nn.Sequential):
-    """Layers of equal size, bfloat16, for counting: ``layers`` times ``width * width`` parameters."""
+    """bfloat16 layers of ``width * width`` parameters each, for counting bytes."""
 
     def __init__(self, layers: int, width: int) -> None:
         torch.manual_seed(0)
@@ -172,9 +177,9 @@ NAMES_NOW = {
 
 
 class Calls(list[tuple[str, float, float]]):
-    """(name, bytes that a rank sends, bytes of its tensor) of each collective; ``on_call`` is called with the name.
+    """(name, bytes that a rank sends, bytes of its tensor) of each collective.
 
-    Names are those of torch 2.13.
+    Names are those of torch 2.13. ``on_call`` is called with the name.
     """
 
     on_call: Callable[[str], None] | None = None
@@ -184,8 +189,8 @@ class Calls(list[tuple[str, float, float]]):
 def traffic() -> Iterator[Calls]:
     """Record each collective called from Python.
 
-    What is sent is what a ring must send at least: ``(n - 1) / n`` of the tensor for a reduce-scatter, an all-gather, an all-to-all and,
-    averaged over the ranks that take turns as its source, a broadcast; twice that for an all-reduce.
+    The bytes sent are the minimum of a ring: ``(n - 1) / n`` of the tensor for a reduce-scatter, an
+    all-gather, an all-to-all and, averaged over ranks, a broadcast; twice that for an all-reduce.
     """
     calls = Calls()
     factors = {
@@ -222,17 +227,17 @@ def traffic() -> Iterator[Calls]:
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """How long a backward pass waits for a bucket to leave, in this process."""
-    before, stage2.PATIENCE = stage2.PATIENCE, seconds
+def backpressure_timeout(seconds: float) -> Iterator[None]:
+    """Set how long a backward pass of this process waits for the oldest reduction."""
+    before, stage2.BACKPRESSURE_TIMEOUT_S = stage2.BACKPRESSURE_TIMEOUT_S, seconds
     try:
         yield
     finally:
-        stage2.PATIENCE = before
+        stage2.BACKPRESSURE_TIMEOUT_S = before
 
 
 class LiveBytes:
-    """Memory of the tensors that came to life since the start, as Python sees it; ``peak`` of all looks taken."""
+    """Bytes of the tensors created since construction; ``peak`` is the maximum of all looks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._params = list(model.parameters())
@@ -240,7 +245,7 @@ class LiveBytes:
         self.peak = 0
 
     def look(self) -> None:
-        grads = [p.grad for p in self._params]  # Python sees a tensor once it has been asked for
+        grads = [p.grad for p in self._params]  # gc sees a tensor once Python has asked for it
         assert len(grads) == len(self._params)
         self.peak = max(
             self.peak, sum(size for key, size in _storages().items() if key not in self._before)

@@ -1,4 +1,4 @@
-"""sharding/local.py: from a parameter to local tensors, and the process groups that a norm is summed over."""
+"""Local shards, and the process groups that a norm is summed over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sharded_bf16_adamw.sharding.global_norm import all_reduce_sums
 BF16 = torch.bfloat16
 
 
-def test_plain_parameters_are_on_no_group_and_local_as_they_are():
+def test_plain_parameters_have_no_group():
     param = nn.Parameter(torch.zeros(3, 4).t())
     assert shard_groups(param) == ()
     assert to_local(param) is param
@@ -27,7 +27,7 @@ def test_plain_parameters_are_on_no_group_and_local_as_they_are():
     assert zeros.stride() == param.stride() and zeros.dtype == BF16 and not zeros.requires_grad
 
 
-def test_no_sums_add_up_to_zero():
+def test_empty_sums_are_zero():
     total, mismatch = all_reduce_sums({}, {}, [], None)
     assert total.item() == mismatch.item() == 0.0 and total.dtype == torch.float64
 
@@ -51,7 +51,7 @@ def groups_worker(rank, world):
     return [dist.get_process_group_ranks(group) for group in (outer, inner)]
 
 
-def test_groups_are_those_of_the_axes_that_shard():
+def test_shard_groups_of_dtensors():
     assert run_ranks(4, groups_worker) == [
         [[0, 2], [0, 1]],
         [[1, 3], [0, 1]],
@@ -61,7 +61,7 @@ def test_groups_are_those_of_the_axes_that_shard():
 
 
 def zeros_worker(rank, world):
-    """5 rows on 4 ranks: 2, 2, 1 and none."""
+    """5 rows on 4 ranks are 2, 2, 1 and none."""
     mesh = init_device_mesh("cpu", (world,))
     param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, (Shard(0),)))
     zeros = zeros_like_shard(param, BF16)
@@ -76,12 +76,12 @@ def zeros_worker(rank, world):
     return to_local(zeros).numel(), zeros.full_tensor().sum().item()
 
 
-def test_zeros_like_a_shard_are_sharded_as_it_is_and_share_memory_with_their_local_part():
+def test_zeros_like_shard_of_uneven_shards():
     assert run_ranks(4, zeros_worker) == [(6, 15.0), (6, 15.0), (3, 15.0), (0, 15.0)]
 
 
 def missing_gradients_worker(rank, world, with_gradient):
-    """Two parameters on different groups; ``with_gradient`` says which ranks have a gradient of the one that all share."""
+    """Two parameters on different groups; ranks ``with_gradient`` have one of the shared one."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     shared = nn.Parameter(
         DTensor.from_local(
@@ -97,7 +97,7 @@ def missing_gradients_worker(rank, world, with_gradient):
 
 
 @pytest.mark.parametrize("with_gradient", [(0, 1, 2, 3), (2,), ()])
-def test_ranks_without_a_gradient_take_part_in_its_sum(with_gradient):
+def test_ranks_without_a_gradient_join_its_norm(with_gradient):
     for squared in run_ranks(4, missing_gradients_worker, with_gradient):
         assert squared == pytest.approx(2 * len(with_gradient) + 3 * 2, rel=1e-6)
 
@@ -107,6 +107,6 @@ def no_gradient_worker(rank, world):
     return AdamW_BF16(model.parameters(), lr=1e-2).clip_grad_norm_(1.0).item()
 
 
-def test_the_norm_of_no_gradients_is_zero():
+def test_norm_without_gradients_is_zero():
     assert run_ranks(2, no_gradient_worker) == [0.0, 0.0]
     assert AdamW_BF16(nn.Linear(2, 2).parameters(), lr=1e-2).clip_grad_norm_(1.0).item() == 0.0

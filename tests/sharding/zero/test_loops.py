@@ -1,4 +1,4 @@
-"""Whatever a training loop does, ZeRO does as one process would: each scenario is run on both and compared bit for bit."""
+"""Training loops of all kinds give the same bits with ZeRO and on a single process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from .zero_cases import (
+from .cases import (
     SHAPES,
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
     new_optimizer,
-    patience,
     rank_gradients,
     zero,
 )
@@ -24,7 +24,10 @@ ALL = frozenset(SHAPES)
 
 
 class Loop:
-    """A model, an optimizer and backward passes: on one process the gradients of all ``ranks`` averaged, else those of this rank."""
+    """A model and its optimizer.
+
+    On a single process backward passes give the mean gradients of all ``ranks``.
+    """
 
     def __init__(self, ranks, options=None):
         self.ranks = ranks
@@ -35,7 +38,7 @@ class Loop:
         )
 
     def backward(self, step, names_of=lambda rank: ALL):
-        """``names_of(rank)``: the parameters that the rank uses."""
+        """Run a backward pass in which each rank uses the parameters ``names_of(rank)``."""
         if self.alone:
             used = frozenset().union(*(names_of(rank) for rank in range(self.ranks)))
             contributions = [
@@ -152,7 +155,7 @@ def frozen_and_unfrozen(loop):
 
 
 def kept_gradients(loop):
-    """Without ``zero_grad`` gradients stay for the next step."""
+    """Without ``zero_grad`` the next step uses the same gradients."""
     for step in range(3):
         loop.backward(step)
         loop.optimizer.step()
@@ -181,7 +184,7 @@ def gradients_set_by_hand(loop):
 
 
 def gradients_that_are_views(loop):
-    """Of other strides than their parameters."""
+    """Set gradients whose strides differ from their parameters'."""
 
     def run(grads):
         for name, grad in grads.items():
@@ -252,7 +255,7 @@ def scenarios_worker(rank, world, options):
     for scenario in SCENARIOS:
         loop = Loop(world, options)
         try:
-            with patience(0.05):  # in some scenarios another rank cannot keep up
+            with backpressure_timeout(0.05):  # in some scenarios another rank cannot keep up
                 scenario(loop)
         except Exception as error:
             raise AssertionError(scenario.__name__) from error
@@ -261,7 +264,7 @@ def scenarios_worker(rank, world, options):
 
 
 @pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
-def test_every_loop_gives_the_bits_of_one_process(world, options):
+def test_training_loops_match_single_process(world, options):
     found = run_ranks(world, scenarios_worker, options)
     for scenario in SCENARIOS:
         loop = Loop(world)

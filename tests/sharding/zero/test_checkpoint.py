@@ -1,4 +1,4 @@
-"""Checkpoints know nothing of ZeRO: saved with it, loaded without, and back, bit for bit."""
+"""Checkpoints saved with ZeRO load without it and vice versa, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, load, save
 
-from .zero_cases import assert_same_bits, collect, one_dimensional, zero
+from .cases import assert_same_bits, collect, one_dimensional, zero
 
 FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -48,9 +48,8 @@ def steps(model, optimizer, first, count):
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            grad = torch.randint(-8, 9, p.shape, generator=generator).to(
-                p.dtype
-            )  # any mean of equal ones is exact
+            # Equal on all ranks, so that the mean is exact.
+            grad = torch.randint(-8, 9, p.shape, generator=generator).to(p.dtype)
             p.grad = (
                 distribute_tensor(grad, p.device_mesh, p.placements)
                 if isinstance(p, DTensor)
@@ -82,9 +81,8 @@ def load_worker(rank, world, root, strategy):
     load(root, model, optimizer)
     loaded = plain(model, optimizer)
     other, other_optimizer = build(strategy, fill=7.0)
-    state = get_optimizer_state_dict(
-        other, other_optimizer, options=FLATTENED
-    )  # torch makes it by a step with zero gradients
+    # torch creates the states by a step with zero gradients.
+    state = get_optimizer_state_dict(other, other_optimizer, options=FLATTENED)
     dcp.load(state, checkpoint_id=f"{root}/torch")
     set_optimizer_state_dict(other, other_optimizer, state, options=FLATTENED)
     by_torch = {
@@ -104,7 +102,7 @@ def load_worker(rank, world, root, strategy):
     ],
     ids=str,
 )
-def test_saved_under_one_strategy_and_loaded_under_another(saved, loaded, tmp_path):
+def test_checkpoints_load_under_other_strategies(saved, loaded, tmp_path):
     at_save, later = run_ranks(saved[1], save_worker, str(tmp_path), saved[0])[0]
     states = {key: value for key, value in at_save.items() if key.count(".") == 2}
     for strategy, world in loaded:

@@ -1,4 +1,4 @@
-"""What the table of strategies does not show of FSDP2, HSDP, FSDP1 and tensor parallelism: unused and frozen parameters, state sizes."""
+"""FSDP2, HSDP and others: unused and frozen parameters, state sizes and placements."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from .strategy_cases import (
 )
 
 STATES = ("exp_avg", "exp_avg_sq", "correction")
-WRAPPED = [
-    case.name for case in CASES if "DDP" not in case.name
-]  # DDP wants to be told of unused parameters
+# DDP needs find_unused_parameters.
+WRAPPED = [case.name for case in CASES if "DDP" not in case.name]
 HSDP = "HSDP (FSDP2, 2 x 2)"
 
 
@@ -44,7 +43,7 @@ def same(a, b):
 
 
 def unused_worker(rank, world, name, steps):
-    """``wide`` has no gradient in every second step: then it does not decay either."""
+    """``wide`` has no gradient in every second step, so no decay either."""
     wrapped = wrap(name, world, Layers())
     optimizer = make_optimizer(wrapped)
     for step in range(steps):
@@ -58,7 +57,7 @@ def unused_worker(rank, world, name, steps):
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_parameters_unused_in_a_step_are_left_alone_by_it(name):
+def test_unused_parameters_do_not_change(name):
     expected = unused_worker(0, 1, None, 5)
     assert expected["wide.weight"]["step"] == 3 and expected["tall.weight"]["step"] == 5
     for result in run_ranks(world_of(name), unused_worker, name, 5):
@@ -66,7 +65,7 @@ def test_parameters_unused_in_a_step_are_left_alone_by_it(name):
 
 
 def frozen_worker(rank, world, name, steps):
-    """``wide`` is frozen from the start, in a parameter group with the others: no state, no decay."""
+    """``wide`` is frozen from the start, in one group with the others."""
     model = Layers()
     model.wide.requires_grad_(False)
     wrapped = wrap(name, world, model)
@@ -81,7 +80,7 @@ def frozen_worker(rank, world, name, steps):
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_frozen_parameters_have_no_state_and_do_not_decay(name):
+def test_frozen_parameters_have_no_state_and_no_decay(name):
     expected = frozen_worker(0, 1, None, 3)
     assert list(expected["wide.weight"]) == ["weights"] and torch.equal(
         expected["wide.weight"]["weights"], Layers().wide.weight
@@ -106,7 +105,7 @@ def thaw_worker(rank, world, name, steps):
 @pytest.mark.parametrize(
     "name", ["FSDP2", HSDP, "tensor parallel", "FSDP2 + tensor parallel (2 x 2)"]
 )
-def test_parameters_frozen_and_unfrozen_midway(name):
+def test_freezing_and_unfreezing_during_training(name):
     expected = thaw_worker(0, 1, None, 5)
     assert (
         expected["wide.weight"]["step"] == 3
@@ -132,7 +131,7 @@ def placements_worker(rank, world, name):
     return sizes
 
 
-def test_hsdp_states_are_replicated_over_one_mesh_axis_and_sharded_over_the_other():
+def test_hsdp_states_are_replicated_and_sharded():
     results = run_ranks(4, placements_worker, HSDP)
     assert all(
         placements == (Replicate(), Shard(0))
@@ -145,7 +144,7 @@ def test_hsdp_states_are_replicated_over_one_mesh_axis_and_sharded_over_the_othe
     )
 
 
-def test_states_are_sharded_in_the_dimension_that_the_parameter_is():
+def test_states_have_the_shard_dimension_of_the_parameter():
     results = run_ranks(4, placements_worker, "FSDP2 shard_placement_fn to columns")
     for sizes in results:
         assert sizes["wide.weight"] == ((Shard(1),), 12 * 8 * 6 // 4)
@@ -159,7 +158,7 @@ def hybrid_norm_worker(rank, world):
         param.grad = torch.ones_like(param)
     squared = optimizer.clip_grad_norm_(1.0).item() ** 2
     optimizer.step(zero_grad=True)
-    if rank in (1, 3):  # both replicas of one shard, as the reduction leaves it
+    if rank in (1, 3):  # both replicas of one shard, as a reduction would
         wrapped.module.wide.weight.grad = torch.full_like(wrapped.module.wide.weight, float("inf"))
     else:
         wrapped.module.wide.weight.grad = torch.ones_like(wrapped.module.wide.weight)
@@ -172,7 +171,7 @@ def hybrid_norm_worker(rank, world):
     )
 
 
-def test_replicas_count_once_and_share_the_guard():
+def test_hsdp_norm_counts_replicas_once_and_guard_skips_all():
     elements = sum(param.numel() for param in Layers().parameters())
     for squared, skipped, unchanged in run_ranks(4, hybrid_norm_worker):
         assert squared == pytest.approx(elements, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Uses of ZeRO beside the plain loop: float32 sums, the guard, tied weights, late groups, loaded states, initial and true weights."""
+"""ZeRO with accumulation, the guard, tied weights, added groups, loaded states and others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import gc
 import pytest
 import torch
 from distributed import run_ranks
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import Agreement
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 
-from .zero_cases import (
+from .cases import (
     Parameters,
     assert_same_bits,
     collect,
@@ -30,7 +30,7 @@ from .zero_cases import (
 
 
 def fp32_accumulation_worker(rank, world):
-    """1 + 8 * 2^-9: bfloat16 drops each of the small ones."""
+    """Sum 1 + 8 * 2^-9, in which bfloat16 drops each of the small addends."""
     expected = torch.full((4,), 1 + 8 * 2.0**-9)
     found = {}
     for name, options in {
@@ -52,7 +52,7 @@ def fp32_accumulation_worker(rank, world):
     return found
 
 
-def test_accumulates_in_float32_if_asked():
+def test_accumulate_dtype_float32():
     for found in run_ranks(2, fp32_accumulation_worker):
         assert found == {
             ("bf16", True): False,
@@ -78,7 +78,7 @@ def nonfinite_worker(rank, world, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_ranks_infinity_makes_every_rank_skip(stage):
+def test_inf_on_one_rank_skips_the_step_on_all(stage):
     assert run_ranks(3, nonfinite_worker, stage) == [2, 2, 2]
 
 
@@ -130,12 +130,12 @@ def late_group_worker(rank, world):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_group_added_between_backward_and_step():
+def test_add_param_group_between_backward_and_step():
     run_ranks(2, late_group_worker)
 
 
 def late_group_of_one_busy_rank_worker(rank, world):
-    """Rank 1 has no gradient, so nothing of it is on its way when the group comes."""
+    """Rank 1 has no gradient, so it has nothing in flight when the group is added."""
     p, late = (nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(2))
     optimizer = AdamW_BF16([p], lr=0.5, weight_decay=0.0, sharding=zero())
     if rank == 0:
@@ -146,12 +146,12 @@ def late_group_of_one_busy_rank_worker(rank, world):
     return p.tolist(), late.tolist()
 
 
-def test_a_group_added_while_one_rank_alone_has_gradients():
+def test_add_param_group_while_only_one_rank_has_gradients():
     assert run_ranks(2, late_group_of_one_busy_rank_worker) == [([-0.5] * 4, [-0.5] * 4)] * 2
 
 
 def beside_fsdp_worker(rank, world, sharding):
-    """An FSDP2 model of the same shapes lives in the process, and one parameter here is unused on every rank."""
+    """Train beside an FSDP2 model of the same shapes; one parameter is unused."""
     other = fully_shard(nn.Linear(6, 6).bfloat16())
     other(torch.ones(1, 6, dtype=torch.bfloat16)).sum().backward()
     torch.manual_seed(0)
@@ -167,12 +167,12 @@ def beside_fsdp_worker(rank, world, sharding):
 
 
 @pytest.mark.parametrize("sharding", [None, 1, 2])
-def test_beside_a_model_of_the_same_shapes_that_fsdp_has_sharded(sharding):
+def test_unused_parameter_beside_fsdp_model_of_same_shapes(sharding):
     assert run_ranks(2, beside_fsdp_worker, sharding) == [1.0, 1.0]
 
 
 def after_the_norm(model, optimizer, of_step):
-    """Gradients of one parameter before clip_grad_norm_, and of all after it."""
+    """Give one parameter a gradient before clip_grad_norm_, and all after it."""
     for step in range(3):
         model({"even": of_step(step)["even"]}).backward()
         optimizer.clip_grad_norm_(0.5)
@@ -187,7 +187,7 @@ def after_the_norm_worker(rank, world):
     return collect(model, optimizer)
 
 
-def test_gradients_that_first_come_after_the_norm_in_stage_1():
+def test_stage_1_gradients_after_clip_grad_norm():
     model = Parameters()
     optimizer = new_optimizer(model)
     after_the_norm(model, optimizer, mean_gradients)
@@ -206,15 +206,15 @@ def set_after_the_norm_worker(rank, world):
     return p.tolist()
 
 
-def test_gradients_set_by_hand_after_the_norm_count():
+def test_gradients_set_by_hand_after_clip_grad_norm():
     assert run_ranks(2, set_after_the_norm_worker) == [[0.5] * 4] * 2
 
 
-def agreement_worker(rank, world):
-    """Most values fit into a byte; all are right if some do not."""
-    agreement = Agreement(one_dimensional())
+def consensus_worker(rank, world):
+    """Most values fit into a byte; if one does not, all are exchanged in full."""
+    consensus = Consensus(one_dimensional())
     with traffic() as calls:
-        assert agreement.maximum([rank, 1 - rank, 254]) == [1, 1, 254]
+        assert consensus.all_reduce_max([rank, 1 - rank, 254]) == [1, 1, 254]
     assert [size for _, _, size in calls] == [4]
     for values, expected in (
         ([255 - rank, 3], [255, 3]),
@@ -222,8 +222,8 @@ def agreement_worker(rank, world):
         ([-5 - rank, 3], [-5, 3]),
         ([2**60 + rank], [2**60 + 1]),
     ):
-        assert agreement.maximum(values) == expected
-    assert agreement.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
+        assert consensus.all_reduce_max(values) == expected
+    assert consensus.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
         True,
         False,
         True,
@@ -231,8 +231,8 @@ def agreement_worker(rank, world):
     ]
 
 
-def test_agreements_take_a_byte_for_a_flag_and_any_integer():
-    run_ranks(2, agreement_worker)
+def test_consensus_takes_a_byte_for_a_flag_and_any_integer():
+    run_ranks(2, consensus_worker)
 
 
 def one_process_state_worker(rank, world, saved):
@@ -246,7 +246,7 @@ def one_process_state_worker(rank, world, saved):
     return {key: value for key, value in collect(model, optimizer).items() if "." in key}
 
 
-def test_loads_the_state_dict_of_one_process():
+def test_load_state_dict_of_single_process():
     model = Parameters()
     optimizer = new_optimizer(model)
     train(model, optimizer, 3, averaged=True)
@@ -264,7 +264,7 @@ def broadcast_worker(rank, world):
     )
 
 
-def test_initial_weights_are_broadcast_if_asked():
+def test_broadcast_initial():
     run_ranks(3, broadcast_worker)
 
 
@@ -288,14 +288,14 @@ def test_true_weights():
     run_ranks(3, true_weights_worker)
 
 
-def after_piling_up_worker(rank, world):
-    """What is refused is forgotten by ``zero_grad()``, and gradients that are discarded before the next backward pass do not count."""
+def stale_grads_worker(rank, world):
+    """``zero_grad()`` clears stale gradients; gradients that it discards are never stale."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
-    optimizer.step()  # one that takes nothing leaves nothing
+    optimizer.step()  # uses no gradients
     train(model, optimizer, 1, averaged=False)
     optimizer.step()
-    for discarded in (3, 4):  # as a generator's loss gives gradients to the discriminator
+    for discarded in (3, 4):  # as a discriminator discards gradients of the generator's loss
         model(rank_gradients(discarded, rank, world)).backward()
         optimizer.zero_grad()
     model(rank_gradients(1, rank, world)).backward()
@@ -306,7 +306,7 @@ def after_piling_up_worker(rank, world):
         model(rank_gradients(2, rank, world)).backward()
     for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
         with pytest.raises(
-            RuntimeError, match="gradients have come on top of those that the step before has taken"
+            RuntimeError, match="new gradients were accumulated onto gradients that the previous"
         ):
             refused()
     assert_same_bits(collect(model, optimizer), before)
@@ -315,16 +315,32 @@ def after_piling_up_worker(rank, world):
     return collect(model, optimizer)
 
 
-def test_gradients_of_stage_2_that_pile_up_are_refused_until_zero_grad():
+def test_stale_gradients_are_an_error_until_zero_grad():
     model = Parameters()
     optimizer = new_optimizer(model)
     optimizer.step()
     for step in range(3):
         train(model, optimizer, 1, averaged=True, start=step)
         if step == 0:
-            optimizer.step()  # without gradients, as above
-    for found in run_ranks(2, after_piling_up_worker):
+            optimizer.step()  # uses no gradients, as above
+    for found in run_ranks(2, stale_grads_worker):
         assert_same_bits(found, collect(model, optimizer))
+
+
+def stale_after_clip_worker(rank, world):
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = AdamW_BF16([p], lr=0.5, sharding=zero())
+    p.sum().backward()
+    optimizer.step()
+    optimizer.clip_grad_norm_(1e9)  # prepares a second step with the same gradients
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="new gradients were accumulated onto"):
+            optimizer.step()
+
+
+def test_stale_gradients_after_clip_grad_norm_stay_an_error():
+    run_ranks(2, stale_after_clip_worker)
 
 
 def one_after_another_worker(rank, world):
@@ -334,20 +350,20 @@ def one_after_another_worker(rank, world):
     train(model, second, 1, averaged=False)
     del second
     gc.collect()
-    train(model, first, 1, averaged=False, start=1)  # alone again
+    train(model, first, 1, averaged=False, start=1)  # the only optimizer again
     model(rank_gradients(2, rank, world)).backward()
-    assert model.large.grad is None, "it takes gradients as they come"
+    assert model.large.grad is None, "the hook takes gradients"
     first.step(zero_grad=True)
     return [state["step"].item() for state in first.state.values()]
 
 
-def test_an_optimizer_of_stage_2_trains_again_when_a_later_one_is_gone():
+def test_stage_2_trains_again_once_a_later_optimizer_is_gone():
     for steps in run_ranks(2, one_after_another_worker):
         assert set(steps) == {2.0}
 
 
-def cleared_on_some_ranks_worker(rank, world):
-    """A rank that keeps the mean of the step before would add the new one to it, though no gradient came on that rank."""
+def stale_grads_on_one_rank_worker(rank, world):
+    """Rank 1 keeps its used gradients and has no new ones, but would add rank 0's."""
     model = Parameters()
     optimizer = new_optimizer(model, zero())
     train(model, optimizer, 1, averaged=False)
@@ -358,11 +374,11 @@ def cleared_on_some_ranks_worker(rank, world):
         optimizer.zero_grad()
         model(rank_gradients(2, rank, world)).backward()
     with pytest.raises(
-        RuntimeError, match=r"gradients have come on top .* after each step, on every rank"
+        RuntimeError, match=r"new gradients were accumulated onto .* after each step, on every rank"
     ):
         optimizer.step()
     assert_same_bits(collect(model, optimizer), before)
 
 
-def test_gradients_of_stage_2_that_pile_up_on_another_rank_are_refused():
-    run_ranks(2, cleared_on_some_ranks_worker)
+def test_stale_gradients_on_another_rank_are_an_error():
+    run_ranks(2, stale_grads_on_one_rank_worker)

@@ -1,4 +1,4 @@
-"""ZeRO gives the bits of one process, keeps a rank's share of the state, and sends no more than it must."""
+"""ZeRO matches a single process bit for bit, with minimal memory and traffic."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import MeanOnItsWay
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw.sharding.zero import reduce_scatter
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
-from .zero_cases import (
+from .cases import (
     STATES,
     Linears,
     LiveBytes,
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
     new_optimizer,
     one_dimensional,
-    patience,
     rank_gradients,
     traffic,
     train,
@@ -44,7 +44,7 @@ def single_process(steps, clip=None):
 
 
 def own_numel(shape, rank, ranks):
-    """Elements of the rows that DTensor would give this rank, by the rule that the documentation states."""
+    """Return the numel of this rank's local shard by the documented rule."""
     if not shape:
         return 1
     dim = next(
@@ -78,7 +78,7 @@ def bits_worker(rank, world, stage, clip, options):
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_bits_of_one_process(world, stage, clip):
+def test_bits_match_single_process(world, stage, clip):
     expected, norms = single_process(20, clip)
     for weights, own_norms in run_ranks(world, bits_worker, stage, clip, {}):
         assert own_norms == norms
@@ -95,7 +95,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_bits_do_not_depend_on_the_options(options):
+def test_options_do_not_change_bits(options):
     expected, norms = single_process(20, 0.5)
     for weights, own_norms in run_ranks(3, bits_worker, 2, 0.5, options):
         assert own_norms == norms
@@ -113,7 +113,7 @@ def hybrid_worker(rank, world, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_replicate_and_shard_mesh(stage):
+def test_bits_match_on_replicate_shard_mesh(stage):
     expected, norms = single_process(20, 0.5)
     for weights, own_norms in run_ranks(4, hybrid_worker, stage):
         assert own_norms == norms
@@ -131,14 +131,17 @@ def ddp_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_stage_1_beside_ddp(world):
+def test_stage_1_with_ddp_matches_single_process(world):
     for weights in run_ranks(world, ddp_worker):
         assert_same_bits(weights, single_process(5)[0])
 
 
 @contextmanager
 def like_nccl():
-    """Reduce-scatters over gloo, whose average of bfloat16 is NCCL's: each addend is multiplied by a rounded ``1 / ranks``."""
+    """Use gloo's reduce-scatter in place of NCCL's, and give it NCCL's average of bfloat16.
+
+    That average multiplies each addend by a rounded ``1 / ranks``.
+    """
 
     def averaging(function, position):
         def call(*args, group=None, op=dist.ReduceOp.SUM, async_op=False):
@@ -164,7 +167,7 @@ def like_nccl():
 
 
 def reduce_scatter_worker(rank, world, shape):
-    """As NCCL does it, here by gloo."""
+    """Train with reduce-scatters, as with NCCL."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = Parameters()
     optimizer = new_optimizer(model, zero(2, mesh))
@@ -176,41 +179,41 @@ def reduce_scatter_worker(rank, world, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
-def test_reduce_scatter_gives_the_same_bits(shape):
+def test_nccl_reduce_scatter_gives_same_bits(shape):
     for weights, names in run_ranks(torch.Size(shape).numel(), reduce_scatter_worker, shape):
         assert "reduce_scatter" in names and "all_to_all" not in names
         assert_same_bits(weights, single_process(5)[0])
 
 
 def mean_worker(rank, world):
-    """Sums that round: in float32 in the order of ranks, then once."""
+    """Compare with a sum in float32 in the order of ranks, rounded once."""
     torch.manual_seed(rank)
     lines = torch.randn(world, 1000).bfloat16()
-    everyones = [torch.empty_like(lines) for _ in range(world)]
-    dist.all_gather(everyones, lines)
-    total = functools.reduce(torch.add, [theirs[rank].float() for theirs in everyones])
+    of_ranks = [torch.empty_like(lines) for _ in range(world)]
+    dist.all_gather(of_ranks, lines)
+    total = functools.reduce(torch.add, [other[rank].float() for other in of_ranks])
     for dtype in (torch.bfloat16, torch.float32):
         assert torch.equal(
-            MeanOnItsWay(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
+            PendingReduce(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
         )
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_mean_is_rounded_once(world):
+def test_mean_is_rounded_once(world):
     run_ranks(world, mean_worker)
 
 
 def nccl_mean_worker(rank, world, shape):
-    """Small integers, whose sums bfloat16 holds: only the division by the number of ranks rounds."""
+    """Sums of small integers are exact in bfloat16, so only the division rounds."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
     shards = mesh.get_local_rank(mesh.ndim - 1)
     lines = torch.randint(
         -8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)
     ).bfloat16()
-    everyones = [torch.empty_like(lines) for _ in range(ranks)]
-    dist.all_gather(everyones, lines, group=group)
-    total = functools.reduce(torch.add, [theirs[shards].float() for theirs in everyones])
+    of_ranks = [torch.empty_like(lines) for _ in range(ranks)]
+    dist.all_gather(of_ranks, lines, group=group)
+    total = functools.reduce(torch.add, [other[shards].float() for other in of_ranks])
     whole = lines[0, :5].clone()
     of_all = [torch.empty_like(whole) for _ in range(world)]
     dist.all_gather(of_all, whole)
@@ -221,7 +224,7 @@ def nccl_mean_worker(rank, world, shape):
             dist.all_reduce(wanted, group=mesh.get_group(0))
             wanted = (wanted.float() / replicas).to(dtype)
         with like_nccl():
-            assert torch.equal(MeanOnItsWay(lines.clone(), mesh, dtype).wait(), wanted)
+            assert torch.equal(PendingReduce(lines.clone(), mesh, dtype).wait(), wanted)
     with like_nccl():
         reduce_scatter.all_reduce_mean(whole, mesh)
     if not replicas:
@@ -230,12 +233,15 @@ def nccl_mean_worker(rank, world, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1)])
-def test_the_average_of_nccl_is_not_used(shape):
+def test_nccl_average_is_not_used(shape):
     assert min(run_ranks(3, nccl_mean_worker, shape)) > 0
 
 
 def first_step_worker(rank, world):
-    """Rank 1 does not use the layer whose gradient comes first, and comes to its step only when rank 0's backward pass is over."""
+    """Rank 1 does not use the layer whose gradient comes first.
+
+    It begins its step only after rank 0's backward pass.
+    """
     model = Linears(LAYERS, WIDTH)
     optimizer = new_optimizer(
         model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True)
@@ -244,12 +250,11 @@ def first_step_worker(rank, world):
         torch.ones(2, WIDTH, dtype=torch.bfloat16),
         dist.new_group(timeout=timedelta(seconds=5)),
     )
-    with like_nccl(), patience(0.05):
+    with like_nccl(), backpressure_timeout(0.05):
         for _ in range(3):
             nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
-            dist.barrier(
-                others
-            )  # as rank 0's loss.item() waits for its device, and with it for rank 1
+            # Like loss.item() on rank 0, which waits for its device and so for rank 1.
+            dist.barrier(others)
             optimizer.step(zero_grad=True)
         for _ in range(3):
             model(x).sum().backward()
@@ -257,12 +262,12 @@ def first_step_worker(rank, world):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_no_device_waits_in_the_first_backward_pass_for_a_rank_that_leaves_a_parameter_unused():
+def test_first_backward_pass_does_not_block_the_device():
     one, two = run_ranks(2, first_step_worker)
     assert all(map(torch.equal, one, two))
 
 
-# --------------------------------------------------------------------------------------------------------- memory and traffic
+# -------------------------------------------------------------------------- memory and traffic
 
 
 def state_bytes_worker(rank, world):
@@ -276,7 +281,7 @@ def state_bytes_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_state_at_rest_is_six_bytes_a_parameter_over_the_world_size(world):
+def test_state_takes_six_bytes_a_parameter_over_world_size(world):
     assert (
         run_ranks(world, state_bytes_worker) == [3 * 2 * (16 * 24 + 24 * 48 + 48) // world] * world
     )
@@ -288,7 +293,7 @@ LAYER_MB = WIDTH * WIDTH * 2 / 2**20
 
 
 def traffic_worker(rank, world, stage, old_names=False):
-    """``old_names``: as before torch 2.13."""
+    """Train with collectives of the names before torch 2.13 if ``old_names``."""
     with pytest.MonkeyPatch.context() as patched:
         if old_names:
             patched.delattr(dist, "all_gather_single", raising=False)
@@ -311,7 +316,7 @@ def traffic_of_a_step(stage):
 
 
 @pytest.mark.parametrize(("world", "old_names"), [(2, False), (2, True), (3, False), (4, False)])
-def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
+def test_stage_2_traffic(world, old_names):
     for calls in run_ranks(world, traffic_worker, 2, old_names):
         sent = {
             name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls
@@ -325,15 +330,14 @@ def test_stage_2_sends_each_gradient_and_each_weight_once(world, old_names):
             for name, _, size in calls
             if name not in ("all_to_all_single", "all_gather_single")
         ]
-        flags = (
-            1 + LAYERS // 2 + 2 * LAYERS + 4
-        )  # bytes: any problem, buckets, parameters with and without, arrival, stepped, discarding or not
+        # A byte each for any problem, every bucket, has_grad, lacks_grad, and four flags.
+        flags = 1 + LAYERS // 2 + 2 * LAYERS + 4
         assert sorted(rest) == sorted([("all_reduce", 32), ("all_reduce", flags)]), (
             "the norm and who has gradients"
         )
 
 
-def test_stage_1_sends_each_weight_once():
+def test_stage_1_traffic():
     for calls in run_ranks(3, traffic_worker, 1):
         assert sum(size for name, size, _ in calls if name == "all_gather_single") == pytest.approx(
             2 / 3 * WEIGHT_BYTES
@@ -368,8 +372,8 @@ def overlap_worker(rank, world):
     return events
 
 
-def test_reduction_starts_before_backward_ends():
-    """The optimizer's hooks were registered first, so a bucket's second gradient is listed after it was sent."""
+def test_reductions_overlap_with_backward():
+    """The optimizer's hooks run first, so a bucket is sent before its second gradient is listed."""
     for events in run_ranks(2, overlap_worker):
         expected = []
         for i in range(LAYERS - 1, 0, -2):
@@ -378,7 +382,7 @@ def test_reduction_starts_before_backward_ends():
 
 
 def memory_worker(rank, world, strategy):
-    """Peak bytes of gradients and of what carries them, over a backward pass after the first; and the bytes of all gradients."""
+    """Return the peak bytes of gradients and buckets in a backward pass, and of all gradients."""
     layers, width = 16, 32
     model = Linears(layers, width)
     weight_bytes = layers * width * width * 2
@@ -392,9 +396,8 @@ def memory_worker(rank, world, strategy):
         optimizer = new_optimizer(model)
 
         def count(state, bucket):
-            buckets[bucket.index()] = (
-                bucket.buffer().nbytes
-            )  # the reducer's own, which live as long as the module
+            # The reducer's buffers live as long as the module.
+            buckets[bucket.index()] = bucket.buffer().nbytes
             return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
 
         module.register_comm_hook(None, count)
@@ -405,7 +408,7 @@ def memory_worker(rank, world, strategy):
     live = LiveBytes(model)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: live.look())
-    with patience(60.0):  # looking takes longer than a bucket
+    with backpressure_timeout(60.0):  # LiveBytes.look() is slow
         module(x).sum().backward()
     live.look()
     optimizer.step(zero_grad=True)
@@ -413,7 +416,7 @@ def memory_worker(rank, world, strategy):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_take_less_memory_than_under_ddp_by_all_but_a_ranks_share(world):
+def test_stage_2_gradient_memory_below_ddp(world):
     ddp = run_ranks(world, memory_worker, "ddp")
     ours = run_ranks(world, memory_worker, "zero2")
     for (ddp_peak, gradient_bytes), (peak, _) in zip(ddp, ours, strict=True):

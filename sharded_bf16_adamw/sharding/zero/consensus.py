@@ -1,0 +1,120 @@
+"""Small exchanges of metadata between ranks: they agree before they start a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...profiling import profiler_range
+from ..collectives import new_cpu_group
+from ..comm_errors import CheckedWork, comm_errors
+
+OPERATION = "agreeing on what to exchange"  # for messages
+BYTE_OVERFLOW = 255  # stands for a value that does not fit into a byte
+
+
+class Consensus:
+    """Metadata exchange on the CPU between all ranks of a mesh, in a gloo group of its own.
+
+    It blocks on no device. In its own group, its order among the bucket reductions, which may
+    differ between ranks, does not matter.
+
+    Attributes:
+        ranks: the global ranks of the mesh, ascending.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.ranks: list[int] = sorted(mesh.mesh.flatten().tolist())
+        self._first = int(mesh.mesh.flatten()[0])
+        self._is_single = len(self.ranks) == 1
+        timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
+        with comm_errors(OPERATION, self.ranks):
+            self._group = new_cpu_group(self.ranks, timeout)
+
+    def all_reduce_max(
+        self,
+        values: Sequence[int],
+        problem: str | None = None,
+        error: type[Exception] = RuntimeError,
+    ) -> list[int]:
+        """Return the element-wise maximum over ranks; every rank passes as many values.
+
+        Raises:
+            error: on every rank, with the reasons, if any rank has a ``problem``.
+        """
+        result, problems = self.all_reduce_max_and_problems(values, problem)
+        if problems is not None:
+            raise error(problems)
+        return result
+
+    def all_reduce_max_and_problems(
+        self, values: Sequence[int], problem: str | None
+    ) -> tuple[list[int], str | None]:
+        """Return the element-wise maximum over ranks, and all ranks' problems in one sentence."""
+        any_problem, *result = self._all_reduce_max([problem is not None, *values])
+        if not any_problem:
+            return result, None
+        first_rank: dict[str, int] = {}
+        for rank, text in zip(self.ranks, self.all_gather_object(problem), strict=True):
+            if text is not None:
+                first_rank.setdefault(text, rank)
+        return result, "; ".join(f"on rank {rank}, {text}" for text, rank in first_rank.items())
+
+    def are_equal(self, values: Sequence[int]) -> list[bool]:
+        """Return for each value whether it is the same on every rank."""
+        count = len(values)
+        extremes = self.all_reduce_max([*values, *[-value for value in values]])
+        return [
+            highest == -lowest
+            for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)
+        ]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the value of each rank, in the order of ``ranks``."""
+        if self._is_single:
+            return [value]
+        values = [None] * len(self.ranks)
+        with profiler_range("ZeRO::consensus"), comm_errors(OPERATION, self.ranks):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast_from_first(self, values: Sequence[int]) -> list[int]:
+        """Return the values of the first rank of the mesh."""
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
+        if not self._is_single:
+            with profiler_range("ZeRO::consensus"):
+                CheckedWork(
+                    OPERATION, dist.broadcast, tensor, group=self._group, src=self._first
+                ).wait()
+        return tensor.tolist()
+
+    def _all_reduce_max(self, values: Sequence[int]) -> list[int]:
+        """Exchange one byte a value, enough for flags; if any overflows, repeat with eight."""
+        if self._is_single:
+            return list(values)
+        with profiler_range("ZeRO::consensus"):
+            as_bytes = [value if 0 <= value < BYTE_OVERFLOW else BYTE_OVERFLOW for value in values]
+            result = self._all_reduce_max_as(torch.uint8, as_bytes)
+            if BYTE_OVERFLOW in result:
+                return self._all_reduce_max_as(torch.int64, values)
+            return result
+
+    def _all_reduce_max_as(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(values, dtype=dtype, device="cpu")
+        CheckedWork(
+            OPERATION, dist.all_reduce, tensor, group=self._group, op=dist.ReduceOp.MAX
+        ).wait()
+        return tensor.tolist()
+
+
+def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return the group's own timeout, or None if it does not tell.
+
+    A wait for a dead rank then ends no later than the user asked for.
+    """
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)

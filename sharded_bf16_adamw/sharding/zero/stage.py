@@ -1,0 +1,146 @@
+"""The common part of ZeRO stages 1 and 2: check parameters, shard states, all-gather weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...profiling import profiler_range
+from ..comm_errors import comm_errors
+from .bucket import all_gather_buckets, split_by_size
+from .checks import (
+    ParamOwners,
+    changed_spec_problem,
+    check_same_parameters,
+    find_differing,
+    grad_problem,
+    param_problem,
+)
+from .consensus import Consensus
+from .param import ZeroParam
+
+if TYPE_CHECKING:
+    from .config import ZeRO
+
+
+class Stage:
+    """The state of one optimizer under ZeRO.
+
+    Its methods are those of :class:`sharded_bf16_adamw.sharding.base.Sharding`.
+    """
+
+    def __init__(self, policy: ZeRO) -> None:
+        self._policy = policy
+        self._mesh = policy.mesh
+        self._consensus = Consensus(policy.mesh)
+        self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
+        self._owners = ParamOwners([])
+        self._with_grad: list[ZeroParam] = []  # have a gradient on some rank, as agreed
+        self._gather_buckets: list[list[ZeroParam]] = []
+        self._gather_buckets_of: list[ZeroParam] = []
+        self._is_reduced = False  # reduce_grads() has run for the next step
+
+    def add_params(self, params: list[Tensor], names: list[str]) -> None:
+        named = list(zip(params, names, strict=True))
+        problems = [param_problem(param, name, self._mesh) for param, name in named]
+        self._consensus.all_reduce_max([], next(filter(None, problems), None), ValueError)
+        check_same_parameters(self._consensus, params, names)
+        if self._policy.broadcast_initial:
+            self._broadcast_weights(params)
+        elif params:
+            for name, differs in zip(names, find_differing(self._consensus, params), strict=True):
+                if differs:
+                    raise ValueError(
+                        f"the initial weights of parameter {name} differ between ranks; build the "
+                        "model from the same seed or checkpoint on every rank, or give ZeRO "
+                        "broadcast_initial=True"
+                    )
+        self._zero_params |= {param: ZeroParam(param, self._mesh, name) for param, name in named}
+        self._owners = ParamOwners(self._zero_params.values())
+
+    @torch.no_grad()
+    def all_gather_params(self) -> None:
+        if self._gather_buckets_of is not self._with_grad:
+            if self._gather_buckets_of != self._with_grad:
+                sharded = [each for each in self._with_grad if not each.is_replicated]
+                self._gather_buckets = split_by_size(sharded, self._policy.bucket_bytes)
+            self._gather_buckets_of = self._with_grad
+        with profiler_range("ZeRO::all_gather_params"):
+            all_gather_buckets(self._gather_buckets, self._mesh, self._policy.max_in_flight)
+        self._is_reduced = False
+
+    def shard(self, param: Tensor) -> Tensor:
+        zero_param = self._zero_param(param)
+        return zero_param.as_dtensor(zero_param.local_shard(param.detach()))
+
+    def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
+        zero_param = self._zero_param(param)
+        if not isinstance(value, DTensor):
+            return zero_param.as_dtensor(zero_param.local_shard(value))
+        shape, expected = value.to_local().shape, zero_param.local_shard(param).shape
+        if shape != expected:
+            raise ValueError(
+                f"this rank's shard of {what} has shape {tuple(shape)} but ZeRO on "
+                f"{self._mesh.size()} ranks needs {tuple(expected)}; load a state of another "
+                "sharding with sharded_bf16_adamw.load or set_optimizer_state_dict"
+            )
+        return value
+
+    def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        if self._zero_param(param).is_replicated:
+            return ()
+        return (self._mesh.get_group(self._mesh.ndim - 1),)
+
+    def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        is_replicated = self._zero_param(param).is_replicated
+        return self._groups(self._mesh.ndim if is_replicated else self._mesh.ndim - 1)
+
+    def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        return self._groups(self._mesh.ndim)
+
+    def check_picklable(self) -> None:
+        raise TypeError(
+            "an optimizer with sharding=ZeRO(...) belongs to its process group and cannot be "
+            "pickled or deep-copied; save its state with sharded_bf16_adamw.save or its "
+            "state_dict()"
+        )
+
+    def _groups(self, ndim: int) -> tuple[dist.ProcessGroup, ...]:
+        """Return the groups of the first ``ndim`` mesh dimensions, without those of one rank."""
+        sizes = enumerate(self._mesh.shape[:ndim])
+        return tuple(self._mesh.get_group(axis) for axis, size in sizes if size > 1)
+
+    def _zero_param(self, param: Tensor) -> ZeroParam:
+        zero_param = self._zero_params.get(param)
+        if zero_param is None:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} was put into param_groups without "
+                "add_param_group(), so ZeRO has no shard of it; build the optimizer with it or "
+                "call add_param_group()"
+            )
+        return zero_param
+
+    def _find_problem(self) -> str | None:
+        """Return what is wrong with this rank's parameters and their gradients, or None."""
+        for param, zero_param in self._zero_params.items():
+            if problem := changed_spec_problem(zero_param):
+                return problem
+            if param.grad is not None and (problem := grad_problem(param.grad)):
+                return f"the gradient of parameter {zero_param.name} {problem}"
+        return self._owners.replaced_problem()
+
+    def _broadcast_weights(self, params: list[Tensor]) -> None:
+        """Copy the weights of the first rank of the mesh to all ranks."""
+        for param in params:
+            weights = param.detach().contiguous()  # the parameter's own memory if it can be
+            for axis in reversed(range(self._mesh.ndim)):
+                group = self._mesh.get_group(axis)
+                ranks = dist.get_process_group_ranks(group)
+                with comm_errors("broadcasting the initial weights", ranks):
+                    dist.broadcast(weights, group=group, group_src=0)
+            if not param.is_contiguous():
+                param.detach().copy_(weights)
