@@ -12,18 +12,14 @@ ALLOWED = {
     "schedule": set(),
     "kernels": {"profiling"},
     "sharding": {"profiling"},
-    "state": {"sharding"},
-    "step_plan": {"kernels", "sharding"},
-    "grad_norm": {"kernels", "sharding"},
-    "optimizer": {
-        "profiling",
-        "grad_norm",
-        "kernels",
-        "schedule",
-        "sharding",
-        "state",
-        "step_plan",
-    },
+    "validation": set(),
+    "gradients": {"sharding", "validation"},
+    "state": {"sharding", "validation"},
+    "grad_norm": {"gradients", "kernels", "sharding"},
+    "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
+    "serialization": {"sharding", "state", "validation"},
+    "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
+    | {"sharding", "state", "step_plan", "validation"},
     "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
 }
 

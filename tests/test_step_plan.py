@@ -152,7 +152,7 @@ def run(change, forget_plan):
         if step == 3:
             change(model, optimizer)
         if forget_plan:
-            optimizer._plans.clear()
+            optimizer._step_plans.plans.clear()
         optimizer.step()
     params = list(model.parameters())
     states = [optimizer.state[p] for p in params]
@@ -176,11 +176,11 @@ def test_an_unchanged_optimizer_keeps_its_plan():
     _, optimizer = make()
     give_gradients(optimizer, 0)
     optimizer.step(zero_grad=True)
-    plans = list(optimizer._plans)
+    plans = list(optimizer._step_plans.plans)
     for step in (1, 2):
         give_gradients(optimizer, step)
         optimizer.step(zero_grad=True)
-    assert len(plans) == 1 and optimizer._plans == plans
+    assert len(plans) == 1 and optimizer._step_plans.plans == plans
 
 
 def train_in_turns(optimizer, turns):
@@ -195,9 +195,9 @@ def train_in_turns(optimizer, turns):
 def test_sets_of_parameters_that_take_turns_keep_their_plans():
     _, optimizer = make()
     train_in_turns(optimizer, [0, 1])
-    plans = list(optimizer._plans)
+    plans = list(optimizer._step_plans.plans)
     train_in_turns(optimizer, [0, 1, 1, 0])
-    assert len(plans) == 2 and optimizer._plans == plans
+    assert len(plans) == 2 and optimizer._step_plans.plans == plans
 
 
 def test_a_state_replaced_while_others_step_is_seen():
@@ -212,7 +212,7 @@ def test_a_state_replaced_while_others_step_is_seen():
         }
         train_in_turns(optimizer, [1])
         if forget_plans:
-            optimizer._plans.clear()
+            optimizer._step_plans.plans.clear()
         train_in_turns(optimizer, [0])
         results.append([param.detach(), *optimizer.state[param].values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -225,10 +225,10 @@ def test_no_more_plans_are_kept_than_are_of_use():
         give_gradients(optimizer, left_out)
         params[left_out].grad = None
         optimizer.step()
-    assert len(optimizer._plans) == 4
+    assert len(optimizer._step_plans.plans) == 4
     del optimizer.param_groups[1]
     optimizer.step()
-    assert len(optimizer._plans) == 1, (
+    assert len(optimizer._step_plans.plans) == 1, (
         "the others would keep the memory of parameters that are gone"
     )
 
@@ -340,7 +340,7 @@ def test_other_strides_at_the_same_address_are_seen():
         optimizer.step()
         param.data = param.data.t()
         if forget_plans:
-            optimizer._plans.clear()
+            optimizer._step_plans.plans.clear()
         optimizer.step()
         results.append(param.detach())
     assert torch.equal(*results)

@@ -289,6 +289,14 @@ def check_backend(backend: str | None) -> None:
         )
 
 
+def backend_for(device: torch.device, backend: str | None) -> str:
+    """Return the name of the back end that updates tensors of ``device``."""
+    if backend is not None:
+        return backend
+    chosen = _BY_DEVICE.get(device.type, "reference")
+    return chosen if _module(chosen).available(device) else "reference"
+
+
 def _module(backend: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[backend]}", __name__)  # imported only when used
 
