@@ -116,7 +116,9 @@ def describe(optimizer: torch.optim.Optimizer, backends: set[str], zero: ZeRO | 
     states = [state for state in optimizer.state.values() if isinstance(state, dict)]
     values = chain.from_iterable(state.values() for state in states)
     nbytes = sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
-    sharding = "torch" if zero is None else f"ZeRO(stage={zero.stage}, mesh={zero.mesh.shape})"
+    sharding = (
+        "torch" if zero is None else f"ZeRO(stage={zero.stage}, mesh={tuple(zero.mesh.shape)})"
+    )
     text = f"{type(optimizer).__name__} (\n"
     text += f"backend: {', '.join(sorted(backends))}\n"
     text += f"sharding: {sharding}\n"

@@ -124,10 +124,10 @@ def test_bfloat16_model_logs_nothing_by_default(dtypes):
     assert log.records == []
 
 
-def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
-    """Return each optimizer's log lines and its bytes of state on this rank."""
+def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int, str]]:
+    """Return each optimizer's log lines, its bytes of state on this rank and its repr."""
     mesh = init_device_mesh("cpu", (world,))
-    results: list[tuple[list[str], int]] = []
+    results: list[tuple[list[str], int, str]] = []
     for name in ("fsdp2", "zero"):
         torch.manual_seed(0)
         model = nn.Linear(4, 3).bfloat16()
@@ -137,14 +137,16 @@ def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
         with Collector() as log:
             optimizer = AdamW_BF16(model.parameters(), lr=0.1, **options)
         optimizer.init_state()
-        results.append((log.lines(logging.INFO), state_bytes(optimizer)))
+        results.append((log.lines(logging.INFO), state_bytes(optimizer), repr(optimizer)))
     return results
 
 
-def test_logged_bytes_are_of_this_rank():
+def test_log_and_repr_show_bytes_of_this_rank():
     """Rank 0 has the shard of 2 weight rows and 2 biases, rank 1 of one each."""
-    for rank, ((fsdp2, fsdp2_states), (zero, zero_states)) in enumerate(
-        run_ranks(2, sharded_worker)
-    ):
-        assert fsdp2 == [line(2, 0, (20, 10)[rank], fsdp2_states)]
-        assert zero == [line(2, 0, 30, zero_states)]
+    for rank, results in enumerate(run_ranks(2, sharded_worker)):
+        (fsdp2_log, fsdp2_bytes, fsdp2_repr), (zero_log, zero_bytes, zero_repr) = results
+        assert fsdp2_log == [line(2, 0, (20, 10)[rank], fsdp2_bytes)]
+        assert zero_log == [line(2, 0, 30, zero_bytes)]
+        assert f"\nsharding: torch\nstate: {fsdp2_bytes} bytes on this rank\n" in fsdp2_repr
+        zero = "ZeRO(stage=2, mesh=(2,))"
+        assert f"\nsharding: {zero}\nstate: {zero_bytes} bytes on this rank\n" in zero_repr
