@@ -1,7 +1,8 @@
-"""Learning-rate schedules: pure functions of the step, so a checkpoint need only hold the position.
+"""Learning-rate schedules: pure functions of the step, so a checkpoint only needs the position.
 
-A parameter group holds ``"lr"``, the rate of its next step for all to see and change; ``"scheduled_lr"``, what the schedule last wrote
-there, or None where the group's own rate rules; and ``"schedule_step"``, the steps taken so far.
+A parameter group holds three entries. ``"lr"`` is the learning rate of its next step, for anyone
+to read and change. ``"scheduled_lr"`` is the value that the schedule last wrote to ``"lr"``, or
+None if the group has its own lr. ``"schedule_step"`` counts the steps taken so far.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class LR:
-    """Linear warm-up ("preheat"), then power-law decay: ``lr * min(x, x ** decay_power)`` with ``x = (step + 1) / preheat_steps``.
+    """Linear warm-up ("preheat"), then power-law decay.
 
-    The schedule of the ``adamw_bfloat16`` library. With ``decay_power=-0.5`` it is the inverse square root schedule of
-    "Attention Is All You Need" (arXiv:1706.03762). Any other callable from a step to a learning rate serves as well.
+    The learning rate is ``lr * min(x, x ** decay_power)`` with ``x = (step + 1) / preheat_steps``,
+    as in the ``adamw_bfloat16`` library. With ``decay_power=-0.5`` it is the inverse square root
+    schedule of "Attention Is All You Need" (arXiv:1706.03762). Any other callable from a step to a
+    learning rate works as ``lr_function`` too.
 
     Args:
         lr: the peak, reached at step ``preheat_steps - 1``.
@@ -30,7 +33,13 @@ class LR:
         decay_power: exponent of the decay, at most 0; 0 holds the peak.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from sharded_bf16_adamw import LR
+        >>> schedule = LR(lr=2.0, preheat_steps=4)
+        >>> [schedule(step) for step in range(5)]
+        [0.5, 1.0, 1.5, 2.0, 1.7888543819998317]
     """
 
     lr: float = 1e-3
@@ -51,36 +60,70 @@ class LR:
         return self.lr * min(x, x**self.decay_power)
 
 
+def resolve_lr(
+    lr: float | Tensor | None, lr_function: Schedule | None, capturable: bool
+) -> tuple[float | Tensor, Schedule | None]:
+    """Return the first learning rate and the schedule for the constructor's arguments.
+
+    Raises:
+        ValueError: both are given, or one of them is unusable.
+    """
+    if lr is not None and lr_function is not None:
+        raise ValueError(
+            "lr and lr_function are both given; pass lr for a constant or lr_function for a "
+            "schedule, not both"
+        )
+    if lr_function is not None and not callable(lr_function):
+        raise ValueError(
+            "lr_function must be a callable from a step to a learning rate, such as LR(), but it "
+            f"is {lr_function!r}"
+        )
+    if lr is None:
+        lr_function = LR() if lr_function is None else lr_function
+        lr = lr_at(lr_function, 0)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if capturable and not isinstance(lr, Tensor):
+        raise ValueError(
+            "capturable=True needs lr as a one-element tensor: a captured graph replays without "
+            "running Python"
+        )
+    return lr, lr_function
+
+
 def lr_at(schedule: Schedule, step: int) -> float:
-    """The schedule's rate at a 0-based step, or ValueError where that is none."""
-    rate = schedule(step)
-    if isinstance(rate, Tensor):  # to look at its value would wait for its device
-        return rate
+    """Return the schedule's learning rate at a 0-based step. Raise ValueError if it is invalid."""
+    lr = schedule(step)
+    if isinstance(lr, Tensor):  # checking its value would wait for its device
+        return lr
     try:
-        valid = 0.0 <= rate < math.inf
+        valid = 0.0 <= lr < math.inf
     except TypeError:
         valid = False
     if not valid:
         raise ValueError(
-            f"Invalid learning rate: lr_function({step}) is {rate!r}; it must be a finite number, not below 0"
+            f"lr_function returned an invalid learning rate: lr_function({step}) is {lr!r}; it "
+            "must be a finite number of at least 0"
         )
-    return float(rate)  # a numpy number would not load with weights_only=True
+    return float(lr)  # a NumPy number would not load with weights_only=True
 
 
 def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
-    """Each group's rate of the step to come; None where its ``"lr"`` is not what the schedule last wrote and so somebody else's, whose it
-    is for this step: torch's schedulers, or torch's checkpoint code, which takes steps at ``lr = 0`` to make states."""
+    """Return each group's next lr, or None if other code has overwritten it, which then stands.
+
+    torch's schedulers overwrite ``"lr"``, and torch's checkpoint code, which takes steps at
+    ``lr = 0`` to create the states.
+    """
     if schedule is None:
         return [None] * len(groups)
     for group in groups:
-        if (
-            group["schedule_step"] == 0
-            and group["scheduled_lr"] is not None
-            and "initial_lr" in group
-        ):
+        is_first_step = group["schedule_step"] == 0 and group["scheduled_lr"] is not None
+        if is_first_step and "initial_lr" in group:
             warnings.warn(
-                f"a torch learning-rate scheduler was built on an optimizer that follows lr_function={schedule!r}: it starts from that "
-                f"function's first value, {group['initial_lr']:g}, and takes over; pass lr= to give the scheduler a rate of its own",
+                "a torch learning-rate scheduler was built on an optimizer that follows "
+                f"lr_function={schedule!r}: it starts from that function's first value, "
+                f"{group['initial_lr']:g}, and takes over; pass lr= to give the scheduler its own "
+                "base learning rate",
                 stacklevel=2,
             )
             break
@@ -89,18 +132,17 @@ def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> li
     ]
 
 
-def apply_rates(groups: list[dict[str, Any]], rates: list[float | None]) -> None:
-    """Write what :func:`scheduled_rates` gave, and count the step."""
-    for group, rate in zip(groups, rates, strict=True):
-        if rate is not None:
-            group["lr"] = group["scheduled_lr"] = rate
+def apply_lrs(groups: list[dict[str, Any]], lrs: list[float | None]) -> None:
+    """Write the result of :func:`scheduled_lrs` to the groups and count the step."""
+    for group, lr in zip(groups, lrs, strict=True):
+        if lr is not None:
+            group["lr"] = group["scheduled_lr"] = lr
         group["schedule_step"] += 1
 
 
 def _is_followed(group: dict[str, Any]) -> bool:
-    rate, scheduled = group["lr"], group["scheduled_lr"]
-    if scheduled is None or rate is scheduled:
+    """Return True if ``"lr"`` still is the value that the schedule wrote."""
+    lr, scheduled = group["lr"], group["scheduled_lr"]
+    if scheduled is None or lr is scheduled:
         return scheduled is not None
-    return (
-        not isinstance(rate, Tensor) and rate == scheduled
-    )  # to compare a tensor would wait for its device
+    return not isinstance(lr, Tensor) and lr == scheduled  # comparing a tensor waits for its device

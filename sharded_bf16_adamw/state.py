@@ -1,74 +1,35 @@
-"""The state of one parameter and the checks of what users hand in: made, loaded and named in messages."""
+"""The optimizer state of a parameter: created, checked, completed after a load, and described."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
 
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, to_local, zeros_like_shard
+from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import Replica
+from .validation import param_names
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
-DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
 
-def check_param(param: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError, naming the parameter, unless it can be optimized."""
-    if is_lazy(param):
-        raise ValueError(
-            f"parameter {name} has no shape yet; run one forward pass before you build the optimizer"
-        )
-    if param.dtype not in DTYPES:
-        raise TypeError(
-            f"parameter {name} is {param.dtype}; AdamW_BF16 takes bfloat16 and float32, "
-            "so convert it with .to(torch.bfloat16) or leave it out"
-        )
-    if param.is_meta:
-        raise ValueError(
-            f"parameter {name} is on the meta device; call model.to_empty(device=...) and initialise, then build the optimizer"
-        )
-    if param.layout != torch.strided:
-        raise TypeError(
-            f"parameter {name} has layout {param.layout}; AdamW_BF16 takes dense parameters, so call .to_dense() or leave it out"
-        )
-
-
-def check_grads(group: dict[str, Any]) -> None:
-    """Raise RuntimeError or TypeError, naming the parameter, where a gradient of the group cannot be used."""
-    for index, param in enumerate(group["params"]):
-        if param.grad is None:
-            continue
-        if param.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"AdamW_BF16 does not support sparse gradients, which parameter {param_name(group, index)} has; "
-                "build its layer with sparse=False"
-            )
-        if param.grad.dtype not in DTYPES:
-            raise TypeError(
-                f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it must be bfloat16 or float32"
-            )
-
-
 def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
-    """The state of a parameter before its first step, sharded as its shard is.
+    """Return the state of a parameter before its first step, sharded like its shard.
 
-    On an accelerator ``step`` lives there too, so that reading it costs no sync.
+    On an accelerator ``step`` is on the device too, so that reading it costs no sync.
     """
-    device = "cpu" if param.device.type == "cpu" else param.device
     shard = sharding.shard(param)
     state = {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
         "exp_avg": zeros_like_shard(shard, param.dtype),
         "exp_avg_sq": zeros_like_shard(shard, param.dtype),
     }
@@ -77,45 +38,11 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     return state
 
 
-def log_params(params: list[Tensor], sharding: Sharding) -> None:
-    """Log the dtypes and bytes of new parameters as INFO.
-
-    The counts are of parameters, each once whatever its sharding; the bytes are of this rank's shards.
-    """
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    bf16 = sum(param.dtype == torch.bfloat16 for param in params)
-    weights = sum(to_local(param).nbytes for param in params)
-    states = sum(
-        _state_bytes(to_local(sharding.shard(param))) for param in params if param.requires_grad
-    )
-    logger.info(
-        "AdamW_BF16 takes %d bfloat16 and %d float32 parameters; this rank holds %s bytes of their weights, and %s bytes of their states "
-        "once each trainable one has had a gradient",
-        bf16,
-        len(params) - bf16,
-        f"{weights:,}",
-        f"{states:,}",
-    )
-
-
-def warn_if_all_float32(params: list[Tensor]) -> None:
-    """Log a warning if no parameter is bfloat16: the model may not have been converted, which nothing else would show."""
-    if params and all(param.dtype == torch.float32 for param in params):
-        logger.warning(
-            "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with "
-            "model.to(torch.bfloat16) before the optimizer is built, or use torch.optim.AdamW if float32 is meant",
-            len(params),
-        )
-
-
-def _state_bytes(shard: Tensor) -> int:
-    """Return the bytes of the moments, of the correction and of ``step``, as :func:`new_state` makes them."""
-    return (3 if shard.dtype == torch.bfloat16 else 2) * shard.nbytes + 4
-
-
 def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
-    """Raise RuntimeError, naming the parameter, where its state no longer fits it: kernels go by addresses, and would not notice."""
+    """Raise RuntimeError if a state no longer fits its parameter.
+
+    Kernels work on addresses and would not notice.
+    """
     shard = to_local(sharding.shard(param))
     dtypes = {"step": torch.float32, "exp_avg": param.dtype, "exp_avg_sq": param.dtype}
     if param.dtype == torch.bfloat16:
@@ -124,156 +51,177 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Shard
         value = state.get(key)
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"the state {key!r} of parameter {name} is {value!r} where a tensor must be; somebody has changed optimizer.state, so load "
-                "it anew or drop it with optimizer.state.clear()"
+                f"the state {key!r} of parameter {name} is {value!r} instead of a tensor; other "
+                "code has changed optimizer.state, so load it again or drop it with "
+                "optimizer.state.clear()"
             )
         local = to_local(value)
         if local.dtype != dtype:
             raise RuntimeError(
-                f"parameter {name} is {param.dtype} but its {key} {local.dtype}: the model was converted after the optimizer's first step; "
-                "convert it before, or drop the states with optimizer.state.clear()"
+                f"parameter {name} is {param.dtype} but its {key} is {local.dtype}: the model was "
+                "converted after the optimizer's first step; convert it before, or drop the states "
+                "with optimizer.state.clear()"
             )
         if local.device != shard.device:
             raise RuntimeError(
-                f"parameter {name} is on {shard.device} but its {key} on {local.device}; move the model before the optimizer's first step, "
-                "or move the states too"
+                f"parameter {name} is on {shard.device} but its {key} is on {local.device}; move "
+                "the model before the optimizer's first step, or move the states too"
             )
         if key != "step" and local.shape != shard.shape:
             raise RuntimeError(
-                f"parameter {name} has local shape {tuple(shard.shape)} but its {key} {tuple(local.shape)}: the model was sharded, or the "
-                "parameter resized, after the optimizer's first step; build AdamW_BF16(model.parameters()) afterwards"
+                f"parameter {name} has local shape {tuple(shard.shape)} but its {key} has "
+                f"{tuple(local.shape)}: the model was sharded, or the parameter resized, after the "
+                "optimizer's first step; build AdamW_BF16(model.parameters()) afterwards"
             )
         if key == "step" and local.numel() != 1:
             raise RuntimeError(
-                f"the step of parameter {name} has shape {tuple(local.shape)}; it must be a 0-dim float32 tensor"
+                f"the step of parameter {name} has shape {tuple(local.shape)}; it must be a 0-dim "
+                "float32 tensor"
             )
 
 
 def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
-    """Check a loaded state against its parameter and shard it; add what a torch.optim.AdamW state lacks and drop what only that one has."""
+    """Check and shard a loaded state in place, and convert a state of torch.optim.AdamW.
+
+    Raises:
+        ValueError: the state lacks an entry, or has another shape or sharding than the parameter.
+    """
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(
-                f"the loaded state of parameter {name} has no {key!r}; it must be a state of AdamW_BF16 or torch.optim.AdamW"
+                f"the loaded state of parameter {name} has no {key!r}; it must be a state of "
+                "AdamW_BF16 or torch.optim.AdamW"
             )
     for key in ("exp_avg", "exp_avg_sq", "correction"):
-        if key in state and state[key].shape != param.shape:
+        if key not in state:
+            continue
+        if state[key].shape != param.shape:
             raise ValueError(
-                f"the loaded {key} of parameter {name} has shape {tuple(state[key].shape)} but the parameter has {tuple(param.shape)}; "
-                "it is the state of another model or of another sharding"
+                f"size mismatch: the loaded {key} of parameter {name} has shape "
+                f"{tuple(state[key].shape)} but the parameter has {tuple(param.shape)}; load the "
+                "state of the same model and sharding"
             )
-        if key in state:
-            state[key] = sharding.shard_state(
-                param, state[key], f"the loaded {key} of parameter {name}"
-            )
-    step = torch.as_tensor(state["step"], dtype=torch.float32)
-    state["step"] = step.to("cpu" if param.device.type == "cpu" else param.device)
-    state.pop("max_exp_avg_sq", None)  # amsgrad, which this rule does not have
+        what = f"the loaded {key} of parameter {name}"
+        state[key] = sharding.shard_state(param, state[key], what)
+    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
+    state.pop("max_exp_avg_sq", None)  # of amsgrad, which this update rule does not have
     if param.dtype == torch.bfloat16:
         state.setdefault("correction", zeros_like_shard(sharding.shard(param), torch.bfloat16))
     else:
         state.pop("correction", None)
-    # One order on every rank: torch's FSDP1 code gathers a state's tensors in the order in which each rank's dict happens to hold them.
+    # The same order on every rank: torch's FSDP1 code gathers a state in the order of each dict.
     for key in (key for key in STATE_KEYS if key in state):
         state[key] = state.pop(key)
 
 
-def replicas_of(
+@contextmanager
+def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hide the states of tensors in no parameter group while the body runs.
+
+    Layer freezing (a parameter taken out of its group) and code that swaps parameters leave such
+    states behind, and torch's ``state_dict()`` fails on them.
+    """
+    numbered = {param for group in optimizer.param_groups for param in group["params"]}
+    if all(key in numbered for key in optimizer.state if isinstance(key, Tensor)):
+        yield
+        return
+    original, states = optimizer.state, dict(optimizer.state)
+    hidden = {
+        key: state
+        for key, state in states.items()
+        if isinstance(key, Tensor) and key not in numbered
+    }
+    for key in hidden:
+        del optimizer.state[key]
+    try:
+        yield
+    finally:
+        if optimizer.state is original:
+            original.clear()  # appending instead would reorder it and make step() plan again
+            original.update(states)
+        else:  # the body has loaded new states
+            optimizer.state.update(hidden)
+
+
+def collect_replicas(
+    optimizer: torch.optim.Optimizer, sharding: Sharding, parallel: ModelParallel | None
+) -> tuple[list[Replica], set[dist.ProcessGroup], str | None]:
+    """Return the arguments of :func:`.sharding.replicas.check_replicas` for one optimizer."""
+    names = param_names(optimizer.param_groups)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    others = {group for param in params for group in sharding.shard_groups(param)}
+    if parallel is None:
+        experts: set[int] = set()
+        dp, edp = dist.group.WORLD if dist.is_initialized() else None, None
+    else:
+        experts = {id(param) for param in parallel.expert_params()}
+        dp, edp = parallel.dp_group, parallel.edp_group
+        own_groups = (parallel.pp_group, parallel.ep_group)
+        others |= {group for group in own_groups if group is not None}
+    replicas: list[Replica] = []
+    for param in params:
+        group = edp if id(param) in experts else dp
+        replicas += _replicas(param, optimizer.state.get(param, {}), names[param], sharding, group)
+    problem = None
+    has_plain = any(type(param) is nn.Parameter for param in params)
+    if parallel is not None and dp is None and not replicas and has_plain:
+        problem = (
+            f"rank {dist.get_rank()} has no replicas to compare: it is unknown which ranks hold "
+            "replicas of its plain parameters; name them by ModelParallel(dp=...)"
+        )
+    return replicas, others, problem
+
+
+def _replicas(
     param: Tensor,
     state: dict[str, Any],
     name: str,
     sharding: Sharding,
     dp: dist.ProcessGroup | None,
 ) -> Iterator[Replica]:
-    """Yield a parameter's weight and states with the ranks that hold them too. A state that is not made yet counts as zeros.
+    """Yield a parameter's weight and states with the groups that hold replicas of them.
 
-    Args:
-        dp: the ranks that hold replicas of plain parameters; None where nobody does.
+    ``dp`` has the replicas of a plain parameter; None if no rank has. A missing state counts as
+    zeros.
     """
-    of_weight, of_state = sharding.weight_replica_groups(param), sharding.replica_groups(param)
+    weight_groups = sharding.weight_replica_groups(param)
+    state_groups = sharding.replica_groups(param)
     is_plain = not isinstance(sharding.shard(param), DTensor) and not sharding.shard_groups(param)
-    if is_plain and not of_weight and dp is not None and dist.get_world_size(dp) > 1:
-        of_weight = of_state = (dp,)
-    if of_weight:
-        yield Replica(f"parameter {name}", to_local(param), of_weight)
-    if of_state:
-        for key in STATE_KEYS:  # the same on every rank, whatever order its dict has
-            yield Replica(
-                f"{key} of parameter {name}",
-                to_local(state.get(key, torch.empty(0, device=param.device))),
-                of_state,
-            )
+    if is_plain and not weight_groups and dp is not None and dist.get_world_size(dp) > 1:
+        weight_groups = state_groups = (dp,)
+    if weight_groups:
+        yield Replica(f"parameter {name}", to_local(param), weight_groups)
+    if state_groups:
+        for key in STATE_KEYS:  # the same on every rank, whatever the order of its dict
+            value = to_local(state.get(key, torch.empty(0, device=param.device)))
+            yield Replica(f"{key} of parameter {name}", value, state_groups)
 
 
-@contextmanager
-def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Take the states of tensors that are in no group out of ``optimizer.state`` while the body runs.
-
-    Layer freezing (a parameter taken out of its group) and code that swaps parameters leave them behind, and torch's
-    ``state_dict()`` fails on them.
-    """
-    numbered = {param for group in optimizer.param_groups for param in group["params"]}
-    if all(key in numbered for key in optimizer.state if isinstance(key, Tensor)):
-        yield
+def log_params(params: list[Tensor], sharding: Sharding) -> None:
+    """Log at INFO the number of new parameters by dtype, and this rank's bytes."""
+    if not logger.isEnabledFor(logging.INFO):
         return
-    holder, states = optimizer.state, dict(optimizer.state)
-    leftover = {
-        key: state
-        for key, state in states.items()
-        if isinstance(key, Tensor) and key not in numbered
-    }
-    for key in leftover:
-        del optimizer.state[key]
-    try:
-        yield
-    finally:
-        if optimizer.state is holder:
-            holder.clear()  # rather than put back at the end: a changed order makes step() plan anew
-            holder.update(states)
-        else:  # the body has loaded others
-            optimizer.state.update(leftover)
+    bf16 = sum(param.dtype == torch.bfloat16 for param in params)
+    weights = sum(to_local(param).nbytes for param in params)
+    shards = [to_local(sharding.shard(param)) for param in params if param.requires_grad]
+    states = sum((3 if s.dtype == torch.bfloat16 else 2) * s.nbytes + 4 for s in shards)
+    logger.info(
+        "AdamW_BF16 has %d bfloat16 and %d float32 parameters; this rank holds %s bytes of their "
+        "weights, and will hold %s bytes of their states once each trainable one has had a "
+        "gradient",
+        bf16,
+        len(params) - bf16,
+        f"{weights:,}",
+        f"{states:,}",
+    )
 
 
-def check_hyperparameters(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    """Raise torch's own ``ValueError`` messages."""
-    if callable(lr) or isinstance(lr, str):
-        raise ValueError(
-            f"Invalid learning rate: {lr!r}; it must be a number or a tensor, and a schedule is given as lr_function="
+def warn_if_all_float32(params: list[Tensor]) -> None:
+    """Log a warning if no parameter is bfloat16: most likely the model was not converted."""
+    if params and all(param.dtype == torch.float32 for param in params):
+        logger.warning(
+            "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert "
+            "the model with model.to(torch.bfloat16) before you build the optimizer, or use "
+            "torch.optim.AdamW if you want float32",
+            len(params),
         )
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= weight_decay or math.isinf(weight_decay):
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-
-
-def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
-    """Raise ValueError where a CUDA graph of a step on ``device`` would keep the value that ``lr`` has during the capture."""
-    if device.type != "cuda":
-        return
-    if not isinstance(lr, Tensor):
-        found = "a number"
-    elif lr.device != device or lr.dtype not in (torch.float32, torch.float64):
-        found = f"{lr.dtype} on {lr.device}"
-    else:
-        return
-    raise ValueError(
-        f"capturable=True needs lr as a float32 or float64 tensor on {device}, where a graph reads it, but it is {found}; pass "
-        f"lr=torch.tensor(..., device={str(device)!r})"
-    )
-
-
-def param_name(group: dict[str, Any], index: int) -> str:
-    """A parameter's name for a message: its FQN where the optimizer was given named parameters, else its place in its group."""
-    if "param_names" in group:
-        return f"{group['param_names'][index]!r}"
-    param = group["params"][index]
-    return (
-        f"{index} (of a lazy module)" if is_lazy(param) else f"{index} (shape {tuple(param.shape)})"
-    )

@@ -1,34 +1,46 @@
-"""What a step works on, kept between steps for as long as it is what the optimizer holds.
+"""Step plans: the prepared input of the kernels, cached between steps.
 
-Unwrapping DTensors, sorting by device and handing pointers to a kernel cost more than the update of a small tensor, so they are done
-once. Anybody may change an optimizer between two steps, though: load a state, swap ``group["params"]``, move the model, replace
-a state tensor or the memory below it. So every step compares where all tensors lie with where they lay, and starts afresh on any
-difference. The kernel's table holds their memory, so an address cannot have passed to another tensor meanwhile.
+Unwrapping DTensors, sorting by device and passing pointers to a kernel cost more than the update of
+a small tensor, so they are done once. But any code may change an optimizer between two steps: load
+a state, swap ``group["params"]``, move the model, replace a state tensor or the memory below it. So
+every step compares the addresses of all tensors with the plan's, and builds a new plan on any
+difference. The plan's kernel table keeps their memory alive, so an address cannot have passed to
+another tensor meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 from itertools import chain
 from operator import is_
 from typing import Any
 
 from torch import Tensor
 
-from .kernels import Hyperparams, Table
+from .gradients import GroupGrads
+from .kernels import Hyperparams, Table, is_capturing
+from .kernels.device_memory import WARM_UP
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
+from .state import check_state, new_state
+from .validation import param_names
+
+MAX_PLANS = 4  # sets of parameters may take turns: generator and discriminator, experts
+
+logger = logging.getLogger("sharded_bf16_adamw")
 
 
 class StepPlan:
-    """Parameters that take part in a step, their states and a kernel table for each device.
+    """The parameters of a step, their states, and a kernel table for each device.
 
     Args:
-        groups: for each parameter group its parameters with a gradient, plain or DTensor; at least one in all.
-        states: the state of each parameter, group after group, by the names of :func:`sharded_bf16_adamw.state.new_state`; each fits its
-            parameter (:func:`sharded_bf16_adamw.state.check_state`).
-        names: what messages call each parameter.
-        sharding: how they are spread over ranks.
-        backend: see :class:`sharded_bf16_adamw.kernels.Table`.
+        groups: for each parameter group its parameters with a gradient, plain or DTensor; at least
+            one in all.
+        states: the state of each parameter, group after group, as :func:`.state.new_state` makes
+            it; each fits its parameter (:func:`.state.check_state`).
+        names: each parameter's name for messages.
+        sharding: the optimizer's sharding strategy.
+        backend: see :class:`.kernels.Table`.
     """
 
     def __init__(
@@ -45,35 +57,37 @@ class StepPlan:
         self._names = names
         self._sharding = sharding
         shards = [sharding.shard(param) for param in params]
-        self._plain = not any(isinstance(tensor, DTensor) for tensor in shards)
+        self._is_plain = not any(isinstance(shard, DTensor) for shard in shards)
         self._addresses = self._read_addresses()
         self._layouts = self._read_layouts()
-        self._numels = [to_local(shard).numel() for shard in shards]
+        local_shards = list(map(to_local, shards))
+        self._numels = list(map(Tensor.numel, local_shards))
         self._tables = []
-        group_of = [number for number, size in enumerate(self._sizes) for _ in range(size)]
+        group_index = [i for i, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
-            local_params = [to_local(shards[i]) for i in indices]
             columns: dict[str, list[Any]] = {
-                key: [_local_or_none(states[i], key) for i in indices] for key in _STATE_KEYS
+                key: [_local_or_none(states[i], key) for i in indices]
+                for key in ("exp_avg", "exp_avg_sq", "correction", "step")
             }
-            groups_here = [group_of[i] for i in indices]
-            states_here = (
+            table = Table(
+                [local_shards[i] for i in indices],
                 columns["exp_avg"],
                 columns["exp_avg_sq"],
                 columns["correction"],
                 columns["step"],
+                groups=[group_index[i] for i in indices],
+                backend=backend,
             )
-            table = Table(local_params, *states_here, groups=groups_here, backend=backend)
-            self._tables.append((local_params[0].device, indices, table))
+            self._tables.append((local_shards[indices[0]].device, indices, table))
 
     def matches(self, groups: list[list[Tensor]]) -> bool:
-        """Whether the plan is for just these parameters in these groups."""
+        """Return True if the plan was built for exactly these parameters in these groups."""
         return list(map(len, groups)) == self._sizes and all(
             map(is_, chain.from_iterable(groups), self.params)
         )
 
     def is_valid(self) -> bool:
-        """Whether all memory of the parameters and of their states lies where it lay, and the parameters are laid out as they were."""
+        """Return True if no tensor has moved and no parameter has changed its strides or size."""
         return (
             self._addresses is not None
             and self._addresses == self._read_addresses()
@@ -82,63 +96,168 @@ class StepPlan:
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph reads from it; see :attr:`sharded_bf16_adamw.kernels.Table.captured`."""
+        """True if a CUDA graph reads from it; see :attr:`.kernels.Table.captured`."""
         return any(table.captured for _, _, table in self._tables)
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
-        """This rank's part of each parameter's gradient.
+        """Return this rank's shard of each parameter's gradient.
 
         Raises:
-            RuntimeError: one has not as many elements as its parameter, which was resized after the backward pass: a kernel would read
-                beyond it.
+            RuntimeError: a gradient has another number of elements than its parameter, which was
+                resized after the backward pass. A kernel would read beyond the gradient.
         """
-        local = grads if self._plain else self._sharding.local_grads(self.params)
+        local = grads if self._is_plain else self._sharding.local_grads(self.params)
         numels = list(map(Tensor.numel, local))
         if numels != self._numels:
-            index = next(
-                i for i, (a, b) in enumerate(zip(numels, self._numels, strict=True)) if a != b
-            )
+            index = next(i for i, numel in enumerate(numels) if numel != self._numels[i])
             raise RuntimeError(
-                f"the gradient of parameter {self._names[index]} has {numels[index]} elements, not as many as the parameter, which was "
-                "resized after the backward pass; call zero_grad() when you resize a parameter"
+                f"the gradient of parameter {self._names[index]} has {numels[index]} elements, "
+                f"but the parameter has {self._numels[index]}: it was resized after the backward "
+                "pass; call zero_grad() when you resize a parameter"
             )
         return local
 
     def update_(
         self,
         grads: list[Tensor],
-        hypers: list[Hyperparams],
-        *,
+        groups: list[dict[str, Any]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""
+        """Update all parameters and states in place.
+
+        Args:
+            grads: the local gradients, group after group.
+            groups: the optimizer's parameter groups, which hold the hyperparameters.
+            grad_scale: 0-dim float32 factor of the gradients, or None.
+            found_inf: 0-dim float32; nonzero leaves everything unchanged. None: always update.
+        """
+        hyperparams = list(map(_hyperparams, groups))
         for device, indices, table in self._tables:
             table.update_(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
-                hypers,
+                hyperparams,
                 grad_scale=None if grad_scale is None else grad_scale.to(device),
                 found_inf=None if found_inf is None else found_inf.to(device),
             )
 
     def _read_layouts(self) -> list[Any]:
-        """What tells which elements the parameters have, and in which order, where the memory stays: ``param.data = param.data.t()``.
-        Strides take long to read and tell more only of what is not contiguous."""
-        locals_ = self.params if self._plain else list(map(to_local, self.params))
-        contiguous = list(map(Tensor.is_contiguous, locals_))
-        strides = [] if all(contiguous) else list(map(Tensor.stride, locals_))
-        return [*map(Tensor.numel, locals_), *contiguous, *strides]
+        """Read the sizes and strides, which ``param.data = param.data.t()`` changes in place."""
+        params = self.params if self._is_plain else list(map(to_local, self.params))
+        contiguous = list(map(Tensor.is_contiguous, params))
+        # Strides are slow to read, and a contiguous tensor's follow from its shape.
+        strides = [] if all(contiguous) else list(map(Tensor.stride, params))
+        return [*map(Tensor.numel, params), *contiguous, *strides]
 
     def _read_addresses(self) -> list[int] | None:
-        """Where every tensor's memory lies now; None where a state holds what is no tensor, which is never taken to be current."""
+        """Read every tensor's address. None, never valid, if a state holds a non-tensor."""
         tensors = chain(self.params, chain.from_iterable(map(dict.values, self._states)))
         try:
-            return list(map(Tensor.data_ptr, tensors if self._plain else map(to_local, tensors)))
+            return list(map(Tensor.data_ptr, tensors if self._is_plain else map(to_local, tensors)))
         except TypeError:
             return None
 
 
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "correction", "step")
+class StepPlanCache:
+    """The last step plans of one optimizer, one for each set of parameters with gradients."""
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._sharding = sharding
+        self.plans: list[StepPlan] = []  # the newest last
+        self._captured: list[StepPlan] = []  # dropped, but CUDA graphs still read them
+        self._seen_keys: list[Any] = []  # of the optimizer's state when the last plan was built
+        self._seen_states: list[Any] = []
+
+    def get(
+        self,
+        group_grads: list[GroupGrads],
+        states: dict[Tensor, Any],
+        backend: str | None,
+    ) -> StepPlan | None:
+        """Return the cached plan if it is still valid, else build one and the missing states.
+
+        Args:
+            group_grads: one entry for each of the optimizer's parameter groups.
+            states: the optimizer's states.
+            backend: see :class:`.kernels.Table`.
+
+        Returns:
+            The plan, or None if no parameter has a gradient.
+
+        Raises:
+            RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph captures
+                the first step of these parameters. No state is created.
+        """
+        groups = [params for _, params, _ in group_grads]
+        if not any(groups):
+            return None
+        if not self._states_are_seen(states):
+            self._drop(self.plans)
+        plan = next((plan for plan in self.plans if plan.matches(groups)), None)
+        if plan is None or not plan.is_valid():
+            plan = self._build(plan, groups, group_grads, states, backend)
+        return plan
+
+    def _states_are_seen(self, states: dict[Tensor, Any]) -> bool:
+        """Return True if the states are the same dicts as when the last plan was built.
+
+        The plans check the tensors in them.
+        """
+        return (
+            len(states) == len(self._seen_keys)
+            and all(map(is_, states, self._seen_keys))
+            and all(map(is_, states.values(), self._seen_states))
+        )
+
+    def _build(
+        self,
+        stale: StepPlan | None,
+        groups: list[list[Tensor]],
+        group_grads: list[GroupGrads],
+        all_states: dict[Tensor, Any],
+        backend: str | None,
+    ) -> StepPlan:
+        """Build a plan, add it to the cache in place of ``stale``, and store the new states."""
+        params = list(chain.from_iterable(groups))
+        if is_capturing(
+            params[0].device
+        ):  # the failing capture would not write a new state's zeros
+            raise RuntimeError(
+                f"a CUDA graph captures a step of these {len(params)} parameters for the first "
+                f"time; {WARM_UP}"
+            )
+        names = param_names([group for group, _, _ in group_grads])
+        for param in params:
+            if all_states.get(param):
+                check_state(all_states[param], param, names[param], self._sharding)
+        states = [all_states.get(param) or new_state(param, self._sharding) for param in params]
+        # A plan with parameters that left the optimizer would keep their memory for nothing.
+        self._drop([p for p in self.plans if p is stale or not all(x in names for x in p.params)])
+        self._drop(self.plans[: 1 - MAX_PLANS])
+        plan = StepPlan(groups, states, [names[p] for p in params], self._sharding, backend)
+        # Raises if a gradient does not fit, while the new states are not stored yet.
+        plan.local_grads([grad for _, _, grads in group_grads for grad in grads])
+        all_states.update(zip(params, states, strict=True))
+        self.plans.append(plan)
+        self._seen_keys, self._seen_states = list(all_states), list(all_states.values())
+        logger.debug(
+            "built a step plan for %d parameters%s; %d plans are cached",
+            len(params),
+            "" if stale is None else " in place of one whose tensors have moved",
+            len(self.plans),
+        )
+        return plan
+
+    def _drop(self, plans: list[StepPlan]) -> None:
+        self._captured += [plan for plan in plans if plan.captured]
+        self.plans = [plan for plan in self.plans if plan not in plans]
+
+
+def _hyperparams(group: dict[str, Any]) -> Hyperparams:
+    beta1, beta2 = group["betas"]
+    return Hyperparams(
+        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
+    )
 
 
 def _local_or_none(state: dict[str, Any], key: str) -> Tensor | None:

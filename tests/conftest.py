@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders share."""
+"""Fixtures shared by tests of several directories."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(REPO),
-    str(REPO / "tests"),
-]  # the launch scripts are not installed; tests import helpers beside them
+# The launch scripts are not installed, and tests import the helpers of this directory.
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
-    """The repository's root."""
+    """Return the repository's root."""
     return REPO

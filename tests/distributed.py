@@ -1,6 +1,7 @@
-"""Run functions on several gloo ranks, as torchrun would, and collect what each rank returns.
+"""Run a function on several gloo ranks, as torchrun would, and collect the results.
 
-The worker processes are started once and kept: importing torch costs more than most tests. Each call makes a process group of its own.
+The worker processes are started once and reused: importing torch takes longer than most tests. Each
+call creates its own process group.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-TIMEOUT = (
-    100  # seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks
-)
+# Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
+TIMEOUT = 100
 _pool: list[tuple[Any, Connection]] = []
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on ``world_size`` processes of one gloo group.
 
-    ``function`` is importable (a module's top level) and what it returns can be saved with ``torch.save``. An exception on any rank is
-    raised here as ``AssertionError`` with the tracebacks of all ranks that failed.
+    ``function`` must be importable (a module's top level), and ``torch.save`` must be able to save
+    its result.
 
     Returns:
-        What each rank returned, in the order of ranks.
+        Each rank's result, in the order of ranks.
+
+    Raises:
+        AssertionError: a rank raised; the message has the tracebacks of all ranks that failed.
     """
     while len(_pool) < world_size:
         _start_worker()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for rank, (_, connection) in enumerate(_pool[:world_size]):
-            connection.send((rank, world_size, f"{folder}/store", function, args))
+            connection.send((rank, world_size, f"{directory}/store", function, args))
         deadline = time.monotonic() + TIMEOUT + 20
         results: list[Any] = []
         failures = []
@@ -56,18 +59,18 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             else:
                 failures.append(f"rank {rank}:\n{payload}")
     if failures:
-        stop_workers()  # some rank may be in any state
+        stop_workers()  # their state is unknown
         raise AssertionError("\n".join(failures))
     return results
 
 
 def _start_worker() -> None:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    parent, child = context.Pipe()
+    process = context.Process(target=_serve, args=(child,), daemon=True)
     process.start()
-    theirs.close()
-    _pool.append((process, ours))
+    child.close()
+    _pool.append((process, parent))
 
 
 @atexit.register
@@ -111,4 +114,5 @@ def _run(
         return buffer.getvalue()
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it keeps meshes, and a later run's mesh would be taken for one whose groups are gone
+        # The cache keeps meshes: a later run's mesh would match one whose groups are destroyed.
+        _clear_sharding_prop_cache()

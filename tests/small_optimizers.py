@@ -1,4 +1,4 @@
-"""Parameters with random gradients, to give an optimizer something to do, and bitwise comparison of what it did."""
+"""Parameters with random gradients, training steps on them, and bitwise comparison of results."""
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ def train(optimizer, steps, seed=0):
 
 
 def snapshot(optimizer):
-    """Copies of all weights and states, to compare bit for bit."""
+    """Return copies of all weights and states."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [
         [p.detach().clone(), *[value.clone() for _, value in sorted(optimizer.state[p].items())]]

@@ -8,7 +8,7 @@ from sharded_bf16_adamw import AdamW_BF16
 
 
 class TestClipping:
-    def test_norm_is_exact_and_the_scale_goes_into_the_step(self):
+    def test_norm_is_exact_and_step_applies_the_scale(self):
         p, q, r = param(1000), param(10, dtype=torch.float32), param(0)
         optimizer = AdamW_BF16([p, q, r], lr=1e-2)
         give_gradients([p, q, r])
@@ -49,8 +49,8 @@ class TestClipping:
         assert equal(snapshot(a), snapshot(b))
 
     @pytest.mark.parametrize("skip_nonfinite", [False, True])
-    def test_zero_grad_forgets_it(self, skip_nonfinite):
-        """As where a bad batch is left out after a look at its norm."""
+    def test_zero_grad_clears_pending_clip(self, skip_nonfinite):
+        """A training loop may skip a bad batch after it has seen the norm."""
         p = param(100)
         a, b = (AdamW_BF16([x], lr=1e-2, skip_nonfinite=skip_nonfinite) for x in (p, param(100)))
         p.grad = torch.full_like(p, torch.nan)
@@ -60,8 +60,8 @@ class TestClipping:
             train(optimizer, 1)
         assert equal(snapshot(a), snapshot(b)) and a.skipped_steps == 0
 
-    def test_reaches_the_step_through_a_wrapper(self):
-        """Such as Lightning Fabric's: of the optimizer's class, with attributes read from the optimizer and set on itself."""
+    def test_scale_reaches_the_step_through_a_wrapper(self):
+        """Lightning Fabric's wrapper reads attributes from the optimizer and sets its own."""
 
         class Wrapper(AdamW_BF16):
             def __init__(self, optimizer):
@@ -89,7 +89,7 @@ class TestClipping:
 class TestSkipNonfinite:
     @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
     @pytest.mark.parametrize("clip", [False, True])
-    def test_nothing_changes_and_the_step_is_counted(self, bad, clip):
+    def test_nonfinite_step_changes_nothing_and_is_counted(self, bad, clip):
         p, q = param(100), param(3)
         optimizer = AdamW_BF16([p, q], lr=1e-2, skip_nonfinite=True)
         train(optimizer, 2)
@@ -103,7 +103,7 @@ class TestSkipNonfinite:
         train(optimizer, 1)
         assert optimizer.skipped_steps == 1 and optimizer.state[q]["step"].item() == 3
 
-    def test_off_by_default(self):
+    def test_is_off_by_default(self):
         p = param(4)
         optimizer = AdamW_BF16([p], lr=1e-2)
         p.grad = torch.full_like(p, float("nan"))

@@ -1,4 +1,4 @@
-"""``torch.set_default_device`` is for the user's tensors: none of ours may follow it. With "meta" a tensor that does holds no values."""
+"""No internal tensor follows ``torch.set_default_device``; with "meta" it would have no values."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def clipped_steps(model: nn.Module, optimizer: AdamW_BF16) -> None:
         optimizer.step()
 
 
-def test_steps_and_checkpoints(default_device: str, tmp_path) -> None:
+def test_steps_and_checkpoints_ignore_the_default_device(default_device: str, tmp_path) -> None:
     model, optimizer = make()
     clipped_steps(model, optimizer)
     assert optimizer.skipped_steps == 0
@@ -53,17 +53,17 @@ def test_steps_and_checkpoints(default_device: str, tmp_path) -> None:
     for other in (loaded, scattered):
         assert equal(snapshot(other), snapshot(optimizer))
     assert all(map(torch.equal, imported_model.parameters(), model.parameters()))
-    assert equal(trained_without_a_default(), snapshot(optimizer))
+    assert equal(snapshot_without_default_device(), snapshot(optimizer))
 
 
-def trained_without_a_default() -> list[list[torch.Tensor]]:
+def snapshot_without_default_device() -> list[list[torch.Tensor]]:
     with torch.device("cpu"):
         model, optimizer = make()
         clipped_steps(model, optimizer)
         return snapshot(optimizer)
 
 
-def test_host_side_of_the_kernels(default_device: str) -> None:
+def test_host_tensors_of_the_kernels_ignore_the_default_device(default_device: str) -> None:
     cpu = torch.device("cpu")
     assert device_memory.chunk_map([5, 0, 9], 4).tolist() == [
         [0, 0],

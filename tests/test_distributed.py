@@ -1,4 +1,4 @@
-"""The optimizer under DDP and FSDP2 on gloo: every rank holds its shard and no more, and the bits are those of one process."""
+"""The optimizer under DDP and FSDP2 on gloo: each rank holds only its shard, with equal bits."""
 
 import gc
 
@@ -9,7 +9,7 @@ from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16
@@ -18,7 +18,7 @@ STATES = ("exp_avg", "exp_avg_sq", "correction")
 
 
 def make_model():
-    """Dimension 0 of 13, 7, 3 and 1: uneven on 2, 3 and 4 ranks, and empty on some."""
+    """Return a model with 13, 7, 3 and 1 rows: uneven on 2, 3 and 4 ranks, empty on some."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 7), nn.Linear(7, 3), nn.Linear(3, 1)).to(
         torch.bfloat16
@@ -28,7 +28,7 @@ def make_model():
 
 
 def full_gradients(step, model):
-    """The same gradients whatever the sharding, by the parameters' full shapes."""
+    """Return gradients of the full shapes, independent of the sharding."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in model.parameters()]
 
@@ -55,7 +55,7 @@ def train_on_given_gradients(model, steps, clip=None):
 
 
 def collect(model, optimizer):
-    """Weights and states in full, by parameter name."""
+    """Return full weights and states by parameter name."""
     result = {}
     for name, p in model.named_parameters():
         result[name] = full(p)
@@ -101,7 +101,7 @@ def fsdp2_worker(rank, world, steps, clip):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_fsdp2_gives_the_bits_of_one_process_and_each_rank_holds_its_rows(world, clip):
+def test_fsdp2_matches_one_process_and_holds_only_its_rows(world, clip):
     expected = single_process(20, clip)
     results = run_ranks(world, fsdp2_worker, 20, clip)
     model = make_model()
@@ -113,10 +113,9 @@ def test_fsdp2_gives_the_bits_of_one_process_and_each_rank_holds_its_rows(world,
             own_rows = max(0, min(chunk, p.shape[0] - rank * chunk))
             assert rows[name] == own_rows
             size = p.numel() // p.shape[0] * own_rows
+            # Three bfloat16 states of a bfloat16 parameter, two float32 states of a float32 one.
             own_bytes += size * (3 * 2 if p.dtype == torch.bfloat16 else 2 * 4)
-        assert local_bytes == own_bytes, (
-            "3 x 2 bytes for a bf16 parameter, 2 x 4 for a float32 one, of this rank's rows alone"
-        )
+        assert local_bytes == own_bytes
 
 
 def even_worker(rank, world):
@@ -133,7 +132,7 @@ def even_worker(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_state_at_rest_is_six_bytes_a_parameter_over_the_world_size(world):
+def test_state_is_six_bytes_a_parameter_divided_by_world_size(world):
     parameters = 16 * 24 + 24 * 48 + 48
     assert run_ranks(world, even_worker) == [3 * 2 * parameters // world] * world
 
@@ -153,7 +152,7 @@ def real_training_worker(rank, world, wrap):
 
 
 @pytest.mark.parametrize("wrap", ["fsdp2", "ddp"])
-def test_trains_and_ranks_agree(wrap):
+def test_training_lowers_loss_and_ranks_agree(wrap):
     (losses, weights), (_, other) = run_ranks(2, real_training_worker, wrap)
     assert losses[-1] < 0.2 * losses[0]
     assert_same_bits(weights, other)
@@ -168,7 +167,7 @@ def built_too_early_worker(rank, world):
     for _ in range(2):
         with pytest.raises(
             RuntimeError,
-            match=r"built before fully_shard .* build AdamW_BF16\(model.parameters\(\)\) afterwards",
+            match=r"built before fully_shard .* build AdamW_BF16\(model.parameters\(\)\) after",
         ):
             optimizer.step()
     assert (
@@ -180,15 +179,17 @@ def built_too_early_worker(rank, world):
     )
 
 
-def test_optimizer_built_before_fully_shard_is_refused():
+def test_optimizer_built_before_fully_shard_is_rejected():
     run_ranks(2, built_too_early_worker)
 
 
-def model_that_is_gone_worker(rank, world):
+def collectable_model_worker(rank, world):
+    """Unused parameters of an optimizer have the shapes of a sharded model that is garbage."""
+
     def train_another():
         sharded = fully_shard(nn.Linear(5, 3).to(torch.bfloat16))
         sharded(torch.ones(1, 5, dtype=torch.bfloat16)).sum().backward()
-        sharded.itself = [sharded]  # goes when the collector comes
+        sharded.itself = [sharded]  # only the garbage collector can free it
 
     plain = AdamW_BF16(nn.Linear(5, 3).to(torch.bfloat16).parameters(), lr=1e-2)
     gc.disable()
@@ -197,12 +198,12 @@ def model_that_is_gone_worker(rank, world):
     gc.enable()
 
 
-def test_unused_parameters_beside_a_model_that_is_gone_are_no_error():
-    run_ranks(2, model_that_is_gone_worker)
+def test_garbage_model_is_not_taken_for_a_replacement():
+    run_ranks(2, collectable_model_worker)
 
 
 def raw_tensor_worker(rank, world):
-    """A tensor that is no module's parameter has not been replaced in one, whatever its shape."""
+    """A tensor with a sharded parameter's shape was never a module's parameter."""
     sharded = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))
     prompt = torch.zeros(4, 4, dtype=torch.bfloat16, requires_grad=True)
     optimizers = [AdamW_BF16(sharded.parameters(), lr=1e-2), AdamW_BF16([prompt], lr=1e-2)]
@@ -211,22 +212,20 @@ def raw_tensor_worker(rank, world):
         optimizer.step()
 
 
-def test_raw_tensors_beside_a_sharded_model_are_no_error():
+def test_raw_tensor_is_not_taken_for_a_replaced_parameter():
     run_ranks(2, raw_tensor_worker)
 
 
-def whole_state_worker(rank, world, whole):
+def full_state_worker(rank, world, full_state):
     model = fsdp2(make_model())
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
-    optimizer.load_state_dict(whole)
+    optimizer.load_state_dict(full_state)
     held = {
         key: value.to_local().numel()
         for key, value in optimizer.state[next(model.parameters())].items()
         if key != "step"
     }
-    assert set(held.values()) == {next(model.parameters()).to_local().numel()}, (
-        "each rank keeps its rows"
-    )
+    assert set(held.values()) == {next(model.parameters()).to_local().numel()}
     found = collect(model, optimizer)
     train_on_full_gradients(model, optimizer)
     return found, held
@@ -239,13 +238,13 @@ def train_on_full_gradients(model, optimizer):
 
 
 @pytest.mark.parametrize("of", [AdamW_BF16, torch.optim.AdamW])
-def test_fsdp2_loads_the_whole_state_of_one_process(of):
+def test_fsdp2_loads_the_full_state_of_one_process(of):
     model = make_model()
     optimizer = of(model.parameters(), lr=1e-2)
     for p, grad in zip(model.parameters(), full_gradients(0, model), strict=True):
         p.grad = grad
     optimizer.step()
-    for found, held in run_ranks(2, whole_state_worker, optimizer.state_dict()):
+    for found, held in run_ranks(2, full_state_worker, optimizer.state_dict()):
         assert set(held) == {"exp_avg", "exp_avg_sq", "correction"}
         for name, p in model.named_parameters():
             for key, value in optimizer.state[p].items():
@@ -253,8 +252,8 @@ def test_fsdp2_loads_the_whole_state_of_one_process(of):
 
 
 def sharded_otherwise_worker(rank, world):
-    """States as torch.save wrote them elsewhere: of the right global shape, with other elements on this rank."""
-    model = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))  # of equal parts
+    """Load states with the right global shape but other elements on this rank."""
+    model = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))  # equal shards
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
@@ -266,11 +265,8 @@ def sharded_otherwise_worker(rank, world):
         (right.to_local()[:-1], mesh, right.placements),  # another number of rows
         (right.to_local(), other_mesh, right.placements),  # other rows
         (right.full_tensor(), mesh, (Replicate(),)),
-        (
-            right.to_local(),
-            mesh,
-            (Replicate(),),
-        ),  # stands for placements on a mesh of more dimensions that give this shape too
+        # Stands for placements on a mesh of more dimensions with the same local shape.
+        (right.to_local(), mesh, (Replicate(),)),
     ):
         state = optimizer.state_dict()
         state["state"][0]["exp_avg"] = DTensor.from_local(local, on, placements, **whole)
@@ -279,9 +275,7 @@ def sharded_otherwise_worker(rank, world):
             match=r"the loaded exp_avg of parameter 0 .* is sharded differently from the parameter .*; load it",
         ):
             optimizer.load_state_dict(state)
-    named = init_device_mesh(
-        "cpu", (world,), mesh_dim_names=("dp",)
-    )  # the same ranks by another name
+    named = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))  # the same ranks
     state = optimizer.state_dict()
     state["state"][0]["exp_avg"] = DTensor.from_local(
         right.to_local(), named, right.placements, **whole
@@ -290,21 +284,27 @@ def sharded_otherwise_worker(rank, world):
     assert_same_bits(collect(model, optimizer), before)
 
 
-def test_states_that_are_sharded_otherwise_are_refused():
+def test_state_with_another_sharding_is_rejected():
     run_ranks(2, sharded_otherwise_worker)
 
 
 def second_model_worker(rank, world):
-    """A plain model of the same shapes beside an FSDP one is no mistake, gradients or none."""
+    """Plain models without gradients beside an FSDP2 model were not replaced by it.
+
+    One is alive and has the same shapes; the other is gone and has other shapes.
+    """
     sharded = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))
-    sharded_optimizer = AdamW_BF16(sharded.parameters(), lr=1e-2)
-    plain = AdamW_BF16(nn.Linear(5, 3).to(torch.bfloat16).parameters(), lr=1e-2)
+    same_shapes = nn.Linear(4, 4).to(torch.bfloat16)
+    plain = [
+        AdamW_BF16(same_shapes.parameters(), lr=1e-2),
+        AdamW_BF16(nn.Linear(5, 3).to(torch.bfloat16).parameters(), lr=1e-2),
+    ]
     sharded(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
-    plain.step()
-    sharded_optimizer.step()
+    for optimizer in plain:
+        optimizer.step()
 
 
-def test_unused_parameters_beside_another_sharded_model_are_no_error():
+def test_unused_model_is_not_taken_for_a_replaced_one():
     run_ranks(2, second_model_worker)
 
 
@@ -314,7 +314,7 @@ def nonfinite_worker(rank, world):
     for step in range(2):
         for p, grad in zip(model.parameters(), full_gradients(step, model), strict=True):
             if step == 1 and p.shape == (13, 6):
-                grad[12, 5] = float("nan")  # in the last rank's rows alone
+                grad[12, 5] = float("nan")  # only in the last rank's rows
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
         if step == 1:
             before = collect(model, optimizer)
@@ -323,15 +323,13 @@ def nonfinite_worker(rank, world):
     return optimizer.skipped_steps
 
 
-def test_one_ranks_nan_makes_every_rank_skip():
+def test_nan_on_one_rank_makes_every_rank_skip():
     assert run_ranks(3, nonfinite_worker) == [1, 1, 1]
 
 
 def norm_worker(rank, world):
-    """Parameters sharded on a 2-D mesh, on one of its axes, replicated, and plain: each element counts once."""
+    """Return the norm over parameters sharded on a 2-D mesh, on one dimension, and replicated."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    from torch.distributed.tensor import Replicate
-
     shapes_and_placements = [
         ((8, 6), mesh, (Shard(0), Shard(1))),
         ((5, 3), mesh, (Replicate(), Shard(0))),
@@ -359,9 +357,7 @@ def test_gradient_norm_over_mixed_meshes_counts_each_element_once():
 
 
 def partial_worker(rank, world):
-    """Tensor parallelism may leave a gradient as partial sums; the update needs their sum."""
-    from torch.distributed.tensor import Partial, Replicate
-
+    """Step on a Partial gradient, as tensor parallelism may leave it."""
     mesh = init_device_mesh("cpu", (world,))
     p = nn.Parameter(DTensor.from_local(torch.zeros(4, dtype=torch.bfloat16), mesh, (Replicate(),)))
     p.grad = DTensor.from_local(

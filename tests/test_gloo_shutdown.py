@@ -1,4 +1,4 @@
-"""The exit of a process whose gloo threads are still releasing tensors."""
+"""Exit of a process whose gloo threads are still releasing tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import pytest
 
 from sharded_bf16_adamw.sharding import gloo_shutdown
 
-# The group stays referenced, as DDP and FSDP keep it, so destroy_process_group() joins no thread. The main thread never
-# gives up the GIL by itself: without the exit handler some tensors are still held when the interpreter finalizes.
+# The group stays referenced, as by DDP and FSDP, so destroy_process_group() joins no thread. The
+# main thread never yields the GIL: without the exit handler gloo still holds tensors at the end.
 SCRIPT = """
 import atexit, sys, weakref
 import torch
 import torch.distributed as dist
 
 refs = []
-atexit.register(lambda: print("held at the end:", sum(ref() is not None for ref in refs)))  # handlers run last in, first out
+# Handlers run last in, first out, so this one runs after the package's.
+atexit.register(lambda: print("held at the end:", sum(ref() is not None for ref in refs)))
 import sharded_bf16_adamw
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -36,7 +37,7 @@ dist.destroy_process_group()
 """
 
 
-def test_gloo_threads_release_their_tensors_before_the_interpreter_ends(repo):
+def test_gloo_threads_release_tensors_before_interpreter_exit(repo):
     environment = {**os.environ, "PYTHONPATH": str(repo)}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100
@@ -47,7 +48,7 @@ def test_gloo_threads_release_their_tensors_before_the_interpreter_ends(repo):
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A function that writes the state of a thread as the kernel shows it."""
+    """Return a function that writes a thread's state as ``/proc`` shows it."""
 
     def write(thread: int, name: str, state: str) -> None:
         (tmp_path / str(thread)).mkdir(exist_ok=True)
@@ -58,7 +59,7 @@ def tasks(tmp_path, monkeypatch):
     return write
 
 
-def test_waiting_lasts_until_the_thread_sleeps(tasks):
+def test_exit_waits_until_the_gloo_thread_sleeps(tasks):
     tasks(1, "python", "R")
     tasks(2, "pt_gloo_runloop", "R")
     waiting = threading.Thread(target=gloo_shutdown.wait_for_gloo_threads)
@@ -70,20 +71,22 @@ def test_waiting_lasts_until_the_thread_sleeps(tasks):
     assert not waiting.is_alive()
 
 
-def test_a_busy_thread_holds_the_exit_up_for_a_limited_time(tasks, monkeypatch):
+def test_busy_gloo_thread_delays_exit_only_for_max_wait(tasks, monkeypatch):
     monkeypatch.setattr(gloo_shutdown, "MAX_WAIT", 0.05)
     tasks(1, "name (with) brackets", "S")
     tasks(2, "pt_gloo_runloop", "R")
+    started = time.monotonic()
     gloo_shutdown.wait_for_gloo_threads()
+    assert time.monotonic() - started >= 0.05
 
 
-def test_nothing_is_waited_for_without_gloo(tasks, monkeypatch):
+def test_exit_does_not_wait_without_gloo(tasks, monkeypatch):
     tasks(1, "python", "R")
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("slept"))
     gloo_shutdown.wait_for_gloo_threads()
 
 
-def test_where_threads_cannot_be_seen_it_waits_a_moment(tmp_path, monkeypatch):
+def test_exit_waits_grace_period_if_threads_are_invisible(tmp_path, monkeypatch):
     slept: list[float] = []
     monkeypatch.setattr(gloo_shutdown, "TASKS", tmp_path / "none")
     monkeypatch.setattr(time, "sleep", slept.append)

@@ -1,4 +1,7 @@
-"""Imports run one way: launch -> checkpoint -> optimizer -> {sharding, kernels, schedule}; the last three never import each other."""
+"""Imports go one way: launch -> checkpoint -> optimizer -> {sharding, kernels, schedule}.
+
+The last three never import each other.
+"""
 
 import ast
 import subprocess
@@ -12,24 +15,20 @@ ALLOWED = {
     "schedule": set(),
     "kernels": {"profiling"},
     "sharding": {"profiling"},
-    "state": {"sharding"},
-    "step_plan": {"kernels", "sharding"},
-    "grad_norm": {"kernels", "sharding"},
-    "optimizer": {
-        "profiling",
-        "grad_norm",
-        "kernels",
-        "schedule",
-        "sharding",
-        "state",
-        "step_plan",
-    },
+    "validation": set(),
+    "gradients": {"sharding", "validation"},
+    "state": {"sharding", "validation"},
+    "grad_norm": {"gradients", "kernels", "sharding"},
+    "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
+    "serialization": {"sharding", "state", "validation"},
+    "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
+    | {"sharding", "state", "step_plan", "validation"},
     "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
 }
 
 
 def imported_layers(file: Path, package: Path) -> set[str]:
-    """The parts of the package that ``file`` imports, itself left out."""
+    """Return the layers of the package that ``file`` imports, except its own."""
     parts = file.relative_to(package).with_suffix("").parts
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -44,7 +43,7 @@ def imported_layers(file: Path, package: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("layer", ALLOWED)
-def test_layer_imports_only_what_lies_below(repo, layer):
+def test_layer_imports_only_lower_layers(repo, layer):
     package = repo / "sharded_bf16_adamw"
     files = (
         [package / f"{layer}.py"]
@@ -57,7 +56,10 @@ def test_layer_imports_only_what_lies_below(repo, layer):
 
 
 def test_importing_the_package_imports_no_triton(repo):
-    code = "import sys, sharded_bf16_adamw; print(any('sharded_bf16_adamw.kernels.triton' in name for name in sys.modules))"
+    code = (
+        "import sys, sharded_bf16_adamw; "
+        "print(any('sharded_bf16_adamw.kernels.triton' in name for name in sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What an optimizer logs when it is built: a model that nobody converted to bfloat16 must not go unnoticed."""
+"""Log lines of a new optimizer: a model that was not converted to bfloat16 is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGGER = logging.getLogger("sharded_bf16_adamw")
 
 
 class Collector(logging.Handler):
-    """While active, collects what the package logs, from ``level`` on."""
+    """A handler that collects the package's log records from ``level`` up while active."""
 
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__(logging.NOTSET)
@@ -43,8 +43,16 @@ class Collector(logging.Handler):
         LOGGER.setLevel(logging.NOTSET)
 
 
+def line(bf16: int, fp32: int, weight_bytes: int, state_bytes: int) -> str:
+    return (
+        f"AdamW_BF16 has {bf16} bfloat16 and {fp32} float32 parameters; this rank holds "
+        f"{weight_bytes} bytes of their weights, and will hold {state_bytes} bytes of their states "
+        "once each trainable one has had a gradient"
+    )
+
+
 def mixed() -> nn.Module:
-    """Two bfloat16 parameters of 15 elements, two float32 ones of 6."""
+    """Return a model with 15 bfloat16 elements in two parameters, and 6 float32 in two."""
     return nn.Sequential(nn.Linear(4, 3).bfloat16(), nn.LayerNorm(3))
 
 
@@ -56,7 +64,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def test_one_line_says_what_the_optimizer_was_built_over():
+def test_constructor_logs_one_line_for_all_groups():
     model = mixed()
     with Collector() as log:
         optimizer = AdamW_BF16(
@@ -67,14 +75,11 @@ def test_one_line_says_what_the_optimizer_was_built_over():
             lr=0.1,
         )
     optimizer.init_state()
-    assert log.lines(logging.INFO) == [
-        "AdamW_BF16 takes 2 bfloat16 and 2 float32 parameters; this rank holds 54 bytes of their weights, "
-        f"and {state_bytes(optimizer)} bytes of their states once each trainable one has had a gradient"
-    ]
+    assert log.lines(logging.INFO) == [line(2, 2, 54, state_bytes(optimizer))]
     assert log.lines(logging.WARNING) == []
 
 
-def test_a_late_group_has_a_line_of_its_own():
+def test_late_group_is_logged_separately():
     model = mixed()
     with Collector() as log:
         optimizer = AdamW_BF16(model[0].parameters(), lr=0.1)
@@ -84,7 +89,7 @@ def test_a_late_group_has_a_line_of_its_own():
     assert log.lines(logging.WARNING) == []
 
 
-def test_a_group_that_is_refused_is_not_logged():
+def test_rejected_group_is_not_logged():
     with Collector() as log:
         optimizer = AdamW_BF16(mixed().parameters(), lr=0.1)
         with pytest.raises(TypeError):
@@ -92,7 +97,7 @@ def test_a_group_that_is_refused_is_not_logged():
     assert len(log.lines(logging.INFO)) == 1
 
 
-def test_a_model_that_nobody_converted_is_warned_about_once():
+def test_float32_model_is_warned_about_once():
     model = nn.Linear(4, 3)
     with Collector(logging.NOTSET) as log:
         optimizer = AdamW_BF16(model.parameters(), lr=0.1)
@@ -103,26 +108,26 @@ def test_a_model_that_nobody_converted_is_warned_about_once():
         copy.deepcopy(optimizer)
     (message,) = log.lines(logging.WARNING)
     assert re.match(
-        r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the model with",
+        r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the",
         message,
     )
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)])
-def test_nothing_is_said_by_default_of_a_model_with_bfloat16(dtypes):
-    params = [
+def test_bfloat16_model_logs_nothing_by_default(dtypes):
+    params = [  # frozen bfloat16 parameters count too
         nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=dtype == torch.float32)
         for dtype in dtypes
-    ]  # frozen ones count
+    ]
     with Collector(logging.NOTSET) as log:
         AdamW_BF16(params, lr=0.1)
     assert log.records == []
 
 
-def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
-    """Return what each optimizer logged, and the bytes of states that it then had on this rank."""
+def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int, str]]:
+    """Return each optimizer's log lines, its bytes of state on this rank and its repr."""
     mesh = init_device_mesh("cpu", (world,))
-    results: list[tuple[list[str], int]] = []
+    results: list[tuple[list[str], int, str]] = []
     for name in ("fsdp2", "zero"):
         torch.manual_seed(0)
         model = nn.Linear(4, 3).bfloat16()
@@ -132,20 +137,16 @@ def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int]]:
         with Collector() as log:
             optimizer = AdamW_BF16(model.parameters(), lr=0.1, **options)
         optimizer.init_state()
-        results.append((log.lines(logging.INFO), state_bytes(optimizer)))
+        results.append((log.lines(logging.INFO), state_bytes(optimizer), repr(optimizer)))
     return results
 
 
-def test_bytes_are_those_of_this_rank():
-    """Two ranks share 3 rows of weights and 3 biases: 2 and 1 of each."""
-    for rank, ((fsdp2, fsdp2_states), (zero, zero_states)) in enumerate(
-        run_ranks(2, sharded_worker)
-    ):
-        assert fsdp2 == [
-            f"AdamW_BF16 takes 2 bfloat16 and 0 float32 parameters; this rank holds {(20, 10)[rank]} bytes of their weights, "
-            f"and {fsdp2_states} bytes of their states once each trainable one has had a gradient"
-        ]
-        assert zero == [
-            "AdamW_BF16 takes 2 bfloat16 and 0 float32 parameters; this rank holds 30 bytes of their weights, "
-            f"and {zero_states} bytes of their states once each trainable one has had a gradient"
-        ]
+def test_log_and_repr_show_bytes_of_this_rank():
+    """Rank 0 has the shard of 2 weight rows and 2 biases, rank 1 of one each."""
+    for rank, results in enumerate(run_ranks(2, sharded_worker)):
+        (fsdp2_log, fsdp2_bytes, fsdp2_repr), (zero_log, zero_bytes, zero_repr) = results
+        assert fsdp2_log == [line(2, 0, (20, 10)[rank], fsdp2_bytes)]
+        assert zero_log == [line(2, 0, 30, zero_bytes)]
+        assert f"\nsharding: torch\nstate: {fsdp2_bytes} bytes on this rank\n" in fsdp2_repr
+        zero = "ZeRO(stage=2, mesh=(2,))"
+        assert f"\nsharding: {zero}\nstate: {zero_bytes} bytes on this rank\n" in zero_repr

@@ -32,6 +32,7 @@ from .reference import double_device as double_device
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
+_FALLBACK_DEVICES: set[torch.device] = set()  # their first choice is not available
 
 
 class Table:
@@ -289,6 +290,15 @@ def check_backend(backend: str | None) -> None:
         )
 
 
+def backend_for(device: torch.device, backend: str | None) -> str:
+    """Return the name of the back end for tensors of ``device``, without touching the device.
+
+    It is the first choice until an update has fallen back to the reference.
+    """
+    first_choice = _BY_DEVICE.get(device.type, "reference")
+    return backend or ("reference" if device in _FALLBACK_DEVICES else first_choice)
+
+
 def _module(backend: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[backend]}", __name__)  # imported only when used
 
@@ -305,6 +315,7 @@ def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
             f"AdamW_BF16 takes slower steps on {device.type}, by the reference back end: {reason}",
             stacklevel=2,
         )
+        _FALLBACK_DEVICES.add(device)
         chosen = _module("reference")
     return chosen
 

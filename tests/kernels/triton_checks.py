@@ -342,10 +342,10 @@ def graphs() -> dict[str, Any]:
     import gc
     import weakref
 
-    from sharded_bf16_adamw import AdamW_BF16, grad_norm, kernels, optimizer
+    from sharded_bf16_adamw import AdamW_BF16, grad_norm, kernels, step_plan
     from sharded_bf16_adamw.kernels import device_memory
 
-    modules = (kernels, optimizer, grad_norm, device_memory, cuda)
+    modules = (kernels, step_plan, grad_norm, device_memory, cuda)
     truth, known, was_available = device_memory.is_capturing, kernels._BY_DEVICE, cuda.available
 
     def capture(capturing: bool) -> None:
@@ -378,11 +378,11 @@ def graphs() -> dict[str, Any]:
         ours.state[params[0]]["step"] = ours.state[params[0]][
             "step"
         ].clone()  # so that the plan no longer holds
-        replaced = weakref.ref(ours._plans[0])
+        replaced = weakref.ref(ours._step_plans.plans[0])
         ours.step()
         gc.collect()
         results["a plan that no graph reads"] = replaced() is not None
-        captured = weakref.ref(ours._plans[0])
+        captured = weakref.ref(ours._step_plans.plans[0])
         ours.param_groups[0]["lr"] = torch.tensor(
             2e-3
         )  # the first one is also among the optimizer's defaults
@@ -396,10 +396,10 @@ def graphs() -> dict[str, Any]:
         ours.step()
         gc.collect()
         results["a plan that a graph reads"] = (
-            captured() is not None and captured() not in ours._plans
+            captured() is not None and captured() not in ours._step_plans.plans
         )
         results["the learning rate that it reads"] = lr() is not None
-        clip = ours._grad_norm.compute(ours._gradients(), 1.0, None)
+        clip = ours._grad_norm.compute(ours._grads.collect(ours.param_groups), 1.0, None)
         ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
         for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)

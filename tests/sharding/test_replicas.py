@@ -202,7 +202,7 @@ def nothing_to_compare_worker(rank: int, world: int) -> str:
 
 def test_check_without_replicas_is_an_error():
     for message in run_ranks(2, nothing_to_compare_worker):
-        assert message.startswith("rank 0 has nothing to compare")
+        assert message.startswith("rank 0 has no replicas to compare")
 
 
 def alone() -> AdamW_BF16:
@@ -261,7 +261,7 @@ def differing_gradients_worker(rank: int, world: int, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["HSDP", "dp", "ep"])
 def test_differing_gradients_are_an_error_on_every_rank(kind):
     for message in run_ranks(4, differing_gradients_worker, kind):
-        assert message.startswith("ranks that should have equal gradients have unlike ones")
+        assert message.startswith("ranks that should have equal gradients have different ones")
 
 
 def mixed_guard_worker(rank: int, world: int) -> int:
@@ -283,6 +283,6 @@ def test_inf_in_plain_gradient_beside_shards_skips_on_all():
 def test_norm_of_differing_plain_gradients_is_an_error():
     assert run_ranks(2, mixed_worker, False, False) == [f"{128**0.5:.4f}"] * 2
     for message in run_ranks(2, mixed_worker, True, False):
-        assert message.startswith("ranks that should have equal gradients have unlike ones")
+        assert message.startswith("ranks that should have equal gradients have different ones")
     total = 64 + 64 + 64 * 4  # each rank's own plain parameter counts
     assert run_ranks(2, mixed_worker, True, True) == [f"{total**0.5:.4f}"] * 2

@@ -1,0 +1,133 @@
+"""The state dict and the pickled form of the optimizer."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sharding.base import Sharding
+from .sharding.build import build_sharding
+from .sharding.dtensor import to_local
+from .sharding.model_parallel import ModelParallel
+from .sharding.zero.config import ZeRO
+from .state import complete_state, numbered_states_only
+from .validation import param_name
+
+
+class SerializableOptimizer(torch.optim.Optimizer):
+    """A torch optimizer with a sharding strategy, which its loaded states follow."""
+
+    _PICKLED: tuple[str, ...] = ()  # attributes to pickle beside torch's
+    _is_built = False
+    _sharding: Sharding
+    model_parallel: ModelParallel | None
+
+    def _init_caches(self) -> None:
+        """Create what is neither pickled nor loaded, for ``self._sharding``."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle and deepcopy. Raise TypeError if it has process groups."""
+        self._sharding.check_picklable()
+        if self.model_parallel is not None:
+            raise TypeError(
+                "an optimizer with model_parallel=ModelParallel(...) belongs to its process groups "
+                "and cannot be pickled or deep-copied; save its state with sharded_bf16_adamw.save "
+                "or its state_dict()"
+            )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._PICKLED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore an unpickled or loaded state, also one of torch.optim.AdamW."""
+        if "_sharding" not in self.__dict__:  # unpickled, so it had neither of these
+            self._sharding, self.model_parallel = build_sharding(None, None), None
+            self._init_caches()
+            self._is_built = True
+        complete_loaded(state, self._sharding)
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of :class:`AdamW_BF16` or :class:`torch.optim.AdamW`, copying its tensors.
+
+        The correction of a torch.optim.AdamW state is zero. The schedule stays this optimizer's own
+        and continues at the loaded position.
+
+        Raises:
+            ValueError: groups or shapes do not match this optimizer's; nothing is changed.
+        """
+        follows_schedule = [group["scheduled_lr"] is not None for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, follows in zip(self.param_groups, follows_schedule, strict=True):
+            group["scheduled_lr"] = group["lr"] if follows else None
+        for key, entry in self.state.items():  # torch keeps references to the given tensors
+            self.state[key] = clone_tensors(entry)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and groups; see :meth:`torch.optim.Optimizer.state_dict`.
+
+        The states of tensors in no group are left out, since they have no index.
+        """
+        with numbered_states_only(self):
+            return super().state_dict()
+
+
+def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:
+    """Complete a loaded state and its groups in place, also those of torch.optim.AdamW.
+
+    Args:
+        loaded: ``"state"`` by parameter and ``"param_groups"``.
+        sharding: the optimizer's sharding strategy.
+
+    Raises:
+        ValueError: see :func:`complete_state`.
+    """
+    schedule_step = 0
+    if any("schedule_step" not in group for group in loaded["param_groups"]):
+        # Of torch.optim.AdamW: the schedule continues at its step.
+        states = [state for key, state in loaded["state"].items() if isinstance(key, Tensor)]
+        schedule_step = max((int(state.get("step", 0)) for state in states), default=0)
+    for group in loaded["param_groups"]:
+        group.setdefault("maximize", False)
+        group.setdefault("capturable", False)
+        group.setdefault("schedule_step", schedule_step)
+        group.setdefault("scheduled_lr", None)
+        for index, param in enumerate(group["params"]):
+            if state := loaded["state"].get(param):
+                complete_state(state, param, param_name(group, index), sharding)
+
+
+def clone_tensors(value: Any) -> Any:
+    """Return ``value`` with the tensors in it, and in nested dicts, cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: clone_tensors(item) for key, item in value.items()}
+    return value
+
+
+def describe(optimizer: torch.optim.Optimizer, backends: set[str], zero: ZeRO | None) -> str:
+    """Return torch's ``repr`` lines after the back end, the sharding and this rank's state bytes.
+
+    A tensor on an accelerator is shown without its value, which would wait for the device.
+    """
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    values = chain.from_iterable(state.values() for state in states)
+    nbytes = sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
+    sharding = (
+        "torch" if zero is None else f"ZeRO(stage={zero.stage}, mesh={tuple(zero.mesh.shape)})"
+    )
+    text = f"{type(optimizer).__name__} (\n"
+    text += f"backend: {', '.join(sorted(backends))}\n"
+    text += f"sharding: {sharding}\n"
+    text += f"state: {nbytes:,} bytes on this rank\n"
+    for index, group in enumerate(optimizer.param_groups):
+        text += f"\nParameter Group {index}\n"
+        for key in sorted(group.keys() - {"params"}, key=str):
+            value = group[key]
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                value = f"<{value.dtype} on {value.device}>"
+            text += f"    {key}: {value}\n"
+    return text + ")"

@@ -1,0 +1,107 @@
+"""Checks of what users pass in. Each raises before anything changes, and names the parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
+
+
+def param_name(group: dict[str, Any], index: int) -> str:
+    """Return a parameter's name for messages: its FQN if known, else its index and shape."""
+    if "param_names" in group:
+        return f"{group['param_names'][index]!r}"
+    param = group["params"][index]
+    return f"{index} ({'of a lazy module' if is_lazy(param) else f'shape {tuple(param.shape)}'})"
+
+
+def param_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Map each parameter to its name for messages."""
+    return {
+        param: param_name(group, index)
+        for group in groups
+        for index, param in enumerate(group["params"])
+    }
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError if the parameter cannot be optimized."""
+    if is_lazy(param):
+        raise ValueError(
+            f"parameter {name} has no shape yet; run one forward pass before you build the "
+            "optimizer"
+        )
+    if param.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter {name} is {param.dtype}; AdamW_BF16 takes bfloat16 and float32, so convert "
+            "it with .to(torch.bfloat16) or leave it out"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"parameter {name} is on the meta device; call model.to_empty(device=...) and "
+            "initialize it, then build the optimizer"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(
+            f"parameter {name} has layout {param.layout}; AdamW_BF16 takes dense parameters, so "
+            "call .to_dense() or leave it out"
+        )
+
+
+def check_hyperparams(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Raise ValueError, in torch's own words, if a hyperparameter is out of range."""
+    if callable(lr) or isinstance(lr, str):
+        raise ValueError(
+            f"Invalid learning rate: {lr!r}; it must be a number or a tensor; pass a schedule as "
+            "lr_function="
+        )
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= weight_decay or math.isinf(weight_decay):
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def to_betas(betas: Any) -> tuple[float, float]:
+    """Return ``betas`` as a pair of floats. Raise ValueError if they are not two numbers."""
+    try:
+        beta1, beta2 = map(float, betas)
+    except (TypeError, ValueError):
+        raise ValueError(f"Invalid betas: {betas!r}; it must be two numbers") from None
+    return beta1, beta2
+
+
+def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
+    """Raise ValueError if a CUDA graph on ``device`` would freeze ``lr`` at its captured value."""
+    if device.type != "cuda":
+        return
+    if not isinstance(lr, Tensor):
+        found = "a number"
+    elif lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+        found = f"{lr.dtype} on {lr.device}"
+    else:
+        return
+    raise ValueError(
+        f"capturable=True needs lr as a float32 or float64 tensor on {device}, where a graph reads "
+        f"it, but it is {found}; pass lr=torch.tensor(..., device={str(device)!r})"
+    )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError if a parameter group cannot be optimized."""
+    check_hyperparams(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+    for index, param in enumerate(group["params"]):
+        check_param(param, param_name(group, index))
+        if group["capturable"]:
+            check_capturable_lr(group["lr"], param.device)
