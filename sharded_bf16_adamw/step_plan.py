@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels import Hyperparams, Table
+from .kernels import FusedAdamW, Hyperparams, StepArgs
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
 
@@ -28,7 +28,7 @@ class StepPlan:
             parameter (:func:`sharded_bf16_adamw.state.check_state`).
         names: what messages call each parameter.
         sharding: how they are spread over ranks.
-        backend: see :class:`sharded_bf16_adamw.kernels.Table`.
+        backend: see :class:`sharded_bf16_adamw.kernels.FusedAdamW`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class StepPlan:
                 columns["correction"],
                 columns["step"],
             )
-            table = Table(local_params, *states_here, groups=groups_here, backend=backend)
+            table = FusedAdamW(local_params, *states_here, groups=groups_here, backend=backend)
             self._tables.append((local_params[0].device, indices, table))
 
     def matches(self, groups: list[list[Tensor]]) -> bool:
@@ -82,7 +82,7 @@ class StepPlan:
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph reads from it; see :attr:`sharded_bf16_adamw.kernels.Table.captured`."""
+        """Whether a CUDA graph reads from it; see :attr:`sharded_bf16_adamw.kernels.FusedAdamW.captured`."""
         return any(table.captured for _, _, table in self._tables)
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
@@ -114,12 +114,13 @@ class StepPlan:
     ) -> None:
         """Take one step. ``grads``: local, group after group; ``hypers``: one for each group."""
         for device, indices, table in self._tables:
-            table.update_(
+            args = StepArgs(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
                 hypers,
-                grad_scale=None if grad_scale is None else grad_scale.to(device),
-                found_inf=None if found_inf is None else found_inf.to(device),
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
             )
+            table.update_(args)
 
     def _read_layouts(self) -> list[Any]:
         """What tells which elements the parameters have, and in which order, where the memory stays: ``param.data = param.data.t()``.

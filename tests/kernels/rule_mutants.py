@@ -317,6 +317,6 @@ def mutated(mutant: Mutant) -> Update:
         steps: list[Tensor],
         **kwargs: Any,
     ) -> None:
-        take_step(module.Table(params, exp_avgs, exp_avg_sqs, corrections, steps), grads, **kwargs)
+        take_step(table_of(module, params, exp_avgs, exp_avg_sqs, corrections, steps), grads, **kwargs)
 
     return update

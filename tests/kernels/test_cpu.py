@@ -122,7 +122,7 @@ class Problem:
 
     def step(self, back_end: object = cpu, times: int = 1, **arguments: object) -> Problem:
         grads, *states = self.columns
-        table = back_end.Table(*states, self.steps)  # type: ignore[attr-defined]
+        table = table_of(back_end, *states, self.steps)  # type: ignore[attr-defined]
         for _ in range(times):
             take_step(table, grads, **(HYPER | arguments))
         return self
@@ -266,7 +266,7 @@ def test_found_inf_leaves_everything_unchanged(found_inf: float) -> None:
 def test_empty_tensors_and_lists_count_steps_only() -> None:
     problem = Problem([0, 0], BF16, BF16, wild=False).step(times=3)
     assert [step.item() for step in problem.steps] == [3.0, 1002.0]
-    take_step(cpu.Table([], [], [], [], []), [], **HYPER)
+    take_step(table_of(cpu, [], [], [], [], []), [], **HYPER)
     assert cpu.grad_sum_sq([]).item() == 0.0
 
 
@@ -275,8 +275,8 @@ def test_a_dtype_may_change_between_steps() -> None:
     grads, *states = problem.columns
     wide = [g.float() for g in grads]
     expected = problem.copy()
-    expected_table = reference.Table(*expected.columns[1:], expected.steps)
-    table = cpu.Table(*states, problem.steps)
+    expected_table = table_of(reference, *expected.columns[1:], expected.steps)
+    table = table_of(cpu, *states, problem.steps)
     for batch in (grads, wide, [grads[0], wide[1]], grads):
         take_step(table, batch, **HYPER)
         take_step(expected_table, batch, **HYPER)
@@ -389,11 +389,11 @@ def test_wrong_gradients_are_refused_before_anything_changes() -> None:
     problem = Problem([8], BF16, BF16, wild=False)
     before = problem.copy()
     (g, p, m, v, c), steps = (list(column) for column in problem.columns), problem.steps
-    table = cpu.Table(p, m, v, c, steps)
+    table = table_of(cpu, p, m, v, c, steps)
     with pytest.raises(ValueError, match="one gradient for each of the 1 parameters, but got 2"):
         take_step(table, [*g, *g], **HYPER)
     with pytest.raises(ValueError, match="hyper-parameters for 3 groups, but got 1"):
-        take_step(cpu.Table(p, m, v, c, steps, [2]), g, **HYPER)
+        take_step(table_of(cpu, p, m, v, c, steps, [2]), g, **HYPER)
     for grads in ([g[0].half()], [g[0].double()]):
         with pytest.raises(TypeError, match="only bfloat16 and float32 gradients"):
             take_step(table, grads, **HYPER)

@@ -106,7 +106,7 @@ def run_and_compare_cases(
     sum_sq = reference.grad_sum_sq([case.columns[0] for case in all_cases]).item()
     for case in all_cases:
         g, p, m, v, *c = case.columns
-        table = reference.Table([p], [m], [v], c or [None], [case.step])
+        table = table_of(reference, [p], [m], [v], c or [None], [case.step])
         take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE), zero_grads=True)
     written = target.read_bytes()
     one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)

@@ -71,7 +71,7 @@ class Model:
         self.params = random_grads(0)
         self.states = [[torch.zeros_like(p) for p in self.params] for _ in range(3)]
         self.steps = [torch.zeros((), device="cuda") for _ in self.params]
-        self.table = cuda.Table(self.params, *self.states, self.steps)  # type: ignore[arg-type]
+        self.table = table_of(cuda, self.params, *self.states, self.steps)  # type: ignore[arg-type]
         self.scratch = NormScratch()
 
     def tensors(self) -> list[Tensor]:
@@ -110,9 +110,9 @@ def test_more_than_2_to_31_elements() -> None:
         slice(n - 10000, n),
     ]
     p, g, m, v, c = ([x[part].cpu() for part in parts] for x in large)
-    take_step(reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
+    take_step(table_of(reference, p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
     take_step(
-        cuda.Table(
+        table_of(cuda, 
             [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]
         ),
         [large[1]],
@@ -271,7 +271,7 @@ def test_capture_without_a_step_before_is_refused() -> None:
         pytest.raises(RuntimeError, match="take a step like it before each capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        cuda.Table(model.params, *model.states, model.steps)  # type: ignore[arg-type]
+        table_of(cuda, model.params, *model.states, model.steps)  # type: ignore[arg-type]
     with (
         pytest.raises(RuntimeError, match="take a step like it before each capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),

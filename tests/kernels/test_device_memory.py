@@ -63,9 +63,9 @@ def make() -> DeviceArray:
 
 def test_uploaded_only_where_it_changed(capturing: SimpleNamespace) -> None:
     array = make()
-    first = array.holding(EAGER)
-    assert array.holding([list(row) for row in EAGER]) is first
-    assert array.holding(OTHER) is not first and first.tolist() == EAGER
+    first = array.upload_if_changed(EAGER)
+    assert array.upload_if_changed([list(row) for row in EAGER]) is first
+    assert array.upload_if_changed(OTHER) is not first and first.tolist() == EAGER
 
 
 def test_a_step_before_each_capture_is_enough(capturing: SimpleNamespace) -> None:
@@ -73,33 +73,33 @@ def test_a_step_before_each_capture_is_enough(capturing: SimpleNamespace) -> Non
     array = make()
     for captured in (OTHER, THIRD):
         capturing.now = False
-        array.holding(EAGER)
+        array.upload_if_changed(EAGER)
         capturing.now = True
-        assert array.holding(captured).tolist() == captured
+        assert array.upload_if_changed(captured).tolist() == captured
     assert [(on_device.tolist(), spare is not None) for on_device, spare in array.captured] == [
         (OTHER, True),
         (THIRD, True),
     ]
     capturing.now = False
-    assert array.holding(EAGER).tolist() == EAGER, "a graph has not filled its array yet"
+    assert array.upload_if_changed(EAGER).tolist() == EAGER, "a graph has not filled its array yet"
 
 
 def test_a_second_capture_without_a_step_is_refused(capturing: SimpleNamespace) -> None:
     array = make()
-    array.holding(EAGER)
+    array.upload_if_changed(EAGER)
     capturing.now = True
-    array.holding(OTHER)
+    array.upload_if_changed(OTHER)
     with pytest.raises(RuntimeError, match="take a step like it before each capture"):
-        array.holding(THIRD)
+        array.upload_if_changed(THIRD)
 
 
 def test_what_a_graph_reads_is_kept(capturing: SimpleNamespace) -> None:
     array = make()
-    eager = array.holding(EAGER)
+    eager = array.upload_if_changed(EAGER)
     capturing.now = True
-    assert array.holding(EAGER) is eager
+    assert array.upload_if_changed(EAGER) is eager
     capturing.now = False
-    array.holding(OTHER)
+    array.upload_if_changed(OTHER)
     assert any(kept is eager for kept, _ in array.captured) and eager.tolist() == EAGER
 
 

@@ -156,7 +156,7 @@ def test_groups_of_a_table_have_their_own_hyperparameters(backend):
     together[2] = states[2]
     counts = [[torch.tensor(float(group == 1)) for group in groups] for _ in range(2)]
     p, g, m, v, c = (list(column) for column in zip(*together, strict=True))
-    table = kernels.Table(p, m, v, c, counts[0], groups=groups, backend=backend)
+    table = kernels.FusedAdamW(p, m, v, c, counts[0], groups=groups, backend=backend)
     for _ in range(3):
         table.update_(g, hypers, grad_scale=torch.tensor(0.5))
         for i, group in enumerate(groups):
@@ -190,7 +190,7 @@ def test_table_serves_many_steps(backend):
     each = [state.map(torch.clone) for state in once]
     counts = [[torch.zeros(()) for _ in once] for _ in range(2)]
     p, _, m, v, c = (list(column) for column in zip(*once, strict=True))
-    table = kernels.Table(p, m, v, c, counts[0], backend=backend)
+    table = kernels.FusedAdamW(p, m, v, c, counts[0], backend=backend)
     for change in (torch.clone, lay, torch.Tensor.float, lambda g: lay(g).float(), torch.clone):
         grads = [change(state.g) for state in states]
         take_step(table, grads, **hyper)

@@ -145,8 +145,8 @@ def differences(name: str, device: str = "cpu") -> list[str]:
     )
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
     table, reference_table = (
-        cuda.Table(**ours, groups=groups),
-        reference.Table(**theirs, groups=groups),
+        table_of(cuda, **ours, groups=groups),
+        table_of(reference, **theirs, groups=groups),
     )  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
@@ -240,8 +240,8 @@ def differences_beyond_32_bits() -> list[str]:
         x[tail] = patterns(n - 2**31, BF16, generator, finite=True)
     large[3][tail].abs_()
     p, g, m, v, c = ([x[tail].clone()] for x in large)
-    take_step(reference.Table(p, m, v, c, [torch.zeros(())]), g, **HYPER)
-    table = cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
+    take_step(table_of(reference, p, m, v, c, [torch.zeros(())]), g, **HYPER)
+    table = table_of(cuda, [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
     group = table._by_dtype[0]
     assert group.chunk == 16384
     group.chunks = group.chunks[2**31 // group.chunk :]
@@ -286,7 +286,7 @@ def host_side() -> dict[str, Any]:
         results: dict[str, Any] = {}
         ours = model(replace(Case(), finite=True))
         grads = [torch.ones(n, dtype=BF16) for n in SIZES]
-        table = cuda.Table(**ours)
+        table = table_of(cuda, **ours)
 
         def step(name: str, grads: list[Tensor], **options: Any) -> None:
             counts.update(launches=0, uploads=0)
@@ -315,10 +315,10 @@ def host_side() -> dict[str, Any]:
         cuda.is_capturing = device_memory.is_capturing
         step("other dtype at the same addresses", [g.float() for g in grads])
         kinds.clear()
-        take_step(cuda.Table(**model(CASES["unaligned"])), grads, **HYPER)
+        take_step(table_of(cuda, **model(CASES["unaligned"])), grads, **HYPER)
         results["kinds"] = list(kinds)
         only_empty = [torch.zeros(0, dtype=BF16)]
-        table_of_empty = cuda.Table(
+        table_of_empty = table_of(cuda, 
             only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
         )
         take_step(table_of_empty, only_empty, **HYPER)
@@ -586,7 +586,7 @@ def signatures(target: str) -> list[tuple[str, str]]:
     triton_norm.clip_kernel = Warmed(triton_norm.clip_kernel)
     for n in (1, 16, 100):  # 1 and multiples of 16 are special to Triton
         rows = [torch.zeros(n, dtype=BF16) for _ in range(n)]
-        table = cuda.Table(rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
+        table = table_of(cuda, rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
         for lr in (1e-3, 0.0, 1.0):
             take_step(table, rows, **HYPER | {"lr": lr})
             take_step(
