@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -182,9 +182,8 @@ class FusedAdamW:
         return self._table_of(rows, [self._groups[i] for i in indices])
 
     def _table_of(self, rows: Sequence[ParamTensors], groups: list[int]) -> BackendTable:
-        return self._backend.make_table(
-            TensorLists(*map(list, zip(*rows, strict=True)), groups)  # type: ignore[arg-type]
-        )
+        columns: list[Any] = list(map(list, zip(*rows, strict=True)))
+        return self._backend.make_table(TensorLists(*columns)._replace(groups=groups))
 
     def _update_any_strides(self, args: StepArgs) -> None:
         """Take one step if some tensor is not contiguous."""

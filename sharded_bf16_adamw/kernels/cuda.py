@@ -299,11 +299,11 @@ class _NormLayout:
         self.chunk = kernels.MIN_CHUNK
         while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
             self.chunk *= 2
-        if twin is not None:
-            self.numels, self.chunks = twin.numels, twin.chunks
-        else:
+        if twin is None:
             self.numels = upload(torch.tensor(numels, dtype=torch.int64, device="cpu"), device)
             self.chunks = upload(chunk_map(list(numels), self.chunk), device)
+        else:
+            self.numels, self.chunks = twin.numels, twin.chunks
         self.partials = torch.empty(self.chunks.shape[0], dtype=torch.float64, device=device)
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([0] * len(numels), device)

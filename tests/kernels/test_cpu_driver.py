@@ -1,6 +1,6 @@
 """The native library in a C program of its own: under sanitizers, compiled by other compilers, and for aarch64 in an emulator.
 
-File given to the driver: tensors, zero_grads (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double); then for each tensor
+File given to the driver: tensors (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double); then for each tensor
 p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g, p, m, v and, for bf16 parameters, c. File that it
 writes, for each instruction set and each caller: the sum of squares (double), then for each tensor the step (float32) and its elements.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 import sharded_bf16_adamw.kernels as kernels
 from sharded_bf16_adamw.kernels import reference
 
-from .tables import take_step
+from .tables import table_of, take_step
 
 BF16, F32 = torch.bfloat16, torch.float32
 CSRC = Path(kernels.__file__).with_name("csrc")
@@ -93,7 +93,7 @@ def run_and_compare(
 def run_and_compare_cases(
     all_cases: list[Case], command: list[str], folder: Path, environment: dict[str, str]
 ) -> None:
-    data = struct.pack("=2q6d", len(all_cases), 1, *HYPER.values(), SCALE)
+    data = struct.pack("=q6d", len(all_cases), *HYPER.values(), SCALE)
     data += b"".join(case.header() + b"".join(map(content, case.columns)) for case in all_cases)
     source, target = folder / "input", folder / "output"
     source.write_bytes(data)
@@ -107,7 +107,7 @@ def run_and_compare_cases(
     for case in all_cases:
         g, p, m, v, *c = case.columns
         table = table_of(reference, [p], [m], [v], c or [None], [case.step])
-        take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE), zero_grads=True)
+        take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE))
     written = target.read_bytes()
     one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
     assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0

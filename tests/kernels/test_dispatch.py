@@ -158,7 +158,7 @@ def test_groups_of_a_table_have_their_own_hyperparameters(backend):
     p, g, m, v, c = (list(column) for column in zip(*together, strict=True))
     table = kernels.FusedAdamW(p, m, v, c, counts[0], groups=groups, backend=backend)
     for _ in range(3):
-        table.update_(g, hypers, grad_scale=torch.tensor(0.5))
+        table.update_(kernels.StepArgs(g, hypers, torch.tensor(0.5)))
         for i, group in enumerate(groups):
             p1, g1, m1, v1, c1 = ([x] for x in apart[i])
             hyper = hypers[group]._asdict()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import reference
+from sharded_bf16_adamw.kernels import backend, reference
 
 from . import layout_checks, rule_checks, rule_long_checks, rule_option_checks
 from .rule_mutants import MUTANTS, Mutant, mutated
@@ -35,7 +34,7 @@ def test_unedited_copy_passes():
     """So that what the mutants fail on is their edit, not the copying."""
     for module, checks in (
         (reference, (rule_checks.check_oracle, rule_option_checks.check_many_tensors)),
-        (kernels, LAYOUT_CHECKS),
+        (backend, LAYOUT_CHECKS),
     ):
         update = mutated(Mutant("none", (), (), module))
         for check in checks:

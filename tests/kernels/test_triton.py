@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import cuda, reference
+from sharded_bf16_adamw.kernels import backend, cuda, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
@@ -63,7 +63,7 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     assert results.pop("steps") == [10.0] * len(triton_checks.SIZES)
     assert results.pop("step of an empty parameter") == 1.0
     # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
-    assert results.pop("kinds") == [0, 6]
+    assert results.pop("variants") == [0, 6]
     # Each launch has programs for its own rows, of which each has as many as chunks of 4096: 2, 1, 1, 1, 2, 5.
     assert results.pop("programs") == {
         "all aligned": [12],
@@ -122,10 +122,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
     monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
     cuda._reason_on.cache_clear()
-    kernels._backend_module.cache_clear()
+    backend._backend_module.cache_clear()
     yield capabilities
     cuda._reason_on.cache_clear()
-    kernels._backend_module.cache_clear()
+    backend._backend_module.cache_clear()
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -153,14 +153,14 @@ def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
     monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=error))
     device = torch.device("cuda", 0)
     sentence = (
-        r"^AdamW_BF16 takes slower steps on cuda, by the reference back end: Triton cannot launch a kernel on cuda:0 \("
+        r"^AdamW_BF16 uses the slower reference back end on cuda: Triton cannot launch a kernel on cuda:0 \("
         + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a cache folder that it may write to$"
+        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a writable cache folder$"
     )
     with pytest.warns(UserWarning, match=sentence):
-        assert kernels._backend_module(device, None) is reference
+        assert backend._backend_module(device, None) is reference
     with pytest.raises(
-        ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"
+        ValueError, match=r"backend 'triton' is not available: Triton cannot launch"
     ):
         kernels.check_backend("triton")
 
@@ -236,7 +236,6 @@ def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales:
 
 VECTORS = {  # 16-byte loads and stores of the main loop: 8 elements a thread
     "bf16": (5, 4),
-    "bf16, zero_grads": (5, 5),
     "bf16, fp32 gradient": (6, 4),
     "bf16, unaligned gradient": (4, 4),
     "fp32": (8, 6),

@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import Hyperparams, cuda, reference
+from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
 from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
-from .tables import split, take_step
+from .tables import split, table_of, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -155,8 +155,8 @@ def differences(name: str, device: str = "cpu") -> list[str]:
             for n, d in zip(case.sizes, case.grads, strict=True)
         ]
         same: list[Any] = [copied(g, device) for g in grads]
-        reference_table.update_(grads, [hyper, OTHER_GROUP], **flags)
-        table.update_(same, [own_hyper, OTHER_GROUP], **own_flags)
+        reference_table.update_(StepArgs(grads, [hyper, OTHER_GROUP], **flags))
+        table.update_(StepArgs(same, [own_hyper, OTHER_GROUP], **own_flags))
         lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing(
             "grads", same, grads
         )
@@ -192,9 +192,6 @@ CASES = {
     "unaligned fp32 gradients": replace(ONE[1], grad_offset=3),
     "unaligned fp32": replace(ONE[3], state_offset=1),
     "unaligned fp32, bf16 gradients": replace(ONE[2], grad_offset=1, state_offset=3),
-    "all unaligned, zero_grads": replace(
-        ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"zero_grads": True}
-    ),
     "all unaligned, grad_scale": replace(
         ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}
     ),
@@ -211,9 +208,7 @@ CASES = {
     "grad_scale of NaN": replace(
         ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(-1).int().view(FP32)}
     ),
-    "zero_grads": replace(MIXED, hyper=HYPER | {"zero_grads": True}),
-    "zero_grads, unaligned": replace(ONE[1], grad_offset=1, hyper=HYPER | {"zero_grads": True}),
-    "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0), "zero_grads": True}),
+    "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0)}),
     "found_inf is NaN": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(math.nan)}),
     "found_inf is zero": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(0.0)}),
     "lr tensor": replace(MIXED, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
@@ -260,7 +255,7 @@ def host_side() -> dict[str, Any]:
     from sharded_bf16_adamw.kernels import device_memory, triton_adamw
 
     counts = {"launches": 0, "uploads": 0}
-    kinds: list[int] = []
+    variants: list[int] = []
     programs: list[int] = []
     kernel, upload = triton_adamw.adamw_kernel, device_memory.upload
 
@@ -269,7 +264,7 @@ def host_side() -> dict[str, Any]:
             counts["launches"] += 1
             programs.extend(grid)
             return lambda *args, **options: (
-                kinds.append(options["kind"]),
+                variants.append(options["variant"]),
                 kernel[grid](*args, **options),
             )
 
@@ -314,12 +309,12 @@ def host_side() -> dict[str, Any]:
         results["programs of a mixture that a graph captures first"] = list(programs)
         cuda.is_capturing = device_memory.is_capturing
         step("other dtype at the same addresses", [g.float() for g in grads])
-        kinds.clear()
+        variants.clear()
         take_step(table_of(cuda, **model(CASES["unaligned"])), grads, **HYPER)
-        results["kinds"] = list(kinds)
+        results["variants"] = list(variants)
         only_empty = [torch.zeros(0, dtype=BF16)]
-        table_of_empty = table_of(cuda, 
-            only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
+        table_of_empty = table_of(
+            cuda, only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
         )
         take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
@@ -342,11 +337,11 @@ def graphs() -> dict[str, Any]:
     import gc
     import weakref
 
-    from sharded_bf16_adamw import AdamW_BF16, grad_norm, kernels, optimizer
-    from sharded_bf16_adamw.kernels import device_memory
+    from sharded_bf16_adamw import AdamW_BF16, grad_norm, optimizer
+    from sharded_bf16_adamw.kernels import backend, device_memory
 
-    modules = (kernels, optimizer, grad_norm, device_memory, cuda)
-    truth, known, was_available = device_memory.is_capturing, kernels._BY_DEVICE, cuda.available
+    modules = (backend, optimizer, grad_norm, device_memory, cuda)
+    truth, known, was_available = device_memory.is_capturing, backend._BY_DEVICE, cuda.available
 
     def capture(capturing: bool) -> None:
         for module in modules:
@@ -361,8 +356,8 @@ def graphs() -> dict[str, Any]:
             return str(error)
         return "no error"
 
-    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
-    kernels._backend_module.cache_clear()
+    backend._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
+    backend._backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
         for p in params:
@@ -408,8 +403,8 @@ def graphs() -> dict[str, Any]:
             results[f"clip captured: {clips}, step: {steps}"] = refusal(ours.step)
         return results
     finally:
-        kernels._BY_DEVICE, cuda.available = known, was_available
-        kernels._backend_module.cache_clear()
+        backend._BY_DEVICE, cuda.available = known, was_available
+        backend._backend_module.cache_clear()
         for module in modules:
             module.is_capturing = truth  # type: ignore[attr-defined]
 

@@ -50,25 +50,24 @@ NORM_ARGUMENTS: dict[str, str] = {
 }
 CLIP_ARGUMENTS: dict[str, str] = {"sum_sq": "*fp64", "clip": "*fp32", "max_norm_bits": "i64"}
 
-_FULL_ADAMW = {"fp32_param": False, "zero_grads": False, "hardware_cast": True}
+_FULL_ADAMW = {"fp32_param": False, "hardware_cast": True}
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "bf16": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 0}),
-    "bf16, zero_grads": (
+    "bf16": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"variant": 0}),
+    "bf16, fp32 gradient": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 0, "zero_grads": True},
+        _FULL_ADAMW | {"variant": 1},
     ),
-    "bf16, fp32 gradient": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 1}),
     "bf16, unaligned gradient": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 2},
+        _FULL_ADAMW | {"variant": 2},
     ),
-    "bf16, unaligned": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 6}),
+    "bf16, unaligned": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"variant": 6}),
     "fp32": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 1, "fp32_param": True},
+        _FULL_ADAMW | {"variant": 1, "fp32_param": True},
     ),
     "norm": (triton_norm.norm_kernel, NORM_ARGUMENTS, {}),
     "clip": (triton_norm.clip_kernel, CLIP_ARGUMENTS, {}),
