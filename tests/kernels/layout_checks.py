@@ -29,7 +29,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def storage(x: Tensor) -> Tensor:
-    """Return all of the tensor's memory as one flat tensor, including elements outside of the view."""
+    """Return all of the tensor's memory as a flat tensor, including elements outside the view."""
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
@@ -39,7 +39,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check_layouts(update: Update) -> None:
-    """Check that tensors of any layouts, equal or mixed, get the bits of contiguous ones, in place."""
+    """Check that tensors of any layouts, equal or mixed, get the bits of contiguous ones."""
     start = typical(N, 60).map(lambda x: x.view(SHAPE))
     names = list(LAYOUTS)
     mixed = [tuple(names[(i + j) % len(names)] for j in range(5)) for i in range(len(names))]
@@ -110,7 +110,7 @@ def check_skipped_in_any_layout(update: Update) -> None:
 
 
 def take_step(update: Update, state: State, t: int, found_inf: Tensor | None = None) -> None:
-    """Take step ``t`` in place, with the default hyper-parameters of :func:`~.rule_checks.stepped`."""
+    """Take step ``t`` in place, with the hyper-parameters ``DEFAULT``."""
     count = torch.tensor(float(t - 1))
     lists = [[state.p], [state.g], [state.m], [state.v], [state.c], [count]]
     update(*lists, **DEFAULT._asdict(), found_inf=found_inf)

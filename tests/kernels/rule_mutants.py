@@ -1,4 +1,4 @@
-"""Wrong update rules, each one edit away from the package, with the checks that must notice it."""
+"""Wrong update rules, each one edit away from the package, with the checks that must fail."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .tables import table_of, take_step
 class Mutant(NamedTuple):
     """One wrong rule.
 
-    name: what is wrong, in words.
-    edits: ``(old, new)`` source fragments; each ``old`` stands exactly once in the module.
-    caught_by: names of checks that each must fail.
-    module: where the edits go.
+    name: a description.
+    edits: ``(old, new)`` source fragments; each ``old`` occurs exactly once in the module.
+    caught_by: names of the checks that must fail.
+    module: the module to edit.
     """
 
     name: str
@@ -48,7 +48,7 @@ ROUND_UP = "((bits & 0xFFFF) > r)"
 NAN_GUARD = "return torch.where(x.isnan(), torch.nan, rounded)"
 
 MUTANTS = (
-    # the four that the design of the rule names
+    # the four mistakes that the design of the rule avoids
     Mutant(
         "v to nearest",
         ((V_ROUNDED, "vn.bfloat16()"),),
@@ -248,8 +248,8 @@ MUTANTS = (
         "the gradient's layout not looked at",
         (
             (
-                "if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):",
-                "if True:",
+                "    if grad.stride() == param.stride() or (grad",
+                "    if True or (grad",
             ),
         ),
         ("check_layouts", "check_expanded_gradient"),
@@ -288,7 +288,8 @@ def mutated(mutant: Mutant) -> Update:
     source = inspect.getsource(mutant.module)
     for old, new in mutant.edits:
         assert source.count(old) == 1, (
-            f"mutant {mutant.name!r} is out of date: {old!r} stands {source.count(old)} times in its module"
+            f"mutant {mutant.name!r} is out of date: {old!r} occurs {source.count(old)} times in "
+            "its module"
         )
         source = source.replace(old, new)
     # under the true name, so that relative imports work; it is registered nowhere

@@ -9,7 +9,7 @@ from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, TensorLists
 
 
 def table_of(backend: ModuleType, *columns: Any, **named: Any) -> Any:
-    """Return a back end's table of the columns ``params`` to ``steps`` and, optionally, ``groups``."""
+    """Return a back end's table of ``params`` to ``steps`` and, optionally, ``groups``."""
     return backend.make_table(TensorLists(*columns, **named))
 
 
