@@ -1,9 +1,9 @@
 """Checks of one step of the update rule.
 
 Each takes the update function, so that it can be run on wrong rules (mutants) too. An update
-function has the signature of ``sharded_bf16_adamw.kernels.adamw_bf16_``, without ``backend``. A check
-returns nothing and raises AssertionError if the rule is violated. All randomness comes from seeded
-generators.
+function has the signature of ``sharded_bf16_adamw.kernels.adamw_bf16_``, without ``backend``. A
+check returns nothing and raises AssertionError if the rule is violated. All randomness comes from
+seeded generators.
 """
 
 from __future__ import annotations

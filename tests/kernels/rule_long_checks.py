@@ -1,7 +1,7 @@
 """Checks of the update rule over thousands of steps, against the same recurrences in float64.
 
-Each takes the update function, as in ``rule_checks``, and checks several steps on the way, so that a
-wrong rule fails early.
+Each takes the update function, as in ``rule_checks``, and checks several steps on the way, so that
+a wrong rule fails early.
 """
 
 from __future__ import annotations

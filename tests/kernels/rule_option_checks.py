@@ -58,7 +58,7 @@ def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> 
 
 
 def check_tracks_float64(update: Update, steps: int = 200, n: int = 20_000) -> None:
-    """Check that the true weight ``p + c`` follows AdamW in float64, elementwise and without drift."""
+    """Check that the true weight ``p + c`` follows AdamW in float64, elementwise, without drift."""
     gen, h = torch.Generator().manual_seed(31), Hyperparams(lr=1e-3, beta2=0.99)
     p = torch.randn(n, generator=gen).bfloat16()
     gradients = [torch.randn(n, generator=gen).bfloat16() for _ in range(steps)]

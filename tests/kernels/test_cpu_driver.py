@@ -1,8 +1,9 @@
-"""The native library in a C program of its own: under sanitizers, compiled by other compilers, and for aarch64 in an emulator.
+"""The native library in a separate C program: with sanitizers, other compilers, and for aarch64.
 
-File given to the driver: tensors (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double); then for each tensor
-p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g, p, m, v and, for bf16 parameters, c. File that it
-writes, for each instruction set and each caller: the sum of squares (double), then for each tensor the step (float32) and its elements.
+The driver reads a file: tensors (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double);
+then for each tensor p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g,
+p, m, v and, for bf16 parameters, c. It writes a file, for each instruction set and each caller: the
+sum of squares (double), then for each tensor the step (float32) and its elements.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def content(x: Tensor) -> bytes:
 def run_and_compare(
     command: list[str], folder: Path, environment: dict[str, str] | None = None
 ) -> None:
-    """Run the driver and compare all that it writes with the reference: NaN in the same places, the same bits elsewhere."""
+    """Run the driver and compare its results with the reference.
+
+    NaN at the same places, the same bits everywhere else.
+    """
     for wild in (False, True):
         run_and_compare_cases(cases(wild), command, folder, environment or {})
 
@@ -143,8 +147,8 @@ def build(compiler: str, flags: list[str], folder: Path) -> Path:
     return program
 
 
-def why_not(compiler: str, flags: list[str], folder: Path) -> str | None:
-    """Why a trivial program cannot be built and run with these flags, or None if it can."""
+def skip_reason(compiler: str, flags: list[str], folder: Path) -> str | None:
+    """Return why a trivial program cannot be built and run with these flags, or None if it can."""
     source, program = folder / "trivial.c", folder / "trivial"
     source.write_text("int main(void) { return 0; }\n")
     if shutil.which(compiler) is None:
@@ -158,7 +162,7 @@ def why_not(compiler: str, flags: list[str], folder: Path) -> str | None:
 
 @pytest.mark.parametrize(("compiler", "level"), [("cc", "-O0"), ("clang", "-O3")])
 def test_compilers_and_levels_agree(compiler: str, level: str, tmp_path: Path) -> None:
-    if reason := why_not(compiler, [level], tmp_path):
+    if reason := skip_reason(compiler, [level], tmp_path):
         pytest.skip(reason)
     run_and_compare([str(build(compiler, [level], tmp_path))], tmp_path)
 
@@ -167,7 +171,7 @@ def test_compilers_and_levels_agree(compiler: str, level: str, tmp_path: Path) -
 def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     compiler = os.environ.get("CC", "cc")
-    if reason := why_not(compiler, flags, tmp_path):
+    if reason := skip_reason(compiler, flags, tmp_path):
         pytest.skip(reason)
     run_and_compare(
         [str(build(compiler, flags, tmp_path))], tmp_path, {"TSAN_OPTIONS": "halt_on_error=1"}

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the compiled kernels' bits, launches, host syncs, CUDA graphs, and tensors of more than 2^31 elements."""
+"""Tests that need a GPU: bits, launches, host syncs, CUDA graphs, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = [(1000, 512), (333,), (0,), (1,), (4096, 1024)]
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Any call that waits for the device raises."""
+    """Make any call that waits for the device raise."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -37,8 +37,10 @@ def no_host_sync() -> Iterator[None]:
 
 
 def kernels_in(function: Any) -> list[str]:
-    """Names of the kernels that a call launches, without copies and fills by the driver. A profile that saw nothing is taken again: now and
-    then one loses its events."""
+    """Return the names of the kernels that a call launches, without copies and fills of the driver.
+
+    An empty profile is taken again: sometimes one loses its events.
+    """
     function()  # compiles and uploads what is new
     names: list[str] = []
     for _ in range(3):
@@ -169,7 +171,10 @@ def test_no_host_sync() -> None:
 
 
 def test_gradients_at_new_addresses() -> None:
-    """As after zero_grad(set_to_none=True); earlier gradients stay alive, so that none comes to lie where one lay before."""
+    """As after zero_grad(set_to_none=True).
+
+    Earlier gradients stay alive, so that none gets the address of another.
+    """
     fixed, moving = Model(), Model()
     grads, kept = random_grads(1), []
     for seed in range(6):
@@ -177,9 +182,7 @@ def test_gradients_at_new_addresses() -> None:
             g.copy_(new)
         kept.append([g.clone() for g in grads])
         take_step(fixed.table, grads, **HYPER)
-        take_step(
-            moving.table, kept[-1], **HYPER
-        )  # enqueued at once: many uploads are in flight together
+        take_step(moving.table, kept[-1], **HYPER)  # no wait: many uploads are in flight
     assert differing("after", moving.tensors(), fixed.tensors()) == []
 
 
@@ -219,20 +222,20 @@ def test_graph_replays_equal_eager_steps(moved: bool) -> None:
         lr.mul_(0.9)
         clipped_step(eager, static, lr)
         graph.replay()
-        if seed == 2:  # steps outside of the graph neither disturb it nor are disturbed by it
+        if seed == 2:  # steps outside the graph and the graph do not affect each other
             other = random_grads(17)
             clipped_step(eager, other, lr)
             clipped_step(captured, other, lr)
     assert differing("after", captured.tensors(), eager.tensors()) == []
 
 
-def test_each_of_several_captures_needs_but_a_step_before() -> None:
+def test_each_capture_needs_only_a_step_before() -> None:
     eager, captured = Model(), Model()
     warm, lr = random_grads(1), torch.tensor(1e-3, device="cuda")
     graphs = []
     for seed in (2, 3):
         for model in (captured, eager):
-            clipped_step(model, warm, lr)  # before every capture the gradients lie where they lay
+            clipped_step(model, warm, lr)  # the gradients' addresses are the same each time
         static = random_grads(seed)
         graphs.append((torch.cuda.CUDAGraph(), static))
         with torch.cuda.graph(graphs[-1][0]):

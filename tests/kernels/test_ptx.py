@@ -1,7 +1,7 @@
 """The compiled kernels without a GPU, in an emulator of the PTX that Triton emits.
 
 They have the bits of the reference, and access only their tensors, aligned. ``test_triton.py``
-interprets the same cases before compilation. The emulator does not show what ptxas makes of the PTX.
+interprets the same cases before compilation. The emulator does not show what ptxas does to the PTX.
 """
 
 from __future__ import annotations

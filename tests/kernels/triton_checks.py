@@ -1,4 +1,4 @@
-"""What the Triton tests run in processes of their own: each function returns plain data, for the test to judge."""
+"""Functions that the Triton tests run in separate processes. They return plain data to compare."""
 
 from __future__ import annotations
 
@@ -19,27 +19,18 @@ from .tables import split, table_of, take_step
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 OTHER_GROUP = Hyperparams(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
-SIZES = (
-    5000,
-    0,
-    1,
-    1023,
-    8192,
-    20001,
-)  # odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
-BORDERS = (
-    127,
-    129,
-    1025,
-    1152,
-    4095,
-    4097,
-)  # one element to either side of a tail's turn, of a block and of a chunk
+# odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
+SIZES = (5000, 0, 1, 1023, 8192, 20001)
+# one element to either side of an iteration of the tail, of a block and of a chunk
+BORDERS = (127, 129, 1025, 1152, 4095, 4097)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and how it is stepped. Several updates need ``finite`` patterns: a NaN's payload is hashed, and not promised."""
+    """A model and the arguments of its steps.
+
+    Several updates need ``finite`` patterns: a NaN's payload is hashed, but not specified.
+    """
 
     sizes: tuple[int, ...] = SIZES
     params: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
@@ -55,7 +46,10 @@ class Case:
 def patterns(
     n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False
 ) -> Tensor:
-    """``n`` random bit patterns: subnormals, infinities and NaNs among them unless ``finite``; with many exact fp32 ties."""
+    """Return ``n`` random bit patterns with many exact fp32 ties.
+
+    Subnormals, infinities and NaNs are among them unless ``finite``.
+    """
     if finite:
         x = torch.randn(n + offset, generator=generator) * torch.logspace(-9, 1, n + offset)
         return x.to(dtype)[offset:]
@@ -86,9 +80,8 @@ def model(case: Case) -> dict[str, list[Any]]:
         p, m, v, c = (
             patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4)
         )
-        half = (
-            slice(0, n // 2) if not case.finite else slice(None)
-        )  # a square root of negative numbers is NaN: not for all
+        # the square root of a negative number is NaN: not for all
+        half = slice(0, n // 2) if not case.finite else slice(None)
         v[half] = v[half].abs()
         result["params"].append(p)
         result["exp_avgs"].append(m)
@@ -99,7 +92,7 @@ def model(case: Case) -> dict[str, list[Any]]:
 
 
 def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
-    """A copy that lies at the same offset from a 16-byte boundary."""
+    """Return a copy with the same offset from a 16-byte boundary."""
     if x is None:
         return None
     offset = x.storage_offset()
@@ -111,7 +104,7 @@ def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
 
 
 def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
-    """One line for each tensor with other bits than its like. NaN equals NaN."""
+    """Return a line for each tensor whose bits differ. NaN equals NaN."""
     lines = []
     for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
         if x is not None:
@@ -122,18 +115,23 @@ def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
                 at = int(wrong.reshape(-1).nonzero()[0])
                 x, y = x.reshape(-1), y.reshape(-1)
                 lines.append(
-                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} instead of {y[at]}"
+                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} "
+                    f"instead of {y[at]}"
                 )
     return lines
 
 
 def differences(name: str, device: str = "cpu") -> list[str]:
-    """Step a model of two groups by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
+    """Step a model of two groups by the kernel and by the reference.
+
+    Returns:
+        A line for each tensor that differs, or for another error.
+    """
     from sharded_bf16_adamw.kernels import triton_adamw
 
     if device == "cpu":
         assert not isinstance(triton_adamw.adamw_kernel, triton.JITFunction), (
-            "CPU tensors are for the interpreter or an emulator"
+            "CPU tensors need the interpreter or an emulator"
         )
     case = CASES[name]
     theirs = model(case)
@@ -226,7 +224,7 @@ CASES = {
 
 
 def differences_beyond_32_bits() -> list[str]:
-    """Step the last chunks of a tensor of more than 2^32 bytes. Pages that nobody touches take no memory."""
+    """Step the last chunks of a tensor of more than 2^32 bytes. Unused pages take no memory."""
     n = 2**31 + 3 * 16384 + 77  # 16384: of a program
     large = [torch.empty(n, dtype=BF16) for _ in range(5)]
     tail = slice(2**31, None)
@@ -328,12 +326,12 @@ def host_side() -> dict[str, Any]:
 def integers(
     n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str
 ) -> Tensor:
-    """Small integers: their squares add up without any rounding, in any order."""
+    """Return small integers: their squares add up without rounding, in any order."""
     return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
 
 
 def graphs() -> dict[str, Any]:
-    """What an optimizer does where a CUDA graph captures its steps; here no more than told so."""
+    """Return how an optimizer behaves in simulated captures by CUDA graphs."""
     import gc
     import weakref
 
@@ -370,17 +368,15 @@ def graphs() -> dict[str, Any]:
         }
         capture(False)
         ours.step()
-        ours.state[params[0]]["step"] = ours.state[params[0]][
-            "step"
-        ].clone()  # so that the plan no longer holds
+        # so that the plan is no longer valid
+        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
         replaced = weakref.ref(ours._plans[0])
         ours.step()
         gc.collect()
         results["a plan that no graph reads"] = replaced() is not None
         captured = weakref.ref(ours._plans[0])
-        ours.param_groups[0]["lr"] = torch.tensor(
-            2e-3
-        )  # the first one is also among the optimizer's defaults
+        # the optimizer's defaults keep the first lr alive
+        ours.param_groups[0]["lr"] = torch.tensor(2e-3)
         ours.step()
         capture(True)
         ours.step()
@@ -395,7 +391,8 @@ def graphs() -> dict[str, Any]:
         )
         results["the learning rate that it reads"] = lr() is not None
         clip = ours._grad_norm.compute(ours._gradients(), 1.0, None)
-        ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
+        # a capture would require an earlier call
+        ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]
         for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)
             ours.clip_grad_norm_(1.0)
@@ -410,7 +407,7 @@ def graphs() -> dict[str, Any]:
 
 
 def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
-    """Pairs (found, wanted)."""
+    """Return pairs (found, wanted)."""
     from sharded_bf16_adamw.kernels import triton_norm
 
     generator = torch.Generator().manual_seed(6)
@@ -449,9 +446,8 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
         float(reference.grad_sum_sq(mixed)) + 1,
     )
     triton_norm.MAX_PROGRAMS = programs
-    interpreted = (
-        triton.knobs.runtime.interpret
-    )  # then the block can change; compiled, it is part of the kernel
+    # Only the interpreter allows to change the block; otherwise it is compiled into the kernel.
+    interpreted = triton.knobs.runtime.interpret
     programs = 9 if interpreted else 2053  # more than one block adds
     block, triton_norm.BLOCK_PARTIALS = (
         triton_norm.BLOCK_PARTIALS,
@@ -508,10 +504,11 @@ def scaled_root_kernel(x, root):
 
 
 def flushing_root(x: Any) -> Any:
-    """What Triton 3.6 makes of ``sqrt_rn`` for AMD: two steps of refinement of a reciprocal root that flushes subnormal numbers.
+    """Emulate ``sqrt_rn`` of Triton 3.6 for AMD.
 
-    float32 operations with one rounding each, as numpy's long double has room for the products. The hardware's reciprocal
-    root is within one unit in the last place; here it is off by one of them where the last bit of ``x`` says so.
+    It refines a reciprocal root that flushes subnormal numbers in two iterations. Each float32
+    operation has one rounding, because numpy's long double holds the products. The hardware's
+    reciprocal root is within one ulp; this one is off by one ulp if the last bit of ``x`` is set.
     """
     wide, narrow = np.longdouble, np.float32
 
@@ -529,7 +526,7 @@ def flushing_root(x: Any) -> Any:
 
 
 def square_roots(scaled: bool) -> dict[str, int]:
-    """How many roots are wrong where the interpreter takes that sequence for one, by the exponent of the numbers."""
+    """Count wrong roots by magnitude if the interpreter uses :func:`flushing_root`."""
     from triton.runtime import interpreter
 
     generator = np.random.default_rng(11)
@@ -554,12 +551,12 @@ def square_roots(scaled: bool) -> dict[str, int]:
         builder.create_precise_sqrt = exact
     wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
     subnormal, tiny = x < np.finfo(np.float32).tiny, x < 2.0**-96
-    kinds = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
-    return {name: int((wrong & of).sum()) for name, of in kinds.items()}
+    classes = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
+    return {name: int((wrong & of).sum()) for name, of in classes.items()}
 
 
 def signatures(target: str) -> list[tuple[str, str]]:
-    """Compile, through the launcher and for a device that is not there, what a few calls would launch."""
+    """Compile the kernels of a few calls through the launcher, for a simulated device."""
     from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
 
     from .triton_offline import pretend

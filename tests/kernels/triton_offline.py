@@ -1,4 +1,4 @@
-"""Compile the Triton kernels without a GPU and read what came out. ``python triton_offline.py`` prints the figures."""
+"""Compile the Triton kernels without a GPU. ``python -m tests.kernels.triton_offline`` prints figures."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 class Compiled:
     """One kernel for one target.
 
-    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code (empty for AMD).
+    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code (empty
+    for AMD).
     """
 
     text: str
@@ -88,12 +89,12 @@ class Compiled:
     spilled: int  # registers (AMD) or bytes (NVIDIA)
 
     def count(self, pattern: str) -> int:
-        """Instructions of the machine code that match a regular expression."""
+        """Count the instructions of the machine code that match a regular expression."""
         return len(re.findall(pattern, self.sass or self.text, re.MULTILINE))
 
 
 def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
-    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]`` as the launcher does; ``options`` override its options."""
+    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]`` with the launcher's options, or others."""
     function, arguments, constants = KERNELS[kernel]
     gpu = TARGETS[target]
     constants = constants | {"flushing_sqrt": gpu.backend == "hip"}
@@ -129,20 +130,19 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
 
 
 def pretend(target: str) -> None:
-    """Have this process's launchers compile for ``TARGETS[target]``, as if there were such a device."""
+    """Make this process's launchers compile for ``TARGETS[target]``, as if that were the device."""
 
     class Driver:
         get_current_target = staticmethod(lambda: TARGETS[target])
-        get_current_device = staticmethod(
-            lambda: list(TARGETS).index(target)
-        )  # launchers keep what they compiled by device
+        # launchers cache compiled kernels by device
+        get_current_device = staticmethod(lambda: list(TARGETS).index(target))
         get_current_stream = staticmethod(lambda device=0: 0)
 
     driver.set_active(Driver())
 
 
 def _machine_code(cubin: bytes) -> tuple[str, int, int]:
-    """Disassembly, registers and bytes of stack (which is where spills go), by the tools in Triton's package."""
+    """Return disassembly, registers and bytes of stack (spills), by the tools of Triton."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -167,6 +167,6 @@ if __name__ == "__main__":
             loads, stores = compiled.count(LOAD_16), compiled.count(STORE_16)
             instructions = compiled.count(r"^\s+(/\*[0-9a-f]{4,}\*/|[vs]_|global_|buffer_|ds_)")
             print(
-                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} spilled, {loads} loads and {stores} stores"
-                f" of 16 bytes, {instructions} instructions in all"
+                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} spilled, "
+                f"{loads} loads and {stores} stores of 16 bytes, {instructions} instructions in all"
             )
