@@ -147,9 +147,9 @@ class NativeTable:
         scale = 1.0 if grad_scale is None else float(grad_scale)
         for i in range(self._groups):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[i]
-            signed_scale = -scale if maximize else scale
-            fields = float(lr), beta1, beta2, eps, weight_decay, signed_scale
-            _HYPER.pack_into(self._hypers, i * _HYPER.size, *fields)
+            signed = -scale if maximize else scale
+            at = i * _HYPER.size
+            _HYPER.pack_into(self._hypers, at, float(lr), beta1, beta2, eps, weight_decay, signed)
         self._library.sba_table_update(
             self._handle,
             self._grad_address,

@@ -204,6 +204,17 @@ def test_default_backend_equals_the_reference():
     assert all(layout_checks.same_bits(a, b) for a, b in zip(chosen, reference, strict=True))
 
 
+def test_chosen_backend_is_logged_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        kernels.backend.logger, "info", lambda text, *args: lines.append(text % args)
+    )
+    kernels.backend._backend_module.cache_clear()
+    for _ in range(2):
+        kernels.grad_sum_sq([torch.ones(3)], backend="reference")
+    assert lines == ["AdamW_BF16 uses the reference back end on cpu"]
+
+
 def test_float32_parameter_layouts(backend):
     """float32 parameters, gradients and moments may have any strides, each its own."""
     gen = torch.Generator().manual_seed(66)

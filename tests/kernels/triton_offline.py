@@ -1,4 +1,4 @@
-"""Compile the Triton kernels without a GPU. ``python -m tests.kernels.triton_offline`` prints figures."""
+"""Compile the Triton kernels without a GPU. Run it as a module to print the figures."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 class Compiled:
     """One kernel for one target.
 
-    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code (empty
-    for AMD).
+    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code
+    (empty for AMD).
     """
 
     text: str
@@ -94,7 +94,7 @@ class Compiled:
 
 
 def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
-    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]`` with the launcher's options, or others."""
+    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]``; ``options`` replace the launcher's."""
     function, arguments, constants = KERNELS[kernel]
     gpu = TARGETS[target]
     constants = constants | {"flushing_sqrt": gpu.backend == "hip"}
@@ -167,6 +167,7 @@ if __name__ == "__main__":
             loads, stores = compiled.count(LOAD_16), compiled.count(STORE_16)
             instructions = compiled.count(r"^\s+(/\*[0-9a-f]{4,}\*/|[vs]_|global_|buffer_|ds_)")
             print(
-                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} spilled, "
-                f"{loads} loads and {stores} stores of 16 bytes, {instructions} instructions in all"
+                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} "
+                f"spilled, {loads} loads and {stores} stores of 16 bytes, {instructions} "
+                "instructions in all"
             )
