@@ -60,16 +60,9 @@ ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
 class TensorLists(NamedTuple):
-    """Parameters of one device and their states. Index ``i`` of each list belongs to one parameter.
+    """Parameters of one device and their states, as :class:`FusedAdamW` describes them.
 
-    Args:
-        params: bfloat16 or float32.
-        exp_avgs: running averages of the gradients, of the parameters' shapes and dtypes.
-        exp_avg_sqs: running averages of the squared gradients, of the same shapes and dtypes.
-        corrections: bfloat16 of the parameter's shape, or None for a float32 parameter.
-        steps: 0-dim float32 on the parameters' device, the number of steps taken so far.
-        groups: index of each parameter's hyper-parameters in :attr:`StepArgs.hypers`; empty: 0
-            for all.
+    Index ``i`` of every list belongs to one parameter. Empty ``groups``: 0 for all.
     """
 
     params: list[Tensor]

@@ -120,8 +120,8 @@ def test_more_than_2_to_31_elements() -> None:
         [large[1]],
         **HYPER,
     )
-    for name, ours, theirs in zip("pgmvc", large, (p, g, m, v, c), strict=True):
-        assert differing(name, [ours[part] for part in parts], theirs) == []
+    for name, actual, expected in zip("pgmvc", large, (p, g, m, v, c), strict=True):
+        assert differing(name, [actual[part] for part in parts], expected) == []
     large[1].fill_(1.0)
     assert float(cuda.grad_sum_sq([large[1]])) == n
 

@@ -103,10 +103,10 @@ def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
     )
 
 
-def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
+def differing(name: str, actual: list[Any], expected: list[Any]) -> list[str]:
     """Return a line for each tensor whose bits differ. NaN equals NaN."""
     lines = []
-    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         if x is not None:
             x, y = x.cpu(), y.cpu()
             integer = torch.int16 if x.dtype == BF16 else torch.int32
@@ -134,17 +134,17 @@ def differences(name: str, device: str = "cpu") -> list[str]:
             "CPU tensors need the interpreter or an emulator"
         )
     case = CASES[name]
-    theirs = model(case)
-    ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
-    before = {name: [copied(x) for x in column] for name, column in theirs.items()}
+    expected = model(case)
+    actual = {name: [copied(x, device) for x in column] for name, column in expected.items()}
+    before = {name: [copied(x) for x in column] for name, column in expected.items()}
     hyper, flags = split(case.hyper)
     own_hyper, own_flags = split(
         {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
     )
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
     table, reference_table = (
-        table_of(cuda, **ours, groups=groups),
-        table_of(reference, **theirs, groups=groups),
+        table_of(cuda, **actual, groups=groups),
+        table_of(reference, **expected, groups=groups),
     )  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
@@ -155,13 +155,13 @@ def differences(name: str, device: str = "cpu") -> list[str]:
         same: list[Any] = [copied(g, device) for g in grads]
         reference_table.update_(StepArgs(grads, [hyper, OTHER_GROUP], **flags))
         table.update_(StepArgs(same, [own_hyper, OTHER_GROUP], **own_flags))
-        lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing(
+        lines = [line for x in actual for line in differing(x, actual[x], expected[x])] + differing(
             "grads", same, grads
         )
         if lines:
             return lines
     found_inf = case.hyper.get("found_inf")
-    changed = any(differing(x, ours[x], before[x]) for x in ours)
+    changed = any(differing(x, actual[x], before[x]) for x in actual)
     if changed != (found_inf is None or bool(found_inf == 0)):
         return [f"changed: {changed}"]
     return []
@@ -277,9 +277,9 @@ def host_side() -> dict[str, Any]:
     )
     try:
         results: dict[str, Any] = {}
-        ours = model(replace(Case(), finite=True))
+        columns = model(replace(Case(), finite=True))
         grads = [torch.ones(n, dtype=BF16) for n in SIZES]
-        table = table_of(cuda, **ours)
+        table = table_of(cuda, **columns)
 
         def step(name: str, grads: list[Tensor], **options: Any) -> None:
             counts.update(launches=0, uploads=0)
@@ -316,7 +316,7 @@ def host_side() -> dict[str, Any]:
         )
         take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
-        results["steps"] = [float(x) for x in ours["steps"]]
+        results["steps"] = [float(x) for x in columns["steps"]]
         results["counter"] = int(table._by_dtype[0].finished)
         return results
     finally:
@@ -360,44 +360,44 @@ def graphs() -> dict[str, Any]:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
         for p in params:
             p.grad = torch.ones_like(p)
-        ours = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
+        adamw = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
         capture(True)
         results: dict[str, Any] = {
-            "first step": refusal(ours.step),
-            "states after it": len(ours.state),
+            "first step": refusal(adamw.step),
+            "states after it": len(adamw.state),
         }
         capture(False)
-        ours.step()
+        adamw.step()
         # so that the plan is no longer valid
-        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
-        replaced = weakref.ref(ours._plans[0])
-        ours.step()
+        adamw.state[params[0]]["step"] = adamw.state[params[0]]["step"].clone()
+        replaced = weakref.ref(adamw._plans[0])
+        adamw.step()
         gc.collect()
         results["a plan that no graph reads"] = replaced() is not None
-        captured = weakref.ref(ours._plans[0])
+        captured = weakref.ref(adamw._plans[0])
         # the optimizer's defaults keep the first lr alive
-        ours.param_groups[0]["lr"] = torch.tensor(2e-3)
-        ours.step()
+        adamw.param_groups[0]["lr"] = torch.tensor(2e-3)
+        adamw.step()
         capture(True)
-        ours.step()
+        adamw.step()
         capture(False)
-        lr = weakref.ref(ours.param_groups[0]["lr"])
-        ours.param_groups[0]["lr"] = torch.tensor(1e-4)
-        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
-        ours.step()
+        lr = weakref.ref(adamw.param_groups[0]["lr"])
+        adamw.param_groups[0]["lr"] = torch.tensor(1e-4)
+        adamw.state[params[0]]["step"] = adamw.state[params[0]]["step"].clone()
+        adamw.step()
         gc.collect()
         results["a plan that a graph reads"] = (
-            captured() is not None and captured() not in ours._plans
+            captured() is not None and captured() not in adamw._plans
         )
         results["the learning rate that it reads"] = lr() is not None
-        clip = ours._grad_norm.compute(ours._gradients(), 1.0, None)
+        clip = adamw._grad_norm.compute(adamw._gradients(), 1.0, None)
         # a capture would require an earlier call
-        ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]
+        adamw._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]
         for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)
-            ours.clip_grad_norm_(1.0)
+            adamw.clip_grad_norm_(1.0)
             capture(steps)
-            results[f"clip captured: {clips}, step: {steps}"] = refusal(ours.step)
+            results[f"clip captured: {clips}, step: {steps}"] = refusal(adamw.step)
         return results
     finally:
         backend._BY_DEVICE, cuda.available = known, was_available
