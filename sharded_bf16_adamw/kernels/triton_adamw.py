@@ -88,6 +88,7 @@ def adamw_kernel(
     hardware_cast: tl.constexpr,  # False in the interpreter, whose casts to bfloat16 truncate
     flushing_sqrt: tl.constexpr,  # True on AMD: see _square_root
 ):
+    """Take one step of all rows of one variant."""
     active = True
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too

@@ -32,6 +32,7 @@ def norm_kernel(
     chunk,  # elements of one program, a multiple of BLOCK
     max_norm_bits: tl.int64,
 ):
+    """Sum the squares of all gradients. The last program stores the results."""
     tl.store(partials + tl.program_id(0), _sum_of_program(numels, grads, chunks, n_rows, chunk))
     tl.debug_barrier()  # store the partial sum before this program counts as finished
     if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:

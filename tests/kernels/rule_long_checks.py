@@ -38,19 +38,8 @@ def v_ratios(
     m, c, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
     for t in range(1, steps + 1):
         g = gradients(t)
-        update(
-            [p],
-            [g],
-            [m],
-            [v],
-            [c],
-            [count],
-            lr=0.0,
-            beta1=0.9,
-            beta2=beta2,
-            eps=1e-8,
-            weight_decay=0.0,
-        )
+        lists = [[p], [g], [m], [v], [c], [count]]
+        update(*lists, lr=0.0, beta1=0.9, beta2=beta2, eps=1e-8, weight_decay=0.0)
         exact.mul_(beta2).add_(g.double().square_(), alpha=1 - beta2)
         if t % every == 0:
             yield t, v.double() / exact
@@ -146,19 +135,8 @@ def displacement_slope(
     w, m64, v64 = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for t in range(1, steps + 1):
         g = gradients()
-        update(
-            [p],
-            [g],
-            [m],
-            [v],
-            [c],
-            [count],
-            lr=lr,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=wd,
-        )
+        lists = [[p], [g], [m], [v], [c], [count]]
+        update(*lists, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=wd)
         g64 = g.double()
         m64.mul_(0.9).add_(g64, alpha=0.1)
         v64.mul_(0.999).add_(g64.square_(), alpha=0.001)

@@ -246,12 +246,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient's layout not looked at",
-        (
-            (
-                "    if grad.stride() == param.stride() or (grad",
-                "    if True or (grad",
-            ),
-        ),
+        (("    if grad.stride() == param.stride() or (grad", "    if True or (grad"),),
         ("check_layouts", "check_expanded_gradient"),
         backend,
     ),

@@ -23,20 +23,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 DTYPES = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]  # parameter, gradient
 LENGTHS = [*range(41), 63, 64, 65, 1000, 70_001]
-SPECIAL_F32 = [
-    0x7FFFFFFF,
-    -1,
-    0x7F800001,
-    0x7F800000,
-    -0x800000,
-    0x7F7FFFFF,
-    1,
-    0x7FFFFF,
-    0x00800000,
-    -0x80000000,
-    0,
-    0x3F808000,
-]
+SPECIAL_F32 = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF]
+SPECIAL_F32 += [1, 0x7FFFFF, 0x00800000, -0x80000000, 0, 0x3F808000]
 
 
 @pytest.fixture(autouse=True)
@@ -399,8 +387,7 @@ def test_environment_selects_the_instruction_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
     cpu.select_isa(None)
     with pytest.raises(
-        ValueError,
-        match="SHARDED_BF16_ADAMW_ISA is 'sse9'; choose one of baseline, avx2, avx512",
+        ValueError, match="SHARDED_BF16_ADAMW_ISA is 'sse9'; choose one of baseline, avx2, avx512"
     ):
         cpu.available()
     monkeypatch.setattr(cpu, "supported_isas", lambda: ["baseline"])

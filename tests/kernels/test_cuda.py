@@ -154,13 +154,7 @@ def test_no_host_sync() -> None:
         for own in (grads, grads, moved, grads):
             sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0, model.scratch)
             cuda.clip_coefficient(sum_sq, 1.0)
-            take_step(
-                model.table,
-                own,
-                **HYPER,
-                grad_scale=coefficient,
-                found_inf=found_inf,
-            )
+            take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf)
             take_step(model.table, own, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
     with (

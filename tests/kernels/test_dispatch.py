@@ -36,20 +36,7 @@ def test_reference_is_a_backend():
 
 
 def test_no_parameters(backend):
-    kernels.adamw_bf16_(
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        lr=1.0,
-        beta1=0.9,
-        beta2=0.9,
-        eps=1e-8,
-        weight_decay=0.0,
-        backend=backend,
-    )
+    update_of(backend)(*([[]] * 6), lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
 
 
 def test_unknown_backend():
@@ -154,19 +141,9 @@ def test_each_group_has_its_own_hyperparameters(backend):
     for _ in range(3):
         table.update_(kernels.StepArgs(g, hypers, torch.tensor(0.5)))
         for i, group in enumerate(groups):
-            p1, g1, m1, v1, c1 = ([x] for x in apart[i])
+            lists = [[x] for x in (*apart[i], counts[1][i])]
             hyper = hypers[group]._asdict()
-            kernels.adamw_bf16_(
-                p1,
-                g1,
-                m1,
-                v1,
-                c1,
-                [counts[1][i]],
-                **hyper,
-                grad_scale=torch.tensor(0.5),
-                backend="reference",
-            )
+            update_of("reference")(*lists, **hyper, grad_scale=torch.tensor(0.5))
     for a, b in zip(together, apart, strict=True):
         assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
     assert counts[0] == counts[1]
