@@ -1,7 +1,8 @@
 """Build the optional native CPU library. Metadata is in pyproject.toml.
 
-The library is plain C behind ctypes: it needs the system's C compiler and nothing of Python or torch. Where there is no compiler, or
-it fails, the package installs without the library and runs the reference instead.
+The library is plain C behind ctypes: it needs the C compiler, but neither Python headers nor
+torch. Without a compiler, or if it fails, the package installs without the library and uses the
+reference back end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("sharded_bf16_adamw/kernels/csrc")
-# Fused or reordered arithmetic would change the bits: no -ffast-math, no -march=native, no contraction to fma.
+# Fused or reordered arithmetic would change the bits: no -ffast-math, no -march=native, no fma.
 FLAGS = [
     "-std=gnu11",
     "-O3",
@@ -30,7 +31,7 @@ FLAGS = [
 
 
 class BuildNative(build_ext):
-    """Compile all of csrc into one shared library, ``_native.so`` in the package whatever the Python version."""
+    """A build of all of csrc into one library: ``_native.so``, for any Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -46,7 +47,7 @@ class BuildNative(build_ext):
             subprocess.run([*compiler, *FLAGS, *ext.sources, "-o", str(target), "-lm"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
-                f"the native CPU library was not built, so the slower reference will serve: {error}"
+                f"the native CPU library was not built, so steps use the slower reference: {error}"
             )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import bench_bandwidth
 import torch
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
     grads = _columns(ours)[0]
 
     def read_and_step() -> None:
-        cpu.read_ceiling(grads)
+        bench_bandwidth.read_bandwidth(grads)
         ours.step()
 
     return Runner(read_and_step, _selecting(None, device))
@@ -183,11 +184,11 @@ def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
 
 def _make_kernel_alone(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
     grads, params, exp_avgs, exp_avg_sqs, corrections = _columns(ours)
-    table = kernels.Table(
+    table = kernels.FusedAdamW(
         params, exp_avgs, exp_avg_sqs, corrections, [state["step"] for state in ours.state.values()]
     )
     hyper = kernels.Hyperparams(HYPER["lr"], 0.9, 0.999, HYPER["eps"], HYPER["weight_decay"])
-    return Runner(lambda: table.update_(grads, [hyper]), _selecting(None, device))
+    return Runner(lambda: table.update_(kernels.StepArgs(grads, [hyper])), _selecting(None, device))
 
 
 def _columns(ours: AdamW_BF16) -> list[list[Tensor]]:
@@ -379,7 +380,7 @@ def _make_cpu_ceiling(
         column[0] if len(column) == 1 else torch.cat([x.flatten() for x in column])
         for column in _columns(ours)
     ]
-    return Runner(lambda: cpu.stream_ceiling(arrays), _selecting(isa, device))
+    return Runner(lambda: bench_bandwidth.copy_bandwidth(arrays), _selecting(isa, device))
 
 
 def _make_gpu_ceiling(shapes: Shapes, device: torch.device) -> Runner:

@@ -97,7 +97,6 @@ def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bo
         {},
         {"grad_scale": 0.37},
         {"maximize": True},
-        {"zero_grads": True},
         {"found_inf": 1.0},
     ]
     wrong = []
@@ -150,9 +149,11 @@ def bits_that_differ(
         if key != "maximize"
     }
     groups = [i % 2 for i in range(len(sizes))]
-    reference.Table(**columns, groups=groups).update_(grads, hypers, **flags)
+    tensors = kernels.TensorLists(**columns, groups=groups)
+    reference.make_table(tensors).update_(kernels.StepArgs(grads, hypers, **flags))
     flags |= {key: x.to(device) for key, x in flags.items() if isinstance(x, Tensor)}
-    cuda.Table(**on_device, groups=groups).update_(grads_on_device, hypers, **flags)
+    tensors = kernels.TensorLists(**on_device, groups=groups)
+    cuda.make_table(tensors).update_(kernels.StepArgs(grads_on_device, hypers, **flags))
     wanted, found = {**columns, "grads": grads}, {**on_device, "grads": grads_on_device}
     return [
         f"{name}[{i}], {sizes[i]} elements"

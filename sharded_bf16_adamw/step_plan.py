@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .gradients import GroupGrads
-from .kernels import Hyperparams, Table, is_capturing
+from .kernels import FusedAdamW, Hyperparams, StepArgs, is_capturing
 from .kernels.device_memory import WARM_UP
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
@@ -40,7 +40,7 @@ class StepPlan:
             it; each fits its parameter (:func:`.state.check_state`).
         names: each parameter's name for messages.
         sharding: the optimizer's sharding strategy.
-        backend: see :class:`.kernels.Table`.
+        backend: see :class:`.kernels.FusedAdamW`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StepPlan:
                 key: [_local_or_none(states[i], key) for i in indices]
                 for key in ("exp_avg", "exp_avg_sq", "correction", "step")
             }
-            table = Table(
+            table = FusedAdamW(
                 [local_shards[i] for i in indices],
                 columns["exp_avg"],
                 columns["exp_avg_sq"],
@@ -96,7 +96,7 @@ class StepPlan:
 
     @property
     def captured(self) -> bool:
-        """True if a CUDA graph reads from it; see :attr:`.kernels.Table.captured`."""
+        """True if a CUDA graph reads from it; see :attr:`.kernels.FusedAdamW.captured`."""
         return any(table.captured for _, _, table in self._tables)
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
@@ -134,12 +134,13 @@ class StepPlan:
         """
         hyperparams = list(map(_hyperparams, groups))
         for device, indices, table in self._tables:
-            table.update_(
+            args = StepArgs(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
                 hyperparams,
-                grad_scale=None if grad_scale is None else grad_scale.to(device),
-                found_inf=None if found_inf is None else found_inf.to(device),
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
             )
+            table.update_(args)
 
     def _read_layouts(self) -> list[Any]:
         """Read the sizes and strides, which ``param.data = param.data.t()`` changes in place."""
@@ -179,7 +180,7 @@ class StepPlanCache:
         Args:
             group_grads: one entry for each of the optimizer's parameter groups.
             states: the optimizer's states.
-            backend: see :class:`.kernels.Table`.
+            backend: see :class:`.kernels.FusedAdamW`.
 
         Returns:
             The plan, or None if no parameter has a gradient.

@@ -1,8 +1,10 @@
-"""The CPU back end: ctypes over the library that ``setup.py`` compiles from ``csrc/`` (plain C, no torch, no Python headers).
+"""The CPU back end: ctypes over the library that ``setup.py`` compiles from ``csrc/``.
 
-One C body serves every instruction set (``ISAS``), chosen at run time; the environment variable ``SHARDED_BF16_ADAMW_ISA`` forces one.
-All of them, and any number of threads, give the bits of :mod:`sharded_bf16_adamw.kernels.reference`. The library's own thread
-pool has ``torch.get_num_threads()`` threads, the caller among them. ctypes releases the GIL while it runs.
+The library is plain C and needs neither torch nor Python headers. One C source serves every
+instruction set (``ISAS``). The fastest is selected at run time; the environment variable
+``SHARDED_BF16_ADAMW_ISA`` forces one. All of them, with any number of threads, give the bits of
+:mod:`sharded_bf16_adamw.kernels.reference`. The library's own thread pool has
+``torch.get_num_threads()`` threads, including the caller. ctypes releases the GIL while it runs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import os
 import struct
 import weakref
 from array import array
-from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -21,21 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backend import StepArgs, TensorLists
 from .device_memory import NormScratch
-from .reference import Hyperparams
 
-ISAS = (
-    "baseline",
-    "avx2",
-    "avx512",
-)  # in the order of csrc/native.h; baseline is what every processor of the machine's kind has
+# in the order of csrc/native.h; every processor of the architecture has the baseline
+ISAS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 
-_HYPER = struct.Struct(
-    "6d"
-)  # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
+# sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
+_HYPER = struct.Struct("6d")
 _dtype_of = attrgetter("dtype")
 _library: ctypes.CDLL | None = None
 _unavailable_reason: str | None = None
@@ -43,10 +40,11 @@ _isa: int | None = None
 
 
 def available(device: torch.device | None = None) -> bool:
-    """Whether the library was built and loads here.
+    """Return whether the library was built and loads.
 
     Raises:
-        ValueError: ``SHARDED_BF16_ADAMW_ISA`` names an instruction set that is unknown or that this processor lacks.
+        ValueError: ``SHARDED_BF16_ADAMW_ISA`` names an instruction set that is unknown, or that
+            this processor lacks.
     """
     if _load() is None:
         return False
@@ -55,23 +53,24 @@ def available(device: torch.device | None = None) -> bool:
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Why :func:`available` is False, as one clause; None where it is True."""
+    """Return why :func:`available` is False, in one clause, or None if it is True."""
     _load()
     return _unavailable_reason
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that the library can use on this processor, slowest first. Empty without the library."""
+    """Return the instruction sets of the library that this processor has, slowest first."""
     library = _load()
-    return (
-        []
-        if library is None
-        else [name for i, name in enumerate(ISAS) if library.sba_isa_supported(i)]
-    )
+    if library is None:
+        return []
+    return [name for i, name in enumerate(ISAS) if library.sba_isa_supported(i)]
 
 
 def select_isa(name: str | None) -> None:
-    """Use one instruction set from now on, or with None what ``SHARDED_BF16_ADAMW_ISA`` says, or else the fastest.
+    """Use one instruction set from now on.
+
+    Args:
+        name: one of ``ISAS``. None: that of ``SHARDED_BF16_ADAMW_ISA``, or else the fastest.
 
     Raises:
         ValueError: ``name`` is unknown, or this processor lacks it.
@@ -81,90 +80,58 @@ def select_isa(name: str | None) -> None:
 
 
 def selected_isa() -> str:
-    """The instruction set in use. Raises ValueError as :func:`available` does."""
+    """Return the instruction set in use.
+
+    Raises:
+        ValueError: see :func:`available`.
+    """
     return ISAS[_selected_isa()]
 
 
-class Table:
-    """Pointers of one device's parameters and their states, kept between steps.
-
-    It holds its tensors, so their memory cannot be handed to others; that they still *are* the parameters' and states' tensors,
-    with the same storage, is for the caller to check before each step.
-
-    Args:
-        params: n tensors, bfloat16 or float32, on the CPU; each dense.
-        exp_avgs, exp_avg_sqs: n tensors of the parameters' dtypes, sizes and strides.
-        corrections: for each parameter a bfloat16 tensor of its size and strides, or None where it is float32.
-        steps: n 0-dim float32 tensors, the steps taken so far.
-        groups: n indices into the hyper-parameters of a step; None: 0 for all.
+class NativeTable:
+    """Addresses of the parameters and their states: a :class:`.backend.BackendTable`.
 
     Raises:
-        RuntimeError: the library is not there, see :func:`unavailable_reason`.
+        RuntimeError: the library is not available, see :func:`unavailable_reason`.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        corrections: Sequence[Tensor | None],
-        steps: list[Tensor],
-        groups: Sequence[int] | None = None,
-    ) -> None:
-        self._tensors = (
-            list(params),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            list(corrections),
-            list(steps),
-        )
+    def __init__(self, tensors: TensorLists) -> None:
+        self._tensors = tensors
         self._library = _required_library()
+        count = len(tensors.params)
+        # Memory for the arguments of a step. ctypes and struct fill a few numbers with less code
+        # than numpy, which counts if the step before left no cache warm.
+        self._grad_is_f32 = (ctypes.c_uint8 * count)()
+        self._grad_address = (ctypes.c_int64 * count)()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
-        # What a step writes for the library to read. ctypes and struct fill a few numbers with less code to fetch than numpy does, which
-        # counts where the step before has left no cache warm.
-        self._grad_is_f32 = (ctypes.c_uint8 * len(params))()
-        self._grad_address = (ctypes.c_int64 * len(params))()
-        columns = [[0 if x is None else x.data_ptr() for x in column] for column in self._tensors]
+        columns = [[0 if x is None else x.data_ptr() for x in column] for column in tensors[:5]]
         address = np.array(columns, np.int64)
-        numel = np.array([p.numel() for p in params], np.int64)
-        is_f32 = np.array([p.dtype == torch.float32 for p in params], np.uint8)
-        group = np.array(groups or [0] * len(params), np.int64)
+        numel = np.array([p.numel() for p in tensors.params], np.int64)
+        is_f32 = np.array([p.dtype == torch.float32 for p in tensors.params], np.uint8)
+        group = np.array(tensors.group_of(), np.int64)
         self._groups = int(group.max(initial=0)) + 1
         self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
-        columns_of_numbers = (
-            address.ctypes.data,
-            numel.ctypes.data,
-            is_f32.ctypes.data,
-            group.ctypes.data,
-        )
-        self._handle = self._library.sba_table_new(len(params), *columns_of_numbers)
+        pointers = (column.ctypes.data for column in (address, numel, is_f32, group))
+        self._handle = self._library.sba_table_new(count, *pointers)
         if not self._handle:
             raise MemoryError("no memory for the pointer table of the optimizer step")
         weakref.finalize(self, self._library.sba_table_free, self._handle)
 
-    def update_(
-        self,
-        grads: list[Tensor],
-        hypers: Sequence[Hyperparams],
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        zero_grads: bool = False,
-    ) -> None:
-        """Take one step, in place; arguments as :meth:`sharded_bf16_adamw.kernels.Table.update_`.
+    def update_(self, args: StepArgs) -> None:
+        """Take one step in place; see :class:`.backend.BackendTable`.
 
-        Tables may step in several threads at once, but each in one.
-
-        Args:
-            grads: n tensors, bfloat16 or float32, of the parameters' sizes and strides; 2-byte (4-byte) alignment is enough.
+        Several threads may step different tables at the same time.
 
         Raises:
-            ValueError: there are not as many gradients as parameters, or too few hyper-parameters.
+            ValueError: the number of gradients is not that of the parameters, or there are too few
+                hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
-        if len(grads) != len(self._tensors[0]):
+        grads, hypers, grad_scale, found_inf = args
+        if len(grads) != len(self._grad_address):
             raise ValueError(
-                f"update_ needs one gradient for each of the {len(self._tensors[0])} parameters, but got {len(grads)}"
+                f"update_ needs one gradient for each of the {len(self._grad_address)} parameters, "
+                f"but got {len(grads)}"
             )
         if len(hypers) < self._groups:
             raise ValueError(
@@ -180,38 +147,29 @@ class Table:
         scale = 1.0 if grad_scale is None else float(grad_scale)
         for i in range(self._groups):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[i]
-            _HYPER.pack_into(
-                self._hypers,
-                i * _HYPER.size,
-                float(lr),
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                -scale if maximize else scale,
-            )
+            signed = -scale if maximize else scale
+            at = i * _HYPER.size
+            _HYPER.pack_into(self._hypers, at, float(lr), beta1, beta2, eps, weight_decay, signed)
         self._library.sba_table_update(
             self._handle,
             self._grad_address,
             self._grad_is_f32,
             self._hypers,
-            zero_grads,
             torch.get_num_threads(),
             _selected_isa(),
         )
 
 
+make_table = NativeTable
+
+
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
-    """Sum the squares of all elements: fp64 throughout, in an order that depends neither on threads nor on the instruction set.
+    """Sum the squares of all elements in fp64; see :func:`.backend.grad_sum_sq`.
 
-    Args:
-        grads: bfloat16 or float32, on the CPU, any shapes and strides.
-
-    Returns:
-        0-dim float64.
+    The order depends neither on the number of threads nor on the instruction set.
 
     Raises:
-        TypeError: a gradient has another dtype.
+        TypeError: a gradient is neither bfloat16 nor float32.
     """
     return torch.tensor(_sum_sq(grads), dtype=torch.float64, device="cpu")
 
@@ -219,21 +177,20 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
 def grad_norm_clip(
     grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`grad_sum_sq` and :func:`clip_coefficient` together."""
+    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`."""
     return _clip(_sum_sq(grads), max_norm)
 
 
 def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`sharded_bf16_adamw.kernels.clip_coefficient`."""
+    """Compute the clip coefficient; see :func:`.backend.clip_coefficient`."""
     return _clip(sum_sq.item(), max_norm)
 
 
 def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """In Python, as the value is at hand: a dozen tensor operations would cost more than a small step."""
+    """Compute in Python floats: a dozen tensor operations would cost more than a small step."""
     norm = math.sqrt(sum_sq)
-    values = array(
-        "f", (norm, min(max_norm / (norm + 1e-6), 1.0), 0.0 if math.isfinite(sum_sq) else 1.0)
-    )
+    coefficient = min(max_norm / (norm + 1e-6), 1.0)
+    values = array("f", (norm, coefficient, 0.0 if math.isfinite(sum_sq) else 1.0))
     return torch.frombuffer(values, dtype=torch.float32).unbind()  # type: ignore[return-value]
 
 
@@ -241,57 +198,20 @@ def _sum_sq(grads: list[Tensor]) -> float:
     library = _required_library()
     is_f32 = array("B", _float32_flags(list(map(_dtype_of, grads))))
     if not all(map(Tensor.is_contiguous, grads)):
-        grads = [
-            g.contiguous() for g in grads
-        ]  # also dense ones: the order of the sum is that of the elements, not of memory
-    address, numel = (
-        array("q", list(map(Tensor.data_ptr, grads))),
-        array("q", list(map(Tensor.numel, grads))),
-    )
+        # dense ones too: the order of the sum is that of the elements, not that of the memory
+        grads = [g.contiguous() for g in grads]
+    address = array("q", list(map(Tensor.data_ptr, grads)))
+    numel = array("q", list(map(Tensor.numel, grads)))
     pointers = (column.buffer_info()[0] for column in (address, numel, is_f32))
-    total = float(
-        library.sba_sum_sq(len(grads), *pointers, torch.get_num_threads(), _selected_isa())
-    )
+    threads, isa = torch.get_num_threads(), _selected_isa()
+    total = float(library.sba_sum_sq(len(grads), *pointers, threads, isa))
     if total < 0:
         raise MemoryError("no memory for the partial sums of the gradient norm")
     return total
 
 
-def stream_ceiling(arrays: Sequence[Tensor]) -> None:
-    """Read five arrays and write all but the first in place, as they were, with next to no arithmetic: the memory traffic of a step.
-
-    For benchmarks: what a plain loop makes of this machine's memory.
-
-    Args:
-        arrays: five contiguous bfloat16 tensors of one size, in the roles g, p, m, v, c.
-    """
-    assert len(arrays) == 5 and all(a.is_contiguous() and a.dtype == torch.bfloat16 for a in arrays)
-    assert len({a.numel() for a in arrays}) == 1
-    address = np.array([a.data_ptr() for a in arrays], np.int64)
-    _required_library().sba_stream_ceiling(
-        address.ctypes.data, arrays[0].numel(), torch.get_num_threads(), _selected_isa()
-    )
-
-
-def read_ceiling(tensors: Sequence[Tensor]) -> int:
-    """Read contiguous bfloat16 tensors, with next to no arithmetic. For benchmarks: what a plain loop makes of it.
-
-    Returns:
-        The exclusive or of all whole 64-byte blocks, folded to 32 bits.
-    """
-    assert all(x.is_contiguous() and x.dtype == torch.bfloat16 for x in tensors)
-    address = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    numel = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
-    pointers = (address.ctypes.data, numel.ctypes.data)
-    return int(
-        _required_library().sba_read_ceiling(
-            len(tensors), *pointers, torch.get_num_threads(), _selected_isa()
-        )
-    )
-
-
 def _load() -> ctypes.CDLL | None:
-    """The library, or None with ``_unavailable_reason`` set. Looked for once in a process."""
+    """Load the library once a process. Return None and set ``_unavailable_reason`` on failure."""
     global _library, _unavailable_reason
     if _library is None and _unavailable_reason is None:
         if not LIBRARY.exists():
@@ -312,15 +232,13 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the signatures of csrc/native.c; without them ctypes would truncate pointers to 32 bits."""
+    """Declare the signatures of csrc/api.c: without them ctypes truncates pointers to 32 bits."""
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures: dict[str, tuple[list[type], type | None]] = {
         "sba_table_new": ([int64, pointer, pointer, pointer, pointer], pointer),
         "sba_table_free": ([pointer], None),
-        "sba_table_update": ([pointer, pointer, pointer, pointer, int32, int32, int32], None),
+        "sba_table_update": ([pointer, pointer, pointer, pointer, int32, int32], None),
         "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),
-        "sba_stream_ceiling": ([pointer, int64, int32, int32], None),
-        "sba_read_ceiling": ([int64, pointer, pointer, int32, int32], ctypes.c_uint32),
         "sba_isa_supported": ([int32], int32),
         "sba_abi_version": ([], int32),
     }
@@ -338,33 +256,33 @@ def _required_library() -> ctypes.CDLL:
 
 
 def _selected_isa() -> int:
-    """The number of the instruction set in use; the environment is read once."""
+    """Return the number of the instruction set in use. The environment is read once."""
     global _isa
     if _isa is None:
         forced = os.environ.get(ISA_VARIABLE)
-        _isa = _isa_number(
-            forced or supported_isas()[-1], f"the environment variable {ISA_VARIABLE}"
-        )
+        origin = f"the environment variable {ISA_VARIABLE}"
+        _isa = _isa_number(forced or supported_isas()[-1], origin)
     return _isa
 
 
 def _isa_number(name: str, origin: str) -> int:
     if name not in ISAS:
-        raise ValueError(f"{origin} is {name!r}, which is not one of {', '.join(ISAS)}")
+        raise ValueError(f"{origin} is {name!r}; choose one of {', '.join(ISAS)}")
     if name not in supported_isas():
         raise ValueError(
-            f"{origin} is {name!r}, which this processor lacks; it has {', '.join(supported_isas())}"
+            f"{origin} is {name!r}, which this processor lacks; choose one of "
+            f"{', '.join(supported_isas())}"
         )
     return ISAS.index(name)
 
 
 def _float32_flags(dtypes: list[torch.dtype]) -> bytes:
-    """For each gradient 1 where it is float32, else 0."""
+    """Return one byte for each gradient: 1 if it is float32, else 0."""
     found = set(dtypes)
     for dtype in found:
         if dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(
-                f"a gradient has dtype {dtype}, but only bfloat16 and float32 gradients are supported"
+                f"a gradient has dtype {dtype}; only bfloat16 and float32 gradients are supported"
             )
     if torch.float32 not in found:
         return bytes(len(dtypes))

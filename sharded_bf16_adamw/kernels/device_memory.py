@@ -1,11 +1,12 @@
 """Arrays of addresses on the device, and other plumbing between torch and Triton.
 
-Nothing here waits for the device, and everything may be captured into a CUDA graph:
+Nothing in this module waits for the device, and everything may be captured into a CUDA graph:
 
-* What changes from step to step (the gradients' addresses, hyper-parameters) reaches the device by one asynchronous copy from pinned
-  memory. torch's host allocator does not reuse pinned memory before a copy from it is done.
-* Such an array is never overwritten on the device. A captured graph goes on reading the one that it was captured with,
-  and the owner keeps that one alive: it must live as long as the graph.
+* Values that change from step to step (the gradients' addresses, hyper-parameters) reach the device
+  by one asynchronous copy from pinned memory. torch's host allocator does not reuse pinned memory
+  before a copy from it has completed.
+* Such an array is never overwritten on the device. A captured graph keeps reading the array that it
+  was captured with. The owner keeps that array alive, so the owner must live as long as the graph.
 """
 
 from __future__ import annotations
@@ -24,93 +25,113 @@ WARM_UP = "take a step like it before each capture, as for every captured torch.
 
 
 class DeviceArray:
-    """An int64 matrix on the device, uploaded anew only where it changed."""
+    """An int64 matrix on the device that is uploaded only if its values changed."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self._shape = shape
         self._device = device
         self._values: list[list[int]] | None = None
         self._array = torch.empty(0, device="cpu")
-        self._spare: Tensor | None = (
-            None  # pinned memory for a capture, during which none can be allocated
-        )
-        self.captured: list[tuple[Tensor, Tensor | None]] = []  # what CUDA graphs go on reading
-        self.keep_spare()
+        # pinned memory for the next capture, which cannot allocate any
+        self._reserved: Tensor | None = None
+        # arrays that CUDA graphs read
+        self.captured: list[tuple[Tensor, Tensor | None]] = []
+        self.reserve_pinned()
 
-    def holding(self, values: list[list[int]]) -> Tensor:
-        """The matrix with these values."""
+    def upload_if_changed(self, values: list[list[int]]) -> Tensor:
+        """Return the matrix with these values.
+
+        Raises:
+            RuntimeError: a CUDA graph captures new values, and no step since the last capture has
+                reserved pinned memory.
+        """
         capturing = is_capturing(self._device)
         if values == self._values:
             if capturing:
                 self.captured.append((self._array, None))
             else:
-                self.keep_spare()
+                self.reserve_pinned()
             return self._array
         host = torch.tensor(values, dtype=torch.int64, device="cpu")
-        if capturing:  # the copy belongs to the graph: the array is not filled before a replay, so steps outside must not use it
-            if self._spare is None:
+        if capturing:
+            # The copy belongs to the graph. The array is filled only by a replay, so steps outside
+            # of the graph must not use it.
+            if self._reserved is None:
                 raise RuntimeError(
-                    f"a CUDA graph captures new gradients or hyper-parameters for a second time; {WARM_UP}"
+                    "a CUDA graph captures new gradients or hyper-parameters for a second time; "
+                    f"{WARM_UP}"
                 )
-            self._spare.copy_(host)
-            array = self._spare.to(self._device, non_blocking=True)
-            self.captured.append((array, self._spare))
-            self._spare = None
+            self._reserved.copy_(host)
+            array = self._reserved.to(self._device, non_blocking=True)
+            self.captured.append((array, self._reserved))
+            self._reserved = None
             return array
-        if (
-            self._array.is_cuda
-        ):  # a kernel of another stream than the one that it was made on may still read the old one
+        if self._array.is_cuda:  # a kernel on another stream may still read the old array
             self._array.record_stream(torch.cuda.current_stream(self._device))
         self._array, self._values = upload(host, self._device), values
-        self.keep_spare()
+        self.reserve_pinned()
         return self._array
 
-    def keep_spare(self) -> None:
-        """Set pinned memory aside for the next capture, if there is none."""
-        if self._spare is None and self._device.type == "cuda":
-            self._spare = torch.empty(self._shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    def reserve_pinned(self) -> None:
+        """Reserve pinned memory for the next capture, unless there is some."""
+        if self._reserved is None and self._device.type == "cuda":
+            self._reserved = torch.empty(
+                self._shape, dtype=torch.int64, device="cpu", pin_memory=True
+            )
 
 
 class NormScratch:
-    """Memory in which the norm of one set of gradients is computed, step after step.
+    """Memory for the norm of one set of gradients, reused from step to step.
 
-    It belongs to whoever asks for that norm. Two owners share none, so their kernels may run at the same time on two streams,
-    and one CUDA graph may capture both.
+    It belongs to the caller that computes this norm. Two owners share none, so that their kernels
+    may run at the same time on two streams, and one CUDA graph may capture both.
     """
 
     def __init__(self) -> None:
-        self.layouts: dict[
-            tuple[Any, ...], Any
-        ] = {}  # of the back end, the least recently used first
+        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the back end, least recently used first
 
 
 class GradientAddresses:
-    """Addresses and kinds of a list of gradients on the device: int64 ``[2, n]``."""
+    """Addresses and variants of gradients (see ``triton_adamw.py``): int64 ``[2, n]`` on a device.
 
-    def __init__(self, row_kinds: list[int], device: torch.device) -> None:
+    Args:
+        row_variants: flags that each gradient's variant has at least.
+        device: where the array is.
+    """
+
+    def __init__(self, row_variants: list[int], device: torch.device) -> None:
         from . import triton_adamw as kernels
 
-        self._of_fp32, self._of_unaligned = kernels.FP32_GRAD.value, kernels.UNALIGNED_GRAD.value
-        self._row_kinds = row_kinds
+        self._fp32_flag = kernels.FP32_GRAD.value
+        self._unaligned_flag = kernels.UNALIGNED_GRAD.value
+        self._row_variants = row_variants
         self._key: tuple[list[int], list[torch.dtype]] | None = None
-        self.kinds: list[int] = []  # of the last list
-        self.array = DeviceArray((2, len(row_kinds)), device)
+        self.variants: list[int] = []  # of the last list of gradients
+        self.array = DeviceArray((2, len(row_variants)), device)
 
     def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """The array and the kinds that occur in it."""
+        """Return the array, and the distinct variants in it in ascending order."""
         pointers, dtypes = data_pointers(grads), [g.dtype for g in grads]
         if (pointers, dtypes) != self._key:
-            fp32, unaligned, is_fp32 = self._of_fp32, self._of_unaligned, torch.float32
-            self.kinds = [
-                kind | (fp32 if dtype is is_fp32 else 0) | (unaligned if pointer % ALIGNMENT else 0)
-                for pointer, dtype, kind in zip(pointers, dtypes, self._row_kinds, strict=True)
+            fp32, unaligned, is_fp32 = self._fp32_flag, self._unaligned_flag, torch.float32
+            self.variants = [
+                variant
+                | (fp32 if dtype is is_fp32 else 0)
+                | (unaligned if pointer % ALIGNMENT else 0)
+                for pointer, dtype, variant in zip(
+                    pointers, dtypes, self._row_variants, strict=True
+                )
             ]
             self._key = (pointers, dtypes)
-        return self.array.holding([pointers, self.kinds]), sorted(set(self.kinds))
+        array = self.array.upload_if_changed([pointers, self.variants])
+        return array, sorted(set(self.variants))
 
 
 def chunk_map(numels: list[int], chunk: int) -> Tensor:
-    """int32 ``[programs, 2]`` on the CPU: the row and the chunk of each program. An empty row has one, so that its step counts."""
+    """Return the row and the chunk of each program: int32 ``[programs, 2]`` on the CPU.
+
+    An empty row has one program too, which increments its step.
+    """
     counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64, device="cpu")
     row = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -123,26 +144,31 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def data_pointers(tensors: list[Tensor]) -> list[int]:
+    """Return the address of each tensor."""
     return list(map(Tensor.data_ptr, tensors))
 
 
 def double_bits(x: float) -> int:
-    """The bits of a double as a signed integer: a Python float argument would reach the kernel as float32."""
+    """Return the bits of a double as a signed integer.
+
+    A Python float argument would reach a Triton kernel as float32.
+    """
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
 def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph captures the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device_of(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on torch's current device."""
+    """Return a context in which Triton launches on ``device``: it uses torch's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def warps(threads: int, device: torch.device) -> int:
-    """Warps of 32 threads, or of 64 on most AMD devices."""
+    """Return the number of warps of ``threads``. A warp has 32 threads, on most AMD devices 64."""
     return threads // (
         torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     )
@@ -150,6 +176,7 @@ def warps(threads: int, device: torch.device) -> int:
 
 @functools.cache
 def interpreted() -> bool:
+    """Return whether Triton interprets kernels on the CPU (``TRITON_INTERPRET``)."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

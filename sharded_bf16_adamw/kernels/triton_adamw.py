@@ -1,14 +1,19 @@
-"""Triton kernel of the update rule: one launch steps all tensors of a device (CUDA and ROCm).
+"""The Triton kernel of the update rule: one launch updates all tensors of a CUDA or ROCm device.
 
-Vocabulary:
+Terms:
 
-* row: one parameter. ``rows`` holds the addresses of its tensors, its length and its group, as int64 (see the ``ROW_*`` offsets).
-* group: rows that share hyper-parameters. ``hypers`` holds those, as int64 (see the ``HYPER_*`` offsets).
-* chunk: ``chunk`` consecutive elements of one row, the work of one program. ``chunks`` maps programs to (row, chunk) pairs.
-* kind: what the compiler must know of a row (``FP32_GRAD``, ``UNALIGNED_GRAD``, ``UNALIGNED_ROW``). A launch serves one kind.
+* row: one parameter. ``rows`` holds the addresses of its tensors, its length and its group, as
+  int64 (see the ``ROW_*`` offsets).
+* group: rows that share hyper-parameters. ``hypers`` holds them as int64 (see the ``HYPER_*``
+  offsets).
+* chunk: ``chunk`` consecutive elements of one row, the work of one program. ``chunks`` maps
+  programs to (row, chunk) pairs.
+* variant: flags of a row that the compiler must know (``FP32_GRAD``, ``UNALIGNED_GRAD``,
+  ``UNALIGNED_ROW``). A launch updates the rows of one variant.
 
-Arithmetic follows ``reference.py`` operation by operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add rounds
-once where the rule rounds twice. Scalars that the rule takes in double arrive as the bits of a double.
+The arithmetic follows ``reference.py`` operation by operation. Launch with
+``enable_fp_fusion=False``: a fused multiply-add rounds once, but the rule rounds twice. Scalars
+that the rule computes in double arrive as the bits of a double.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,12 +23,10 @@ import triton.language as tl
 
 from . import reference
 
-BLOCK = tl.constexpr(
-    1024
-)  # elements per loop turn: 8 bfloat16 = 16 bytes a thread with 128 threads
-TAIL = tl.constexpr(
-    128
-)  # what is left of a chunk goes one element a thread: masks would take many registers otherwise
+# elements per iteration: 8 bfloat16 = 16 bytes a thread with 128 threads
+BLOCK = tl.constexpr(1024)
+# The rest of a chunk takes one element a thread: otherwise masks would need many registers.
+TAIL = tl.constexpr(128)
 
 ROW_WIDTH = tl.constexpr(8)
 ROW_PARAM = tl.constexpr(0)
@@ -41,12 +44,13 @@ HYPER_BETA2 = tl.constexpr(2)
 HYPER_EPS = tl.constexpr(3)
 HYPER_WEIGHT_DECAY = tl.constexpr(4)
 HYPER_MAXIMIZE = tl.constexpr(5)  # 0 or 1
-HYPER_LR_ADDRESS = tl.constexpr(6)  # of a tensor that is read in place of HYPER_LR, or 0
-HYPER_LR_DOUBLE = tl.constexpr(7)  # 1 where that is float64, 0 where float32
+HYPER_LR_ADDRESS = tl.constexpr(6)  # of a tensor that replaces HYPER_LR, or 0
+HYPER_LR_DOUBLE = tl.constexpr(7)  # 1 if that tensor is float64, 0 if it is float32
 
 FP32_GRAD = tl.constexpr(1)
 UNALIGNED_GRAD = tl.constexpr(2)
-UNALIGNED_ROW = tl.constexpr(4)  # parameter or state off a 16-byte boundary; implies UNALIGNED_GRAD
+# parameter or state off a 16-byte boundary; implies UNALIGNED_GRAD
+UNALIGNED_ROW = tl.constexpr(4)
 
 TINY = tl.constexpr(2.0**-96)
 TWO_TO_32 = tl.constexpr(2.0**32)
@@ -58,6 +62,8 @@ SPREAD_C = tl.constexpr(reference.SPREAD_C)
 MIX = tl.constexpr(reference.MIX)
 DRAW_M = tl.constexpr(reference.DRAW_M)
 DRAW_C = tl.constexpr(reference.DRAW_C)
+LOWBIAS_FIRST = tl.constexpr(reference.LOWBIAS_FIRST)
+LOWBIAS_SECOND = tl.constexpr(reference.LOWBIAS_SECOND)
 
 THREADS = BLOCK.value // 8
 
@@ -69,20 +75,20 @@ _SCALAR_POINTERS = ["grad_scale", "found_inf"]  # 0-dim tensors may be views at 
 @triton.jit(do_not_specialize=["n_rows", "chunk"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
 def adamw_kernel(
     rows,  # *int64 [n_rows, ROW_WIDTH]
-    grads,  # *int64 [2, n_rows]: addresses, then kinds
+    grads,  # *int64 [2, n_rows]: addresses, then variants
     hypers,  # *int64 [groups, HYPER_WIDTH]
     chunks,  # *int32 [programs, 2]: row, chunk of the row
-    finished,  # *int32 [1]: programs that are done with reading steps; zero between launches
+    finished,  # *int32 [1]: programs that have read their step; zero between launches
     n_rows,
     chunk,  # elements of one program, a multiple of BLOCK
     grad_scale,  # *float of one element, or None
     found_inf,  # *float of one element, or None
-    kind: tl.constexpr,  # rows of other kinds are left to other launches
+    variant: tl.constexpr,  # rows of other variants belong to other launches
     fp32_param: tl.constexpr,
-    zero_grads: tl.constexpr,
     hardware_cast: tl.constexpr,  # False in the interpreter, whose casts to bfloat16 truncate
     flushing_sqrt: tl.constexpr,  # True on AMD: see _square_root
 ):
+    """Take one step of all rows of one variant."""
     active = True
     if found_inf is not None:
         active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
@@ -95,17 +101,17 @@ def adamw_kernel(
             n_rows,
             chunk,
             grad_scale,
-            kind,
+            variant,
             fp32_param,
-            zero_grads,
             hardware_cast,
             flushing_sqrt,
         )
-        _count_steps(rows, grads, finished, n_rows, kind)
+        _count_steps(rows, grads, finished, n_rows, variant)
 
 
-# At every launch Triton compares the global constants that the kernel itself names with what they were when it was compiled, which for all
-# of them takes longer than the rest of the launch. Those that only the functions below name are part of the compiled kernel's key alone.
+# At every launch Triton compares the global constants that the kernel itself names with their
+# values at compile time. For all constants this takes longer than the rest of the launch. Constants
+# that only the functions below name are merely part of the compiled kernel's key.
 
 
 @triton.jit
@@ -117,35 +123,32 @@ def _update_chunk(
     n_rows,
     chunk,
     grad_scale,
-    kind: tl.constexpr,
+    variant: tl.constexpr,
     fp32_param: tl.constexpr,
-    zero_grads: tl.constexpr,
     hardware_cast: tl.constexpr,
     flushing_sqrt: tl.constexpr,
 ):
-    """Step this program's chunk, if its row is of this kind."""
+    """Update this program's chunk, if its row is of this variant."""
     program = tl.program_id(0)
     row = tl.load(chunks + 2 * program)
-    if tl.load(grads + n_rows + row) == kind:
+    if tl.load(grads + n_rows + row) == variant:
         scale = tl.full((), 1.0, tl.float32)
         if grad_scale is not None:
             scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
         this_row = rows + row * ROW_WIDTH
         hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
-        scale = tl.where(
-            tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale
-        )  # a product: 0 - x loses the sign of zero
-        t = (tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32))) + 1.0).to(
-            tl.int32
-        )
+        # a product: 0 - x loses the sign of zero
+        scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)
+        step = tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32)))
+        t = (step + 1.0).to(tl.int32)
         scalars = _step_scalars(t, hyper)
         key = _lowbias32(t.to(tl.uint32))
         start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
         n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
         g = _pointer(
-            tl.load(grads + row), start, (FP32_GRAD & kind) != 0, (UNALIGNED_GRAD & kind) == 0
+            tl.load(grads + row), start, (FP32_GRAD & variant) != 0, (UNALIGNED_GRAD & variant) == 0
         )
-        aligned: tl.constexpr = (UNALIGNED_ROW & kind) == 0
+        aligned: tl.constexpr = (UNALIGNED_ROW & variant) == 0
         p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
         m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
         v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
@@ -168,7 +171,6 @@ def _update_chunk(
                 key,
                 scalars,
                 fp32_param,
-                zero_grads,
                 hardware_cast,
                 flushing_sqrt,
             )
@@ -186,18 +188,17 @@ def _update_chunk(
                 key,
                 scalars,
                 fp32_param,
-                zero_grads,
                 hardware_cast,
                 flushing_sqrt,
             )
 
 
 @triton.jit
-def _count_steps(rows, grads, finished, n_rows, kind: tl.constexpr):
-    """Count up the steps of all rows of this kind.
+def _count_steps(rows, grads, finished, n_rows, variant: tl.constexpr):
+    """Increment the steps of all rows of this variant.
 
-    Every program reads its row's step, so only the last one to finish may do so. The barrier makes all threads' reads happen before this
-    program counts as finished.
+    Every program reads its row's step, so only the last program to finish may write. The barrier
+    makes the reads of all threads happen before this program counts as finished.
     """
     tl.debug_barrier()
     if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -205,7 +206,7 @@ def _count_steps(rows, grads, finished, n_rows, kind: tl.constexpr):
         for first in range(0, n_rows, BLOCK_ROWS):
             index = first + tl.arange(0, BLOCK_ROWS)
             mask = index < n_rows
-            mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == kind)
+            mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == variant)
             step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(
                 tl.pointer_type(tl.float32)
             )
@@ -225,11 +226,10 @@ def _update(
     key,
     scalars,
     fp32_param,
-    zero_grads,
     hardware_cast,
     flushing_sqrt: tl.constexpr,
 ):
-    """Step the elements ``i`` of one row; ``mask`` None means that all of them exist."""
+    """Update the elements ``i`` of one row; with ``mask`` None all of them exist."""
     if fp32_param:
         _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt)
     else:
@@ -246,8 +246,6 @@ def _update(
             hardware_cast,
             flushing_sqrt,
         )
-    if zero_grads:
-        tl.store(g + i, tl.zeros(i.shape, g.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -312,11 +310,11 @@ def _moments(g, m, v, scalars, flushing_sqrt: tl.constexpr):
 
 @triton.jit
 def _square_root(x, flushing_sqrt: tl.constexpr):
-    """The square root, rounded to nearest.
+    """Return the square root, rounded to nearest.
 
-    For AMD some versions of Triton (3.6) refine the hardware's reciprocal root, which takes subnormal numbers for zero: their
-    root is then NaN, and below 2^-96 the remainder is subnormal and its root an ulp off. Scaling such numbers by powers of
-    two is exact.
+    For AMD some versions of Triton (3.6) refine the hardware's reciprocal root, which treats
+    subnormal numbers as zero: their root is then NaN. Below 2^-96 the remainder is subnormal and
+    the root is an ulp off. Scaling such numbers by powers of two is exact.
     """
     if flushing_sqrt:
         tiny = x < TINY
@@ -328,7 +326,7 @@ def _square_root(x, flushing_sqrt: tl.constexpr):
 
 @triton.jit
 def _step_scalars(t, hyper):
-    """``reference.step_scalars`` on the device: in double, each rounded once to float32."""
+    """Compute ``reference.step_scalars`` in double and round each once to float32."""
     lr = _double_at(hyper + HYPER_LR)
     lr_address = tl.load(hyper + HYPER_LR_ADDRESS)
     if lr_address != 0:
@@ -352,7 +350,7 @@ def _step_scalars(t, hyper):
 
 @triton.jit
 def _power(base, exponent):
-    """``base ** exponent`` in double by repeated squaring, like ``reference.power``."""
+    """Return ``base ** exponent`` in double by repeated squaring, like ``reference.power``."""
     result = tl.full((), 1.0, tl.float64)
     while exponent > 0:
         result = tl.where((exponent & 1) != 0, result * base, result)
@@ -373,7 +371,7 @@ def _double_at(address):
 
 @triton.jit
 def _pointer(address, start, fp32: tl.constexpr, aligned: tl.constexpr):
-    """Element ``start`` of the tensor at ``address``, typed as its bit patterns."""
+    """Return a pointer to element ``start`` of the tensor at ``address``, typed as bit patterns."""
     pointer = address.to(tl.pointer_type(tl.uint32 if fp32 else tl.uint16)) + start
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -382,13 +380,13 @@ def _pointer(address, start, fp32: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _widen(bits):
-    """The float32 of a bfloat16 whose 16 bits are in a uint32."""
+    """Return the float32 of a bfloat16 whose 16 bits are in a uint32."""
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _gradient(bits):
-    """The float32 of a gradient loaded as uint16 (bfloat16) or uint32 (float32)."""
+    """Return the float32 of a gradient loaded as uint16 (bfloat16) or uint32 (float32)."""
     if bits.dtype == tl.uint32:
         return _without_payload(bits)
     else:
@@ -397,7 +395,7 @@ def _gradient(bits):
 
 @triton.jit
 def _pattern(bits):
-    """The 16 hashed bits of a gradient. A float32 folds to the same bits where bfloat16 holds it exactly."""
+    """Return the 16 hashed bits of a gradient; see ``reference._pattern``."""
     if bits.dtype == tl.uint32:
         return (bits >> 16 ^ bits) & 0xFFFF
     else:
@@ -406,17 +404,20 @@ def _pattern(bits):
 
 @triton.jit
 def _lowbias32(x):
-    """``reference.lowbias32`` on uint32."""
+    """Compute ``reference.lowbias32`` of a uint32."""
     x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
+    x = x * LOWBIAS_FIRST
     x = x ^ (x >> 15)
-    x = x * 0x846CA68B
+    x = x * LOWBIAS_SECOND
     return x ^ (x >> 16)
 
 
 @triton.jit
 def _random_bits(g, p, m, v, c, key):
-    """``reference._random_bits`` before the last multiplications, on uint32 of which only the low halves count."""
+    """Compute ``reference._random_bits`` before the last multiplications.
+
+    The arguments and the result are uint32; only the low halves matter.
+    """
     x = (g ^ m * SPREAD_M ^ c * SPREAD_C ^ key) & 0xFFFF
     w = (p ^ v * SPREAD_V ^ key >> 16) & 0xFFFF
     product = x * w
@@ -426,34 +427,32 @@ def _random_bits(g, p, m, v, c, key):
 
 @triton.jit
 def _round_nearest(x, hardware_cast: tl.constexpr):
-    """float32 to the bits of a bfloat16, ties to even."""
+    """Round float32 to the bits of a bfloat16, ties to even."""
     if hardware_cast:
         return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(
-        tl.uint16
-    )  # NaN stays: see _stochastic_round
+    # NaN stays: see _stochastic_round
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16)
 
 
 @triton.jit
 def _stochastic_round(x, r):
-    """float32 to the bits of a bfloat16, up where the discarded bits exceed the low half of ``r`` (uint32).
+    """Round float32 to the bits of a bfloat16: up if the discarded bits exceed the low 16 of ``r``.
 
-    NVIDIA's NaN 0x7fffffff would wrap to -0.0 and is lowered first, which costs less than a test for NaN. Elsewhere a computed
-    NaN has the payload of an operand, and those end in 16 zero bits: see ``_without_payload``.
+    NVIDIA's NaN 0x7fffffff would wrap to -0.0 and is lowered first, which costs less than a test
+    for NaN. On other devices a computed NaN has the payload of an operand, and those end in 16 zero
+    bits: see ``_without_payload``.
     """
     bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
-    complement = (
-        r & 0xFFFF ^ 0xFFFF
-    )  # not ~r, in which Triton's interpreter meets -1 as a uint32 that numpy 2.5 refuses
-    return ((bits.to(tl.uint32, bitcast=True) + complement) >> 16).to(
-        tl.uint16
-    )  # carries where they exceed it
+    # not ~r: Triton's interpreter makes -1 a uint32 for it, which numpy 2.5 refuses
+    complement = r & 0xFFFF ^ 0xFFFF
+    # the sum carries if the discarded bits exceed r
+    return ((bits.to(tl.uint32, bitcast=True) + complement) >> 16).to(tl.uint16)
 
 
 @triton.jit
 def _without_payload(bits):
-    """The float32 of a bit pattern, with one NaN for all."""
+    """Return the float32 of a bit pattern. Every NaN becomes the same one."""
     return (
         tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
         .to(tl.uint32)

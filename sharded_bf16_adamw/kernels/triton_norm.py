@@ -1,7 +1,8 @@
-"""Triton kernels of the gradient norm: one launch sums the squares of all gradients of a device and derives the clip coefficient.
+"""The Triton kernels of the gradient norm.
 
-Squares of float32 and bfloat16 are exact in double, and sums there lose nothing that a float32 norm could show; the sum is
-taken in double throughout. Its order is fixed by the lengths of the gradients, so equal gradients give equal bits.
+One launch sums the squares of all gradients of a device and computes the clip coefficient. The
+squares of float32 and bfloat16 are exact in double, and their sum in double is more precise than a
+float32 norm. The lengths of the gradients fix its order, so equal gradients give equal bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -13,7 +14,7 @@ from .triton_adamw import FP32_GRAD, TAIL, UNALIGNED_GRAD, _double, _gradient, _
 
 BLOCK = tl.constexpr(2048)
 MIN_CHUNK = 16384  # elements of one program
-MAX_PROGRAMS = 16384  # the last program adds up one partial sum of each: more elements than these make larger chunks
+MAX_PROGRAMS = 16384  # the last program adds up their partial sums; more elements: larger chunks
 BLOCK_PARTIALS = tl.constexpr(2048)
 THREADS = 128
 
@@ -21,7 +22,7 @@ THREADS = 128
 @triton.jit(do_not_specialize=["n_rows", "chunk", "max_norm_bits"])
 def norm_kernel(
     numels,  # *int64 [n_rows]
-    grads,  # *int64 [2, n_rows]: addresses, then kinds (see triton_adamw)
+    grads,  # *int64 [2, n_rows]: addresses, then variants (see triton_adamw)
     chunks,  # *int32 [programs, 2]: row, chunk of the row
     partials,  # *float64 [programs], scratch
     finished,  # *int32 [1]: programs whose partial sum is stored; zero between launches
@@ -31,8 +32,9 @@ def norm_kernel(
     chunk,  # elements of one program, a multiple of BLOCK
     max_norm_bits: tl.int64,
 ):
+    """Sum the squares of all gradients. The last program stores the results."""
     tl.store(partials + tl.program_id(0), _sum_of_program(numels, grads, chunks, n_rows, chunk))
-    tl.debug_barrier()  # the partial sum must be stored before this program counts as finished
+    tl.debug_barrier()  # store the partial sum before this program counts as finished
     if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(finished, 0)
         total = _sum_of_partials(partials)
@@ -43,19 +45,22 @@ def norm_kernel(
 
 @triton.jit
 def _sum_of_program(numels, grads, chunks, n_rows, chunk):
-    """The sum of squares of this program's chunk. Not in the kernel itself for what triton_adamw says of global constants."""
+    """Return the sum of squares of this program's chunk.
+
+    Not part of the kernel itself, because of its global constants: see ``triton_adamw.py``.
+    """
     program = tl.program_id(0)
     row = tl.load(chunks + 2 * program)
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
     n = tl.minimum(tl.load(numels + row) - start, chunk).to(tl.int32)
     address = tl.load(grads + row)
-    kind = tl.load(grads + n_rows + row)
+    variant = tl.load(grads + n_rows + row)
     total = tl.full((), 0.0, tl.float64)
-    if kind == 0:
+    if variant == 0:
         total = _sum_chunk(address, start, n, False, True)
-    elif kind == FP32_GRAD:
+    elif variant == FP32_GRAD:
         total = _sum_chunk(address, start, n, True, True)
-    elif kind == UNALIGNED_GRAD:
+    elif variant == UNALIGNED_GRAD:
         total = _sum_chunk(address, start, n, False, False)
     else:
         total = _sum_chunk(address, start, n, True, False)
@@ -68,15 +73,14 @@ def _sum_of_partials(partials):
     acc = tl.zeros((BLOCK_PARTIALS,), tl.float64)
     for first in range(0, programs, BLOCK_PARTIALS):
         index = first + tl.arange(0, BLOCK_PARTIALS)
-        acc += tl.load(
-            partials + index, mask=index < programs, other=0.0, cache_modifier=".cg"
-        )  # L1 may hold older ones
+        # .cg: L1 may hold older values
+        acc += tl.load(partials + index, mask=index < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["max_norm_bits"], do_not_specialize_on_alignment=["sum_sq"])
 def clip_kernel(sum_sq, clip, max_norm_bits: tl.int64):
-    """``clip`` from a sum that was added over ranks: one program."""
+    """Compute ``clip`` from a sum over ranks, in one program."""
     _store_clip(clip, tl.load(sum_sq), _double(max_norm_bits))
 
 
@@ -87,9 +91,8 @@ def _store_clip(clip, sum_sq, max_norm):
     coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)  # NaN stays
     tl.store(clip, norm.to(tl.float32))
     tl.store(clip + 1, coefficient.to(tl.float32))
-    tl.store(
-        clip + 2, tl.where(sum_sq - sum_sq == 0.0, 0.0, 1.0)
-    )  # finite squares cannot overflow a double
+    # the squares of finite gradients cannot overflow a double
+    tl.store(clip + 2, tl.where(sum_sq - sum_sq == 0.0, 0.0, 1.0))
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def _sum_chunk(address, start, n, fp32: tl.constexpr, aligned: tl.constexpr):
     full = n - n % BLOCK
     for i in range(0, full, BLOCK):
         x = _gradient(tl.load(g + i + offsets)).to(tl.float64)
-        acc = tl.fma(x, x, acc)  # the product is exact: fused or not, the bits are the same
+        acc = tl.fma(x, x, acc)  # an exact product: fused or not, same bits
     total = tl.sum(acc, axis=0)
     rest = tl.zeros((TAIL,), tl.float64)
     for i in range(full, n, TAIL):

@@ -1,4 +1,4 @@
-"""Which back ends this machine can test on CPU tensors."""
+"""The back ends that this machine can test on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .rule_checks import Update
 
 
 def update_of(backend: str) -> Update:
-    """The update function of one back end."""
+    """Return the update function of one back end."""
     return partial(kernels.adamw_bf16_, backend=backend)
 
 
 @cache
-def why_not(backend: str) -> str | None:
-    """Why a back end cannot update CPU tensors here, or None where it can. The reference always can."""
+def skip_reason(backend: str) -> str | None:
+    """Return why a back end cannot update CPU tensors on this machine, or None if it can."""
     if backend == "reference":
         return None
     try:
@@ -29,15 +29,18 @@ def why_not(backend: str) -> str | None:
 
 
 def cpu_backends() -> list:
-    """One pytest parameter for each of ``kernels.BACKENDS`` that serves CPU tensors, skipped with the reason where it does not run here."""
+    """Return a pytest parameter for each back end of CPU tensors.
+
+    One that is not available on this machine is skipped, with the reason.
+    """
     return [
         pytest.param(
             name,
             marks=pytest.mark.skipif(
-                why_not(name) is not None, reason=f"back end {name}: {why_not(name)}"
+                skip_reason(name) is not None, reason=f"back end {name}: {skip_reason(name)}"
             ),
         )
+        # Triton is for GPU tensors; its interpreter is too slow for checks of these sizes.
         for name in kernels.BACKENDS
-        if name
-        != "triton"  # for GPU tensors; its interpreter is too slow for checks of these sizes
+        if name != "triton"
     ]

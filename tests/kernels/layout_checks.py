@@ -1,4 +1,7 @@
-"""Checks that the layout of tensors in memory does not matter to the update. Each takes the update function, as in ``rule_checks``."""
+"""Checks that the layout of tensors in memory does not matter to the update.
+
+Each takes the update function, as in ``rule_checks``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule_checks import State, Update, assert_matches_oracle, expected, stepped, typical
+from .rule_checks import DEFAULT, State, Update, assert_matches_oracle, expected, stepped, typical
 
 SHAPE = (4, 6, 3, 2)
 N = 4 * 6 * 3 * 2
 
-# Each gives a tensor of SHAPE and the values of its argument (contiguous, of SHAPE), laid out in its own way.
+# Each copies a contiguous tensor of SHAPE into its own layout.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.clone,
     "transposed": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
@@ -26,7 +29,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def storage(x: Tensor) -> Tensor:
-    """All that the tensor's memory holds, seen or not, as one flat tensor."""
+    """Return all of the tensor's memory as a flat tensor, including elements outside the view."""
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
@@ -36,7 +39,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check_layouts(update: Update) -> None:
-    """Any layout, the same in all five tensors or another in each, gives the bits of contiguous tensors, in place."""
+    """Check that tensors of any layouts, equal or mixed, get the bits of contiguous ones."""
     start = typical(N, 60).map(lambda x: x.view(SHAPE))
     names = list(LAYOUTS)
     mixed = [tuple(names[(i + j) % len(names)] for j in range(5)) for i in range(len(names))]
@@ -47,38 +50,31 @@ def check_layouts(update: Update) -> None:
     ]
     for wide in (False, True):
         state = start._replace(g=start.g.float()) if wide else start
-        for zero_grads in (False, True):
-            wanted = stepped(update, state.map(torch.flatten), 3, zero_grads=zero_grads).map(
-                lambda x: x.view(SHAPE)
-            )
-            for layout in [*((name,) * 5 for name in names), *mixed, *own]:
-                laid = State(*(LAYOUTS[name](x) for name, x in zip(layout, state, strict=True)))
-                before = [(x.data_ptr(), x.stride()) for x in laid]
-                take_step(update, laid, 3, zero_grads)
-                assert before == [(x.data_ptr(), x.stride()) for x in laid], (
-                    f"{layout}: a tensor was moved"
-                )
-                for name, a, b in zip(State._fields, laid, wanted, strict=True):
-                    assert same_bits(a, b), f"{layout}: {name} differs from the contiguous result"
+        wanted = stepped(update, state.map(torch.flatten), 3).map(lambda x: x.view(SHAPE))
+        for layout in [*((name,) * 5 for name in names), *mixed, *own]:
+            laid = State(*(LAYOUTS[name](x) for name, x in zip(layout, state, strict=True)))
+            before = [(x.data_ptr(), x.stride()) for x in laid]
+            take_step(update, laid, 3)
+            after = [(x.data_ptr(), x.stride()) for x in laid]
+            assert before == after, f"{layout}: a tensor was moved"
+            for name, a, b in zip(State._fields, laid, wanted, strict=True):
+                assert same_bits(a, b), f"{layout}: {name} differs from the contiguous result"
 
 
 def check_outside_views(update: Update) -> None:
-    """Memory that a view leaves out keeps its bits, with gradients zeroed or not."""
+    """Check that memory between the elements of a view keeps its bits."""
     state = typical(N, 61).map(lambda x: x.view(SHAPE))
     for name in ("one element into its storage", "every other column", "inner block"):
-        for zero_grads in (False, True):
-            laid = state.map(LAYOUTS[name])
-            outside = [storage(x) == 9.0 for x in laid]
-            assert all(x.any() for x in outside)
-            take_step(update, laid, 3, zero_grads)
-            for field, x, mask in zip(State._fields, laid, outside, strict=True):
-                assert (storage(x)[mask] == 9.0).all(), (
-                    f"{name}: memory beside {field} was written to"
-                )
+        laid = state.map(LAYOUTS[name])
+        outside = [storage(x) == 9.0 for x in laid]
+        assert all(x.any() for x in outside)
+        take_step(update, laid, 3)
+        for field, x, mask in zip(State._fields, laid, outside, strict=True):
+            assert (storage(x)[mask] == 9.0).all(), f"{name}: memory beside {field} was written to"
 
 
 def check_shapes(update: Update) -> None:
-    """0-dim, empty and one-element tensors, and dimensions of size 1 with odd strides."""
+    """Check 0-dim, empty and one-element tensors, and dimensions of size 1 with odd strides."""
     for shape in ((), (0,), (0, 5), (1,), (1, 1, 1), (7, 1), (1, 7)):
         n = torch.Size(shape).numel()
         state = typical(n, 62)
@@ -90,42 +86,31 @@ def check_shapes(update: Update) -> None:
             )
         )
         for laid in (shaped.map(torch.clone), odd):
-            take_step(update, laid, 3, False)
+            take_step(update, laid, 3)
             assert_matches_oracle(laid.map(lambda x: x.reshape(-1)), wanted)
 
 
 def check_expanded_gradient(update: Update) -> None:
-    """A gradient whose elements share memory, as autograd's expand gives, is read like any other."""
+    """Check that a gradient whose elements share memory (autograd's expand) is read correctly."""
     state = typical(N, 63).map(lambda x: x.view(SHAPE))
     g = torch.linspace(0.25, 0.5, N).bfloat16()[0].expand(SHAPE)
     wanted = stepped(update, state._replace(g=g.contiguous()), 3)
     laid = state.map(torch.clone)._replace(g=g)
-    take_step(update, laid, 3, False)
+    take_step(update, laid, 3)
     assert all(same_bits(a, b) for a, b in zip(laid, wanted, strict=True))
 
 
 def check_skipped_in_any_layout(update: Update) -> None:
-    """found_inf leaves tensors alone also where they had to be copied."""
+    """Check that found_inf leaves tensors unchanged even if they had to be copied."""
     state = typical(N, 64).map(lambda x: x.view(SHAPE))
     for name, lay in LAYOUTS.items():
         laid = state.map(lay)
-        take_step(update, laid, 3, True, found_inf=torch.tensor(1.0))
+        take_step(update, laid, 3, found_inf=torch.tensor(1.0))
         assert all(same_bits(a, b) for a, b in zip(laid, state, strict=True)), name
 
 
-def take_step(
-    update: Update, state: State, t: int, zero_grads: bool, found_inf: Tensor | None = None
-) -> None:
-    """Step ``t`` in place, with the hyper-parameters that :func:`~.rule_checks.stepped` takes by default."""
+def take_step(update: Update, state: State, t: int, found_inf: Tensor | None = None) -> None:
+    """Take step ``t`` in place, with the hyper-parameters ``DEFAULT``."""
     count = torch.tensor(float(t - 1))
     lists = [[state.p], [state.g], [state.m], [state.v], [state.c], [count]]
-    update(
-        *lists,
-        lr=1e-3,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.1,
-        zero_grads=zero_grads,
-        found_inf=found_inf,
-    )
+    update(*lists, **DEFAULT._asdict(), found_inf=found_inf)

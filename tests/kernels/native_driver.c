@@ -1,6 +1,6 @@
-/* Runs the native library without Python: reads one step's tensors, takes the step and the sum of squares on every instruction set of
- * this machine with several callers at once, and writes all results. Built with sanitizers, and for other processors, by
- * test_cpu_driver.py, which describes the files.
+/* Run the native library without Python. Read the tensors of one step, take the step and the sum of squares on every instruction set of
+ * this machine with several concurrent callers, and write all results. test_cpu_driver.py builds this program, also with sanitizers and
+ * for other processors, and describes the files.
  *
  *     native_driver INPUT OUTPUT THREADS CALLERS
  */
@@ -16,7 +16,7 @@ typedef struct {
 
 void *sba_table_new(int64_t, const int64_t *, const int64_t *, const unsigned char *, const int64_t *);
 void sba_table_free(void *);
-void sba_table_update(void *, const int64_t *, const unsigned char *, const hyper *, int, int, int);
+void sba_table_update(void *, const int64_t *, const unsigned char *, const hyper *, int, int);
 double sba_sum_sq(int64_t, const int64_t *, const int64_t *, const unsigned char *, int, int);
 int sba_isa_supported(int);
 
@@ -27,7 +27,7 @@ typedef struct {
     double step;
 } shape;
 
-static int64_t tensors, zero;
+static int64_t tensors;
 static hyper arguments;
 static shape shapes[MOST];
 static char *inputs[MOST][COLUMNS];
@@ -39,7 +39,7 @@ static int present(const shape *s, int column) { return column < 4 || !s->p_is_f
 
 typedef struct {
     int isa;
-    char *block[MOST][COLUMNS]; /* each allocated to the last byte, so that a sanitizer sees the first byte too many */
+    char *memory[MOST][COLUMNS]; /* allocated to the byte, so that a sanitizer detects any overrun */
     float *step;
     double sum_sq;
     pthread_t thread;
@@ -55,9 +55,9 @@ static void *run(void *argument) {
         for (int k = 0; k < COLUMNS; k++) {
             if (!present(s, k)) continue;
             int64_t skip = s->offset * element(s, k), bytes = s->numel * element(s, k);
-            c->block[i][k] = malloc(skip + bytes);
-            memcpy(c->block[i][k] + skip, inputs[i][k], bytes);
-            int64_t address = (int64_t)(c->block[i][k] + skip);
+            c->memory[i][k] = malloc(skip + bytes);
+            memcpy(c->memory[i][k] + skip, inputs[i][k], bytes);
+            int64_t address = (int64_t)(c->memory[i][k] + skip);
             if (k == 0)
                 grads[i] = address;
             else
@@ -66,14 +66,14 @@ static void *run(void *argument) {
         c->step[i] = (float)s->step;
         states[4 * tensors + i] = (int64_t)&c->step[i];
         numel[i] = s->numel;
-        group[i] = i % 2; /* of two with the same hyper-parameters */
+        group[i] = i % 2; /* two groups with the same hyper-parameters */
         p_is_f32[i] = s->p_is_f32;
         g_is_f32[i] = s->g_is_f32;
     }
     c->sum_sq = sba_sum_sq(tensors, grads, numel, g_is_f32, threads, c->isa);
     void *table = sba_table_new(tensors, states, numel, p_is_f32, group);
     const hyper hypers[2] = {arguments, arguments};
-    sba_table_update(table, grads, g_is_f32, hypers, zero, threads, c->isa);
+    sba_table_update(table, grads, g_is_f32, hypers, threads, c->isa);
     sba_table_free(table);
     return NULL;
 }
@@ -91,7 +91,6 @@ int main(int argc, char **argv) {
     FILE *in = fopen(argv[1], "rb"), *out = fopen(argv[2], "wb");
     if (!in || !out) return 2;
     need(fread(&tensors, sizeof tensors, 1, in), 1);
-    need(fread(&zero, sizeof zero, 1, in), 1);
     need(fread(&arguments, sizeof arguments, 1, in), 1);
     if (tensors > MOST) return 2;
     for (int i = 0; i < tensors; i++) {
@@ -119,8 +118,8 @@ int main(int argc, char **argv) {
                 for (int k = 0; k < COLUMNS; k++) {
                     if (!present(&shapes[i], k)) continue;
                     int64_t size = element(&shapes[i], k);
-                    fwrite(c->block[i][k] + shapes[i].offset * size, size, shapes[i].numel, out);
-                    free(c->block[i][k]);
+                    fwrite(c->memory[i][k] + shapes[i].offset * size, size, shapes[i].numel, out);
+                    free(c->memory[i][k]);
                 }
             }
             free(c->step);

@@ -1,4 +1,4 @@
-"""Processes that import Triton anew: it reads TRITON_INTERPRET when it is imported."""
+"""Processes that import Triton anew, which reads TRITON_INTERPRET at import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def pool(interpret: str) -> ProcessPoolExecutor:
-    """One fresh process that imports Triton with TRITON_INTERPRET set."""
+    """Return a pool of one new process that imports Triton with TRITON_INTERPRET set."""
     executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", interpret)

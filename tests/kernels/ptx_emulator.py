@@ -1,18 +1,20 @@
-"""Executes PTX, the assembly that Triton's compiler emits for NVIDIA GPUs, on this machine's memory: what a launch would do, slowly.
+"""An emulator of PTX, the assembly that Triton emits for NVIDIA GPUs, on this process's memory.
 
-Vocabulary:
+Terms:
 
-* program: one CTA, whose threads run together. Programs run one after another, in a shuffled order.
-* warp: 32 threads of consecutive numbers. Threads of a program that diverge meet again where their program counters do: those with the
-  lowest run first. ``by_warp`` runs each warp alone until it waits at a barrier, and looks for races (see ``ptx_races.py``): then a
-  barrier that is missing shows, within a program and between programs.
-* lane: the place of one thread in a numpy array. A register is such an array, of the unsigned integers of its width.
+* program: one CTA. Its threads run together. Programs run one after another, in a shuffled order.
+* warp: 32 threads of consecutive numbers. Diverged threads of a program reconverge when their
+  program counters are equal: the threads with the lowest one run first. ``by_warp`` runs each warp
+  alone until it waits at a barrier, and detects races (see ``ptx_races.py``). So a missing barrier
+  shows, within a program and between programs.
+* lane: the index of a thread in a numpy array. A register is such an array, of unsigned integers.
 * mask: the lanes that execute an instruction; None for all.
 * guard: the predicate ``@%p`` of an instruction.
-* memory: the tensors of this process, at their own addresses. Only those that were allowed may be touched, within their bounds.
+* memory: the tensors of this process, at their own addresses. A program may access only allowed
+  tensors, within their bounds.
 
-Only what Triton emits for this package's kernels is known (see ``ptx_instructions.py``). Anything else raises NotImplementedError when a
-kernel is parsed, whether or not it would be executed.
+Only the instructions of this package's kernels are implemented (see ``ptx_instructions.py``). Any
+other raises NotImplementedError when a kernel is parsed, even if it would not be executed.
 """
 
 from __future__ import annotations
@@ -31,27 +33,29 @@ from .ptx_races import ATOMIC, READ, WRITE, AccessLog
 Mask = Any  # numpy.ndarray of bool, or None for all lanes
 
 WARP = 32
-JUNK = 0xA5A5A5A5A5A5A5A5  # in lanes that were never written: negative as an integer, a tiny number as a float
+# in lanes that were never written: negative as an integer, a tiny number as a float
+JUNK = 0xA5A5A5A5A5A5A5A5
 SYMBOL = "global_smem"  # the one shared array, at address 0 of shared memory
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
+# .cg only selects caches
 ACCESS = re.compile(
     r"(ld|st)\.(global|shared|param)(?:::cta)?(?:\.cg)?(?:\.v([24]))?\.(b16|b32|b64)"
-)  # .cg is about caches
+)
 ADD = "atom.global.gpu.acq_rel.add.u32"
 SHUFFLE = "shfl.sync.bfly.b32"
 KINDS = {"ld": READ, "st": WRITE}
 
 
 class LaunchError(RuntimeError):
-    """What a GPU would answer with an error, with somebody else's data or by waiting for ever."""
+    """A launch that a GPU would answer with an error, with foreign data or with a deadlock."""
 
 
-# -------------------------------------------------------------------------------------------------------------------- parsing
+# ---------------------------------------------------------------------------------------- parsing
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a kernel. ``run`` is None for those that end a run of instructions: branches, barriers and returns."""
+    """One line of a kernel. ``run`` is None for branches, barriers and returns."""
 
     text: str  # with the line of the Triton source that it comes from
     opcode: str
@@ -123,7 +127,7 @@ class Kernel:
         return Instruction(text, opcode, guard or "", bool(negation), operands, run)
 
     def _source(self, operand: str, dtype: Any) -> tuple[str, Any] | Array:
-        """A register and the type that it is read as, or what is constant."""
+        """Return a register and the type that it is read as, or a constant."""
         if operand.startswith("%"):
             if operand not in SPECIAL:
                 self._target(operand, dtype)
@@ -138,7 +142,7 @@ class Kernel:
         return np.full(self.threads, value & np.iinfo(bits).max, dtype=bits).view(dtype)
 
     def _target(self, operand: str, dtype: Any) -> str:
-        """A register of the type's width."""
+        """Check that a register has the type's width, and return it."""
         declared = self._registers.get(operand.rstrip("0123456789"))
         if declared is not _unsigned(dtype):
             raise NotImplementedError(f"{operand} as {np.dtype(dtype)}")
@@ -148,7 +152,7 @@ class Kernel:
         return [x if x == "_" else self._target(x, dtype) for x in re.findall(r"%\w+|_", operand)]
 
     def _address(self, operand: str) -> tuple[Any, int]:
-        """Of ``[register + offset]`` or ``[symbol]``."""
+        """Parse ``[register + offset]`` or ``[symbol]``."""
         match = re.fullmatch(r"\[\s*(%rd?\d+|\w+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand)
         assert match, operand
         return self._source(match[1], np.int64 if match[1].startswith("%rd") else np.int32), int(
@@ -241,7 +245,7 @@ class Kernel:
         return run
 
     def _shuffle(self, text: str, to: str, value: str, lanes: str) -> Any:
-        """Each thread takes the value of the thread of its warp whose number differs in the bits ``lanes``."""
+        """Take the value of the thread whose number in the warp differs in the bits ``lanes``."""
         target, source, partner = (
             self._target(to, np.uint32),
             self._source(value, np.uint32),
@@ -267,17 +271,20 @@ def _unsigned(dtype: Any) -> Any:
 _HALF = {np.uint32: np.uint16, np.uint64: np.uint32}
 
 
-# ------------------------------------------------------------------------------------------------------------------ execution
+# -------------------------------------------------------------------------------------- execution
 
 
 class Program:
     """One program, from its first instruction to its last.
 
     Args:
-        number, programs: its index, of how many.
+        kernel: its code.
+        number: its index.
+        programs: the number of programs of the launch.
         arguments: one integer for each parameter.
-        warp_order: which warps run first, where each runs alone; None where they run together.
-        log: notes all accesses.
+        memory: the global memory.
+        warp_order: the order of warps that run one by one; None: they run together.
+        log: records all accesses.
     """
 
     def __init__(
@@ -316,7 +323,10 @@ class Program:
         self._waiting = np.zeros(len(lanes), np.bool_)
 
     def read(self, source: tuple[str, Any] | Array, mask: Mask) -> Array:
-        """The values of the active lanes. Some that nobody has written are read, by lanes whose results nobody reads in turn."""
+        """Return the values of the active lanes.
+
+        Lanes whose results are never used may read lanes that were never written.
+        """
         values = source
         if isinstance(source, tuple):
             written = self._values.get(source[0])
@@ -340,7 +350,11 @@ class Program:
     def locate(
         self, text: str, space: str, addresses: Array, size: int, mask: Mask, dtype: Any, kind: int
     ) -> tuple[Array, Array]:
-        """An array and the indices in it of the first elements at the addresses, once the access is seen to be allowed."""
+        """Check an access to memory.
+
+        Returns:
+            An array, and the indices of the first elements at the addresses in it.
+        """
         memory = self._spaces[space]
         if objection := memory.objection(addresses, size, kind != READ):
             raise LaunchError(f"{text}: {objection}")
@@ -371,7 +385,7 @@ class Program:
             self._run_some(threads, first, others.min() if others.size else len(self._kernel.code))
 
     def _run_some(self, threads: Array, at: int, end: int) -> None:
-        """Run some threads from one instruction on, until they part, wait, return or meet others."""
+        """Run some threads until they diverge, wait, return or reconverge with others."""
         everybody = None if threads.all() else threads
         while at < end:
             instruction = self._kernel.code[at]
@@ -415,7 +429,10 @@ def launch(
     by_warp: bool,
     generator: np.random.Generator,
 ) -> None:
-    """Run all programs of a launch. Of very many only the last to run do it by warp, which takes long; the others do nothing else."""
+    """Run all programs of a launch.
+
+    With very many programs only the last ones run by warp, which takes long.
+    """
     assert len(arguments) == len(kernel.parameters)
     log = AccessLog()
     with np.errstate(all="ignore"):

@@ -1,7 +1,8 @@
-"""What the PTX instructions compute that look at no other lane, in numpy: ``OPERATIONS``. See ``ptx_emulator.py``.
+"""The PTX instructions that need no other lane, in numpy: ``OPERATIONS``. See ``ptx_emulator.py``.
 
-Only what Triton emits for this package's kernels is here, with all types of an instruction where they are computed alike. Not here, on
-purpose: ``add.f32`` and ``mul.f32`` without ``.rn``, which ptxas may fuse, and all that is approximate or flushes subnormals to zero.
+Only the instructions of this package's kernels are included, with all types that are computed in
+the same way. Three sorts are missing on purpose: ``add.f32`` and ``mul.f32`` without ``.rn``, which
+ptxas may fuse, and instructions that approximate or flush subnormals to zero.
 """
 
 from __future__ import annotations
@@ -13,12 +14,8 @@ import numpy as np
 
 Array = Any  # numpy.ndarray
 
-BITS = {
-    "b16": np.uint16,
-    "b32": np.uint32,
-    "b64": np.uint64,
-    "pred": np.bool_,
-}  # what registers are stored as
+# the types of stored registers
+BITS = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool_}
 TYPES: dict[str, Any] = {
     **BITS,
     **{f"u{n}": np.dtype(f"uint{n}").type for n in (16, 32, 64)},
@@ -28,9 +25,8 @@ TYPES: dict[str, Any] = {
     "bf16": np.uint16,
     "bf16x2": np.uint32,
 }
-NAN32 = np.uint32(0x7FFFFFFF).view(
-    np.float32
-)  # of every single-precision instruction; double precision keeps payloads
+# result of every single-precision instruction; double precision keeps payloads
+NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 
 def _f32(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -49,11 +45,9 @@ def _shift_left(x: Array, by: Array) -> Array:
 
 
 def _shift_right(x: Array, by: Array) -> Array:
-    return (
-        x
-        >> np.minimum(by, 8 * x.itemsize - 1).astype(x.dtype)
-        >> (by >= 8 * x.itemsize).astype(x.dtype)
-    )  # the sign goes on and on
+    # in two shifts, so that the sign extends without end
+    shifted = x >> np.minimum(by, 8 * x.itemsize - 1).astype(x.dtype)
+    return shifted >> (by >= 8 * x.itemsize).astype(x.dtype)
 
 
 def _extract(x: Array, position: Array, length: Array) -> Array:
@@ -64,7 +58,7 @@ def _extract(x: Array, position: Array, length: Array) -> Array:
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
-    """Each nibble of the selector names one of the 8 bytes of ``b:a``."""
+    """Select bytes of ``b:a``: each nibble of the selector is the index of one."""
     if (selector & 0x8888).any():
         raise NotImplementedError("prmt.b32 that replicates signs")
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
@@ -81,21 +75,21 @@ def _to_bf16(x: Array) -> Array:
 
 
 def _to_int32(x: Array) -> Array:
-    """Toward zero, to the nearest integer that there is; NaN to 0."""
+    """Round toward zero, saturate, and convert NaN to 0."""
     return np.where(
         np.isnan(x), 0, np.clip(np.trunc(x.astype(np.float64)), -(2**31), 2**31 - 1)
     ).astype(np.int32)
 
 
 def _fma64(a: Array, b: Array, c: Array) -> Array:
-    """Rounded once, for products that are exact."""
+    """Compute ``a * b + c`` with one rounding, for exact products only."""
     if not all(((x.astype(np.float32) == x) | np.isnan(x)).all() for x in (a, b)):
         raise NotImplementedError("fma.rn.f64 of factors that are not single-precision numbers")
     return a * b + c
 
 
 def _operations() -> dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]]:
-    """Opcode: types of the result and of the sources, and the function, of lanes that know nothing of each other."""
+    """Return for each opcode the types of the result and of the sources, and the function."""
     table: dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]] = {
         "bfe.u32": ("u32", ("u32", "u32", "u32"), _extract),
         "prmt.b32": ("b32", ("b32", "b32", "b32"), _permute),
@@ -111,10 +105,8 @@ def _operations() -> dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]
         "cvt.rn.f32.f64": ("f32", ("f64",), _f32(np.positive)),
         "cvt.f64.f32": ("f64", ("f32",), lambda x: x.astype(np.float64)),
     }
-    for t, x in (
-        ("f32", _f32),
-        ("f64", lambda function: function),
-    ):  # numpy rounds these correctly and keeps subnormals
+    # numpy rounds these correctly and keeps subnormals
+    for t, x in (("f32", _f32), ("f64", lambda function: function)):
         for name, ufunc in (
             ("add", np.add),
             ("sub", np.subtract),
@@ -167,10 +159,8 @@ def _operations() -> dict[str, tuple[str, tuple[str, ...], Callable[..., Array]]
     for t in ("b32", "b64", "s32", "s64", "u32", "u64", "f32", "f64"):
         table[f"selp.{t}"] = (t, (t, t, "pred"), lambda a, b, which: np.where(which, a, b))
         for name, ufunc in comparisons.items():
-            if (t, name) not in (
-                ("f32", "ne"),
-                ("f64", "ne"),
-            ):  # which is false for NaN, unlike numpy's
+            # PTX's ne is false for NaN, unlike numpy's
+            if (t, name) not in (("f32", "ne"), ("f64", "ne")):
                 table[f"setp.{name}.{t}"] = ("pred", (t, t), ufunc)
     return table
 

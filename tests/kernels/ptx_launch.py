@@ -1,7 +1,8 @@
-"""Launches of the Triton kernels on the PTX emulator: compiled as for a GPU, run on CPU tensors. For processes that compile Triton.
+"""Launches of the Triton kernels on the PTX emulator: compiled for a GPU, run on CPU tensors.
 
-All on the host is as on a GPU: the tables of ``cuda.py``, and Triton's own choice of what a kernel may assume of its arguments (which
-addresses and numbers are multiples of 16, what is 1 or None). Only the last step, the launch, is not the driver's.
+The host side is as on a GPU: the tables of ``cuda.py``, and Triton's specialization of a kernel by
+its arguments (multiples of 16, 1, None). Only the launch itself is the emulator's instead of the
+driver's. Use this module in processes that compile Triton.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ KERNELS = (
 
 
 class Exposed:
-    """The tensors whose address somebody asked for, as long as they live: no other memory can be known to a kernel."""
+    """The live tensors whose address was read: a kernel cannot know any other memory."""
 
     def __init__(self) -> None:
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
         self._address = Tensor.data_ptr
 
     def data_ptr(self, tensor: Tensor) -> int:
-        """In place of the method."""
+        """Replace ``Tensor.data_ptr``."""
         self._tensors[id(tensor)] = weakref.ref(tensor)
         return self._address(tensor)
 
@@ -51,7 +52,7 @@ class Exposed:
 
 
 class EmulatedKernel:
-    """In place of a JIT function. Each launch waits until it is done."""
+    """A replacement of a JIT function. A launch returns when it is done."""
 
     def __init__(self, function: Any, exposed: Exposed, by_warp: bool) -> None:
         self._function = function
@@ -69,10 +70,8 @@ class EmulatedKernel:
         passed = [
             by_name[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"
         ]
-        arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed] + [
-            0,
-            0,
-        ]  # no scratch memory
+        scratch = [0, 0]  # none
+        arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed] + scratch
         kernel = _parsed(compiled.hash, compiled.asm["ptx"], compiled.metadata.shared)
         memory = self._exposed.memory()
         ptx_emulator.launch(
@@ -87,7 +86,7 @@ def _parsed(key: str, ptx: str, shared: int) -> ptx_emulator.Kernel:
 
 @contextmanager
 def emulated(target: str, by_warp: bool = False) -> Iterator[None]:
-    """Have the kernels run on CPU tensors, compiled for a target."""
+    """Run the kernels on CPU tensors, compiled for a target."""
     triton_offline.pretend(target)
     exposed = Exposed()
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +112,10 @@ def norms(target: str, by_warp: bool = False) -> dict[str, tuple[Any, Any]]:
 
 
 def norms_of_one_model(target: str) -> list[float]:
-    """Squared norms of the same gradients, whose programs ran in other orders; the last is the reference's."""
+    """Return squared norms of the same gradients, each with another order of programs.
+
+    The last is the reference's.
+    """
     generator = torch.Generator().manual_seed(8)
     grads = [
         torch.randn(n, generator=generator).to(dtype)
@@ -121,6 +123,5 @@ def norms_of_one_model(target: str) -> list[float]:
         for dtype in (torch.bfloat16, torch.float32)
     ]
     with emulated(target):
-        return [float(cuda.grad_sum_sq(grads)) for _ in range(3)] + [
-            float(reference.grad_sum_sq(grads))
-        ]
+        norms = [float(cuda.grad_sum_sq(grads)) for _ in range(3)]
+    return [*norms, float(reference.grad_sum_sq(grads))]

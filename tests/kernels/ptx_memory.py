@@ -1,6 +1,6 @@
-"""The memory of emulated programs: this process's own, of which they may touch what they are allowed to, and shared memory.
+"""The memory of emulated programs: allowed ranges of this process's memory, and shared memory.
 
-Addresses are signed integers, one for each thread that takes part.
+Addresses are signed integers, one for each active thread.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 
 from .ptx_instructions import Array
 
-BASE = 64  # numpy wants no array at address zero
+BASE = 64  # numpy refuses an array at address zero
 
 
 class Memory:
-    """This process's memory, of which some ranges (address, bytes) may be touched. They may overlap."""
+    """This process's memory.
+
+    Args:
+        allowed: the ranges (address, bytes) that programs may access. They may overlap.
+    """
 
     base = BASE
 
@@ -32,7 +36,7 @@ class Memory:
         return _address_space(dtype)
 
     def objection(self, addresses: Array, size: int, writes: bool) -> str:
-        """What is wrong with an access of ``size`` bytes at one of the addresses, or nothing."""
+        """Return what is wrong with an access of ``size`` bytes at the addresses, or ""."""
         if (addresses % size).any():
             return f"{hex(addresses[addresses % size != 0][0])} is not a multiple of {size}"
         before = np.searchsorted(self._starts, addresses, "right") - 1
@@ -57,22 +61,23 @@ class Shared:
         return self._bytes.view(dtype)
 
     def objection(self, addresses: Array, size: int, writes: bool) -> str:
-        """As of Memory; what nobody has written may not be read, either."""
+        """Return what is wrong, as Memory does. Reading what was never written is wrong too."""
         if (
             (addresses % size).any()
             or addresses.min() < 0
             or addresses.max() + size > len(self._written)
         ):
-            return f"{size} bytes at one of {sorted(set(addresses.tolist()))} of {len(self._written)} in shared memory"
+            places = sorted(set(addresses.tolist()))
+            return f"{size} bytes at one of {places} of {len(self._written)} in shared memory"
         touched = (addresses[:, None] + np.arange(size)).ravel()
         if writes:
             self._written[touched] = True
-        return "" if self._written[touched].all() else "reads shared memory that nobody has written"
+        return "" if self._written[touched].all() else "reads shared memory that was never written"
 
 
 @functools.cache
 def _address_space(dtype: Any) -> Array:
-    """All of the address space that processes have, as one array: numpy touches no more of it than what is indexed."""
+    """Return the whole address space as one array. numpy accesses only the indexed elements."""
     size = np.dtype(dtype).itemsize
 
     class Everything:

@@ -1,12 +1,16 @@
-"""Finds accesses of emulated programs that nothing orders: a GPU may execute them in any order, and the emulator has tried only one.
+"""A race detector: accesses of emulated programs that nothing orders.
 
-Vocabulary:
+A GPU may execute them in any order, and the emulator has tried only one.
 
-* cell: two bytes of memory, the least that an instruction accesses.
-* epoch: how many barriers a program has passed. Between threads of a program, a barrier orders what lies in different epochs.
-* ticket: a program's one atomic operation (acquire and release). What comes before it, in its own thread or in an earlier epoch, is
-  *released*; what comes after it, likewise, has *acquired*. Between programs, only what is released before one's ticket is ordered
-  before what has acquired by a later ticket.
+Terms:
+
+* cell: two bytes of memory, the smallest access.
+* epoch: the number of barriers that a program has passed. A barrier orders accesses of a program's
+  threads in different epochs.
+* ticket: a program's only atomic operation (acquire and release). Accesses before it, in its own
+  thread or in an earlier epoch, are *released*. Accesses after it, in its own thread or in a later
+  epoch, have *acquired*. Between programs, a released access is ordered before an access that has
+  acquired by a later ticket, and nothing else is ordered.
 """
 
 from __future__ import annotations
@@ -37,7 +41,10 @@ class AccessLog:
         addresses: Any,
         size: int,
     ) -> None:
-        """Note one instruction. Of shared memory the addresses are below zero, and each program has its own."""
+        """Record one instruction.
+
+        Addresses of shared memory are negative and distinct for each program.
+        """
         cells = (addresses[:, None] // 2 + np.arange(size // 2)).ravel()
         rows = np.empty((len(cells), 7), np.int64)
         text_number = self._texts.setdefault(text, len(self._texts))
@@ -59,7 +66,7 @@ class AccessLog:
             self._tickets[program] = rows[0]
 
     def races(self) -> list[str]:
-        """A sentence for each pair of instructions that met in a cell unordered, one of them writing."""
+        """Return a sentence for each unordered pair of accesses to a cell, one of them writing."""
         rows = np.concatenate(self._rows)
         rows = rows[np.lexsort((rows[:, TIME], rows[:, CELL]))]
         firsts = np.flatnonzero(np.diff(rows[:, CELL], prepend=rows[0, CELL] - 1))
@@ -86,7 +93,10 @@ class AccessLog:
 
     @staticmethod
     def _unordered(cell: Any, sides: Any, access: Any, side: float) -> Any:
-        """Which of the accesses of a cell are ordered neither before nor after one of them. Threads may store the same value at once."""
+        """Return a mask of a cell's accesses that are ordered neither before nor after one of them.
+
+        Threads may store the same value at the same time.
+        """
         by_program = (cell[:, THREAD] == access[THREAD]) | (cell[:, EPOCH] != access[EPOCH])
         by_tickets = np.where(
             cell[:, TIME] < access[TIME], (sides <= 0) & (side >= 0), (sides >= 0) & (side <= 0)
@@ -96,7 +106,7 @@ class AccessLog:
         )
 
     def _sides(self, rows: Any) -> Any:
-        """-1 for what a program's ticket releases, 1 for what has acquired by it, 0 for the ticket; NaN for what is neither."""
+        """Return -1 for released accesses, 1 for acquired, 0 for the ticket itself, else NaN."""
         none = np.full(rows.shape[1], -1)
         tickets = np.array(
             [self._tickets.get(program, none) for program in rows[:, PROGRAM].tolist()]

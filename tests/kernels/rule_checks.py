@@ -1,7 +1,9 @@
-"""Checks of one step of the update rule. Each takes the update function, so that wrong rules (mutants) can be given to it.
+"""Checks of one step of the update rule.
 
-An update function has the signature of ``sharded_bf16_adamw.kernels.adamw_bf16_``, without ``backend``. A check returns nothing
-and raises AssertionError where the rule is broken. All randomness comes from seeded generators.
+Each takes the update function, so that it can be run on wrong rules (mutants) too. An update
+function has the signature of ``sharded_bf16_adamw.kernels.adamw_bf16_``, without ``backend``. A
+check returns nothing and raises AssertionError if the rule is violated. All randomness comes from
+seeded generators.
 """
 
 from __future__ import annotations
@@ -17,18 +19,8 @@ from .rule_oracle import Hyperparams, step_bf16
 
 Update = Callable[..., None]
 DEFAULT = Hyperparams()
-SPECIAL = [
-    0x0000,
-    0x0001,
-    0x007F,
-    0x0080,
-    0x3F80,
-    0x7F7F,
-    0x7F80,
-    0x7F81,
-    0x7FC0,
-    0x7FFF,
-]  # zero to NaN; signs are added
+# zero to NaN; signs are added
+SPECIAL = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF]
 
 
 class State(NamedTuple):
@@ -45,21 +37,21 @@ class State(NamedTuple):
 
 
 def bits(x: Tensor) -> np.ndarray:
-    """The stored bits of a contiguous bfloat16 (uint16) or float32 (uint32) tensor."""
+    """Return the stored bits of a contiguous bfloat16 (uint16) or float32 (uint32) tensor."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(np.uint16)
     return x.view(torch.int32).numpy().view(np.uint32)
 
 
 def from_bits(pattern: np.ndarray) -> Tensor:
-    """Inverse of :func:`bits`, in memory of its own."""
+    """Return a new tensor of the given bits: the inverse of :func:`bits`."""
     if pattern.dtype == np.uint16:
         return torch.from_numpy(pattern.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(pattern.view(np.int32).copy()).view(torch.float32)
 
 
 def stepped(update: Update, state: State, t: int, h: Hyperparams = DEFAULT, **kwargs: Any) -> State:
-    """The tensors after step ``t``; ``state`` stays as it is."""
+    """Return the tensors after step ``t``. ``state`` does not change."""
     new = state.map(torch.clone)
     count = torch.tensor(float(t - 1))
     update([new.p], [new.g], [new.m], [new.v], [new.c], [count], **h._asdict(), **kwargs)
@@ -68,17 +60,18 @@ def stepped(update: Update, state: State, t: int, h: Hyperparams = DEFAULT, **kw
 
 
 def expected(state: State, t: int, h: Hyperparams = DEFAULT, scale: float = 1.0):
-    """What the independent implementation makes of ``state`` at step ``t``."""
+    """Return the result of the independent implementation for ``state`` at step ``t``."""
     return step_bf16(*(bits(x) for x in state), t=t, h=h, scale=scale)
 
 
 def assert_same_bits(actual: Tensor, wanted: np.ndarray, name: str) -> None:
-    """Equal bit for bit, but that any NaN equals any other."""
+    """Assert equality bit for bit, except that any NaN equals any other."""
     got = bits(actual).copy()
     got[(got & 0x7FFF) > 0x7F80] = 0x7FC0
     wrong = np.flatnonzero(got != wanted)
     assert wrong.size == 0, (
-        f"{name}: {wrong.size} of {got.size} differ, first at {wrong[0]}: {got[wrong[0]]:#x} != {wanted[wrong[0]]:#x}"
+        f"{name}: {wrong.size} of {got.size} differ, first at {wrong[0]}: {got[wrong[0]]:#x} != "
+        f"{wanted[wrong[0]]:#x}"
     )
 
 
@@ -88,7 +81,10 @@ def assert_matches_oracle(new: State, wanted: Any) -> None:
 
 
 def typical(n: int, seed: int, scale: float = 1e-2) -> State:
-    """A state as met in training: weights of size 1, gradients of size ``scale``, a correction below half a unit in the last place."""
+    """Return a state as in training.
+
+    Weights are of size 1, gradients of size ``scale``, corrections below half an ulp.
+    """
     gen = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -106,7 +102,10 @@ def typical(n: int, seed: int, scale: float = 1e-2) -> State:
 
 
 def random_patterns(n: int, seed: int, grad: type = np.uint16) -> State:
-    """Uniformly random bits, so all magnitudes, subnormals, infinities and NaNs, then every pair of special values."""
+    """Return uniformly random bits, then special values.
+
+    They include all magnitudes, subnormals, infinities and NaNs.
+    """
     rng = np.random.default_rng(seed)
     special = np.array([s | sign for s in SPECIAL for sign in (0, 0x8000)], dtype=np.uint16)
     columns = [
@@ -123,7 +122,10 @@ def random_patterns(n: int, seed: int, grad: type = np.uint16) -> State:
 
 
 def check_oracle(update: Update, n: int = 1 << 15) -> None:
-    """Every bit as specified: on random patterns and typical values, bfloat16 and float32 gradients, at steps small and large."""
+    """Check every bit against the oracle.
+
+    On random patterns and typical values, bfloat16 and float32 gradients, at small and large steps.
+    """
     for seed, (t, h) in enumerate(
         [
             (1, Hyperparams()),
@@ -142,7 +144,7 @@ def check_oracle(update: Update, n: int = 1 << 15) -> None:
 
 
 def check_scaled(update: Update) -> None:
-    """``grad_scale`` multiplies in fp32 after the hash took the stored bits; ``maximize`` negates."""
+    """Check that ``grad_scale`` multiplies in fp32 after hashing, and that ``maximize`` negates."""
     for state in (typical(5000, 1), random_patterns(5000, 2, np.uint32)):
         for scale in (0.3, 1.0, 0.0):
             scale32 = torch.tensor(scale)
@@ -158,7 +160,10 @@ def check_scaled(update: Update) -> None:
 
 
 def rounding_errors(stored: Tensor, unrounded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The discarded fraction ``f`` of each element and ``1 - f`` or ``-f``, its rounding error, in units of the last place kept."""
+    """Return the discarded fraction ``f`` and the rounding error of each element.
+
+    The error is ``1 - f`` or ``-f``. Both are in units of the last place kept.
+    """
     pattern = unrounded.view(np.uint32)
     f = (pattern & 0xFFFF) / 65536.0
     up = bits(stored).astype(np.int64) - (pattern >> 16)
@@ -168,12 +173,15 @@ def rounding_errors(stored: Tensor, unrounded: np.ndarray) -> tuple[np.ndarray, 
 
 
 def z_score(f: np.ndarray, error: np.ndarray) -> float:
-    """The summed error in standard deviations of a sum of unbiased stochastic roundings."""
+    """Return the summed error in standard deviations of a sum of unbiased stochastic roundings."""
     return float(error.sum() / np.sqrt((f * (1 - f)).sum()))
 
 
 def check_one_step_unbiased(update: Update, n: int = 1 << 20) -> None:
-    """Stochastic rounding of m, v and c has no mean error, overall and in each decile of the discarded fraction."""
+    """Check that stochastic rounding of m, v and c has no mean error.
+
+    Overall, and in each decile of the discarded fraction.
+    """
     state = typical(n, 10)
     new, wanted = stepped(update, state, 7), expected(state, 7)
     for name, unrounded in (("m", wanted.mn), ("v", wanted.vn), ("c", wanted.cn)):
@@ -187,7 +195,10 @@ def check_one_step_unbiased(update: Update, n: int = 1 << 20) -> None:
 
 
 def check_uncorrelated(update: Update, n: int = 1 << 20) -> None:
-    """Rounding errors do not follow their inputs, nor each other: from element to element and from step to step."""
+    """Check that rounding errors correlate neither with their inputs nor with each other.
+
+    From element to element and from step to step.
+    """
     state = typical(n, 11)
     order = torch.argsort(state.g.float(), stable=True)
     state = state.map(lambda x: x[order])  # neighbours alike
@@ -214,7 +225,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def check_each_input_mixes(update: Update, steps: int = 32, n: int = 4096) -> None:
-    """Where only one of g, p, m, v, c varies from element to element, the rounding errors look independent of it all the same."""
+    """Check that rounding errors look independent if only one of g, p, m, v, c varies."""
     patterns = np.arange(0x3000, 0x3000 + n, dtype=np.uint16)
     base = State(*(torch.full((n,), x).bfloat16() for x in (1e-2, 0.7, 2e-3, 1e-4, 1e-5)))
     for source in State._fields:
@@ -229,7 +240,10 @@ def check_each_input_mixes(update: Update, steps: int = 32, n: int = 4096) -> No
 
 
 def assert_patternless(e: np.ndarray, patterns: np.ndarray, what: str) -> None:
-    """``e[step, element]`` goes with no bit of the pattern, nor with the error before, nor with that of an element 1 to 511 away."""
+    """Assert that ``e[step, element]`` is uncorrelated.
+
+    With every bit of the pattern, with the step before, and with elements 1 to 511 away.
+    """
     r = correlation(e[1:].ravel(), e[:-1].ravel())
     assert abs(r) < 0.02, f"{what}: steps correlate by {r:.3f}"
     for bit in range(12):
@@ -244,7 +258,7 @@ def assert_patternless(e: np.ndarray, patterns: np.ndarray, what: str) -> None:
 
 
 def check_layout_free(update: Update, n: int = 70_001) -> None:
-    """Permuting or splitting the elements permutes or splits the result, bit for bit."""
+    """Check that permuting or splitting the elements permutes or splits the result, bit for bit."""
     state, gen = typical(n, 12), torch.Generator().manual_seed(13)
     whole = stepped(update, state, 9)
     order = torch.randperm(n, generator=gen)
@@ -265,7 +279,10 @@ def check_layout_free(update: Update, n: int = 70_001) -> None:
 
 
 def check_nonfinite(update: Update) -> None:
-    """NaN and infinity stay what they are, whatever the payload; finite values do not become infinite by rounding."""
+    """Check that NaN and infinity are preserved, whatever the payload.
+
+    Finite values do not become infinite by rounding.
+    """
     n, quiet = 4096, Hyperparams(lr=0.0, weight_decay=0.0)
     base = typical(n, 14)
     for pattern in (0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFF8000):

@@ -1,6 +1,7 @@
 """Checks of the update rule over thousands of steps, against the same recurrences in float64.
 
-Each takes the update function, as in ``rule_checks``, and looks at several moments on the way, so that a wrong rule fails early.
+Each takes the update function, as in ``rule_checks``, and checks several steps on the way, so that
+a wrong rule fails early.
 """
 
 from __future__ import annotations
@@ -22,29 +23,23 @@ def v_ratios(
     steps: int,
     every: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Run ``steps`` steps at lr 0 and yield ``(step, stored v / exact v as float64)`` each ``every`` steps.
+    """Run ``steps`` steps at lr 0 and yield ``(step, stored v / exact v)`` every few steps.
 
     Args:
-        gradients: the bfloat16 gradient of a 1-based step.
-        p: bfloat16 parameter; v: bfloat16 exp_avg_sq at the start. Neither is changed.
+        update: the update function.
+        gradients: returns the bfloat16 gradient of a 1-based step.
+        p: bfloat16 parameter. Not changed.
+        v: bfloat16 exp_avg_sq at the start. Not changed.
+        beta2: its decay rate.
+        steps: their number.
+        every: yield after so many steps.
     """
     p, exact, v = p.clone(), v.double(), v.clone()
     m, c, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
     for t in range(1, steps + 1):
         g = gradients(t)
-        update(
-            [p],
-            [g],
-            [m],
-            [v],
-            [c],
-            [count],
-            lr=0.0,
-            beta1=0.9,
-            beta2=beta2,
-            eps=1e-8,
-            weight_decay=0.0,
-        )
+        lists = [[p], [g], [m], [v], [c], [count]]
+        update(*lists, lr=0.0, beta1=0.9, beta2=beta2, eps=1e-8, weight_decay=0.0)
         exact.mul_(beta2).add_(g.double().square_(), alpha=1 - beta2)
         if t % every == 0:
             yield t, v.double() / exact
@@ -57,7 +52,7 @@ def assert_ratio(ratio: Tensor, tolerance: float, what: str, spread: float = flo
 
 
 def check_v_gaussian(update: Update, steps: int = 10_000, n: int = 4096) -> None:
-    """beta2 = .999: v follows steady Gaussian gradients, gradients that drop tenfold, and 95 % sparse ones."""
+    """Check v at beta2 = .999: Gaussian gradients, some that drop tenfold, some 95 % sparse."""
     gen, drop_at = torch.Generator().manual_seed(20), steps // 5
     p = torch.randn(3 * n, generator=gen).bfloat16()
     spike = torch.zeros(3 * n, dtype=torch.bool)
@@ -78,7 +73,10 @@ def check_v_gaussian(update: Update, steps: int = 10_000, n: int = 4096) -> None
 
 
 def check_v_long_memory(update: Update, steps: int = 10_000, n: int = 4096) -> None:
-    """beta2 = .9999: v still follows, though one step changes it by a hundredth of what bfloat16 resolves."""
+    """Check v at beta2 = .9999.
+
+    One step changes it by a hundredth of bfloat16's resolution.
+    """
     gen = torch.Generator().manual_seed(21)
     p = torch.randn(n, generator=gen).bfloat16()
     for t, ratio in v_ratios(
@@ -94,7 +92,10 @@ def check_v_long_memory(update: Update, steps: int = 10_000, n: int = 4096) -> N
 
 
 def check_v_constant_gradient(update: Update, steps: int = 6000, n: int = 1024) -> None:
-    """A constant gradient at fixed weights, where all inputs of the hash but the step stand still: the time-mean of v is right."""
+    """Check the mean of v over time, with a constant gradient and fixed weights.
+
+    The step is then the only input of the hash that changes.
+    """
     gen = torch.Generator().manual_seed(22)
     p, g = (torch.randn(n, generator=gen).bfloat16() for _ in range(2))
     ratios = v_ratios(update, lambda t: g, p, torch.zeros_like(p), 0.999, steps, 20)
@@ -103,7 +104,10 @@ def check_v_constant_gradient(update: Update, steps: int = 6000, n: int = 1024) 
 
 
 def check_v_zero_gradient(update: Update, steps: int = 4000) -> None:
-    """v decays under zero gradients in elements that differ in nothing but the weight, here all 65,280 finite ones."""
+    """Check that v decays under zero gradients.
+
+    The elements differ only in the weight: all 65,280 finite ones.
+    """
     p = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     p = p[p.isfinite()]
     zero = torch.zeros_like(p)
@@ -122,7 +126,7 @@ def displacement_slope(
     lr: float,
     wd: float,
 ) -> Tensor:
-    """Run ``steps`` steps and return how far the true weight ``p + c`` went per unit of what float64 went (0-dim float64).
+    """Return the displacement of the true weight ``p + c`` relative to float64's, 0-dim float64.
 
     The slope is the least-squares one through the origin. ``p`` and ``c`` (bfloat16) are changed.
     """
@@ -131,19 +135,8 @@ def displacement_slope(
     w, m64, v64 = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for t in range(1, steps + 1):
         g = gradients()
-        update(
-            [p],
-            [g],
-            [m],
-            [v],
-            [c],
-            [count],
-            lr=lr,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=wd,
-        )
+        lists = [[p], [g], [m], [v], [c], [count]]
+        update(*lists, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=wd)
         g64 = g.double()
         m64.mul_(0.9).add_(g64, alpha=0.1)
         v64.mul_(0.999).add_(g64.square_(), alpha=0.001)
@@ -154,7 +147,10 @@ def displacement_slope(
 
 
 def check_displacement(update: Update, steps: int = 3000, n: int = 8192) -> None:
-    """Updates of 1e-5 and 1e-7 of the weight, far below bfloat16's resolution, and decay alone: none is lost."""
+    """Check that no update is lost.
+
+    Updates are 1e-5 and 1e-7 of the weight, far below bfloat16's resolution; and decay alone.
+    """
     gen = torch.Generator().manual_seed(23)
     size = 1 + torch.rand(n, generator=gen)  # so that lr / weight is lr, up to a factor of 2
     sign = torch.randint(0, 2, (n,), generator=gen) * 2 - 1

@@ -1,4 +1,4 @@
-"""Wrong update rules, each one edit away from the package, with the checks that must notice it."""
+"""Wrong update rules, each one edit away from the package, with the checks that must fail."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import reference
+from sharded_bf16_adamw.kernels import backend, reference
 
 from .rule_checks import Update
-from .tables import take_step
+from .tables import table_of, take_step
 
 
 class Mutant(NamedTuple):
     """One wrong rule.
 
-    name: what is wrong, in words.
-    edits: ``(old, new)`` source fragments; each ``old`` stands exactly once in the module.
-    caught_by: names of checks that each must fail.
-    module: where the edits go.
+    name: a description.
+    edits: ``(old, new)`` source fragments; each ``old`` occurs exactly once in the module.
+    caught_by: names of the checks that must fail.
+    module: the module to edit.
     """
 
     name: str
@@ -36,7 +35,7 @@ M_ROUNDED = "stochastic_round(mn, rm)"
 C_ROUNDED = "stochastic_round(cn, rc)"
 STEP_IN_HASH = "step_key(s.step)"
 FOLD = "y = (product ^ product >> 16 ^ x) & 0xFFFF"
-SPLIT = """    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)  # p + c only scales the decay: storing it would lose the low bits
+SPLIT = """    d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)
     pn = (p32 + d).bfloat16()
     cn = (p32 - pn.float()) + d
 """
@@ -49,7 +48,7 @@ ROUND_UP = "((bits & 0xFFFF) > r)"
 NAN_GUARD = "return torch.where(x.isnan(), torch.nan, rounded)"
 
 MUTANTS = (
-    # the four that the design of the rule names
+    # the four mistakes that the design of the rule avoids
     Mutant(
         "v to nearest",
         ((V_ROUNDED, "vn.bfloat16()"),),
@@ -190,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         "one step for all",
-        (("t = int(step.item())", "t = int(self._rows[0][4].item())"),),
+        (("t = int(step.item())", "t = int(self._rows[0][0][4].item())"),),
         ("check_many_tensors",),
     ),
     Mutant(
@@ -212,14 +211,9 @@ MUTANTS = (
         ("check_found_inf",),
     ),
     Mutant(
-        "zero_grads ignored",
-        (("            g.zero_()\n", "            pass\n"),),
-        ("check_zero_grads",),
-    ),
-    Mutant(
-        "gradients always zeroed",
-        (("        if zero_grads:\n", "        if True:\n"),),
-        ("check_zero_grads",),
+        "scaled gradient stored",
+        (("_moments(g.float() * scale, m.float(), v", "_moments(g.mul_(2).float(), m.float(), v"),),
+        ("check_gradient_only_read",),
     ),
     Mutant(
         "one-element tensors skipped",
@@ -236,76 +230,68 @@ MUTANTS = (
             ),
         ),
         ("check_layouts",),
-        kernels,
+        backend,
     ),
     Mutant(
         "gaps walked over",
         ((" for x in tensors) and _is_dense(p)", " for x in tensors)"),),
         ("check_outside_views",),
-        kernels,
+        backend,
     ),
     Mutant(
         "only the parameter's layout looked at",
         (("if all(x is None or x.is_contiguous() for x in tensors):", "if p.is_contiguous():"),),
         ("check_layouts",),
-        kernels,
+        backend,
     ),
     Mutant(
         "the gradient's layout not looked at",
-        (
-            (
-                "if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):",
-                "if True:",
-            ),
-        ),
+        (("    if grad.stride() == param.stride() or (grad", "    if True or (grad"),),
         ("check_layouts", "check_expanded_gradient"),
-        kernels,
+        backend,
     ),
     Mutant(
-        "copies not written back", (("original.copy_(copy)", "pass"),), ("check_layouts",), kernels
-    ),
-    Mutant(
-        "copied gradients not zeroed", (("grad.copy_(copy)", "pass"),), ("check_layouts",), kernels
+        "copies not written back", (("original.copy_(copy)", "pass"),), ("check_layouts",), backend
     ),
     Mutant(
         "found_inf not passed on",
         (
             (
-                "_table.update_(grads, hypers, grad_scale=grad_scale, found_inf=found_inf",
-                "_table.update_(grads, hypers, grad_scale=grad_scale",
+                "            self._table.update_(args)\n        else",
+                "            self._table.update_(args._replace(found_inf=None))\n        else",
             ),
         ),
         ("check_found_inf",),
-        kernels,
+        backend,
     ),
     Mutant(
         "found_inf not passed on for other strides",
         (
             (
-                "_any_strides(grads, hypers, grad_scale=grad_scale, found_inf=found_inf",
-                "_any_strides(grads, hypers, grad_scale=grad_scale",
+                "self._update_any_strides(args)",
+                "self._update_any_strides(args._replace(found_inf=None))",
             ),
         ),
         ("check_skipped_in_any_layout",),
-        kernels,
+        backend,
     ),
 )
 
 
 def mutated(mutant: Mutant) -> Update:
-    """The update function of a copy of the mutant's module with its edits."""
+    """Return the update function of a copy of the mutant's module with its edits."""
     source = inspect.getsource(mutant.module)
     for old, new in mutant.edits:
         assert source.count(old) == 1, (
-            f"mutant {mutant.name!r} is out of date: {old!r} stands {source.count(old)} times in its module"
+            f"mutant {mutant.name!r} is out of date: {old!r} occurs {source.count(old)} times in "
+            "its module"
         )
         source = source.replace(old, new)
-    module = ModuleType(
-        mutant.module.__name__
-    )  # under the true name, so that relative imports work; it is registered nowhere
+    # under the true name, so that relative imports work; it is registered nowhere
+    module = ModuleType(mutant.module.__name__)
     module.__package__ = mutant.module.__package__
     exec(compile(source, f"<mutant: {mutant.name}>", "exec"), module.__dict__)
-    if mutant.module is kernels:
+    if mutant.module is backend:
         return partial(module.adamw_bf16_, backend="reference")
 
     def update(
@@ -317,6 +303,8 @@ def mutated(mutant: Mutant) -> Update:
         steps: list[Tensor],
         **kwargs: Any,
     ) -> None:
-        take_step(module.Table(params, exp_avgs, exp_avg_sqs, corrections, steps), grads, **kwargs)
+        take_step(
+            table_of(module, params, exp_avgs, exp_avg_sqs, corrections, steps), grads, **kwargs
+        )
 
     return update

@@ -1,4 +1,4 @@
-"""Checks of what surrounds the bfloat16 rule: float32 parameters and gradients, the switches of one call, several tensors at once.
+"""Checks around the bfloat16 rule: float32 tensors, options of a call, several tensors at once.
 
 Each takes the update function, as in ``rule_checks``.
 """
@@ -15,7 +15,7 @@ from .rule_oracle import Hyperparams
 def float64_adamw(
     p: Tensor, gradients: list[Tensor], h: Hyperparams, maximize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own AdamW in float64: the weight, exp_avg and exp_avg_sq after the given gradients."""
+    """Return weight, exp_avg and exp_avg_sq of torch's own AdamW in float64."""
     w = p.double().requires_grad_()
     optimizer = torch.optim.AdamW(
         [w],
@@ -38,7 +38,10 @@ def assert_close(actual: Tensor, exact: Tensor, relative: float, what: str) -> N
 
 
 def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> None:
-    """float32 parameters follow AdamW in float64 to float32's precision, with float32 and with bfloat16 gradients."""
+    """Check that float32 parameters follow AdamW in float64 to float32's precision.
+
+    With float32 and with bfloat16 gradients.
+    """
     gen, h = torch.Generator().manual_seed(30), Hyperparams(lr=1e-2)
     start = torch.randn(n, generator=gen)
     for dtype in (torch.float32, torch.bfloat16):
@@ -48,15 +51,14 @@ def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> 
             for g in gradients:
                 update([p], [g], [m], [v], [None], [count], **h._asdict(), maximize=maximize)
             w, m64, v64 = float64_adamw(start, gradients, h, maximize)
-            assert_close(
-                p - start, w - start.double(), 1e-5, "displacement"
-            )  # of .05, in weights of 1 with 1e-7 of resolution
+            # of .05, in weights of 1 with a resolution of 1e-7
+            assert_close(p - start, w - start.double(), 1e-5, "displacement")
             assert_close(m, m64, 1e-6, "exp_avg")
             assert_close(v, v64, 1e-6, "exp_avg_sq")
 
 
 def check_tracks_float64(update: Update, steps: int = 200, n: int = 20_000) -> None:
-    """The true weight ``p + c`` of bfloat16 parameters follows AdamW in float64, element by element and without drift."""
+    """Check that the true weight ``p + c`` follows AdamW in float64, elementwise, without drift."""
     gen, h = torch.Generator().manual_seed(31), Hyperparams(lr=1e-3, beta2=0.99)
     p = torch.randn(n, generator=gen).bfloat16()
     gradients = [torch.randn(n, generator=gen).bfloat16() for _ in range(steps)]
@@ -73,35 +75,39 @@ def check_tracks_float64(update: Update, steps: int = 200, n: int = 20_000) -> N
     moved, exact = p.double() + c.double() - start, w - start
     slope = ((moved * exact).sum() / exact.square().sum()).item()
     assert abs(slope - 1) < 0.002, f"the true weight moved {slope:.4f} of the way"
-    assert_close(
-        moved, exact, 0.01, "displacement of the true weight"
-    )  # what the moments' 8 bits leave
+    # limited by the 8 bits of the moments
+    assert_close(moved, exact, 0.01, "displacement of the true weight")
     half_ulp = p.abs().double() * 2**-8 + 1e-12
     assert (c.double().abs() <= half_ulp * 1.01).all(), (
-        "the correction holds more than what bfloat16 rounds off"
+        "the correction exceeds the rounding error of bfloat16"
     )
 
 
 def check_float32_gradient_folds(update: Update) -> None:
-    """A float32 gradient that bfloat16 holds exactly gives the bits that the bfloat16 gradient gives; its low bits matter."""
+    """Check the hash of float32 gradients.
+
+    One that bfloat16 holds exactly gives the bits of the bfloat16 gradient. Its low bits matter.
+    """
     state = typical(5000, 32)
     narrow, wide = stepped(update, state, 4), stepped(update, state._replace(g=state.g.float()), 4)
     assert_equal(wide._replace(g=narrow.g), narrow, "float32 gradient")
     finer = stepped(update, state._replace(g=state.g.float() * (1 + 2**-20)), 4)
-    rounded_otherwise = (
-        (finer.v != narrow.v).float().mean().item()
-    )  # by the value's own change in next to none
+    # the change of the value itself affects almost none
+    rounded_otherwise = (finer.v != narrow.v).float().mean().item()
     assert rounded_otherwise > 0.1, (
         "the low bits of a float32 gradient do not reach the random bits"
     )
 
 
 def check_found_inf(update: Update) -> None:
-    """Where found_inf is not zero, nothing changes: no tensor, no step, no gradient. Zero changes nothing about the step."""
+    """Check that nothing changes unless found_inf is zero: no tensor, step or gradient.
+
+    Zero does not affect the step.
+    """
     state = typical(5000, 33)
     new, count = state.map(torch.clone), torch.tensor(6.0)
     lists = [[new.p], [new.g], [new.m], [new.v], [new.c], [count]]
-    update(*lists, **Hyperparams()._asdict(), found_inf=torch.tensor(1.0), zero_grads=True)
+    update(*lists, **Hyperparams()._asdict(), found_inf=torch.tensor(1.0))
     assert count.item() == 6
     assert_equal(new, state, "found_inf")
     assert_equal(
@@ -111,20 +117,18 @@ def check_found_inf(update: Update) -> None:
     )
 
 
-def check_zero_grads(update: Update) -> None:
-    """zero_grads zeroes the gradient after it was read, whatever it held; without it the gradient is untouched."""
+def check_gradient_only_read(update: Update) -> None:
+    """Check that a step leaves the gradient unchanged, whatever its values."""
     state = typical(70_000, 34)
     for g in (state.g, state.g.float(), torch.full_like(state.g, torch.nan)):
-        kept, zeroed = (
-            stepped(update, state._replace(g=g), 7, zero_grads=zero) for zero in (False, True)
-        )
-        assert (bits(zeroed.g) == 0).all(), "the gradient was not zeroed"
-        assert (bits(kept.g) == bits(g)).all(), "the gradient was changed"
-        assert_equal(zeroed._replace(g=kept.g), kept, "zero_grads")
+        assert (bits(stepped(update, state._replace(g=g), 7).g) == bits(g)).all()
 
 
 def check_many_tensors(update: Update) -> None:
-    """Tensors of mixed dtypes, sizes and steps in one call end as they do in calls of their own; lr may be a tensor."""
+    """Check tensors of mixed dtypes, sizes and steps in one call against separate calls.
+
+    lr may be a tensor.
+    """
     h, sizes = Hyperparams(lr=2.0**-7), (1, 0, 7, 1024, 65_536, 65_539)
     for lr in (h.lr, torch.tensor(h.lr)):
         rows = [typical(n, 40 + i) for i, n in enumerate(sizes)]

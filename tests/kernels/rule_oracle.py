@@ -1,7 +1,8 @@
-"""The update rule once more, in numpy and from its specification alone, to compare every back end with.
+"""A second implementation of the update rule, in numpy and from its specification alone.
 
-It shares no code with the package: bit patterns are numpy integers, the hash runs in wrapping uint16 arithmetic, rounding is
-done on integers, and the scalars of a step come from 60-digit decimals. Every function works on whole arrays and on scalars.
+It shares no code with the package. Bit patterns are numpy integers, the hash uses wrapping uint16
+arithmetic, rounding works on integers, and the scalars of a step come from 60-digit decimals. Every
+function works on arrays and on scalars.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Hyperparams(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """Stored successors ``p, m, v, c`` as uint16 bit patterns, and ``mn, vn, cn`` (float32) as they were before rounding."""
+    """The results of a step.
+
+    ``p, m, v, c`` are stored as uint16 bit patterns; ``mn, vn, cn`` are float32, before rounding.
+    """
 
     p: Array
     m: Array
@@ -38,7 +42,7 @@ class Stepped(NamedTuple):
 
 
 def exact_scalars(t: int, h: Hyperparams) -> dict[str, Decimal]:
-    """The scalars of step ``t`` to 60 digits, before any rounding."""
+    """Return the scalars of step ``t`` to 60 digits, before any rounding."""
     with localcontext() as context:
         context.prec = 60
         lr, b1, b2, wd = (Decimal(x) for x in (h.lr, h.beta1, h.beta2, h.weight_decay))
@@ -55,7 +59,7 @@ def exact_scalars(t: int, h: Hyperparams) -> dict[str, Decimal]:
 
 
 def lowbias32(x: Any) -> Any:
-    """The 32-bit mixing function, on integers or uint64 arrays below 2^32."""
+    """Hash integers, or uint64 arrays, below 2^32."""
     x = (x ^ x >> 16) * 0x7FEB352D & MASK
     x = (x ^ x >> 15) * 0x846CA68B & MASK
     return x ^ x >> 16
@@ -64,7 +68,7 @@ def lowbias32(x: Any) -> Any:
 def random_bits(
     g: Array, p: Array, m: Array, v: Array, c: Array, t: int
 ) -> tuple[Array, Array, Array]:
-    """The bits for m, v and c, from uint16 patterns and the step, in uint16 arithmetic that wraps by itself."""
+    """Return the random bits for m, v and c, from uint16 patterns and the step."""
     u16, u32 = np.uint16, np.uint32
     low, high = u16(lowbias32(t) & 0xFFFF), u16(lowbias32(t) >> 16)
     with np.errstate(over="ignore"):
@@ -77,19 +81,19 @@ def random_bits(
 
 
 def widen(pattern: Array) -> Array:
-    """The float32 value of a bfloat16 bit pattern."""
+    """Return the float32 value of a bfloat16 bit pattern."""
     return (pattern.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_nearest_even(x: Array) -> Array:
-    """The bfloat16 pattern nearest to a float32, ties to even; one NaN stands for all."""
+    """Return the bfloat16 pattern nearest to a float32, ties to even. Every NaN becomes 0x7FC0."""
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
 def round_stochastically(x: Array, r: Array) -> Array:
-    """The bfloat16 pattern of a float32 rounded away from zero where the 16 discarded bits exceed ``r``."""
+    """Round float32 to a bfloat16 pattern, away from zero if the 16 discarded bits exceed ``r``."""
     bits = x.view(np.uint32).astype(np.uint64)
     return np.where(np.isnan(x), 0x7FC0, (bits + 0xFFFF - r) >> 16).astype(np.uint16)
 
@@ -97,14 +101,18 @@ def round_stochastically(x: Array, r: Array) -> Array:
 def step_bf16(
     p: Array, g: Array, m: Array, v: Array, c: Array, t: int, h: Hyperparams, scale: float = 1.0
 ) -> Stepped:
-    """One step on bfloat16 parameters.
+    """Take one step on bfloat16 parameters.
 
     Args:
-        p, m, v, c: uint16 bit patterns.
-        g: uint16 patterns of bfloat16 gradients, or uint32 patterns of float32 ones, whose halves are folded for the hash.
+        p: uint16 bit patterns.
+        g: uint16 patterns of bfloat16 gradients, or uint32 patterns of float32 ones, whose halves
+            are folded for the hash.
+        m: uint16 bit patterns.
+        v: uint16 bit patterns.
+        c: uint16 bit patterns.
         t: the 1-based step.
         h: hyper-parameters.
-        scale: multiplies the gradient after the hash took its bits; negative to maximize.
+        scale: multiplies the gradient after hashing; negative to maximize.
     """
     s = {name: np.float32(float(value)) for name, value in exact_scalars(t, h).items()}
     if g.dtype == np.uint32:

@@ -1,21 +1,26 @@
-"""Steps of any back end's table, with the arguments of ``adamw_bf16_``."""
+"""Tables and steps of any back end, with the arguments of ``adamw_bf16_``."""
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import Hyperparams
+from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, TensorLists
+
+
+def table_of(backend: ModuleType, *columns: Any, **named: Any) -> Any:
+    """Return a back end's table of ``params`` to ``steps`` and, optionally, ``groups``."""
+    return backend.make_table(TensorLists(*columns, **named))
 
 
 def take_step(table: Any, grads: list[Tensor], **arguments: Any) -> None:
-    """A step of parameters that all share their hyper-parameters."""
+    """Take a step of parameters that share their hyper-parameters."""
     hyper, flags = split(arguments)
-    table.update_(grads, [hyper], **flags)
+    table.update_(StepArgs(grads, [hyper], **flags))
 
 
 def split(arguments: dict[str, Any]) -> tuple[Hyperparams, dict[str, Any]]:
-    """The hyper-parameters among the arguments, and the others."""
+    """Return the hyper-parameters among the arguments, and the others."""
     hyper = {name: value for name, value in arguments.items() if name in Hyperparams._fields}
-    return Hyperparams(**hyper), {
-        name: value for name, value in arguments.items() if name not in hyper
-    }
+    flags = {name: value for name, value in arguments.items() if name not in hyper}
+    return Hyperparams(**hyper), flags

@@ -1,4 +1,4 @@
-"""The native CPU back end gives the reference's bits on every instruction set of this machine, with any number of threads."""
+"""The native CPU back end has the reference's bits, on every instruction set and any threads."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cpu, reference
 
-from .tables import take_step
+from .tables import table_of, take_step
 
 BF16, F32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 DTYPES = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]  # parameter, gradient
 LENGTHS = [*range(41), 63, 64, 65, 1000, 70_001]
-SPECIAL_F32 = [
-    0x7FFFFFFF,
-    -1,
-    0x7F800001,
-    0x7F800000,
-    -0x800000,
-    0x7F7FFFFF,
-    1,
-    0x7FFFFF,
-    0x00800000,
-    -0x80000000,
-    0,
-    0x3F808000,
-]
+SPECIAL_F32 = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF]
+SPECIAL_F32 += [1, 0x7FFFFF, 0x00800000, -0x80000000, 0, 0x3F808000]
 
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Give the threads, the instruction set and the denormal mode back."""
+    """Restore the number of threads, the instruction set and the denormal mode."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -54,7 +42,7 @@ def integer(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    """NaN in the same places, and the same bits in all others."""
+    """Assert NaN at the same places, and the same bits everywhere else."""
     for a, e in zip(actual, expected, strict=True):
         if a is None or e is None:
             assert a is e
@@ -65,7 +53,10 @@ def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None])
 
 
 def any_bits(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
-    """Random bit patterns, so NaNs of any payload, infinities and subnormals too; ``offset`` elements off any alignment."""
+    """Return random bit patterns: NaNs of any payload, infinities and subnormals too.
+
+    The tensor starts ``offset`` elements after an aligned address.
+    """
     if dtype == BF16:
         return torch.randint(
             -(2**15), 2**15, (n + offset,), dtype=torch.int16, generator=generator
@@ -85,7 +76,7 @@ def training_values(
 
 
 class Problem:
-    """Columns of tensors for one step; ``copy`` gives the same again, at the same alignments."""
+    """Columns of tensors for one step. ``copy`` returns equal ones with the same alignments."""
 
     def __init__(
         self,
@@ -120,9 +111,9 @@ class Problem:
         twin.steps = [step.clone() for step in self.steps]
         return twin
 
-    def step(self, back_end: object = cpu, times: int = 1, **arguments: object) -> Problem:
+    def step(self, back_end: ModuleType = cpu, times: int = 1, **arguments: object) -> Problem:
         grads, *states = self.columns
-        table = back_end.Table(*states, self.steps)  # type: ignore[attr-defined]
+        table = table_of(back_end, *states, self.steps)
         for _ in range(times):
             take_step(table, grads, **(HYPER | arguments))
         return self
@@ -136,7 +127,7 @@ def _copy_with_offset(x: Tensor) -> Tensor:
     return torch.empty(len(x) + offset, dtype=x.dtype)[offset:].copy_(x)
 
 
-def test_this_machine_has_an_instruction_set_to_test() -> None:
+def test_this_machine_has_an_instruction_set() -> None:
     assert cpu.available() and cpu.unavailable_reason() is None
     assert cpu.supported_isas()[0] == "baseline"
 
@@ -161,7 +152,7 @@ def test_bits_are_those_of_the_reference(
         {"grad_scale": torch.tensor(0.3)},
         {"grad_scale": torch.tensor(float("nan")), "maximize": True},
         {"grad_scale": torch.tensor(float("inf"))},
-        {"zero_grads": True, "grad_scale": torch.tensor(2.5)},
+        {"grad_scale": torch.tensor(2.5)},
         {"lr": torch.tensor(1e-4), "weight_decay": 0.0},
         {"lr": 0.0, "eps": 0.0},
         {"lr": float("nan")},
@@ -170,9 +161,7 @@ def test_bits_are_those_of_the_reference(
     ],
     ids=lambda arguments: "-".join(f"{k}={float(v)}" for k, v in arguments.items()),
 )
-def test_arguments_mean_what_they_mean_to_the_reference(
-    isa: str, arguments: dict[str, object]
-) -> None:
+def test_arguments_act_as_in_the_reference(isa: str, arguments: dict[str, object]) -> None:
     cpu.select_isa(isa)
     for p_dtype, g_dtype in DTYPES:
         for wild in (False, True):
@@ -183,8 +172,11 @@ def test_arguments_mean_what_they_mean_to_the_reference(
 
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 @pytest.mark.parametrize("t", [1, 2, 1000, 2**20, 2**24])
-def test_subnormal_and_tied_values_at_any_step(isa: str, t: int) -> None:
-    """All 65536 patterns as the parameter and as v, where m, g and c are tiny, so that sums tie, cancel and go subnormal."""
+def test_subnormal_and_tied_values(isa: str, t: int) -> None:
+    """All 65536 patterns as the parameter and as v, with tiny m, g and c.
+
+    So sums tie, cancel and become subnormal.
+    """
     cpu.select_isa(isa)
     problem = Problem([2**16], BF16, BF16, wild=True)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
@@ -209,7 +201,7 @@ def test_threads_do_not_change_bits() -> None:
         assert_same_bits(problem.copy().step().tensors(), expected.tensors())
 
 
-def test_sum_of_squares_is_the_same_for_any_threads_and_instruction_set() -> None:
+def test_sum_of_squares_is_independent_of_threads_and_instruction_set() -> None:
     generator = torch.Generator().manual_seed(1)
     for dtype in (BF16, F32):
         grads = [
@@ -231,7 +223,7 @@ def test_sum_of_squares_is_the_same_for_any_threads_and_instruction_set() -> Non
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_sum_of_squares_counts_each_element_once(isa: str, dtype: torch.dtype) -> None:
-    """Powers of two that fp64 adds exactly: one element missed or counted twice changes the sum."""
+    """fp64 adds these powers of two exactly: a missed or repeated element changes the sum."""
     cpu.select_isa(isa)
     for n in [*range(70), 32_767, 32_768, 32_769]:
         x = torch.full((n + 3,), 8.0, dtype=dtype)
@@ -259,38 +251,38 @@ def test_sum_of_squares_propagates_inf_and_nan(isa: str, dtype: torch.dtype) -> 
 def test_found_inf_leaves_everything_unchanged(found_inf: float) -> None:
     problem = Problem([100, 3], BF16, BF16, wild=False)
     before = problem.copy()
-    problem.step(found_inf=torch.tensor(found_inf), zero_grads=True)
+    problem.step(found_inf=torch.tensor(found_inf))
     assert_same_bits(problem.tensors(), before.tensors())
 
 
-def test_empty_tensors_and_lists_count_steps_only() -> None:
+def test_empty_tensors_only_increment_the_step() -> None:
     problem = Problem([0, 0], BF16, BF16, wild=False).step(times=3)
     assert [step.item() for step in problem.steps] == [3.0, 1002.0]
-    take_step(cpu.Table([], [], [], [], []), [], **HYPER)
+    take_step(table_of(cpu, [], [], [], [], []), [], **HYPER)
     assert cpu.grad_sum_sq([]).item() == 0.0
 
 
-def test_a_dtype_may_change_between_steps() -> None:
+def test_gradient_dtype_may_change_between_steps() -> None:
     problem = Problem([1000, 50], BF16, BF16, wild=False)
     grads, *states = problem.columns
     wide = [g.float() for g in grads]
     expected = problem.copy()
-    expected_table = reference.Table(*expected.columns[1:], expected.steps)
-    table = cpu.Table(*states, problem.steps)
+    expected_table = table_of(reference, *expected.columns[1:], expected.steps)
+    table = table_of(cpu, *states, problem.steps)
     for batch in (grads, wide, [grads[0], wide[1]], grads):
         take_step(table, batch, **HYPER)
         take_step(expected_table, batch, **HYPER)
     assert_same_bits(problem.tensors(), expected.tensors())
 
 
-def test_flush_denormal_mode_neither_matters_nor_is_lost() -> None:
+def test_flush_denormal_mode_is_ignored_and_restored() -> None:
     problem = Problem([400_000, 9], BF16, BF16, wild=True)
     problem.columns[3][0].mul_(1e-37)  # type: ignore[union-attr]
     expected = problem.copy().step(reference)
     grads = [torch.full((300_000,), 1e-40)] * 2
     total = grads[0].double().square().sum().item() * 2
     assert torch.set_flush_denormal(True)
-    torch.set_num_threads(17)  # more than any test before: the new threads are born in this mode
+    torch.set_num_threads(17)  # more than any test before: new threads inherit this mode
     problem.step()
     sum_sq = cpu.grad_sum_sq(grads).item()
     still_flushing = (torch.tensor([1e-40]) * 1.0).item() == 0.0
@@ -300,22 +292,20 @@ def test_flush_denormal_mode_neither_matters_nor_is_lost() -> None:
     assert_same_bits(problem.tensors(), expected.tensors())
 
 
-def test_a_forked_child_steps_after_its_parent_did() -> None:
+def test_forked_child_steps_after_its_parent() -> None:
     torch.set_num_threads(3)
     problem = Problem([300_000, 77], BF16, BF16, wild=False)
     expected = problem.copy().step(reference, times=2)
     problem.step()
     child = os.fork()
-    if child == 0:  # no pytest in here: the exit status is the verdict
+    if child == 0:  # no pytest in the child: the exit status is its result
         try:
             problem.step()
+            # only the child's own helpers: fork copies no other thread
             tasks = Path("/proc/self/task")
-            assert (
-                not tasks.exists() or len(list(tasks.iterdir())) == 3
-            )  # its own helpers: the parent's did not come along
-            torch.set_num_threads(
-                1
-            )  # torch's own OpenMP threads, unlike ours, hang in a forked child
+            assert not tasks.exists() or len(list(tasks.iterdir())) == 3
+            # torch's OpenMP threads, unlike ours, hang in a forked child
+            torch.set_num_threads(1)
             assert_same_bits(problem.tensors(), expected.tensors())
             os._exit(0)
         except BaseException:
@@ -331,7 +321,7 @@ def test_a_forked_child_steps_after_its_parent_did() -> None:
     assert_same_bits(problem.step().tensors(), expected.tensors())
 
 
-def test_several_threads_may_step_at_once() -> None:
+def test_several_threads_step_concurrently() -> None:
     torch.set_num_threads(3)
     problems = [
         Problem([200_003, *[50] * 20], BF16, BF16, wild=False, seed=seed) for seed in range(4)
@@ -372,28 +362,15 @@ def test_busy_cores_do_not_stop_a_step() -> None:
             process.join()
 
 
-@pytest.mark.parametrize("isa", cpu.supported_isas())
-def test_ceilings_leave_the_tensors_as_they_were(isa: str) -> None:
-    cpu.select_isa(isa)
-    arrays = [any_bits(n, BF16, torch.Generator().manual_seed(n)) for n in [100_032] * 5]
-    before = [x.clone() for x in arrays]
-    cpu.stream_ceiling(arrays)
-    assert_same_bits(arrays, before)
-    words = np.concatenate([integer(x).numpy().view(np.uint32) for x in arrays])
-    assert cpu.read_ceiling(arrays) == np.bitwise_xor.reduce(
-        words
-    )  # of whole blocks of 32 elements: every one was read
-
-
-def test_wrong_gradients_are_refused_before_anything_changes() -> None:
+def test_wrong_gradients_raise_before_anything_changes() -> None:
     problem = Problem([8], BF16, BF16, wild=False)
     before = problem.copy()
     (g, p, m, v, c), steps = (list(column) for column in problem.columns), problem.steps
-    table = cpu.Table(p, m, v, c, steps)
+    table = table_of(cpu, p, m, v, c, steps)
     with pytest.raises(ValueError, match="one gradient for each of the 1 parameters, but got 2"):
         take_step(table, [*g, *g], **HYPER)
     with pytest.raises(ValueError, match="hyper-parameters for 3 groups, but got 1"):
-        take_step(cpu.Table(p, m, v, c, steps, [2]), g, **HYPER)
+        take_step(table_of(cpu, p, m, v, c, steps, [2]), g, **HYPER)
     for grads in ([g[0].half()], [g[0].double()]):
         with pytest.raises(TypeError, match="only bfloat16 and float32 gradients"):
             take_step(table, grads, **HYPER)
@@ -402,7 +379,7 @@ def test_wrong_gradients_are_refused_before_anything_changes() -> None:
     assert_same_bits(problem.tensors(), before.tensors())
 
 
-def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_selects_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in cpu.supported_isas():
         monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
         cpu.select_isa(None)
@@ -410,20 +387,21 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
     cpu.select_isa(None)
     with pytest.raises(
-        ValueError,
-        match="SHARDED_BF16_ADAMW_ISA is 'sse9', which is not one of baseline, avx2, avx512",
+        ValueError, match="SHARDED_BF16_ADAMW_ISA is 'sse9'; choose one of baseline, avx2, avx512"
     ):
         cpu.available()
     monkeypatch.setattr(cpu, "supported_isas", lambda: ["baseline"])
     monkeypatch.setenv(cpu.ISA_VARIABLE, "avx512")
-    with pytest.raises(ValueError, match="'avx512', which this processor lacks; it has baseline"):
+    with pytest.raises(
+        ValueError, match="'avx512', which this processor lacks; choose one of baseline"
+    ):
         cpu.available()
     monkeypatch.delenv(cpu.ISA_VARIABLE)
     assert cpu.available() and cpu.selected_isa() == "baseline"
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"])
-def test_without_a_library_the_reason_is_told(
+def test_missing_library_has_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "_native.so"
@@ -441,7 +419,7 @@ def test_without_a_library_the_reason_is_told(
         cpu.grad_sum_sq([torch.ones(1)])
 
 
-def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "ABI_VERSION", cpu.ABI_VERSION + 1)
     monkeypatch.setattr(cpu, "_library", None)
     monkeypatch.setattr(cpu, "_unavailable_reason", None)

@@ -1,8 +1,9 @@
-"""The native library in a C program of its own: under sanitizers, compiled by other compilers, and for aarch64 in an emulator.
+"""The native library in a separate C program: with sanitizers, other compilers, and for aarch64.
 
-File given to the driver: tensors, zero_grads (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double); then for each tensor
-p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g, p, m, v and, for bf16 parameters, c. File that it
-writes, for each instruction set and each caller: the sum of squares (double), then for each tensor the step (float32) and its elements.
+The driver reads a file: tensors (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double);
+then for each tensor p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g,
+p, m, v and, for bf16 parameters, c. It writes a file, for each instruction set and each caller: the
+sum of squares (double), then for each tensor the step (float32) and its elements.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 import sharded_bf16_adamw.kernels as kernels
 from sharded_bf16_adamw.kernels import reference
 
-from .tables import take_step
+from .tables import table_of, take_step
 
 BF16, F32 = torch.bfloat16, torch.float32
 CSRC = Path(kernels.__file__).with_name("csrc")
@@ -85,7 +86,10 @@ def content(x: Tensor) -> bytes:
 def run_and_compare(
     command: list[str], folder: Path, environment: dict[str, str] | None = None
 ) -> None:
-    """Run the driver and compare all that it writes with the reference: NaN in the same places, the same bits elsewhere."""
+    """Run the driver and compare its results with the reference.
+
+    NaN at the same places, the same bits everywhere else.
+    """
     for wild in (False, True):
         run_and_compare_cases(cases(wild), command, folder, environment or {})
 
@@ -93,7 +97,7 @@ def run_and_compare(
 def run_and_compare_cases(
     all_cases: list[Case], command: list[str], folder: Path, environment: dict[str, str]
 ) -> None:
-    data = struct.pack("=2q6d", len(all_cases), 1, *HYPER.values(), SCALE)
+    data = struct.pack("=q6d", len(all_cases), *HYPER.values(), SCALE)
     data += b"".join(case.header() + b"".join(map(content, case.columns)) for case in all_cases)
     source, target = folder / "input", folder / "output"
     source.write_bytes(data)
@@ -106,8 +110,8 @@ def run_and_compare_cases(
     sum_sq = reference.grad_sum_sq([case.columns[0] for case in all_cases]).item()
     for case in all_cases:
         g, p, m, v, *c = case.columns
-        table = reference.Table([p], [m], [v], c or [None], [case.step])
-        take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE), zero_grads=True)
+        table = table_of(reference, [p], [m], [v], c or [None], [case.step])
+        take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE))
     written = target.read_bytes()
     one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
     assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0
@@ -143,8 +147,8 @@ def build(compiler: str, flags: list[str], folder: Path) -> Path:
     return program
 
 
-def why_not(compiler: str, flags: list[str], folder: Path) -> str | None:
-    """Why a trivial program cannot be built and run with these flags, or None if it can."""
+def skip_reason(compiler: str, flags: list[str], folder: Path) -> str | None:
+    """Return why a trivial program cannot be built and run with these flags, or None if it can."""
     source, program = folder / "trivial.c", folder / "trivial"
     source.write_text("int main(void) { return 0; }\n")
     if shutil.which(compiler) is None:
@@ -158,7 +162,7 @@ def why_not(compiler: str, flags: list[str], folder: Path) -> str | None:
 
 @pytest.mark.parametrize(("compiler", "level"), [("cc", "-O0"), ("clang", "-O3")])
 def test_compilers_and_levels_agree(compiler: str, level: str, tmp_path: Path) -> None:
-    if reason := why_not(compiler, [level], tmp_path):
+    if reason := skip_reason(compiler, [level], tmp_path):
         pytest.skip(reason)
     run_and_compare([str(build(compiler, [level], tmp_path))], tmp_path)
 
@@ -167,7 +171,7 @@ def test_compilers_and_levels_agree(compiler: str, level: str, tmp_path: Path) -
 def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     compiler = os.environ.get("CC", "cc")
-    if reason := why_not(compiler, flags, tmp_path):
+    if reason := skip_reason(compiler, flags, tmp_path):
         pytest.skip(reason)
     run_and_compare(
         [str(build(compiler, flags, tmp_path))], tmp_path, {"TSAN_OPTIONS": "halt_on_error=1"}

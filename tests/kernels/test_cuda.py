@@ -1,4 +1,4 @@
-"""What only a GPU can show: the compiled kernels' bits, launches, host syncs, CUDA graphs, and tensors of more than 2^31 elements."""
+"""Tests that need a GPU: bits, launches, host syncs, CUDA graphs, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
 from . import triton_checks  # noqa: E402 (it imports Triton)
-from .tables import take_step  # noqa: E402
+from .tables import table_of, take_step  # noqa: E402
 from .triton_checks import BF16, FP32, HYPER, differing  # noqa: E402
 
 SHAPES = [(1000, 512), (333,), (0,), (1,), (4096, 1024)]
@@ -27,7 +27,7 @@ SHAPES = [(1000, 512), (333,), (0,), (1,), (4096, 1024)]
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Any call that waits for the device raises."""
+    """Make any call that waits for the device raise."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -37,8 +37,10 @@ def no_host_sync() -> Iterator[None]:
 
 
 def kernels_in(function: Any) -> list[str]:
-    """Names of the kernels that a call launches, without copies and fills by the driver. A profile that saw nothing is taken again: now and
-    then one loses its events."""
+    """Return the names of the kernels that a call launches, without copies and fills of the driver.
+
+    An empty profile is taken again: sometimes one loses its events.
+    """
     function()  # compiles and uploads what is new
     names: list[str] = []
     for _ in range(3):
@@ -71,7 +73,7 @@ class Model:
         self.params = random_grads(0)
         self.states = [[torch.zeros_like(p) for p in self.params] for _ in range(3)]
         self.steps = [torch.zeros((), device="cuda") for _ in self.params]
-        self.table = cuda.Table(self.params, *self.states, self.steps)  # type: ignore[arg-type]
+        self.table = table_of(cuda, self.params, *self.states, self.steps)  # type: ignore[arg-type]
         self.scratch = NormScratch()
 
     def tensors(self) -> list[Tensor]:
@@ -110,16 +112,16 @@ def test_more_than_2_to_31_elements() -> None:
         slice(n - 10000, n),
     ]
     p, g, m, v, c = ([x[part].cpu() for part in parts] for x in large)
-    take_step(reference.Table(p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
+    take_step(table_of(reference, p, m, v, c, [torch.zeros(()) for _ in parts]), g, **HYPER)  # type: ignore[arg-type]
     take_step(
-        cuda.Table(
-            [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]
+        table_of(
+            cuda, [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros((), device="cuda")]
         ),
         [large[1]],
         **HYPER,
     )
-    for name, ours, theirs in zip("pgmvc", large, (p, g, m, v, c), strict=True):
-        assert differing(name, [ours[part] for part in parts], theirs) == []
+    for name, actual, expected in zip("pgmvc", large, (p, g, m, v, c), strict=True):
+        assert differing(name, [actual[part] for part in parts], expected) == []
     large[1].fill_(1.0)
     assert float(cuda.grad_sum_sq([large[1]])) == n
 
@@ -152,14 +154,7 @@ def test_no_host_sync() -> None:
         for own in (grads, grads, moved, grads):
             sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0, model.scratch)
             cuda.clip_coefficient(sum_sq, 1.0)
-            take_step(
-                model.table,
-                own,
-                **HYPER,
-                grad_scale=coefficient,
-                found_inf=found_inf,
-                zero_grads=True,
-            )
+            take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf)
             take_step(model.table, own, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
     with (
@@ -170,7 +165,10 @@ def test_no_host_sync() -> None:
 
 
 def test_gradients_at_new_addresses() -> None:
-    """As after zero_grad(set_to_none=True); earlier gradients stay alive, so that none comes to lie where one lay before."""
+    """As after zero_grad(set_to_none=True).
+
+    Earlier gradients stay alive, so that none gets the address of another.
+    """
     fixed, moving = Model(), Model()
     grads, kept = random_grads(1), []
     for seed in range(6):
@@ -178,9 +176,7 @@ def test_gradients_at_new_addresses() -> None:
             g.copy_(new)
         kept.append([g.clone() for g in grads])
         take_step(fixed.table, grads, **HYPER)
-        take_step(
-            moving.table, kept[-1], **HYPER
-        )  # enqueued at once: many uploads are in flight together
+        take_step(moving.table, kept[-1], **HYPER)  # no wait: many uploads are in flight
     assert differing("after", moving.tensors(), fixed.tensors()) == []
 
 
@@ -190,11 +186,8 @@ def test_found_inf_skips_on_the_device() -> None:
     before = [x.clone() for x in model.tensors()]
     grads[0].view(-1)[123] = float("nan")
     _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
-    take_step(
-        model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf, zero_grads=True
-    )
+    take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
     assert differing("after", model.tensors(), before) == []
-    assert bool(grads[0].any())
 
 
 def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
@@ -223,20 +216,20 @@ def test_graph_replays_equal_eager_steps(moved: bool) -> None:
         lr.mul_(0.9)
         clipped_step(eager, static, lr)
         graph.replay()
-        if seed == 2:  # steps outside of the graph neither disturb it nor are disturbed by it
+        if seed == 2:  # steps outside the graph and the graph do not affect each other
             other = random_grads(17)
             clipped_step(eager, other, lr)
             clipped_step(captured, other, lr)
     assert differing("after", captured.tensors(), eager.tensors()) == []
 
 
-def test_each_of_several_captures_needs_but_a_step_before() -> None:
+def test_each_capture_needs_only_a_step_before() -> None:
     eager, captured = Model(), Model()
     warm, lr = random_grads(1), torch.tensor(1e-3, device="cuda")
     graphs = []
     for seed in (2, 3):
         for model in (captured, eager):
-            clipped_step(model, warm, lr)  # before every capture the gradients lie where they lay
+            clipped_step(model, warm, lr)  # the gradients' addresses are the same each time
         static = random_grads(seed)
         graphs.append((torch.cuda.CUDAGraph(), static))
         with torch.cuda.graph(graphs[-1][0]):
@@ -271,7 +264,7 @@ def test_capture_without_a_step_before_is_refused() -> None:
         pytest.raises(RuntimeError, match="take a step like it before each capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        cuda.Table(model.params, *model.states, model.steps)  # type: ignore[arg-type]
+        table_of(cuda, model.params, *model.states, model.steps)  # type: ignore[arg-type]
     with (
         pytest.raises(RuntimeError, match="take a step like it before each capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),

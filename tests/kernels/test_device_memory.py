@@ -1,4 +1,4 @@
-"""Arrays on the device, with a CUDA device and its captures played on the CPU."""
+"""Arrays on the device, with a simulated CUDA device and captures on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """``.now``: whether a graph is captured. Pinned memory is plain memory here, and copies to the device are copies."""
+    """Simulate a device: ``.now`` is True while a graph is captured.
+
+    Pinned memory is plain memory, and copies to the device are plain copies.
+    """
     state = SimpleNamespace(now=False, stream=1)
     empty, to = torch.empty, Tensor.to
     monkeypatch.setattr(device_memory, "is_capturing", lambda device: state.now)
@@ -61,49 +64,49 @@ def make() -> DeviceArray:
     return DeviceArray((2, 2), DEVICE)  # type: ignore[arg-type]
 
 
-def test_uploaded_only_where_it_changed(capturing: SimpleNamespace) -> None:
+def test_uploaded_only_if_changed(capturing: SimpleNamespace) -> None:
     array = make()
-    first = array.holding(EAGER)
-    assert array.holding([list(row) for row in EAGER]) is first
-    assert array.holding(OTHER) is not first and first.tolist() == EAGER
+    first = array.upload_if_changed(EAGER)
+    assert array.upload_if_changed([list(row) for row in EAGER]) is first
+    assert array.upload_if_changed(OTHER) is not first and first.tolist() == EAGER
 
 
-def test_a_step_before_each_capture_is_enough(capturing: SimpleNamespace) -> None:
-    """Also where the gradients of those steps lie at one place, and those of each capture elsewhere."""
+def test_one_step_before_each_capture_is_enough(capturing: SimpleNamespace) -> None:
+    """The gradients of the steps keep their addresses; each capture has other addresses."""
     array = make()
     for captured in (OTHER, THIRD):
         capturing.now = False
-        array.holding(EAGER)
+        array.upload_if_changed(EAGER)
         capturing.now = True
-        assert array.holding(captured).tolist() == captured
+        assert array.upload_if_changed(captured).tolist() == captured
     assert [(on_device.tolist(), spare is not None) for on_device, spare in array.captured] == [
         (OTHER, True),
         (THIRD, True),
     ]
     capturing.now = False
-    assert array.holding(EAGER).tolist() == EAGER, "a graph has not filled its array yet"
+    assert array.upload_if_changed(EAGER).tolist() == EAGER, "a graph has not filled its array yet"
 
 
-def test_a_second_capture_without_a_step_is_refused(capturing: SimpleNamespace) -> None:
+def test_second_capture_without_a_step_is_refused(capturing: SimpleNamespace) -> None:
     array = make()
-    array.holding(EAGER)
+    array.upload_if_changed(EAGER)
     capturing.now = True
-    array.holding(OTHER)
+    array.upload_if_changed(OTHER)
     with pytest.raises(RuntimeError, match="take a step like it before each capture"):
-        array.holding(THIRD)
+        array.upload_if_changed(THIRD)
 
 
-def test_what_a_graph_reads_is_kept(capturing: SimpleNamespace) -> None:
+def test_captured_arrays_are_kept(capturing: SimpleNamespace) -> None:
     array = make()
-    eager = array.holding(EAGER)
+    eager = array.upload_if_changed(EAGER)
     capturing.now = True
-    assert array.holding(EAGER) is eager
+    assert array.upload_if_changed(EAGER) is eager
     capturing.now = False
-    array.holding(OTHER)
+    array.upload_if_changed(OTHER)
     assert any(kept is eager for kept, _ in array.captured) and eager.tolist() == EAGER
 
 
-# -------------------------------------------------------------------------------------------------- scratch of the norm
+# ----------------------------------------------------------------------------- scratch of the norm
 
 
 def layout_of(scratch: NormScratch, *lengths: int) -> Any:
@@ -115,22 +118,24 @@ def memory(layout: Any) -> set[int]:
     return {layout.partials.data_ptr(), layout.finished.data_ptr()}
 
 
-def test_owners_of_scratch_share_none(capturing: SimpleNamespace) -> None:
-    """Their kernels may run at the same time: eagerly on two streams, or in two graphs that are replayed together."""
+def test_owners_share_no_scratch(capturing: SimpleNamespace) -> None:
+    """Kernels of two owners may overlap: on two streams, or in graphs replayed together."""
     first, second = NormScratch(), NormScratch()
     for scratch in (first, second):
         assert layout_of(scratch, 3, 5) is layout_of(scratch, 3, 5)
     assert not memory(layout_of(first, 3, 5)) & memory(layout_of(second, 3, 5))
     eager = memory(layout_of(first, 3, 5))
     capturing.stream = 2
-    assert not memory(layout_of(first, 3, 5)) & eager, "nor do two streams of one owner"
+    assert not memory(layout_of(first, 3, 5)) & eager, (
+        "two streams of one owner share no scratch either"
+    )
     capturing.now = True
     graphs = [memory(layout_of(scratch, 3, 5)) for scratch in (first, second)]
     assert not graphs[0] & graphs[1] and not graphs[0] & eager
 
 
 def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) -> None:
-    """Of gradients that lie elsewhere than in the steps before, which takes the memory that each has set aside."""
+    """The gradients have new addresses, which uses the pinned memory that each has reserved."""
     scratches = NormScratch(), NormScratch()
     warm, static = ([torch.ones(3), torch.ones(5)] for _ in range(2))
     for scratch in scratches:
@@ -143,21 +148,21 @@ def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) 
         layout_of(NormScratch(), 3, 5)
 
 
-def test_scratch_of_many_sets_of_gradients_is_given_up_again(capturing: SimpleNamespace) -> None:
+def test_old_scratch_is_released(capturing: SimpleNamespace) -> None:
     scratch = NormScratch()
     for length in range(3 * cuda.MAX_LAYOUTS):
         layout_of(scratch, length)
     assert len(scratch.layouts) == cuda.MAX_LAYOUTS
 
 
-# ------------------------------------------------------------------------------------------------------- learning rates
+# ---------------------------------------------------------------------------------- learning rates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_learning_rate_that_a_graph_would_freeze_is_not_captured(
+def test_capture_refuses_a_learning_rate_that_it_would_freeze(
     capturing: SimpleNamespace, dtype: torch.dtype
 ) -> None:
-    """Eagerly any tensor serves, and is read anew at each step; in a graph one that is on the device."""
+    """Eagerly any lr tensor works and is read at each step; a graph needs one on the device."""
     device, hyper = (
         torch.device("cuda", 0),
         Hyperparams(torch.tensor(0.5, dtype=dtype), 0.9, 0.99, 1e-8, 0.0),
@@ -170,5 +175,5 @@ def test_a_learning_rate_that_a_graph_would_freeze_is_not_captured(
     ):
         cuda._hyper_values(hyper, device)
     assert cuda._hyper_values(hyper._replace(lr=0.5), device)[0] == double_bits(0.5), (
-        "a number is meant to be kept"
+        "a number is constant on purpose"
     )

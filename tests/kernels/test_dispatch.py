@@ -1,4 +1,4 @@
-"""What comes before and after the rule: memory layouts, dtypes, empty calls, and sums of squares, for every back end."""
+"""Memory layouts, dtypes, empty calls and sums of squares, for every back end of CPU tensors."""
 
 from __future__ import annotations
 
@@ -36,20 +36,7 @@ def test_reference_is_a_backend():
 
 
 def test_no_parameters(backend):
-    kernels.adamw_bf16_(
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        lr=1.0,
-        beta1=0.9,
-        beta2=0.9,
-        eps=1e-8,
-        weight_decay=0.0,
-        backend=backend,
-    )
+    update_of(backend)(*([[]] * 6), lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
 
 
 def test_unknown_backend():
@@ -60,7 +47,8 @@ def test_unknown_backend():
         )
 
 
-WRONG = {  # what is wrong: the column of (p, g, m, v, c, step) that is replaced, by what, and the message
+# the column of (p, g, m, v, c, step) to replace, its replacement, and the message
+WRONG = {
     "parameter dtype": (0, torch.Tensor.half, "parameter 1 has dtype torch.float16"),
     "float32 parameter with a correction": (
         0,
@@ -112,7 +100,7 @@ WRONG = {  # what is wrong: the column of (p, g, m, v, c, step) that is replaced
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_tensors_are_refused_before_anything_changes(backend, what):
+def test_wrong_tensors_raise_before_anything_changes(backend, what):
     column, change, message = WRONG[what]
     rows = [[*layout_checks.typical(100, seed), torch.zeros(())] for seed in range(2)]
     before = [[x.clone() for x in row] for row in rows]
@@ -134,52 +122,35 @@ def test_wrong_tensors_are_refused_before_anything_changes(backend, what):
     )
 
 
-def test_groups_of_a_table_have_their_own_hyperparameters(backend):
-    """One call steps all of them, as a call of the reference for each would."""
+def test_each_group_has_its_own_hyperparameters(backend):
+    """One call has the result of a call of the reference for each parameter."""
     hypers = [
         kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1),
         kernels.Hyperparams(torch.tensor(3e-4), 0.8, 0.99, 1e-6, 0.0, maximize=True),
         kernels.Hyperparams(0.0, 0.9, 0.95, 1e-8, 0.1),
     ]
-    groups = [
-        0,
-        2,
-        1,
-        1,
-        0,
-        2,
-        1,
-    ]  # out of order, so that neighbours differ; the third state is off the fast path
+    # out of order, so that neighbours differ; the third state is not on the fast path
+    groups = [0, 2, 1, 1, 0, 2, 1]
     states = [layout_checks.typical(512, seed) for seed in range(len(groups))]
     states[2] = states[2].map(lambda x: x.view(16, 32)[:, ::2])
     together, apart = ([state.map(torch.clone) for state in states] for _ in range(2))
     together[2] = states[2]
     counts = [[torch.tensor(float(group == 1)) for group in groups] for _ in range(2)]
     p, g, m, v, c = (list(column) for column in zip(*together, strict=True))
-    table = kernels.Table(p, m, v, c, counts[0], groups=groups, backend=backend)
+    table = kernels.FusedAdamW(p, m, v, c, counts[0], groups=groups, backend=backend)
     for _ in range(3):
-        table.update_(g, hypers, grad_scale=torch.tensor(0.5))
+        table.update_(kernels.StepArgs(g, hypers, torch.tensor(0.5)))
         for i, group in enumerate(groups):
-            p1, g1, m1, v1, c1 = ([x] for x in apart[i])
+            lists = [[x] for x in (*apart[i], counts[1][i])]
             hyper = hypers[group]._asdict()
-            kernels.adamw_bf16_(
-                p1,
-                g1,
-                m1,
-                v1,
-                c1,
-                [counts[1][i]],
-                **hyper,
-                grad_scale=torch.tensor(0.5),
-                backend="reference",
-            )
+            update_of("reference")(*lists, **hyper, grad_scale=torch.tensor(0.5))
     for a, b in zip(together, apart, strict=True):
         assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
     assert counts[0] == counts[1]
 
 
-def test_table_serves_many_steps(backend):
-    """A table made once takes the steps that separate calls take, also when a gradient's layout or dtype changes in between."""
+def test_many_steps_of_one_object_equal_separate_calls(backend):
+    """Also if a gradient's layout or dtype changes in between."""
     states = [
         layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE))
         for seed in (68, 69)
@@ -190,7 +161,7 @@ def test_table_serves_many_steps(backend):
     each = [state.map(torch.clone) for state in once]
     counts = [[torch.zeros(()) for _ in once] for _ in range(2)]
     p, _, m, v, c = (list(column) for column in zip(*once, strict=True))
-    table = kernels.Table(p, m, v, c, counts[0], backend=backend)
+    table = kernels.FusedAdamW(p, m, v, c, counts[0], backend=backend)
     for change in (torch.clone, lay, torch.Tensor.float, lambda g: lay(g).float(), torch.clone):
         grads = [change(state.g) for state in states]
         take_step(table, grads, **hyper)
@@ -201,8 +172,8 @@ def test_table_serves_many_steps(backend):
     assert [count.item() for count in counts[0]] == [5.0, 5.0]
 
 
-def test_default_backend_serves_cpu():
-    """Chosen by device, whatever it is, it takes the step that the reference takes."""
+def test_default_backend_equals_the_reference():
+    """Whatever the back end of the CPU is on this machine."""
     state = layout_checks.typical(5000, 65)
     chosen, reference = (
         layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference")
@@ -210,8 +181,19 @@ def test_default_backend_serves_cpu():
     assert all(layout_checks.same_bits(a, b) for a, b in zip(chosen, reference, strict=True))
 
 
+def test_chosen_backend_is_logged_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        kernels.backend.logger, "info", lambda text, *args: lines.append(text % args)
+    )
+    kernels.backend._backend_module.cache_clear()
+    for _ in range(2):
+        kernels.grad_sum_sq([torch.ones(3)], backend="reference")
+    assert lines == ["AdamW_BF16 uses the reference back end on cpu"]
+
+
 def test_float32_parameter_layouts(backend):
-    """float32 parameters too may have any strides, unlike those of their gradients and moments."""
+    """float32 parameters, gradients and moments may have any strides, each its own."""
     gen = torch.Generator().manual_seed(66)
     p, g, m, v = (torch.rand(layout_checks.SHAPE, generator=gen) for _ in range(4))
     hyper = {
@@ -238,7 +220,7 @@ def test_float32_parameter_layouts(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_grad_sum_sq(backend, dtype):
-    """The sum over tensors of any layout and size, to float32's precision or better, as a 0-dim float64."""
+    """The sum over tensors of any layout and size has at least float32's precision."""
     gen = torch.Generator().manual_seed(67)
     grads = [
         torch.randn(shape, generator=gen).to(dtype)
@@ -258,8 +240,8 @@ def test_grad_sum_sq_mixed(backend):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_grad_sum_sq_shows_nonfinite(backend, value, dtype):
-    """One infinity or NaN anywhere makes the sum non-finite: this is what the non-finite guard looks at."""
+def test_grad_sum_sq_is_nonfinite_if_any_gradient_is(backend, value, dtype):
+    """The non-finite guard of a step relies on this."""
     for position in (0, 1000, 69_999):
         g = torch.ones(70_000, dtype=dtype)
         g[position] = value
@@ -267,7 +249,7 @@ def test_grad_sum_sq_shows_nonfinite(backend, value, dtype):
 
 
 class OnMPS(torch.Tensor):
-    """A tensor that says it is on a device without float64."""
+    """A tensor that claims to be on a device without float64."""
 
     device = property(lambda self: torch.device("mps", 0))
 
@@ -278,7 +260,8 @@ class OnMPS(torch.Tensor):
             return result.as_subclass(torch.Tensor)
         if isinstance(result, cls) and result.as_subclass(torch.Tensor).dtype == torch.float64:
             raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+                "float64."
             )
         return result
 
@@ -304,7 +287,7 @@ def test_norm_and_clip_on_a_device_without_float64():
 
 
 @pytest.mark.parametrize("has_double", [True, False])
-def test_sums_of_an_xpu_are_where_it_has_float64(monkeypatch, has_double):
+def test_sums_of_an_xpu_need_float64(monkeypatch, has_double):
     kernels.double_device.cache_clear()
     monkeypatch.setattr(
         torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=has_double)

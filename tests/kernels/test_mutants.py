@@ -1,11 +1,10 @@
-"""Every check of the rule fails on the wrong rules that it is there to catch, and passes on an unedited copy of the reference."""
+"""Every check fails on the wrong rules that it must catch, and passes on an unedited copy."""
 
 from __future__ import annotations
 
 import pytest
 
-from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import reference
+from sharded_bf16_adamw.kernels import backend, reference
 
 from . import layout_checks, rule_checks, rule_long_checks, rule_option_checks
 from .rule_mutants import MUTANTS, Mutant, mutated
@@ -25,17 +24,17 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("mutant", "check"), PAIRS)
-def test_check_notices_mutant(mutant: Mutant, check: str):
+def test_check_catches_mutant(mutant: Mutant, check: str):
     update = mutated(mutant)
     with pytest.raises(AssertionError):
         CHECKS[check](update)
 
 
 def test_unedited_copy_passes():
-    """So that what the mutants fail on is their edit, not the copying."""
+    """So mutants fail because of their edit, not because of the copying."""
     for module, checks in (
         (reference, (rule_checks.check_oracle, rule_option_checks.check_many_tensors)),
-        (kernels, LAYOUT_CHECKS),
+        (backend, LAYOUT_CHECKS),
     ):
         update = mutated(Mutant("none", (), (), module))
         for check in checks:

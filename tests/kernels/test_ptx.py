@@ -1,7 +1,7 @@
-"""The compiled kernels without a GPU: what Triton emits for NVIDIA, executed by an emulator, has the bits of the reference and touches
-nothing but its tensors, aligned. ``test_triton.py`` interprets the same cases before compilation.
+"""The compiled kernels without a GPU, in an emulator of the PTX that Triton emits.
 
-An emulator does not show what ptxas makes of the PTX.
+They have the bits of the reference, and access only their tensors, aligned. ``test_triton.py``
+interprets the same cases before compilation. The emulator does not show what ptxas does to the PTX.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[Run]:
-    """Calls a module-level function in a process that compiles Triton, whatever this one does."""
+    """Call a module-level function in a process that compiles Triton, whatever this one does."""
     with pool("0") as process:
         yield lambda function, *args: process.submit(function, *args).result()
 
 
-# ------------------------------------------------------------------------------------------------------------- the kernels
+# ----------------------------------------------------------------------------------- the kernels
 
 
 TOGETHER, BY_WARP = False, True
@@ -61,23 +61,20 @@ def test_norm_and_clip(elsewhere: Run, target: str, by_warp: bool) -> None:
     }
 
 
-def test_the_norm_has_one_order(elsewhere: Run) -> None:
+def test_norm_bits_do_not_depend_on_program_order(elsewhere: Run) -> None:
     *found, wanted = elsewhere(ptx_launch.norms_of_one_model, "sm_90")
     assert len(set(found)) == 1
     assert found[0] == pytest.approx(wanted, rel=1e-13)
 
 
-# ----------------------------------------------------------------------------------------------------------- the emulator
+# ---------------------------------------------------------------------------------- the emulator
 
 
 @pytest.mark.parametrize(
     ("opcode", "sources", "wanted"),
     [
-        (
-            "add.rn.f32",
-            [0x7F800000, 0xFF800000],
-            0x7FFFFFFF,
-        ),  # the one NaN of single precision, here and in the next line
+        # the NaN of single precision, in two cases
+        ("add.rn.f32", [0x7F800000, 0xFF800000], 0x7FFFFFFF),
         ("add.rn.f32", [0xFFC01234, 0x3F800000], 0x7FFFFFFF),
         ("add.rn.f32", [0x3F800000, 0x33800000], 0x3F800000),  # a tie
         ("mul.rn.f32", [0x00800000, 0x3F000000], 0x00400000),  # subnormals stay
@@ -93,11 +90,8 @@ def test_the_norm_has_one_order(elsewhere: Run) -> None:
         ("cvt.rn.bf16.f32", [0xFF7FFFFF], 0xFF80),
         ("cvt.rn.bf16.f32", [0xFF800001], 0x7FFF),
         ("cvt.rn.bf16x2.f32", [0x3F800000, 0x40000000], 0x3F804000),  # the first goes high
-        (
-            "cvt.rn.f32.f64",
-            [0x3690000000000001],
-            0x00000001,
-        ),  # just above half of the smallest subnormal
+        # just above half of the smallest subnormal
+        ("cvt.rn.f32.f64", [0x3690000000000001], 0x00000001),
         ("cvt.rzi.s32.f32", [0xBFC00000], 0xFFFFFFFF),
         ("cvt.rzi.s32.f32", [0x4F800000], 0x7FFFFFFF),
         ("cvt.rzi.s32.f32", [0x7FC00000], 0),
@@ -124,7 +118,7 @@ def test_the_norm_has_one_order(elsewhere: Run) -> None:
         ("setp.gt.u32", [0x80000000, 1], 1),
         ("setp.lt.s32", [0x80000000, 1], 1),
         ("setp.eq.f64", [0x7FF8000000000000, 0x7FF8000000000000], 0),
-        ("selp.f32", [0x7F800001, 0, 1], 0x7F800001),  # payloads of what is only moved stay
+        ("selp.f32", [0x7F800001, 0, 1], 0x7F800001),  # a move keeps the payload
     ],
 )
 def test_operations(opcode: str, sources: list[int], wanted: int) -> None:
@@ -140,7 +134,7 @@ def test_operations(opcode: str, sources: list[int], wanted: int) -> None:
 
 
 def run(body: str, *arrays: np.ndarray, by_warp: bool = False, programs: int = 1) -> None:
-    """Run a kernel of 64 threads whose parameters are the arrays; ``%rd0`` is the first, and ``%r0`` the thread."""
+    """Run a kernel of 64 threads. ``%rd0`` is the first of the arrays, ``%r0`` the thread."""
     parameters = ", ".join(
         f".param .u64 .ptr .global .align 1 kernel_param_{i}" for i in range(len(arrays))
     )
@@ -197,7 +191,7 @@ EXCHANGE = """
 
 
 @pytest.mark.parametrize("by_warp", [False, True])
-def test_threads_part_and_meet_again(by_warp: bool) -> None:
+def test_threads_diverge_and_reconverge(by_warp: bool) -> None:
     out = np.zeros(64, np.uint32)
     run(LOOP + STORE, out, by_warp=by_warp)
     wanted = [1000 + i if i < 40 else -(-i // 3) * 3 for i in range(64)]
@@ -205,13 +199,13 @@ def test_threads_part_and_meet_again(by_warp: bool) -> None:
 
 
 @pytest.mark.parametrize("by_warp", [False, True])
-def test_barriers(by_warp: bool) -> None:
+def test_barrier_orders_shared_memory(by_warp: bool) -> None:
     out = np.zeros(64, np.uint32)
     run(EXCHANGE.format(barrier="bar.sync 0;") + STORE, out, by_warp=by_warp)
     assert out.tolist() == list(range(64))[::-1]
 
 
-def test_atomic_additions_of_all_programs() -> None:
+def test_atomic_adds_of_all_programs_count() -> None:
     out = np.zeros(1, np.uint32)
     run(
         "mov.b32 %r1, 2; atom.global.gpu.acq_rel.add.u32 %r2, [%rd0], %r1;".replace("; ", ";\n"),
@@ -233,7 +227,7 @@ def test_atomic_additions_of_all_programs() -> None:
         ("ld.global.b32 %r1, [%rd0+-4];", "are in no tensor"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+8];", "is not a multiple of 16"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+256];", "16 bytes at .* are in no tensor"),
-        (EXCHANGE.format(barrier=""), "nobody has written"),
+        (EXCHANGE.format(barrier=""), "never written"),
         ("mov.b32 %r1, 256;\nst.shared.b32 [%r1], %r0;", "in shared memory"),
         (
             "setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:",
@@ -273,21 +267,16 @@ END = "$L1:"
 
 @pytest.mark.parametrize(
     ("body", "ordered"),
-    [  # of three programs: their threads read, take a ticket, and the last one writes
-        (
-            READ + BARRIER + TAKE_TICKET + LAST + WRITE + END,
-            True,
-        ),  # as adamw_kernel counts up the steps
-        (
-            READ + TAKE_TICKET + LAST + WRITE + END,
-            False,
-        ),  # threads of other warps may read later than the ticket is taken
+    # three programs: their threads read, take a ticket, and the last one writes
+    [
+        # as adamw_kernel increments the steps
+        (READ + BARRIER + TAKE_TICKET + LAST + WRITE + END, True),
+        # threads of other warps may read after the ticket is taken
+        (READ + TAKE_TICKET + LAST + WRITE + END, False),
         (READ + BARRIER + TAKE_TICKET + WRITE, False),
         (TAKE_TICKET + WRITE.replace("63", "0") + LAST + END, False),
-        (
-            WRITE.replace("63", "0").replace("%r2", "%r0") + TAKE_TICKET + LAST + END,
-            False,
-        ),  # all programs write
+        # all programs write
+        (WRITE.replace("63", "0").replace("%r2", "%r0") + TAKE_TICKET + LAST + END, False),
         (READ + WRITE, False),
         (READ, True),
     ],
@@ -317,6 +306,6 @@ def test_races(body: str, ordered: bool) -> None:
         "mov.u32 %r1, %laneid",
     ],
 )
-def test_what_is_not_known_is_refused(instruction: str) -> None:
+def test_unknown_instruction_is_refused(instruction: str) -> None:
     with pytest.raises(NotImplementedError):
         run(f"bra $L1;\n{instruction};\n$L1:", np.zeros(64, np.uint32))

@@ -1,4 +1,4 @@
-"""The update rule of every back end that runs on CPU tensors: bits, statistics, and the scalars of a step."""
+"""The update rule of every back end of CPU tensors: bits, statistics, scalars of a step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHECKS = [
 
 @pytest.fixture(params=cpu_backends())
 def update(request: pytest.FixtureRequest):
-    """The update function of each back end in turn."""
+    """Return the update function of each back end in turn."""
     return update_of(request.param)
 
 
@@ -57,7 +57,7 @@ def test_global_generator_untouched(update):
 
 
 def test_oracle_is_elementwise():
-    """The comparison itself: array operations give what scalar operations give, one element at a time."""
+    """A test of the oracle: operations on arrays equal those on single elements."""
     state = [
         np.concatenate([bits(a)[:300], bits(b)[:300]])
         for a, b in zip(random_patterns(300, 51), typical(300, 52), strict=True)
@@ -70,13 +70,13 @@ def test_oracle_is_elementwise():
 
 
 def test_oracle_rounds_as_torch_casts():
-    """The comparison itself: its integer rounding is torch's cast to bfloat16."""
+    """A test of the oracle: its integer rounding equals torch's cast to bfloat16."""
     x = np.random.default_rng(53).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
     finite = x[np.isfinite(x.view(np.float32))]
     assert (to_nearest_even(finite.view(np.float32)) == bits(from_bits(finite).bfloat16())).all()
 
 
-def test_hash():
+def test_hash_equals_the_oracle():
     x = np.random.default_rng(54).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
     assert (
         bits_of_int32(lowbias32(torch.from_numpy(x.view(np.int32))))
@@ -85,7 +85,7 @@ def test_hash():
 
 
 def test_hash_is_lowbias32():
-    """The inverse that hash-prospector publishes undoes it, which a wrong shift or constant would not survive."""
+    """hash-prospector's published inverse undoes it, which needs every shift and constant."""
     x = np.random.default_rng(57).integers(0, 1 << 32, 1 << 16, dtype=np.uint64)
     y = rule_oracle.lowbias32(x)
     y = (y ^ y >> 16) * 0x43021123 & 0xFFFFFFFF
@@ -100,7 +100,7 @@ INPUTS = [(source, bit) for source in "gpmvc" for bit in range(16)]
     ("source", "bit"), INPUTS, ids=[f"{source}{bit}" for source, bit in INPUTS]
 )
 def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
-    """Elements that differ in one stored bit get draws that have nothing to do with each other, over random elements and steps."""
+    """Elements that differ in one stored bit get uncorrelated random bits."""
     rng = np.random.default_rng(58)
     element = {name: rng.integers(0, 1 << 16, 1 << 12, dtype=np.uint16) for name in "gpmvc"}
     other = element | {source: element[source] ^ np.uint16(1 << bit)}
@@ -114,13 +114,12 @@ def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
     for draw in range(3):
         a, b = (np.concatenate([pair[i][draw].numpy() for pair in pairs]) for i in range(2))
         r = rule_checks.correlation(a, b)
-        assert abs(r) < 0.02, (
-            f"draw {draw}: correlation {r:.3f}"
-        )  # five standard deviations of independent ones
+        # five standard deviations of independent draws
+        assert abs(r) < 0.02, f"draw {draw}: correlation {r:.3f}"
 
 
 def test_random_bits_of_an_element_at_rest():
-    """Where nothing but the step changes, draws are uniform over time and do not follow each other."""
+    """If only the step changes, the random bits are uniform over time and uncorrelated."""
     at_rest = {
         name: torch.tensor([x]).bfloat16()
         for name, x in (("g", 0.0), ("p", 1.0), ("m", 0.0), ("v", 1e-4), ("c", 0.0))
@@ -130,9 +129,8 @@ def test_random_bits_of_an_element_at_rest():
     )
     for r in draws.T:
         counts = np.bincount(r >> 12, minlength=16)
-        assert (
-            (counts - 500) ** 2 / 500
-        ).sum() < 45  # chi squared of 15 degrees of freedom: 1 in 10,000
+        chi_squared = ((counts - 500) ** 2 / 500).sum()
+        assert chi_squared < 45  # 15 degrees of freedom: 1 in 10,000
         assert abs(rule_checks.correlation(r[1:], r[:-1])) < 0.045  # four standard deviations
 
 
@@ -141,7 +139,7 @@ def bits_of_int32(x: torch.Tensor) -> np.ndarray:
 
 
 def test_stochastic_round_every_nan_and_infinity():
-    """All 2^24 float32 with the largest exponent: NaN stays NaN and infinity infinity, with any random bits."""
+    """All 2^24 float32 with the largest exponent keep being NaN or infinity."""
     x = np.arange(0x7F800000, 0x80000000, dtype=np.uint32)
     r = np.random.default_rng(55).integers(0, 1 << 16, x.size, dtype=np.int32)
     for sign in (0, 0x80000000):
@@ -152,7 +150,7 @@ def test_stochastic_round_every_nan_and_infinity():
 
 
 def test_stochastic_round_probability():
-    """One value against each of the 65,536 random patterns rounds up exactly as often as its discarded bits say."""
+    """Over all 65,536 random patterns a value rounds up as often as its discarded bits say."""
     r = np.arange(1 << 16, dtype=np.int32)
     for pattern in (
         0x3F800000,
@@ -195,7 +193,7 @@ def test_step_scalars(t: int, hyper: Hyperparams):
 
 @pytest.mark.parametrize("base", [0.9, 0.95, 0.999, 0.9999, 0.0, 1.0])
 def test_power(base: float):
-    """Repeated squaring with each product rounded to double, here by exact rationals, and close to the exact power."""
+    """Equal to repeated squaring of rationals rounded to double, and close to the exact power."""
     for exponent in [*range(20), 1000, 4095, 4096, 12_345]:
         result, square = Fraction(1), Fraction(base)
         for bit in reversed(f"{exponent:b}"):

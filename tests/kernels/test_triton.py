@@ -1,6 +1,7 @@
-"""The Triton back end without a GPU: bit for bit against the reference in Triton's interpreter, and compiled offline.
+"""The Triton back end without a GPU: interpreted bit for bit, and compiled offline.
 
-Triton reads TRITON_INTERPRET when it is imported, so interpreted cases run in one process of their own, and return their findings.
+Triton reads TRITON_INTERPRET at import, so interpreted cases run in a separate process that returns
+its findings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import cuda, reference
+from sharded_bf16_adamw.kernels import backend, cuda, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
@@ -28,7 +29,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Run]:
-    """Calls a module-level function in a process that interprets Triton."""
+    """Call a module-level function in a process that interprets Triton."""
     version = tuple(int(x) for x in triton.__version__.split(".")[:2])
     if version <= (3, 6) and tuple(int(x) for x in np.__version__.split(".")[:2]) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
@@ -38,12 +39,12 @@ def interpreted() -> Iterator[Run]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[Run]:
-    """Calls a module-level function in a fresh process that compiles Triton."""
+    """Call a module-level function in a new process that compiles Triton."""
     with pool("0") as process:
         yield lambda function, *args: process.submit(function, *args).result()
 
 
-# ---------------------------------------------------------------------------------------------- the update, interpreted
+# ------------------------------------------------------------------------- the update, interpreted
 
 
 @pytest.mark.parametrize("name", triton_checks.CASES)
@@ -55,16 +56,16 @@ def test_offsets_beyond_32_bits(interpreted: Run) -> None:
     assert interpreted(triton_checks.differences_beyond_32_bits) == []
 
 
-# ------------------------------------------------------------------------------------------------------- host side
+# --------------------------------------------------------------------------------------- host side
 
 
 def test_launches_and_uploads(interpreted: Run) -> None:
     results = interpreted(triton_checks.host_side)
     assert results.pop("steps") == [10.0] * len(triton_checks.SIZES)
     assert results.pop("step of an empty parameter") == 1.0
-    # 4 + 2: the row is off 16 bytes. An empty tensor lies nowhere, which counts as aligned.
-    assert results.pop("kinds") == [0, 6]
-    # Each launch has programs for its own rows, of which each has as many as chunks of 4096: 2, 1, 1, 1, 2, 5.
+    # 4 + 2: the row is off a 16-byte boundary. An empty tensor counts as aligned.
+    assert results.pop("variants") == [0, 6]
+    # Each launch has programs only for its own rows, one for each chunk of 4096: 2, 1, 1, 1, 2, 5.
     assert results.pop("programs") == {
         "all aligned": [12],
         "one unaligned": [10, 2],
@@ -84,9 +85,15 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     }
 
 
-def test_what_a_graph_reads_is_kept_and_half_a_clipped_step_is_refused(interpreted: Run) -> None:
-    first = "a CUDA graph captures a step of these 3 parameters for the first time; take a step like it before each capture"
-    half = "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; capture both or neither"
+def test_captured_plans_are_kept_and_half_a_clipped_step_is_refused(interpreted: Run) -> None:
+    first = (
+        "a CUDA graph captures a step of these 3 parameters for the first time; take a step like "
+        "it before each capture"
+    )
+    half = (
+        "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; "
+        "capture both or neither"
+    )
     results = interpreted(triton_checks.graphs)
     assert results.pop("first step").startswith(first)
     assert results == {
@@ -111,7 +118,7 @@ def test_unavailable_without_a_device() -> None:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Two GPUs; their compute capabilities. Kernels can be launched, as far as nobody says otherwise."""
+    """Simulate two GPUs and return their compute capabilities. Launches succeed."""
     capabilities = [(9, 0), (7, 0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -122,16 +129,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
     monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
     cuda._reason_on.cache_clear()
-    kernels._backend_module.cache_clear()
+    backend._backend_module.cache_clear()
     yield capabilities
     cuda._reason_on.cache_clear()
-    kernels._backend_module.cache_clear()
+    backend._backend_module.cache_clear()
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_each_device_is_asked_for_its_own_capability(
-    gpus: list[tuple[int, int]], first: int
-) -> None:
+def test_each_device_has_its_own_capability(gpus: list[tuple[int, int]], first: int) -> None:
     for index in (first, 1 - first):
         reason = cuda.unavailable_reason(torch.device("cuda", index))
         assert (reason is None) == (index == 0)
@@ -140,7 +145,7 @@ def test_each_device_is_asked_for_its_own_capability(
 
 
 @pytest.mark.parametrize("module", ["missing compiler", "broken compiler", "broken Triton"])
-def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
+def test_reference_is_used_if_triton_cannot_launch(
     gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     error = {
@@ -153,19 +158,21 @@ def test_a_triton_that_cannot_launch_is_one_sentence_and_the_reference_serves(
     monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=error))
     device = torch.device("cuda", 0)
     sentence = (
-        r"^AdamW_BF16 takes slower steps on cuda, by the reference back end: Triton cannot launch a kernel on cuda:0 \("
+        r"^AdamW_BF16 uses the slower reference back end on cuda: "
+        r"Triton cannot launch a kernel on cuda:0 \("
         + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a cache folder that it may write to$"
+        + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a writable "
+        + r"cache folder$"
     )
     with pytest.warns(UserWarning, match=sentence):
-        assert kernels._backend_module(device, None) is reference
+        assert backend._backend_module(device, None) is reference
     with pytest.raises(
-        ValueError, match=r"backend 'triton' cannot serve here: Triton cannot launch"
+        ValueError, match=r"backend 'triton' is not available: Triton cannot launch"
     ):
         kernels.check_backend("triton")
 
 
-def test_an_error_of_the_device_is_no_reason_for_another_back_end(
+def test_device_error_does_not_select_another_back_end(
     gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -185,7 +192,7 @@ def test_an_error_of_the_device_is_no_reason_for_another_back_end(
     assert cuda.available()
 
 
-# ------------------------------------------------------------------------------------------------------------ the norm
+# ---------------------------------------------------------------------------------------- the norm
 
 
 def test_norm_and_clip(interpreted: Run) -> None:
@@ -195,31 +202,30 @@ def test_norm_and_clip(interpreted: Run) -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the square root of AMD
+# -------------------------------------------------------------------------- the square root of AMD
 
 
-def test_a_square_root_that_flushes_subnormals_is_made_exact(interpreted: Run) -> None:
+def test_square_root_that_flushes_subnormals_is_corrected(interpreted: Run) -> None:
     wrong = interpreted(triton_checks.square_roots, False)
     assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, (
-        "the model has no fault to mend"
+        "the model has no error to correct"
     )
     assert not any(interpreted(triton_checks.square_roots, True).values())
 
 
-POWER_96, POWER_32 = (
-    r"(?:0x39F0000000000000|f0x0F800000)",
-    r"(?:0x41F0000000000000|f0x4F800000)",
-)  # as older and newer LLVM write them
+# as older and newer LLVM print them
+POWER_96 = r"(?:0x39F0000000000000|f0x0F800000)"
+POWER_32 = r"(?:0x41F0000000000000|f0x4F800000)"
 
 
 def elements(pattern: str, llvm: str) -> int:
-    """Matches in LLVM IR, where one that has the group ``v`` is of two elements."""
+    """Count matches in LLVM IR. A match with the group ``v`` has two elements."""
     return sum(2 if match["v"] else 1 for match in re.finditer(pattern, llvm))
 
 
 @pytest.mark.parametrize(("target", "scales"), [("gfx942", True), ("sm_90", False)])
 @pytest.mark.parametrize("kernel", ["bf16", "fp32"])
-def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales: bool) -> None:
+def test_square_roots_are_scaled_only_for_amd(kernel: str, target: str, scales: bool) -> None:
     compiled = triton_offline.compile_kernel(kernel, target)
     roots = elements(
         r"@llvm\.(?:sqrt|amdgcn\.rsq)\.(?P<v>v2)?f32\(",
@@ -231,21 +237,18 @@ def test_square_roots_are_scaled_for_amd_alone(kernel: str, target: str, scales:
     assert roots >= 9 or not scales, "the loop has 8 elements, its tail 1"
 
 
-# ---------------------------------------------------------------------------------------------------- compiled offline
+# -------------------------------------------------------------------------------- compiled offline
 
 
 VECTORS = {  # 16-byte loads and stores of the main loop: 8 elements a thread
     "bf16": (5, 4),
-    "bf16, zero_grads": (5, 5),
     "bf16, fp32 gradient": (6, 4),
     "bf16, unaligned gradient": (4, 4),
     "fp32": (8, 6),
     "norm": (6, 0),  # 16 elements a thread: 2 for bfloat16 and 4 for float32
 }
-OPERATIONS = {
-    "bf16": (9, 9),
-    "fp32": (6, 9),
-}  # fp32 additions and multiplications of one element, without those of / and sqrt
+# fp32 additions and multiplications of one element, without those of / and sqrt
+OPERATIONS = {"bf16": (9, 9), "fp32": (6, 9)}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,8 @@ def test_compiled(kernel: str, target: str) -> None:
         assert compiled.count(triton_offline.LOAD_16) >= loads
         assert compiled.count(triton_offline.STORE_16) >= stores
     if target == "gfx942":
-        # A correctly rounded square root takes 5 fma (in pairs of elements where possible); nothing else may be fused.
+        # A correctly rounded square root takes 5 fma, if possible of two elements. Nothing else may
+        # be fused.
         roots = len(re.findall(r"call \S*float @llvm\.amdgcn\.rsq\.f32\(", compiled.llvm))
         lanes = len(re.findall(r"call float @llvm\.fma\.f32\(", compiled.llvm))
         lanes += 2 * len(re.findall(r"call <2 x float> @llvm\.fma\.v2f32\(", compiled.llvm))
@@ -282,16 +286,19 @@ def test_compiled(kernel: str, target: str) -> None:
 
 @pytest.mark.parametrize("kernel", OPERATIONS)
 def test_nothing_is_fused_in_machine_code(kernel: str) -> None:
-    """ptxas fuses behind PTX, where it may: then fewer additions are left than the rule has. The loop has 8 elements, its tail 1."""
+    """If ptxas fused operations, fewer additions would remain than the rule has.
+
+    The loop has 8 elements, its tail 1.
+    """
     additions, multiplications = (9 * n for n in OPERATIONS[kernel])
     compiled = triton_offline.compile_kernel(kernel, "sm_90")
     assert compiled.count(r"\bFADD\b") >= additions
     assert compiled.count(r"\bFMUL\b") >= multiplications
     fused = triton_offline.compile_kernel(kernel, "sm_90", enable_fp_fusion=True)
-    assert fused.count(r"\bFADD\b") < additions, "this test cannot see fusion"
+    assert fused.count(r"\bFADD\b") < additions, "this test cannot detect fusion"
 
 
-# --------------------------------------------------------------------------------------------------- launch signatures
+# ------------------------------------------------------------------------------- launch signatures
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

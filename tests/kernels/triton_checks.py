@@ -1,4 +1,4 @@
-"""What the Triton tests run in processes of their own: each function returns plain data, for the test to judge."""
+"""Functions that the Triton tests run in separate processes. They return plain data to compare."""
 
 from __future__ import annotations
 
@@ -11,35 +11,26 @@ import torch
 import triton
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import Hyperparams, cuda, reference
+from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
 from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
-from .tables import split, take_step
+from .tables import split, table_of, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 OTHER_GROUP = Hyperparams(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
-SIZES = (
-    5000,
-    0,
-    1,
-    1023,
-    8192,
-    20001,
-)  # odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
-BORDERS = (
-    127,
-    129,
-    1025,
-    1152,
-    4095,
-    4097,
-)  # one element to either side of a tail's turn, of a block and of a chunk
+# odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
+SIZES = (5000, 0, 1, 1023, 8192, 20001)
+# one element to either side of an iteration of the tail, of a block and of a chunk
+BORDERS = (127, 129, 1025, 1152, 4095, 4097)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and how it is stepped. Several updates need ``finite`` patterns: a NaN's payload is hashed, and not promised."""
+    """A model and the arguments of its steps.
+
+    Several updates need ``finite`` patterns: a NaN's payload is hashed, but not specified.
+    """
 
     sizes: tuple[int, ...] = SIZES
     params: tuple[torch.dtype, ...] = (BF16,) * len(SIZES)
@@ -55,7 +46,10 @@ class Case:
 def patterns(
     n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False
 ) -> Tensor:
-    """``n`` random bit patterns: subnormals, infinities and NaNs among them unless ``finite``; with many exact fp32 ties."""
+    """Return ``n`` random bit patterns with many exact fp32 ties.
+
+    Subnormals, infinities and NaNs are among them unless ``finite``.
+    """
     if finite:
         x = torch.randn(n + offset, generator=generator) * torch.logspace(-9, 1, n + offset)
         return x.to(dtype)[offset:]
@@ -86,9 +80,8 @@ def model(case: Case) -> dict[str, list[Any]]:
         p, m, v, c = (
             patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4)
         )
-        half = (
-            slice(0, n // 2) if not case.finite else slice(None)
-        )  # a square root of negative numbers is NaN: not for all
+        # the square root of a negative number is NaN: not for all
+        half = slice(0, n // 2) if not case.finite else slice(None)
         v[half] = v[half].abs()
         result["params"].append(p)
         result["exp_avgs"].append(m)
@@ -99,7 +92,7 @@ def model(case: Case) -> dict[str, list[Any]]:
 
 
 def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
-    """A copy that lies at the same offset from a 16-byte boundary."""
+    """Return a copy with the same offset from a 16-byte boundary."""
     if x is None:
         return None
     offset = x.storage_offset()
@@ -110,10 +103,10 @@ def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
     )
 
 
-def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
-    """One line for each tensor with other bits than its like. NaN equals NaN."""
+def differing(name: str, actual: list[Any], expected: list[Any]) -> list[str]:
+    """Return a line for each tensor whose bits differ. NaN equals NaN."""
     lines = []
-    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         if x is not None:
             x, y = x.cpu(), y.cpu()
             integer = torch.int16 if x.dtype == BF16 else torch.int32
@@ -122,31 +115,36 @@ def differing(name: str, ours: list[Any], theirs: list[Any]) -> list[str]:
                 at = int(wrong.reshape(-1).nonzero()[0])
                 x, y = x.reshape(-1), y.reshape(-1)
                 lines.append(
-                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} instead of {y[at]}"
+                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} "
+                    f"instead of {y[at]}"
                 )
     return lines
 
 
 def differences(name: str, device: str = "cpu") -> list[str]:
-    """Step a model of two groups by the kernel and by the reference; what differs afterwards, and what is not as it should be besides."""
+    """Step a model of two groups by the kernel and by the reference.
+
+    Returns:
+        A line for each tensor that differs, or for another error.
+    """
     from sharded_bf16_adamw.kernels import triton_adamw
 
     if device == "cpu":
         assert not isinstance(triton_adamw.adamw_kernel, triton.JITFunction), (
-            "CPU tensors are for the interpreter or an emulator"
+            "CPU tensors need the interpreter or an emulator"
         )
     case = CASES[name]
-    theirs = model(case)
-    ours = {name: [copied(x, device) for x in column] for name, column in theirs.items()}
-    before = {name: [copied(x) for x in column] for name, column in theirs.items()}
+    expected = model(case)
+    actual = {name: [copied(x, device) for x in column] for name, column in expected.items()}
+    before = {name: [copied(x) for x in column] for name, column in expected.items()}
     hyper, flags = split(case.hyper)
     own_hyper, own_flags = split(
         {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
     )
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
     table, reference_table = (
-        cuda.Table(**ours, groups=groups),
-        reference.Table(**theirs, groups=groups),
+        table_of(cuda, **actual, groups=groups),
+        table_of(reference, **expected, groups=groups),
     )  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(4)
     for _ in range(case.updates):
@@ -155,15 +153,15 @@ def differences(name: str, device: str = "cpu") -> list[str]:
             for n, d in zip(case.sizes, case.grads, strict=True)
         ]
         same: list[Any] = [copied(g, device) for g in grads]
-        reference_table.update_(grads, [hyper, OTHER_GROUP], **flags)
-        table.update_(same, [own_hyper, OTHER_GROUP], **own_flags)
-        lines = [line for x in ours for line in differing(x, ours[x], theirs[x])] + differing(
+        reference_table.update_(StepArgs(grads, [hyper, OTHER_GROUP], **flags))
+        table.update_(StepArgs(same, [own_hyper, OTHER_GROUP], **own_flags))
+        lines = [line for x in actual for line in differing(x, actual[x], expected[x])] + differing(
             "grads", same, grads
         )
         if lines:
             return lines
     found_inf = case.hyper.get("found_inf")
-    changed = any(differing(x, ours[x], before[x]) for x in ours)
+    changed = any(differing(x, actual[x], before[x]) for x in actual)
     if changed != (found_inf is None or bool(found_inf == 0)):
         return [f"changed: {changed}"]
     return []
@@ -192,9 +190,6 @@ CASES = {
     "unaligned fp32 gradients": replace(ONE[1], grad_offset=3),
     "unaligned fp32": replace(ONE[3], state_offset=1),
     "unaligned fp32, bf16 gradients": replace(ONE[2], grad_offset=1, state_offset=3),
-    "all unaligned, zero_grads": replace(
-        ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"zero_grads": True}
-    ),
     "all unaligned, grad_scale": replace(
         ONE[1], grad_offset=1, state_offset=3, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}
     ),
@@ -211,9 +206,7 @@ CASES = {
     "grad_scale of NaN": replace(
         ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(-1).int().view(FP32)}
     ),
-    "zero_grads": replace(MIXED, hyper=HYPER | {"zero_grads": True}),
-    "zero_grads, unaligned": replace(ONE[1], grad_offset=1, hyper=HYPER | {"zero_grads": True}),
-    "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0), "zero_grads": True}),
+    "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0)}),
     "found_inf is NaN": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(math.nan)}),
     "found_inf is zero": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(0.0)}),
     "lr tensor": replace(MIXED, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
@@ -231,7 +224,7 @@ CASES = {
 
 
 def differences_beyond_32_bits() -> list[str]:
-    """Step the last chunks of a tensor of more than 2^32 bytes. Pages that nobody touches take no memory."""
+    """Step the last chunks of a tensor of more than 2^32 bytes. Unused pages take no memory."""
     n = 2**31 + 3 * 16384 + 77  # 16384: of a program
     large = [torch.empty(n, dtype=BF16) for _ in range(5)]
     tail = slice(2**31, None)
@@ -240,8 +233,8 @@ def differences_beyond_32_bits() -> list[str]:
         x[tail] = patterns(n - 2**31, BF16, generator, finite=True)
     large[3][tail].abs_()
     p, g, m, v, c = ([x[tail].clone()] for x in large)
-    take_step(reference.Table(p, m, v, c, [torch.zeros(())]), g, **HYPER)
-    table = cuda.Table([large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
+    take_step(table_of(reference, p, m, v, c, [torch.zeros(())]), g, **HYPER)
+    table = table_of(cuda, [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
     group = table._by_dtype[0]
     assert group.chunk == 16384
     group.chunks = group.chunks[2**31 // group.chunk :]
@@ -260,7 +253,7 @@ def host_side() -> dict[str, Any]:
     from sharded_bf16_adamw.kernels import device_memory, triton_adamw
 
     counts = {"launches": 0, "uploads": 0}
-    kinds: list[int] = []
+    variants: list[int] = []
     programs: list[int] = []
     kernel, upload = triton_adamw.adamw_kernel, device_memory.upload
 
@@ -269,7 +262,7 @@ def host_side() -> dict[str, Any]:
             counts["launches"] += 1
             programs.extend(grid)
             return lambda *args, **options: (
-                kinds.append(options["kind"]),
+                variants.append(options["variant"]),
                 kernel[grid](*args, **options),
             )
 
@@ -284,9 +277,9 @@ def host_side() -> dict[str, Any]:
     )
     try:
         results: dict[str, Any] = {}
-        ours = model(replace(Case(), finite=True))
+        columns = model(replace(Case(), finite=True))
         grads = [torch.ones(n, dtype=BF16) for n in SIZES]
-        table = cuda.Table(**ours)
+        table = table_of(cuda, **columns)
 
         def step(name: str, grads: list[Tensor], **options: Any) -> None:
             counts.update(launches=0, uploads=0)
@@ -314,16 +307,16 @@ def host_side() -> dict[str, Any]:
         results["programs of a mixture that a graph captures first"] = list(programs)
         cuda.is_capturing = device_memory.is_capturing
         step("other dtype at the same addresses", [g.float() for g in grads])
-        kinds.clear()
-        take_step(cuda.Table(**model(CASES["unaligned"])), grads, **HYPER)
-        results["kinds"] = list(kinds)
+        variants.clear()
+        take_step(table_of(cuda, **model(CASES["unaligned"])), grads, **HYPER)
+        results["variants"] = list(variants)
         only_empty = [torch.zeros(0, dtype=BF16)]
-        table_of_empty = cuda.Table(
-            only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
+        table_of_empty = table_of(
+            cuda, only_empty, only_empty, only_empty, list(only_empty), [torch.zeros(())]
         )
         take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
-        results["steps"] = [float(x) for x in ours["steps"]]
+        results["steps"] = [float(x) for x in columns["steps"]]
         results["counter"] = int(table._by_dtype[0].finished)
         return results
     finally:
@@ -333,20 +326,20 @@ def host_side() -> dict[str, Any]:
 def integers(
     n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str
 ) -> Tensor:
-    """Small integers: their squares add up without any rounding, in any order."""
+    """Return small integers: their squares add up without rounding, in any order."""
     return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
 
 
 def graphs() -> dict[str, Any]:
-    """What an optimizer does where a CUDA graph captures its steps; here no more than told so."""
+    """Return how an optimizer behaves in simulated captures by CUDA graphs."""
     import gc
     import weakref
 
-    from sharded_bf16_adamw import AdamW_BF16, grad_norm, kernels, step_plan
-    from sharded_bf16_adamw.kernels import device_memory
+    from sharded_bf16_adamw import AdamW_BF16, grad_norm, step_plan
+    from sharded_bf16_adamw.kernels import backend, device_memory
 
-    modules = (kernels, step_plan, grad_norm, device_memory, cuda)
-    truth, known, was_available = device_memory.is_capturing, kernels._BY_DEVICE, cuda.available
+    modules = (backend, step_plan, grad_norm, device_memory, cuda)
+    truth, known, was_available = device_memory.is_capturing, backend._BY_DEVICE, cuda.available
 
     def capture(capturing: bool) -> None:
         for module in modules:
@@ -361,61 +354,60 @@ def graphs() -> dict[str, Any]:
             return str(error)
         return "no error"
 
-    kernels._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
-    kernels._backend_module.cache_clear()
+    backend._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
+    backend._backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
         for p in params:
             p.grad = torch.ones_like(p)
-        ours = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
+        adamw = AdamW_BF16(params, lr=torch.tensor(1e-3), capturable=True)
         capture(True)
         results: dict[str, Any] = {
-            "first step": refusal(ours.step),
-            "states after it": len(ours.state),
+            "first step": refusal(adamw.step),
+            "states after it": len(adamw.state),
         }
         capture(False)
-        ours.step()
-        ours.state[params[0]]["step"] = ours.state[params[0]][
-            "step"
-        ].clone()  # so that the plan no longer holds
-        replaced = weakref.ref(ours._step_plans.plans[0])
-        ours.step()
+        adamw.step()
+        # so that the plan is no longer valid
+        adamw.state[params[0]]["step"] = adamw.state[params[0]]["step"].clone()
+        replaced = weakref.ref(adamw._step_plans.plans[0])
+        adamw.step()
         gc.collect()
         results["a plan that no graph reads"] = replaced() is not None
-        captured = weakref.ref(ours._step_plans.plans[0])
-        ours.param_groups[0]["lr"] = torch.tensor(
-            2e-3
-        )  # the first one is also among the optimizer's defaults
-        ours.step()
+        captured = weakref.ref(adamw._step_plans.plans[0])
+        # the optimizer's defaults keep the first lr alive
+        adamw.param_groups[0]["lr"] = torch.tensor(2e-3)
+        adamw.step()
         capture(True)
-        ours.step()
+        adamw.step()
         capture(False)
-        lr = weakref.ref(ours.param_groups[0]["lr"])
-        ours.param_groups[0]["lr"] = torch.tensor(1e-4)
-        ours.state[params[0]]["step"] = ours.state[params[0]]["step"].clone()
-        ours.step()
+        lr = weakref.ref(adamw.param_groups[0]["lr"])
+        adamw.param_groups[0]["lr"] = torch.tensor(1e-4)
+        adamw.state[params[0]]["step"] = adamw.state[params[0]]["step"].clone()
+        adamw.step()
         gc.collect()
         results["a plan that a graph reads"] = (
-            captured() is not None and captured() not in ours._step_plans.plans
+            captured() is not None and captured() not in adamw._step_plans.plans
         )
         results["the learning rate that it reads"] = lr() is not None
-        clip = ours._grad_norm.compute(ours._grads.collect(ours.param_groups), 1.0, None)
-        ours._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]  # which a capture would ask to have been made before
+        clip = adamw._grad_norm.compute(adamw._grads.collect(adamw.param_groups), 1.0, None)
+        # a capture would require an earlier call
+        adamw._grad_norm.compute = lambda *args: clip  # type: ignore[method-assign]
         for clips, steps in ((False, True), (True, False), (True, True), (False, False)):
             capture(clips)
-            ours.clip_grad_norm_(1.0)
+            adamw.clip_grad_norm_(1.0)
             capture(steps)
-            results[f"clip captured: {clips}, step: {steps}"] = refusal(ours.step)
+            results[f"clip captured: {clips}, step: {steps}"] = refusal(adamw.step)
         return results
     finally:
-        kernels._BY_DEVICE, cuda.available = known, was_available
-        kernels._backend_module.cache_clear()
+        backend._BY_DEVICE, cuda.available = known, was_available
+        backend._backend_module.cache_clear()
         for module in modules:
             module.is_capturing = truth  # type: ignore[attr-defined]
 
 
 def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
-    """Pairs (found, wanted)."""
+    """Return pairs (found, wanted)."""
     from sharded_bf16_adamw.kernels import triton_norm
 
     generator = torch.Generator().manual_seed(6)
@@ -454,9 +446,8 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
         float(reference.grad_sum_sq(mixed)) + 1,
     )
     triton_norm.MAX_PROGRAMS = programs
-    interpreted = (
-        triton.knobs.runtime.interpret
-    )  # then the block can change; compiled, it is part of the kernel
+    # Only the interpreter allows to change the block; otherwise it is compiled into the kernel.
+    interpreted = triton.knobs.runtime.interpret
     programs = 9 if interpreted else 2053  # more than one block adds
     block, triton_norm.BLOCK_PARTIALS = (
         triton_norm.BLOCK_PARTIALS,
@@ -513,10 +504,11 @@ def scaled_root_kernel(x, root):
 
 
 def flushing_root(x: Any) -> Any:
-    """What Triton 3.6 makes of ``sqrt_rn`` for AMD: two steps of refinement of a reciprocal root that flushes subnormal numbers.
+    """Emulate ``sqrt_rn`` of Triton 3.6 for AMD.
 
-    float32 operations with one rounding each, as numpy's long double has room for the products. The hardware's reciprocal
-    root is within one unit in the last place; here it is off by one of them where the last bit of ``x`` says so.
+    It refines a reciprocal root that flushes subnormal numbers in two iterations. Each float32
+    operation has one rounding, because numpy's long double holds the products. The hardware's
+    reciprocal root is within one ulp; this one is off by one ulp if the last bit of ``x`` is set.
     """
     wide, narrow = np.longdouble, np.float32
 
@@ -534,7 +526,7 @@ def flushing_root(x: Any) -> Any:
 
 
 def square_roots(scaled: bool) -> dict[str, int]:
-    """How many roots are wrong where the interpreter takes that sequence for one, by the exponent of the numbers."""
+    """Count wrong roots by magnitude if the interpreter uses :func:`flushing_root`."""
     from triton.runtime import interpreter
 
     generator = np.random.default_rng(11)
@@ -559,12 +551,12 @@ def square_roots(scaled: bool) -> dict[str, int]:
         builder.create_precise_sqrt = exact
     wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
     subnormal, tiny = x < np.finfo(np.float32).tiny, x < 2.0**-96
-    kinds = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
-    return {name: int((wrong & of).sum()) for name, of in kinds.items()}
+    classes = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
+    return {name: int((wrong & of).sum()) for name, of in classes.items()}
 
 
 def signatures(target: str) -> list[tuple[str, str]]:
-    """Compile, through the launcher and for a device that is not there, what a few calls would launch."""
+    """Compile the kernels of a few calls through the launcher, for a simulated device."""
     from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
 
     from .triton_offline import pretend
@@ -586,7 +578,7 @@ def signatures(target: str) -> list[tuple[str, str]]:
     triton_norm.clip_kernel = Warmed(triton_norm.clip_kernel)
     for n in (1, 16, 100):  # 1 and multiples of 16 are special to Triton
         rows = [torch.zeros(n, dtype=BF16) for _ in range(n)]
-        table = cuda.Table(rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
+        table = table_of(cuda, rows, rows, rows, list(rows), [torch.zeros(()) for _ in rows])
         for lr in (1e-3, 0.0, 1.0):
             take_step(table, rows, **HYPER | {"lr": lr})
             take_step(

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels without a GPU and read what came out. ``python triton_offline.py`` prints the figures."""
+"""Compile the Triton kernels without a GPU. Run it as a module to print the figures."""
 
 from __future__ import annotations
 
@@ -50,25 +50,24 @@ NORM_ARGUMENTS: dict[str, str] = {
 }
 CLIP_ARGUMENTS: dict[str, str] = {"sum_sq": "*fp64", "clip": "*fp32", "max_norm_bits": "i64"}
 
-_FULL_ADAMW = {"fp32_param": False, "zero_grads": False, "hardware_cast": True}
+_FULL_ADAMW = {"fp32_param": False, "hardware_cast": True}
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "bf16": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 0}),
-    "bf16, zero_grads": (
+    "bf16": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"variant": 0}),
+    "bf16, fp32 gradient": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 0, "zero_grads": True},
+        _FULL_ADAMW | {"variant": 1},
     ),
-    "bf16, fp32 gradient": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 1}),
     "bf16, unaligned gradient": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 2},
+        _FULL_ADAMW | {"variant": 2},
     ),
-    "bf16, unaligned": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"kind": 6}),
+    "bf16, unaligned": (triton_adamw.adamw_kernel, ADAMW_ARGUMENTS, _FULL_ADAMW | {"variant": 6}),
     "fp32": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
-        _FULL_ADAMW | {"kind": 1, "fp32_param": True},
+        _FULL_ADAMW | {"variant": 1, "fp32_param": True},
     ),
     "norm": (triton_norm.norm_kernel, NORM_ARGUMENTS, {}),
     "clip": (triton_norm.clip_kernel, CLIP_ARGUMENTS, {}),
@@ -79,7 +78,8 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 class Compiled:
     """One kernel for one target.
 
-    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code (empty for AMD).
+    ``text`` is the PTX or AMD assembly, ``llvm`` the LLVM IR, ``sass`` the NVIDIA machine code
+    (empty for AMD).
     """
 
     text: str
@@ -89,12 +89,12 @@ class Compiled:
     spilled: int  # registers (AMD) or bytes (NVIDIA)
 
     def count(self, pattern: str) -> int:
-        """Instructions of the machine code that match a regular expression."""
+        """Count the instructions of the machine code that match a regular expression."""
         return len(re.findall(pattern, self.sass or self.text, re.MULTILINE))
 
 
 def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
-    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]`` as the launcher does; ``options`` override its options."""
+    """Compile ``KERNELS[kernel]`` for ``TARGETS[target]``; ``options`` replace the launcher's."""
     function, arguments, constants = KERNELS[kernel]
     gpu = TARGETS[target]
     constants = constants | {"flushing_sqrt": gpu.backend == "hip"}
@@ -130,20 +130,19 @@ def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
 
 
 def pretend(target: str) -> None:
-    """Have this process's launchers compile for ``TARGETS[target]``, as if there were such a device."""
+    """Make this process's launchers compile for ``TARGETS[target]``, as if that were the device."""
 
     class Driver:
         get_current_target = staticmethod(lambda: TARGETS[target])
-        get_current_device = staticmethod(
-            lambda: list(TARGETS).index(target)
-        )  # launchers keep what they compiled by device
+        # launchers cache compiled kernels by device
+        get_current_device = staticmethod(lambda: list(TARGETS).index(target))
         get_current_stream = staticmethod(lambda device=0: 0)
 
     driver.set_active(Driver())
 
 
 def _machine_code(cubin: bytes) -> tuple[str, int, int]:
-    """Disassembly, registers and bytes of stack (which is where spills go), by the tools in Triton's package."""
+    """Return disassembly, registers and bytes of stack (spills), by the tools of Triton."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -168,6 +167,7 @@ if __name__ == "__main__":
             loads, stores = compiled.count(LOAD_16), compiled.count(STORE_16)
             instructions = compiled.count(r"^\s+(/\*[0-9a-f]{4,}\*/|[vs]_|global_|buffer_|ds_)")
             print(
-                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} spilled, {loads} loads and {stores} stores"
-                f" of 16 bytes, {instructions} instructions in all"
+                f"{name:26} {target:7} {compiled.registers:4} registers, {compiled.spilled} "
+                f"spilled, {loads} loads and {stores} stores of 16 bytes, {instructions} "
+                "instructions in all"
             )

@@ -373,7 +373,7 @@ def test_the_reading_contender_reads_all_gradients(monkeypatch: pytest.MonkeyPat
     ours = runner_of_ours().optimizer
     assert ours is not None
     read: list[torch.Tensor] = []
-    monkeypatch.setattr(contenders.cpu, "read_ceiling", read.extend)
+    monkeypatch.setattr(contenders.bench_bandwidth, "read_bandwidth", read.extend)
     reading = next(c for c in contenders.contenders(CPU) if c.key == "ours-reading").make(
         [(300,), (5, 7)], CPU, ours
     )

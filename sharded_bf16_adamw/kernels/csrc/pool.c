@@ -1,9 +1,8 @@
-/* A small thread pool. The caller works too and never waits for a helper to wake: whatever is unclaimed it does itself, and at the
- * end it waits only for helpers that have joined its job. So a busy core delays a step by the few chunks of one claim at most.
+/* A small thread pool. The caller works too and never waits for a helper to wake up: it does all unclaimed work itself, and in the end
+ * waits only for helpers that have joined its job. So a busy core delays a step by the few chunks of one claim at most.
  *
- * Helpers are detached and block all signals; between jobs they look for the next for a moment and then sleep. They live until the
- * process ends, so nothing is joined at exit.
- * A forked child has none of its parent's threads: it starts with an empty pool and fills it when first needed.
+ * Helpers are detached and block all signals. Between jobs they spin for a moment and then block. They live until the process ends, so
+ * nothing is joined at exit. A forked child has none of its parent's threads: it starts with an empty pool and fills it on first use.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -18,21 +17,21 @@ typedef struct job {
     sba_task task;
     void *context;
     int64_t chunks;
-    _Atomic int64_t next; /* first chunk that nobody has claimed */
-    int threads;          /* at most, the caller among them */
-    int places;           /* helpers that may still join; under the lock, like the rest */
-    _Atomic int active;   /* helpers that have joined and not left; raised under the lock only */
+    _Atomic int64_t next; /* first unclaimed chunk */
+    int threads;          /* maximum, including the caller */
+    int places;           /* helpers that may still join; protected by the lock, like `following` */
+    _Atomic int active;   /* helpers that have joined and not left; incremented only under the lock */
     struct job *following;
 } job;
 
 #define MAX_HELPERS 1023
-#define MAX_AT_ONCE 8 /* chunks: about a tenth of a millisecond of a step */
+#define MAX_AT_ONCE 8 /* chunks of one claim: about a tenth of a millisecond of a step */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t posted = PTHREAD_COND_INITIALIZER; /* a job has places */
-static pthread_cond_t left = PTHREAD_COND_INITIALIZER;   /* a job has no active helper any more */
+static pthread_cond_t posted = PTHREAD_COND_INITIALIZER; /* a job has free places */
+static pthread_cond_t left = PTHREAD_COND_INITIALIZER;   /* a job has no active helper left */
 static job *jobs;
-static _Atomic unsigned posts; /* jobs ever posted; raised under the lock */
+static _Atomic unsigned posts; /* jobs ever posted; incremented under the lock */
 static int helpers;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -50,8 +49,8 @@ static void after_fork_in_child(void) {
 
 static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
 
-/* Several chunks at a time while many are left: they lie one after the other in memory, and what is prefetched at the end of one is
- * the beginning of the next (89 -> 95 % of the memory's speed with two threads at 64M elements). */
+/* Claim several chunks at a time while many are left: they are adjacent in memory, so the data prefetched at the end of one is the start
+ * of the next (89 % -> 95 % of the memory bandwidth with two threads at 64M elements). */
 static void work(job *j) {
     for (;;) {
         int64_t rest = j->chunks - atomic_load_explicit(&j->next, memory_order_relaxed);
@@ -64,10 +63,10 @@ static void work(job *j) {
     }
 }
 
-/* For how long a thread looks for what it waits for before it sleeps. To be woken takes long, during which the others work alone, and the
- * optimizer's calls of the library follow each other within this time where they are short (1M elements, two threads: a step takes 20 %
- * less, with clipping 27 %). OpenMP's threads look for longer. */
-#define LOOK_NS 200000
+/* How long a thread spins before it blocks. Waking up takes long, and the other threads work alone meanwhile. Short calls of the
+ * optimizer follow each other within this time (1M elements, two threads: 20 % less time a step, 27 % less with clipping). OpenMP's
+ * threads spin for longer. */
+#define SPIN_NS 200000
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -83,15 +82,15 @@ static void relax(void) {
 #endif
 }
 
-#define LOOK_WHILE(condition) \
+#define SPIN_WHILE(condition) \
     do { \
         int64_t until = 0; \
         for (unsigned turn = 1; condition; turn++) { \
             relax(); \
             if (turn % 32) continue; \
-            sched_yield(); /* to whom we wait for, should it be on this core */ \
+            sched_yield(); /* in case the awaited thread is on this core */ \
             int64_t now = now_ns(); \
-            if (!until) until = now + LOOK_NS; \
+            if (!until) until = now + SPIN_NS; \
             if (now > until) break; \
         } \
     } while (0)
@@ -104,7 +103,7 @@ static void *helper(void *unused) {
         if (!j) {
             unsigned seen = posts;
             pthread_mutex_unlock(&lock);
-            LOOK_WHILE(posts == seen);
+            SPIN_WHILE(posts == seen);
             pthread_mutex_lock(&lock);
             if (posts == seen) pthread_cond_wait(&posted, &lock);
             continue;
@@ -114,12 +113,12 @@ static void *helper(void *unused) {
         pthread_mutex_unlock(&lock);
         work(j);
         pthread_mutex_lock(&lock);
-        if (--j->active == 0) pthread_cond_broadcast(&left); /* the job may be gone now */
+        if (--j->active == 0) pthread_cond_broadcast(&left); /* the job may be gone after this */
     }
     return unused;
 }
 
-/* Under the lock. Fewer helpers than wanted is no error: the caller does their share. */
+/* Call with the lock held. Having fewer helpers than wanted is no error: the caller does their share. */
 static void ensure_helpers(int wanted) {
     if (helpers >= wanted) return;
     pthread_attr_t attributes;
@@ -154,9 +153,9 @@ void sba_parallel(sba_task task, void *context, int64_t chunks, int threads) {
     pthread_mutex_lock(&lock);
     job **link = &jobs;
     while (*link != &j) link = &(*link)->following;
-    *link = j.following; /* nobody joins any more */
+    *link = j.following; /* from here on no helper joins */
     pthread_mutex_unlock(&lock);
-    LOOK_WHILE(j.active);
+    SPIN_WHILE(j.active);
     pthread_mutex_lock(&lock);
     while (j.active) pthread_cond_wait(&left, &lock);
     pthread_mutex_unlock(&lock);

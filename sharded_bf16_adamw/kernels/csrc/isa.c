@@ -1,4 +1,4 @@
-/* Includes the kernel body once for each instruction set that the compiler's target may have, and says which of them run here. */
+/* The kernels of every instruction set that the target may have. simd_kernels.inc.h is included once for each. */
 #include <math.h>
 #include <string.h>
 
@@ -41,8 +41,8 @@
 #define HALF_EVENS(a, b) SHUFFLED_HALF(JOIN(EVENS, HALF_W), a, b)
 #define HALF_ODDS(a, b) SHUFFLED_HALF(JOIN(ODDS, HALF_W), a, b)
 
-#define AHEAD 2048 /* bytes: hardware prefetchers alone, which stop at each page, leave 20 % of the memory's speed unused */
-#define STREAMS 8  /* of a sum of squares: 40 % faster than one where the gradient comes from memory */
+#define AHEAD 2048 /* bytes. Hardware prefetchers stop at each page: alone they leave 20 % of the memory bandwidth unused */
+#define STREAMS 8  /* of a sum of squares: 40 % faster than one stream for gradients that are not in a cache */
 #define PREFETCH(r, i) \
     do { \
         __builtin_prefetch((r)->p + 2 * (i) + AHEAD, 1); \
@@ -52,11 +52,17 @@
         __builtin_prefetch((r)->g + 2 * (i) + AHEAD); \
     } while (0)
 
-/* Baseline: what every processor of the target has.
- * EVEN: the low halves of words, shifted up. PACK: words of the high halves of two vectors. MULTIPLY_HIGH, HIGH_BYTES: in 16-bit lanes,
- * the high half of a product and the high byte. RTNE, SR: words of bf16 rounded from two vectors of float32 bits; SR rounds up where
- * the low half exceeds the 16 random bits, which is where it carries with their complement. WIDEN: float to double. ADD_SQUARE: add
- * x * x. KEEP: keep a vector in a register, do not build it anew from immediates in each turn of the loop. */
+/* Baseline: instructions that every processor of the target has.
+ *
+ * EVEN           low halves of words, shifted up
+ * PACK           words of the high halves of two vectors
+ * MULTIPLY_HIGH  high half of a product, in 16-bit lanes
+ * HIGH_BYTES     high byte, in 16-bit lanes
+ * RTNE, SR       words of bf16 rounded from two vectors of float32 bits. SR rounds up where the low half exceeds the 16 random bits,
+ *                that is where adding their complement carries
+ * WIDEN          float to double
+ * ADD_SQUARE     add x * x
+ * KEEP           keep a vector in a register, instead of rebuilding it from immediates in every iteration */
 #define ISA baseline
 #define TARGET
 #define W 4
@@ -64,7 +70,7 @@
 #define EVEN(x) ((x) << 16)
 #define HIGH_BYTES(x) ((x) >> 8)
 #define PACK(even, odd) ((even) >> 16 | ((odd) & 0xffff0000u))
-#define NEAREST(x) (((x) | ((x) >> 16 & 1u)) + 0x7fffu) /* the last kept bit, made sticky, breaks ties to even */
+#define NEAREST(x) (((x) | ((x) >> 16 & 1u)) + 0x7fffu) /* the last kept bit as a sticky bit breaks ties to even */
 #define RTNE(even, odd) PACK(NEAREST(even), NEAREST(odd))
 #define SR(even, odd, random) PACK((even) + (~(random) & 0xffffu), (odd) + (~(random) >> 16))
 #define WIDEN(x) __builtin_convertvector(x, NAME(d))
@@ -91,7 +97,7 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
     ((baseline_h){HIGH_OF(x, y, 0), HIGH_OF(x, y, 1), HIGH_OF(x, y, 2), HIGH_OF(x, y, 3), HIGH_OF(x, y, 4), HIGH_OF(x, y, 5), \
                   HIGH_OF(x, y, 6), HIGH_OF(x, y, 7)})
 #endif
-#include "body.h"
+#include "simd_kernels.inc.h"
 
 #if defined(__x86_64__)
 #undef ISA
@@ -114,10 +120,10 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #define PACK(even, odd) ((avx2_u)_mm256_blend_epi16((__m256i)((even) >> 16), (__m256i)(odd), 0xaa))
 #define WIDEN(x) ((avx2_d)_mm256_cvtps_pd((__m128)(x)))
 #define ADD_SQUARE(sum, x) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(x), (__m256d)(sum)))
-#include "body.h"
+#include "simd_kernels.inc.h"
 
-/* On 512 bits only two ports compute, and shifts, roots and quotients need one of them: so byte shuffles, which use the other, take the
- * place of shifts, and both roundings are comparisons in 16-bit lanes, whose masks let a subtraction of -1 pass. */
+/* With 512 bits only two ports compute, and shifts, roots and quotients all need the same one. Byte shuffles use the other, so they
+ * replace shifts. Both roundings are comparisons in 16-bit lanes that mask a subtraction of -1. */
 #undef ISA
 #undef TARGET
 #undef W
@@ -139,7 +145,7 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #define HALF_W 8
 #define KEEP(x) __asm__("" : "+v"(x))
 typedef struct {
-    __m512i up, down, bytes_down; /* halves of words up and down, high bytes of halves down; zeros in their places */
+    __m512i up, down, bytes_down; /* move halves of words up or down, or high bytes of halves down, and fill with zeros */
     __m512i one, half, minus_one; /* in 16-bit lanes: 1, 0x8000, -1 */
     __mmask64 low, high;          /* the bytes of the low and of the high halves */
 } avx512_shuffles;
@@ -182,7 +188,7 @@ static inline __attribute__((always_inline)) TARGET __m512i avx512_sr(__m512i ev
 }
 static inline __attribute__((always_inline)) TARGET __m512i avx512_rtne(__m512i even, __m512i odd, const avx512_shuffles *s) {
     __m512i kept = avx512_kept(even, odd, s);
-    __m512i least = _mm512_ternarylogic_epi32(kept, s->one, s->half, 0xae); /* ~kept & 1 | 0x8000: a tie rounds up from odd only */
+    __m512i least = _mm512_ternarylogic_epi32(kept, s->one, s->half, 0xae); /* ~kept & 1 | 0x8000: a tie rounds up only from odd */
     __mmask32 up = _mm512_cmpge_epu16_mask(avx512_discarded(even, odd, s), least);
     return _mm512_mask_sub_epi16(kept, up, kept, s->minus_one);
 }
@@ -190,7 +196,7 @@ static inline __attribute__((always_inline)) TARGET __m512i avx512_rtne(__m512i 
 #define RTNE(even, odd) ((avx512_u)avx512_rtne((__m512i)(even), (__m512i)(odd), &k->shuffles))
 #define WIDEN(x) ((avx512_d)_mm512_cvtps_pd((__m256)(x)))
 #define ADD_SQUARE(sum, x) ((avx512_d)_mm512_fmadd_pd((__m512d)(x), (__m512d)(x), (__m512d)(sum)))
-#include "body.h"
+#include "simd_kernels.inc.h"
 #endif
 
 const sba_kernels *sba_kernels_of(int isa) {

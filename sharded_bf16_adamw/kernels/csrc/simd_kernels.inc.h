@@ -1,13 +1,13 @@
-/* The kernels, written once and included once for each instruction set: see kernels.c, which defines ISA, TARGET, W and macros of
- * instructions.
+/* The kernels, written once. isa.c includes this file once for each instruction set, and defines ISA, TARGET, W and macros of
+ * instructions before.
  *
- * Memory is walked as uint32 words of two bf16. With the low half shifted up, or masked off, each half *is* the float32 of the same
- * value: no conversion instruction, and no flushing of subnormals. A vector holds W words. "Even" elements are the low halves, "odd"
- * ones the high halves. Arithmetic takes one half of each word at a time; hash and rounding take both, in 16-bit lanes.
+ * The kernels read memory as uint32 words of two bf16. Shift the low half up, or mask it off, and what remains *is* the float32 of
+ * the same value: no conversion instruction, and no flushing of subnormals. A vector holds W words. "Even" elements are the low
+ * halves, "odd" ones the high halves. Arithmetic takes one half of each word at a time; hash and rounding take both, in 16-bit lanes.
  *
- * No SR or RTNE below guards NaN. All NaNs that arise here have zeros in the low 16 bits of their payload (they come from bf16
- * values, from canonical scalars or from the processor), so neither ever rounds one up, out of the mantissa. A float32 gradient is the
- * one exception and is made canonical as it is read.
+ * SR and RTNE do not guard NaN. Every NaN in these kernels has zeros in the low 16 bits of its payload, because it comes from a bf16
+ * value, a canonical scalar or the processor. So neither can round a NaN up and out of the mantissa. A float32 gradient is the only
+ * exception: it is made canonical when it is read.
  */
 typedef uint32_t NAME(u) __attribute__((vector_size(4 * W)));
 typedef uint16_t NAME(h) __attribute__((vector_size(4 * W)));
@@ -25,7 +25,7 @@ typedef double NAME(d) __attribute__((vector_size(4 * W)));
 #define LOAD(address) ((U) * (const NAME(u_memory) *)(address))
 #define STORE(address, x) (*(NAME(u_memory) *)(address) = (NAME(u_memory))(x))
 
-/* What each step of 2 W elements needs besides the scalars. */
+/* Constants of the loop over 2 W elements, besides the scalars. */
 typedef struct {
     H spread_m, spread_v, spread_c, mix, draw_m, draw_c, key_low, key_high; /* of the hash */
     NAME(shuffles) shuffles;
@@ -39,19 +39,19 @@ INLINE H NAME(splat)(uint32_t x) {
 
 INLINE NAME(constants) NAME(constants_of)(const sba_scalars *s) {
     return (NAME(constants)){
-        .spread_m = NAME(splat)(0x1643),
-        .spread_v = NAME(splat)(0x6771),
-        .spread_c = NAME(splat)(0xc09d),
-        .mix = NAME(splat)(0x365b),
-        .draw_m = NAME(splat)(0x2851),
-        .draw_c = NAME(splat)(0xfaed),
+        .spread_m = NAME(splat)(SBA_SPREAD_M),
+        .spread_v = NAME(splat)(SBA_SPREAD_V),
+        .spread_c = NAME(splat)(SBA_SPREAD_C),
+        .mix = NAME(splat)(SBA_MIX),
+        .draw_m = NAME(splat)(SBA_DRAW_M),
+        .draw_c = NAME(splat)(SBA_DRAW_C),
         .key_low = NAME(splat)(s->step_key),
         .key_high = NAME(splat)(s->step_key >> 16),
         .shuffles = NAME(shuffles_of)(),
     };
 }
 
-/* The random bits for v, m and c: 16 bits for each 16-bit lane, so for both elements of each word at once. See reference.py. */
+/* The random bits for v, m and c: 16 bits a 16-bit lane, for both elements of a word at once. See _random_bits in reference.py. */
 typedef struct {
     U v, m, c;
 } NAME(draws);
@@ -69,7 +69,7 @@ INLINE U NAME(canonical)(U g) {
     return (g & ~nan) | (nan & 0x7fc00000u);
 }
 
-/* The new moments, in the order of reference.py's _moments, and from them the update's numerator and the root of its denominator. */
+/* The new moments, with the operations in the order of _moments in reference.py. */
 INLINE void NAME(moments)(F g, F m, F v, F *mn, F *vn, const sba_scalars *s, int scaled) {
     if (scaled) g = g * s->grad_scale;
     *mn = s->beta1 * m + s->one_minus_beta1 * g;
@@ -80,7 +80,7 @@ INLINE F NAME(update_of)(F numerator, F root, const sba_scalars *s) {
     return numerator / (root * s->inv_sqrt_bias_correction2 + s->eps);
 }
 
-/* Elements between the two stages of NAME(update). */
+/* Elements between the two stages of NAME(update): numerator and root of the denominator, then the quotient. */
 typedef struct {
     F p, c, numerator, root, upd;
 } NAME(lane);
@@ -91,7 +91,7 @@ typedef struct {
 
 #define ODD(word) ((word) & 0xffff0000u)
 
-/* The new moments of one element per lane, unrounded, and what the second stage needs. */
+/* Compute the new moments of one element per lane, unrounded, and the inputs of the second stage. */
 INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *l, const sba_scalars *s, int scaled) {
     NAME(moments)(g, m, v, mn, vn, s, scaled);
     l->root = SQRT(*vn);
@@ -101,7 +101,7 @@ INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, F *mn, F *vn, NAME(lane) *
 }
 
 /* First stage for 2 W elements of a bf16 parameter: store m and v. */
-INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32, int zero,
+INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32,
                                int scaled) {
     char *g = r->g + i * (g_is_f32 ? 4 : 2), *m = r->m + 2 * i, *v = r->v + 2 * i;
     U ge, go, gw;
@@ -125,14 +125,10 @@ INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s
     l.random = random.c;
     STORE(m, SR((U)me, (U)mo, random.m));
     STORE(v, SR((U)ve, (U)vo, random.v));
-    if (zero) {
-        STORE(g, (U){0});
-        if (g_is_f32) STORE(g + 4 * W, (U){0});
-    }
     return l;
 }
 
-/* The division, which ends the first stage. */
+/* End the first stage with the division. */
 INLINE void NAME(divide)(NAME(lanes) *l, const sba_scalars *s) {
     l->even.upd = NAME(update_of)(l->even.numerator, l->even.root, s);
     l->odd.upd = NAME(update_of)(l->odd.numerator, l->odd.root, s);
@@ -142,7 +138,7 @@ INLINE F NAME(delta)(const NAME(lane) *l, const sba_scalars *s) { return l->c - 
 
 /* Second stage: store p and c. */
 INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k) {
-    (void)k; /* the macros of some instruction sets use it */
+    (void)k; /* only the macros of some instruction sets use it */
     F even = NAME(delta)(&l->even, s), odd = NAME(delta)(&l->odd, s);
     U pn = RTNE((U)(l->even.p + even), (U)(l->odd.p + odd));
     F ce = (l->even.p - (F)EVEN(pn)) + even, co = (l->odd.p - (F)ODD(pn)) + odd;
@@ -150,7 +146,7 @@ INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, cons
     STORE(r->c + 2 * i, SR((U)ce, (U)co, l->random));
 }
 
-/* W elements of a float32 parameter; the gradient is float32 bits. */
+/* Update W elements of a float32 parameter; the gradient is float32 bits. */
 INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s, int scaled) {
     F mn, vn, p32 = (F)LOAD(p);
     NAME(moments)((F)g, (F)LOAD(m), (F)LOAD(v), &mn, &vn, s, scaled);
@@ -160,8 +156,8 @@ INLINE void NAME(step_f32)(char *p, U g, char *m, char *v, const sba_scalars *s,
     STORE(m, (U)mn);
 }
 
-/* The same for 2 W elements, so that every kernel takes steps of 2 W. */
-INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalars *s, int g_is_f32, int zero, int scaled) {
+/* Update 2 W elements of a float32 parameter, so that every kernel advances by 2 W. */
+INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalars *s, int g_is_f32, int scaled) {
     U first, second;
     if (g_is_f32) {
         first = LOAD(g);
@@ -173,27 +169,23 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
     }
     NAME(step_f32)(p, first, m, v, s, scaled);
     NAME(step_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s, scaled);
-    if (zero) {
-        STORE(g, (U){0});
-        if (g_is_f32) STORE(g + 4 * W, (U){0});
-    }
 }
 
-/* Any two vectors, both stages. */
-INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32, int zero,
+/* Update 2 W elements of any parameter, both stages. */
+INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32,
                         int scaled) {
     if (p_is_f32) {
-        NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, zero, scaled);
+        NAME(steps_f32)(r->p + 4 * i, r->g + i * (g_is_f32 ? 4 : 2), r->m + 4 * i, r->v + 4 * i, s, g_is_f32, scaled);
         return;
     }
-    NAME(lanes) l = NAME(begin)(r, i, s, k, g_is_f32, zero, scaled);
+    NAME(lanes) l = NAME(begin)(r, i, s, k, g_is_f32, scaled);
     NAME(divide)(&l, s);
     NAME(finish)(&l, r, i, s, k);
 }
 
-/* The last elements of a run go through padded copies: the same code, no masks. */
+/* Update the last elements of a run in padded copies: the same code, no masks. */
 INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32,
-                              int zero, int scaled) {
+                              int scaled) {
     char buffer[5][8 * W] __attribute__((aligned(64))) = {{0}};
     char *end[5] = {r->p, r->g, r->m, r->v, r->c};
     int64_t size[5];
@@ -204,44 +196,45 @@ INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s,
         memcpy(buffer[a], end[a], size[a]);
     }
     sba_run padded = {buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], 2 * W};
-    NAME(steps)(&padded, 0, s, k, p_is_f32, g_is_f32, zero, scaled);
+    NAME(steps)(&padded, 0, s, k, p_is_f32, g_is_f32, scaled);
     for (int a = 0; a < (p_is_f32 ? 4 : 5); a++)
-        if (a != 1 || zero) memcpy(end[a], buffer[a], size[a]);
+        if (a != 1) memcpy(end[a], buffer[a], size[a]); /* the gradient is only read */
 }
 
-/* The second stage of one vector runs between the first stages of the next: so the long wait for a root and a quotient is filled with
- * work that needs neither, and the processor's window reaches the next loads (85 % -> 90 % of the memory's speed). */
-INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int zero, int scaled) {
+/* The second stage of one vector runs between the two parts of the first stage of the next. This fills the long latency of a root and
+ * a quotient with work that needs neither, and the processor's window reaches the next loads (85 % -> 90 % of the memory bandwidth). */
+INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int scaled) {
     const sba_run run = *shared_run, *r = &run; /* local copies cannot alias the stores, so they stay in registers */
     const sba_scalars scalars = *shared, *s = &scalars;
     const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
     int64_t i = 0, whole = r->count - r->count % (2 * W);
     if (!p_is_f32 && whole) {
-        NAME(lanes) l = NAME(begin)(r, 0, s, k, g_is_f32, zero, scaled);
+        NAME(lanes) l = NAME(begin)(r, 0, s, k, g_is_f32, scaled);
         NAME(divide)(&l, s);
         for (i = 2 * W; i < whole; i += 2 * W) {
             PREFETCH(r, i);
-            NAME(lanes) next = NAME(begin)(r, i, s, k, g_is_f32, zero, scaled);
+            NAME(lanes) next = NAME(begin)(r, i, s, k, g_is_f32, scaled);
             NAME(finish)(&l, r, i - 2 * W, s, k);
             NAME(divide)(&next, s);
             l = next;
         }
         NAME(finish)(&l, r, i - 2 * W, s, k);
     }
-    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, k, p_is_f32, g_is_f32, zero, scaled);
-    if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, zero, scaled);
+    for (; i < whole; i += 2 * W) NAME(steps)(r, i, s, k, p_is_f32, g_is_f32, scaled);
+    if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, scaled);
 }
 
-#define UPDATE(p, g, z, c) \
-    static TARGET void NAME(update_##p##g##z##c)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, z, c); }
-#define UPDATES(p, g) UPDATE(p, g, 0, 0) UPDATE(p, g, 0, 1) UPDATE(p, g, 1, 0) UPDATE(p, g, 1, 1)
+/* p: parameter is float32; g: gradient is float32; c: multiply it by grad_scale. */
+#define UPDATE(p, g, c) \
+    static TARGET void NAME(update_##p##g##c)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, c); }
+#define UPDATES(p, g) UPDATE(p, g, 0) UPDATE(p, g, 1)
 UPDATES(0, 0)
 UPDATES(0, 1)
 UPDATES(1, 0)
 UPDATES(1, 1)
 #undef UPDATE
 #undef UPDATES
-#define UPDATES(p, g) {{NAME(update_##p##g##00), NAME(update_##p##g##01)}, {NAME(update_##p##g##10), NAME(update_##p##g##11)}}
+#define UPDATES(p, g) {NAME(update_##p##g##0), NAME(update_##p##g##1)}
 
 #define HALF NAME(half_u)
 #define LOAD_HALF(address) ((HALF) * (const NAME(half_u_memory) *)(address))
@@ -251,8 +244,8 @@ UPDATES(1, 1)
         sum = ADD_SQUARE(sum, x); \
     } while (0)
 
-/* Add the squares of 32 elements to 32 fp64 lanes, whatever W is: so every instruction set sums in the same order. Products of two
- * float32 are exact in double, so a fused multiply-add gives the same bits as a product and a sum. */
+/* Add the squares of 32 elements to 32 fp64 lanes, for any W, so that every instruction set sums in the same order. The product of two
+ * float32 is exact in double, so a fused multiply-add gives the same bits as a product and a sum. */
 INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     for (int k = 0; k < 32 / W; k++) {
         HALF a, b;
@@ -270,13 +263,13 @@ INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     }
 }
 
-/* A run is walked as STREAMS equal parts side by side: the processor prefetches for each, where one alone waits for memory most of the
- * time. What the parts leave over comes last. */
+/* Sum a run as STREAMS equal parts in parallel: the processor prefetches for each, whereas a single stream mostly waits for memory. The
+ * remainder comes last. */
 INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
     NAME(d) lane[2][32 / W] = {{{0}}};
     const int64_t size = is_f32 ? 4 : 2, part = count / (32 * STREAMS) * 32, tail = count % 32;
     for (int64_t i = 0; i < part; i += 32) {
-        int64_t next_run = i * size + AHEAD < part * size ? 0 : (STREAMS - 1) * part * size; /* which starts behind the last part */
+        int64_t next_run = i * size + AHEAD < part * size ? 0 : (STREAMS - 1) * part * size; /* the next run starts after the last part */
         for (int k = 0; k < STREAMS; k++) {
             const char *at = x + (k * part + i) * size;
             __builtin_prefetch(at + AHEAD + next_run);
@@ -298,44 +291,9 @@ INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
 static TARGET double NAME(sum_sq_bf16)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 0); }
 static TARGET double NAME(sum_sq_f32)(const char *x, int64_t count) { return NAME(sum_sq)(x, count, 1); }
 
-/* Read five arrays and write four of them in place with next to no arithmetic: the traffic of a step. `none` is 0, which the compiler must
- * not know: then all five are read, and what is written is what was there. */
-static TARGET void NAME(stream)(char *const array[5], int64_t bytes, uint32_t none) {
-    char *g = array[0], *p = array[1], *m = array[2], *v = array[3], *c = array[4];
-    for (int64_t i = 0; i + 4 * W <= bytes; i += 4 * W) {
-        U x = LOAD(g + i) & none;
-        STORE(p + i, LOAD(p + i) ^ x);
-        STORE(m + i, LOAD(m + i) ^ x);
-        STORE(v + i, LOAD(v + i) ^ x);
-        STORE(c + i, LOAD(c + i) ^ x);
-    }
-}
-
-/* The exclusive or of all whole 64-byte blocks, read as sum_sq reads: its traffic with next to no arithmetic. */
-static TARGET uint32_t NAME(read)(const char *x, int64_t bytes) {
-    U all = {0};
-    const int64_t part = bytes / (64 * STREAMS) * 64;
-    for (int64_t i = 0; i < part; i += 64) {
-        int64_t next_run = i + AHEAD < part ? 0 : (STREAMS - 1) * part;
-        for (int k = 0; k < STREAMS; k++) {
-            const char *at = x + k * part + i;
-            __builtin_prefetch(at + AHEAD + next_run);
-            for (int j = 0; j < 64; j += 4 * W) all ^= LOAD(at + j);
-        }
-    }
-    for (int64_t i = STREAMS * part; i + 64 <= bytes; i += 64)
-        for (int j = 0; j < 64; j += 4 * W) all ^= LOAD(x + i + j);
-    uint32_t words[W], folded = 0;
-    memcpy(words, &all, sizeof words);
-    for (int k = 0; k < W; k++) folded ^= words[k];
-    return folded;
-}
-
 static const sba_kernels NAME(kernels) = {
     .update = {{UPDATES(0, 0), UPDATES(0, 1)}, {UPDATES(1, 0), UPDATES(1, 1)}},
     .sum_sq = {NAME(sum_sq_bf16), NAME(sum_sq_f32)},
-    .stream = NAME(stream),
-    .read = NAME(read),
 };
 
 #undef UPDATES

@@ -1,0 +1,422 @@
+"""The choice of a back end by device, and the arguments, layouts and checks that all share.
+
+A back end is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq``, ``available``
+and ``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if it does
+better than tensor operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .device_memory import NormScratch, is_capturing
+
+BACKENDS = ("reference", "native", "triton")
+_MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
+_BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
+_FALLBACK_DEVICES: set[torch.device] = set()  # their first choice is not available
+
+logger = logging.getLogger("sharded_bf16_adamw")
+
+
+class Hyperparams(NamedTuple):
+    """Hyper-parameters of a parameter group in one step. ``lr`` may be a one-element tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False  # ascend instead of descend
+
+
+class StepArgs(NamedTuple):
+    """Arguments of one step, besides the tensors that stay the same from step to step.
+
+    Args:
+        grads: bfloat16 or float32, one for each parameter, of its shape and device. Only read.
+        hypers: hyper-parameters, one for each group.
+        grad_scale: 0-dim float32 that multiplies the gradients in fp32 as they are read
+            (a clip coefficient).
+        found_inf: 0-dim float32; unless it is zero, nothing changes.
+    """
+
+    grads: list[Tensor]
+    hypers: Sequence[Hyperparams]
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+
+
+class TensorLists(NamedTuple):
+    """Parameters of one device and their states, as :class:`FusedAdamW` describes them.
+
+    Index ``i`` of every list belongs to one parameter. Empty ``groups``: 0 for all.
+    """
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    corrections: Sequence[Tensor | None]
+    steps: list[Tensor]
+    groups: Sequence[int] = ()
+
+    def rows(self) -> Iterator[ParamTensors]:
+        """Iterate over the tensors of one parameter after the other."""
+        return zip(
+            self.params, self.exp_avgs, self.exp_avg_sqs, self.corrections, self.steps, strict=True
+        )
+
+    def group_of(self) -> Sequence[int]:
+        """Return the index of each parameter's hyper-parameters."""
+        return self.groups or [0] * len(self.params)
+
+
+class BackendTable(Protocol):
+    """The data that a back end keeps of some parameters between steps, such as addresses.
+
+    ``make_table(tensors)`` of the back end's module creates one. The tensors of one parameter have
+    the same strides and are dense (no gaps, no overlaps). The table keeps them alive. The caller
+    ensures that their memory stays where it is.
+    """
+
+    def update_(self, args: StepArgs) -> None:
+        """Take one step in place. Every gradient has the strides of its parameter."""
+
+
+class FusedAdamW:
+    """The AdamW step of the parameters of one device: created once, used at every step.
+
+    The parameters and states are kept alive, so that no other tensor can take their memory. The
+    caller checks before each step that they still use that memory.
+
+    Args:
+        params: bfloat16 or float32, all on one device; any strides.
+        exp_avgs: running averages of the gradients, of the parameters' shapes and dtypes.
+        exp_avg_sqs: running averages of the squared gradients, of the same shapes and dtypes.
+        corrections: bfloat16 of the parameter's shape, or None for a float32 parameter.
+        steps: 0-dim float32, the number of steps taken so far.
+        groups: index of each parameter's hyper-parameters in :attr:`StepArgs.hypers`; None: 0 for
+            all.
+        backend: one of ``BACKENDS``, or None to choose by device.
+
+    Raises:
+        ValueError: a state has another number of elements, or device, than its parameter.
+        TypeError: a tensor has a dtype that is not listed above.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        corrections: Sequence[Tensor | None],
+        steps: list[Tensor],
+        groups: Sequence[int] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self._backend = _backend_module(params[0].device, backend)
+        tensors = TensorLists(params, exp_avgs, exp_avg_sqs, corrections, steps, groups or ())
+        self._params = params
+        self._rows = list(tensors.rows())
+        self._groups = tensors.group_of()
+        for index, row in enumerate(self._rows):
+            _check_row(index, *row)
+        self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(*tensors[:4]))
+        self._storages = [x.untyped_storage() for row in self._rows for x in row if x is not None]
+        # Tensors with gaps, or of different strides, cannot be read as one range of memory. Each
+        # step works on contiguous copies of them.
+        self._dense = [i for i, row in enumerate(self._rows) if _same_dense_layout(row[:4])]
+        self._strided = sorted(set(range(len(self._rows))) - set(self._dense))
+        self._table = self._make_table(self._dense) if self._dense else None
+
+    def update_(self, args: StepArgs) -> None:
+        """Take one step in place, on all parameters together.
+
+        Args:
+            args: see :class:`StepArgs`. Shapes and devices of the gradients are not checked.
+
+        Raises:
+            RuntimeError: a CUDA graph captures the step of a parameter that needs copies.
+        """
+        if self._strided and is_capturing(self._params[0].device):
+            shape = tuple(self._params[self._strided[0]].shape)
+            raise RuntimeError(
+                f"cannot capture the step of a parameter of shape {shape} into a CUDA graph: its "
+                "memory has gaps, or other strides than its state; make both contiguous"
+            )
+        if self._all_contiguous and all(map(Tensor.is_contiguous, args.grads)):
+            assert self._table is not None
+            self._table.update_(args)
+        else:
+            self._update_any_strides(args)
+        # so that autograd notices a backward pass through overwritten weights, as after any
+        # in-place operation of torch
+        torch.autograd.graph.increment_version(self._params)
+
+    @property
+    def captured(self) -> bool:
+        """True if a CUDA graph has captured a step. Its replays read the tables of this object."""
+        return getattr(self._table, "captured", False)
+
+    def _make_table(self, indices: list[int]) -> BackendTable:
+        rows = [self._rows[i] for i in indices]
+        return self._table_of(rows, [self._groups[i] for i in indices])
+
+    def _table_of(self, rows: Sequence[ParamTensors], groups: list[int]) -> BackendTable:
+        columns: list[Any] = list(map(list, zip(*rows, strict=True)))
+        return self._backend.make_table(TensorLists(*columns)._replace(groups=groups))
+
+    def _update_any_strides(self, args: StepArgs) -> None:
+        """Take one step if some tensor is not contiguous."""
+        if self._table is not None:
+            grads = [_with_strides_of(self._params[i], args.grads[i]) for i in self._dense]
+            self._table.update_(args._replace(grads=grads))
+        for i in self._strided:
+            p, m, v, c, step = self._rows[i]
+            own_c = None if c is None else c.contiguous()
+            copies = p.contiguous(), m.contiguous(), v.contiguous(), own_c
+            table = self._table_of([(*copies, step)], [self._groups[i]])
+            table.update_(args._replace(grads=[args.grads[i].contiguous()]))
+            for original, copy in zip((p, m, v, c), copies, strict=True):
+                if original is not None and copy is not None and copy is not original:
+                    original.copy_(copy)
+
+
+def adamw_bf16_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    corrections: Sequence[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Take one AdamW step on local tensors, in place.
+
+    :mod:`sharded_bf16_adamw.kernels.reference` defines the update rule. Index ``i`` of every list
+    belongs to one parameter; its tensors have one shape and one device, and any strides. For
+    repeated steps on the same tensors create a :class:`FusedAdamW`.
+
+    Args:
+        params: bfloat16 or float32. Updated.
+        grads: bfloat16 or float32. Only read.
+        exp_avgs: the parameter's dtype. Updated.
+        exp_avg_sqs: the parameter's dtype. Updated.
+        corrections: bfloat16, or None for a float32 parameter. Updated.
+        steps: 0-dim float32, the number of steps taken before this one. Incremented.
+        lr: learning rate of this step, a float or a one-element tensor.
+        beta1: decay rate of ``exp_avgs``.
+        beta2: decay rate of ``exp_avg_sqs``.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        maximize: ascend instead of descend.
+        grad_scale: see :class:`StepArgs`.
+        found_inf: see :class:`StepArgs`.
+        backend: one of ``BACKENDS``, or None to choose by device.
+
+    Raises:
+        ValueError: ``backend`` is unknown or unavailable, or a tensor has another number of
+            elements, or device, than its parameter.
+        TypeError: a tensor has a dtype that is not listed above.
+    """
+    if not params:
+        return
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if (grad.numel(), grad.device) != (param.numel(), param.device):
+            raise ValueError(
+                f"gradient {index} has {grad.numel()} elements on {grad.device} but its parameter "
+                f"{param.numel()} on {param.device}"
+            )
+    hyper = Hyperparams(lr, beta1, beta2, eps, weight_decay, maximize)
+    table = FusedAdamW(params, exp_avgs, exp_avg_sqs, corrections, steps, backend=backend)
+    table.update_(StepArgs(grads, [hyper], grad_scale, found_inf))
+
+
+def grad_sum_sq(
+    grads: list[Tensor], backend: str | None = None, scratch: NormScratch | None = None
+) -> Tensor:
+    """Sum the squares of all elements of ``grads``.
+
+    Args:
+        grads: at least one tensor, bfloat16 or float32, all on one device; any shapes and strides.
+        backend: one of ``BACKENDS``, or None to choose by device.
+        scratch: memory of the caller for gradients of these sizes, reused from step to step. A CUDA
+            graph needs one. None: allocate.
+
+    Returns:
+        0-dim float64 on the gradients' device (:func:`double_device`: on the CPU if the device has
+        no float64), so that the sums of all ranks can be added before the square root.
+    """
+    return _backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
+
+
+def clip_coefficient(
+    sum_sq: Tensor, max_norm: float, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the arguments of a clipped and guarded step, without waiting for the device.
+
+    Args:
+        sum_sq: 0-dim float64, the sum of squares of the gradients of all ranks.
+        max_norm: the largest norm; infinity does not clip.
+        backend: one of ``BACKENDS``, or None to choose by device.
+
+    Returns:
+        0-dim float32 ``(norm, coefficient, found_inf)``, computed in double and rounded once. The
+        coefficient is ``min(1, max_norm / (norm + 1e-6))`` as in
+        :func:`torch.nn.utils.clip_grad_norm_`; ``found_inf`` is 1 if the sum is inf or NaN, else 0.
+    """
+    module = _backend_module(sum_sq.device, backend)
+    if hasattr(module, "clip_coefficient"):
+        return module.clip_coefficient(sum_sq, max_norm)
+    norms = sum_sq.sqrt()
+    coefficient = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()
+
+
+def grad_norm_clip(
+    grads: list[Tensor],
+    max_norm: float,
+    backend: str | None = None,
+    scratch: NormScratch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch if possible.
+
+    For gradients whose norm needs no other rank.
+    """
+    module = _backend_module(grads[0].device, backend)
+    if hasattr(module, "grad_norm_clip"):
+        return module.grad_norm_clip(grads, max_norm, scratch)[-3:]
+    return clip_coefficient(module.grad_sum_sq(grads, scratch), max_norm, backend)
+
+
+def check_backend(backend: str | None) -> None:
+    """Check that a back end is known and available on this machine.
+
+    Raises:
+        ValueError: it is not, with the reason.
+    """
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None"
+        )
+    module = _module(backend)
+    if not module.available():
+        raise ValueError(
+            f"backend {backend!r} is not available: {module.unavailable_reason()}; use None to "
+            "choose by device"
+        )
+
+
+def backend_for(device: torch.device, backend: str | None) -> str:
+    """Return the name of the back end for tensors of ``device``, without touching the device.
+
+    It is the first choice until an update has fallen back to the reference.
+    """
+    first_choice = _BY_DEVICE.get(device.type, "reference")
+    return backend or ("reference" if device in _FALLBACK_DEVICES else first_choice)
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[backend]}", __package__)  # imported on first use
+
+
+@functools.cache
+def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
+    if backend is None:
+        backend = _BY_DEVICE.get(device.type, "reference")
+        module = _module(backend)
+        if not module.available(device):
+            warnings.warn(
+                f"AdamW_BF16 uses the slower reference back end on {device.type}: "
+                f"{module.unavailable_reason(device)}",
+                stacklevel=2,
+            )
+            _FALLBACK_DEVICES.add(device)
+            backend = "reference"
+    else:
+        check_backend(backend)
+    logger.info("AdamW_BF16 uses the %s back end on %s", backend, device)
+    return _module(backend)
+
+
+def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:
+    if p.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(
+            f"parameter {index} has dtype {p.dtype}; only bfloat16 and float32 are supported"
+        )
+    if (c is None) == (p.dtype == torch.bfloat16):
+        raise TypeError(
+            f"parameter {index} has dtype {p.dtype} and {'no' if c is None else 'a'} correction; "
+            "give one to each bfloat16 parameter and to no other"
+        )
+    for name, x in (("exp_avg", m), ("exp_avg_sq", v), ("correction", c)):
+        if x is not None and x.dtype != p.dtype:
+            raise TypeError(
+                f"{name} {index} has dtype {x.dtype} but its parameter {p.dtype}; they must be the "
+                "same"
+            )
+        if x is not None and (x.numel(), x.device) != (p.numel(), p.device):
+            raise ValueError(
+                f"{name} {index} has {x.numel()} elements on {x.device} but its parameter "
+                f"{p.numel()} on {p.device}"
+            )
+    if step.dtype != torch.float32 or step.numel() != 1 or step.device != p.device:
+        raise TypeError(
+            f"step {index} must be a 0-dim float32 tensor on {p.device}, but is {step.dtype} of "
+            f"shape {tuple(step.shape)} on {step.device}"
+        )
+
+
+def _same_dense_layout(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether the tensors can be read together as one range of memory.
+
+    They can if their strides are the same, without gaps or overlaps.
+    """
+    p = tensors[0]
+    assert p is not None
+    if all(x is None or x.is_contiguous() for x in tensors):
+        return True
+    return all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill one range of memory, each once, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _with_strides_of(param: Tensor, grad: Tensor) -> Tensor:
+    """Return ``grad`` with the strides of ``param``, copied only if its own are different."""
+    if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
+        return grad
+    laid_out = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)
+    return laid_out.copy_(grad)
