@@ -135,16 +135,16 @@ def loaded(saved: dict[str, Tensor]) -> None:
     """As load() does, which reads in place what the checkpoint has."""
     here = {
         key: value
-        for key, value in state_dict.rng_contents(every_device=True).items()
+        for key, value in state_dict.get_rng_state(every_device=True).items()
         if key in saved
     }
     for key, value in here.items():
         value.copy_(saved[key])
-    state_dict.set_rng_contents(here)
+    state_dict.set_rng_state(here)
 
 
 def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
-    saved = state_dict.rng_contents()
+    saved = state_dict.get_rng_state()
     assert {key: value.tolist() for key, value in saved.items() if key != "rng.0.cpu"} == {
         "rng.0.cuda": [10]
     }, "as older versions save it"
@@ -156,7 +156,7 @@ def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
 @pytest.mark.parametrize("current_later", [1, 0, 3])
 def test_the_random_states_of_all_gpus_in_use_are_saved(gpus, current_later):
     gpus.current, gpus.used = 1, {1, 3}
-    saved = state_dict.rng_contents()
+    saved = state_dict.get_rng_state()
     assert sorted(saved) == ["rng.0.cpu", "rng.0.cuda", "rng.0.cuda.1", "rng.0.cuda.3"]
     gpus.random, gpus.current, gpus.used = (
         [torch.tensor([0])] * 4,
