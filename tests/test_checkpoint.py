@@ -48,7 +48,7 @@ def load_worker(rank, world, root, strategy):
             p.fill_(7.0)
     model = wrap(model, strategy)
     optimizer = new_optimizer(model)
-    assert load(root, model, optimizer) == {"position": 123}
+    assert load(root, model, optimizer).extra == {"position": 123}
     return by_plain_name(collect(model, optimizer)), optimizer.param_groups[0]["schedule_step"]
 
 
@@ -112,7 +112,7 @@ def test_without_torch_distributed(tmp_path):
     expected = frozen_copy(model, optimizer)
     path = save(tmp_path, 3, model, optimizer, extra={"a": [1, 2]})
     train_on_given_gradients(model, 2)
-    assert load(path, model, optimizer) == {"a": [1, 2]}
+    assert load(path, model, optimizer).extra == {"a": [1, 2]}
     assert_unchanged(expected, model, optimizer)
 
 
@@ -142,7 +142,7 @@ def test_resumed_run_overwrites_the_step_it_passes_again(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 5, model, optimizer, extra={"run": 1})
     save(tmp_path, 5, model, optimizer, extra={"run": 2})
-    assert load(tmp_path, model, optimizer) == {"run": 2}
+    assert load(tmp_path, model, optimizer).extra == {"run": 2}
 
 
 def test_unfinished_save_is_not_found(tmp_path):
@@ -292,7 +292,7 @@ def test_extra_comes_back_as_it_was_but_for_tuples(tmp_path):
     }
     given = {**extra, "betas": (0.9, (0.95, math.nan))}
     save(tmp_path, 1, model, optimizer, extra=given)
-    loaded = load(tmp_path, model, optimizer)
+    loaded = load(tmp_path, model, optimizer).extra
     betas = loaded.pop("betas")
     assert betas[0] == 0.9 and isinstance(betas[1], list) and math.isnan(betas[1][1])
     assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), (

@@ -118,7 +118,7 @@ def _print_unraised_errors() -> None:
 
 
 def borrow_group(group: Group) -> Group:
-    """Return a gloo group of the same ranks that no other save uses, for :func:`start`. Collective."""
+    """Return a gloo group of the same ranks that no save in flight uses. Collective."""
     if not dist.is_initialized():
         return None
     parent = dist.group.WORLD if group is None else group

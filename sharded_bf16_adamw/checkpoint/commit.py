@@ -161,8 +161,8 @@ def check_folder_visible(root: Path, folder: Path, rank: int, does: str = "has c
     """
     if not _becomes_true(folder.is_dir, root):
         raise ValueError(
-            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same folder "
-            "for all ranks; give a root on a file system that they share"
+            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same "
+            "folder for all ranks; give a root on a file system that they share"
         )
 
 

@@ -1,4 +1,4 @@
-"""``manifest.json``: the content of a complete checkpoint, with a checksum of every file and of itself.
+"""``manifest.json``: the content of a checkpoint, with a checksum of every file and of itself.
 
 Checksums are CRC-32 (``zlib.crc32``): part of Python's standard library, cheaper than the
 cryptographic hashes there, and certain to detect damage that spans at most 32 bits. Other damage
@@ -137,9 +137,8 @@ class Manifest:
             self.extra,
             *(group.options for group in self.groups),
         ]
-        return all(
-            isinstance(part, kind) for kind, parts in ((int, numbers), (list, lists), (str, texts), (dict, mappings)) for part in parts
-        )  # fmt: skip
+        typed = ((int, numbers), (list, lists), (str, texts), (dict, mappings))
+        return all(isinstance(part, kind) for kind, parts in typed for part in parts)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -40,8 +40,8 @@ class RootLock:
                 # else the previous holder removed the file after this process opened it
             except BlockingIOError:
                 raise RuntimeError(
-                    f"{_signature(descriptor)} is saving to {root} now; give each job a root of its own, "
-                    f"or remove {self._path} if that process no longer exists"
+                    f"{_signature(descriptor)} is saving to {root} now; give each job a root of "
+                    f"its own, or remove {self._path} if that process no longer exists"
                 ) from None
             finally:
                 if self._descriptor == -1:

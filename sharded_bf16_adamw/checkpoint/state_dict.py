@@ -48,7 +48,7 @@ from .torch_state_dict import (
 
 STATE = "optimizer.state."
 
-# ----------------------------------------------------------------------------- model and optimizer
+# ------------------------------------------------------------------------- model and optimizer
 
 
 @dataclass
@@ -237,7 +237,7 @@ def merge_param_groups(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGro
     return result
 
 
-# -------------------------------------------------------------------------------------- random state
+# ---------------------------------------------------------------------------------- random state
 
 
 def get_rng_state(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ def _is_used(gpu: int) -> bool:
     return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 
-# ------------------------------------------------------------------------------------------ strategy
+# -------------------------------------------------------------------------------------- strategy
 
 
 def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -324,7 +324,7 @@ def _describe_mesh(mesh: DeviceMesh) -> str:
     return f"mesh {tuple(mesh.shape)} {mesh.mesh_dim_names or ''}".rstrip()
 
 
-# ---------------------------------------------------------------------------------------------- keys
+# ------------------------------------------------------------------------------------------ keys
 
 
 def param_of_state(key: str) -> str | None:
@@ -363,7 +363,7 @@ def _flatten(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unflatten(flat: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Inverse of :func:`_flatten` for states of parameters; FQNs, which have dots, are ``known``."""
+    """Inverse of :func:`_flatten` for states of parameters; ``known`` FQNs may contain dots."""
     result: dict[str, Any] = {}
     for key, value in flat.items():
         segments = key.split(".")

@@ -145,8 +145,7 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings(
-            "ignore",
-            message=".*_get_pg_default_device|Multiple backends are registered with this ProcessGroup",
+            "ignore", ".*_get_pg_default_device|Multiple backends are registered with this Process"
         )
         if not has_fsdp1(model):
             yield

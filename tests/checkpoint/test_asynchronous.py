@@ -118,10 +118,10 @@ def test_a_destroyed_process_group_is_an_error_and_no_part_is_published_as_the_w
 FORGETFUL = """
 import sys, threading
 from sharded_bf16_adamw import AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint import storage
+from sharded_bf16_adamw.checkpoint import dcp_storage
 import torch
 
-write_data = storage.ChecksummedWriter.write_data
+write_data = dcp_storage.ChecksummedWriter.write_data
 
 def write_at_the_end(self, plan, planner):
     threading.main_thread().join()
@@ -129,7 +129,7 @@ def write_at_the_end(self, plan, planner):
         raise OSError(28, "No space left on device")
     return write_data(self, plan, planner)
 
-storage.ChecksummedWriter.write_data = write_at_the_end
+dcp_storage.ChecksummedWriter.write_data = write_at_the_end
 model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
 save(sys.argv[1], 1, model, AdamW_BF16(model.parameters(), lr=1e-3), async_=True)
 """

@@ -64,11 +64,11 @@ def test_an_optimizer_of_other_parameters_is_refused_by_name(tmp_path):
     for optimizer, which in (
         (
             and_more,
-            "the optimizer holds parameter 4 (shape (3, 7)), which is no parameter of this model; pass",
+            "the optimizer holds parameter 4 (shape (3, 7)), which is not a parameter of this model; pass",
         ),
         (
             of_another,
-            "the optimizer holds parameter 0 (shape (4, 3)), which is no parameter of this model (nor are 3 more); pass",
+            "the optimizer holds parameter 0 (shape (4, 3)), which is not a parameter of this model (nor are 3 more); pass",
         ),
     ):
         for call in (
@@ -89,7 +89,7 @@ def refused_worker(rank: int, world: int, root: str) -> str:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]})
     with pytest.raises(
         ValueError,
-        match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is no parameter of this model",
+        match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is not a parameter of this model",
     ) as caught:
         save(root, 1, module, optimizer)
     return str(caught.value)

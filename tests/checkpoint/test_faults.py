@@ -208,7 +208,7 @@ def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
     (saved / "manifest.json").write_bytes(manifest.to_bytes())
     before = state(*target)
     with pytest.raises(
-        ValueError, match=r"\.metadata: it is no metadata of a checkpoint \(it names posix.mkdir"
+        ValueError, match=r"\.metadata: it is not the metadata of a checkpoint \(it names posix.mkdir"
     ):
         load(saved, *target)
     assert_same(state(*target), before)
@@ -241,7 +241,7 @@ def test_metadata_with_pickled_objects_is_refused():
         pickle.dumps(Metadata([], storage_data={})),
         pickle.dumps(Metadata({})),
     ):
-        with pytest.raises(ValueError, match="it is no metadata of a checkpoint"):
+        with pytest.raises(ValueError, match="it is not the metadata of a checkpoint"):
             dcp_storage.parse_metadata(content)
 
 

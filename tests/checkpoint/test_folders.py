@@ -128,32 +128,32 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 STRANGE = {
-    "another key": ({"more": 1}, "it is not what this version writes"),
-    "no groups": ({"groups": ...}, "it is not what this version writes"),
-    "groups of numbers": ({"groups": [1]}, "it is not what this version writes"),
+    "another key": ({"more": 1}, "its checksum is right, but this version does not write such content"),
+    "no groups": ({"groups": ...}, "its checksum is right, but this version does not write such content"),
+    "groups of numbers": ({"groups": [1]}, "its checksum is right, but this version does not write such content"),
     "parameters that are no names": (
         {"groups": [{"params": [1], "options": {}}]},
-        "it is not what this version writes",
+        "its checksum is right, but this version does not write such content",
     ),
-    "files in a list": ({"files": []}, "it is not what this version writes"),
+    "files in a list": ({"files": []}, "its checksum is right, but this version does not write such content"),
     "size that is no number": (
         {"files": {"a": {"bytes": "1", "crc32": ""}}},
-        "it is not what this version writes",
+        "its checksum is right, but this version does not write such content",
     ),
-    "serial that is no number": ({"serial": "newest"}, "it is not what this version writes"),
-    "extra that is no dict": ({"extra": None}, "it is not what this version writes"),
+    "serial that is no number": ({"serial": "newest"}, "its checksum is right, but this version does not write such content"),
+    "extra that is no dict": ({"extra": None}, "its checksum is right, but this version does not write such content"),
     "file elsewhere": (
         {"files": {"../a": {"bytes": 1, "crc32": ""}}},
-        r"it names '../a', which is no file of the checkpoint's own folder",
+        r"it names '../a', which is not a file in the checkpoint's folder",
     ),
     "folder above": (
         {"files": {"..": {"bytes": 1, "crc32": ""}}},
-        r"it names '..', which is no file",
+        r"it names '..', which is not a file",
     ),
-    "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is no file"),
+    "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is not a file"),
     "name that no file can have": (
         {"files": {"a\0": {"bytes": 1, "crc32": ""}}},
-        r"it names 'a\\x00', which is no file",
+        r"it names 'a\\x00', which is not a file",
     ),
 }
 
@@ -178,7 +178,7 @@ def test_a_manifest_of_somebody_else_is_refused_and_hinders_nothing(case, tmp_pa
 def test_a_manifest_of_nested_brackets_is_refused(tmp_path):
     path = save_step(tmp_path, 1, sharded=False)
     (path / "manifest.json").write_bytes(b"[" * 200_000)
-    with pytest.raises(ValueError, match="it is damaged: it is not the JSON that a save writes"):
+    with pytest.raises(ValueError, match=r"it is damaged: it is not JSON that save\(\) writes"):
         read_manifest(path)
 
 
@@ -187,7 +187,7 @@ def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
     groups = json.loads((path / "manifest.json").read_bytes())["groups"]
     groups[0]["options"]["lr"] = {"__tensor__": 0.1, "dtype": "load"}
     rewrite(path, groups=groups)
-    with pytest.raises(ValueError, match="load is no dtype of torch"):
+    with pytest.raises(ValueError, match="load is not a dtype of torch"):
         load(path, *make(0))
 
 

@@ -105,7 +105,7 @@ def test_a_staged_copy_is_complete_whichever_gpus_are_copied_from(gpus, on):
         "on the CPU": torch.full((4,), 9.0)
     }
     planner = Planner(tensors)
-    staged = staging.Staged(planner, planner.plan, torch.optim.SGD([torch.zeros(1)]))
+    staged = staging.StagedPlanner(planner, planner.plan, torch.optim.SGD([torch.zeros(1)]))
     found = [staged.resolve_data(item).tolist() for item in planner.plan.items]
     assert found == [[value] * 4 for value in [*(1.0 + index for index in on), 9.0]]
 

@@ -441,7 +441,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
             "model must be a torch.nn.Module, but it is of type str; the order of arguments is ",
             "optimizer must be a torch.optim.Optimizer, but it is of type NoneType; the order of arguments is ",
             "the optimizer holds parameter 0 (shape ",
-            "the optimizer holds parameter 0 (shape (4, 4)), which is no parameter of this model (nor are 3 more)",
+            "the optimizer holds parameter 0 (shape (4, 4)), which is not a parameter of this model (nor are 3 more)",
             "optimizer must be an AdamW_BF16, but it is of type AdamW",
         ],
         strict=True,
