@@ -29,7 +29,7 @@ from .optimizer_state import (
     rollback_new_state,
 )
 from .rank_errors import (
-    call_on_first_rank,
+    call_on_rank_0_via_store,
     check_group,
     join_problems,
     known_on_other_ranks,
@@ -239,7 +239,7 @@ def convert_fp32(
             _convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
         )
 
-    return Path(call_on_first_rank("convert_fp32", root, convert))
+    return Path(call_on_rank_0_via_store("convert_fp32", root, convert))
 
 
 def _convert(
