@@ -1,4 +1,4 @@
-"""Sharded checkpoints: exact under any number of ranks, and a failure changes nothing."""
+"""Sharded checkpoints: bitwise under any world size, and unchanged state on errors."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def load_worker(rank, world, root, strategy):
             p.fill_(7.0)
     model = wrap(model, strategy)
     optimizer = new_optimizer(model)
-    assert load(root, model, optimizer) == {"position": 123}
+    assert load(root, model, optimizer).extra == {"position": 123}
     return by_plain_name(collect(model, optimizer)), optimizer.param_groups[0]["schedule_step"]
 
 
@@ -60,7 +60,7 @@ LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), 
 
 
 @pytest.mark.parametrize("saved", LAYOUTS, ids=str)
-def test_load_is_exact_under_any_layout_and_world_size(saved, tmp_path):
+def test_loads_bitwise_under_other_layouts_and_world_sizes(saved, tmp_path):
     expected = run(*saved, save_worker, tmp_path)[0]
     for layout in LAYOUTS:
         for weights, position in run(*layout, load_worker, tmp_path):
@@ -71,7 +71,7 @@ def test_load_is_exact_under_any_layout_and_world_size(saved, tmp_path):
 
 
 def after_evaluation_worker(rank, world, root):
-    """Save and load after a forward pass without backward, which leaves FSDP2's root unsharded."""
+    """A forward without backward leaves FSDP2's root unsharded, with plain parameters."""
     model = fully_shard(make_model().to(torch.bfloat16))
     optimizer = train_on_given_gradients(model, 2)
     expected = frozen_copy(model, optimizer)
@@ -85,7 +85,7 @@ def after_evaluation_worker(rank, world, root):
     assert_unchanged(expected, model, optimizer)
 
 
-def test_save_and_load_right_after_evaluation(tmp_path):
+def test_saves_and_loads_after_an_evaluation(tmp_path):
     run_ranks(2, after_evaluation_worker, str(tmp_path))
 
 
@@ -106,17 +106,17 @@ def assert_unchanged(before, model, optimizer):
     )
 
 
-def test_save_and_load_without_torch_distributed(tmp_path):
+def test_without_torch_distributed(tmp_path):
     assert not dist.is_initialized()
     model, optimizer = trained()
     expected = frozen_copy(model, optimizer)
     path = save(tmp_path, 3, model, optimizer, extra={"a": [1, 2]})
     train_on_given_gradients(model, 2)
-    assert load(path, model, optimizer) == {"a": [1, 2]}
+    assert load(path, model, optimizer).extra == {"a": [1, 2]}
     assert_unchanged(expected, model, optimizer)
 
 
-def test_load_restores_rng(tmp_path):
+def test_random_state_is_restored(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
     expected = torch.rand(5)
@@ -138,15 +138,15 @@ def test_latest_is_the_newest_and_keep_removes_the_oldest(tmp_path):
     assert latest(tmp_path) == tmp_path / "step-00000010"
 
 
-def test_save_overwrites_the_same_step(tmp_path):
+def test_saving_a_step_again_replaces_it(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 5, model, optimizer, extra={"run": 1})
     save(tmp_path, 5, model, optimizer, extra={"run": 2})
-    assert load(tmp_path, model, optimizer) == {"run": 2}
+    assert load(tmp_path, model, optimizer).extra == {"run": 2}
 
 
-def test_latest_ignores_an_unfinished_save(tmp_path):
-    """A killed run leaves a partial directory with any content."""
+def test_unfinished_save_is_not_found(tmp_path):
+    """A killed run leaves a partial folder."""
     model, optimizer = trained()
     good = save(tmp_path, 1, model, optimizer)
     partial = tmp_path / f".partial-step-00000002{unique_suffix()}"
@@ -157,7 +157,7 @@ def test_latest_ignores_an_unfinished_save(tmp_path):
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_load_into_fresh_optimizer_keeps_unused_states_zero(tmp_path):
+def test_parameters_without_gradient_load_at_step_0(tmp_path):
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)}).to(torch.bfloat16)
     optimizer = new_optimizer(model)
     for p in model["used"].parameters():
@@ -174,7 +174,7 @@ def test_load_into_fresh_optimizer_keeps_unused_states_zero(tmp_path):
             assert torch.equal(value, expected), (name, key)
 
 
-def test_save_before_the_first_step_takes_no_step(tmp_path):
+def test_saving_before_the_first_step_takes_no_step(tmp_path):
     torch.manual_seed(0)
     a = nn.Linear(3, 3).to(torch.bfloat16)
     optimizer = new_optimizer(a)
@@ -187,7 +187,7 @@ def test_save_before_the_first_step_takes_no_step(tmp_path):
         assert state["step"] == 0
 
 
-def test_missing_checkpoint_is_reported(tmp_path):
+def test_missing_checkpoint_is_an_error(tmp_path):
     model, optimizer = trained()
     with pytest.raises(
         FileNotFoundError,
@@ -211,7 +211,7 @@ def test_missing_checkpoint_is_reported(tmp_path):
         ),
     ],
 )
-def test_checkpoint_of_another_model_is_rejected_and_changes_nothing(change, message, tmp_path):
+def test_checkpoint_of_another_model_is_refused(change, message, tmp_path):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
     other = change(model).to(torch.float32 if "float32 here" in message else torch.bfloat16)
@@ -224,7 +224,7 @@ def test_checkpoint_of_another_model_is_rejected_and_changes_nothing(change, mes
     assert_unchanged(before, other, other_optimizer)
 
 
-def test_checkpoint_of_another_optimizer_is_rejected_and_changes_nothing(tmp_path):
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     model, _ = trained()
     save(tmp_path, 3, model, torch.optim.AdamW(model.parameters()))
     optimizer = new_optimizer(model)
@@ -264,7 +264,8 @@ def test_extra_must_be_plain_data(tmp_path):
         ),
         (
             {"a": [0, ({2: 3},)]},
-            r"extra\['a'\]\[1\]\[0\] is {2: 3} but would come back as {'2': 3}; use strings as",
+            r"extra\['a'\]\[1\]\[0\] is {2: 3} but would come back as {'2': 3}; use strings "
+            r"as keys",
         ),
         (
             {"a": {None: 1, "null": 2}},
@@ -272,14 +273,14 @@ def test_extra_must_be_plain_data(tmp_path):
         ),
     ],
 )
-def test_extra_that_does_not_round_trip_is_rejected(extra, message, tmp_path):
+def test_extra_that_json_changes_is_refused(extra, message, tmp_path):
     model, optimizer = trained()
     with pytest.raises(ValueError, match=message):
         save(tmp_path, 1, model, optimizer, extra=extra)
     assert not list(tmp_path.iterdir())
 
 
-def test_extra_round_trips_except_tuples(tmp_path):
+def test_extra_is_restored_with_tuples_as_lists(tmp_path):
     model, optimizer = trained()
     extra = {
         "a": [1, 2.5, True, None, "x", {"": []}],
@@ -290,12 +291,10 @@ def test_extra_round_trips_except_tuples(tmp_path):
     }
     given = {**extra, "betas": (0.9, (0.95, math.nan))}
     save(tmp_path, 1, model, optimizer, extra=given)
-    loaded = load(tmp_path, model, optimizer)
+    loaded = load(tmp_path, model, optimizer).extra
     betas = loaded.pop("betas")
     assert betas[0] == 0.9 and isinstance(betas[1], list) and math.isnan(betas[1][1])
-    assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), (
-        "a NaN loss does not prevent a save"
-    )
+    assert math.isnan(loaded.pop("nan")) and math.isnan(extra.pop("nan")), "a NaN loss can be saved"
     assert loaded == extra and loaded["a"][2] is True
 
 
@@ -317,7 +316,7 @@ def wrong_arguments_worker(rank, world, root):
     return [*messages, str(caught.value)]
 
 
-def test_wrong_arguments_raise_on_every_rank(tmp_path):
+def test_wrong_arguments_are_refused_on_all_ranks(tmp_path):
     first, second = run_ranks(2, wrong_arguments_worker, str(tmp_path))
     assert first == second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
@@ -333,7 +332,7 @@ def test_keep_must_be_positive(keep, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["7", -1, 7.0, None])
-def test_step_must_be_a_nonnegative_integer(step, tmp_path):
+def test_step_must_be_an_integer_that_is_not_negative(step, tmp_path):
     model, optimizer = trained()
     with pytest.raises(
         ValueError, match=f"^Invalid step: {step!r}; it must be an integer that is not negative$"
@@ -343,13 +342,13 @@ def test_step_must_be_a_nonnegative_integer(step, tmp_path):
 
 
 @pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7)], ids=["numpy", "torch"])
-def test_step_may_be_a_numpy_or_torch_integer(step, tmp_path):
+def test_step_may_be_an_integer_of_numpy_or_torch(step, tmp_path):
     model, optimizer = trained()
     assert save(tmp_path, step, model, optimizer, keep=np.int32(1)) == tmp_path / "step-00000007"
     assert load(tmp_path, model, optimizer).step == 7
 
 
-def test_swapped_arguments_error_shows_the_order(tmp_path):
+def test_swapped_arguments_are_named_with_their_order(tmp_path):
     model, optimizer = trained()
     of_save, of_load = (
         f"the order of arguments is {call}"
@@ -401,6 +400,6 @@ def failing_worker(rank, world, root):
     return json.loads((good / "manifest.json").read_text())["step"]
 
 
-def test_failure_on_one_rank_raises_on_all_and_keeps_the_previous(tmp_path):
+def test_error_of_one_rank_is_raised_on_all_ranks(tmp_path):
     assert run_ranks(2, failing_worker, str(tmp_path)) == [1, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000001"]

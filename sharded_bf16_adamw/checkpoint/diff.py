@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .groups import match_groups
-from .manifest import Manifest, ParamGroup
-from .plain import decode
-from .rank_errors import Group, known_elsewhere
-from .state_dict import MODEL, STATE, Contents, param_of_state
+from .manifest import Manifest, ParamGroup, decode
+from .rank_errors import Group, known_on_other_ranks
+from .state_dict import MODEL, STATE, CheckpointState, param_of_state
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Comparison:
 
 
 def keys_elsewhere(
-    metadata: Metadata, manifest: Manifest, here: Contents, group: Group
+    metadata: Metadata, manifest: Manifest, here: CheckpointState, group: Group
 ) -> set[str]:
     """Return the keys of the checkpoint that other ranks alone have (pipeline stages, experts). Collective."""
     saved: set[str] = {
@@ -44,11 +43,11 @@ def keys_elsewhere(
         for key in (*metadata.state_dict_metadata, *manifest.values)
         if key.startswith((MODEL, STATE))
     }
-    return known_elsewhere(saved.difference(here.tensors, here.plain), group)
+    return known_on_other_ranks(saved.difference(here.tensors, here.plain), group)
 
 
 def compare(
-    metadata: Metadata, manifest: Manifest, here: Contents, elsewhere: Collection[str] = ()
+    metadata: Metadata, manifest: Manifest, here: CheckpointState, elsewhere: Collection[str] = ()
 ) -> Comparison:
     """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference.
     ``elsewhere`` are keys that other ranks have."""
@@ -104,9 +103,11 @@ def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
     }
 
 
-def restored(here: Contents, comparison: Comparison, loaded: dict[str, Any]) -> Contents:
+def restored(
+    here: CheckpointState, comparison: Comparison, loaded: dict[str, Any]
+) -> CheckpointState:
     """What the model and optimizer are to hold: loaded tensors and values, and of the rest what they hold now."""
-    return Contents(
+    return CheckpointState(
         {**here.tensors, **{key: loaded[key] for key in comparison.loadable}},
         comparison.plain,
         comparison.groups,

@@ -26,10 +26,10 @@ from ..sharding.checksum import checksums
 from ..sharding.dtensor import replica_groups, to_local
 from ..sharding.replicas import Replica, find_differences
 from .blocks import local_blocks
-from .plain import encode
-from .rank_errors import Group, gather_everywhere, global_rank, raise_on_all_ranks, rank, world_size
+from .manifest import encode
+from .rank_errors import Group, all_gather_object, global_rank, raise_on_all_ranks, rank, world_size
 from .rank_names import RankNames
-from .state_dict import MODEL, STATE, Contents, fqn_of, with_stages
+from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 
 Holders = tuple[int, ...]
 
@@ -65,8 +65,8 @@ class Divergences(NamedTuple):
 
 
 def one_of_each(
-    found: Contents, names: RankNames, group: Group, on_divergence: str | None
-) -> Contents:
+    found: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
+) -> CheckpointState:
     """Return what this rank is to save: each tensor of a name once, or several under names of their own. Collective.
 
     Args:
@@ -111,7 +111,7 @@ def one_of_each(
                 f"{len(keys)} tensors differ between ranks and are saved as the first rank has them: {', '.join(keys[:3])}",
                 stacklevel=3,
             )
-        found = Contents(
+        found = CheckpointState(
             {key: value for key, value in found.tensors.items() if key not in left_out},
             found.plain,
             found.groups,
@@ -140,7 +140,7 @@ def _is_further_replica(value: Any) -> bool:
 
 
 def find_divergences(
-    found: Contents, group: Group, stage: int | None, params: list[str]
+    found: CheckpointState, group: Group, stage: int | None, params: list[str]
 ) -> Divergences:
     """Compare tensors of the same key between ranks. Collective; every rank gets the same result.
 
@@ -171,7 +171,7 @@ def find_divergences(
         replicas = [replica for replica in replicas if replica.groups]
         numbers = checksums([replica.tensor for replica in replicas])
     partly = {key: ranks for key, ranks in holders.items() if ranks and ranks != all_ranks}
-    digests = gather_everywhere(_digest(stage, params, plain, partly), group)
+    digests = all_gather_object(_digest(stage, params, plain, partly), group)
     unshared: Divergence | None = None
     within: list[Divergence] = []
     between: set[str] = set()
@@ -179,7 +179,7 @@ def find_divergences(
         speaks = digests.index(digests[rank(group)]) == rank(
             group
         )  # one rank for all with the same digest
-        sent = gather_everywhere((plain, partly, params) if speaks else None, group)
+        sent = all_gather_object((plain, partly, params) if speaks else None, group)
         of_each = [sent[digests.index(digest)] or ({}, {}, []) for digest in digests]
         unshared = _unshared([set(names) for _, _, names in of_each])
         ambiguous = _held_twice(of_each)
@@ -187,7 +187,7 @@ def find_divergences(
             own = _entries(
                 {key: tensors[key] for key in ambiguous if key in tensors and holders[key]}
             )
-        others = gather_everywhere((stage, own), group)
+        others = all_gather_object((stage, own), group)
         tables = [
             {**plain_of, **entries}
             for (plain_of, _, _), (_, entries) in zip(of_each, others, strict=True)
@@ -195,7 +195,7 @@ def find_divergences(
         within, between = _compare(tables, [place for place, _ in others])
     differences = find_differences(replicas, numbers)
     index_of = {rank_: index for index, rank_ in enumerate(all_ranks)}
-    of_each_rank = gather_everywhere(
+    of_each_rank = all_gather_object(
         [(name, index_of[ranks[0]], index_of[ranks[1]]) for name, ranks, _ in differences], group
     )
     within += {

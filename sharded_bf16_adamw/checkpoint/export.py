@@ -23,7 +23,7 @@ from torch import Tensor
 from .async_save import wait_for_own_saves
 from .directory import sync_folder
 from .odd_values import PART
-from .rank_errors import Group, by_first_rank, check_group
+from .rank_errors import Group, call_on_rank_0_via_store, check_group
 from .reader import StoredCheckpoint
 from .safetensors_io import NAMES, TensorInfo, write_folder
 from .state_dict import MODEL, STATE
@@ -86,7 +86,7 @@ def export_fp32(
         _export(path, out, dtype, max_shard_bytes, progress)
         return str(out)
 
-    return Path(by_first_rank("export_fp32", out, export, group))
+    return Path(call_on_rank_0_via_store("export_fp32", out, export, group))
 
 
 def _export(

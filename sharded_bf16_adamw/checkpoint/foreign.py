@@ -19,18 +19,26 @@ from .directory import latest
 from .export import Progress, split
 from .foreign_formats import Source, open_optimizer_state, open_weights
 from .groups import match_groups
+from .manifest import as_tensor
+from .names import has_fsdp1
 from .odd_values import is_wrapper
-from .plain import as_tensor
-from .rank_errors import by_first_rank, check_group, known_elsewhere, raise_on_all_ranks
+from .optimizer_state import (
+    check_model_and_optimizer,
+    init_frozen_states,
+    init_state,
+    rollback_new_state,
+)
+from .rank_errors import (
+    call_on_rank_0_via_store,
+    check_group,
+    join_problems,
+    known_on_other_ranks,
+    raise_on_all_ranks,
+)
 from .rank_names import RankNames
 from .saving import save
 from .ties import same_bits, ties_of
-from .torch_state import (
-    check_model_and_optimizer,
-    has_fsdp1,
-    init_frozen_states,
-    init_state,
-    new_states_only_if_it_succeeds,
+from .torch_state_dict import (
     set_sharded_model_state,
     set_sharded_optimizer_state,
     sharded_model_state,
@@ -106,7 +114,7 @@ def import_fp32(
         rank_names = RankNames(model, optimizer)
     rank_names.number_experts()
     rank_names.add_stage_as_in(weights.infos)
-    with new_states_only_if_it_succeeds(optimizer):
+    with rollback_new_state(optimizer):
         with raise_on_all_ranks("cannot import", group):
             init_state(optimizer)
             optimizer_part = sharded_optimizer_state(model, optimizer)
@@ -137,8 +145,8 @@ def import_fp32(
             stored_states = {
                 rank_names.stored(name): state for name, state in optimizer_part["state"].items()
             }
-        unknown = known_elsewhere(set(weights.infos) - stored_weights.keys(), group)
-        unknown_states = known_elsewhere(
+        unknown = known_on_other_ranks(set(weights.infos) - stored_weights.keys(), group)
+        unknown_states = known_on_other_ranks(
             set(() if imported is None else imported["state"]) - stored_states.keys(), group
         )
         with raise_on_all_ranks("cannot import", group):
@@ -231,7 +239,7 @@ def convert_fp32(
             _convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
         )
 
-    return Path(by_first_rank("convert_fp32", root, convert))
+    return Path(call_on_rank_0_via_store("convert_fp32", root, convert))
 
 
 def _convert(
@@ -472,9 +480,8 @@ def _check_states(imported: dict[str, Any], own: dict[str, Any]) -> None:
 
 def _raise(what: str, problems: list[str]) -> None:
     if problems:
-        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
         raise ValueError(
-            f"{what}: {'; '.join(problems[:3])}{more}; build the model and optimizer as they were"
+            f"{what}: {join_problems(problems)}; build the model and optimizer as they were"
         )
 
 

@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from .blocks import local_blocks
 from .divergence import one_of_each
 from .groups import match_groups
-from .manifest import ParamGroup
-from .plain import as_tensor
-from .rank_errors import (
-    Group,
-    check_group,
-    gather_on_rank_0,
-    on_rank_0,
-    raise_on_all_ranks,
-    rank,
-    scatter_from_rank_0,
-)
-from .rank_names import RankNames
-from .state_dict import STATE, Contents, merged, optimizer_contents
-from .torch_state import (
+from .manifest import ParamGroup, as_tensor
+from .names import has_fsdp1
+from .optimizer_state import (
     check_model_and_optimizer,
-    has_fsdp1,
     init_frozen_states,
     init_state,
-    new_states_only_if_it_succeeds,
-    set_sharded_optimizer_state,
+    rollback_new_state,
 )
+from .rank_errors import (
+    Group,
+    call_on_rank_0,
+    check_group,
+    gather_object,
+    join_problems,
+    raise_on_all_ranks,
+    rank,
+    scatter_object,
+)
+from .rank_names import RankNames
+from .state_dict import STATE, CheckpointState, get_optimizer_state, merge_param_groups
+from .torch_state_dict import set_sharded_optimizer_state
 from .transport import (
     Entry,
     Key,
@@ -92,18 +92,18 @@ def gather_full_state_dict(
     cannot = "cannot gather the optimizer state"
     names = _rank_names(cannot, model, optimizer, group)
     with raise_on_all_ranks(cannot, group):
-        found = optimizer_contents(model, optimizer, names)
+        found = get_optimizer_state(model, optimizer, names)
     found = one_of_each(found, names, group, None)
     tensors, tables = _gathered_tables(cannot, found, group)
-    groups = merged(
-        gather_on_rank_0(
+    groups = merge_param_groups(
+        gather_object(
             [ParamGroup(params, _plain_options(options)) for params, options in found.groups], group
         )
     )
     wholes = _merged(tables)
     with raise_on_all_ranks(cannot, group):
         plan = plan_transfers(tables, wholes, replicas=False)
-    transfers = scatter_from_rank_0(plan, group)
+    transfers = scatter_object(plan, group)
     if rank(group) != 0:
         for transfer in transfers:
             send(held(tensors[transfer.key], transfer, group), 0, group)
@@ -156,15 +156,15 @@ def scatter_full_state_dict(
     """
     cannot = "cannot scatter the full state"
     names = _rank_names(cannot, model, optimizer, group)
-    stored, given = on_rank_0(cannot, lambda: _names_and_groups(full), group)
+    stored, given = call_on_rank_0(cannot, lambda: _names_and_groups(full), group)
     names.add_stage_as_in(stored)
-    with new_states_only_if_it_succeeds(optimizer):
+    with rollback_new_state(optimizer):
         with raise_on_all_ranks(cannot, group):
             init_state(optimizer)
             init_frozen_states(model, optimizer, stored, stored, names.stored)
-            found = optimizer_contents(model, optimizer, names)
+            found = get_optimizer_state(model, optimizer, names)
         tensors, tables = _gathered_tables(cannot, found, group)
-        groups_of_ranks = gather_on_rank_0([params for params, _ in found.groups], group)
+        groups_of_ranks = gather_object([params for params, _ in found.groups], group)
         plan: list[list[Transfer]] = []
         with raise_on_all_ranks(cannot, group):
             if rank(group) == 0:
@@ -176,7 +176,7 @@ def scatter_full_state_dict(
                     {key: entry for key, entry in wholes.items() if key[0] in full["state"]},
                     replicas=True,
                 )
-    transfers = scatter_from_rank_0(plan, group)
+    transfers = scatter_object(plan, group)
     for transfer in transfers:
         block = (
             transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]]))
@@ -231,7 +231,7 @@ def _rank_names(
 
 
 def _gathered_tables(
-    cannot: str, found: Contents, group: Group
+    cannot: str, found: CheckpointState, group: Group
 ) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
     """Return this rank's states by parameter and name, and on rank 0 what each rank holds of them. Collective."""
     with raise_on_all_ranks(cannot, group):
@@ -246,7 +246,7 @@ def _gathered_tables(
             tensors[fqn, name] = tensor
         table = table_of(tensors)
     connect(group)
-    return tensors, gather_on_rank_0(table, group)
+    return tensors, gather_object(table, group)
 
 
 def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
@@ -263,9 +263,8 @@ def _check(
     """Refuse a full state that does not fit this model and optimizer."""
     problems = _differences(wholes, groups_of_ranks, full)
     if problems:
-        more = f" (and {len(problems) - 3} more differences)" if len(problems) > 3 else ""
         raise ValueError(
-            f"the full state is of another model or optimizer: {'; '.join(problems[:3])}{more}"
+            f"the full state is of another model or optimizer: {join_problems(problems)}"
         )
 
 

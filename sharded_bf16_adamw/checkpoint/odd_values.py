@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..sharding.dtensor import to_local
-from .manifest import Manifest
+from .manifest import Manifest, decode
 from .names import plain_name, unwrapped
-from .plain import decode
 
 MODEL, ENTRY = "model.", "optimizer.entry."
 PART = ":"  # model.layer.weight:scale

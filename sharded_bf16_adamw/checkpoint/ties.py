@@ -22,7 +22,7 @@ from ..sharding.dtensor import to_local
 from .manifest import Manifest, ParamGroup
 from .names import flat_params, named_tensors, plain_name, unwrapped
 from .odd_values import MODEL, is_wrapper
-from .rank_errors import Group, gather_on_rank_0, on_rank_0
+from .rank_errors import Group, call_on_rank_0, gather_object
 from .rank_names import RankNames
 from .reader import StoredCheckpoint
 
@@ -119,9 +119,9 @@ def align_ties(
     classes = list(affected.values())
     sources = [saved.classes(tied) for tied in classes]
     pairs = [(ones[0][0], other[0]) for ones in sources for other in ones[1:]]
-    of_ranks = gather_on_rank_0(pairs, group)
+    of_ranks = gather_object(pairs, group)
     cannot = f"cannot compare tied names in the checkpoint {folder}"
-    different = on_rank_0(
+    different = call_on_rank_0(
         cannot,
         lambda: _different(folder, manifest, {pair for pairs in of_ranks for pair in pairs}),
         group,

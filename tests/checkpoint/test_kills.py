@@ -1,15 +1,15 @@
-"""A run killed at any point of a save or a removal keeps a whole checkpoint that ``latest`` finds."""
+"""A run killed at any point of a save or removal keeps a complete checkpoint."""
 
 from __future__ import annotations
 
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from sharded_bf16_adamw import latest, verify
-from sharded_bf16_adamw.checkpoint import commit
 from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 
 from .victims import assert_holds, operations, run, save_step
@@ -18,15 +18,8 @@ KILLS = 24  # of each action
 AT_ONCE = 3
 
 
-def start(root: Path, action: str) -> Path:
-    """What is there before: steps 1 and 2; more where removing is all that is done."""
-    for step in range(1, 7 if action == "pruning" else 3):
-        save_step(root, step, sharded=False)
-    return root
-
-
 def check(root: Path, steps: set[int]) -> int:
-    """Everything that can be seen is whole, and the latest is one of ``steps``. Returns which."""
+    """Assert that all checkpoints are complete; return the latest's step, one of ``steps``."""
     newest = latest(root)
     assert newest is not None
     assert newest == root / (root / "LATEST").read_text().strip(), (
@@ -41,11 +34,8 @@ def check(root: Path, steps: set[int]) -> int:
 
 
 def check_next_save(root: Path) -> None:
-    """It works, and cleans up."""
-    commit._published.pop(
-        root, None
-    )  # as in a new process: this one made the first checkpoint of the job that was killed
-    save_step(root, 9, sharded=False, keep=1)
+    """Assert that the next save, by a new process, works and removes leftovers."""
+    assert run("next_save", root, 1, 0, None, False) == [0]
     assert check(root, {9}) == 9
     assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-00000009"]
 
@@ -61,8 +51,12 @@ def check_next_save(root: Path) -> None:
         ("pruning", 1, True),
     ],
 )
-def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
-    assert run(action, start(tmp_path / "whole", action), world, 0, None, False) == [0] * world
+def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
+    initial = tmp_path / "initial"
+    for step in range(1, 7 if action == "pruning" else 3):
+        save_step(initial, step, sharded=False)
+    shutil.copytree(initial, tmp_path / "whole")
+    assert run(action, tmp_path / "whole", world, 0, None, False) == [0] * world
     before, done = {"same_step_again": (2, 2), "pruning": (6, 6)}.get(action, (2, 3))
     assert check(tmp_path / "whole", {done}) == done
     chosen = choose_points(tmp_path / "whole", world, random.Random(action))
@@ -70,7 +64,7 @@ def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
 
     def kill(index: int) -> int:
         victim, at = chosen[index]
-        root = start(tmp_path / str(index), action)
+        root = shutil.copytree(initial, tmp_path / str(index))
         assert run(action, root, world, victim, at, everybody)[victim] == -9, (
             "killed before its end"
         )
@@ -86,7 +80,7 @@ def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
 
 
 def choose_points(root: Path, world: int, generator: random.Random) -> list[tuple[int, int]]:
-    """Ranks and numbers of operations: all that change folders or flush, as far as they fit, and some writes, of which there are many."""
+    """Choose ranks and indices of operations: changes of folders and flushes first, some writes."""
     points = [
         (rank, at, name) for rank in range(world) for at, name in enumerate(operations(root, rank))
     ]
