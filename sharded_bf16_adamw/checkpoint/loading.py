@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from .async_save import wait_for_own_saves
 from .commit import check_shared
 from .dcp_storage import METADATA, PlainReader, read_metadata
-from .diff import compare, keys_elsewhere, params_with_state, restored
+from .diff import compare, keys_on_other_ranks, params_with_state, merge_loaded
 from .directory import find_checkpoint, no_checkpoint
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
-from .odd_values import adopt_saved
+from .extra_state import adopt_saved_specs
 from .rank_errors import (
     Group,
     as_path,
@@ -137,7 +137,7 @@ def load(
         names.number_experts()
         with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             keys = [*metadata.state_dict_metadata, *manifest.values]
-            names.add_stage_as_in(fqn_of(key) for key in keys if key.startswith(MODEL))
+            names.adopt_stages(fqn_of(key) for key in keys if key.startswith(MODEL))
         tied_otherwise = align_ties(folder, metadata, manifest, model, names, group)
         with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             init_state(optimizer)
@@ -147,17 +147,17 @@ def load(
                 optimizer,
                 params_with_state(metadata, manifest),
                 saved_in_groups,
-                names.stored,
+                names.to_saved,
             )
             here = contents(model, optimizer, names)
-            adopt_saved(here.tensors, here.plain, metadata, manifest)
-        elsewhere = keys_elsewhere(metadata, manifest, here, group)
+            adopt_saved_specs(here.tensors, here.plain, metadata, manifest)
+        elsewhere = keys_on_other_ranks(metadata, manifest, here, group)
         with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
             comparison = compare(metadata, manifest, here, elsewhere)
-            comparison.differences[:0] = tied_otherwise
-            if strict and comparison.differences:
+            comparison.mismatches[:0] = tied_otherwise
+            if strict and comparison.mismatches:
                 by_rank = any(re.search(r"@(pp|ep)\d", key) for key in metadata.state_dict_metadata)
-                raise ValueError(_another_model(folder, comparison.differences, by_rank))
+                raise ValueError(_another_model(folder, comparison.mismatches, by_rank))
         random = {
             key: value
             for key, value in rng_contents(group, every_device=True).items()
@@ -169,14 +169,14 @@ def load(
         group,
     ):
         _read_into(tensors, folder, metadata, group)
-        for key in comparison.unsaved_states:
+        for key in comparison.missing_states:
             _zero_(here.tensors[key])
     with raise_on_all_ranks(
         f"the model may be partly loaded from {folder}", group
     ):  # collective under FSDP1
-        set_contents(model, optimizer, restored(here, comparison, tensors), names)
+        set_contents(model, optimizer, merge_loaded(here, comparison, tensors), names)
         set_rng_contents(random)
-    return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.differences)
+    return Loaded(manifest.extra, folder, manifest.step, [] if strict else comparison.mismatches)
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:

@@ -30,7 +30,7 @@ from .commit import (
     remove_older,
 )
 from .dcp_storage import ChecksummedWriter
-from .divergence import one_of_each
+from .divergence import resolve_divergence
 from .manifest import FileRecord, Manifest, ParamGroup
 from .plain import encode
 from .rank_errors import (
@@ -48,7 +48,7 @@ from .rank_errors import (
 from .rank_names import RankNames
 from .staging import Staged
 from .state_dict import contents, describe_strategy, merged, rng_contents
-from .ties import merged_ties, ties_of
+from .ties import merge_ties, find_ties
 from .torch_state import check_model_and_optimizer
 
 
@@ -138,11 +138,11 @@ def save(
         names.number_experts()
         with raise_on_all_ranks(cannot, group):
             found = contents(model, optimizer, names)
-        found = one_of_each(found, names, group, on_divergence)
+        found = resolve_divergence(found, names, group, on_divergence)
         with raise_on_all_ranks(cannot, group):
             own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
             own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
-            ties = ties_of(model, names)
+            ties = find_ties(model, names)
         of_each = gather_on_rank_0((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
@@ -153,7 +153,7 @@ def save(
             manifest = Manifest(
                 step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra
             )
-            manifest.ties = merged_ties([ties for _, _, ties in of_each])
+            manifest.ties = merge_ties([ties for _, _, ties in of_each])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         planner, plan, metadata = _plan(

@@ -23,17 +23,17 @@ from ..sharding.dtensor import to_local
 from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero.config import ZeRO
 from .manifest import ParamGroup
-from .names import named_tensors, plain_name, unwrapped
-from .odd_values import (
+from .names import named_tensors, clean_fqn, unwrap
+from .extra_state import (
     ENTRY,
     MODEL,
     PART,
     entry_key,
     is_extra_state,
-    is_wrapper,
-    parts_of,
+    is_wrapper_subclass,
+    flatten_subclass,
     set_extra_states,
-    without_subclass,
+    drop_subclass,
 )
 from .rank_errors import Group, rank
 from .rank_names import RankNames
@@ -68,13 +68,13 @@ class Contents:
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
     """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
     where it is collective. Keys hold the names that ``names`` gives."""
-    own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
+    own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(unwrap(model))}
     model_part: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
         model_part.update(
-            parts_of(
-                MODEL + names.stored(name),
-                own[name] if is_wrapper(value) and name in own else value,
+            flatten_subclass(
+                MODEL + names.to_saved(name),
+                own[name] if is_wrapper_subclass(value) and name in own else value,
             )
         )
     optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
@@ -98,12 +98,12 @@ def optimizer_contents(
     state_dict = sharded_optimizer_state(model, optimizer, removed)
     values: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
-        flat = _flat(f"{STATE}{names.stored(fqn)}", state)
-        values.update({key: without_subclass(value) for key, value in flat.items()})
+        flat = _flat(f"{STATE}{names.to_saved(fqn)}", state)
+        values.update({key: drop_subclass(value) for key, value in flat.items()})
     tensors = {key: value for key, value in values.items() if _is_tensor(value)}
     plain = {key: value for key, value in values.items() if key not in tensors}
     groups = [
-        ParamGroup(list(map(names.stored, group.pop("params"))), group)
+        ParamGroup(list(map(names.to_saved, group.pop("params"))), group)
         for group in state_dict["param_groups"]
     ]
     return Contents(tensors, plain, groups)
@@ -117,10 +117,10 @@ def with_stages(found: Contents, names: RankNames) -> Contents:
     """Return the same with the names that :meth:`RankNames.add_stage` has changed since."""
 
     def renamed(values: dict[str, Any]) -> dict[str, Any]:
-        return {_with_fqn(key, names.of_stage): value for key, value in values.items()}
+        return {_with_fqn(key, names.with_stage): value for key, value in values.items()}
 
     groups = [
-        ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in found.groups
+        ParamGroup(list(map(names.with_stage, group.params)), group.options) for group in found.groups
     ]
     return Contents(renamed(found.tensors), renamed(found.plain), groups)
 
@@ -156,7 +156,7 @@ def set_contents(
 ) -> None:
     """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
     flat = {
-        _with_fqn(key, names.local): value
+        _with_fqn(key, names.to_local): value
         for key, value in {**values.tensors, **values.plain}.items()
     }
     own = _section(MODEL, flat)
@@ -170,7 +170,7 @@ def set_contents(
             model, {name: value for name, value in own.items() if PART not in name}
         )
         groups = [
-            {"params": list(map(names.local, params)), **options}
+            {"params": list(map(names.to_local, params)), **options}
             for params, options in values.groups
         ]
         state = _nested(
@@ -197,7 +197,7 @@ def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Conten
     of_model = {
         _address(part)
         for tensor in chain(model.parameters(), model.buffers())
-        for part in parts_of("", tensor).values()
+        for part in flatten_subclass("", tensor).values()
     }
     given = {_address(value) for key, value in values.tensors.items() if key.startswith(STATE)}
     return (

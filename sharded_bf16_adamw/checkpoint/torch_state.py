@@ -22,8 +22,8 @@ from torch.distributed.fsdp import (
 from torch.nn.parameter import is_lazy
 
 from ..state import numbered_states_only
-from .names import flat_params, has_fsdp1, named_tensors, plain_name, state_dict_key, unwrapped
-from .odd_values import is_wrapper
+from .names import flat_params, has_fsdp1, named_tensors, clean_fqn, state_dict_key, unwrap
+from .extra_state import is_wrapper_subclass
 
 HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
@@ -48,11 +48,11 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise ValueError(
-                f"{plain_name(model, name)} has no shape yet; run one forward pass first"
+                f"{clean_fqn(model, name)} has no shape yet; run one forward pass first"
             )
         if tensor.is_meta:
             raise ValueError(
-                f"{plain_name(model, name)} is on the meta device and has no values; "
+                f"{clean_fqn(model, name)} is on the meta device and has no values; "
                 "call model.to_empty(device=...) and initialise it first"
             )
     _check_every_parameter_has_a_name(model, optimizer)
@@ -60,21 +60,21 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
 
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:
     """The model's tensors by name: the live ones, except under FSDP1, where it is collective."""
-    model = unwrapped(model)
+    model = unwrap(model)
     with _sharded_by_fsdp1(model):
-        return {plain_name(model, key): value for key, value in model.state_dict().items()}
+        return {clean_fqn(model, key): value for key, value in model.state_dict().items()}
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`sharded_model_state`, where its tensors are copies. Tensors made of others may be missing."""
-    model = unwrapped(model)
+    model = unwrap(model)
     with _sharded_by_fsdp1(model):
         result = model.load_state_dict(
             {state_dict_key(model, name): value for name, value in state.items()}, strict=False
         )
-    own = {plain_name(model, name): tensor for name, tensor in named_tensors(model)}
+    own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(model)}
     missing = [
-        key for key in result.missing_keys if not is_wrapper(own.get(plain_name(model, key)))
+        key for key in result.missing_keys if not is_wrapper_subclass(own.get(clean_fqn(model, key)))
     ]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
@@ -90,7 +90,7 @@ def sharded_optimizer_state(
             correction is still part of their weight.
     """
     init_state(optimizer, only_if_it_has_none=True)
-    model = unwrapped(model)
+    model = unwrap(model)
     with _named_states_only(model, optimizer, removed) as groups:
         _put_in_one_order(optimizer)
         state_dict = optimizer.state_dict()
@@ -99,7 +99,7 @@ def sharded_optimizer_state(
                 state_dict = FullyShardedDataParallel.optim_state_dict(
                     model, optimizer, state_dict, group=_fsdp1_group(model)
                 )
-            result = _renamed(state_dict, lambda name: plain_name(model, name))
+            result = _renamed(state_dict, lambda name: clean_fqn(model, name))
         else:
             result = _renamed(state_dict, _names_of_params(model, optimizer).__getitem__)
     result["param_groups"] = result["param_groups"][:groups]
@@ -110,7 +110,7 @@ def set_sharded_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], removed: bool = False
 ) -> None:
     """Inverse of :func:`sharded_optimizer_state`, where its tensors are copies."""
-    model = unwrapped(model)
+    model = unwrap(model)
     with _named_states_only(model, optimizer, removed) as groups:
         _put_in_one_order(optimizer)
         names = [] if has_fsdp1(model) else _names_of_params(model, optimizer)
@@ -173,11 +173,11 @@ def init_frozen_states(
     saved, saved_in_groups = set(saved), set(saved_in_groups)
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
     names: dict[Any, list[str]] = {}
-    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(stored(plain_name(model, name)))
-    for dot, flat_param in flat_params(unwrapped(model)):
+    for name, param in unwrap(model).named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(stored(clean_fqn(model, name)))
+    for dot, flat_param in flat_params(unwrap(model)):
         if flat_param in names:
-            names[flat_param] = [stored(plain_name(model, dot + name)) for name in flat_param._fqns]
+            names[flat_param] = [stored(clean_fqn(model, dot + name)) for name in flat_param._fqns]
     make(
         param
         for param, own in names.items()
@@ -203,7 +203,7 @@ def _names_of_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     """The first name of each parameter, group after group."""
     names: dict[Any, str] = {}
     for name, param in named_tensors(model):
-        names.setdefault(param, plain_name(model, name))
+        names.setdefault(param, clean_fqn(model, name))
     return [names[param] for group in optimizer.param_groups for param in group["params"]]
 
 

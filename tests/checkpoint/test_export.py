@@ -14,8 +14,8 @@ from distributed import run_ranks
 from sharded_bf16_adamw import save
 from sharded_bf16_adamw.checkpoint import export
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.export import export_fp32, joined
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.export import export_fp32, join
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
 
 from .layouts import LAYOUTS, everything, train
@@ -76,11 +76,11 @@ def sharded_save_worker(rank: int, world: int, root: str) -> dict[str, torch.Ten
 
 def test_export_joins_what_two_meshes_sharded(tmp_path):
     values = run_ranks(4, sharded_save_worker, str(tmp_path / "run"))[0]
-    assert max(len(blocks) for blocks in StoredCheckpoint(tmp_path / "run").blocks.values()) == 4
+    assert max(len(blocks) for blocks in CheckpointReader(tmp_path / "run").blocks.values()) == 4
     export_fp32(tmp_path / "run", tmp_path / "out")
     for name, found in read_folder(tmp_path / "out").items():
         correction = values.get(f"{name}.correction")
-        expected = values[name].float() if correction is None else joined(values[name], correction)
+        expected = values[name].float() if correction is None else join(values[name], correction)
         assert torch.equal(found, expected), name
 
 
@@ -93,7 +93,7 @@ def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     save(tmp_path / "run", 3, module, optimizer)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most = 0
-    original = StoredCheckpoint.read
+    original = CheckpointReader.read
 
     def read(self, key):
         nonlocal most
@@ -103,7 +103,7 @@ def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(StoredCheckpoint, "read", read)
+    monkeypatch.setattr(CheckpointReader, "read", read)
     export_fp32(tmp_path / "run", tmp_path / "out")
     assert most == 2, "a weight and its correction"
 
@@ -112,7 +112,7 @@ def test_export_refuses_to_overwrite_and_leaves_nothing_of_a_failure(tmp_path, m
     module, optimizer = trained()
     save(tmp_path / "run", 3, module, optimizer)
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="out exists already; give the name of a new folder"):
+    with pytest.raises(FileExistsError, match="out exists already; give the name of a new directory"):
         export_fp32(tmp_path / "run", tmp_path / "out")
 
     def fails(*args):
@@ -127,13 +127,13 @@ def test_export_refuses_to_overwrite_and_leaves_nothing_of_a_failure(tmp_path, m
 def test_export_into_the_folder_of_a_run_goes_on_while_the_run_saves(tmp_path, monkeypatch):
     module, optimizer = trained()
     save(tmp_path, 3, module, optimizer)
-    write_folder = export.write_folder
+    write_sharded = export.write_sharded
 
     def write_and_save(*args):
-        write_folder(*args)
+        write_sharded(*args)
         save(tmp_path, 4, module, optimizer)  # which removes what failed saves have left
 
-    monkeypatch.setattr(export, "write_folder", write_and_save)
+    monkeypatch.setattr(export, "write_sharded", write_and_save)
     export_fp32(tmp_path, tmp_path / "out")
     assert read_folder(tmp_path / "out").keys() == dict(module.named_parameters()).keys()
 

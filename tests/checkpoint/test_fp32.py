@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint.export import export_fp32, joined, split
+from sharded_bf16_adamw.checkpoint.export import export_fp32, join, split
 from sharded_bf16_adamw.checkpoint.foreign import import_fp32, round_moment
 
 from .layouts import LAYOUTS, Net
@@ -30,7 +30,7 @@ def random_floats(count=1 << 20):
 def test_sixteen_bits_survive():
     """The bound that the documentation states, over all bit patterns; and it is tight."""
     x = random_floats()
-    error = (joined(*split(x)).double() - x.double()).abs()
+    error = (join(*split(x)).double() - x.double()).abs()
     bound = 2.0**-17 * x.double().abs() + 2.0**-134
     assert bool((error <= bound).all())
     normal = x.abs() > 1e-30

@@ -241,19 +241,19 @@ def no_copy_worker(rank: int, world: int) -> int:
         if key != "step"
     }
     used = []
-    original = transport._buffer
+    original = transport._cpu_buffer
 
     def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
         buffer = original(*args, **kwargs)
         used.append(buffer.data_ptr())
         return buffer
 
-    transport._buffer = recording
+    transport._cpu_buffer = recording
     try:
         full = gather_full_state_dict(model, optimizer)
         scatter_full_state_dict(model, optimizer, full)
     finally:
-        transport._buffer = original
+        transport._cpu_buffer = original
     if rank > 0:
         assert len(set(used) & own) == 12
         assert len(set(used) - own) <= 4, "the step counts, which every rank holds"
@@ -365,26 +365,26 @@ def replace(full, fqn, key, value):
 
 WRONG = [
     (lambda full: full.pop("state"), 'rank 0 must pass a dict with "state" and "param_groups"'),
-    (lambda full: remove(full, "up.weight", "correction"), "it has no correction of up.weight"),
+    (lambda full: remove(full, "up.weight", "correction"), "missing key up.weight.correction"),
     (
         lambda full: replace(full, "up.weight", "exp_avg", torch.zeros(12, 5)),
-        r"exp_avg of up.weight has shape \(12, 5\) there but \(12, 6\) here",
+        r"size mismatch for up.weight.exp_avg: saved as \(12, 5\), but \(12, 6\) in the model",
     ),
     (
         lambda full: replace(full, "up.bias", "exp_avg", torch.zeros(12)),
-        "exp_avg of up.bias is torch.float32 there but torch.bfloat16 here",
+        "dtype mismatch for up.bias.exp_avg: saved as torch.float32, but torch.bfloat16 in the model",
     ),
     (
         lambda full: replace(full, "up.bias", "extra", torch.zeros(12)),
-        "it has extra of up.bias, which is not here",
+        "unexpected key up.bias.extra",
     ),
     (
         lambda full: full["state"].update(other={}),
-        "it has a state of other, which is no parameter here",
+        "unexpected parameter other",
     ),
     (
         lambda full: full["param_groups"][0]["params"].remove("up.bias"),
-        "no group there has all parameters of group 0 here",
+        "no saved group has all parameters of group 0",
     ),
 ]
 

@@ -12,7 +12,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import load
 from sharded_bf16_adamw.checkpoint.foreign import convert_fp32, import_fp32
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
 from .trainings import expected_states, fp32_training, named_state, trained, written
@@ -121,7 +121,7 @@ def test_patterns_are_a_list_and_each_matches_something(argument, tmp_path):
         match=rf"^{argument} must be a list of patterns, but it is the string '\*norm\*'; write \['\*norm\*'\]$",
     ):
         convert_fp32(weights, tmp_path / "run", **{argument: "*norm*"})
-    message = rf"^{argument}: the pattern '\*.norm.\*' matches none of the names, which are such as blocks.0.attention_norm.weight, norm.weight$"
+    message = rf"^{argument}: the pattern '\*.norm.\*' matches no name; names look like blocks.0.attention_norm.weight, norm.weight$"
     with pytest.raises(ValueError, match=message):
         convert_fp32(weights, tmp_path / "run", **{argument: ["*norm*", "*.norm.*"]})
     assert not (tmp_path / "run").exists()
@@ -134,7 +134,7 @@ def test_patterns_may_come_one_by_one(tmp_path):
         "head.weight": torch.ones(2, 2),
     }
     path = convert_fp32(weights, tmp_path / "run", fp32=(pattern for pattern in ["*norm*"]))
-    infos = StoredCheckpoint(path).infos
+    infos = CheckpointReader(path).infos
     assert {name: infos[f"model.{name}"].dtype for name in weights} == {
         "blocks.0.attention_norm.weight": torch.float32,
         "norm.weight": torch.float32,
@@ -171,19 +171,19 @@ def by_integers(named, more):
 WRONG = {
     "missing": (
         lambda m, s: (weights_without(m, "up.bias"), s),
-        "weights to import are of another model: it has no up.bias",
+        "weights to import are of another model: missing key up.bias",
     ),
     "unexpected": (
         lambda m, s: ({**m.state_dict(), "x": torch.ones(1)}, s),
-        "it has x, which is not here",
+        "unexpected key x",
     ),
     "shape": (
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(5)}, s),
-        r"up.bias has shape \(5,\) there but \(12,\) here",
+        r"size mismatch for up.bias: saved as \(5,\), but \(12,\) in the model",
     ),
     "dtype": (
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(12).int()}, s),
-        "up.bias is torch.int32 there but torch.bfloat16 here",
+        "dtype mismatch for up.bias: saved as torch.int32, but torch.bfloat16 in the model",
     ),
     "no weights": (lambda m, s: ({"epoch": 3}, s), "the source holds no state dict of tensors"),
     "no state": (lambda m, s: (m.state_dict(), {"state": {}}), "holds no optimizer state dict"),
@@ -205,15 +205,15 @@ WRONG = {
     ),
     "unknown state": (
         lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}),
-        "it has a state of x, which is no parameter here",
+        "unexpected parameter x",
     ),
     "state of SGD": (
         lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg=None)),
-        "it has no exp_avg of up.bias",
+        "missing key up.bias.exp_avg",
     ),
     "state shape": (
         lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg_sq=torch.ones(2))),
-        r"exp_avg_sq of up.bias has shape \(2,\) there but \(12,\) here",
+        r"size mismatch for up.bias.exp_avg_sq: saved as \(2,\), but \(12,\) in the model",
     ),
     "groups": (
         lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
@@ -262,7 +262,7 @@ def test_no_pickle_is_executed(as_what, tmp_path, monkeypatch):
             if as_what == "weights"
             else (module.state_dict(), module, ours, tmp_path / name)
         )
-        with pytest.raises(ValueError, match=f"{name} is no torch file, or "):
+        with pytest.raises(ValueError, match=f"{name} is not a torch file, or "):
             import_fp32(*arguments)
     assert not (tmp_path / "evil").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)

@@ -22,8 +22,8 @@ from sharded_bf16_adamw import (
     save,
     scatter_full_state_dict,
 )
-from sharded_bf16_adamw.checkpoint.names import plain_name, state_dict_key
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.names import clean_fqn, state_dict_key
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 
 class Counter(nn.Module):
@@ -125,7 +125,7 @@ def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
     load(f"{root}/plain", model, optimizer)
     assert [module.calls for module in model.modules() if isinstance(module, Counter)] == [7]
     path = save(f"{root}/wrapped", 2, model, optimizer)
-    found, expected = StoredCheckpoint(path), StoredCheckpoint(f"{root}/plain")
+    found, expected = CheckpointReader(path), CheckpointReader(f"{root}/plain")
     assert (
         found.manifest.groups[0].params == NAMES
         and found.manifest.values == expected.manifest.values
@@ -215,9 +215,9 @@ def test_every_order_of_parallel_wrappers(tmp_path):
 def test_a_users_own_module_called_module_keeps_its_segment():
     model = compiled(ac(Net()))
     wrapped = [name for name, _ in model.named_parameters()]
-    assert wrapped != NAMES and [plain_name(model, name) for name in wrapped] == NAMES
+    assert wrapped != NAMES and [clean_fqn(model, name) for name in wrapped] == NAMES
     assert [
-        plain_name(model, key)
+        clean_fqn(model, key)
         for key in model.state_dict()
         if key.rpartition(".")[2] in ("weight", "bias")
     ] == NAMES

@@ -111,7 +111,7 @@ def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tm
             different = next(
                 NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved)
             )
-            sentence = f"{first} and {different} are one tensor here but were saved as two with different weights"
+            sentence = f"{first} and {different} are tied in the model but were saved with different weights"
             with pytest.raises(ValueError, match=re.escape(sentence)):
                 load(path, other, other_optimizer)
             assert all(
@@ -157,7 +157,7 @@ def test_equal_weights_with_different_states_are_not_one_tensor(key, tmp_path):
     save(tmp_path, 1, model, optimizer)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer",
+        match=r"emb.weight and head.weight are tied in the model but were saved with different optimizer",
     ):
         load(tmp_path, *build((0, 1), seed=1))
 
@@ -170,7 +170,7 @@ def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_pa
     save(tmp_path, 1, model, optimizer)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not",
+        match=r"emb.weight and head.weight are tied .* states: one was trained and the other was not",
     ):
         load(tmp_path, *build((0, 1), seed=1))
 
@@ -219,7 +219,7 @@ def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
     without_record(path)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights",
+        match=r"emb.weight and head.weight are tied in the model but were saved with different weights",
     ):
         load(path, tied, tied_optimizer)
 
@@ -245,7 +245,7 @@ def test_imports_into_tied_weights_are_equal_or_refused():
     tied, optimizer = build((0, 1))
     before = values_of(tied, optimizer)
     with pytest.raises(
-        ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"
+        ValueError, match=r"emb.weight and head.weight are tied in the model but differ in the source"
     ):
         import_fp32(source, tied, optimizer)
     assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
@@ -290,7 +290,7 @@ def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal
     tied, optimizer = build((0, 1), seed=1)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but have different states",
+        match=r"emb.weight and head.weight are tied in the model but have different states",
     ):
         import_fp32(model.state_dict(), tied, optimizer, state)
     state["state"]["head.weight"] = {
@@ -342,7 +342,7 @@ def test_buffers_that_share_memory_are_tied(tmp_path):
     load(tmp_path / "tied", untied, AdamW_BF16(untied.parameters(), lr=0.1))
     assert torch.equal(untied.b, torch.arange(4.0))
     with pytest.raises(
-        ValueError, match="a and b are one tensor here but were saved as two with different weights"
+        ValueError, match="a and b are tied in the model but were saved with different weights"
     ):
         load(tmp_path / "untied", tied, AdamW_BF16(tied.parameters(), lr=0.1))
 
@@ -404,7 +404,7 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
             load(f"{folder}/there", model, optimizer)
             failed.append(f"{folder}: no error")
         except ValueError as error:
-            if "head.weight and more.weight are one tensor here" not in str(error):
+            if "head.weight and more.weight are tied in the model" not in str(error):
                 failed.append(f"{folder}: {error}")
     return failed
 
@@ -440,7 +440,7 @@ def stages_worker(rank: int, world: int, root: str) -> list[Any]:
         loaded = values_of(stage, stage_optimizer)
         found.append(all(same(loaded[name], expected[name]) for name in NAMES))
     with pytest.raises(
-        ValueError, match=r"head.weight@pp1 and more.weight@pp1 are one tensor here"
+        ValueError, match=r"head.weight@pp1 and more.weight@pp1 are tied in the model"
     ) as caught:
         load(path, *staged((1, 2) if rank else (0, 1), rank, seed=1))
     return [*found, str(caught.value)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -15,13 +14,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save
-
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "checkpoint.py"
-spec = importlib.util.spec_from_file_location("checkpoint_cli", SCRIPT)
-assert spec is not None and spec.loader is not None
-cli = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cli)
-
+from sharded_bf16_adamw.checkpoint.__main__ import main
 
 def make(seed=0):
     torch.manual_seed(seed)
@@ -50,7 +43,7 @@ def damage(path):
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -204,7 +197,7 @@ def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_al
     assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000003: ok\n", "")
     code, out, err = run(capsys, "verify", "--all", tmp_path)
     assert code == 1 and out == f"{tmp_path}/step-00000001: ok\n{tmp_path}/step-00000003: ok\n"
-    sentence = "has no manifest.json, so it is no complete checkpoint; remove it if no copy to it is under way"
+    sentence = "has no manifest.json, so it is not a complete checkpoint; remove it if no copy to it is under way"
     assert err.splitlines() == [f"{path}: {sentence}" for path in (partly, empty)]
     code, out, pruned = run(capsys, "prune", tmp_path, "--keep", 1)
     assert (code, out, pruned) == (0, f"{tmp_path}/step-00000001: removed\n", err)
@@ -248,7 +241,7 @@ USAGE = {
     ),
     "export exists": (
         ("export", "{root}/run", "{root}"),
-        "{root} exists already; give the name of a new folder",
+        "{root} exists already; give the name of a new directory",
     ),
     "shard size": (
         ("export", "{root}/run", "{root}/out", "--max-shard-size", "5XB"),
@@ -269,7 +262,7 @@ USAGE = {
     ),
     "import exists": (
         ("import", "{root}/weights.pt", "{root}/run"),
-        "{root}/run has a checkpoint already; give another folder",
+        "{root}/run has a checkpoint already; give another directory",
     ),
     "nothing to prune": (
         ("prune", "{root}/none", "--keep", "1"),
@@ -301,7 +294,7 @@ def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
     for arguments, message in (
         (
             ("import", tmp_path / "weights.pt", tmp_path / "new", "--fp32", "*.norm.*"),
-            "the pattern '*.norm.*' matches none of the names",
+            "the pattern '*.norm.*' matches no name",
         ),
         (("export", tmp_path / "run", tmp_path / "out"), f"{name} is not what was written"),
         (
@@ -366,12 +359,16 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-def test_as_a_script(tmp_path):
+@pytest.mark.parametrize(
+    "command", [["-m", "sharded_bf16_adamw.checkpoint"], ["launch/checkpoint.py"]]
+)
+def test_module_and_script_run_the_command(command, tmp_path, repo):
     make_run(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "verify", str(tmp_path)],
+        [sys.executable, *command, "verify", str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        cwd=repo,
+        env={**os.environ, "PYTHONPATH": str(repo)},
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/step-00000001: ok\n"), done.stderr
