@@ -1,4 +1,6 @@
-"""Inspect, verify, export, import and prune checkpoints from the command line::
+"""Inspect, verify, export, import and prune checkpoints from the command line.
+
+Example::
 
     python -m sharded_bf16_adamw.checkpoint inspect runs/a/checkpoints
 

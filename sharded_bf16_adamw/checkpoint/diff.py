@@ -141,12 +141,13 @@ def find_mismatch(
     return None
 
 
-def raise_mismatches(what: str, mismatches: list[str]) -> None:
+def raise_mismatches(problem: str, mismatches: list[str]) -> None:
     """Raise ValueError with the first mismatches, if there are any."""
     if mismatches:
         more = f" (and {len(mismatches) - 3} more differences)" if len(mismatches) > 3 else ""
         raise ValueError(
-            f"{what}: {'; '.join(mismatches[:3])}{more}; build the model and optimizer as they were"
+            f"{problem}: {'; '.join(mismatches[:3])}{more}; build the model and optimizer as they "
+            "were"
         )
 
 

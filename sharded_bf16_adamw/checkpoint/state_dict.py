@@ -114,7 +114,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def with_stages(found: Contents, names: RankNames) -> Contents:
-    """Return the same with the names that :meth:`RankNames.add_stage` has changed since."""
+    """Return the same with the names that :meth:`RankNames.mark_stage_names` has changed since."""
 
     def renamed(values: dict[str, Any]) -> dict[str, Any]:
         return {_with_fqn(key, names.with_stage): value for key, value in values.items()}

@@ -141,7 +141,7 @@ class _SavedNames:
     def take(self, names: list[str], sources: list[list[str]]) -> None:
         """Give the tied ``names`` of the model the values of the first of ``sources``."""
         with_state = [name for source in sources for name in source if name in self._states]
-        # Without a record, tied names look like two names of which one has no state.
+        # Without a record, tied names look like two names, one of them without a state.
         is_recorded = self._manifest.ties is not None
         holder = next(
             (name for name in with_state if name in sources[0] or not is_recorded), sources[0][0]
