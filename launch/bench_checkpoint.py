@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
 from sharded_bf16_adamw.checkpoint.divergence import find_divergences
 from sharded_bf16_adamw.checkpoint.rank_names import RankNames
-from sharded_bf16_adamw.checkpoint.state_dict import contents
+from sharded_bf16_adamw.checkpoint.state_dict import get_state
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 BLOCK = 1 << 23  # bytes per plain read or write
@@ -125,7 +125,7 @@ def measure(
     }
     if dist.get_world_size() > 1:
         names = RankNames(model, optimizer)
-        found = contents(model, optimizer, names)
+        found = get_state(model, optimizer, names)
         fresh(folder)  # nothing of the round before is still on its way to the disk
         figures["comparing"] = timed(lambda: find_divergences(found, None, None, []))
     order = list(reversed(writes)) if plain_first else list(writes)

@@ -345,7 +345,7 @@ def resume(run: Run) -> None:
     if path is None:
         return
     try:
-        extra = load(path, run.module, run.optimizer)
+        extra = load(path, run.module, run.optimizer).extra
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise UsageError(f"{error}{undamaged_instead(run.args, path)}") from error
     run.step = run.saved_step = extra["step"]

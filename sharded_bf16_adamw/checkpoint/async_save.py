@@ -1,8 +1,8 @@
-"""Saves in threads, over a process group of their own: they never mix with training's messages.
+"""Saves in threads, each over a process group of its own, so that they never mix with training.
 
-A thread that saves has one save under way at a time. Two threads that save two models do not wait
-for each other, and each gets the errors of its own saves; what a thread that has ended left is told
-to whoever waits next.
+Each thread has at most one save in flight. Threads that save several models do not wait for each
+other, and each gets the errors of its own saves. Errors of a thread that has ended are raised in
+whichever thread waits next.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..sharding.collectives import new_cpu_group
-from .rank_errors import Group, on_rank_0
+from .rank_errors import Group, call_on_rank_0
 
 
 class _Pending(threading.Thread):
-    """A save under way.
+    """A save in flight.
 
-    Not a daemon: an interpreter that ends waits for it, and the save with it is complete.
+    Not a daemon: the interpreter waits for it at exit, so that the save completes.
     """
 
     def __init__(self, function: Callable[[Group], None], group: Group) -> None:
@@ -39,26 +39,26 @@ class _Pending(threading.Thread):
         except Exception as error:
             self.error = error
         finally:
-            self._function = None  # it holds the model's copy
+            self._function = None  # it holds the staged copy
             _borrowed.discard(self._group)
 
     def concerns_this_thread(self) -> bool:
-        """Return whether this thread started it, or one that cannot wait for it any more."""
+        """Return whether this thread started the save, or a thread that has ended."""
         return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
-_pending: list[
-    _Pending
-] = []  # in the order in which they were started; done ones until their errors were raised
-_lock = threading.Lock()  # of the list
-_groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = (
-    WeakKeyDictionary()
-)  # by a group of the same ranks
-_borrowed: set[dist.ProcessGroup] = set()  # those that a save under way uses
+_pending: list[_Pending] = []  # in the order of their start, until their errors were raised
+_lock = threading.Lock()  # guards _pending
+# gloo groups by the caller's group, which has the same ranks
+_groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()
+_borrowed: set[dist.ProcessGroup] = set()  # of saves in flight
 
 
 def start(function: Callable[[Group], None], group: Group) -> None:
-    """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`. This thread's save before has been waited for."""
+    """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`.
+
+    The caller has waited for its previous save.
+    """
     pending = _Pending(function, group)
     pending.start()
     with _lock:
@@ -66,14 +66,25 @@ def start(function: Callable[[Group], None], group: Group) -> None:
 
 
 def wait_for_save() -> None:
-    """Wait until the asynchronous saves of this process, if there are any, are on the disk.
+    """Wait until the asynchronous saves of this process, if any, are on the disk.
 
-    Waits for the saves of all threads. Raises errors of those that this thread started, or that a
-    thread started that has ended since; other threads get their own.
+    Waits for the saves of all threads. Raises the errors of saves that this thread started, or a
+    thread that has ended; other threads get the errors of their own saves.
 
     Raises:
-        RuntimeError: a save failed, on whatever rank; earlier checkpoints are untouched. Each error
-        is raised once.
+        RuntimeError: a save failed on some rank; earlier checkpoints are untouched. Each error is
+            raised once.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, latest, save, wait_for_save
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> path = save("checkpoints", 200, model, optimizer, async_=True)
+        >>> wait_for_save()
+        >>> latest("checkpoints") == path
+        True
     """
     with _lock:
         others = [pending for pending in _pending if not pending.concerns_this_thread()]
@@ -83,7 +94,7 @@ def wait_for_save() -> None:
 
 
 def wait_for_own_saves() -> None:
-    """Wait as :func:`wait_for_save`, but not for saves of other threads that are alive."""
+    """Wait as :func:`wait_for_save`, but not for the saves of other live threads."""
     while True:
         with _lock:
             first = next((pending for pending in _pending if pending.concerns_this_thread()), None)
@@ -92,35 +103,34 @@ def wait_for_own_saves() -> None:
         first.join()
         with _lock:
             if first not in _pending:
-                continue  # another thread has waited for it, too
+                continue  # another thread has waited for it too
             _pending.remove(first)
         if first.error is not None:
             raise first.error
 
 
 @atexit.register
-def _say_what_nobody_asked_for() -> None:
-    """Print errors of saves that nobody waited for. All threads are done by now."""
+def _print_unraised_errors() -> None:
+    """Print errors of saves that nobody waited for. All threads have ended by now."""
     for pending in _pending:
         if pending.error is not None:
             print(f"an asynchronous save failed: {pending.error}", file=sys.stderr)
 
 
 def borrow_group(group: Group) -> Group:
-    """Return a gloo group of the same ranks that no other save uses, for :func:`start`. Collective."""
+    """Return a gloo group of the same ranks that no save in flight uses. Collective."""
     if not dist.is_initialized():
         return None
-    of = dist.group.WORLD if group is None else group
-    assert of is not None
-    known = _groups.setdefault(of, [])
-    index = on_rank_0(  # whose thread is the last to leave a group
-        "cannot save",
-        lambda: next(
-            (i for i, candidate in enumerate(known) if candidate not in _borrowed), len(known)
-        ),
-        group,
-    )
+    parent = dist.group.WORLD if group is None else group
+    assert parent is not None
+    known = _groups.setdefault(parent, [])
+
+    def first_free() -> int:
+        return next((i for i, other in enumerate(known) if other not in _borrowed), len(known))
+
+    # rank 0 decides: its thread is the last to return a group
+    index = call_on_rank_0("cannot save", first_free, group)
     if index == len(known):
-        known.append(new_cpu_group(dist.get_process_group_ranks(of)))
+        known.append(new_cpu_group(dist.get_process_group_ranks(parent)))
     _borrowed.add(known[index])
     return known[index]

@@ -1,9 +1,9 @@
-"""One save's way to the disk: begun under a temporary name, published by one rename, or abandoned.
+"""Publish a save by one rename, or abandon it.
 
-Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second gets
-an error (:mod:`.root_lock`). Where they do not, neither harms the other: temporary names are
-unique, a leftover is removed only once its save must be dead, and a save removes only checkpoints
-with a smaller serial number than its own.
+Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second job
+gets an error (:mod:`.root_lock`). Where they do not, neither job harms the other: temporary names
+are unique, a leftover is removed only once its save must be dead, and a save removes only
+checkpoints with a smaller serial number than its own.
 """
 
 from __future__ import annotations
@@ -32,37 +32,40 @@ from .manifest import MANIFEST, FileRecord, Manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-# Of leftovers that no lock tells of. A save whose ranks stand still fails sooner: collectives time out.
+# A leftover without a lock is dead after this time: a save whose ranks hang fails sooner, because
+# collectives time out.
 DEAD_AFTER_S = 3600
 # Network file systems cache attributes, but ask the server for names that they have not looked up.
 SEEN_WITHIN_S = 10.0
-UNPUBLISHED = 0  # serial number of a manifest until :func:`publish` gives it the next one
-_locks: dict[Path, RootLock | None] = {}  # by partial folder, of the saves of this process
-_published: dict[Path, int] = {}  # by root, the serial number of what this process published last
+UNPUBLISHED = 0  # serial number of a manifest before publish() assigns the next one
+_locks: dict[Path, RootLock | None] = {}  # of this process's saves, by partial folder
+_published: dict[Path, int] = {}  # serial number that this process published last, by root
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
-    """Remove what dead saves left, and make an empty folder to write to.
+    """Remove leftovers of dead saves, and create an empty folder to write to.
 
-    :func:`release` or :func:`abandon` ends it.
+    :func:`release` or :func:`abandon` ends the save.
 
     Returns:
-        That folder, and the name that the checkpoint will have: a free one, as a resumed run may
-        come by the same step again.
+        The partial folder, and the checkpoint's future path: a free name, because a resumed run may
+        save the same step again.
 
     Raises:
-        RuntimeError: another save to ``root`` is under way, or another job has saved there since this one's last save.
+        RuntimeError: another save to ``root`` is in progress, or another job has saved there since
+            this job's last save.
     """
     _make_folders(root)
     serial, newest = max(readable_checkpoints(root), default=(0, root))
     if serial > _published.get(root, serial):
         raise RuntimeError(
-            f"another job has saved {newest} since this job's last save there; end one of them, or give each a root of its own, or each "
-            "would remove the other's checkpoints and resume from them"
+            f"another job has saved {newest} since this job's last save there; end one of the "
+            "jobs, or give each a root of its own. Otherwise each would remove the other's "
+            "checkpoints and resume from them"
         )
     partial = root / f"{PARTIAL}step-{step:08d}{unique_suffix()}"
     _locks[partial] = None
-    with abandoned_on_error([partial]):
+    with abandon_on_error([partial]):
         _locks[partial] = lock_if_possible(root)
         final, copy = root / f"step-{step:08d}", 1
         while os.path.lexists(final):
@@ -74,11 +77,10 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
 
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Make a folder, whose other files are on the disk, the latest checkpoint.
+    """Make ``partial``, whose other files are on the disk, the latest checkpoint.
 
     Raises:
-        FileExistsError: another job, which no lock kept out, has published a checkpoint of this
-            name.
+        FileExistsError: without a lock, another job has published a checkpoint of this name.
     """
     root = final.parent
     manifest.serial = 1 + max((serial for serial, _ in readable_checkpoints(root)), default=0)
@@ -93,7 +95,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
             f"another job has saved {final} in the meantime; give each job a root of its own"
         ) from error
     _published[root] = manifest.serial
-    sync_folder(root)  # LATEST must not be on the disk before what it names
+    sync_folder(root)  # LATEST must not reach the disk before the folder that it names
     temporary = root / f"{NEW_LATEST}{unique_suffix()}"
     try:
         write_durably(temporary, f"{final.name}\n".encode())
@@ -106,10 +108,10 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
 
 
 def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
-    """Remove what ``newest``, just published, replaces.
+    """Remove the checkpoints that ``newest``, just published, replaces.
 
-    That is earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another job
-    has published since are left alone. Failing to remove one is a warning.
+    These are earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another
+    job has published since are left alone. A checkpoint that cannot be removed causes a warning.
     """
     older = [
         path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial
@@ -120,9 +122,9 @@ def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
 
 
 def release(partial: Path) -> None:
-    """End the save that :func:`begin` began, and let others save.
+    """End a save, and let others save.
 
-    Does nothing if this process did not begin it, or has ended it.
+    Does nothing if this process did not begin the save, or has ended it.
     """
     lock = _locks.pop(partial, None)
     if lock is not None:
@@ -130,7 +132,7 @@ def release(partial: Path) -> None:
 
 
 def abandon(partial: Path) -> None:
-    """End the save, and free the space of what was written: a full disk is the likeliest error."""
+    """End a save and remove its files: a full disk is the likeliest error."""
     try:
         if partial in _locks:
             shutil.rmtree(partial, ignore_errors=True)
@@ -139,8 +141,8 @@ def abandon(partial: Path) -> None:
 
 
 @contextmanager
-def abandoned_on_error(begun: list[Path]) -> Iterator[None]:
-    """Abandon the saves that are in ``begun`` by then if the body raises, or is interrupted."""
+def abandon_on_error(begun: list[Path]) -> Iterator[None]:
+    """Abandon the saves in ``begun`` if the body raises or is interrupted."""
     try:
         yield
     except BaseException:
@@ -149,26 +151,26 @@ def abandoned_on_error(begun: list[Path]) -> Iterator[None]:
         raise
 
 
-def check_shared(root: Path, folder: Path, rank: int, does: str = "has made") -> None:
-    """Check that this rank sees a folder in ``root`` that rank 0 has just made, or reads.
+def check_folder_visible(root: Path, folder: Path, rank: int, does: str = "has created") -> None:
+    """Check that this rank sees a folder in ``root`` that rank 0 has just created, or reads.
 
-    A new one's name is unique: it cannot be another one.
+    The name of a new folder is unique, so that no other folder can be mistaken for it.
 
     Raises:
-        ValueError: it does not see it.
+        ValueError: this rank does not see the folder.
     """
-    if not _within_patience(folder.is_dir, root):
+    if not _becomes_true(folder.is_dir, root):
         raise ValueError(
-            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same folder for all ranks; "
-            "give a root on a file system that they share"
+            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same "
+            "folder for all ranks; give a root on a file system that they share"
         )
 
 
-def check_arrived(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) -> None:
+def check_files_visible(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) -> None:
     """Check that this rank sees every file that the ranks have written, with its size.
 
     Raises:
-        OSError: it does not see one so.
+        OSError: a file is missing or has another size.
     """
     for rank, files in enumerate(files_of_ranks):
         for name, record in files.items():
@@ -176,19 +178,19 @@ def check_arrived(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) ->
             def seen(name: str = name, record: FileRecord = record) -> bool:
                 return _size(partial / name) == record.bytes
 
-            if not _within_patience(seen, partial):
+            if not _becomes_true(seen, partial):
                 size = _size(partial / name)
                 raise OSError(
                     f"{partial / name}, which rank {rank} wrote with {record.bytes} bytes, "
-                    f"{'is missing' if size is None else f'has {size} bytes'} here; "
+                    f"{'is missing' if size is None else f'has {size} bytes'} on rank 0; "
                     "give save() a root on a file system that all ranks share"
                 )
 
 
-def _within_patience(seen: Callable[[], bool], folder: Path) -> bool:
+def _becomes_true(seen: Callable[[], bool], folder: Path) -> bool:
     """Return whether ``seen`` becomes true soon.
 
-    What another host wrote may appear late: list the folder anew before each try.
+    Files of another host may appear late, so the folder is listed anew before each try.
     """
     deadline, pause = time.monotonic() + SEEN_WITHIN_S, 0.01
     while not seen():
@@ -204,7 +206,7 @@ def _within_patience(seen: Callable[[], bool], folder: Path) -> bool:
 def _size(path: Path) -> int | None:
     """Return a file's size, None if it is missing.
 
-    Opening it makes a network file system ask for its attributes anew.
+    Opening the file makes a network file system refresh its attributes.
     """
     try:
         with open(path, "rb") as file:
@@ -214,13 +216,13 @@ def _size(path: Path) -> int | None:
 
 
 def _discard_leftovers(partial: Path) -> None:
-    """Remove what other saves to the root of ``partial`` left, if they must be dead.
+    """Remove leftovers of other saves to the root of ``partial`` that must be dead.
 
-    They are if this process has the lock that they would hold on this machine, or if nothing in
-    them has changed for so long.
+    A save is dead if this process holds the lock that it would hold on this machine, or if nothing
+    in its folder has changed for ``DEAD_AFTER_S``.
     """
     root, locked = partial.parent, _locks[partial] is not None
-    now = partial.stat().st_mtime  # of the file system's own clock
+    now = partial.stat().st_mtime  # by the file system's clock
     for name in os.listdir(root):
         path = root / name
         if name.startswith(REMOVED):
@@ -230,13 +232,13 @@ def _discard_leftovers(partial: Path) -> None:
             try:
                 if dead or now - _last_change(path) > DEAD_AFTER_S:
                     hidden = root / f"{REMOVED}{name}"
-                    os.rename(path, hidden)  # if it lives after all, it fails as a whole
+                    os.rename(path, hidden)  # a save that lives after all fails as a whole
                     discard(hidden)
             except FileNotFoundError:
                 pass  # another process has removed or published it
             except OSError as error:
                 warnings.warn(
-                    f"{path} is left over and could not be removed ({error}); remove it yourself",
+                    f"the leftover {path} could not be removed ({error}); remove it yourself",
                     stacklevel=2,
                 )
 
@@ -252,7 +254,7 @@ def _step(path: Path) -> int:
 
 
 def _make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing, and flush them to the disk."""
+    """Create a folder and its missing parents, and flush them to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

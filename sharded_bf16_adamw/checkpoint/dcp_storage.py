@@ -1,7 +1,8 @@
-"""DCP's file writer and reader, with checksums computed while writing and metadata read without running what a pickle says.
+"""DCP's file writer and reader, with checksums of the files and a restricted unpickler.
 
-DCP's own format stays: ``torch.distributed.checkpoint.load`` reads the tensors of our folders. Tensors are read by ``torch.load`` with
-``weights_only=True``; everything else is plain data in the manifest.
+The format is DCP's: ``torch.distributed.checkpoint.load`` reads the tensors of these folders.
+Tensors are read by ``torch.load`` with ``weights_only=True``; all else is plain data in the
+manifest.
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ from torch.utils.serialization import config
 from .manifest import FileRecord, crc32_text
 
 METADATA = ".metadata"
-_HASH_ASIDE = 1 << 20  # bytes from which hashing in another thread, while this one writes, pays
+_HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
 
 
 class ChecksummedWriter(FileSystemWriter):
-    """Writes to an empty folder and flushes every file to the disk.
+    """DCP writer into an empty folder that flushes every file to the disk.
 
     Args:
         path: the folder.
 
     Attributes:
-        files: a record of each file that this process has finished.
+        files: records of the files that this process has finished, by name.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            path, sync_files=False, overwrite=False
-        )  # DCP's fsync comes before the last bytes have left Python's buffer
+        # no sync_files: DCP calls fsync before the last bytes have left Python's buffer
+        super().__init__(path, sync_files=False, overwrite=False)
         self.fs = _ChecksummedFiles()
         self.files = self.fs.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        # DCP copies ahead without blocking, and then waits for a stream of the current device alone.
+        """Write this rank's files."""
+        # DCP copies ahead without blocking, and then synchronizes the current device only.
         devices = {
             data.device
             for data in map(planner.resolve_data, plan.items)
@@ -58,21 +59,21 @@ class ChecksummedWriter(FileSystemWriter):
         gpus = devices - {torch.device("cpu")}
         if not gpus or gpus != {torch.device("cuda", torch.cuda.current_device())}:
             self.per_thread_copy_ahead = 0
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # a second checksum would cost more than ours
+        # torch's own checksum would cost more than this one
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(
-            save_id=self.save_id
-        )  # no checkpoint_id: it would be the path of the unfinished folder, as a pickled Path
+        """Return the metadata without the path of the unfinished folder, a pickled Path."""
+        return StorageMeta(save_id=self.save_id)
 
 
 class PlainReader(FileSystemReader):
-    """Reads what :class:`ChecksummedWriter` wrote.
+    """DCP reader of the files of :class:`ChecksummedWriter`.
 
     Args:
         path: the checkpoint's folder.
-        metadata: what :func:`parse_metadata` made of the bytes that were checked.
+        metadata: result of :func:`read_metadata`.
     """
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
@@ -80,20 +81,24 @@ class PlainReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata that was checked."""
         return self._metadata
 
 
 def read_metadata(path: Path, record: FileRecord) -> Metadata:
-    """Read DCP's metadata of the checkpoint at ``path``; only bytes that match ``record`` are unpickled, and restrictedly.
+    """Read DCP's metadata of the checkpoint at ``path``.
+
+    Only bytes that match ``record`` are unpickled, by :func:`parse_metadata`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not what was written, or holds what metadata of tensors cannot.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or is not the metadata of tensors.
     """
     content = (path / METADATA).read_bytes()
     if FileRecord(len(content), crc32_text(zlib.crc32(content))) != record:
         raise ValueError(
-            f"the checkpoint {path} cannot be used: {METADATA} is not what was written; load another checkpoint"
+            f"the checkpoint {path} cannot be used: {METADATA} is not what was written; "
+            "load another checkpoint"
         )
     try:
         return parse_metadata(content)
@@ -104,22 +109,23 @@ def read_metadata(path: Path, record: FileRecord) -> Metadata:
 
 
 def parse_metadata(content: bytes) -> Metadata:
-    """Unpickle DCP metadata, letting it name nothing but the classes that describe tensors.
+    """Unpickle DCP metadata; it may name only the classes that describe tensors.
 
     Raises:
-        ValueError: it names something else, is no pickle, or is no metadata of tensors alone.
+        ValueError: ``content`` names other classes, is not a pickle, or is not the metadata of
+            tensors alone.
     """
     try:
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"it is no metadata of a checkpoint ({error})") from error
+        raise ValueError(f"it is not the metadata of a checkpoint ({error})") from error
     if not (
         isinstance(metadata, Metadata)
         and all(
             isinstance(part, dict) for part in (metadata.state_dict_metadata, metadata.storage_data)
         )
     ):
-        raise ValueError("it is no metadata of a checkpoint")
+        raise ValueError("it is not the metadata of a checkpoint")
     pickled = [
         key
         for key, entry in metadata.state_dict_metadata.items()
@@ -131,7 +137,10 @@ def parse_metadata(content: bytes) -> Metadata:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the dataclasses of DCP's metadata and what torch pickles dtypes, layouts and sizes as. None of them does anything."""
+    """An unpickler of DCP's metadata classes and torch's dtypes, layouts and sizes only.
+
+    Unpickling these has no side effects.
+    """
 
     ALLOWED = frozenset(
         {
@@ -161,12 +170,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         if isinstance(dtype, torch.dtype):
             return dtype
         raise pickle.UnpicklingError(
-            f"it names {module}.{name}, which metadata of tensors does not need"
+            f"it names {module}.{name}, which the metadata of tensors does not need"
         )
 
 
 class _ChecksummedFiles(FileSystem):
-    """DCP's way to the file system, with a checksum of every file that it writes."""
+    """DCP's file system, with a checksum of every file that is written."""
 
     def __init__(self) -> None:
         self.files: dict[str, FileRecord] = {}
@@ -180,9 +189,8 @@ class _ChecksummedFiles(FileSystem):
                 yield stream
                 stream.close()
             except Exception:
-                if (
-                    stream.error is not None
-                ):  # such as a full disk, of which torch.save only says that a position is unexpected
+                # torch.save reports a full disk as an unexpected position
+                if stream.error is not None:
                     raise stream.error from None
                 raise
         self.files[Path(path).name] = FileRecord(stream.count, crc32_text(stream.crc))
@@ -193,7 +201,10 @@ class _ChecksummedFiles(FileSystem):
 
 
 class _ChecksummedStream(io.IOBase):
-    """A file that is only ever appended to. CRC-32 and write of a large buffer run side by side: both leave Python's lock."""
+    """An append-only file with a CRC-32.
+
+    A large buffer is hashed while it is written: both release the GIL.
+    """
 
     def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
         self._file = file
@@ -210,18 +221,18 @@ class _ChecksummedStream(io.IOBase):
             raise
 
     def _write(self, data: memoryview) -> int:
-        hashing = self._hash_aside(data) if data.nbytes >= _HASH_ASIDE else None
+        hashing = self._hash_in_thread(data) if data.nbytes >= _HASH_IN_THREAD else None
         try:
             self._file.write(data)
-        finally:  # the buffer is the caller's again when this returns
+        finally:  # the caller may change the buffer after this call
             self.crc = zlib.crc32(data, self.crc) if hashing is None else hashing.result()
         self.count += data.nbytes
         return data.nbytes
 
-    def _hash_aside(self, data: memoryview) -> Future[int] | None:
+    def _hash_in_thread(self, data: memoryview) -> Future[int] | None:
         try:
             return self._pool.submit(zlib.crc32, data, self.crc)
-        except RuntimeError:  # the main thread has ended, and Python starts no more threads
+        except RuntimeError:  # Python starts no threads after the main thread has ended
             return None
 
     def writable(self) -> bool:
@@ -235,7 +246,7 @@ class _ChecksummedStream(io.IOBase):
             self._file.flush()
 
     def close(self) -> None:
-        """Flush to the disk, too: errors of that are errors of the save."""
+        """Close, and flush to the disk: an error of that is an error of the save."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .groups import match_groups
-from .manifest import Manifest, ParamGroup
-from .plain import decode
-from .rank_errors import Group, known_elsewhere
+from .manifest import Manifest, ParamGroup, decode
+from .rank_errors import Group, join_problems, known_on_other_ranks
 from .safetensors_io import TensorInfo
-from .state_dict import MODEL, STATE, Contents, param_of_state
+from .state_dict import MODEL, STATE, CheckpointState, param_of_state
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Comparison:
 
 
 def keys_on_other_ranks(
-    metadata: Metadata, manifest: Manifest, current: Contents, group: Group
+    metadata: Metadata, manifest: Manifest, current: CheckpointState, group: Group
 ) -> set[str]:
     """Return the saved keys that only other ranks have (stages, experts). Collective."""
     saved: set[str] = {
@@ -47,11 +46,14 @@ def keys_on_other_ranks(
         for key in (*metadata.state_dict_metadata, *manifest.values)
         if key.startswith((MODEL, STATE))
     }
-    return known_elsewhere(saved.difference(current.tensors, current.plain), group)
+    return known_on_other_ranks(saved.difference(current.tensors, current.plain), group)
 
 
 def compare(
-    metadata: Metadata, manifest: Manifest, current: Contents, on_other_ranks: Collection[str] = ()
+    metadata: Metadata,
+    manifest: Manifest,
+    current: CheckpointState,
+    on_other_ranks: Collection[str] = (),
 ) -> Comparison:
     """Compare names, global shapes and dtypes.
 
@@ -112,9 +114,11 @@ def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
     }
 
 
-def merge_loaded(current: Contents, comparison: Comparison, loaded: dict[str, Any]) -> Contents:
+def merge_loaded(
+    current: CheckpointState, comparison: Comparison, loaded: dict[str, Any]
+) -> CheckpointState:
     """Return the loaded tensors and values, and the current ones for everything else."""
-    return Contents(
+    return CheckpointState(
         {**current.tensors, **{key: loaded[key] for key in comparison.loadable}},
         comparison.plain,
         comparison.groups,
@@ -144,10 +148,8 @@ def find_mismatch(
 def raise_mismatches(problem: str, mismatches: list[str]) -> None:
     """Raise ValueError with the first mismatches, if there are any."""
     if mismatches:
-        more = f" (and {len(mismatches) - 3} more differences)" if len(mismatches) > 3 else ""
         raise ValueError(
-            f"{problem}: {'; '.join(mismatches[:3])}{more}; build the model and optimizer as they "
-            "were"
+            f"{problem}: {join_problems(mismatches)}; build the model and optimizer as they were"
         )
 
 

@@ -1,14 +1,14 @@
-"""The folders under a root: which are complete, which is the latest, and how they are removed.
+"""The folders under a root: find complete checkpoints, and remove old ones.
 
-A name that starts with a dot is work in progress or rubbish: nobody reads it. Everything appears by
-one rename and disappears by one. Before a rename the content is flushed to the disk, and the folder
-after it.
+A name that starts with a dot is temporary: nobody reads it. Everything appears by one rename and
+disappears by one. The content is flushed to the disk before a rename, and the parent folder after.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import platform
 import re
@@ -24,22 +24,38 @@ from .manifest import MANIFEST, Manifest, crc32_text, find_damage, read_manifest
 
 LATEST = "LATEST"
 REMOVED = ".removed-"
-_NAME = re.compile(
-    r"step-(\d{8,})(-\d+)?"
-)  # a copy that somebody keeps as step-00000200-best is not one of ours to count or remove
+# not of a user's copy such as step-00000200-best, which is neither counted nor removed
+_NAME = re.compile(r"step-(\d{8,})(-\d+)?")
+
+logger = logging.getLogger("sharded_bf16_adamw")
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
     """Return the newest complete checkpoint under ``root``, or None.
 
-    Reads names and manifests; :func:`verify` reads it all.
+    Reads names and manifests only; :func:`verify` reads all files.
 
-    Each process looks for itself, and on a network file system ranks may see different states. To
-    resume on all ranks or on none, call :func:`load` with ``missing_ok=True``.
+    Not collective: on a network file system ranks may get different results. To resume on all ranks
+    or on none, call :func:`load` with ``missing_ok=True``.
+
+    Args:
+        root: folder of all checkpoints of a run.
 
     Raises:
         OSError: the root or a checkpoint in it cannot be read, for example because permission is
             denied.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, latest, save
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> print(latest("checkpoints"))
+        None
+        >>> path = save("checkpoints", 200, model, optimizer)
+        >>> print(latest("checkpoints"))
+        checkpoints/step-00000200
     """
     root = Path(root)
     try:
@@ -53,38 +69,50 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint at ``path``, or the latest if that is the root of a run.
-
-    None if there is none.
-    """
+    """Return the checkpoint at ``path`` (or the latest one if it is a root), or None."""
     path = Path(path)
     return path if _has_manifest(path) else latest(path)
 
 
 def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
-    """What to raise where :func:`find_checkpoint` found none."""
+    """Return the error for a ``path`` at which :func:`find_checkpoint` found nothing."""
     return FileNotFoundError(
-        f"there is no checkpoint at {path}; give the folder of a checkpoint or of a run that has saved one"
+        f"there is no checkpoint at {path}; "
+        "give the folder of a checkpoint, or of a run that has saved one"
     )
 
 
 def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint under ``root`` whose files all match their checksums.
 
-    Starts with :func:`latest` and goes back in the order of saving, so an undamaged latest
-    checkpoint is the only one that is read. For one process: in a distributed run call it on rank
-    0, broadcast the path, and pass that to :func:`load` on every rank.
+    Starts with :func:`latest` and goes back in the order of saving, so that an undamaged latest
+    checkpoint is the only one that is read. Not collective: in a distributed run call it on rank 0,
+    broadcast the path, and pass that to :func:`load` on every rank.
 
     Args:
         root: folder of all checkpoints of a run.
 
     Returns:
         The checkpoint's folder, or None if there is no undamaged one; and a sentence for each
-        folder that was skipped, because it is damaged or has no manifest. A folder without a
+        folder that was skipped because it is damaged or has no manifest. A folder without a
         readable manifest may be newer or older than the checkpoint returned.
 
     Raises:
-        OSError: the root or a folder in it may not be read.
+        OSError: permission to read the root or a folder in it is denied.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, newest_good, save
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> old, new = (save("checkpoints", step, model, optimizer) for step in (100, 200))
+        >>> (new / ".metadata").unlink()
+        >>> path, skipped = newest_good("checkpoints")
+        >>> print(path)
+        checkpoints/step-00000100
+        >>> skipped
+        ['the checkpoint checkpoints/step-00000200 is damaged: .metadata is missing']
     """
     root = Path(root)
     first = latest(root)
@@ -107,17 +135,32 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
 def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
     """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest.
 
-    For one process.
+    Not collective: call it on one process.
 
-    A kill at any point leaves each checkpoint whole or gone. Folders without a manifest are left
-    alone. A checkpoint that cannot be removed, for example because it is another user's, is a
-    warning; the others are removed.
+    If the process is killed, each checkpoint is complete or gone. Folders without a manifest are
+    left alone. A checkpoint that cannot be removed, for example because another user owns it,
+    causes a warning; the others are removed.
+
+    Args:
+        root: folder of all checkpoints of a run.
+        keep: number of checkpoints to keep, at least 1.
 
     Returns:
         The folders removed, oldest first.
 
     Raises:
         ValueError: ``keep`` is less than 1.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, prune, save
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> for step in (100, 200, 300):
+        ...     path = save("checkpoints", step, model, optimizer)
+        >>> [path.name for path in prune("checkpoints", keep=1)]
+        ['step-00000100', 'step-00000200']
     """
     if keep < 1:
         raise ValueError(f"Invalid keep: {keep}; it must be at least 1")
@@ -129,7 +172,7 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
 def complete_checkpoints(root: Path) -> list[Path]:
     """Return the complete checkpoints in the order of saving.
 
-    One whose manifest is damaged counts as older than all others.
+    A checkpoint with a damaged manifest counts as older than all others.
     """
     found = [path for path in _named_as_checkpoints(root) if _has_manifest(path)]
     return sorted(found, key=lambda path: (_serial(path), path))
@@ -138,7 +181,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
 def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """Return serial number and folder of each checkpoint that may be read, in the order of saving.
 
-    Nobody can say how old the others are, and they are no reason for a save to fail.
+    The age of unreadable checkpoints is unknown, and a save must not fail because of them.
     """
     found = []
     for path in _named_as_checkpoints(root):
@@ -154,13 +197,13 @@ def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def incomplete_checkpoints(root: Path) -> list[Path]:
     """Return the folders that have a checkpoint's name but no manifest, by name.
 
-    No save leaves one: a copy or a removal was cut short.
+    A save never leaves one: a copy or a removal was interrupted.
     """
     return sorted(path for path in _named_as_checkpoints(root) if not _has_manifest(path))
 
 
 def _named_as_checkpoints(root: Path) -> list[Path]:
-    """Return the folders, and links, that have a checkpoint's name."""
+    """Return the folders and links that have a checkpoint's name."""
     try:
         with os.scandir(root) as entries:
             named = [entry for entry in entries if _NAME.fullmatch(entry.name)]
@@ -172,7 +215,7 @@ def _named_as_checkpoints(root: Path) -> list[Path]:
 def _has_manifest(path: Path) -> bool:
     """Return whether the folder has a manifest.
 
-    Unlike ``Path.is_file`` in some versions of Python, raise if that cannot be seen.
+    Raises if permission is denied, unlike ``Path.is_file`` in some versions of Python.
     """
     try:
         return stat.S_ISREG(os.stat(path / MANIFEST).st_mode)
@@ -181,22 +224,22 @@ def _has_manifest(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint. It disappears by one rename; of a link, the target is left alone.
+    """Remove a checkpoint by one rename; the target of a link is left alone.
 
     Raises:
-        OSError: it cannot be removed; nothing has changed.
+        OSError: the checkpoint cannot be removed; nothing has changed.
     """
     if path.is_symlink():
         path.unlink()
         return
     hidden = path.with_name(f"{REMOVED}{path.name}{unique_suffix()}")
     os.rename(path, hidden)
-    sync_folder(path.parent)  # what is missing from it must not be on the disk before its new name
+    sync_folder(path.parent)  # the new name must reach the disk before the files go
     discard(hidden)
 
 
 def remove_all(paths: list[Path]) -> list[Path]:
-    """Remove checkpoints, and warn of those that cannot be removed. Return those that were."""
+    """Remove checkpoints, warn of those that cannot be removed, and return the others."""
     removed = []
     for path in paths:
         try:
@@ -209,42 +252,37 @@ def remove_all(paths: list[Path]) -> list[Path]:
                 stacklevel=2,
             )
             continue
+        logger.debug("removed older checkpoint %s", path)
         removed.append(path)
     return removed
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, file or link that nobody reads, as far as possible.
-
-    Warn if something is left.
-    """
+    """Remove a folder, file or link that nobody reads; warn if something is left."""
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
             return
         shutil.rmtree(path, ignore_errors=True)  # frees what it can
         if os.path.lexists(path):
-            shutil.rmtree(path)  # says why it cannot
+            shutil.rmtree(path)  # raises the reason
     except FileNotFoundError:
         pass  # another process removes it too
     except OSError as error:
         warnings.warn(
-            f"{path} is left over and could not be removed ({error}); remove it yourself",
+            f"the leftover {path} could not be removed ({error}); remove it yourself",
             stacklevel=2,
         )
 
 
 def unique_suffix() -> str:
-    """Return the end of a temporary name: which machine made it, and a random token."""
+    """Return the suffix of a temporary name: the machine, and a random token."""
     return f"-{machine()}-{secrets.token_hex(4)}"
 
 
 @functools.cache
 def machine() -> str:
-    """Return 8 hexadecimal digits for this boot of this machine.
-
-    Processes in its containers share them.
-    """
+    """Return 8 hexadecimal digits that identify this boot of this machine, also in containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -261,7 +299,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's list of names to the disk, if its file system can do that."""
+    """Flush a folder's entries to the disk, if its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -273,7 +311,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _serial(path: Path) -> int:
-    """Return the serial number of a checkpoint, 0 if its manifest is damaged or gone."""
+    """Return the serial number of a checkpoint, 0 if its manifest is damaged or missing."""
     try:
         return read_manifest(path).serial
     except (OSError, ValueError):

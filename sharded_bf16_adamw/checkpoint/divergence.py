@@ -27,10 +27,10 @@ from ..sharding.checksum import checksums
 from ..sharding.dtensor import replica_groups, to_local
 from ..sharding.replicas import Replica, find_differences
 from .blocks import local_blocks
-from .plain import encode
-from .rank_errors import Group, gather_everywhere, global_rank, raise_on_all_ranks, rank, world_size
+from .manifest import encode
+from .rank_errors import Group, all_gather_object, global_rank, raise_on_all_ranks, rank, world_size
 from .rank_names import RankNames
-from .state_dict import MODEL, STATE, Contents, fqn_of, with_stages
+from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 
 MeshRanks = tuple[int, ...]
 
@@ -93,8 +93,8 @@ class _Inventory(NamedTuple):
 
 
 def resolve_divergence(
-    contents: Contents, names: RankNames, group: Group, on_divergence: str | None
-) -> Contents:
+    contents: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
+) -> CheckpointState:
     """Return what this rank saves: each name once, or under one name for each stage. Collective.
 
     Args:
@@ -147,7 +147,7 @@ def resolve_divergence(
                 stacklevel=3,
             )
         tensors = {key: value for key, value in contents.tensors.items() if key not in left_out}
-        contents = Contents(tensors, contents.plain, contents.groups)
+        contents = CheckpointState(tensors, contents.plain, contents.groups)
     if between_stages:
         names.mark_stage_names(map(fqn_of, between_stages))
         contents = with_stages(contents, names)
@@ -155,7 +155,7 @@ def resolve_divergence(
 
 
 def find_divergences(
-    contents: Contents, group: Group, stage: int | None, params: list[str]
+    contents: CheckpointState, group: Group, stage: int | None, params: list[str]
 ) -> Divergences:
     """Compare tensors of the same key between ranks. Collective; all ranks get the same result.
 
@@ -188,14 +188,14 @@ def find_divergences(
         numbers = checksums([replica.tensor for replica in replicas])
     partial = {key: ranks for key, ranks in mesh_ranks.items() if ranks and ranks != all_ranks}
     inventory = _Inventory(plain, partial, params)
-    digests = gather_everywhere(_digest(stage, inventory), group)
+    digests = all_gather_object(_digest(stage, inventory), group)
     unshared: Divergence | None = None
     within: list[Divergence] = []
     between: set[str] = set()
     if len(set(digests)) > 1:
         own = rank(group)
         is_first = digests.index(digests[own]) == own  # sends for all ranks with the same digest
-        sent = gather_everywhere(inventory if is_first else None, group)
+        sent = all_gather_object(inventory if is_first else None, group)
         inventories = [sent[digests.index(digest)] or _Inventory({}, {}, []) for digest in digests]
         unshared = _find_unshared([set(other.params) for other in inventories])
         ambiguous = _held_outside_mesh(inventories)
@@ -203,7 +203,7 @@ def find_divergences(
             own_shards = _fingerprints(
                 {key: tensors[key] for key in ambiguous if key in tensors and mesh_ranks[key]}
             )
-        gathered = gather_everywhere((stage, own_shards), group)
+        gathered = all_gather_object((stage, own_shards), group)
         fingerprints = [
             {**other.plain, **shards}
             for other, (_, shards) in zip(inventories, gathered, strict=True)
@@ -216,7 +216,7 @@ def find_divergences(
     ]
     within += {
         key: Divergence(key, (first, second))
-        for of_rank in gather_everywhere(differing_replicas, group)
+        for of_rank in all_gather_object(differing_replicas, group)
         for key, first, second in of_rank
     }.values()
     return Divergences(within, sorted(between), unshared)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .async_save import wait_for_own_saves
 from .directory import sync_folder
 from .extra_state import PART
-from .rank_errors import Group, by_first_rank, check_group
+from .rank_errors import Group, call_on_first_rank, check_group
 from .reader import CheckpointReader
 from .safetensors_io import DTYPE_NAMES, write_sharded
 from .state_dict import MODEL, STATE
@@ -100,7 +100,7 @@ def export_fp32(
         _export(path, out, dtype, max_shard_bytes, progress)
         return str(out)
 
-    return Path(by_first_rank("export_fp32", out, export, group))
+    return Path(call_on_first_rank("export_fp32", out, export, group))
 
 
 def _export(

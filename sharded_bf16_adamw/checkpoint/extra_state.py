@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..sharding.dtensor import to_local
-from .manifest import Manifest
+from .manifest import Manifest, decode
 from .names import clean_fqn, unwrap
-from .plain import decode
 
 MODEL, ENTRY = "model.", "optimizer.entry."
 PART = ":"  # separates a quantised tensor's key from its parts: model.layer.weight:scale

@@ -21,17 +21,19 @@ from .export import Progress, split
 from .extra_state import is_wrapper_subclass
 from .foreign_formats import WeightsSource, open_optimizer_state, open_weights
 from .groups import match_groups
-from .plain import as_tensor
-from .rank_errors import by_first_rank, check_group, known_elsewhere, raise_on_all_ranks
+from .manifest import as_tensor
+from .names import has_fsdp1
+from .optimizer_state import (
+    check_model_and_optimizer,
+    init_frozen_states,
+    init_state,
+    rollback_new_state,
+)
+from .rank_errors import call_on_first_rank, check_group, known_on_other_ranks, raise_on_all_ranks
 from .rank_names import RankNames
 from .saving import save
 from .ties import bitwise_equal, find_ties
-from .torch_state import (
-    check_model_and_optimizer,
-    has_fsdp1,
-    init_frozen_states,
-    init_state,
-    new_states_only_if_it_succeeds,
+from .torch_state_dict import (
     set_sharded_model_state,
     set_sharded_optimizer_state,
     sharded_model_state,
@@ -125,7 +127,7 @@ def import_fp32(
     names.adopt_stages(weights.infos)
     imported_state: dict[str, Any] = {}
     imported_groups: list[dict[str, Any]] = []
-    with new_states_only_if_it_succeeds(optimizer):
+    with rollback_new_state(optimizer):
         with raise_on_all_ranks(doing, group):
             init_state(optimizer)
             optimizer_part = sharded_optimizer_state(model, optimizer)
@@ -147,8 +149,8 @@ def import_fp32(
             own_states = {
                 names.to_saved(name): state for name, state in optimizer_part["state"].items()
             }
-        weights_elsewhere = known_elsewhere(set(weights.infos) - own_weights.keys(), group)
-        states_elsewhere = known_elsewhere(set(imported_state) - own_states.keys(), group)
+        weights_elsewhere = known_on_other_ranks(set(weights.infos) - own_weights.keys(), group)
+        states_elsewhere = known_on_other_ranks(set(imported_state) - own_states.keys(), group)
         with raise_on_all_ranks(doing, group):
             source_name = _names_in_source(weights, ties, own_weights, weights_elsewhere)
             if opened is not None:
@@ -235,7 +237,7 @@ def convert_fp32(
         path = _convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
         return str(path)
 
-    return Path(by_first_rank("convert_fp32", root, convert))
+    return Path(call_on_first_rank("convert_fp32", root, convert))
 
 
 def _convert(

@@ -18,27 +18,26 @@ from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
 from .divergence import resolve_divergence
 from .groups import match_groups
-from .manifest import ParamGroup
-from .plain import as_tensor
-from .rank_errors import (
-    Group,
-    check_group,
-    gather_on_rank_0,
-    on_rank_0,
-    raise_on_all_ranks,
-    rank,
-    scatter_from_rank_0,
-)
-from .rank_names import RankNames
-from .state_dict import STATE, Contents, merged, optimizer_contents
-from .torch_state import (
+from .manifest import ParamGroup, as_tensor
+from .names import has_fsdp1
+from .optimizer_state import (
     check_model_and_optimizer,
-    has_fsdp1,
     init_frozen_states,
     init_state,
-    new_states_only_if_it_succeeds,
-    set_sharded_optimizer_state,
+    rollback_new_state,
 )
+from .rank_errors import (
+    Group,
+    call_on_rank_0,
+    check_group,
+    gather_object,
+    raise_on_all_ranks,
+    rank,
+    scatter_object,
+)
+from .rank_names import RankNames
+from .state_dict import STATE, CheckpointState, get_optimizer_state, merge_param_groups
+from .torch_state_dict import set_sharded_optimizer_state
 from .transport import (
     Key,
     ShardInfo,
@@ -102,15 +101,15 @@ def gather_full_state_dict(
     doing = "cannot gather the optimizer state"
     names = _rank_names(doing, model, optimizer, group)
     with raise_on_all_ranks(doing, group):
-        contents = optimizer_contents(model, optimizer, names)
+        contents = get_optimizer_state(model, optimizer, names)
     contents = resolve_divergence(contents, names, group, None)
     tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
     own_groups = [ParamGroup(params, _copy_options(options)) for params, options in contents.groups]
-    groups = merged(gather_on_rank_0(own_groups, group))
+    groups = merge_param_groups(gather_object(own_groups, group))
     full_tensors = _merge_infos(infos_of_ranks)
     with raise_on_all_ranks(doing, group):
         plan = plan_transfers(infos_of_ranks, full_tensors, replicas=False)
-    transfers = scatter_from_rank_0(plan, group)
+    transfers = scatter_object(plan, group)
     if rank(group) != 0:
         for transfer in transfers:
             send(local_block(tensors[transfer.key], transfer, group), 0, group)
@@ -183,16 +182,16 @@ def scatter_full_state_dict(
     """
     doing = "cannot scatter the full state"
     names = _rank_names(doing, model, optimizer, group)
-    saved_names, saved_groups = on_rank_0(doing, lambda: _names_and_groups(full), group)
+    saved_names, saved_groups = call_on_rank_0(doing, lambda: _names_and_groups(full), group)
     names.adopt_stages(saved_names)
-    with new_states_only_if_it_succeeds(optimizer):
+    with rollback_new_state(optimizer):
         with raise_on_all_ranks(doing, group):
             init_state(optimizer)
             init_frozen_states(model, optimizer, saved_names, saved_names, names.to_saved)
-            contents = optimizer_contents(model, optimizer, names)
+            contents = get_optimizer_state(model, optimizer, names)
         tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
         own_params = [params for params, _ in contents.groups]
-        params_of_ranks = gather_on_rank_0(own_params, group)
+        params_of_ranks = gather_object(own_params, group)
         plan: list[list[Transfer]] = []
         with raise_on_all_ranks(doing, group):
             if rank(group) == 0:
@@ -204,7 +203,7 @@ def scatter_full_state_dict(
                 )
                 to_send = {key: info for key, info in infos.items() if key[0] in full["state"]}
                 plan = plan_transfers(infos_of_ranks, to_send, replicas=True)
-    transfers = scatter_from_rank_0(plan, group)
+    transfers = scatter_object(plan, group)
     for transfer in transfers:
         block = None
         if full and rank(group) == 0:
@@ -257,7 +256,7 @@ def _rank_names(
 
 
 def _gather_shard_infos(
-    doing: str, contents: Contents, group: Group
+    doing: str, contents: CheckpointState, group: Group
 ) -> tuple[dict[Key, Tensor], list[dict[Key, ShardInfo]]]:
     """Return this rank's states, and on rank 0 what each rank holds of them. Collective."""
     with raise_on_all_ranks(doing, group):
@@ -270,7 +269,7 @@ def _gather_shard_infos(
         tensors = {_split_key(key): tensor for key, tensor in contents.tensors.items()}
         infos = shard_infos(tensors)
     init_cpu_group(group)
-    return tensors, gather_on_rank_0(infos, group)
+    return tensors, gather_object(infos, group)
 
 
 def _split_key(key: str) -> Key:

@@ -1,8 +1,9 @@
-"""``manifest.json``: what a complete checkpoint holds, with the size and checksum of every file and of itself.
+"""``manifest.json``: the content of a checkpoint, with a checksum of every file and of itself.
 
-Checksums are CRC-32 (``zlib.crc32``): in Python's standard library, less work than the cryptographic hashes there, and certain to notice
-any damage that spans no more than 32 bits; other damage passes with a probability of 2^-32. It guards against accidents, not against
-somebody who rewrites files.
+Checksums are CRC-32 (``zlib.crc32``): part of Python's standard library, cheaper than the
+cryptographic hashes there, and certain to detect damage that spans at most 32 bits. Other damage
+passes with a probability of 2^-32. CRC-32 protects from accidents, not from somebody who rewrites
+files.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the folder; 1 had no checksums and kept hyper-parameters as pickles
+FORMAT = 2  # of the folder; 1 had no checksums and stored hyper-parameters as pickles
 BLOCK = 1 << 22  # bytes read at a time
-_UNKNOWN = "0" * 8  # stands for the manifest's own checksum while that is computed
+_UNKNOWN = "0" * 8  # placeholder of the manifest's own checksum while it is computed
+_TUPLE, _TENSOR = "__tuple__", "__tensor__"
 
 
 class FileRecord(NamedTuple):
@@ -29,7 +34,7 @@ class FileRecord(NamedTuple):
 
 
 class ParamGroup(NamedTuple):
-    """A parameter group of the optimizer: the names of its parameters and its options, such as ``lr``, by name."""
+    """A parameter group of the optimizer: FQNs of its parameters, and options such as ``lr``."""
 
     params: list[str]
     options: dict[str, Any]
@@ -37,19 +42,21 @@ class ParamGroup(NamedTuple):
 
 @dataclass
 class Manifest:
-    """What ``manifest.json`` says.
+    """The content of ``manifest.json``.
 
     Attributes:
         step: position of the run.
-        serial: counts the saves under one root, so that of two folders the newer is known even where a resumed run went back in steps.
+        serial: counter of the saves under one root. It orders checkpoints by age also where a
+            resumed run went back in steps.
         world_size: number of ranks that saved.
-        strategy: how the model was sharded, for people to read.
+        strategy: description of the sharding, for people to read.
         versions: of torch and of this package.
-        groups: the optimizer's parameter groups; options encoded as in :mod:`.plain`.
-        values: what else of the model and optimizer is no tensor, by key, encoded likewise.
+        groups: the optimizer's parameter groups, with options encoded by :func:`encode`.
+        values: all values of model and optimizer that are not tensors, by key, encoded likewise.
         extra: the caller's data.
-        files: of every file but the manifest.
-        ties: the names that are one tensor of the model, the one with the optimizer's state first; None where an older version saved.
+        files: records of all files but the manifest.
+        ties: names that share one tensor of the model, the name of the optimizer's state first.
+            None in checkpoints of older versions.
     """
 
     step: int
@@ -64,7 +71,7 @@ class Manifest:
     ties: list[list[str]] | None = None
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Return the file's content."""
         body = {
             "format": FORMAT,
             **self.__dict__,
@@ -79,14 +86,15 @@ class Manifest:
         """Inverse of :meth:`to_bytes`.
 
         Raises:
-            ValueError: the content is damaged, or of another format; says what is wrong, without the file's name.
+            ValueError: the content is damaged or of another format. The message does not name the
+                file.
         """
         try:
             body = json.loads(content)
             checksum = body.pop("checksum")
             version = body.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ValueError("it is damaged: it is not the JSON that a save writes") from None
+            raise ValueError("it is damaged: it is not JSON that save() writes") from None
         if not isinstance(checksum, str) or len(checksum) != len(_UNKNOWN):
             raise ValueError("it is damaged: its checksum is unreadable")
         if crc32_text(zlib.crc32(_with_checksum(content, checksum, _UNKNOWN))) != checksum:
@@ -101,11 +109,11 @@ class Manifest:
         except (KeyError, AttributeError, TypeError):
             understood = False
         if not understood:
-            raise ValueError("it is not what this version writes, although its checksum is right")
+            raise ValueError("its checksum is right, but this version does not write such content")
         foreign = [name for name in files if not is_file_name(name)]
         if foreign:
             raise ValueError(
-                f"it names {foreign[0]!r}, which is no file of the checkpoint's own folder"
+                f"it names {foreign[0]!r}, which is not a file in the checkpoint's folder"
             )
         return manifest
 
@@ -129,17 +137,16 @@ class Manifest:
             self.extra,
             *(group.options for group in self.groups),
         ]
-        return all(
-            isinstance(part, kind) for kind, parts in ((int, numbers), (list, lists), (str, texts), (dict, mappings)) for part in parts
-        )  # fmt: skip
+        typed = ((int, numbers), (list, lists), (str, texts), (dict, mappings))
+        return all(isinstance(part, kind) for kind, parts in typed for part in parts)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at ``path``.
+    """Return the manifest of the checkpoint at ``path``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be read or is damaged.
+        FileNotFoundError: there is no manifest.
+        ValueError: the manifest cannot be read or is damaged.
     """
     try:
         return Manifest.from_bytes((path / MANIFEST).read_bytes())
@@ -152,10 +159,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Compare files with their records, reading each once as a stream.
+    """Compare files with their records. Each file is read once, as a stream.
 
     Returns:
-        A sentence without a full stop for each file that is missing, unreadable or differs; empty where all is well.
+        A sentence without a full stop for each file that is missing, unreadable or different; an
+        empty list if there is none.
     """
     problems = []
     block = memoryview(bytearray(BLOCK))
@@ -184,7 +192,7 @@ def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether ``name``, found in a file from elsewhere, means a file of a given folder and cannot lead out of it."""
+    """Return whether ``name``, read from an untrusted file, stays within a given folder."""
     return (
         isinstance(name, str)
         and Path(name).name == name
@@ -194,10 +202,68 @@ def is_file_name(name: object) -> bool:
 
 
 def crc32_text(crc: int) -> str:
+    """Return a CRC-32 as 8 hexadecimal digits."""
     return f"{crc:08x}"
 
 
 def _with_checksum(content: bytes, old: str, new: str) -> bytes:
-    """Replace the value of the last key, ``checksum``."""
+    """Replace the value of ``checksum``, the last key."""
     before, key, after = content.rpartition(b'"checksum": "')
     return before + key + after.replace(old.encode(), new.encode(), 1)
+
+
+# -------------------------------------------------------------------------------- values in JSON
+
+
+def encode(value: Any) -> Any:
+    """Return plain data as JSON can hold it, without loss.
+
+    Tuples become ``{"__tuple__": [0.9, 0.95]}``; tensors of a few elements, such as a learning
+    rate, ``{"__tensor__": 0.1, "dtype": "float32"}``.
+
+    Args:
+        value: None, bool, int, float, str, a small tensor, or lists, tuples and dicts (with str
+            keys) of them.
+
+    Raises:
+        TypeError: ``value`` contains anything else.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, tuple):
+        return {_TUPLE: [encode(item) for item in value]}
+    if isinstance(value, Tensor):
+        return {_TENSOR: value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: encode(item) for key, item in value.items()}
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def decode(value: Any) -> Any:
+    """Inverse of :func:`encode`.
+
+    Raises:
+        ValueError: ``value`` is not a result of :func:`encode`.
+    """
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict):
+        if _TUPLE in value:
+            return tuple(decode(item) for item in value[_TUPLE])
+        if _TENSOR in value:
+            dtype = getattr(torch, str(value.get("dtype")), None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{value.get('dtype')} is not a dtype of torch")
+            return torch.tensor(value[_TENSOR], dtype=dtype, device="cpu")
+        return {key: decode(item) for key, item in value.items()}
+    return value
+
+
+def as_tensor(value: Any) -> Tensor:
+    """Return a tensor unchanged, and any other value as a tensor on the CPU.
+
+    ``torch.as_tensor`` would move tensors to the default device.
+    """
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")

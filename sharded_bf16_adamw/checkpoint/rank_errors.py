@@ -1,4 +1,7 @@
-"""Ranks that act together: an error on one is raised on all, so that none goes on, or waits, alone."""
+"""Collectives on Python objects, and errors that are raised on all ranks instead of one.
+
+A rank that raises alone leaves the others blocked in the next collective.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -17,85 +20,77 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 Result = TypeVar("Result")
-Group = (
-    dist.ProcessGroup | None
-)  # None: all ranks of the default group. Ranks below are those in the group, from 0 on
+# None is the default group. Ranks in this module are group ranks.
+Group = dist.ProcessGroup | None
 
-_POLL_S = 0.05  # seconds between two looks at the store
-_ERRORS = {error.__name__: error for error in (FileExistsError, FileNotFoundError, ValueError)}
-_calls: Counter[str] = Counter()  # of by_first_rank(), by what it was called for
+_POLL_S = 0.05  # interval at which the store is polled
+_SHOWN = 3  # problems listed in one error message
+_calls: Counter[str] = Counter()  # of call_on_first_rank(), by operation, path and ranks
 _on_this_rank_alone: ContextVar[bool] = ContextVar("_on_this_rank_alone", default=False)
 
-
-def rank(group: Group = None) -> int:
-    return 0 if _alone(group) else dist.get_rank(group)
-
-
-def world_size(group: Group = None) -> int:
-    return 1 if _alone(group) else dist.get_world_size(group)
+# ---------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
-def raise_on_all_ranks(doing: str, group: Group = None) -> Iterator[None]:
-    """Raise on every rank if the body failed on any. Collective.
+def raise_on_all_ranks(message: str, group: Group = None) -> Iterator[None]:
+    """Raise on every rank if the body failed on any rank. Collective.
+
+    Args:
+        message: prefix of a RuntimeError, such as ``"cannot save the checkpoint ..."``.
+        group: process group; None for all ranks.
 
     Raises:
-        ValueError: where the first rank that failed did with one; the message is its own.
-        RuntimeError: for all other errors, with ``doing``, the rank and its error.
+        ValueError: the lowest rank that failed raised a ValueError; with its message.
+        RuntimeError: that rank raised any other error; names the rank and its error.
     """
     error: BaseException | None = None
     try:
         yield
     except (Exception, CheckpointException) as caught:  # DCP's is a BaseException
         error = caught
-    outcomes = gather_everywhere(
-        None if error is None else (isinstance(error, ValueError), _one_line(error)), group
-    )
-    for failed_rank, outcome in enumerate(outcomes):
+    packed = None if error is None else _pack_error(error, (ValueError,))
+    for failed_rank, outcome in enumerate(all_gather_object(packed, group)):
         if outcome is not None:
-            raise _as_raised_everywhere(doing, failed_rank, *outcome) from error
+            raise _unpack_error(f"{message}: on rank {failed_rank}, ", *outcome) from error
 
 
-def on_rank_0(doing: str, function: Callable[[], Result], group: Group = None) -> Result:
-    """Call ``function`` on the group's first rank and return its result on every rank; its errors too. Collective."""
-    outcome: list[Any] = [None, None, None]
-    error: Exception | None = None
-    if rank(group) == 0:
-        try:
-            outcome[2] = function()
-        except Exception as caught:
-            error = caught
-            outcome = [isinstance(error, ValueError), _one_line(error), None]
-    if not _alone(group):
-        with _talking(group):
-            dist.broadcast_object_list(outcome, group_src=0, group=group)
-    is_value_error, message, result = outcome
-    if message is not None:
-        raise _as_raised_everywhere(doing, 0, is_value_error, message) from error
-    return result
+def call_on_rank_0(message: str, function: Callable[[], Result], group: Group = None) -> Result:
+    """Call ``function`` on the group's first rank and return its result on every rank.
+
+    Collective. Errors are raised on every rank as by :func:`raise_on_all_ranks`.
+    """
+    result: list[Any] = [None]
+    with raise_on_all_ranks(message, group):
+        if rank(group) == 0:
+            result[0] = function()
+    if not _is_single_process(group):
+        with _explain_failed_collective(group):
+            dist.broadcast_object_list(result, group_src=0, group=group)
+    return result[0]
 
 
-def by_first_rank(
+def call_on_first_rank(
     what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None
 ) -> str:
-    """Call ``function`` on the group's first rank, without the other ranks' help, and wait for it on every rank that calls.
+    """Call ``function`` on the group's first rank, and block every other rank that calls.
 
-    Not collective: the first rank waits for nobody, so a call on that rank alone is complete as well. The outcome travels
-    through the store of the default process group, which needs no receiver.
+    Not collective: the first rank waits for nobody, so that it may also call alone. The result
+    travels through the store of the default process group, which needs no receiver.
 
     Args:
-        what: names the operation in messages.
-        path: what it writes to; calls for the same path are counted on each rank.
-        function: must need no other rank; within it, collectives of this module are of one rank.
+        what: the operation's name in messages.
+        path: what the operation writes. Each rank counts its calls for the same path.
+        function: must need no other rank. Collectives of this module are local within it.
         group: process group; None for all ranks.
 
     Returns:
-        What ``function`` returned.
+        The result of ``function``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: ``function`` raised one; on every rank that calls.
-        RuntimeError: it raised another error (which the first rank raises as it is), or the first rank has not called within
-            the timeout of the process group.
+        FileExistsError, FileNotFoundError, ValueError: ``function`` raised one; on every rank that
+            calls.
+        RuntimeError: ``function`` raised another error (which the first rank raises unchanged), or
+            the first rank did not call within the timeout of the process group.
     """
     if world_size(group) == 1:
         return function()
@@ -111,8 +106,8 @@ def by_first_rank(
         try:
             result = function()
         except BaseException as error:
-            kind = next((name for name, known in _ERRORS.items() if isinstance(error, known)), "")
-            store.set("outcome", json.dumps([kind, str(error) if kind else _one_line(error)]))
+            kept = (FileExistsError, FileNotFoundError, ValueError)
+            store.set("outcome", json.dumps(_pack_error(error, kept)))
             raise
         finally:
             _on_this_rank_alone.reset(token)
@@ -120,29 +115,133 @@ def by_first_rank(
         return result
     if not _is_set(store, "started", _timeout(store)):
         raise RuntimeError(
-            f"rank {ranks[0]} has not called {what} for {path} within {_timeout(store)}; call it on every rank, or on rank {ranks[0]} alone"
+            f"rank {ranks[0]} has not called {what} for {path} within {_timeout(store)}; "
+            f"call it on every rank, or on rank {ranks[0]} alone"
         )
-    _is_set(store, "outcome", None)  # an export may take hours
+    _is_set(store, "outcome", None)  # no timeout: an export may take hours
     kind, text = json.loads(store.get("outcome"))
     if kind is not None:
-        raise (
-            _ERRORS[kind](text)
-            if kind
-            else RuntimeError(f"{what} failed on rank {ranks[0]}: {text}")
-        )
+        raise _unpack_error(f"{what} failed on rank {ranks[0]}: ", kind, text)
     return str(text)
 
 
+def join_problems(problems: Sequence[str], noun: str = "differences") -> str:
+    """Join the first problems of a list for an error message, and count the others.
+
+    Example::
+
+        >>> join_problems(["a", "b", "c", "d", "e"])
+        'a; b; c (and 2 more differences)'
+    """
+    more = f" (and {len(problems) - _SHOWN} more {noun})" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
+def _pack_error(error: BaseException, kept: tuple[type[Exception], ...]) -> tuple[str, str]:
+    """Return an error as the name of its type in ``kept``, or "", and one line of text."""
+    kind = next((known.__name__ for known in kept if isinstance(error, known)), "")
+    return kind, str(error) if kind and not isinstance(error, ValueError) else _one_line(error)
+
+
+def _unpack_error(prefix: str, kind: str, text: str) -> Exception:
+    """Inverse of :func:`_pack_error`; errors of other types become a RuntimeError."""
+    kinds = {known.__name__: known for known in (FileExistsError, FileNotFoundError, ValueError)}
+    return kinds[kind](text) if kind else RuntimeError(f"{prefix}{text}")
+
+
+def _one_line(error: BaseException) -> str:
+    """Return type and first line of an error; of a ValueError the line alone."""
+    if isinstance(error, CheckpointException):  # collects the errors of all ranks
+        failures = error.failures
+        if failures:
+            error = failures[min(failures)][0]
+    text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
-def _talking(group: Group) -> Iterator[None]:
-    """Say what a failed exchange means, which torch does not."""
+def _explain_failed_collective(group: Group) -> Iterator[None]:
+    """Raise torch's error of a failed collective with its likely causes."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {dist.get_rank()} and {world_size(group) - 1} others could not talk to each other about a checkpoint: one has died or "
-            "hangs, or has not called the same function; call it on every rank, or give group= where only some ranks hold the model"
+            f"a collective of rank {dist.get_rank()} and {world_size(group) - 1} other ranks about "
+            "a checkpoint failed: a rank has died, hangs or has not called the same function; "
+            "call it on every rank, or pass group= where only some ranks hold the model"
         ) from error
+
+
+# ----------------------------------------------------------------------------------- collectives
+
+
+def rank(group: Group = None) -> int:
+    """Return this process's rank in ``group``, 0 without a process group."""
+    return 0 if _is_single_process(group) else dist.get_rank(group)
+
+
+def world_size(group: Group = None) -> int:
+    """Return the number of ranks in ``group``, 1 without a process group."""
+    return 1 if _is_single_process(group) else dist.get_world_size(group)
+
+
+def global_rank(group_rank: int, group: Group = None) -> int:
+    """Return the rank in the default group of a rank of ``group``."""
+    return group_rank if group is None else dist.get_global_rank(group, group_rank)
+
+
+def all_gather_object(value: Result, group: Group = None) -> list[Result]:
+    """Return the values of all ranks, in rank order. Collective."""
+    if _is_single_process(group):
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    with _explain_failed_collective(group):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_object(value: Result, group: Group = None) -> list[Result]:
+    """Return the values of all ranks on rank 0, an empty list on the others. Collective."""
+    if _is_single_process(group):
+        return [value]
+    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
+    with _explain_failed_collective(group):
+        dist.gather_object(value, values, group_dst=0, group=group)
+    return values or []
+
+
+def scatter_object(values: list[Result], group: Group = None) -> Result:
+    """Return this rank's element of rank 0's ``values``. Collective."""
+    if _is_single_process(group):
+        return values[0]
+    received: list[Any] = [None]
+    with _explain_failed_collective(group):
+        dist.scatter_object_list(
+            received, values if rank(group) == 0 else None, group_src=0, group=group
+        )
+    return received[0]
+
+
+def known_on_other_ranks(unknown: set[str], group: Group = None) -> set[str]:
+    """Return the names unknown to this rank that another rank knows. Collective.
+
+    Pipeline stages and experts have such names.
+    """
+    return unknown - unknown.intersection(*all_gather_object(unknown, group))
+
+
+def _is_single_process(group: Group) -> bool:
+    """Return whether this process communicates with no other.
+
+    Raise if its process group was destroyed: the process must not publish its part of a checkpoint
+    as the whole.
+    """
+    if group is not None and not dist.is_initialized():
+        raise RuntimeError(
+            "the process group was destroyed before the checkpoint was complete; "
+            "call wait_for_save() before dist.destroy_process_group()"
+        )
+    return not dist.is_initialized() or _on_this_rank_alone.get()
 
 
 def _is_set(store: dist.Store, key: str, timeout: timedelta | None) -> bool:
@@ -159,112 +258,52 @@ def _timeout(store: dist.Store) -> timedelta:
     return store.timeout  # type: ignore[attr-defined]  # missing in torch's stub
 
 
-def gather_everywhere(value: Result, group: Group = None) -> list[Result]:
-    """What each rank gave, in the order of ranks. Collective."""
-    if _alone(group):
-        return [value]
-    values: list[Any] = [None] * world_size(group)
-    with _talking(group):
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def gather_on_rank_0(value: Result, group: Group = None) -> list[Result]:
-    """What each rank gave, on rank 0; elsewhere an empty list. Collective."""
-    if _alone(group):
-        return [value]
-    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    with _talking(group):
-        dist.gather_object(value, values, group_dst=0, group=group)
-    return values or []
-
-
-def scatter_from_rank_0(values: list[Result], group: Group = None) -> Result:
-    """Inverse of :func:`gather_on_rank_0`."""
-    if _alone(group):
-        return values[0]
-    received: list[Any] = [None]
-    with _talking(group):
-        dist.scatter_object_list(
-            received, values if rank(group) == 0 else None, group_src=0, group=group
-        )
-    return received[0]
+# ------------------------------------------------------------------------------ argument checks
 
 
 def check_group(group: Any) -> None:
-    """Raise ValueError unless ``group`` is a process group that this rank is in, or None for all ranks."""
+    """Raise ValueError unless ``group`` is None or a process group that has this rank."""
     if group is None:
         return
-    is_member = (
-        group != dist.GroupMember.NON_GROUP_MEMBER
-    )  # what new_group() returns on the ranks that are not in it
+    # new_group() returns NON_GROUP_MEMBER on ranks outside the group
+    is_member = group != dist.GroupMember.NON_GROUP_MEMBER
     if is_member and not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"group must be a process group or None, but it is of type {type(group).__name__}; use mesh.get_group() of a DeviceMesh"
+            f"group must be a process group or None, but it is of type {type(group).__name__}; "
+            "use mesh.get_group() of a DeviceMesh"
         )
     if not is_member or dist.get_rank(group) < 0:
         raise ValueError(
-            "this rank is not in the process group given as group; call it on the ranks of the group alone"
+            "this rank is not in the process group given as group; "
+            "call the function on the ranks of the group alone"
         )
 
 
-def same_on_every_rank(arguments: dict[str, Any], group: Group = None) -> None:
-    """Raise ValueError on every rank unless all pass the same values, by what messages call them. Collective."""
-    rows = gather_everywhere(list(arguments.values()), group)
+def check_same_on_all_ranks(arguments: dict[str, Any], group: Group = None) -> None:
+    """Raise ValueError on every rank unless all ranks pass equal values. Collective.
+
+    Args:
+        arguments: values by their names in messages.
+        group: process group; None for all ranks.
+    """
+    rows = all_gather_object(list(arguments.values()), group)
     for index, row in enumerate(rows):
-        for what, first, other in zip(arguments, rows[0], row, strict=True):
+        for name, first, other in zip(arguments, rows[0], row, strict=True):
             if other != first:
                 raise ValueError(
-                    f"ranks give different values of {what}: {first!r} on rank {global_rank(0, group)} and {other!r} on rank "
-                    f"{global_rank(index, group)}; give the same on all ranks, and with models on parts of the job each part's group="
+                    f"ranks give different values of {name}: {first!r} on rank "
+                    f"{global_rank(0, group)} and {other!r} on rank {global_rank(index, group)}; "
+                    "pass the same value on all ranks, and group= if each part of the job has a "
+                    "model of its own"
                 )
 
 
-def as_path(what: str, value: Any) -> Path:
-    """Return a path from what a caller gave, or raise ValueError."""
+def as_path(name: str, value: Any) -> Path:
+    """Return the argument ``name`` as a path, or raise ValueError."""
     try:
         return Path(value)
     except TypeError:
         raise ValueError(
-            f"{what} must be a path, but it is of type {type(value).__name__}; give a str or a pathlib.Path"
+            f"{name} must be a path, but it is of type {type(value).__name__}; "
+            "pass a str or a pathlib.Path"
         ) from None
-
-
-def known_elsewhere(unknown: set[str], group: Group = None) -> set[str]:
-    """Return those of the names unknown to this rank that another rank knows (pipeline stages, experts). Collective."""
-    return unknown - unknown.intersection(*gather_everywhere(unknown, group))
-
-
-def global_rank(rank_in_group: int, group: Group = None) -> int:
-    """Return the rank in the default group of a rank of ``group``."""
-    return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)
-
-
-def _alone(group: Group) -> bool:
-    """Whether this process has nobody to agree with. One whose group was destroyed must not take itself for that: it would publish its
-    part of a checkpoint as the whole."""
-    if group is not None and not dist.is_initialized():
-        raise RuntimeError(
-            "the process group was destroyed before this was done; call wait_for_save() before dist.destroy_process_group()"
-        )
-    return not dist.is_initialized() or _on_this_rank_alone.get()
-
-
-def _as_raised_everywhere(
-    doing: str, failed_rank: int, is_value_error: bool, message: str
-) -> Exception:
-    return (
-        ValueError(message)
-        if is_value_error
-        else RuntimeError(f"{doing}: on rank {failed_rank}, {message}")
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    """The type and first line of an error; of DCP's, which collects those of all ranks, the first of them."""
-    if isinstance(error, CheckpointException):
-        failures = error.failures
-        if failures:
-            error = failures[min(failures)][0]
-    text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-    return (text.splitlines() or [type(error).__name__])[0]

@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from .blocks import Block
 from .dcp_storage import METADATA, read_metadata
 from .directory import find_checkpoint, no_checkpoint
-from .manifest import MANIFEST, find_damage, read_manifest
-from .plain import decode
+from .manifest import MANIFEST, decode, find_damage, read_manifest
 from .safetensors_io import TensorInfo
 
 

@@ -1,8 +1,8 @@
-"""A lock that one save at a time holds on a root, so that a second job there gets an error.
+"""A lock on a root that one save at a time holds, so that a second job there gets an error.
 
-It is an flock: the kernel releases it when its process dies. A network file system may pass it on
-to other hosts, keep it on one host, or have no locks. So nothing relies on the lock alone: every
-temporary name of a save is its own.
+The lock is an flock: the kernel releases it when its process dies. A network file system may share
+it with other hosts, keep it on one host, or have no locks. So nothing relies on the lock alone:
+every temporary name of a save is unique.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 
 class RootLock:
-    """The lock on ``root``, held from construction until :meth:`release`.
+    """A lock on ``root``, held from construction until :meth:`release`.
 
     Raises:
-        RuntimeError: another save holds it.
-        OSError: the root cannot be written to. With an errno of ``_NO_LOCKS``, its file system has
-        no locks.
+        RuntimeError: another save holds the lock.
+        OSError: the root cannot be written to; or, with an errno of ``_NO_LOCKS``, its file system
+            has no locks.
     """
 
     def __init__(self, root: Path) -> None:
@@ -37,11 +37,11 @@ class RootLock:
                     if writable:
                         _sign(descriptor)
                     self._descriptor = descriptor
-                # else the holder before removed the file after it was opened here
+                # else the previous holder removed the file after this process opened it
             except BlockingIOError:
                 raise RuntimeError(
-                    f"{_signature(descriptor)} is saving to {root} now; give each job a root of its own, "
-                    f"or remove {self._path} if that process no longer exists"
+                    f"{_signature(descriptor)} is saving to {root} now; give each job a root of "
+                    f"its own, or remove {self._path} if that process no longer exists"
                 ) from None
             finally:
                 if self._descriptor == -1:
@@ -53,11 +53,10 @@ class RootLock:
             if _is_at(self._descriptor, self._path):
                 os.unlink(self._path)
         except OSError:
-            pass  # another user made the file, or its disk is gone: it does no harm
+            pass  # another user's file, or a lost disk: harmless
         finally:
-            fcntl.flock(
-                self._descriptor, fcntl.LOCK_UN
-            )  # closing is not enough: a forked process may hold a copy
+            # closing is not enough: a forked process may hold a copy of the descriptor
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
 
 
@@ -72,17 +71,15 @@ def lock_if_possible(root: Path) -> RootLock | None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        if (
-            error.errno != errno.EBADF
-        ):  # that one means another user's file on a network file system
+        if error.errno != errno.EBADF:  # EBADF: another user's file on a network file system
             (root / LOCK).unlink(missing_ok=True)
         return None
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open the lock's file.
+    """Open the lock's file, and return its descriptor and whether it is writable.
 
-    Return its descriptor, and whether it may be written to: it may be another user's.
+    Another user's file is not.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
@@ -100,7 +97,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds the lock."""
+    """Write the holder's process into the lock's file."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 

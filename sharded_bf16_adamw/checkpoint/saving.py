@@ -1,11 +1,13 @@
-"""Write a checkpoint: plan on all ranks, write in parallel, and let it appear at once when everything is on the disk."""
+"""Write a checkpoint: plan on all ranks, write in parallel, and publish once all is on the disk."""
 
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import os
 import reprlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,35 +23,36 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from . import async_save
 from .commit import (
     UNPUBLISHED,
-    abandoned_on_error,
+    abandon_on_error,
     begin,
-    check_arrived,
-    check_shared,
+    check_files_visible,
+    check_folder_visible,
     publish,
     release,
     remove_older,
 )
 from .dcp_storage import ChecksummedWriter
 from .divergence import resolve_divergence
-from .manifest import FileRecord, Manifest, ParamGroup
-from .plain import encode
+from .manifest import FileRecord, Manifest, ParamGroup, encode
+from .optimizer_state import check_model_and_optimizer
 from .rank_errors import (
     Group,
     as_path,
+    call_on_rank_0,
     check_group,
-    gather_on_rank_0,
-    on_rank_0,
+    check_same_on_all_ranks,
+    gather_object,
     raise_on_all_ranks,
     rank,
-    same_on_every_rank,
-    scatter_from_rank_0,
+    scatter_object,
     world_size,
 )
 from .rank_names import RankNames
-from .staging import Staged
-from .state_dict import contents, describe_strategy, merged, rng_contents
-from .ties import merge_ties, find_ties
-from .torch_state import check_model_and_optimizer
+from .staging import StagedPlanner
+from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
+from .ties import find_ties, merge_ties
+
+logger = logging.getLogger("sharded_bf16_adamw")
 
 
 def save(
@@ -64,56 +67,74 @@ def save(
     group: dist.ProcessGroup | None = None,
     on_divergence: str = "raise",
 ) -> Path:
-    """Save a checkpoint to a new folder ``root/step-<step>``. Collective: every rank of ``group`` calls it with the same arguments (of
-    ``step``, ``extra`` and ``keep`` those of its first rank count).
+    """Save a checkpoint to a new folder ``root/step-<step>``.
 
-    Files are written under another name, flushed to the disk, and renamed into place when all ranks are done; then ``LATEST`` is replaced
-    and older checkpoints are removed. Wherever a save fails or is killed, the previous checkpoint stays the latest (or, in its last
-    moments, the new one is), and the next save removes what is left of it.
+    Collective: every rank of ``group`` calls it with the same arguments. ``step``, ``extra`` and
+    ``keep`` count on the group's first rank only.
+
+    Files are written under a temporary name, flushed to the disk, and renamed into place when all
+    ranks are done. Then ``LATEST`` is replaced and older checkpoints are removed. If a save fails
+    or is killed at any point, the previous checkpoint stays the latest (or, at the very end, the
+    new one is), and the next save removes the leftovers.
 
     Before anything is written, every rank must see ``root`` as rank 0 does. Before the checkpoint
-    is published, rank 0 must see every file. An older checkpoint that cannot be removed is a warning.
+    is published, rank 0 must see every file. An older checkpoint that cannot be removed causes a
+    warning.
 
     Args:
         root: folder of all checkpoints of one run, on a file system that every rank sees. While a
-            save is under way, another one to the same root raises; where the file system has no
-            locks, neither harms the other.
-        step: position of the run, not negative. Saving a step again (a run that was resumed from an earlier one comes by) replaces the
-            older save of it; the new folder has a name of its own, such as ``step-00000200-2``.
+            save is in progress, another save to the same root raises. On a file system without
+            locks both proceed, and neither harms the other.
+        step: position of the run, not negative. Saving a step again, as a resumed run does,
+            replaces the older save of that step. The new folder gets a name of its own, such as
+            ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
-        extra: a dict of plain data that :func:`load` gives back, such as the position in the data: what JSON holds, with strings for keys.
-            Tuples come back as lists.
-        keep: how many checkpoints to keep, the last saved first; None keeps all.
+        extra: plain data that :func:`load` returns, such as the position in the data: a dict that
+            JSON can hold, with strings as keys. Tuples come back as lists.
+        keep: number of checkpoints to keep, the last saved first; None keeps all.
         async_: return once this rank's part has been copied to CPU memory, and write in a thread.
-            Training may go on at once. The next ``save`` or ``load`` of this thread, or
-            :func:`wait_for_save`, waits for it and raises its error. Call :func:`wait_for_save`
-            before ``dist.destroy_process_group()``. The memory of the copy is kept for the optimizer's next save.
-        group: the ranks that hold the model, where several models share a job; None for all ranks.
-        on_divergence: what to do where replicas of a tensor differ between ranks, such as the running statistics of BatchNorm:
-            ``"raise"``, or ``"first"`` to save the replica of the first rank, with a warning.
+            Training may continue at once. The next ``save`` or ``load`` of this thread, or
+            :func:`wait_for_save`, waits for the thread and raises its error. Call
+            :func:`wait_for_save` before ``dist.destroy_process_group()``. The memory of the copy
+            is kept for the optimizer's next save.
+        group: the ranks that hold the model, if a job trains several models; None for all ranks.
+        on_divergence: ``"raise"``, or ``"first"`` to save the replica of the first rank with a
+            warning, if replicas of a tensor differ between ranks. The running statistics of
+            BatchNorm do.
 
     Returns:
-        The checkpoint's folder; with ``async_`` what it will be.
+        The checkpoint's folder; with ``async_`` its future path.
 
     Raises:
-        ValueError: an argument is not as above, ranks give different roots, a rank does not see
-            ``root`` as the first rank does, or tensors of one name differ between ranks that
+        ValueError: an argument is invalid, ranks give different roots, a rank does not see ``root``
+            as the first rank does, or tensors of one name differ between ranks that
             ``AdamW_BF16(..., model_parallel=...)`` does not tell apart; nothing is written.
-        RuntimeError: a rank could not write, rank 0 does not see what a rank wrote, another save to
-            ``root`` is under way, or the asynchronous save before failed; earlier checkpoints are
-            untouched.
+        RuntimeError: a rank could not write, rank 0 does not see a file of another rank, another
+            save to ``root`` is in progress, or the previous asynchronous save failed; earlier
+            checkpoints are untouched.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, save
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> path = save("checkpoints", 200, model, optimizer, extra={"tokens": 6400}, keep=3)
+        >>> print(path)
+        checkpoints/step-00000200
     """
+    started = time.monotonic()
     async_save.wait_for_own_saves()
     check_group(group)
-    cannot = f"cannot save a checkpoint in {root}"
-    with raise_on_all_ranks(cannot, group):
+    failed = f"cannot save a checkpoint in {root}"
+    with raise_on_all_ranks(failed, group):
         given = as_path("root", root)
-        root = given.absolute()  # the program may change its folder while a thread writes
+        root = given.absolute()  # the caller may change its working directory while a thread writes
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
         if on_divergence not in ("raise", "first"):
             raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
-    same_on_every_rank({"the folder to save in": str(given), "async_": bool(async_)}, group)
+    check_same_on_all_ranks({"the folder to save in": str(given), "async_": bool(async_)}, group)
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)
@@ -123,46 +144,46 @@ def save(
             raise ValueError(
                 f"Invalid keep: {keep!r}; it must be an integer of at least 1, or None"
             )
-        copy = _copy_of(extra)
+        copied = _copy_extra(extra)
         begun.append((folders := begin(root, position))[0])
-        return position, copy, *(folder.name for folder in folders)
+        return position, copied, *(folder.name for folder in folders)
 
     begun: list[Path] = []  # on rank 0
-    with abandoned_on_error(begun):
-        step, extra, *folders = on_rank_0(cannot, prepare, group)
+    with abandon_on_error(begun):
+        step, extra, *folders = call_on_rank_0(failed, prepare, group)
         partial, final = (root / name for name in folders)
-        cannot = f"cannot save the checkpoint {given / final.name}"
-        with raise_on_all_ranks(cannot, group):
-            check_shared(root, partial, rank(group))
+        failed = f"cannot save the checkpoint {given / final.name}"
+        with raise_on_all_ranks(failed, group):
+            check_folder_visible(root, partial, rank(group))
             names = RankNames(model, optimizer)
         names.number_experts()
-        with raise_on_all_ranks(cannot, group):
-            found = contents(model, optimizer, names)
-        found = resolve_divergence(found, names, group, on_divergence)
-        with raise_on_all_ranks(cannot, group):
-            own_groups = [ParamGroup(params, _encoded(options)) for params, options in found.groups]
-            own_values, strategy = _encoded(found.plain), describe_strategy(model, optimizer)
+        with raise_on_all_ranks(failed, group):
+            state = get_state(model, optimizer, names)
+        state = resolve_divergence(state, names, group, on_divergence)
+        with raise_on_all_ranks(failed, group):
+            own_groups = [ParamGroup(params, _encode(options)) for params, options in state.groups]
+            own_values, strategy = _encode(state.plain), describe_strategy(model, optimizer)
             ties = find_ties(model, names)
-        of_each = gather_on_rank_0((own_groups, own_values, ties), group)
+        of_ranks = gather_object((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
-            groups = merged([groups for groups, _, _ in of_each])
+            groups = merge_param_groups([groups for groups, _, _ in of_ranks])
             values = {
-                key: value for _, values, _ in reversed(of_each) for key, value in values.items()
+                key: value for _, values, _ in reversed(of_ranks) for key, value in values.items()
             }
             manifest = Manifest(
                 step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra
             )
-            manifest.ties = merge_ties([ties for _, _, ties in of_each])
+            manifest.ties = merge_ties([ties for _, _, ties in of_ranks])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         planner, plan, metadata = _plan(
-            {**found.tensors, **rng_contents(group)}, writer, final, group
+            {**state.tensors, **get_rng_state(group)}, writer, failed, group
         )
         if async_:
-            with raise_on_all_ranks(cannot, group):
-                planner = Staged(planner, plan, optimizer)
-        job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest)
+            with raise_on_all_ranks(failed, group):
+                planner = StagedPlanner(planner, plan, optimizer)
+        job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest, started)
         if async_:
             async_save.start(job.run, async_save.borrow_group(group))
         else:
@@ -172,7 +193,7 @@ def save(
 
 @dataclass
 class _Save:
-    """A save that is planned: all that remains is to write. It needs no more of model and optimizer than ``planner`` gives out."""
+    """A planned save, which needs nothing of model and optimizer but the data of ``planner``."""
 
     partial: Path
     final: Path
@@ -182,109 +203,120 @@ class _Save:
     plan: SavePlan
     metadata: Metadata | None  # on rank 0
     manifest: Manifest | None  # on rank 0
+    started: float  # time.monotonic() of the call of save()
 
     def run(self, group: Group) -> None:
-        """Collective over ``group``.
+        """Write and publish. Collective over ``group``.
 
         Raises:
             RuntimeError: a rank could not write.
         """
-        with abandoned_on_error([self.partial]):
+        failed = f"cannot save the checkpoint {self.final}"
+        with abandon_on_error([self.partial]):
             try:
-                with raise_on_all_ranks(f"cannot save the checkpoint {self.final}", group):
+                with raise_on_all_ranks(failed, group):
                     results = self.writer.write_data(self.plan, self.planner).wait()
             finally:
-                if isinstance(self.planner, Staged):
+                if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
-            gathered = gather_on_rank_0((results, self.writer.files), group)
-            with raise_on_all_ranks(f"cannot save the checkpoint {self.final}", group):
+            of_ranks = gather_object((results, self.writer.files), group)
+            with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:
-                    self._finish(
-                        [results for results, _ in gathered], [files for _, files in gathered]
-                    )
+                    self._finish([r for r, _ in of_ranks], [files for _, files in of_ranks])
 
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
-        check_arrived(self.partial, files)
+        check_files_visible(self.partial, files)
         self.writer.finish(self.metadata, results)
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
         publish(self.partial, self.final, self.manifest)
+        logger.info(
+            "published checkpoint %s (%d bytes) %.1f s after the call of save()",
+            self.final,
+            sum(record.bytes for record in self.manifest.files.values()),
+            time.monotonic() - self.started,
+        )
         remove_older(self.final, self.manifest, self.keep)
         release(self.partial)
 
 
 def _plan(
-    tensors: dict[str, Any], writer: ChecksummedWriter, final: Path, group: Group
+    tensors: dict[str, Any], writer: ChecksummedWriter, failed: str, group: Group
 ) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
-    """Agree on who writes what: replicas are written once, by ranks in turn. Collective.
+    """Agree on what each rank writes: replicas once, shared out among the ranks. Collective.
 
     Returns:
-        The planner, which knows the tensors; what this rank writes; and on rank 0 the metadata, which lacks the places in files.
+        The planner of ``tensors``, this rank's plan, and on rank 0 the metadata, which does not yet
+        say where in the files tensors lie.
     """
-    planner, cannot = DefaultSavePlanner(), f"cannot save the checkpoint {final}"
+    planner = DefaultSavePlanner()
     is_first = rank(group) == 0
-    with raise_on_all_ranks(cannot, group):
+    with raise_on_all_ranks(failed, group):
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans = gather_on_rank_0(local_plan, group)
+    plans = gather_object(local_plan, group)
     metadata = None
-    with raise_on_all_ranks(cannot, group):
+    with raise_on_all_ranks(failed, group):
         if is_first:
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
-    return planner, planner.finish_plan(scatter_from_rank_0(plans, group)), metadata
+    return planner, planner.finish_plan(scatter_object(plans, group)), metadata
 
 
 def _integer(value: Any) -> int:
-    """What stands for an integer (also numpy's) as Python's own, and -1 for anything else."""
+    """Return an integer (also one of numpy) as an int, and -1 for any other value."""
     try:
         return int(operator.index(value))
     except TypeError:
         return -1
 
 
-def _copy_of(extra: Any) -> dict[str, Any]:
-    """The caller may change the original while a thread writes."""
+def _copy_extra(extra: Any) -> dict[str, Any]:
+    """Check ``extra`` and copy it: the caller may change it while a thread writes."""
     if extra is None:
         return {}
     if not isinstance(extra, dict):
         raise ValueError(
-            f"extra must be a dict of plain data, but it is of type {type(extra).__name__}; put it into a dict"
+            "extra must be a dict of plain data, but it is of type "
+            f"{type(extra).__name__}; put it into a dict"
         )
     try:
         copy: dict[str, Any] = json.loads(json.dumps(extra))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra must be plain data that JSON can hold: {error}") from error
-    for change in _changes("extra", extra, copy):
+    for change in _json_changes("extra", extra, copy):
         raise ValueError(
-            f"extra must be plain data that JSON gives back as it was: {change}; use strings as keys"
+            f"extra must be plain data that JSON does not change: {change}; use strings as keys"
         )
     return copy
 
 
-def _changes(place: str, value: Any, copy: Any) -> Iterator[str]:
-    """What JSON made something else of: dicts with keys that are no strings. Tuples may become lists, and NaN stays what it is."""
+def _json_changes(place: str, value: Any, copy: Any) -> Iterator[str]:
+    """Yield values that do not round-trip through JSON: dicts with keys other than strings.
+
+    Tuples may become lists. NaN, which differs from itself, does round-trip.
+    """
     if isinstance(value, dict) and value.keys() == copy.keys():
         for key in value:
-            yield from _changes(f"{place}[{key!r}]", value[key], copy[key])
+            yield from _json_changes(f"{place}[{key!r}]", value[key], copy[key])
     elif isinstance(value, (list, tuple)):
         for index, (item, other) in enumerate(zip(value, copy, strict=True)):
-            yield from _changes(f"{place}[{index}]", item, other)
+            yield from _json_changes(f"{place}[{index}]", item, other)
     elif value != copy and value == value:
         yield f"{place} is {reprlib.repr(value)} but would come back as {reprlib.repr(copy)}"
 
 
-def _encoded(values: dict[str, Any]) -> dict[str, Any]:
+def _encode(values: dict[str, Any]) -> dict[str, Any]:
     result = {}
     for key, value in values.items():
         try:
             result[key] = encode(value)
         except TypeError as error:
             raise ValueError(
-                f"{key} cannot be saved: {error}; only tensors and plain data can"
+                f"{key} cannot be saved: {error}; use tensors and plain data"
             ) from None
     return result
 

@@ -1,7 +1,7 @@
-"""Copies in CPU memory of what a rank is to write, so that training may change the originals.
+"""Staging: copies in CPU memory of a rank's part, so that training may change the originals.
 
 The memory belongs to one save at a time. Afterwards it is kept with the optimizer for its next
-asynchronous save: getting it from the operating system takes longer than copying.
+asynchronous save: allocating it takes longer than copying.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.optim import Optimizer
 
-_COPIERS = 4  # threads: training stands still meanwhile, and one core does not reach the memory's full speed
-_Buffers = dict[
-    MetadataIndex, Tensor
-]  # of one rank's part of a checkpoint; pinned where they are copied to from a GPU
-_spare: weakref.WeakKeyDictionary[Optimizer, _Buffers] = (
-    weakref.WeakKeyDictionary()
-)  # of the saves that are done
+# Training is blocked while staging copies, and one core does not reach the memory's full bandwidth.
+_COPY_THREADS = 4
+_Buffers = dict[MetadataIndex, Tensor]  # of one rank; pinned if the original is on a GPU
+_spare: weakref.WeakKeyDictionary[Optimizer, _Buffers] = weakref.WeakKeyDictionary()
 _spare_lock = threading.Lock()
 
 
-class Staged(DefaultSavePlanner):
-    """A planner that gives out copies of what this rank is to write.
+class StagedPlanner(DefaultSavePlanner):
+    """A planner that resolves this rank's write items to copies.
 
     Args:
-        planner: knows the originals.
-        plan: what this rank writes.
-        optimizer: with whom the memory is kept between saves. Without a spare one, as in two saves
-            at once, memory is allocated.
+        planner: the planner that resolves them to the originals.
+        plan: this rank's write items.
+        optimizer: owner of the spare memory between saves. If there is none, as in two concurrent
+            saves, memory is allocated.
     """
 
     def __init__(self, planner: SavePlanner, plan: SavePlan, optimizer: Optimizer) -> None:
@@ -58,16 +55,17 @@ class Staged(DefaultSavePlanner):
                 gpus.add(original.device)
             else:
                 on_cpu.append((buffer, original.detach()))
-        with ThreadPoolExecutor(_COPIERS) as pool:
+        with ThreadPoolExecutor(_COPY_THREADS) as pool:
             list(pool.map(lambda pair: pair[0].copy_(pair[1]), on_cpu))
-        for gpu in gpus:  # not the current one alone, which may be another: each copy was queued where its original lies
+        for gpu in gpus:  # the current GPU may be another one: copies run on the originals' GPUs
             torch.cuda.current_stream(gpu).synchronize()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the copy."""
         return self._buffers[write_item.index]
 
     def give_back(self) -> None:
-        """Keep the memory for the optimizer's next save. The copies are gone."""
+        """Keep the memory for the optimizer's next save, and forget the copies."""
         optimizer, buffers, self._buffers = self._optimizer(), self._buffers, {}
         if optimizer is not None:
             with _spare_lock:

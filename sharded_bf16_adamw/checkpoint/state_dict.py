@@ -1,6 +1,7 @@
-"""What of a model and an optimizer goes to disk, by key: tensors, and plain data beside them.
+"""The tensors and plain values of model and optimizer that go to disk, by key.
 
-Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu`` (see :func:`rng_contents`).
+Keys: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu`` (see
+:func:`get_rng_state`).
 """
 
 from __future__ import annotations
@@ -22,25 +23,23 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sharding.dtensor import to_local
 from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero.config import ZeRO
-from .manifest import ParamGroup
-from .names import named_tensors, clean_fqn, unwrap
 from .extra_state import (
     ENTRY,
     MODEL,
     PART,
+    drop_subclass,
     entry_key,
+    flatten_subclass,
     is_extra_state,
     is_wrapper_subclass,
-    flatten_subclass,
     set_extra_states,
-    drop_subclass,
 )
+from .manifest import ParamGroup
+from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
+from .optimizer_state import non_param_entries, ungrouped_params
 from .rank_errors import Group, rank
 from .rank_names import RankNames
-from .torch_state import (
-    has_fsdp1,
-    other_entries,
-    removed_params,
+from .torch_state_dict import (
     set_sharded_model_state,
     set_sharded_optimizer_state,
     sharded_model_state,
@@ -49,15 +48,18 @@ from .torch_state import (
 
 STATE = "optimizer.state."
 
+# ------------------------------------------------------------------------- model and optimizer
+
 
 @dataclass
-class Contents:
-    """Of a model and an optimizer.
+class CheckpointState:
+    """The part of a checkpoint that this rank saves or loads.
 
     Attributes:
-        tensors: by key; whole, or a DTensor or ShardedTensor of which this rank holds a part.
+        tensors: by key; full tensors, or the DTensor or ShardedTensor that holds this rank's shard.
         plain: other values, by key.
-        groups: the optimizer's parameter groups, whose options do not count as tensors even where one (``lr``) is.
+        groups: the optimizer's parameter groups. Their options are not in ``tensors``, even if one
+            (``lr``) is a tensor.
     """
 
     tensors: dict[str, Any]
@@ -65,179 +67,190 @@ class Contents:
     groups: list[ParamGroup]
 
 
-def contents(model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames) -> Contents:
-    """Return the parts of model and optimizer, which gets its states if it has none at all: the live tensors, except under FSDP1,
-    where it is collective. Keys hold the names that ``names`` gives."""
+def get_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames
+) -> CheckpointState:
+    """Return the state of model and optimizer; an optimizer without any state gets its states.
+
+    Tensors are the live ones, except under FSDP1, where the call is collective. Keys hold the names
+    that ``names`` gives.
+    """
     own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(unwrap(model))}
-    model_part: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
-        model_part.update(
-            flatten_subclass(
-                MODEL + names.to_saved(name),
-                own[name] if is_wrapper_subclass(value) and name in own else value,
-            )
-        )
-    optimizer_part = optimizer_contents(model, optimizer, names, removed=True)
-    tensors = {key: value for key, value in model_part.items() if _is_tensor(value)}
-    plain = {key: value for key, value in model_part.items() if key not in tensors}
-    plain.update(
-        {entry_key(name, entry): entry for name, entry in other_entries(optimizer).items()}
-    )
-    return Contents(
+        live = own[name] if is_wrapper_subclass(value) and name in own else value
+        _split(flatten_subclass(MODEL + names.to_saved(name), live), tensors, plain)
+    optimizer_part = get_optimizer_state(model, optimizer, names, ungrouped=True)
+    for name, entry in non_param_entries(optimizer).items():
+        plain[entry_key(name, entry)] = entry
+    return CheckpointState(
         {**tensors, **optimizer_part.tensors},
         {**plain, **optimizer_part.plain},
         optimizer_part.groups,
     )
 
 
-def optimizer_contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, removed: bool = False
-) -> Contents:
-    """Return the optimizer's part of :func:`contents`, without entries of no parameter; ``removed`` as for
-    :func:`.torch_state.sharded_optimizer_state`."""
-    state_dict = sharded_optimizer_state(model, optimizer, removed)
-    values: dict[str, Any] = {}
+def get_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, ungrouped: bool = False
+) -> CheckpointState:
+    """Return the optimizer's part of :func:`get_state`, without entries of no parameter.
+
+    ``ungrouped`` is that of :func:`.torch_state_dict.sharded_optimizer_state`.
+    """
+    state_dict = sharded_optimizer_state(model, optimizer, ungrouped)
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
-        flat = _flat(f"{STATE}{names.to_saved(fqn)}", state)
-        values.update({key: drop_subclass(value) for key, value in flat.items()})
-    tensors = {key: value for key, value in values.items() if _is_tensor(value)}
-    plain = {key: value for key, value in values.items() if key not in tensors}
+        flat = _flatten(f"{STATE}{names.to_saved(fqn)}", state)
+        _split({key: drop_subclass(value) for key, value in flat.items()}, tensors, plain)
     groups = [
         ParamGroup(list(map(names.to_saved, group.pop("params"))), group)
         for group in state_dict["param_groups"]
     ]
-    return Contents(tensors, plain, groups)
+    return CheckpointState(tensors, plain, groups)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Tensor, ShardedTensor))
+def _split(values: dict[str, Any], tensors: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Add values to ``tensors`` or to ``plain``."""
+    for key, value in values.items():
+        (tensors if isinstance(value, (Tensor, ShardedTensor)) else plain)[key] = value
 
 
-def with_stages(found: Contents, names: RankNames) -> Contents:
-    """Return the same with the names that :meth:`RankNames.mark_stage_names` has changed since."""
-
-    def renamed(values: dict[str, Any]) -> dict[str, Any]:
-        return {_with_fqn(key, names.with_stage): value for key, value in values.items()}
-
-    groups = [
-        ParamGroup(list(map(names.with_stage, group.params)), group.options) for group in found.groups
-    ]
-    return Contents(renamed(found.tensors), renamed(found.plain), groups)
-
-
-def merged(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
-    """Merge the groups of all ranks, each parameter once: groups at the same place with the same options become one. Those
-    without parameters are rank 0's."""
-    result: list[ParamGroup] = []
-    places: list[int] = []
-    seen: set[str] = set()
-    for holder, groups in enumerate(groups_of_ranks):
-        for place, (params, options) in enumerate(groups):
-            new = [fqn for fqn in params if fqn not in seen]
-            seen.update(new)
-            known = next(
-                (
-                    group
-                    for group, at in zip(result, places, strict=True)
-                    if at == place and group.options == options
-                ),
-                None,
-            )
-            if known is not None:
-                known.params.extend(new)
-            elif new or (holder == 0 and not params):
-                result.append(ParamGroup(new, options))
-                places.append(place)
-    return result
-
-
-def set_contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents, names: RankNames
+def set_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, names: RankNames
 ) -> None:
-    """Inverse of :func:`contents`. Tensors that are the model's and optimizer's own are there already."""
+    """Inverse of :func:`get_state`. Live tensors already hold their values."""
     flat = {
         _with_fqn(key, names.to_local): value
-        for key, value in {**values.tensors, **values.plain}.items()
+        for key, value in {**state.tensors, **state.plain}.items()
     }
     own = _section(MODEL, flat)
-    if _are_live(model, optimizer, values):
+    if _are_live(model, optimizer, state):
         set_extra_states(
             model, {name: value for name, value in own.items() if is_extra_state(name)}
         )
-        _set_options(optimizer, values.groups)
+        _set_options(optimizer, state.groups)
     else:
         set_sharded_model_state(
             model, {name: value for name, value in own.items() if PART not in name}
         )
         groups = [
             {"params": list(map(names.to_local, params)), **options}
-            for params, options in values.groups
+            for params, options in state.groups
         ]
-        state = _nested(
-            _section(STATE, flat), {*own, *chain(*(group["params"] for group in groups))}
-        )
+        known = {*own, *chain(*(group["params"] for group in groups))}
         set_sharded_optimizer_state(
-            model, optimizer, {"state": state, "param_groups": groups}, removed=True
+            model,
+            optimizer,
+            {"state": _unflatten(_section(STATE, flat), known), "param_groups": groups},
+            ungrouped=True,
         )
-        for live, group in zip(optimizer.param_groups, values.groups, strict=True):
+        for live, group in zip(optimizer.param_groups, state.groups, strict=True):
             for name, value in group.options.items():
-                live.setdefault(name, value)  # of the options torch loads those that are here
+                live.setdefault(name, value)  # torch loads only options that the group already has
     entries: dict[Any, Any] = optimizer.state
-    entries.update(_section(ENTRY, values.plain))
+    entries.update(_section(ENTRY, state.plain))
 
 
-def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, values: Contents) -> bool:
-    """Whether all values are tensors in the memory of the model and optimizer, of which each has as many; not so under FSDP1."""
-    if any(key.startswith(STATE) for key in values.plain) or has_fsdp1(model):
+def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> bool:
+    """Return whether ``state`` is exactly the memory of the model's and optimizer's tensors.
+
+    Never so under FSDP1.
+    """
+    if any(key.startswith(STATE) for key in state.plain) or has_fsdp1(model):
         return False
     params = [
         param for group in optimizer.param_groups for param in group["params"]
-    ] + removed_params(model, optimizer)
+    ] + ungrouped_params(model, optimizer)
     states = [value for param in params for value in optimizer.state.get(param, {}).values()]
     of_model = {
         _address(part)
         for tensor in chain(model.parameters(), model.buffers())
         for part in flatten_subclass("", tensor).values()
     }
-    given = {_address(value) for key, value in values.tensors.items() if key.startswith(STATE)}
+    given = [_address(value) for key, value in state.tensors.items() if key.startswith(STATE)]
     return (
         all(
             _address(value) in of_model
-            for key, value in values.tensors.items()
+            for key, value in state.tensors.items()
             if key.startswith(MODEL) and not is_extra_state(key)
         )
-        and given == {_address(value) for value in states}
-        and len(states) == sum(key.startswith(STATE) for key in values.tensors)
+        and set(given) == {_address(value) for value in states}
+        and len(states) == len(given)
     )
 
 
 def _address(value: Any) -> tuple[int, int]:
-    """Where this rank's part of a tensor lies; nothing distinguishes empty ones."""
+    """Return address and numel of this rank's shard; empty shards are all alike."""
     local = to_local(value) if isinstance(value, Tensor) else torch.empty(0, device="cpu")
     return (local.data_ptr(), local.numel()) if local.numel() else (0, 0)
 
 
 def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> None:
-    """Load groups as the optimizer loads a state dict, with its checks and hooks, but leave the states where they are."""
+    """Load groups with ``load_state_dict``, for its checks and hooks, and keep the states."""
     states = dict(optimizer.state)
-    places = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+    indices = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
     loaded = [
-        {**here.options, "params": [next(places) for _ in group["params"]]}
-        for here, group in zip(groups, optimizer.param_groups, strict=True)
+        {**saved.options, "params": [next(indices) for _ in group["params"]]}
+        for saved, group in zip(groups, optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": {}, "param_groups": loaded})
     optimizer.state.update(states)
 
 
-def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
+def with_stages(state: CheckpointState, names: RankNames) -> CheckpointState:
+    """Return ``state`` with the names that :meth:`RankNames.mark_stage_names` has changed since."""
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {_with_fqn(key, names.with_stage): value for key, value in values.items()}
+
+    groups = [
+        ParamGroup(list(map(names.with_stage, group.params)), group.options)
+        for group in state.groups
+    ]
+    return CheckpointState(rename(state.tensors), rename(state.plain), groups)
+
+
+def merge_param_groups(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
+    """Merge the groups of all ranks, each parameter once.
+
+    Groups at the same index with the same options become one. Empty groups are those of rank 0.
+    """
+    result: list[ParamGroup] = []
+    indices: list[int] = []
+    seen: set[str] = set()
+    for rank_, groups in enumerate(groups_of_ranks):
+        for index, (params, options) in enumerate(groups):
+            new = [fqn for fqn in params if fqn not in seen]
+            seen.update(new)
+            same = (
+                group
+                for group, other in zip(result, indices, strict=True)
+                if other == index and group.options == options
+            )
+            known = next(same, None)
+            if known is not None:
+                known.params.extend(new)
+            elif new or (rank_ == 0 and not params):
+                result.append(ParamGroup(new, options))
+                indices.append(index)
+    return result
+
+
+# ---------------------------------------------------------------------------------- random state
+
+
+def get_rng_state(group: Group = None, every_device: bool = False) -> dict[str, Tensor]:
     """Return torch's random state on this rank.
 
-    Keys: ``rng.<rank>.cpu``; ``rng.<rank>.cuda`` of the current GPU, whichever index it has after a restart; and, where the
-    process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
+    Keys: ``rng.<rank>.cpu``; ``rng.<rank>.cuda`` of the current GPU, whichever index it has after a
+    restart; and, if the process uses several GPUs, ``rng.<rank>.cuda.<index>`` of each.
 
     Args:
-        group: in which ranks are counted.
-        every_device: all GPUs that the process sees, to load whatever a checkpoint has; else those that it uses.
+        group: process group that numbers the ranks.
+        every_device: include all visible GPUs, to load whatever a checkpoint has, instead of those
+            that the process uses.
     """
     state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -250,11 +263,10 @@ def rng_contents(group: Group = None, every_device: bool = False) -> dict[str, T
     return state
 
 
-def set_rng_contents(state: dict[str, Tensor]) -> None:
-    """Inverse of :func:`rng_contents`."""
-    for key in sorted(
-        state
-    ):  # the current GPU's before those by index, which know better where both are there
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Inverse of :func:`get_rng_state`."""
+    # sorted: the current GPU's state before those by index, which win where both are present
+    for key in sorted(state):
         kind, _, index = key.split(".", 2)[2].partition(".")
         if kind == "cpu":
             torch.set_rng_state(state[key])
@@ -263,38 +275,29 @@ def set_rng_contents(state: dict[str, Tensor]) -> None:
 
 
 def _is_used(gpu: int) -> bool:
-    """Return whether this process has a context on the GPU, without which nothing has drawn random numbers there."""
+    """Return whether this process has a context on the GPU.
+
+    Without one, no random numbers were drawn on it.
+    """
     return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 
-def param_of_state(key: str) -> str | None:
-    """``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``; None for other keys."""
-    return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else None
-
-
-def fqn_of(key: str) -> str:
-    """``model.<fqn>``, ``model.<fqn>:scale`` and ``optimizer.state.<fqn>.exp_avg`` -> ``<fqn>``."""
-    return param_of_state(key) or key.removeprefix(MODEL).partition(PART)[0]
-
-
-def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
-    """Return the key of another name: ``model.a`` or ``optimizer.state.a.step`` -> ``model.<rename(a)>``..."""
-    fqn = param_of_state(key)
-    if fqn is None:
-        name, *parts = key.removeprefix(MODEL).split(PART)
-        return PART.join([MODEL + rename(name), *parts]) if key.startswith(MODEL) else key
-    return f"{STATE}{rename(fqn)}{key.removeprefix(STATE + fqn)}"
+# -------------------------------------------------------------------------------------- strategy
 
 
 def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """How the model is sharded, in words for people: ``"fully_shard, mesh (2, 2) ('data', 'tensor') (Shard(0), Shard(1))"``."""
+    """Describe for people how the model is sharded.
+
+    For example ``"fully_shard, mesh (2, 2) ('data', 'tensor') (Shard(0), Shard(1))"``.
+    """
     words = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             words.append("DistributedDataParallel")
         elif isinstance(module, FullyShardedDataParallel):
             words.append(
-                f"FullyShardedDataParallel {module.sharding_strategy.name} use_orig_params={module._use_orig_params}"
+                f"FullyShardedDataParallel {module.sharding_strategy.name} "
+                f"use_orig_params={module._use_orig_params}"
             )
         elif isinstance(module, FSDPModule):
             words.append("fully_shard")
@@ -322,27 +325,46 @@ def _describe_mesh(mesh: DeviceMesh) -> str:
     return f"mesh {tuple(mesh.shape)} {mesh.mesh_dim_names or ''}".rstrip()
 
 
+# ------------------------------------------------------------------------------------------ keys
+
+
+def param_of_state(key: str) -> str | None:
+    """Return ``<fqn>`` of ``optimizer.state.<fqn>.exp_avg``, None for other keys."""
+    return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else None
+
+
+def fqn_of(key: str) -> str:
+    """Return ``<fqn>`` of ``model.<fqn>``, ``model.<fqn>:scale`` or ``optimizer.state.<fqn>.x``."""
+    return param_of_state(key) or key.removeprefix(MODEL).partition(PART)[0]
+
+
+def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
+    """Return a key with its FQN renamed: ``model.a`` -> ``model.<rename(a)>``."""
+    fqn = param_of_state(key)
+    if fqn is None:
+        name, *parts = key.removeprefix(MODEL).split(PART)
+        return PART.join([MODEL + rename(name), *parts]) if key.startswith(MODEL) else key
+    return f"{STATE}{rename(fqn)}{key.removeprefix(STATE + fqn)}"
+
+
 def _section(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The values whose keys have a prefix, without it."""
+    """Return the values whose keys have a prefix, without the prefix."""
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
 
 
-def _flat(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def _flatten(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """``{"a": {"b": 1}}`` -> ``{"<prefix>.a.b": 1}``."""
     result = {}
     for key, value in state.items():
-        result.update(
-            _flat(f"{prefix}.{key}", value)
-            if isinstance(value, dict)
-            else {f"{prefix}.{key}": value}
-        )
+        name = f"{prefix}.{key}"
+        result.update(_flatten(name, value) if isinstance(value, dict) else {name: value})
     return result
 
 
-def _nested(flat: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Inverse of :func:`_flat` for the states of parameters whose names are ``known``: names have dots too."""
+def _unflatten(flat: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Inverse of :func:`_flatten` for states of parameters; ``known`` FQNs may contain dots."""
     result: dict[str, Any] = {}
     for key, value in flat.items():
         segments = key.split(".")

@@ -22,7 +22,7 @@ from ..sharding.dtensor import to_local
 from .extra_state import MODEL, is_wrapper_subclass
 from .manifest import Manifest, ParamGroup
 from .names import clean_fqn, flat_params, named_tensors, unwrap
-from .rank_errors import Group, gather_on_rank_0, on_rank_0
+from .rank_errors import Group, call_on_rank_0, gather_object
 from .rank_names import RankNames
 from .reader import CheckpointReader
 
@@ -93,8 +93,8 @@ def align_ties(
     targets = list(affected.values())
     sources = [saved.sources_of(target) for target in targets]
     pairs = [(source[0][0], other[0]) for source in sources for other in source[1:]]
-    pairs_of_ranks = gather_on_rank_0(pairs, group)
-    different = on_rank_0(
+    pairs_of_ranks = gather_object(pairs, group)
+    different = call_on_rank_0(
         f"cannot compare tied names in the checkpoint {folder}",
         lambda: _differences(
             folder, manifest, {pair for pairs in pairs_of_ranks for pair in pairs}

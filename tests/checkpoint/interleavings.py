@@ -1,8 +1,9 @@
 """Two jobs that save to one root, interleaved in a seeded order, and killed anywhere.
 
-Each job is a thread that stops before every operation on files; a scheduler says which goes on. A killed job runs no further operation,
-also not those of its error handlers, and its locks are released, as by the kernel. Whenever all threads stand still, ``latest`` must
-name a checkpoint that is whole.
+Each job is a thread that stops before every operation on files, and a scheduler chooses which
+thread continues. A killed job performs no further operation, not even those of its error handlers,
+and its locks are released, as by the kernel. Whenever all threads are stopped, ``latest`` must name
+a complete checkpoint.
 
     python -m tests.checkpoint.interleavings --seeds 1000
 """
@@ -51,17 +52,17 @@ OPERATIONS = (
 LOCKS = ("one machine", "two machines", "no locks")
 LIFE = 600  # operations that a job does in its life, about
 TIDYING = 60  # operations of a save after it has published, about
-SNAPSHOT = 0.05  # probability of looking at the root between two operations
-REFUSALS = ("is saving to", "another job has saved")  # what a second writer is told
+SNAPSHOT = 0.05  # probability of a check between two operations
+REFUSALS = ("is saving to", "another job has saved")  # errors of a second writer
 
 
 class Killed(BaseException):
-    """Ends a job's thread; nothing handles it."""
+    """Raised to end a job's thread; nothing handles it."""
 
 
 @dataclass
 class Save:
-    """A save by its unique number, which fills every tensor."""
+    """A save with a unique number, which fills every tensor."""
 
     number: int
     step: int
@@ -115,7 +116,7 @@ class Interleaving:
                 job.turn.release()
                 self._stopped.acquire()
                 assert job.thread is not None
-                if job.error is not None or job.doing is None:  # it has ended
+                if job.error is not None or job.doing is None:  # has ended
                     job.thread.join()
                     running.remove(job)
                     if job.error is not None and not isinstance(job.error, Killed):
@@ -129,7 +130,7 @@ class Interleaving:
     # --------------------------------------------------------------------------------------- checks
 
     def check(self) -> None:
-        """Assert that all that is seen is whole, and a latest there if anything was published."""
+        """Assert that all checkpoints are complete, and one is the latest if any was published."""
         assert (latest(self.root) is not None) == bool(self.published)
         for path in complete_checkpoints(self.root):
             assert verify(path) == []
@@ -137,7 +138,7 @@ class Interleaving:
             assert latest(self.root) == self.root / (self.root / "LATEST").read_text().strip()
 
     def check_reports(self) -> None:
-        """Assert that what reported success is there, or was removed by a later save."""
+        """Assert that each successful save exists, or was removed by a later save."""
         there = {number_of(path): path for path in complete_checkpoints(self.root)}
         for number, path in there.items():
             assert_holds(path, number)
@@ -149,7 +150,7 @@ class Interleaving:
             assert number_of(newest) in self.published
 
     def check_recovery(self) -> None:
-        """Assert that a save an hour later works and leaves nothing but itself."""
+        """Assert that a save an hour later works, and leaves only its own checkpoint."""
         for path in [*self.root.glob(".*"), *self.root.glob(".partial-*/*")]:
             os.utime(path, (0, 0))
         path = save(self.root, 9, *make(255), extra={"number": 255}, keep=1)
@@ -160,7 +161,7 @@ class Interleaving:
     # ----------------------------------------------------------------------------------------- jobs
 
     def _life(self, name: str) -> Job:
-        """Return a job that saves, and is killed at some operation or not at all."""
+        """Return a job that saves, and may be killed at some operation."""
         actions: list[Save | int] = []
         for _ in range(self.random.choice((1, 2))):
             number = len(self.saves) + 1
@@ -218,10 +219,7 @@ class Interleaving:
             self.refused += 1
 
     def _stop(self) -> bool:
-        """Let the scheduler choose who goes on.
-
-        Return False if this job is dead, and so may not do its next operation.
-        """
+        """Let the scheduler choose the next thread; return False if this job was killed."""
         job = self._jobs.get(threading.get_ident())
         if job is None or self._observing:  # the scheduler's own checks
             return True
@@ -245,16 +243,14 @@ class Interleaving:
                     or kwargs.get("dir_fd") is not None
                     or str(path).startswith(str(self.root))
                 )
-                if (
-                    under_root and not self._stop()
-                ):  # others are of Python's imports, which hold a lock
+                if under_root and not self._stop():  # not in imports, which hold a lock
                     raise Killed
                 return function(path, *args, **kwargs)
 
             return call
 
         def write(stream: Any, data: memoryview) -> int:
-            """Write, or do nothing for a dead job: torch's C++ code must not see an exception."""
+            """Write; do nothing for a killed job: torch's C++ code must not see an exception."""
             return real_write(stream, data) if self._stop() else data.nbytes
 
         def rename(source: Any, target: Any, **kwargs: Any) -> None:
@@ -310,7 +306,7 @@ class Interleaving:
                     patch.stop()
 
     def _rename(self, source: Path, target: Path, rename: Callable[[], None]) -> None:
-        """Note who publishes or removes a checkpoint, and assert that it may."""
+        """Record which job publishes or removes a checkpoint, and assert that it may."""
         job = self._jobs.get(threading.get_ident())
         before = (
             read_manifest(source) if source.name.startswith("step-") and source.exists() else None
@@ -365,7 +361,7 @@ def assert_holds(path: Path, number: int) -> None:
 
 
 def run_seeds(seeds: range) -> Counter[str]:
-    """Run an interleaving for each seed; AssertionError names the first that loses something."""
+    """Run one interleaving a seed; AssertionError names the first that loses something."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as root:
         assert_holds(save(root, 1, *make(1)), 1)  # imports what is imported late

@@ -1,4 +1,4 @@
-"""Every way to lay out a model that the table of ``docs/checkpoints.md`` has a row and a column for."""
+"""The layouts of a model in the table of ``docs/checkpoints.md``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ INPUTS = 6
 
 
 class Net(nn.Module):
-    """Rows of 12, 7, 5 and 1: uneven shards, and none at all on some ranks; one layer is float32, one parameter never has a gradient."""
+    """A model with 12, 7, 5 and 1 rows: uneven shards, and empty ones on some ranks.
+
+    One layer is float32, one parameter never has a gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """``wrap`` is called on every rank and returns the module and the optimizer's ``sharding``."""
+    """A layout; ``wrap`` returns the module and the optimizer's ``sharding`` on each rank."""
 
     name: str
     worlds: tuple[int, ...]
@@ -140,7 +143,7 @@ def batch() -> Tensor:
 
 
 def train(module: nn.Module, optimizer: AdamW_BF16, steps: int) -> None:
-    """On a batch that is the same on every rank, so that every layout can."""
+    """Train on a batch that is the same on every rank, so that every layout can."""
     for _ in range(steps):
         module(batch()).float().square().mean().backward()
         optimizer.step(zero_grad=True)
@@ -154,7 +157,10 @@ def loss(module: nn.Module) -> float:
 def everything(
     module: nn.Module, optimizer: AdamW_BF16
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and states in full by name, through torch's own functions; and the options of each parameter's group. Collective."""
+    """Return full weights and states by name, and the options of each parameter's group.
+
+    Through torch's own functions. Collective.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, and warns of what it calls itself
         result = dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))

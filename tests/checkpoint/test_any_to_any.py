@@ -1,4 +1,7 @@
-"""Every layout and number of ranks loads what every other one saved, bit for bit; the table in the documentation is this test's result."""
+"""Every layout and world size loads every other's checkpoint bit for bit.
+
+The table in the documentation is generated from the result.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from sharded_bf16_adamw import load, save
 from .layouts import ANY, BY_NAME, LAYOUTS, everything, loss, train
 
 UPDATE = "UPDATE_DOCS"  # environment variable: write the table instead of comparing it
-Case = tuple[str, int]  # layout and number of ranks
+Case = tuple[str, int]  # layout and world size
 CASES = [(layout.name, world) for layout in LAYOUTS for world in layout.worlds]
 
 
@@ -25,34 +28,27 @@ def folder(root: str, case: Case) -> str:
     return f"{root}/{case[0]} on {case[1]}"
 
 
-def save_worker(rank: int, world: int, root: str) -> None:
-    for seed, case in enumerate(CASES):
-        if case[1] == world:
-            module, optimizer = BY_NAME[case[0]].build(
-                world, seed
-            )  # every checkpoint holds other bits
-            train(module, optimizer, 3)
-            save(folder(root, case), 3, module, optimizer, extra={"saved by": case[0]})
-            expected = everything(module, optimizer)
-            if rank == 0:
-                torch.save(expected, folder(root, case) + "/expected.pt")
+def save_worker(rank: int, world: int, root: str, case: Case) -> None:
+    # every checkpoint holds other bits
+    module, optimizer = BY_NAME[case[0]].build(world, seed=CASES.index(case))
+    train(module, optimizer, 3)
+    save(folder(root, case), 3, module, optimizer, extra={"saved by": case[0]})
+    expected = everything(module, optimizer)
+    if rank == 0:
+        torch.save(expected, folder(root, case) + "/expected.pt")
 
 
-def load_worker(rank: int, world: int, root: str) -> dict[tuple[Case, Case], str]:
-    """By pair, what went wrong: empty where all bits were as saved."""
+def load_worker(rank: int, world: int, root: str, case: Case) -> dict[Case, str]:
+    """Load all checkpoints; return an error for each, empty if all bits are as saved."""
     results = {}
-    expected = {case: torch.load(folder(root, case) + "/expected.pt") for case in CASES}
-    for here in CASES:
-        if here[1] == world:
-            module, optimizer = BY_NAME[here[0]].build(world, seed=1000)
-            for saved in CASES:
-                try:
-                    assert load(folder(root, saved), module, optimizer) == {"saved by": saved[0]}
-                    results[saved, here] = differences(
-                        everything(module, optimizer), expected[saved]
-                    )
-                except Exception:
-                    results[saved, here] = traceback.format_exc()
+    module, optimizer = BY_NAME[case[0]].build(world, seed=1000)
+    for saved in CASES:
+        try:
+            assert load(folder(root, saved), module, optimizer).extra == {"saved by": saved[0]}
+            expected = torch.load(folder(root, saved) + "/expected.pt")
+            results[saved] = differences(everything(module, optimizer), expected)
+        except Exception:
+            results[saved] = traceback.format_exc()
     return results
 
 
@@ -63,7 +59,7 @@ def differences(
     if missing:
         return f"no {missing}"
     started = [key for key in found[0].keys() - expected[0].keys() if found[0][key].any()]
-    if started:  # a parameter that never had a gradient is to be at step 0
+    if started:  # a parameter that never had a gradient is at step 0
         return f"more than was saved: {started}"
     wrong = [
         key
@@ -76,29 +72,56 @@ def differences(
     return f"other bits: {wrong}" if wrong else ""
 
 
+class Matrix:
+    """Checkpoints of all cases and the results of loading them, each computed at its first use.
+
+    So each test pays for its own case, and a time limit holds for one case.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._saved: set[Case] = set()
+        self._loaded: dict[Case, dict[Case, str]] = {}
+
+    def save(self, case: Case) -> None:
+        if case not in self._saved:
+            run_ranks(case[1], save_worker, self._root, case)
+            self._saved.add(case)
+
+    def load(self, case: Case) -> dict[Case, str]:
+        """Return the error of each checkpoint loaded under ``case``, empty if there is none."""
+        if case not in self._loaded:
+            for saved in CASES:
+                self.save(saved)
+            of_ranks = run_ranks(case[1], load_worker, self._root, case)
+            self._loaded[case] = {
+                saved: "".join(errors[saved] for errors in of_ranks) for saved in CASES
+            }
+        return self._loaded[case]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, Case], str]:
-    root = str(tmp_path_factory.mktemp("any_to_any"))
-    for world in ANY:
-        run_ranks(world, save_worker, root)
-    merged: dict[tuple[Case, Case], str] = {}
-    for world in ANY:
-        for of_rank in run_ranks(world, load_worker, root):
-            for pair, wrong in of_rank.items():
-                merged[pair] = merged.get(pair, "") + wrong
-    return merged
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(str(tmp_path_factory.mktemp("any_to_any")))
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_what_a_layout_saved_loads_under_every_other_with_the_same_bits(name, results):
-    pairs = {pair: wrong for pair, wrong in results.items() if pair[0][0] == name}
-    assert len(pairs) == len(BY_NAME[name].worlds) * len(CASES)
-    wrong = {pair: what for pair, what in pairs.items() if what}
-    assert not wrong, f"{len(wrong)} of {len(pairs)}, such as {next(iter(wrong.items()))}"
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout_saves(case, matrix):
+    matrix.save(case)
 
 
-def table(results: dict[tuple[Case, Case], str]) -> str:
-    """Rows saved, columns loaded; a cell counts the pairs of numbers of ranks that agree bit for bit, and all of them."""
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout_loads_every_checkpoint_bitwise(case, matrix):
+    wrong = {saved: error for saved, error in matrix.load(case).items() if error}
+    assert not wrong, f"{len(wrong)} of {len(CASES)}, such as {next(iter(wrong.items()))}"
+
+
+def table(matrix: Matrix) -> str:
+    """Return a table with saved layouts as rows and loaded ones as columns.
+
+    A cell counts the pairs of world sizes that agree bit for bit, and all pairs.
+    """
+    results = {(saved, case): error for case in CASES for saved, error in matrix.load(case).items()}
     lines = [
         "| saved \\ loaded | "
         + " | ".join(f"{layout.name}<br>{worlds(layout)}" for layout in LAYOUTS)
@@ -131,7 +154,7 @@ def worlds(layout: Any) -> str:
     )
 
 
-def test_the_table_in_the_documentation_is_what_this_test_found(results, repo):
+def test_docs_table_is_up_to_date(matrix, repo):
     page = Path(repo) / "docs" / "checkpoints.md"
     text = page.read_text()
     marked = re.compile(
@@ -139,7 +162,7 @@ def test_the_table_in_the_documentation_is_what_this_test_found(results, repo):
         re.DOTALL,
     )
     assert marked.search(text)
-    updated = marked.sub(lambda match: f"{match[1]}\n{table(results)}\n\n{match[2]}", text)
+    updated = marked.sub(lambda match: f"{match[1]}\n{table(matrix)}\n\n{match[2]}", text)
     if os.environ.get(UPDATE):
         page.write_text(updated)
     assert updated == text or os.environ.get(UPDATE), (
@@ -147,13 +170,13 @@ def test_the_table_in_the_documentation_is_what_this_test_found(results, repo):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ a run that moves about
+# ------------------------------------------------------------------------ a run that changes layout
 
 JOURNEY = [("FSDP2", 4), ("ZeRO-2", 2), ("FSDP1", 3), ("single", 1)]
 
 
 def journey_worker(rank: int, world: int, root: str, name: str, first: bool) -> tuple[float, float]:
-    """The loss on a fixed batch right after loading, and right before saving after further training."""
+    """Return the loss on a fixed batch after loading, and after further training and saving."""
     module, optimizer = BY_NAME[name].build(world, seed=0 if first else 77)
     if not first:
         load(root, module, optimizer)
@@ -163,7 +186,7 @@ def journey_worker(rank: int, world: int, root: str, name: str, first: bool) -> 
     return loaded, loss(module)
 
 
-def test_a_run_goes_on_under_other_layouts_with_the_same_losses(tmp_path):
+def test_run_continues_under_other_layouts_with_the_same_loss(tmp_path):
     before = None
     for index, (name, world) in enumerate(JOURNEY):
         outcomes = run_ranks(world, journey_worker, str(tmp_path), name, index == 0)

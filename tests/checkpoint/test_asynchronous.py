@@ -1,4 +1,4 @@
-"""A save in a thread holds what was there when it was asked for, one at a time, and its errors are heard."""
+"""Asynchronous saves: staged copies, waiting, errors and threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .victims import assert_holds, make, run, save_step
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds back the writing of files until it is set."""
+    """Yield an event; files are written once it is set."""
     opened = threading.Event()
     write_data = saving.ChecksummedWriter.write_data
 
@@ -39,7 +39,7 @@ def gate(monkeypatch):
     wait_for_save()
 
 
-def test_it_holds_what_was_there_when_it_was_called(tmp_path, gate):
+def test_async_save_holds_the_state_of_the_call(tmp_path, gate):
     model, optimizer = make(1)
     extra = {"step": 1}
     path = save(tmp_path, 1, model, optimizer, extra=extra, async_=True)
@@ -56,7 +56,7 @@ def test_it_holds_what_was_there_when_it_was_called(tmp_path, gate):
     assert_holds(path, 1)
 
 
-def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, gate):
+def test_second_save_and_load_wait_for_the_first(tmp_path, gate):
     save_step(tmp_path, 1, sharded=False, async_=True)
     threading.Timer(0.2, gate.set).start()
     second = save_step(tmp_path, 2, sharded=False, async_=True)
@@ -67,7 +67,7 @@ def test_a_second_save_and_a_load_wait_for_the_first(tmp_path, gate):
     assert latest(tmp_path) == second
 
 
-def test_a_relative_root_is_that_of_the_call(tmp_path, gate, monkeypatch):
+def test_relative_root_is_resolved_at_the_call(tmp_path, gate, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     path = save_step(Path("run"), 1, sharded=False, async_=True)
@@ -80,7 +80,7 @@ def test_a_relative_root_is_that_of_the_call(tmp_path, gate, monkeypatch):
 
 
 @pytest.mark.parametrize("following", ["save", "load", "wait_for_save"])
-def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypatch):
+def test_async_error_is_raised_once_by_the_next_call(following, tmp_path, monkeypatch):
     good = save_step(tmp_path, 1, sharded=False)
     model, optimizer = make(7)
 
@@ -97,7 +97,8 @@ def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypa
         }[following]
         with pytest.raises(
             RuntimeError,
-            match=r"cannot save the checkpoint .*step-00000002: on rank 0, OSError: .*No space left",
+            match=r"cannot save the checkpoint .*step-00000002: on rank 0, OSError: .*No "
+            r"space left",
         ):
             call()
     assert latest(tmp_path) == good
@@ -107,7 +108,7 @@ def test_its_error_is_raised_by_the_next_call_once(following, tmp_path, monkeypa
     assert_holds(tmp_path, 3)
 
 
-def test_a_destroyed_process_group_is_an_error_and_no_part_is_published_as_the_whole(tmp_path):
+def test_destroyed_process_group_raises_and_publishes_nothing(tmp_path):
     root = tmp_path / "run"
     good = save_step(root, 2, sharded=False)
     assert run("destroying", root, world=2, victim=0, at=None, everybody=False) == [1, 1]
@@ -118,10 +119,10 @@ def test_a_destroyed_process_group_is_an_error_and_no_part_is_published_as_the_w
 FORGETFUL = """
 import sys, threading
 from sharded_bf16_adamw import AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint import storage
+from sharded_bf16_adamw.checkpoint import dcp_storage
 import torch
 
-write_data = storage.ChecksummedWriter.write_data
+write_data = dcp_storage.ChecksummedWriter.write_data
 
 def write_at_the_end(self, plan, planner):
     threading.main_thread().join()
@@ -129,15 +130,15 @@ def write_at_the_end(self, plan, planner):
         raise OSError(28, "No space left on device")
     return write_data(self, plan, planner)
 
-storage.ChecksummedWriter.write_data = write_at_the_end
+dcp_storage.ChecksummedWriter.write_data = write_at_the_end
 model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
 save(sys.argv[1], 1, model, AdamW_BF16(model.parameters(), lr=1e-3), async_=True)
 """
 
 
 @pytest.mark.parametrize("disk", ["empty", "full"])
-def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(disk, tmp_path):
-    """With tensors large enough to be hashed by a thread of a pool, which Python has closed by then."""
+def test_program_that_ends_without_waiting_saves_or_prints_the_error(disk, tmp_path):
+    """Tensors are large enough to be hashed in a thread pool, which Python has closed by then."""
     environment = {**os.environ, "PYTHONPATH": str(Path(saving.__file__).parents[2])}
     command = [sys.executable, "-c", FORGETFUL, str(tmp_path / "run"), disk]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -146,7 +147,8 @@ def test_a_program_that_ends_without_waiting_saves_all_the_same_or_says_why_not(
     else:
         assert latest(tmp_path / "run") is None
         assert re.fullmatch(
-            r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on device\n",
+            r"an asynchronous save failed: cannot save the checkpoint [^\n]*No space left on "
+            r"device\n",
             done.stderr,
         )
 
@@ -162,13 +164,13 @@ def rank_0_alone_is_wrong_worker(rank: int, world: int, root: str) -> None:
     assert save(root, 1, model, optimizer, extra={"step": 1} if rank == 0 else None) == latest(root)
 
 
-def test_arguments_of_rank_0_count_and_a_wrong_one_is_an_error_on_every_rank(tmp_path):
+def test_arguments_of_rank_0_count_and_errors_are_raised_on_all_ranks(tmp_path):
     run_ranks(2, rank_0_alone_is_wrong_worker, str(tmp_path))
     assert_holds(tmp_path, 1)
 
 
-def test_memory_of_the_copy_is_used_again(tmp_path):
-    """By the same optimizer, for as long as it lives."""
+def test_staging_memory_is_reused(tmp_path):
+    """The memory belongs to the optimizer, and is freed with it."""
     model, optimizer = make(1)
     save(tmp_path, 1, model, optimizer, async_=True)
     wait_for_save()
@@ -186,7 +188,7 @@ def test_memory_of_the_copy_is_used_again(tmp_path):
 
 
 def training_worker(rank: int, world: int, root: str) -> None:
-    """Collectives of training run while the thread's do; replicas are staged once among the ranks."""
+    """Run collectives of training while the save runs; each replica is staged on one rank only."""
     model, optimizer = make(4, sharded=True)
     path = save(root, 4, model, optimizer, extra={"step": 4}, async_=True)
     for _ in range(20):
@@ -204,23 +206,23 @@ def training_worker(rank: int, world: int, root: str) -> None:
     assert total == full
 
 
-def test_training_goes_on_meanwhile_and_a_rank_copies_its_share_alone(tmp_path):
+def test_training_continues_and_each_rank_stages_its_share_only(tmp_path):
     run_ranks(3, training_worker, str(tmp_path))
     assert_holds(tmp_path, 4)
 
 
-# ------------------------------------------------------------------------------------------------------------ several threads
+# ---------------------------------------------------------------------------------- several threads
 
 
 def in_threads(*functions: Callable[[], None]) -> None:
-    """Run functions at the same time, and raise what one raises."""
+    """Run functions concurrently, and raise their errors."""
     with ThreadPoolExecutor(len(functions)) as pool:
         for future in [pool.submit(function) for function in functions]:
             future.result()
 
 
-def test_two_threads_save_two_models_at_once_each_its_own(tmp_path, monkeypatch):
-    """Both copies are made before either is written, again and again over the same memory."""
+def test_two_threads_save_two_models_concurrently(tmp_path, monkeypatch):
+    """Both copies are staged before either is written, repeatedly in the same memory."""
     both = threading.Barrier(2, timeout=60)
     write_data = saving.ChecksummedWriter.write_data
 
@@ -275,9 +277,7 @@ def test_each_thread_gets_the_error_of_its_own_save(tmp_path, monkeypatch):
     assert async_save._pending == []
 
 
-def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_raised_one_by_one(
-    tmp_path, gate, monkeypatch
-):
+def test_errors_of_ended_threads_are_raised_one_by_one(tmp_path, gate, monkeypatch):
     both = threading.Barrier(2, timeout=60)
 
     def save_only(name: str) -> None:
@@ -302,8 +302,8 @@ def test_what_threads_that_have_ended_left_is_waited_for_and_their_errors_are_ra
     ]
 
 
-def test_waiting_waits_for_the_saves_of_all_threads(tmp_path, gate):
-    """After it, a process may end its process group. A save or a load waits for its own thread's alone."""
+def test_wait_for_save_waits_for_all_threads(tmp_path, gate):
+    """Save and load wait only for the saves of their own thread."""
     started, waited = threading.Event(), threading.Event()
 
     def other() -> None:

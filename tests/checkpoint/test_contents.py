@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model and optimizer that it was made of: names, strategy, and whose parameters are optimized."""
+"""Names, strategy and parameters in a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 from .layouts import BY_NAME, everything, train
 
-# ------------------------------------------------------------------------------------------------------------------ strategy
+# ----------------------------------------------------------------------------------------- strategy
 
 
 def strategy_worker(rank: int, world: int, root: str, name: str) -> str:
@@ -42,19 +42,19 @@ def strategy_worker(rank: int, world: int, root: str, name: str) -> str:
         ("ZeRO-2", 2, "ZeRO stage 2, mesh (2,)"),
     ],
 )
-def test_the_manifest_says_how_the_model_was_sharded(name, world, strategy, tmp_path):
+def test_manifest_describes_the_sharding(name, world, strategy, tmp_path):
     for found in run_ranks(world, strategy_worker, str(tmp_path), name):
         assert found.startswith(strategy) and (found == strategy or name == "FSDP2 + TP")
 
 
-# --------------------------------------------------------------------------------------------------- whose parameters they are
+# ----------------------------------------------------------------------- parameters of other models
 
 
 def linear() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).bfloat16()
 
 
-def test_an_optimizer_of_other_parameters_is_refused_by_name(tmp_path):
+def test_optimizer_of_other_parameters_is_refused(tmp_path):
     model = linear()
     own = list(model.parameters())
     good = save(tmp_path, 1, model, AdamW_BF16(own, lr=0.1))
@@ -64,11 +64,13 @@ def test_an_optimizer_of_other_parameters_is_refused_by_name(tmp_path):
     for optimizer, which in (
         (
             and_more,
-            "the optimizer holds parameter 4 (shape (3, 7)), which is no parameter of this model; pass",
+            "the optimizer holds parameter 4 (shape (3, 7)), which is not a parameter of "
+            "this model; pass",
         ),
         (
             of_another,
-            "the optimizer holds parameter 0 (shape (4, 3)), which is no parameter of this model (nor are 3 more); pass",
+            "the optimizer holds parameter 0 (shape (4, 3)), which is not a parameter of "
+            "this model (nor are 3 more); pass",
         ),
     ):
         for call in (
@@ -83,28 +85,29 @@ def test_an_optimizer_of_other_parameters_is_refused_by_name(tmp_path):
 
 
 def refused_worker(rank: int, world: int, root: str) -> str:
-    """On one rank only; the other one must not wait for it."""
+    """Add a foreign parameter on one rank only; the other rank must not block."""
     module, optimizer = BY_NAME["FSDP2"].build(world, seed=0)
     if rank == 1:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]})
     with pytest.raises(
         ValueError,
-        match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is no parameter of this model",
+        match=r"the optimizer holds parameter 6 \(shape \(5,\)\), which is not a parameter of "
+        r"this model",
     ) as caught:
         save(root, 1, module, optimizer)
     return str(caught.value)
 
 
-def test_it_is_refused_on_every_rank(tmp_path):
+def test_optimizer_of_other_parameters_is_refused_on_all_ranks(tmp_path):
     first, second = run_ranks(2, refused_worker, str(tmp_path))
     assert first == second and not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------------- wrappers
+# ----------------------------------------------------------------------------------------- wrappers
 
 
 class FabricModule(nn.Module):
-    """As Lightning Fabric wraps a module: it has it twice, and its state dict is that of the plain one."""
+    """A module wrapped as by Lightning Fabric: twice, with the state dict of the plain module."""
 
     def __init__(self, forward_module: nn.Module, original_module: nn.Module) -> None:
         super().__init__()
@@ -157,11 +160,11 @@ def fabric_worker(rank: int, world: int, root: str) -> None:
         )
 
 
-def test_names_do_not_depend_on_the_wrapper_of_lightning_fabric(tmp_path):
+def test_names_do_not_depend_on_lightning_fabric(tmp_path):
     run_ranks(2, fabric_worker, str(tmp_path))
 
 
-def test_tied_weights_are_imported_by_any_of_their_names_into_a_wrapped_module():
+def test_tied_weights_are_imported_by_any_name_into_a_wrapped_module():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).bfloat16()
     model[1].weight = model[0].weight
     optimizer = AdamW_BF16(model.parameters(), lr=0.1)
@@ -176,7 +179,7 @@ def test_tied_weights_are_imported_by_any_of_their_names_into_a_wrapped_module()
 
 
 class Ensemble(nn.Module):
-    """A module of somebody who happened upon the same name, with more beside it."""
+    """A user's module with a submodule of the wrapper's name, and another submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +187,7 @@ class Ensemble(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
-def test_a_module_that_has_more_is_no_wrapper(tmp_path):
+def test_module_with_other_submodules_is_not_a_wrapper(tmp_path):
     model = Ensemble().bfloat16()
     path = save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.1))
     assert set(read_manifest(path).groups[0].params) == {

@@ -62,7 +62,7 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     assert (
         optimizer.param_groups[0]["weight_decay"] == saved_optimizer.param_groups[0]["weight_decay"]
     )
-    listed = "\n".join(loaded.not_loaded)
+    listed = "\n".join(loaded.mismatches)
     for sentence in (
         "size mismatch for model.other.weight: saved as (4, 3), but (4, 5) in the model",
         "missing key model.new.weight",
@@ -88,7 +88,7 @@ def test_a_weight_without_its_correction_starts_with_none(tmp_path):
     here, optimizer = trained(Model(a=linear(3, 4)), lr=1e-3)
     assert optimizer.state[here.a.weight]["correction"].any()
     loaded = load(tmp_path, here, optimizer, strict=False)
-    assert loaded.not_loaded == ["missing key optimizer.state.a.weight.correction"]
+    assert loaded.mismatches == ["missing key optimizer.state.a.weight.correction"]
     assert (
         torch.equal(here.a.weight, saved.a.weight)
         and not optimizer.state[here.a.weight]["correction"].any()
@@ -230,7 +230,7 @@ def test_a_parameter_that_is_no_longer_in_the_optimizer_keeps_its_weight_and_los
         match=f"another model or optimizer: {re.escape(sentence)}; build .* or load what fits with strict=False",
     ):
         load(tmp_path, here, optimizer)
-    assert load(tmp_path, here, optimizer, strict=False).not_loaded == [sentence]
+    assert load(tmp_path, here, optimizer, strict=False).mismatches == [sentence]
     assert torch.equal(here.a.weight, saved.a.weight) and torch.equal(here.b.weight, saved.b.weight)
     assert not optimizer.state.get(here.a.weight)
     for key, value in optimizer.state[here.b.weight].items():

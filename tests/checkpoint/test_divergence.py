@@ -175,7 +175,7 @@ def test_ranks_that_give_different_folders_are_told_so(tmp_path):
     for saved, loaded, wrong_group in run_ranks(2, paths_worker, str(tmp_path)):
         assert saved == (
             f"ranks give different values of the folder to save in: '{tmp_path}/0' on rank 0 and '{tmp_path}/1' on rank 1; "
-            "give the same on all ranks, and with models on parts of the job each part's group="
+            "pass the same value on all ranks, and group= if each part of the job has a model of its own"
         )
         assert loaded.startswith("ranks give different values of the checkpoint to load")
         assert wrong_group.startswith(
@@ -199,7 +199,7 @@ def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, boo
     path = save(f"{root}/{role}", 1, model, optimizer, extra={"role": role}, group=group)
     later = save(f"{root}/{role}", 2, model, optimizer, async_=True, group=group)
     other, other_optimizer = build(9)
-    extra = load(path, other, other_optimizer, group=group)
+    extra = load(path, other, other_optimizer, group=group).extra
     first = torch.equal(before, to_local(other.weight.detach())) and extra == {"role": role}
     other, other_optimizer = build(10)
     load(later, other, other_optimizer, group=group)

@@ -1,4 +1,4 @@
-"""Whatever happens to the files, a checkpoint is loaded as it was saved or refused with a sentence, and nothing is lost."""
+"""Damaged files, pickles and full disks: a checkpoint is loaded as saved or refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(seed: int, steps: int = 2) -> tuple[nn.Module, AdamW_BF16]:
 
 
 def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, object]:
-    """All that loading may change."""
+    """Return all state that loading may change."""
     result: dict[str, object] = {
         name: param.detach().clone() for name, param in model.named_parameters()
     }
@@ -84,14 +84,14 @@ def files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file())
 
 
-def test_a_whole_checkpoint_verifies(saved, target):
+def test_undamaged_checkpoint_verifies(saved, target):
     assert [file.name for file in files(saved)] == [".metadata", "__0_0.distcp", "manifest.json"]
     assert verify(saved) == verify(saved.parent) == []
     load(saved, *target)
 
 
 def test_flipped_bits_are_found(saved, target):
-    """At random places of every file, with half of the flips in its first and last 64 bytes."""
+    """Flip bits at random places, half of them in a file's first and last 64 bytes."""
     generator = random.Random(0)
     flips = 0
     for file in files(saved):
@@ -184,12 +184,12 @@ def refusing_worker(rank: int, world: int, root: str) -> str:
     return str(caught.value)
 
 
-def test_what_one_rank_finds_every_rank_says(tmp_path):
+def test_damage_is_raised_on_all_ranks(tmp_path):
     sentences = run_ranks(3, refusing_worker, str(tmp_path))
     assert len(set(sentences)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------- pickles
+# ------------------------------------------------------------------------------------------ pickles
 
 
 class Bomb:
@@ -197,8 +197,8 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
-    """Somebody who also rewrites the manifest gets as far as the restricted unpickler, and no further."""
+def test_pickle_in_metadata_is_not_executed(saved, target, monkeypatch, tmp_path):
+    """Also with a matching manifest, the restricted unpickler refuses it."""
     monkeypatch.chdir(tmp_path)
     bomb = pickle.dumps(Bomb())
     (saved / ".metadata").write_bytes(bomb)
@@ -208,7 +208,8 @@ def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
     (saved / "manifest.json").write_bytes(manifest.to_bytes())
     before = state(*target)
     with pytest.raises(
-        ValueError, match=r"\.metadata: it is no metadata of a checkpoint \(it names posix.mkdir"
+        ValueError,
+        match=r"\.metadata: it is not the metadata of a checkpoint \(it names posix.mkdir",
     ):
         load(saved, *target)
     assert_same(state(*target), before)
@@ -221,7 +222,7 @@ def test_no_pickle_of_a_checkpoint_is_run(saved, target, monkeypatch, tmp_path):
     "name",
     ["os.system", "builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load"],
 )
-def test_metadata_may_name_only_what_describes_tensors(name):
+def test_metadata_may_name_only_classes_of_tensors(name):
     module, _, attribute = name.rpartition(".")
     with pytest.raises(ValueError, match=f"it names {name}"):
         dcp_storage.parse_metadata(b"c" + module.encode() + b"\n" + attribute.encode() + b"\n.")
@@ -241,15 +242,15 @@ def test_metadata_with_pickled_objects_is_refused():
         pickle.dumps(Metadata([], storage_data={})),
         pickle.dumps(Metadata({})),
     ):
-        with pytest.raises(ValueError, match="it is no metadata of a checkpoint"):
+        with pytest.raises(ValueError, match="it is not the metadata of a checkpoint"):
             dcp_storage.parse_metadata(content)
 
 
-# ------------------------------------------------------------------------------------------------------- saves that cannot be
+# ---------------------------------------------------------------------------------- saves that fail
 
 
 class FullDisk(io.BufferedWriter):
-    """Has no room after so many bytes."""
+    """A file on a disk that is full after ``room`` bytes."""
 
     room = 0
 
@@ -266,8 +267,8 @@ def save_and_wait(root: Path, model: nn.Module, optimizer: AdamW_BF16, async_: b
 
 
 @pytest.mark.parametrize("async_", [False, True])
-def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(async_, saved, monkeypatch):
-    """Full at 20 places in a save: of the tensors, of the metadata, of the manifest and of LATEST."""
+def test_full_disk_leaves_only_the_previous_checkpoint(async_, saved, monkeypatch):
+    """Fill the disk at 20 places in a save: tensors, metadata, manifest and LATEST."""
     root = saved.parent
     model, optimizer = trained(seed=3)
     total = sum(file.stat().st_size for file in files(saved)) + len("step-00000002\n")
@@ -283,7 +284,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(async_, sav
         FullDisk.room = (total - 16) * index // 19
         with pytest.raises(
             RuntimeError,
-            match=r"cannot save the checkpoint .*: on rank 0, OSError: \[Errno 28\] No space left on device",
+            match=r"cannot save the checkpoint .*: on rank 0, OSError: \[Errno 28\] No space "
+            r"left on device",
         ):
             save_and_wait(root, model, optimizer, async_)
         assert latest(root) == saved and verify(root) == []
@@ -295,32 +297,33 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(async_, sav
     assert sorted(path.name for path in root.iterdir() if path.name.startswith(".")) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(saved, monkeypatch, tmp_path):
+def test_unwritable_folder_is_named(saved, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match=f"cannot save a checkpoint in {tmp_path}/file/run"):
         save(tmp_path / "file" / "run", 1, *trained(seed=3))
 
-    def refused(
-        self, *args, **kwargs
-    ):  # root may write everywhere, so a mode of the folder would not stop it
+    # permissions would not stop a test that runs as root
+    def refused(self, *args, **kwargs):
         raise PermissionError(errno.EROFS, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(
         RuntimeError,
-        match=r"cannot save a checkpoint in .*: on rank 0, PermissionError: .*Read-only file system",
+        match=r"cannot save a checkpoint in .*: on rank 0, PermissionError: .*Read-only file "
+        r"system",
     ):
         save(saved.parent, 3, *trained(seed=3))
     assert latest(saved.parent) == saved and verify(saved) == []
 
 
-def test_a_file_that_cannot_be_read_after_it_was_checked_is_said(saved, target, monkeypatch):
+def test_read_error_after_the_check_is_reported(saved, target, monkeypatch):
     def fails(self, plan, planner):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(dcp_storage.PlainReader, "read_data", fails)
     with pytest.raises(
         RuntimeError,
-        match=r"the model may be partly loaded, because the checkpoint .* could not be read after it was checked",
+        match=r"the model may be partly loaded, because the checkpoint .* could not be read "
+        r"after it was checked",
     ):
         load(saved, *target)

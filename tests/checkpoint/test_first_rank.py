@@ -1,4 +1,4 @@
-"""Export and conversion in a distributed run: rank 0 writes, every rank may call, and rank 0 alone may too."""
+"""Export and conversion on several ranks: all ranks may call, or rank 0 alone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import convert_fp32, export_fp32, import_fp32, load, save
 from sharded_bf16_adamw.checkpoint import export, rank_errors
-from sharded_bf16_adamw.checkpoint.rank_errors import by_first_rank
+from sharded_bf16_adamw.checkpoint.rank_errors import call_on_first_rank
 
 from .trainings import read_folder, trained, true_values
 
 
 def late(rank: int) -> None:
-    """Let rank 0 be done before the other calls, or the reverse."""
+    """Delay other ranks, so that rank 0 finishes first."""
     time.sleep(0.2 * rank)
 
 
 def documented_worker(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
-    """The documentation's two lines on two ranks, in both orders of arrival."""
+    """Run the documentation's two lines on two ranks, in both orders of arrival."""
     module, optimizer = trained()
     save(f"{folder}/run", 3, module, optimizer)
     for out, first in (("a", 0), ("b", 1)):
@@ -112,7 +112,7 @@ def failing_worker(rank: int, world: int, folder: str) -> list[str]:
     return messages
 
 
-def test_an_error_of_the_writing_rank_is_raised_on_all(tmp_path):
+def test_error_of_rank_0_is_raised_on_all_ranks(tmp_path):
     here, there = run_ranks(2, failing_worker, str(tmp_path))
     assert here[0] == "FileExistsError: /exported exists already; give the name of a new directory"
     assert [message.partition(":")[0] for message in here[1:]] == [
@@ -130,7 +130,7 @@ def test_an_error_of_the_writing_rank_is_raised_on_all(tmp_path):
 
 
 def halves_worker(rank: int, world: int, folder: str) -> list[str]:
-    """An export of each half of the job at once, and a group that this rank is not in."""
+    """Export each half of the job concurrently; then pass a group without this rank."""
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = halves[rank // 2]
     module, optimizer = trained()
@@ -147,7 +147,7 @@ def halves_worker(rank: int, world: int, folder: str) -> list[str]:
     return done[:1]
 
 
-def test_export_on_a_part_of_the_job(tmp_path):
+def test_export_on_part_of_the_job(tmp_path):
     assert run_ranks(4, halves_worker, str(tmp_path)) == [["wrote"], [], ["wrote"], []]
     assert read_folder(tmp_path / "0").keys() == read_folder(tmp_path / "1").keys()
 
@@ -160,14 +160,15 @@ def missing_worker(rank: int, world: int, folder: str) -> str:
         mock.patch.object(rank_errors, "_timeout", return_value=timedelta(seconds=0.2)),
         pytest.raises(RuntimeError) as caught,
     ):
-        by_first_rank("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
+        call_on_first_rank("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
     dist.barrier()
     return str(caught.value)
 
 
-def test_a_rank_that_calls_without_rank_0_does_not_wait_for_ever(tmp_path):
+def test_call_without_rank_0_times_out(tmp_path):
     _, message = run_ranks(2, missing_worker, str(tmp_path))
     assert re.fullmatch(
-        r"rank 0 has not called export_fp32 for .*/out within 0:00:00.200000; call it on every rank, or on rank 0 alone",
+        r"rank 0 has not called export_fp32 for .*/out within 0:00:00.200000; call it on "
+        r"every rank, or on rank 0 alone",
         message,
     )

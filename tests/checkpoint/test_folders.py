@@ -1,4 +1,4 @@
-"""The folders under a root: whose they are, in what order they come and go, and manifests that nobody of ours has written."""
+"""Folders under a root: names, flushes, foreign manifests and newest_good()."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_folders_that_are_not_ours_are_neither_counted_nor_removed(tmp_path):
+def test_other_folders_are_neither_counted_nor_removed(tmp_path):
     first = save_step(tmp_path, 1, sharded=False)
     kept = [tmp_path / name for name in ("step-00000001-best", "step-one", "step-1")]
     for path in kept:
@@ -44,7 +44,7 @@ def test_folders_that_are_not_ours_are_neither_counted_nor_removed(tmp_path):
 
 @pytest.fixture
 def operations(monkeypatch):
-    """What is done to folders and files, with paths."""
+    """Record operations on folders and files, with paths."""
     done: list[tuple[str, str]] = []
 
     def watch(module: Any, name: str) -> None:
@@ -64,9 +64,11 @@ def operations(monkeypatch):
     return done
 
 
-def test_every_file_is_flushed_with_all_its_bytes_before_its_name_is_seen(tmp_path, monkeypatch):
-    """A flush that comes before the last bytes have left Python's own buffer looks the same until the power fails. The model is so small
-    that all of the metadata fits into that buffer."""
+def test_files_are_flushed_before_they_are_visible(tmp_path, monkeypatch):
+    """A flush before the last bytes have left Python's buffer would lose them.
+
+    The model is so small that the metadata fits into that buffer.
+    """
     flushed: dict[int, int] = {}
     fsync, rename = os.fsync, os.rename
 
@@ -89,7 +91,7 @@ def test_every_file_is_flushed_with_all_its_bytes_before_its_name_is_seen(tmp_pa
     assert checked == {".metadata.tmp", ".metadata", "__0_0.distcp", "manifest.json"}
 
 
-def test_what_is_removed_has_lost_its_name_on_the_disk_before_its_files_go(tmp_path, operations):
+def test_removal_flushes_the_rename_before_it_deletes_files(tmp_path, operations):
     path = save_step(tmp_path, 1, sharded=False)
     operations.clear()
     directory.remove(path)
@@ -98,7 +100,7 @@ def test_what_is_removed_has_lost_its_name_on_the_disk_before_its_files_go(tmp_p
     assert name == "rmtree" and hidden.startswith(f"{tmp_path}/.removed-step-00000001-")
 
 
-def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_path, operations):
+def test_only_new_parents_of_the_root_are_flushed(tmp_path, operations):
     root = tmp_path / "a" / "b"
     save_step(root, 1, sharded=False)
     synced = [Path(path) for name, path in operations if name == "sync_folder"]
@@ -112,11 +114,11 @@ def test_new_folders_above_the_root_are_flushed_and_old_ones_not_touched(tmp_pat
     )
 
 
-# ----------------------------------------------------------------------------------------------------- manifests of strangers
+# -------------------------------------------------------------------------------- foreign manifests
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """A manifest with other values and a right checksum."""
+    """Change values of a manifest, with a matching checksum."""
     body = {**json.loads((path / "manifest.json").read_bytes()), **changes}
     body = {key: value for key, value in body.items() if value is not ... and key != "checksum"} | {
         "checksum": "0" * 8
@@ -128,38 +130,56 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 STRANGE = {
-    "another key": ({"more": 1}, "it is not what this version writes"),
-    "no groups": ({"groups": ...}, "it is not what this version writes"),
-    "groups of numbers": ({"groups": [1]}, "it is not what this version writes"),
+    "another key": (
+        {"more": 1},
+        "its checksum is right, but this version does not write such content",
+    ),
+    "no groups": (
+        {"groups": ...},
+        "its checksum is right, but this version does not write such content",
+    ),
+    "groups of numbers": (
+        {"groups": [1]},
+        "its checksum is right, but this version does not write such content",
+    ),
     "parameters that are no names": (
         {"groups": [{"params": [1], "options": {}}]},
-        "it is not what this version writes",
+        "its checksum is right, but this version does not write such content",
     ),
-    "files in a list": ({"files": []}, "it is not what this version writes"),
+    "files in a list": (
+        {"files": []},
+        "its checksum is right, but this version does not write such content",
+    ),
     "size that is no number": (
         {"files": {"a": {"bytes": "1", "crc32": ""}}},
-        "it is not what this version writes",
+        "its checksum is right, but this version does not write such content",
     ),
-    "serial that is no number": ({"serial": "newest"}, "it is not what this version writes"),
-    "extra that is no dict": ({"extra": None}, "it is not what this version writes"),
+    "serial that is no number": (
+        {"serial": "newest"},
+        "its checksum is right, but this version does not write such content",
+    ),
+    "extra that is no dict": (
+        {"extra": None},
+        "its checksum is right, but this version does not write such content",
+    ),
     "file elsewhere": (
         {"files": {"../a": {"bytes": 1, "crc32": ""}}},
-        r"it names '../a', which is no file of the checkpoint's own folder",
+        r"it names '../a', which is not a file in the checkpoint's folder",
     ),
     "folder above": (
         {"files": {"..": {"bytes": 1, "crc32": ""}}},
-        r"it names '..', which is no file",
+        r"it names '..', which is not a file",
     ),
-    "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is no file"),
+    "no name": ({"files": {"": {"bytes": 1, "crc32": ""}}}, r"it names '', which is not a file"),
     "name that no file can have": (
         {"files": {"a\0": {"bytes": 1, "crc32": ""}}},
-        r"it names 'a\\x00', which is no file",
+        r"it names 'a\\x00', which is not a file",
     ),
 }
 
 
 @pytest.mark.parametrize("case", STRANGE)
-def test_a_manifest_of_somebody_else_is_refused_and_hinders_nothing(case, tmp_path):
+def test_foreign_manifest_is_refused_and_later_saves_work(case, tmp_path):
     changes, message = STRANGE[case]
     good, bad = (save_step(tmp_path, step, sharded=False) for step in (1, 2))
     rewrite(good)
@@ -175,19 +195,19 @@ def test_a_manifest_of_somebody_else_is_refused_and_hinders_nothing(case, tmp_pa
     assert_holds(save_step(tmp_path, 3, sharded=False), 3)
 
 
-def test_a_manifest_of_nested_brackets_is_refused(tmp_path):
+def test_deeply_nested_manifest_is_refused(tmp_path):
     path = save_step(tmp_path, 1, sharded=False)
     (path / "manifest.json").write_bytes(b"[" * 200_000)
-    with pytest.raises(ValueError, match="it is damaged: it is not the JSON that a save writes"):
+    with pytest.raises(ValueError, match=r"it is damaged: it is not JSON that save\(\) writes"):
         read_manifest(path)
 
 
-def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
+def test_unknown_dtype_is_refused(tmp_path):
     path = save_step(tmp_path, 1, sharded=False)
     groups = json.loads((path / "manifest.json").read_bytes())["groups"]
     groups[0]["options"]["lr"] = {"__tensor__": 0.1, "dtype": "load"}
     rewrite(path, groups=groups)
-    with pytest.raises(ValueError, match="load is no dtype of torch"):
+    with pytest.raises(ValueError, match="load is not a dtype of torch"):
         load(path, *make(0))
 
 
@@ -198,7 +218,7 @@ def test_saving_an_earlier_step_again_makes_it_the_latest(tmp_path):
     assert names(tmp_path) == ["LATEST", "step-00000001-2", "step-00000002"]
 
 
-# ------------------------------------------------------------------------------------------------------ the newest good one
+# ------------------------------------------------------------------------------------ newest_good()
 
 
 def flip_a_bit(path: Path) -> None:
@@ -208,7 +228,7 @@ def flip_a_bit(path: Path) -> None:
     file.write_bytes(content)
 
 
-def test_the_newest_good_checkpoint_is_the_latest_or_the_first_undamaged_one_before_it(tmp_path):
+def test_newest_good_is_the_last_undamaged_checkpoint(tmp_path):
     assert newest_good(tmp_path / "nothing") == (None, [])
     paths = [
         save_step(tmp_path, step, sharded=False) for step in (30, 10, 20, 5)
@@ -229,7 +249,7 @@ def test_the_newest_good_checkpoint_is_the_latest_or_the_first_undamaged_one_bef
     assert found is None and len(skipped) == 4
 
 
-def test_folders_without_a_manifest_are_named_among_what_was_skipped(tmp_path):
+def test_newest_good_lists_folders_without_a_manifest(tmp_path):
     good, latest_one = (save_step(tmp_path, step, sharded=False) for step in (1, 2))
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000004").mkdir()

@@ -1,4 +1,4 @@
-"""Saving from several GPUs, of which one alone is current, with the GPUs played on the CPU."""
+"""Saving from several GPUs with one current GPU, simulated on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 
 
 class OnGPU(Tensor):
-    """A tensor that says it is on a GPU. A copy from it that does not block arrives when its GPU is synchronised."""
+    """A tensor that pretends to be on a GPU.
+
+    A non-blocking copy from it arrives when its GPU is synchronized.
+    """
 
     index: int
     queued: ClassVar[dict[int, list[Callable[[], Any]]]] = {}
@@ -45,7 +48,7 @@ def on_gpu(index: int, value: float) -> Tensor:
 
 
 class Planner(DefaultSavePlanner):
-    """Of tensors by name."""
+    """A planner of tensors by name."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -59,7 +62,10 @@ class Planner(DefaultSavePlanner):
 
 @pytest.fixture
 def gpus(monkeypatch) -> SimpleNamespace:
-    """Four GPUs, whose random states are numbers. ``.current`` is the current one, ``.used`` are those with a context."""
+    """Simulate four GPUs, with numbers as random states.
+
+    ``.current`` is the current GPU, ``.used`` are those with a context.
+    """
     state = SimpleNamespace(current=0, used={0}, random=[torch.tensor([10 + i]) for i in range(4)])
     OnGPU.queued = {}
     empty = torch.empty
@@ -99,13 +105,13 @@ def gpus(monkeypatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("on", [[0], [1], [0, 1], [3, 1, 2]])
-def test_a_staged_copy_is_complete_whichever_gpus_are_copied_from(gpus, on):
-    """Training goes on as soon as the copies are made: what has not arrived by then is torn."""
+def test_staged_copies_from_any_gpu_are_complete(gpus, on):
+    """Training continues after staging: a copy still in flight would be torn."""
     tensors = {f"of {index}": on_gpu(index, 1.0 + index) for index in on} | {
         "on the CPU": torch.full((4,), 9.0)
     }
     planner = Planner(tensors)
-    staged = staging.Staged(planner, planner.plan, torch.optim.SGD([torch.zeros(1)]))
+    staged = staging.StagedPlanner(planner, planner.plan, torch.optim.SGD([torch.zeros(1)]))
     found = [staged.resolve_data(item).tolist() for item in planner.plan.items]
     assert found == [[value] * 4 for value in [*(1.0 + index for index in on), 9.0]]
 
@@ -115,9 +121,11 @@ def test_a_staged_copy_is_complete_whichever_gpus_are_copied_from(gpus, on):
     [([0], True), ([1], False), ([0, 1], False), ([], False)],
     ids=["current", "another", "both", "none"],
 )
-def test_dcp_copies_ahead_from_the_current_gpu_alone(gpus, monkeypatch, tmp_path, on, ahead):
-    """It waits for no other one before it writes what it copied. Where nothing is on a GPU (in a thread, whose current GPU is
-    the first, whatever this rank's is) it touches none."""
+def test_dcp_copies_ahead_from_the_current_gpu_only(gpus, monkeypatch, tmp_path, on, ahead):
+    """DCP synchronizes no other GPU before it writes.
+
+    Without tensors on a GPU it touches none: a thread's current GPU is the first, not this rank's.
+    """
     seen = []
     monkeypatch.setattr(
         FileSystemWriter,
@@ -132,19 +140,19 @@ def test_dcp_copies_ahead_from_the_current_gpu_alone(gpus, monkeypatch, tmp_path
 
 
 def loaded(saved: dict[str, Tensor]) -> None:
-    """As load() does, which reads in place what the checkpoint has."""
+    """Restore random states as load() does: it reads in place what the checkpoint has."""
     here = {
         key: value
-        for key, value in state_dict.rng_contents(every_device=True).items()
+        for key, value in state_dict.get_rng_state(every_device=True).items()
         if key in saved
     }
     for key, value in here.items():
         value.copy_(saved[key])
-    state_dict.set_rng_contents(here)
+    state_dict.set_rng_state(here)
 
 
-def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
-    saved = state_dict.rng_contents()
+def test_random_state_of_one_gpu_goes_to_the_current_gpu(gpus):
+    saved = state_dict.get_rng_state()
     assert {key: value.tolist() for key, value in saved.items() if key != "rng.0.cpu"} == {
         "rng.0.cuda": [10]
     }, "as older versions save it"
@@ -154,9 +162,9 @@ def test_the_random_state_of_one_gpu_goes_to_the_current_one(gpus):
 
 
 @pytest.mark.parametrize("current_later", [1, 0, 3])
-def test_the_random_states_of_all_gpus_in_use_are_saved(gpus, current_later):
+def test_random_states_of_all_used_gpus_are_saved(gpus, current_later):
     gpus.current, gpus.used = 1, {1, 3}
-    saved = state_dict.rng_contents()
+    saved = state_dict.get_rng_state()
     assert sorted(saved) == ["rng.0.cpu", "rng.0.cuda", "rng.0.cuda.1", "rng.0.cuda.3"]
     gpus.random, gpus.current, gpus.used = (
         [torch.tensor([0])] * 4,

@@ -1,11 +1,11 @@
-"""Two jobs that save to one root lose nothing, in whatever order their operations fall and wherever they are killed."""
+"""Two jobs that save to one root lose nothing, in any order of operations and killed anywhere."""
 
 from __future__ import annotations
 
 from .interleavings import run_seeds
 
 
-def test_interleaved_jobs_leave_whole_checkpoints():
+def test_interleaved_jobs_leave_complete_checkpoints():
     total = run_seeds(range(60))
     assert total["interleavings"] == 60
     killed_after_publishing = total["published"] - total["succeeded"]

@@ -1,4 +1,4 @@
-"""A run killed at any point of a save or a removal keeps a whole checkpoint that ``latest`` finds."""
+"""A run killed at any point of a save or removal keeps a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ AT_ONCE = 3
 
 
 def start(root: Path, action: str) -> Path:
-    """What is there before: steps 1 and 2; more where removing is all that is done."""
+    """Save the checkpoints that exist before: steps 1 and 2, or 1 to 6 for pruning."""
     for step in range(1, 7 if action == "pruning" else 3):
         save_step(root, step, sharded=False)
     return root
 
 
 def check(root: Path, steps: set[int]) -> int:
-    """Everything that can be seen is whole, and the latest is one of ``steps``. Returns which."""
+    """Assert that all checkpoints are complete; return the latest's step, one of ``steps``."""
     newest = latest(root)
     assert newest is not None
     assert newest == root / (root / "LATEST").read_text().strip(), (
@@ -41,10 +41,9 @@ def check(root: Path, steps: set[int]) -> int:
 
 
 def check_next_save(root: Path) -> None:
-    """It works, and cleans up."""
-    commit._published.pop(
-        root, None
-    )  # as in a new process: this one made the first checkpoint of the job that was killed
+    """Assert that the next save works and removes leftovers."""
+    # as in a new process: this process saved the first checkpoints of the killed job
+    commit._published.pop(root, None)
     save_step(root, 9, sharded=False, keep=1)
     assert check(root, {9}) == 9
     assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-00000009"]
@@ -61,7 +60,7 @@ def check_next_save(root: Path) -> None:
         ("pruning", 1, True),
     ],
 )
-def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
+def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
     assert run(action, start(tmp_path / "whole", action), world, 0, None, False) == [0] * world
     before, done = {"same_step_again": (2, 2), "pruning": (6, 6)}.get(action, (2, 3))
     assert check(tmp_path / "whole", {done}) == done
@@ -86,7 +85,7 @@ def test_a_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
 
 
 def choose_points(root: Path, world: int, generator: random.Random) -> list[tuple[int, int]]:
-    """Ranks and numbers of operations: all that change folders or flush, as far as they fit, and some writes, of which there are many."""
+    """Choose ranks and indices of operations: changes of folders and flushes first, some writes."""
     points = [
         (rank, at, name) for rank in range(world) for at, name in enumerate(operations(root, rank))
     ]

@@ -1,4 +1,4 @@
-"""States that no training step makes any more, or that are no tensors of the usual kind: nothing that counts is lost."""
+"""Frozen and removed parameters, empty groups, extra states and tensor subclasses."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def freeze(model: nn.Sequential) -> None:
     model[0].requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------- frozen
+# ------------------------------------------------------------------------------------------- frozen
 
 
-def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(tmp_path):
-    """Its correction is part of its weight, and its moments go on where it is thawed."""
+def test_checkpoint_keeps_state_of_frozen_parameter(tmp_path):
+    """The correction is part of the weight, and training may unfreeze the parameter."""
     model, optimizer = trained()
     freeze(model)
     take_steps(model, optimizer)
@@ -103,7 +103,7 @@ def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(tmp_path):
     assert same(states(fresh, resumed), states(model, optimizer))
 
 
-def test_a_frozen_parameter_keeps_its_state_through_gather_scatter_and_import():
+def test_gather_scatter_and_import_keep_state_of_frozen_parameter():
     model, optimizer = trained()
     freeze(model)
     full = gather_full_state_dict(model, optimizer)
@@ -123,7 +123,7 @@ def test_a_frozen_parameter_keeps_its_state_through_gather_scatter_and_import():
     assert fresh_optimizer.state[fresh[0].weight]["step"] == 3
 
 
-def test_a_refused_load_makes_no_state_for_a_frozen_parameter(tmp_path):
+def test_refused_load_creates_no_state_for_frozen_parameter(tmp_path):
     save(tmp_path, 1, *trained())
     fresh = nn.Sequential(*layers(seed=1), nn.Linear(1, 1)).to(BF16)
     freeze(fresh)
@@ -134,7 +134,7 @@ def test_a_refused_load_makes_no_state_for_a_frozen_parameter(tmp_path):
 
 
 def wrapped(layout: str, world: int, seed: int) -> tuple[nn.Module, list[nn.Module], AdamW_BF16]:
-    """The model, its two layers and the optimizer."""
+    """Return the model, its two layers and the optimizer."""
     inner = layers(seed)
     own = list(inner)
     model: nn.Module = inner
@@ -195,14 +195,14 @@ def frozen_worker(rank: int, world: int, root: str, how: str) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["frozen", "removed"])
-def test_a_parameter_that_is_no_longer_trained_keeps_its_state_under_every_layout(how, tmp_path):
+def test_parameter_no_longer_trained_keeps_its_state_under_every_layout(how, tmp_path):
     assert run_ranks(2, frozen_worker, str(tmp_path), how) == [[], []]
 
 
-# ------------------------------------------------------------------------------------------------ in no group, of no parameter
+# --------------------------------------------------------------------- in no group, of no parameter
 
 
-def test_a_parameter_that_was_taken_out_of_its_group_keeps_its_state_through_a_checkpoint(tmp_path):
+def test_checkpoint_keeps_state_of_parameter_removed_from_its_group(tmp_path):
     model, optimizer = trained()
     optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][2:]
     order = list(optimizer.state)
@@ -227,8 +227,8 @@ def test_a_parameter_that_was_taken_out_of_its_group_keeps_its_state_through_a_c
     assert same(states(fresh, resumed), states(model, optimizer))
 
 
-def test_the_state_of_a_tensor_that_is_not_the_models_is_left_out(tmp_path):
-    """As accelerate's swap of parameters leaves it."""
+def test_state_of_foreign_tensor_is_not_saved(tmp_path):
+    """accelerate's swap of parameters leaves such a state."""
     model, optimizer = trained()
     expected = states(model, optimizer)
     optimizer.state[torch.ones(3)] = {"step": torch.ones(()), "exp_avg": torch.ones(3)}
@@ -244,7 +244,7 @@ def test_the_state_of_a_tensor_that_is_not_the_models_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [AdamW_BF16, torch.optim.AdamW])
-def test_an_entry_of_no_parameter_is_kept(kind, tmp_path):
+def test_entry_of_no_parameter_is_kept(kind, tmp_path):
     model = layers()
     optimizer = kind(model.parameters(), lr=1e-2)
     take_steps(model, optimizer) if kind is AdamW_BF16 else None
@@ -267,17 +267,19 @@ def test_an_entry_of_no_parameter_is_kept(kind, tmp_path):
         take_steps(fresh, resumed)
 
 
-def test_an_entry_that_cannot_be_saved_is_named(tmp_path):
+def test_entry_that_cannot_be_saved_is_named(tmp_path):
     for name, entry, sentence in (
         (
             "ema",
             torch.ones(2000),
-            "optimizer.state['ema'] belongs to no parameter and holds a tensor of 2000 elements, which cannot",
+            "optimizer.state['ema'] belongs to no parameter and holds a tensor of 2000 "
+            "elements, which cannot",
         ),
         (
             7.5,
             1,
-            "optimizer.state has an entry under 7.5, which cannot be saved; use a string as its key",
+            "optimizer.state has an entry under 7.5, which cannot be saved; use a string as "
+            "its key",
         ),
     ):
         model, optimizer = trained()
@@ -287,7 +289,7 @@ def test_an_entry_that_cannot_be_saved_is_named(tmp_path):
         optimizer.load_state_dict(optimizer.state_dict())
 
 
-def test_loading_a_state_dict_leaves_the_given_one_alone():
+def test_load_state_dict_does_not_change_its_argument():
     _, optimizer = trained()
     optimizer.state["ema"] = {"count": torch.tensor(3.0)}
     given = optimizer.state_dict()
@@ -297,7 +299,7 @@ def test_loading_a_state_dict_leaves_the_given_one_alone():
     assert given["state"]["ema"]["count"] == 3
 
 
-# ------------------------------------------------------------------------------------------------------------ empty groups
+# ------------------------------------------------------------------------------------- empty groups
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_loading_a_state_dict_leaves_the_given_one_alone():
         ([["a"], []], [["a"], ["b"]], [0, 1]),
     ],
 )
-def test_a_group_without_parameters_is_known_by_its_place(here, there, expected):
+def test_empty_group_is_matched_by_its_index(here, there, expected):
     assert match_groups(here, there) == expected
 
 
@@ -333,7 +335,7 @@ def decays(optimizer: AdamW_BF16) -> list[float]:
     return [group["weight_decay"] for group in optimizer.param_groups]
 
 
-def test_the_options_of_groups_without_parameters_are_restored(tmp_path):
+def test_options_of_empty_groups_are_restored(tmp_path):
     model = layers()
     optimizer = grouped(model, 0.25)
     take_steps(model, optimizer)
@@ -386,16 +388,16 @@ def empty_groups_worker(rank: int, world: int, root: str) -> list[Any]:
     return found
 
 
-def test_groups_without_parameters_under_every_layout(tmp_path):
+def test_empty_groups_under_every_layout(tmp_path):
     for found in run_ranks(2, empty_groups_worker, str(tmp_path)):
         assert found == [[0.25, 0.01, 0.5]] * 10
 
 
-# ---------------------------------------------------------------------------------------------------- wrong on one rank only
+# --------------------------------------------------------------------------- wrong on one rank only
 
 
 def on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
-    """The second rank gives something else; no rank waits for another."""
+    """Pass something else on the second rank; no rank blocks."""
     warnings.simplefilter("ignore")
     model, _, optimizer = wrapped("FSDP1 use_orig_params", world, seed=0)
     save(root, 1, model, optimizer)
@@ -432,16 +434,18 @@ def on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
     return said
 
 
-def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
+def test_error_of_one_rank_is_raised_on_all_ranks(tmp_path):
     first, second = run_ranks(2, on_one_rank_worker, str(tmp_path))
     assert first == second and len(first) == 21
     for found, sentence in zip(
         [first[:5], first[5:10], first[10:15], first[15:20], first[20:]],
         [
             "model must be a torch.nn.Module, but it is of type str; the order of arguments is ",
-            "optimizer must be a torch.optim.Optimizer, but it is of type NoneType; the order of arguments is ",
+            "optimizer must be a torch.optim.Optimizer, but it is of type NoneType; the "
+            "order of arguments is ",
             "the optimizer holds parameter 0 (shape ",
-            "the optimizer holds parameter 0 (shape (4, 4)), which is no parameter of this model (nor are 3 more)",
+            "the optimizer holds parameter 0 (shape (4, 4)), which is not a parameter of "
+            "this model (nor are 3 more)",
             "optimizer must be an AdamW_BF16, but it is of type AdamW",
         ],
         strict=True,
@@ -449,11 +453,11 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
         assert all(text.startswith(sentence) for text in found), found
 
 
-# -------------------------------------------------------------------------------------------------------------- extra states
+# ------------------------------------------------------------------------------------- extra states
 
 
 class History(nn.Module):
-    """Keeps what it has seen as an extra state: a tensor that grows, or another kind of value while it is empty."""
+    """A module with an extra state: a tensor that grows, or another type while it is empty."""
 
     def __init__(self, values: list[float], empty: Any = None) -> None:
         super().__init__()
@@ -469,9 +473,7 @@ class History(nn.Module):
 @pytest.mark.parametrize("saved", [[], [1.0], [1.0, 2.0, 3.0]])
 @pytest.mark.parametrize("here", [[], [5.0], [6.0, 7.0]])
 @pytest.mark.parametrize("empty", [None, {"seen": "nothing"}])
-def test_an_extra_state_comes_back_in_the_size_and_kind_of_the_checkpoint(
-    saved, here, empty, tmp_path
-):
+def test_extra_state_is_restored_with_size_and_type_of_the_checkpoint(saved, here, empty, tmp_path):
     model = History(saved, empty)
     save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.1))
     fresh = History(here, empty)
@@ -479,7 +481,7 @@ def test_an_extra_state_comes_back_in_the_size_and_kind_of_the_checkpoint(
     assert fresh.values == saved and torch.equal(fresh.layer.weight, model.layer.weight)
 
 
-def test_an_extra_state_that_was_not_saved_is_a_difference(tmp_path):
+def test_missing_extra_state_is_a_mismatch(tmp_path):
     plain = nn.Sequential(nn.Linear(2, 2).to(BF16))
     save(tmp_path, 1, plain, AdamW_BF16(plain.parameters(), lr=0.1))
     model = nn.Sequential(nn.Linear(2, 2).to(BF16), History([1.0]))
@@ -490,11 +492,11 @@ def test_an_extra_state_that_was_not_saved_is_a_difference(tmp_path):
     assert model[1].values == [1.0]
 
 
-# ------------------------------------------------------------------------------------------------------------ quantised tensors
+# -------------------------------------------------------------------------------- quantised tensors
 
 
 class Quantised(Tensor):
-    """As torchao quantises: a tensor made of two others, that knows few operations."""
+    """A tensor as of torchao: made of two others, with few operations."""
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: Tensor) -> Quantised:
@@ -543,7 +545,7 @@ def quantised(seed: int) -> tuple[LoRA, AdamW_BF16]:
 
 
 @pytest.mark.parametrize("async_", [False, True])
-def test_a_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
+def test_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
     model, optimizer = quantised(seed=0)
     save(tmp_path / "run", 1, model, optimizer, async_=async_)
     wait_for_save()
@@ -576,7 +578,7 @@ def test_a_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path
         )
 
 
-def test_a_quantised_parameter_is_no_plain_one(tmp_path):
+def test_quantised_parameter_does_not_load_into_a_plain_one(tmp_path):
     save(tmp_path, 1, *quantised(seed=0))
     plain = LoRA(0)
     plain.base = nn.Parameter(torch.ones(4, 4, dtype=BF16), requires_grad=False)
@@ -587,12 +589,12 @@ def test_a_quantised_parameter_is_no_plain_one(tmp_path):
 
 
 class Named(Tensor):
-    """A user's subclass that holds its own memory."""
+    """A user's subclass with memory of its own."""
 
 
 @pytest.mark.parametrize("async_", [False, True])
-def test_a_subclass_of_tensor_is_saved_as_a_plain_one(async_, tmp_path):
-    """A file that names the user's class is refused when it is read."""
+def test_tensor_subclass_is_saved_as_a_plain_tensor(async_, tmp_path):
+    """A file that names the user's class would be refused by load()."""
 
     def build(seed: int) -> tuple[nn.Module, AdamW_BF16]:
         model = layers(seed)
@@ -627,18 +629,19 @@ def dtensor_worker(rank: int, world: int, root: str) -> str:
     return str(caught.value)
 
 
-def test_shards_of_a_quantised_parameter_are_refused_by_name(tmp_path):
+def test_sharded_quantised_parameter_is_refused(tmp_path):
     for said in run_ranks(2, dtensor_worker, str(tmp_path)):
         assert said.startswith(
-            "base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave the quantised module out"
+            "base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave "
+            "the quantised module out"
         )
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------------------ meta
+# --------------------------------------------------------------------------------------------- meta
 
 
-def test_a_tensor_on_the_meta_device_is_named(tmp_path):
+def test_tensor_on_meta_device_is_named(tmp_path):
     good = save(tmp_path, 1, *trained())
     for make_meta in (
         lambda model: setattr(
@@ -658,6 +661,7 @@ def test_a_tensor_on_the_meta_device_is_named(tmp_path):
         ):
             with pytest.raises(
                 ValueError,
-                match=r"^0\.weight(_scale)? is on the meta device and has no values; call model.to_empty",
+                match=r"^0\.weight(_scale)? is on the meta device and has no values; call "
+                r"model.to_empty",
             ):
                 call()

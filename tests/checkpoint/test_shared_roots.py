@@ -1,4 +1,4 @@
-"""Roots that ranks or jobs share, and what cannot be removed or read there."""
+"""Roots shared by ranks or jobs, and files in them that cannot be removed or read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def node_local_worker(rank: int, world: int, folder: str, patience: float) -> st
     return str(caught.value)
 
 
-def test_a_root_that_is_another_disk_on_each_node_is_refused_and_nothing_is_removed(tmp_path):
+def test_root_on_node_local_disks_is_refused(tmp_path):
     good = save_step(tmp_path / "node0" / "run", 1, sharded=False)
     first, second = run_ranks(2, node_local_worker, str(tmp_path), 0.1)
     assert first == second and "\n" not in first
@@ -79,18 +79,16 @@ def lost_file_worker(rank: int, world: int, root: str, size: int | None) -> str:
 
 
 @pytest.mark.parametrize(("size", "state"), [(None, "is missing"), (10, "has 10 bytes")])
-def test_a_file_that_rank_0_does_not_see_as_it_was_written_is_named_and_nothing_is_published(
-    size, state, tmp_path
-):
+def test_file_that_rank_0_does_not_see_is_named_and_nothing_is_published(size, state, tmp_path):
     first, second = run_ranks(2, lost_file_worker, str(tmp_path), size)
     assert (
         first == second
-        and f"{state} here; give save() a root on a file system that all ranks share" in first
+        and f"{state} on rank 0; give save() a root on a file system that all ranks share" in first
     )
     assert names(tmp_path) == ["LATEST", "step-00000001"]
 
 
-def test_a_file_that_appears_late_is_waited_for(tmp_path):
+def test_late_file_is_waited_for(tmp_path):
     (tmp_path / "a").write_bytes(b"12")
 
     def complete() -> None:
@@ -99,18 +97,19 @@ def test_a_file_that_appears_late_is_waited_for(tmp_path):
 
     thread = threading.Thread(target=complete)
     thread.start()
-    commit.check_arrived(tmp_path, [{"a": FileRecord(5, "")}])
+    commit.check_files_visible(tmp_path, [{"a": FileRecord(5, "")}])
     thread.join()
 
 
 def missing_ok_worker(rank: int, world: int, folder: str) -> None:
-    """Ranks that see different states of the root act as rank 0 does."""
+    """Show ranks different states of the root; all must act as rank 0 does."""
     model, optimizer = make(1, sharded=True)
     save(f"{folder}/full", 1, model, optimizer, extra={"step": 1})
     seen_by_others = mock.Mock(side_effect=AssertionError("the first rank looks for all"))
     for of_rank_0, expected in (("none", None), ("full", {"step": 1})):
         with mock.patch.object(loading, "_find", loading._find if rank == 0 else seen_by_others):
-            assert load(f"{folder}/{of_rank_0}", model, optimizer, missing_ok=True) == expected
+            loaded = load(f"{folder}/{of_rank_0}", model, optimizer, missing_ok=True)
+            assert (loaded and loaded.extra) == expected
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load(f"{folder}/none", model, optimizer)
 
@@ -122,7 +121,7 @@ def test_all_ranks_resume_or_none(tmp_path):
 # ----------------------------------------------------------------------------------------- two jobs
 
 
-def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_path):
+def test_concurrent_save_is_refused_with_the_holder_of_the_lock(tmp_path):
     save_step(tmp_path, 1, sharded=False)
     reached, opened = threading.Event(), threading.Event()
     write_data = saving.ChecksummedWriter.write_data
@@ -151,12 +150,12 @@ def test_a_second_save_at_the_same_time_is_told_who_saves_and_harms_nothing(tmp_
     assert names(tmp_path) == ["LATEST", "step-00000002-2"]
 
 
-def test_the_lock_is_free_again_after_a_save_that_failed_or_was_interrupted(tmp_path, monkeypatch):
+def test_failed_or_interrupted_save_releases_the_lock(tmp_path, monkeypatch):
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
         for module, name in (
             (os.path, "lexists"),
             (commit, "_discard_leftovers"),
-            (saving, "contents"),
+            (saving, "get_state"),
             (saving, "publish"),
         ):
             with monkeypatch.context() as patched:
@@ -167,8 +166,8 @@ def test_the_lock_is_free_again_after_a_save_that_failed_or_was_interrupted(tmp_
     assert_holds(save_step(tmp_path, 1, sharded=False), 1)
 
 
-def test_a_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
-    """Also where its file, which another user made in a sticky folder, may not be removed."""
+def test_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
+    """The file cannot be removed, as if another user owned it in a sticky folder."""
     monkeypatch.setattr(
         os, "unlink", mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
     )
@@ -179,7 +178,7 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
     os.close(copy)
 
 
-def test_a_lock_file_of_a_dead_process_or_another_user_hinders_nobody(tmp_path, monkeypatch):
+def test_lock_file_of_dead_process_or_other_user_blocks_nobody(tmp_path, monkeypatch):
     (tmp_path / LOCK).write_text("process 1 on nowhere")
     save_step(tmp_path, 1, sharded=False)
     assert names(tmp_path) == ["LATEST", "step-00000001"]
@@ -200,7 +199,7 @@ def test_a_lock_file_of_a_dead_process_or_another_user_hinders_nobody(tmp_path, 
 
 
 def leave(root: Path, name: str, hours: float, file_hours: float | None = None) -> Path:
-    """What a killed save left so long ago."""
+    """Create the leftover of a save that was killed so many hours ago."""
     path = root / name
     path.mkdir()
     (path / "__0_0.distcp").write_bytes(b"x")
@@ -213,7 +212,7 @@ def leave(root: Path, name: str, hours: float, file_hours: float | None = None) 
 
 
 @pytest.mark.parametrize("no_locks", [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_leftover_is_removed_once_its_save_must_be_dead(no_locks, tmp_path, monkeypatch):
+def test_leftover_is_removed_once_its_save_must_be_dead(no_locks, tmp_path, monkeypatch):
     if no_locks is not None:
         monkeypatch.setattr(
             root_lock.fcntl,
@@ -240,10 +239,8 @@ def test_a_leftover_is_removed_once_its_save_must_be_dead(no_locks, tmp_path, mo
     assert all((tmp_path / name / "__0_0.distcp").exists() for name in left if "partial" in name)
 
 
-def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(
-    tmp_path, monkeypatch
-):
-    """Where no lock keeps them apart."""
+def test_name_taken_by_another_job_raises_and_both_checkpoints_are_complete(tmp_path, monkeypatch):
+    """The file system has no locks."""
     monkeypatch.setattr(
         root_lock.fcntl,
         "flock",
@@ -259,26 +256,26 @@ def test_a_name_that_another_job_took_meanwhile_is_an_error_and_both_are_whole(
     monkeypatch.setattr(saving, "publish", publish_second)
     with pytest.raises(
         RuntimeError,
-        match=r"another job has saved .*step-00000001 in the meantime; give each job a root of its own",
+        match=r"another job has saved .*step-00000001 in the meantime; give each job a root "
+        r"of its own",
     ):
         save_step(tmp_path, 1, sharded=False)
     assert names(tmp_path) == ["LATEST", "step-00000001"]
     assert_holds(tmp_path, 1)
 
 
-def test_pruning_keeps_the_latest_and_those_saved_last_where_they_differ(tmp_path):
+def test_prune_keeps_the_latest_and_the_last_saved(tmp_path):
     paths = [save_step(tmp_path, step, sharded=False) for step in (1, 2, 3)]
-    (tmp_path / "LATEST").write_text(
-        f"{paths[1].name}\n"
-    )  # the third was published, but then the disk was full
+    # the third was published, but then the disk was full
+    (tmp_path / "LATEST").write_text(f"{paths[1].name}\n")
     assert prune(tmp_path, 1) == [paths[0]]
     assert latest(tmp_path) == paths[1]
 
 
-# ------------------------------------------------------------------- what cannot be removed or read
+# ------------------------------------------------------------- files that cannot be removed or read
 
 
-def test_a_link_to_an_archive_is_unlinked_and_its_target_left_alone(tmp_path):
+def test_link_to_archive_is_unlinked_and_its_target_kept(tmp_path):
     root, archive = tmp_path / "run", tmp_path / "archive"
     for step in (1, 2, 3):
         save_step(root, step, sharded=False)
@@ -297,9 +294,7 @@ def test_a_link_to_an_archive_is_unlinked_and_its_target_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("stuck", ["rename", "rmtree"])
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_others_are_removed(
-    stuck, tmp_path, monkeypatch
-):
+def test_checkpoint_that_cannot_be_removed_causes_a_warning(stuck, tmp_path, monkeypatch):
     for step in (1, 2, 3):
         save_step(tmp_path, step, sharded=False)
     real: Any = getattr(os if stuck == "rename" else shutil, stuck)
@@ -323,9 +318,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_others_are_re
         assert prune(tmp_path, 1) == []
 
 
-def test_a_folder_that_cannot_be_flushed_is_passed_over_but_a_failing_disk_is_not(
-    tmp_path, monkeypatch
-):
+def test_folder_without_fsync_is_accepted_but_a_failing_disk_is_not(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def refuses(descriptor: int) -> None:
@@ -342,7 +335,7 @@ def test_a_folder_that_cannot_be_flushed_is_passed_over_but_a_failing_disk_is_no
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
-    """As permissions of another user do; root may read everything."""
+    """Deny access as permissions would; root may read everything."""
     for module, name in (
         (os, "stat"),
         (os, "scandir"),
@@ -363,7 +356,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["", "LATEST", "step-00000002"])
-def test_what_may_not_be_read_is_no_missing_checkpoint(what, tmp_path, monkeypatch):
+def test_unreadable_checkpoint_is_not_taken_for_missing(what, tmp_path, monkeypatch):
     root = tmp_path / "run"
     for step in (1, 2):
         save_step(root, step, sharded=False)
@@ -376,9 +369,7 @@ def test_what_may_not_be_read_is_no_missing_checkpoint(what, tmp_path, monkeypat
         load(root, *make(0), missing_ok=True)
 
 
-def test_an_old_checkpoint_that_may_not_be_read_hinders_no_save_and_is_left_alone(
-    tmp_path, monkeypatch
-):
+def test_unreadable_old_checkpoint_is_kept_and_saves_work(tmp_path, monkeypatch):
     for step in (1, 2):
         save_step(tmp_path, step, sharded=False)
     leave(tmp_path, ".partial-step-00000003-another1-00000000", 2)
@@ -390,7 +381,8 @@ def test_an_old_checkpoint_that_may_not_be_read_hinders_no_save_and_is_left_alon
         )
         with pytest.warns(
             UserWarning,
-            match=r"\.partial-step-00000003.* is left over and could not be removed .*Permission denied",
+            match=r"the leftover .*\.partial-step-00000003.* could not be removed "
+            r".*Permission denied",
         ):
             save_step(tmp_path, 3, sharded=False, keep=1)
         assert prune(tmp_path, 1) == []

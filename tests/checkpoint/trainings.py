@@ -1,4 +1,4 @@
-"""Trained models, ours and somebody else's, and what an export or import of them must give."""
+"""Trained models, of this package and of torch, and the expected exports and imports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def in_order(module, optimizer):
 
 
 def fp32_training(dtype=torch.float32, steps=4):
-    """What somebody else trained: a model of ``dtype`` and a torch.optim.AdamW in two groups."""
+    """Train a model of ``dtype`` with a torch.optim.AdamW in two groups."""
     torch.manual_seed(3)
     model = Net().to(dtype)
     named = dict(model.named_parameters())
@@ -67,7 +67,7 @@ def written(folder, weights):
 
 
 def expected_states(model, optimizer):
-    """By the definition, element by element on whole tensors."""
+    """Return the states to expect, by definition, element by element on full tensors."""
     result = {}
     for name, param in model.named_parameters():
         ours = torch.float32 if "precise" in name else torch.bfloat16
@@ -87,7 +87,7 @@ def expected_states(model, optimizer):
 
 
 def named_state(model, optimizer):
-    """As FSDP and get_optimizer_state_dict(full_state_dict=True) give it."""
+    """Return the state as get_optimizer_state_dict(full_state_dict=True) does."""
     name_of = {param: name for name, param in model.named_parameters()}
     state = {name_of[param]: values for param, values in optimizer.state.items()}
     groups = [

@@ -19,9 +19,8 @@ from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
 from sharded_bf16_adamw.checkpoint import dcp_storage
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
-_context = multiprocessing.get_context(
-    "forkserver"
-)  # a fork of a process that has imported torch costs next to nothing
+# a fork of a process that has imported torch is cheap
+_context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "torch",
@@ -32,19 +31,13 @@ _context.set_forkserver_preload(
         "torch._inductor.utils",
     ]
 )
-OPERATIONS = (
-    "fsync",
-    "mkdir",
-    "rename",
-    "replace",
-    "rmdir",
-    "unlink",
-)  # of os; and every write to a file of tensors
+# of os; and every write to a file of tensors
+OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 PATIENCE = 60  # seconds for survivors to notice that a rank is gone
 
 
 def make(step: int, sharded: bool = False) -> tuple[nn.Module, AdamW_BF16]:
-    """A model and optimizer whose every element tells the step."""
+    """Return a model and optimizer with all elements equal to the step."""
     model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2)).to(torch.bfloat16)
     if sharded:
         from torch.distributed.fsdp import fully_shard
@@ -60,9 +53,9 @@ def make(step: int, sharded: bool = False) -> tuple[nn.Module, AdamW_BF16]:
 
 
 def assert_holds(path: Path, step: int) -> None:
-    """Load a checkpoint and find nothing in it but ``step``."""
+    """Load a checkpoint, and assert that all elements are ``step``."""
     model, optimizer = make(0)
-    assert load(path, model, optimizer) == {"step": step}
+    assert load(path, model, optimizer).extra == {"step": step}
     for param in model.parameters():
         assert all(
             bool((tensor == step).all()) for tensor in (param, *optimizer.state[param].values())
@@ -87,7 +80,7 @@ def same_step_again(root: Path, sharded: bool) -> None:
 
 
 def destroying(root: Path, sharded: bool) -> None:
-    """As a script that forgets to wait: the other ranks are still writing."""
+    """Destroy the process group, as a script that forgets to wait, while other ranks write."""
     write_data = dcp_storage.ChecksummedWriter.write_data
 
     def write_later(self: Any, plan: Any, planner: Any) -> Any:
@@ -113,7 +106,9 @@ ACTIONS: dict[str, Callable[[Path, bool], None]] = {
 def run(
     action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool
 ) -> list[int]:
-    """Run ``action`` on ``world`` ranks; rank ``victim`` is killed before operation ``at``, with all others if ``everybody``.
+    """Run ``action`` on ``world`` ranks, and kill rank ``victim`` before operation ``at``.
+
+    With ``everybody``, all other ranks are killed too.
 
     Returns:
         Exit codes by rank.
@@ -138,7 +133,7 @@ def run(
 
 
 def operations(root: Path, rank: int) -> list[str]:
-    """The names of what a rank did in a run that was not killed."""
+    """Return the operations of a rank in a run that was not killed."""
     return Path(f"{root}.operations.{rank}").read_text().split()
 
 
@@ -159,7 +154,7 @@ def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> Non
 
 
 def _watch_operations(at: int | None) -> list[str]:
-    """Record them; die before number ``at``, as by SIGKILL from outside."""
+    """Record operations; kill this process by SIGKILL before number ``at``."""
     done: list[str] = []
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,162 @@
+"""Checks of model and optimizer, and the optimizer's states that exist before a save or load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import _init_optim_state
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parameter import is_lazy
+
+from .names import clean_fqn, flat_params, named_tensors, unwrap
+
+
+def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
+    """Raise ValueError unless both are of the right type, belong together and have values.
+
+    Not collective: call it within ``raise_on_all_ranks`` before any collective, or the other ranks
+    block in that.
+
+    Args:
+        call: the caller's signature, which shows the order of arguments.
+        model: the caller's model.
+        optimizer: the caller's optimizer.
+    """
+    for name, value, kind, what in (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer"),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name} must be {what}, but it is of type {type(value).__name__}; "
+                f"the order of arguments is {call}"
+            )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the root holds unsharded parameters
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{clean_fqn(model, name)} has no shape yet; run one forward pass first"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{clean_fqn(model, name)} is on the meta device and has no values; "
+                "call model.to_empty(device=...) and initialise it first"
+            )
+    _check_params_are_of_model(model, optimizer)
+
+
+def _check_params_are_of_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    known = set(model.parameters())
+    for _, flat_param in flat_params(model):
+        # between forward and backward, model.parameters() lacks some of these
+        known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    foreign = [(index, param) for index, param in enumerate(params) if param not in known]
+    if foreign:
+        index, param = foreign[0]
+        more = f" (nor are {len(foreign) - 1} more)" if foreign[1:] else ""
+        raise ValueError(
+            f"the optimizer holds parameter {index} (shape {tuple(param.shape)}), which is not a "
+            f"parameter of this model{more}; pass the model and the optimizer of its parameters, "
+            "and make every optimized tensor an nn.Parameter of the model"
+        )
+
+
+def init_state(optimizer: torch.optim.Optimizer, only_if_empty: bool = False) -> None:
+    """Create the optimizer's states.
+
+    ``AdamW_BF16`` creates them at step 0. For other optimizers torch takes a step with zero
+    gradients, which counts as a step.
+
+    Args:
+        optimizer: any optimizer of torch.
+        only_if_empty: do nothing if a parameter has a state.
+    """
+    has_some = any(isinstance(key, Tensor) for key in optimizer.state)
+    init = getattr(optimizer, "init_state", None)
+    if init is None and not has_some:
+        entries = non_param_entries(optimizer)
+        optimizer.state.clear()  # torch takes an optimizer with any entry for initialized
+        _init_optim_state(optimizer)
+        optimizer.state.update(entries)
+    elif init is not None and not (only_if_empty and has_some):
+        init()
+
+
+def init_frozen_states(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Iterable[str],
+    saved_in_groups: Iterable[str],
+    stored: Callable[[str], str] = str,
+) -> None:
+    """Create the states of frozen parameters that are to be loaded; other optimizers have none.
+
+    A frozen parameter's correction is part of its weight, and its moments are needed if training
+    unfreezes it later.
+
+    Args:
+        model: the module, wrapped or not.
+        optimizer: its optimizer.
+        saved: names of the parameters whose states were saved.
+        saved_in_groups: names of the parameters that were in a group. A parameter that is in no
+            group now gets a state only if it was in no group then: otherwise the state would only
+            cost memory.
+        stored: maps an FQN to its name in ``saved``.
+    """
+    init = getattr(optimizer, "init_state", None)
+    if init is None:
+        return
+    saved, saved_in_groups = set(saved), set(saved_in_groups)
+    in_groups = {param for group in optimizer.param_groups for param in group["params"]}
+    names: dict[Any, list[str]] = {}
+    for name, param in unwrap(model).named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(stored(clean_fqn(model, name)))
+    for prefix, flat_param in flat_params(unwrap(model)):
+        if flat_param in names:
+            names[flat_param] = [
+                stored(clean_fqn(model, prefix + name)) for name in flat_param._fqns
+            ]
+    init(
+        param
+        for param, own in names.items()
+        if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
+    )
+
+
+@contextmanager
+def rollback_new_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Remove the states that the body created if it fails: a failed load changes nothing."""
+    had_state = {
+        key for key, state in optimizer.state.items() if state or not isinstance(key, Tensor)
+    }
+    try:
+        yield
+    except BaseException:
+        for param in [param for param in optimizer.state if param not in had_state]:
+            del optimizer.state[param]
+        raise
+
+
+def non_param_entries(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """Return the entries of ``optimizer.state`` that belong to no parameter.
+
+    torch's own optimizers keep such entries too.
+    """
+    return {key: entry for key, entry in optimizer.state.items() if not isinstance(key, Tensor)}
+
+
+def ungrouped_params(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the model's parameters that have a state but are in no group."""
+    in_groups = {param for group in optimizer.param_groups for param in group["params"]}
+    return [
+        param
+        for param in model.parameters()
+        if param not in in_groups and optimizer.state.get(param)
+    ]
