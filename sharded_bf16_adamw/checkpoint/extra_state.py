@@ -15,7 +15,7 @@ from ..sharding.dtensor import to_local
 from .manifest import Manifest, decode
 from .names import clean_fqn, unwrap
 
-MODEL, ENTRY = "model.", "optimizer.entry."
+MODEL, STATE, ENTRY = "model.", "optimizer.state.", "optimizer.entry."  # prefixes of keys
 PART = ":"  # separates a quantised tensor's key from its parts: model.layer.weight:scale
 EXTRA_STATE = "_extra_state"
 _MAX_ENTRY_NUMEL = 1024  # of a tensor that goes into the manifest

@@ -232,12 +232,8 @@ def convert_fp32(
         >>> convert_fp32({"layer.weight": torch.ones(2, 2)}, "checkpoints", lr=1e-3).name
         'step-00000000'
     """
-
-    def convert() -> str:
-        path = _convert(source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
-        return str(path)
-
-    return Path(call_on_first_rank("convert_fp32", root, convert))
+    arguments = (source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
+    return Path(call_on_first_rank("convert_fp32", root, lambda: str(_convert(*arguments))))
 
 
 def _convert(

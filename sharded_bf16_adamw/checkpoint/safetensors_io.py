@@ -64,6 +64,8 @@ class TensorInfo(NamedTuple):
 class SafetensorsFile:
     """An open safetensors file. On opening, the library checks the header and the file's size.
 
+    The file is mapped, so it must not be truncated while it is open.
+
     Attributes:
         infos: shape and dtype of each tensor by name, in the order of the file.
 

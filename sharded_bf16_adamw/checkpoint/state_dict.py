@@ -27,6 +27,7 @@ from .extra_state import (
     ENTRY,
     MODEL,
     PART,
+    STATE,
     drop_subclass,
     entry_key,
     flatten_subclass,
@@ -45,8 +46,6 @@ from .torch_state_dict import (
     sharded_model_state,
     sharded_optimizer_state,
 )
-
-STATE = "optimizer.state."
 
 # ------------------------------------------------------------------------- model and optimizer
 

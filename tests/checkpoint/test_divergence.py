@@ -173,8 +173,8 @@ def test_different_paths_on_ranks_are_refused(tmp_path):
     for saved, loaded, wrong_group in run_ranks(2, paths_worker, str(tmp_path)):
         assert saved == (
             f"ranks give different values of the folder to save in: '{tmp_path}/0' on rank 0 and "
-            f"'{tmp_path}/1' on rank 1; pass the same value on all ranks, and group= if each part of "
-            "the job has a model of its own"
+            f"'{tmp_path}/1' on rank 1; pass the same value on all ranks, and group= if each part "
+            "of the job has a model of its own"
         )
         assert loaded.startswith("ranks give different values of the checkpoint to load")
         assert wrong_group.startswith(
