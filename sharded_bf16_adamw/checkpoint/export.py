@@ -100,7 +100,7 @@ def export_fp32(
         _export(path, out, dtype, max_shard_bytes, progress)
         return str(out)
 
-    return Path(call_on_first_rank("export_fp32", out, export, group))
+    return Path(call_on_rank_0_via_store("export_fp32", out, export, group))
 
 
 def _export(

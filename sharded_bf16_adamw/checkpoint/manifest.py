@@ -2,8 +2,7 @@
 
 Checksums are CRC-32 (``zlib.crc32``): part of Python's standard library, cheaper than the
 cryptographic hashes there, and certain to detect damage that spans at most 32 bits. Other damage
-passes with a probability of 2^-32. CRC-32 protects from accidents, not from somebody who rewrites
-files.
+passes with a probability of 2^-32. CRC-32 protects from accidents, not from deliberate changes.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Group = dist.ProcessGroup | None
 
 _POLL_S = 0.05  # interval at which the store is polled
 _SHOWN = 3  # problems listed in one error message
-_calls: Counter[str] = Counter()  # of call_on_first_rank(), by operation, path and ranks
+_calls: Counter[str] = Counter()  # of call_on_rank_0_via_store(), by operation, path and ranks
 _on_this_rank_alone: ContextVar[bool] = ContextVar("_on_this_rank_alone", default=False)
 
 # ---------------------------------------------------------------------------------------- errors
@@ -69,7 +69,7 @@ def call_on_rank_0(message: str, function: Callable[[], Result], group: Group = 
     return result[0]
 
 
-def call_on_first_rank(
+def call_on_rank_0_via_store(
     what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None
 ) -> str:
     """Call ``function`` on the group's first rank, and block every other rank that calls.

@@ -17,7 +17,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import convert_fp32, export_fp32, import_fp32, load, save
 from sharded_bf16_adamw.checkpoint import export, rank_errors
-from sharded_bf16_adamw.checkpoint.rank_errors import call_on_first_rank
+from sharded_bf16_adamw.checkpoint.rank_errors import call_on_rank_0_via_store
 
 from .trainings import read_folder, trained, true_values
 
@@ -160,7 +160,7 @@ def missing_worker(rank: int, world: int, folder: str) -> str:
         mock.patch.object(rank_errors, "_timeout", return_value=timedelta(seconds=0.2)),
         pytest.raises(RuntimeError) as caught,
     ):
-        call_on_first_rank("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
+        call_on_rank_0_via_store("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
     dist.barrier()
     return str(caught.value)
 
