@@ -24,7 +24,7 @@ from torch import Tensor
 from .async_save import wait_for_own_saves
 from .directory import sync_folder
 from .extra_state import PART
-from .rank_errors import Group, call_on_first_rank, check_group
+from .rank_errors import Group, call_on_rank_0_via_store, check_group
 from .reader import CheckpointReader
 from .safetensors_io import DTYPE_NAMES, write_sharded
 from .state_dict import MODEL, STATE

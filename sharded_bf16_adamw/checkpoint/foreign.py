@@ -29,7 +29,12 @@ from .optimizer_state import (
     init_state,
     rollback_new_state,
 )
-from .rank_errors import call_on_first_rank, check_group, known_on_other_ranks, raise_on_all_ranks
+from .rank_errors import (
+    call_on_rank_0_via_store,
+    check_group,
+    known_on_other_ranks,
+    raise_on_all_ranks,
+)
 from .rank_names import RankNames
 from .saving import save
 from .ties import bitwise_equal, find_ties
@@ -233,7 +238,7 @@ def convert_fp32(
         'step-00000000'
     """
     arguments = (source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
-    return Path(call_on_first_rank("convert_fp32", root, lambda: str(_convert(*arguments))))
+    return Path(call_on_rank_0_via_store("convert_fp32", root, lambda: str(_convert(*arguments))))
 
 
 def _convert(
