@@ -185,8 +185,8 @@ def import_fp32(
             ):
                 step = _max_step(imported_state, own["params"] or imported_state)
                 _set_hyperparams(live, imported, step)
-                unnamed = live.keys() - {"params", "param_names"}
-                shown.update({key: value for key, value in live.items() if key in unnamed})
+                names_keys = ("params", "param_names")
+                shown.update({key: value for key, value in live.items() if key not in names_keys})
     if has_fsdp1(model):
         set_sharded_model_state(model, model_part)
         set_sharded_optimizer_state(model, optimizer, optimizer_part)
