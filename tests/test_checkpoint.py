@@ -201,20 +201,20 @@ def test_missing_checkpoint_is_an_error(tmp_path):
     [
         (
             lambda m: nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 2)),
-            r"model.0.weight has shape \(4, 4\) there but \(4, 9\) here",
+            r"size mismatch for model.0.weight: saved as \(4, 4\), but \(4, 9\) in the model",
         ),
-        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "it has no model.2.weight"),
-        (lambda m: nn.Sequential(m[0]), "it has model.1.weight, which is not here"),
+        (lambda m: nn.Sequential(*m, nn.Linear(2, 2)), "missing key model.2.weight"),
+        (lambda m: nn.Sequential(m[0]), "unexpected key model.1.weight"),
         (
             lambda m: m.to(torch.float32),
-            "model.0.weight is torch.bfloat16 there but torch.float32 here",
+            "dtype mismatch for model.0.weight: saved as torch.bfloat16, but torch.float32 in the model",
         ),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(change, message, tmp_path):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
-    other = change(model).to(torch.float32 if "float32 here" in message else torch.bfloat16)
+    other = change(model).to(torch.float32 if "float32 in the model" in message else torch.bfloat16)
     other_optimizer = train_on_given_gradients(other, 2)
     before = frozen_copy(other, other_optimizer)
     with pytest.raises(
@@ -228,7 +228,7 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     model, _ = trained()
     save(tmp_path, 3, model, torch.optim.AdamW(model.parameters()))
     optimizer = new_optimizer(model)
-    with pytest.raises(ValueError, match=r"it has no optimizer.state.0.weight.correction"):
+    with pytest.raises(ValueError, match=r"missing key optimizer.state.0.weight.correction"):
         load(tmp_path, model, optimizer)
     assert not optimizer.state
 

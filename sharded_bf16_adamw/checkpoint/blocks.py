@@ -1,7 +1,7 @@
-"""Which part of a tensor this rank holds, whatever the strategy.
+"""The parts of tensors that a rank holds, under every sharding strategy.
 
-Vocabulary: a *block* is a box of a whole tensor, from ``offsets`` on with the shape ``sizes``. A plain tensor is one block on every rank
-(all replicas of each other); a DTensor is one block a rank, which may be empty.
+A *block* is a box of a full tensor. A plain tensor is one block on every rank. A DTensor is one
+block on each rank, possibly an empty one.
 """
 
 from __future__ import annotations
@@ -18,38 +18,37 @@ from ..sharding.dtensor import to_local
 
 
 class Block(NamedTuple):
-    """A box of a tensor."""
+    """A box of a tensor: where it begins and its shape."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.sizes)
 
-    def of(self, whole: Tensor) -> Tensor:
-        """This box of ``whole``: a view."""
+    def view_in(self, full_tensor: Tensor) -> Tensor:
+        """Return a view of this box of ``full_tensor``."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            whole = whole.narrow(dim, offset, size)
-        return whole
+            full_tensor = full_tensor.narrow(dim, offset, size)
+        return full_tensor
 
 
 def local_blocks(tensor: Tensor) -> Iterator[tuple[Block, Tensor]]:
-    """What this rank holds of ``tensor``: each block that is not empty, with the memory that holds it."""
+    """Yield each non-empty block of ``tensor`` on this rank, with the memory that holds it."""
     if isinstance(tensor, ShardedTensor):  # FSDP1 without a device mesh
         for shard in tensor.local_shards():
-            yield (
-                Block(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes)),
-                shard.tensor.detach(),
-            )
+            metadata = shard.metadata
+            block = Block(tuple(metadata.shard_offsets), tuple(metadata.shard_sizes))
+            yield block, shard.tensor.detach()
         return
     local = to_local(tensor).detach()
+    # An empty DTensor shard may have shape (0,), and this rank may not be in the mesh at all.
+    if local.numel() == 0:
+        return
     if isinstance(tensor, DTensor):
-        if local.numel() == 0:  # its shape may be (0,), and this rank may not even be of the mesh
-            return
-        (chunk,) = (
-            tensor.__create_chunk_list__()
-        )  # what torch.distributed.checkpoint asks of a tensor, too
+        (chunk,) = tensor.__create_chunk_list__()  # torch.distributed.checkpoint calls it too
         yield Block(tuple(chunk.offsets), tuple(chunk.sizes)), local
-    elif local.numel():
+    else:
         yield Block((0,) * local.ndim, tuple(local.shape)), local

@@ -1,4 +1,4 @@
-"""Which entries of a checkpoint fit a model and an optimizer, and in what they differ."""
+"""Compare the keys, shapes and dtypes of a checkpoint with those of a model and an optimizer."""
 
 from __future__ import annotations
 
@@ -13,89 +13,100 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .groups import match_groups
 from .manifest import Manifest, ParamGroup, decode
-from .rank_errors import Group, known_on_other_ranks
+from .rank_errors import Group, join_problems, known_on_other_ranks
+from .safetensors_io import TensorInfo
 from .state_dict import MODEL, STATE, CheckpointState, param_of_state
 
 
 @dataclass
 class Comparison:
-    """Attributes:
-    loadable: keys of tensors that the checkpoint has in the same shape and dtype.
-    unsaved_states: keys of states that it lacks although it has the parameter's weight; they start at zero.
-    plain: values that are no tensors, by key.
-    groups: the groups here with the saved options, also those that are not here.
-    differences: a sentence without a full stop for each entry that does not fit.
+    """The result of :func:`compare`.
+
+    Attributes:
+        loadable: keys of tensors that the checkpoint has with the same shape and dtype.
+        missing_states: keys of states that it lacks although it has the weight; they become zero.
+        plain: values that are not tensors, by key.
+        groups: the optimizer's groups, with the saved options.
+        mismatches: a sentence without a full stop for each key that does not fit.
     """
 
     loadable: list[str] = field(default_factory=list)
-    unsaved_states: list[str] = field(default_factory=list)
+    missing_states: list[str] = field(default_factory=list)
     plain: dict[str, Any] = field(default_factory=dict)
     groups: list[ParamGroup] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
 
 
-def keys_elsewhere(
-    metadata: Metadata, manifest: Manifest, here: CheckpointState, group: Group
+def keys_on_other_ranks(
+    metadata: Metadata, manifest: Manifest, current: CheckpointState, group: Group
 ) -> set[str]:
-    """Return the keys of the checkpoint that other ranks alone have (pipeline stages, experts). Collective."""
+    """Return the saved keys that only other ranks have (stages, experts). Collective."""
     saved: set[str] = {
         key
         for key in (*metadata.state_dict_metadata, *manifest.values)
         if key.startswith((MODEL, STATE))
     }
-    return known_on_other_ranks(saved.difference(here.tensors, here.plain), group)
+    return known_on_other_ranks(saved.difference(current.tensors, current.plain), group)
 
 
 def compare(
-    metadata: Metadata, manifest: Manifest, here: CheckpointState, elsewhere: Collection[str] = ()
+    metadata: Metadata,
+    manifest: Manifest,
+    current: CheckpointState,
+    on_other_ranks: Collection[str] = (),
 ) -> Comparison:
-    """Compare names, global shapes and dtypes. A parameter of which there is no state at all never had a gradient: no difference.
-    ``elsewhere`` are keys that other ranks have."""
+    """Compare names, global shapes and dtypes.
+
+    A parameter without any saved state never had a gradient, which is not a mismatch.
+
+    Args:
+        metadata: DCP's metadata of the checkpoint.
+        manifest: its manifest.
+        current: the model and optimizer on this rank.
+        on_other_ranks: keys that only other ranks have.
+    """
     result = Comparison()
-    saved = metadata.state_dict_metadata
-    saved_plain = manifest.values
+    saved, saved_plain = metadata.state_dict_metadata, manifest.values
     with_state = params_with_state(metadata, manifest)
-    for key, value in here.tensors.items():
-        entry, param = saved.get(key), param_of_state(key)
-        problem = f"it has no {key}" if entry is None else _difference(key, entry, value)
-        if problem is None:
+    for key, value in current.tensors.items():
+        param = param_of_state(key)
+        mismatch = _find_tensor_mismatch(key, saved, value)
+        if mismatch is None:
             result.loadable.append(key)
             continue
         if param is None or param in with_state:
-            result.differences.append(problem)
-        if (
-            param is not None
-            and MODEL + param in saved
-            and _difference("", saved[MODEL + param], here.tensors[MODEL + param]) is None
-        ):
-            result.unsaved_states.append(key)
-    for key, value in here.plain.items():
-        if key in saved_plain:
-            result.plain[key] = decode(saved_plain[key])
-        else:
-            result.plain[key] = value
-            if param_of_state(key) is None or param_of_state(key) in with_state:
-                result.differences.append(f"it has no {key}")
-    with_state_here = {param_of_state(key) for key in [*here.tensors, *here.plain]}
+            result.mismatches.append(mismatch)
+        if param is not None:
+            weight = MODEL + param
+            if weight in saved and not _find_tensor_mismatch(
+                weight, saved, current.tensors[weight]
+            ):
+                result.missing_states.append(key)
+    for key, value in current.plain.items():
+        result.plain[key] = decode(saved_plain[key]) if key in saved_plain else value
+        param = param_of_state(key)
+        if key not in saved_plain and (param is None or param in with_state):
+            result.mismatches.append(f"missing key {key}")
+    current_with_state = {param_of_state(key) for key in [*current.tensors, *current.plain]}
     unused = {
         param
         for param in with_state
-        if param not in with_state_here and MODEL + param in here.tensors
+        if param not in current_with_state and MODEL + param in current.tensors
     }
     for param in sorted(unused):
-        result.differences.append(
-            f"it has a state of {param}, which has none here, as where it is not in the optimizer"
+        result.mismatches.append(
+            f"unexpected state of {param}, which has none in this optimizer (is it in no group?)"
         )
     for key in [*saved, *saved_plain]:
-        is_here = key in here.tensors or key in here.plain or key in elsewhere
-        if key.startswith((MODEL, STATE)) and not is_here and param_of_state(key) not in unused:
-            result.differences.append(f"it has {key}, which is not here")
-    _compare_groups(manifest.groups, here.groups, result)
+        is_known = key in current.tensors or key in current.plain or key in on_other_ranks
+        if key.startswith((MODEL, STATE)) and not is_known and param_of_state(key) not in unused:
+            result.mismatches.append(f"unexpected key {key}")
+    _compare_groups(manifest.groups, current.groups, result)
     return result
 
 
 def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
-    """The names of the parameters of which the checkpoint has a state."""
+    """Return the parameters that have a state in the checkpoint."""
     return {
         fqn
         for key in chain(metadata.state_dict_metadata, manifest.values)
@@ -103,71 +114,98 @@ def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
     }
 
 
-def restored(
-    here: CheckpointState, comparison: Comparison, loaded: dict[str, Any]
+def merge_loaded(
+    current: CheckpointState, comparison: Comparison, loaded: dict[str, Any]
 ) -> CheckpointState:
-    """What the model and optimizer are to hold: loaded tensors and values, and of the rest what they hold now."""
+    """Return the loaded tensors and values, and the current ones for everything else."""
     return CheckpointState(
-        {**here.tensors, **{key: loaded[key] for key in comparison.loadable}},
+        {**current.tensors, **{key: loaded[key] for key in comparison.loadable}},
         comparison.plain,
         comparison.groups,
     )
 
 
-def _difference(key: str, entry: Any, value: Any) -> str | None:
-    shape = value.size()
-    if entry.size != shape:
-        return f"{key} has shape {tuple(entry.size)} there but {tuple(shape)} here"
-    if entry.properties.dtype != value.dtype:
-        return f"{key} is {entry.properties.dtype} there but {value.dtype} here"
+def find_mismatch(
+    key: str, saved: Any, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> str | None:
+    """Return a sentence if ``saved`` does not fit a tensor, else None.
+
+    Args:
+        key: the name in the sentence.
+        saved: anything with ``shape`` and ``dtype``; None if the key is missing.
+        shape: the tensor's global shape.
+        dtype: the tensor's dtype; None to accept every dtype.
+    """
+    if saved is None:
+        return f"missing key {key}"
+    if tuple(saved.shape) != shape:
+        return f"size mismatch for {key}: saved as {tuple(saved.shape)}, but {shape} in the model"
+    if dtype not in (None, saved.dtype):
+        return f"dtype mismatch for {key}: saved as {saved.dtype}, but {dtype} in the model"
     return None
 
 
-def _compare_groups(saved: list[ParamGroup], here: list[ParamGroup], result: Comparison) -> None:
-    """Options by name: which there are depends on versions, and on what others (a scheduler's ``initial_lr``) wrote there, so one that
-    either lacks is no difference; where it was the same for all parameters of a group here, it is kept. Groups may have been divided
-    otherwise, as long as the parameters of one group here were saved with the same options. A group without parameters is known by
-    its place."""
+def raise_mismatches(problem: str, mismatches: list[str]) -> None:
+    """Raise ValueError with the first mismatches, if there are any."""
+    if mismatches:
+        raise ValueError(
+            f"{problem}: {join_problems(mismatches)}; build the model and optimizer as they were"
+        )
+
+
+def _find_tensor_mismatch(key: str, entries: dict[str, Any], value: Any) -> str | None:
+    entry = entries.get(key)
+    saved = None if entry is None else TensorInfo(tuple(entry.size), entry.properties.dtype)
+    return find_mismatch(key, saved, tuple(value.size()), value.dtype)
+
+
+def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: Comparison) -> None:
+    """Compare options by parameter name, and give each current group its saved options.
+
+    The options that exist depend on versions and on other code (a scheduler's ``initial_lr``). So
+    an option that only one side has is not a mismatch. One that was saved with the same value for
+    all parameters of a current group is loaded. Groups may have been divided otherwise, as long as
+    the parameters of a current group were saved with the same options. A group without parameters
+    is identified by its place.
+    """
     options_of = {fqn: group.options for group in saved for fqn in group.params}
-    matches = match_groups([group.params for group in here], [group.params for group in saved])
-    for group, match in zip(here, matches, strict=True):
+    matches = match_groups([group.params for group in current], [group.params for group in saved])
+    for group, match in zip(current, matches, strict=True):
         options = dict(group.options)
         if not group.params and match is None and "schedule_step" in options:
             options["schedule_step"] = max(
                 (decode(other.options.get("schedule_step", 0)) for other in saved), default=0
             )
         if not group.params and match is not None:
-            found = {
-                name: decode(value)
-                for name, value in saved[match].options.items()
-                if name != "param_names"
-            }
-            options.update({name: _like(options.get(name), value) for name, value in found.items()})
-        for name in dict.fromkeys(
-            chain(options, *(options_of.get(fqn, {}) for fqn in group.params))
-        ):
-            found = {
+            for name, value in saved[match].options.items():
+                if name != "param_names":
+                    options[name] = _like(options.get(name), decode(value))
+        saved_names = chain(*(options_of.get(fqn, {}) for fqn in group.params))
+        for name in dict.fromkeys(chain(options, saved_names)):
+            values = {
                 fqn: options_of[fqn][name]
                 for fqn in group.params
                 if name in options_of.get(fqn, {})
             }
-            if (
-                not found or name == "param_names"
-            ):  # which is no option but what the caller called them
+            # "param_names" is not an option but the names that the caller gave the parameters.
+            if not values or name == "param_names":
                 continue
-            first = next(iter(found))
-            other = next((fqn for fqn in found if found[fqn] != found[first]), None)
+            first = next(iter(values))
+            other = next((fqn for fqn in values if values[fqn] != values[first]), None)
             if other is None:
-                options[name] = _like(options.get(name), decode(found[first]))
+                options[name] = _like(options.get(name), decode(values[first]))
             elif name in group.options:
-                result.differences.append(
-                    f"{name} of {first} is {found[first]} there and of {other} {found[other]}, but here they are in one group"
+                result.mismatches.append(
+                    f"{name} was saved as {values[first]} for {first} and as {values[other]} for "
+                    f"{other}, but they are in one group"
                 )
         result.groups.append(ParamGroup(group.params, options))
 
 
-def _like(here: Any, saved: Any) -> Any:
-    """A learning rate that is a tensor here stays one, on its device, and a number stays a number."""
-    if isinstance(here, Tensor):
-        return torch.as_tensor(saved, dtype=here.dtype, device=here.device).reshape(here.shape)
+def _like(current: Any, saved: Any) -> Any:
+    """Return ``saved`` as a tensor like ``current``, or as a number if that is no tensor."""
+    if isinstance(current, Tensor):
+        return torch.as_tensor(saved, dtype=current.dtype, device=current.device).reshape(
+            current.shape
+        )
     return saved.item() if isinstance(saved, Tensor) else saved

@@ -1,11 +1,12 @@
-"""Find tensors of one name that are not the same on all ranks, which a checkpoint would mix.
+"""Find tensors of one name that differ between ranks. A checkpoint would mix them.
 
-Vocabulary: a tensor's *holders* are the ranks of its mesh if it is a DTensor, and nobody in particular if it is plain: every rank that has
-a plain tensor of a name is taken to have a replica. An *entry* is what a rank has of a tensor, in comparable form.
+Every rank with a plain tensor of a name should hold a replica of it. A DTensor belongs to the ranks
+of its mesh.
 
-Nothing is exchanged but digests as long as all ranks have the same names and plain tensors. A plain tensor is read. A DTensor is
-read only where its mesh replicates it (HSDP), or where other holders have a tensor of the same name (pipeline stages that number their
-layers from 0). Of the model's tensors every bit is read, of large states a sample (see ``SAMPLED``).
+As long as all ranks have the same names and plain tensors, they exchange digests only. Plain
+tensors are read. A DTensor is read only if its mesh replicates it (HSDP), or if ranks outside its
+mesh have a tensor of the same name (pipeline stages that number their layers from 0). The model's
+tensors are read in full, large states in part (see ``SAMPLE_STRIDE``).
 """
 
 from __future__ import annotations
@@ -31,24 +32,32 @@ from .rank_errors import Group, all_gather_object, global_rank, raise_on_all_ran
 from .rank_names import RankNames
 from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 
-Holders = tuple[int, ...]
+MeshRanks = tuple[int, ...]
 
-# Of a large state one line in so many is compared. Whatever lets replicas drift (gradients that nobody averaged, parameters that are not
-# the same) shows in the weights, which are compared in full, and all over the states; reading those in full takes four times as long.
-SAMPLED = 64
-LINE = 256  # elements
+# One in SAMPLE_STRIDE runs of SAMPLE_NUMEL elements of a large state is compared. What lets
+# replicas drift (gradients that were not averaged, parameters that differ) shows in the weights,
+# which are compared in full, and everywhere in the states. Reading those in full takes four times
+# as long.
+SAMPLE_STRIDE = 64
+SAMPLE_NUMEL = 256
+
+_DECLARE = (
+    "If ranks hold different parameters (pipeline stages, experts), declare it with "
+    "AdamW_BF16(..., model_parallel=ModelParallel(...)); gradient norm and guard are otherwise "
+    "computed on each rank alone"
+)
 
 
-class Entry(NamedTuple):
-    """A rank's part of a tensor: global shape, dtype, and a text for the block and its bits."""
+class Fingerprint(NamedTuple):
+    """Global shape and dtype of a tensor, and a text with a rank's blocks and their checksums."""
 
     shape: tuple[int, ...]
     dtype: str
-    part: str
+    blocks: str
 
 
 class Divergence(NamedTuple):
-    """A key whose values differ, two ranks of the group that show it, and the pipeline stage within which they do."""
+    """A key whose values differ, two ranks of the group that show it, and their pipeline stage."""
 
     key: str
     ranks: tuple[int, int]
@@ -56,36 +65,58 @@ class Divergence(NamedTuple):
 
 
 class Divergences(NamedTuple):
-    """Differences between ranks that should hold replicas, the keys that differ between pipeline stages and not within one, and a
-    parameter that not all ranks have."""
+    """The result of :func:`find_divergences`.
+
+    Attributes:
+        within: differences between ranks that should hold replicas.
+        between_stages: keys that differ between pipeline stages, but not within one.
+        unshared: a parameter that not all ranks have.
+    """
 
     within: list[Divergence]
     between_stages: list[str]
     unshared: Divergence | None
 
 
-def one_of_each(
-    found: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
+class _Inventory(NamedTuple):
+    """The contents of one rank, as far as its own memory tells.
+
+    Attributes:
+        plain: fingerprints of plain tensors and of values that are not tensors.
+        partial: the ranks of each DTensor whose mesh has not all ranks.
+        params: names of the parameters that every rank must have.
+    """
+
+    plain: dict[str, Fingerprint]
+    partial: dict[str, MeshRanks]
+    params: list[str]
+
+
+def resolve_divergence(
+    contents: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
 ) -> CheckpointState:
-    """Return what this rank is to save: each tensor of a name once, or several under names of their own. Collective.
+    """Return what this rank saves: each name once, or under one name for each stage. Collective.
 
     Args:
-        found: what this rank has, by the names of ``names``, to which those of pipeline stages are added.
-        on_divergence: ``"raise"``, or ``"first"`` to leave out what differs from the first rank that has it; None: as ``"raise"``,
-            where there is no such choice.
+        contents: this rank's tensors, under the names of ``names``.
+        names: this rank's names; stages are added where tensors differ between them.
+        group: the ranks that save.
+        on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from those of
+            the first rank that has them. None raises without offering that choice.
 
     Raises:
-        ValueError: replicas differ; on every rank, with their names.
+        ValueError: on every rank, if replicas differ; with their names.
     """
-    params = sorted(fqn for options in found.groups for fqn in options.params)
+    params = sorted(fqn for options in contents.groups for fqn in options.params)
     within, between_stages, unshared = find_divergences(
-        found, group, names.stage, params if names.must_be_the_same else []
+        contents, group, names.stage, params if names.requires_equal_names else []
     )
     if unshared is not None:
-        has, has_not = (global_rank(index, group) for index in unshared.ranks)
+        has, lacks = (global_rank(index, group) for index in unshared.ranks)
         raise ValueError(
-            f"rank {has} has a parameter {unshared.key} that rank {has_not} does not have. {_DECLARE}; else build the same model on every "
-            "rank, or pass group= with the ranks of this model"
+            f"rank {has} has a parameter {unshared.key} that rank {lacks} does not have. "
+            f"{_DECLARE}; else build the same model on every rank, or pass group= with the ranks "
+            "of this model"
         )
     keys = sorted({divergence.key.removeprefix(MODEL) for divergence in within})
     if within and on_divergence != "first":
@@ -97,117 +128,102 @@ def one_of_each(
             else ""
         )
         raise ValueError(
-            f"tensors that should be the same differ between ranks (the first between {first} and {second}): {listed}. If these are "
-            "replicas that have drifted (BatchNorm statistics, gradients that nobody averaged, a fault of the hardware), broadcast them "
-            f"from one rank first{choice}. {_DECLARE}"
+            f"tensors that should be the same differ between ranks (the first between {first} and "
+            f"{second}): {listed}. If these are replicas that have drifted (BatchNorm statistics, "
+            "gradients that were not averaged, a hardware fault), broadcast them from one rank "
+            f"first{choice}. {_DECLARE}"
         )
     if within:
         own = rank(group)
-        differs = {key for key, ranks, stage in within if stage == names.stage and own != ranks[0]}
-        left_out = {key for key in differs if _holders(found.tensors.get(key)) == ()}
-        left_out |= {key for key, value in found.tensors.items() if _is_further_replica(value)}
+        differing = {
+            key for key, ranks, stage in within if stage == names.stage and own != ranks[0]
+        }
+        left_out = {key for key in differing if _mesh_ranks(contents.tensors.get(key)) == ()}
+        left_out |= {key for key, value in contents.tensors.items() if _has_earlier_replica(value)}
         if own == 0:
             warnings.warn(
-                f"{len(keys)} tensors differ between ranks and are saved as the first rank has them: {', '.join(keys[:3])}",
+                f"{len(keys)} tensors differ between ranks and are saved as on the first rank: "
+                f"{', '.join(keys[:3])}",
                 stacklevel=3,
             )
-        found = CheckpointState(
-            {key: value for key, value in found.tensors.items() if key not in left_out},
-            found.plain,
-            found.groups,
-        )
+        tensors = {key: value for key, value in contents.tensors.items() if key not in left_out}
+        contents = CheckpointState(tensors, contents.plain, contents.groups)
     if between_stages:
-        names.add_stage(map(fqn_of, between_stages))
-        found = with_stages(found, names)
-    return found
-
-
-_DECLARE = (
-    "If ranks hold different parameters (pipeline stages, experts), say so by AdamW_BF16(..., model_parallel=ModelParallel(...)), without "
-    "which gradient norm and guard are of each rank alone"
-)
-
-
-def _is_further_replica(value: Any) -> bool:
-    """Return whether a DTensor's mesh has the same shard on an earlier rank."""
-    if not isinstance(value, DTensor):
-        return False
-    coordinate = value.device_mesh.get_coordinate()
-    return coordinate is not None and any(
-        place and kind.is_replicate()
-        for place, kind in zip(coordinate, value.placements, strict=True)
-    )
+        names.mark_stage_names(map(fqn_of, between_stages))
+        contents = with_stages(contents, names)
+    return contents
 
 
 def find_divergences(
-    found: CheckpointState, group: Group, stage: int | None, params: list[str]
+    contents: CheckpointState, group: Group, stage: int | None, params: list[str]
 ) -> Divergences:
-    """Compare tensors of the same key between ranks. Collective; every rank gets the same result.
+    """Compare tensors of the same key between ranks. Collective; all ranks get the same result.
 
     Args:
-        found: what this rank has. Its tensors are plain, DTensor or ShardedTensor (of which each rank has a part of its own).
-        stage: this rank's place in the pipeline, over whose stages tensors of one name may differ; None without a pipeline.
-        params: names of parameters that every rank must have; empty where ranks may have others.
+        contents: this rank's tensors: plain, DTensor, or ShardedTensor, which is not compared.
+        group: the ranks to compare.
+        stage: this rank's pipeline stage; tensors of one name may differ between stages. None
+            without a pipeline.
+        params: names of parameters that every rank must have; empty if ranks may differ.
     """
     if world_size(group) == 1:
         return Divergences([], [], None)
-    cannot, tensors = "cannot compare tensors between ranks", found.tensors
+    doing, tensors = "cannot compare tensors between ranks", contents.tensors
     all_ranks = (
         tuple(range(dist.get_world_size()))
         if group is None
         else tuple(dist.get_process_group_ranks(group))
     )
-    with raise_on_all_ranks(cannot, group):  # checksums need memory
-        holders = {key: _holders(value) for key, value in tensors.items()}
+    with raise_on_all_ranks(doing, group):  # checksums need memory
+        mesh_ranks = {key: _mesh_ranks(value) for key, value in tensors.items()}
         plain = {
-            **_entries({key: value for key, value in tensors.items() if holders[key] == ()}),
-            **_entries_of_values(found.plain),
+            **_fingerprints({k: value for k, value in tensors.items() if mesh_ranks[k] == ()}),
+            **_value_fingerprints(contents.plain),
         }
         replicas = [
-            Replica(key, _compared(key, to_local(value)), replica_groups(value))
+            Replica(key, _compared_part(key, to_local(value)), groups)
             for key, value in tensors.items()
-            if isinstance(value, DTensor)
+            if isinstance(value, DTensor) and (groups := replica_groups(value))
         ]
-        replicas = [replica for replica in replicas if replica.groups]
         numbers = checksums([replica.tensor for replica in replicas])
-    partly = {key: ranks for key, ranks in holders.items() if ranks and ranks != all_ranks}
-    digests = all_gather_object(_digest(stage, params, plain, partly), group)
+    partial = {key: ranks for key, ranks in mesh_ranks.items() if ranks and ranks != all_ranks}
+    inventory = _Inventory(plain, partial, params)
+    digests = all_gather_object(_digest(stage, inventory), group)
     unshared: Divergence | None = None
     within: list[Divergence] = []
     between: set[str] = set()
     if len(set(digests)) > 1:
-        speaks = digests.index(digests[rank(group)]) == rank(
-            group
-        )  # one rank for all with the same digest
-        sent = all_gather_object((plain, partly, params) if speaks else None, group)
-        of_each = [sent[digests.index(digest)] or ({}, {}, []) for digest in digests]
-        unshared = _unshared([set(names) for _, _, names in of_each])
-        ambiguous = _held_twice(of_each)
-        with raise_on_all_ranks(cannot, group):
-            own = _entries(
-                {key: tensors[key] for key in ambiguous if key in tensors and holders[key]}
+        own = rank(group)
+        is_first = digests.index(digests[own]) == own  # sends for all ranks with the same digest
+        sent = all_gather_object(inventory if is_first else None, group)
+        inventories = [sent[digests.index(digest)] or _Inventory({}, {}, []) for digest in digests]
+        unshared = _find_unshared([set(other.params) for other in inventories])
+        ambiguous = _held_outside_mesh(inventories)
+        with raise_on_all_ranks(doing, group):
+            own_shards = _fingerprints(
+                {key: tensors[key] for key in ambiguous if key in tensors and mesh_ranks[key]}
             )
-        others = all_gather_object((stage, own), group)
-        tables = [
-            {**plain_of, **entries}
-            for (plain_of, _, _), (_, entries) in zip(of_each, others, strict=True)
+        gathered = all_gather_object((stage, own_shards), group)
+        fingerprints = [
+            {**other.plain, **shards}
+            for other, (_, shards) in zip(inventories, gathered, strict=True)
         ]
-        within, between = _compare(tables, [place for place, _ in others])
-    differences = find_differences(replicas, numbers)
+        within, between = _compare(fingerprints, [stage for stage, _ in gathered])
     index_of = {rank_: index for index, rank_ in enumerate(all_ranks)}
-    of_each_rank = all_gather_object(
-        [(name, index_of[ranks[0]], index_of[ranks[1]]) for name, ranks, _ in differences], group
-    )
+    differing_replicas = [
+        (name, index_of[ranks[0]], index_of[ranks[1]])
+        for name, ranks, _ in find_differences(replicas, numbers)
+    ]
     within += {
         key: Divergence(key, (first, second))
-        for rows in of_each_rank
-        for key, first, second in rows
+        for of_rank in all_gather_object(differing_replicas, group)
+        for key, first, second in of_rank
     }.values()
     return Divergences(within, sorted(between), unshared)
 
 
-def _holders(value: Any) -> Holders | None:
-    """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None for what is not compared."""
+def _mesh_ranks(value: Any) -> MeshRanks | None:
+    """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None if not compared."""
     if isinstance(value, DTensor):
         return tuple(sorted(value.device_mesh.mesh.flatten().tolist()))
     is_plain = (
@@ -215,16 +231,27 @@ def _holders(value: Any) -> Holders | None:
         and value.layout == torch.strided
         and not value.is_meta
     )
-    return () if is_plain else None  # a subclass (quantised weights) need not have bits of its own
+    return () if is_plain else None  # a subclass (quantised weights) may have no bits of its own
 
 
-def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
+def _has_earlier_replica(value: Any) -> bool:
+    """Return True if an earlier rank of a DTensor's mesh has the same shard."""
+    if not isinstance(value, DTensor):
+        return False
+    coordinate = value.device_mesh.get_coordinate()
+    return coordinate is not None and any(
+        index and placement.is_replicate()
+        for index, placement in zip(coordinate, value.placements, strict=True)
+    )
+
+
+def _fingerprints(tensors: dict[str, Tensor]) -> dict[str, Fingerprint]:
     blocks = {key: list(local_blocks(value)) for key, value in tensors.items()}
     numbers = iter(
-        checksums([_compared(key, local) for key, parts in blocks.items() for _, local in parts])
+        checksums([_compared_part(key, x) for key, parts in blocks.items() for _, x in parts])
     )
     return {
-        key: Entry(
+        key: Fingerprint(
             tuple(tensors[key].shape),
             str(tensors[key].dtype),
             ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts),
@@ -233,67 +260,71 @@ def _entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
     }
 
 
-def _compared(key: str, local: Tensor) -> Tensor:
-    """Return the elements of a tensor that are compared: all of the model's, and of a state's the sample that ``SAMPLED`` describes."""
-    if not key.startswith(STATE) or local.numel() < SAMPLED * LINE:
+def _compared_part(key: str, local: Tensor) -> Tensor:
+    """Return all elements of a model's tensor or a small state, a sample of a large state."""
+    if not key.startswith(STATE) or local.numel() < SAMPLE_STRIDE * SAMPLE_NUMEL:
         return local
     flat = local.detach().contiguous().view(-1)
-    lines = flat.numel() // (SAMPLED * LINE)
-    return flat[: lines * SAMPLED * LINE].view(lines, SAMPLED, LINE)[:, 0]
+    count = flat.numel() // (SAMPLE_STRIDE * SAMPLE_NUMEL)
+    whole = flat[: count * SAMPLE_STRIDE * SAMPLE_NUMEL]
+    return whole.view(count, SAMPLE_STRIDE, SAMPLE_NUMEL)[:, 0]
 
 
-def _entries_of_values(values: dict[str, Any]) -> dict[str, Entry]:
-    """Return entries of values that are no tensors, as far as a manifest can hold them: extra states, entries of no parameter."""
-    entries = {}
+def _value_fingerprints(values: dict[str, Any]) -> dict[str, Fingerprint]:
+    """Return fingerprints of extra states and entries that are not tensors."""
+    fingerprints = {}
     for key, value in values.items():
-        with suppress(TypeError):  # the save will name it
-            entries[key] = Entry((), "", f"value {encode(value)!r}")
-    return entries
+        with suppress(
+            TypeError
+        ):  # a manifest cannot hold it; the save raises an error that says so
+            fingerprints[key] = Fingerprint((), "", f"value {encode(value)!r}")
+    return fingerprints
 
 
-def _digest(stage: int | None, params: list[str], *tables: dict[str, Any]) -> str:
-    text = repr((stage, params, *(sorted(table.items()) for table in tables)))
+def _digest(stage: int | None, inventory: _Inventory) -> str:
+    plain, partial, params = inventory
+    text = repr((stage, params, sorted(plain.items()), sorted(partial.items())))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _unshared(params_of_each: list[set[str]]) -> Divergence | None:
-    every = set().union(*params_of_each)
-    for index, params in enumerate(params_of_each):
-        if params != every:
-            missing = min(every - params)
-            return Divergence(
-                missing,
-                (next(i for i, others in enumerate(params_of_each) if missing in others), index),
-            )
+def _find_unshared(params_of_ranks: list[set[str]]) -> Divergence | None:
+    all_params = set().union(*params_of_ranks)
+    for index, params in enumerate(params_of_ranks):
+        if params != all_params:
+            missing = min(all_params - params)
+            has = next(i for i, others in enumerate(params_of_ranks) if missing in others)
+            return Divergence(missing, (has, index))
     return None
 
 
-def _held_twice(of_each: list[tuple[dict[str, Entry], dict[str, Holders], list[str]]]) -> list[str]:
-    """Return the keys of DTensors for which there are other holders too."""
-    found: dict[str, set[Holders]] = {}
-    for plain, partly, _ in of_each:
-        for key, ranks in chain(((key, ()) for key in plain), partly.items()):
-            found.setdefault(key, set()).add(ranks)
-    return [key for key, different in found.items() if len(different) > 1]
+def _held_outside_mesh(inventories: list[_Inventory]) -> list[str]:
+    """Return the keys of DTensors that ranks outside the mesh have, too."""
+    holders: dict[str, set[MeshRanks]] = {}
+    for plain, partial, _ in inventories:
+        for key, ranks in chain(((key, ()) for key in plain), partial.items()):
+            holders.setdefault(key, set()).add(ranks)
+    return [key for key, different in holders.items() if len(different) > 1]
 
 
 def _compare(
-    tables: list[dict[str, Entry]], stages: Iterable[int | None]
+    fingerprints_of_ranks: list[dict[str, Fingerprint]], stages: Iterable[int | None]
 ) -> tuple[list[Divergence], set[str]]:
-    """Sort the keys whose entries differ into those that differ within a stage and those that differ between stages only."""
-    first: dict[tuple[str, int | None, str], tuple[int, Entry]] = {}
-    by_stage: dict[str, dict[int | None, set[Entry]]] = {}
+    """Return the keys that differ within a stage, and those that differ between stages."""
+    first: dict[tuple[str, int | None, str], tuple[int, Fingerprint]] = {}
+    by_stage: dict[str, dict[int | None, set[Fingerprint]]] = {}
     within: dict[tuple[str, int | None], Divergence] = {}
-    for index, (table, stage) in enumerate(zip(tables, stages, strict=True)):
-        for key, entry in table.items():
-            place = (
-                entry.part.partition(" ")[0] if not entry.dtype else entry.part.rpartition(" ")[0]
-            )  # of DTensors the same is compared
-            earlier, same = first.setdefault((key, stage, place), (index, entry))
-            if same != entry:
+    for index, (fingerprints, stage) in enumerate(zip(fingerprints_of_ranks, stages, strict=True)):
+        for key, fingerprint in fingerprints.items():
+            # Only equal blocks of a DTensor are compared: the text before the checksum.
+            blocks = fingerprint.blocks
+            place = blocks.rpartition(" ")[0] if fingerprint.dtype else blocks.partition(" ")[0]
+            earlier, expected = first.setdefault((key, stage, place), (index, fingerprint))
+            if expected != fingerprint:
                 within.setdefault((key, stage), Divergence(key, (earlier, index), stage))
-            by_stage.setdefault(key, {}).setdefault(stage, set()).add(entry)
+            by_stage.setdefault(key, {}).setdefault(stage, set()).add(fingerprint)
     between = {
-        key for key, entries in by_stage.items() if len(set(map(frozenset, entries.values()))) > 1
+        key
+        for key, of_stages in by_stage.items()
+        if len(set(map(frozenset, of_stages.values()))) > 1
     }
     return list(within.values()), between

@@ -1,13 +1,14 @@
-"""Weights out of a checkpoint as other programs read them, and weights and states of fp32 training in.
+"""Export the weights of a checkpoint in float32, and the arithmetic of exports and imports.
 
-A bfloat16 weight of ours is the pair ``(p, correction)``; its value is ``p + correction``. Out: the sum, in float32. In: ``p`` is the value
-rounded to the nearest bfloat16 and ``correction`` what is then missing, rounded the same way. Sixteen bits of the value survive: for every
-finite ``x``,
+A bfloat16 weight is the pair ``(p, correction)`` with the value ``p + correction``. An export
+writes the sum in float32. An import rounds the value to the nearest bfloat16, ``p``, and rounds the
+remainder the same way, ``correction``. Sixteen bits of the value survive: for every finite ``x``,
 
     ``abs(export(import(x)) - x) <= 2**-17 * abs(x) + 2**-134``
 
-because ``correction`` is at most half a unit of ``p``'s last place and keeps 8 bits of itself; the second term is half the smallest
-bfloat16 subnormal. A value beyond the largest finite bfloat16 (3.39e38) becomes infinite, as in any rounding to bfloat16.
+because ``correction`` is at most half a unit in the last place of ``p`` and keeps 8 bits of itself.
+The second term is half the smallest bfloat16 subnormal. A value beyond the largest finite bfloat16
+(3.39e38) becomes infinite, as in any rounding to bfloat16.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from torch import Tensor
 
 from .async_save import wait_for_own_saves
 from .directory import sync_folder
-from .odd_values import PART
+from .extra_state import PART
 from .rank_errors import Group, call_on_rank_0_via_store, check_group
-from .reader import StoredCheckpoint
-from .safetensors_io import NAMES, TensorInfo, write_folder
+from .reader import CheckpointReader
+from .safetensors_io import DTYPE_NAMES, write_sharded
 from .state_dict import MODEL, STATE
 
-Progress = Callable[[int], None]  # called with the bytes just done
+Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 tensor as ``(p, correction)``, both bfloat16."""
+    """Split a float32 tensor into ``(p, correction)``, both bfloat16."""
     p = x.bfloat16()
-    rest = torch.where(p.isfinite(), x - p.float(), 0.0)
-    return p, rest.bfloat16()
+    remainder = torch.where(p.isfinite(), x - p.float(), 0.0)
+    return p, remainder.bfloat16()
 
 
-def joined(p: Tensor, correction: Tensor) -> Tensor:
-    """Inverse of :func:`split`, up to the bound above: float32."""
+def join(p: Tensor, correction: Tensor) -> Tensor:
+    """Return the float32 value of a pair. Inverse of :func:`split`, up to the bound above."""
     return p.float() + correction.float()
 
 
@@ -51,21 +52,23 @@ def export_fp32(
     progress: Progress | None = None,
     group: Group = None,
 ) -> Path:
-    """Write the weights of a checkpoint as safetensors in the Hugging Face layout: files and ``model.safetensors.index.json``.
+    """Write the weights of a checkpoint as safetensors files with an index, as Hugging Face does.
 
-    Needs no GPU, no process group and no model, and memory for a few times the largest tensor. The checkpoint is verified first. The
-    folder appears at once when it is complete. An asynchronous save of this process is waited for.
+    Needs no GPU, no process group and no model. Needs memory for a few times the largest tensor.
+    The checkpoint is verified first. ``out`` appears only when it is complete. An asynchronous save
+    of this process is waited for.
 
-    In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits for no other rank; the
-    others return once it is done, and raise if it failed.
+    In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits
+    for no other rank. The others return once it is done, and raise if it failed.
 
     Args:
-        path: a checkpoint's folder, or the root of a run, which stands for its latest.
-        out: a folder that does not exist yet.
-        dtype: float32 writes ``p + correction`` for each bfloat16 parameter; bfloat16 writes ``p`` alone. What the model holds in other
-            dtypes (float32 parameters, buffers) is written as it is.
-        max_shard_bytes: size of a file, not counting its header; a larger tensor has a file to itself.
-        progress: called on rank 0 with the number of bytes whenever a tensor was written.
+        path: a checkpoint's directory, or the root of a run, which stands for its latest.
+        out: a directory that does not exist yet.
+        dtype: torch.float32 writes ``p + correction`` of each bfloat16 parameter, torch.bfloat16
+            writes ``p``. Tensors of other dtypes (float32 parameters, buffers) keep theirs.
+        max_shard_bytes: maximum size of a file in bytes, without its header. A larger tensor has a
+            file to itself.
+        progress: called on rank 0 with the number of bytes of each tensor written.
         group: process group whose first rank writes; None for all ranks.
 
     Returns:
@@ -74,10 +77,21 @@ def export_fp32(
     Raises:
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: the checkpoint is damaged, or an argument or a dtype in the model cannot be served. Nothing is written.
-        OSError: the folder cannot be written; on the other ranks this is a RuntimeError.
-        RuntimeError: an asynchronous save that was under way failed, or the rank that writes has not called within the
-            timeout of the process group.
+        ValueError: the checkpoint is damaged, an argument is invalid, or safetensors cannot hold a
+            tensor. Nothing is written.
+        OSError: ``out`` cannot be written; on the other ranks this is a RuntimeError.
+        RuntimeError: an asynchronous save in flight failed, or the rank that writes has not called
+            within the timeout of the process group.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, export_fp32, save
+        >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> checkpoint = save("checkpoints", 0, model, optimizer)
+        >>> sorted(file.name for file in export_fp32("checkpoints", "exported").iterdir())
+        ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
     out = Path(out)
     check_group(group)
@@ -96,53 +110,49 @@ def _export(
     max_shard_bytes: int,
     progress: Progress | None,
 ) -> None:
-    wait_for_own_saves()  # else the root would stand for the checkpoint before
+    wait_for_own_saves()  # the root would stand for the previous checkpoint otherwise
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p alone)"
+            f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p)"
         )
     if max_shard_bytes < 1:
         raise ValueError(f"Invalid max_shard_bytes: {max_shard_bytes}; it must be positive")
     if out.exists():
-        raise FileExistsError(f"{out} exists already; give the name of a new folder")
-    stored = StoredCheckpoint(path)
-    stored.check()
-    corrections = _corrections(stored) if dtype == torch.float32 else {}
+        raise FileExistsError(f"{out} exists already; give the name of a new directory")
+    reader = CheckpointReader(path)
+    reader.verify()
+    corrections = _correction_keys(reader) if dtype == torch.float32 else {}
     infos = {}
-    for key, info in stored.infos.items():
-        if key.startswith(MODEL):
-            if PART in key:
-                name = key.removeprefix(MODEL).partition(PART)[0]
-                raise ValueError(
-                    f"{name} is a quantised tensor, of which the checkpoint has the parts but not the class that joins them; "
-                    "dequantise it in the model, save that and export it"
-                )
-            if info.dtype not in NAMES:
-                raise ValueError(
-                    f"{key.removeprefix(MODEL)} is {info.dtype}, which safetensors files cannot hold; export without it"
-                )
-            infos[key.removeprefix(MODEL)] = (
-                TensorInfo(info.shape, torch.float32) if key in corrections else info
+    for key, info in reader.infos.items():
+        if not key.startswith(MODEL):
+            continue
+        name = key.removeprefix(MODEL)
+        if PART in name:
+            raise ValueError(
+                f"{name.partition(PART)[0]} is a quantised tensor, and the checkpoint has its "
+                "parts but not the class that joins them; dequantise it in the model, save that "
+                "and export it"
             )
+        if info.dtype not in DTYPE_NAMES:
+            raise ValueError(
+                f"{name} is {info.dtype}, which safetensors files cannot hold; export without it"
+            )
+        infos[name] = info._replace(dtype=torch.float32) if key in corrections else info
 
-    def tensor_of(name: str) -> Tensor:
-        tensor = stored.read(MODEL + name)
+    def get_tensor(name: str) -> Tensor:
+        tensor = reader.read(MODEL + name)
         if MODEL + name in corrections:
             correction = corrections[MODEL + name]
-            tensor = (
-                tensor.float() if correction is None else joined(tensor, stored.read(correction))
-            )
+            tensor = tensor.float() if correction is None else join(tensor, reader.read(correction))
         if progress is not None:
             progress(tensor.nbytes)
         return tensor
 
-    partial = out.with_name(
-        f".exporting-{out.name}"
-    )  # a name that no save takes for its own leftover
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
+    partial = out.with_name(f".exporting-{out.name}")  # not a name that saves clean up
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
     partial.mkdir(parents=True)
     try:
-        write_folder(partial, infos, tensor_of, max_shard_bytes)
+        write_sharded(partial, infos, get_tensor, max_shard_bytes)
         sync_folder(partial)
         partial.rename(out)
         sync_folder(out.parent)
@@ -151,39 +161,38 @@ def _export(
         raise
 
 
-def _corrections(stored: StoredCheckpoint) -> dict[str, str | None]:
-    """For each bfloat16 tensor of the model the key of its correction, or None where it has none: it was never updated."""
-    own = {}
-    for key, info in stored.infos.items():
+def _correction_keys(reader: CheckpointReader) -> dict[str, str | None]:
+    """Map each bfloat16 weight to its correction's key, or to None if it was never updated."""
+    keys: dict[str, str | None] = {}
+    for key, info in reader.infos.items():
         if key.startswith(MODEL) and info.dtype == torch.bfloat16:
             correction = f"{STATE}{key.removeprefix(MODEL)}.correction"
-            own[key] = correction if correction in stored.infos else None
-    if stored.manifest.ties is None:
-        return _with_guessed_ties(stored, own)
-    for names in stored.manifest.ties:  # which have one state, under one of them
-        shared = next(
-            (own[MODEL + name] for name in names if own.get(MODEL + name) is not None), None
-        )
-        own.update({MODEL + name: shared for name in names if MODEL + name in own})
-    return own
+            keys[key] = correction if correction in reader.infos else None
+    if reader.manifest.ties is None:
+        return _infer_ties(reader, keys)
+    for names in reader.manifest.ties:  # tied names share one state, saved under one of them
+        tied = [MODEL + name for name in names if MODEL + name in keys]
+        shared = next((keys[key] for key in tied if keys[key] is not None), None)
+        keys.update(dict.fromkeys(tied, shared))
+    return keys
 
 
-def _with_guessed_ties(
-    stored: StoredCheckpoint, own: dict[str, str | None]
-) -> dict[str, str | None]:
-    """A save before ties were recorded: take a weight without a state for tied to one with a state if all their bits are the same.
-    A constant (all ones, all zeros) proves nothing."""
-    for key in [key for key, correction in own.items() if correction is None]:
+def _infer_ties(reader: CheckpointReader, keys: dict[str, str | None]) -> dict[str, str | None]:
+    """Infer the ties of a checkpoint from before they were recorded.
+
+    A weight without a state is taken as tied to one with a state if all their bits are the same.
+    A constant (all ones, all zeros) proves nothing.
+    """
+    for key in [key for key, correction in keys.items() if correction is None]:
+        shape = reader.infos[key].shape
         candidates = [
             other
-            for other in own
-            if own[other] is not None and stored.infos[other].shape == stored.infos[key].shape
+            for other, correction in keys.items()
+            if correction is not None and reader.infos[other].shape == shape
         ]
         if candidates:
-            weight = stored.read(key)
+            weight = reader.read(key)
             if weight.numel() and bool((weight != weight.flatten()[0]).any()):
-                own[key] = next(
-                    (own[other] for other in candidates if torch.equal(stored.read(other), weight)),
-                    None,
-                )
-    return own
+                same = (other for other in candidates if torch.equal(reader.read(other), weight))
+                keys[key] = next((keys[other] for other in same), None)
+    return keys

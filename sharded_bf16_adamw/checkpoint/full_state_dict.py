@@ -1,7 +1,8 @@
-"""The whole optimizer state on one rank, and back onto the ranks, one tensor at a time.
+"""Gather the full optimizer state on one rank, and scatter it back, one tensor at a time.
 
-torch's own ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every tensor on every rank. Here only rank 0
-receives: each rank sends it the block that it holds, straight from where it lies, and rank 0 receives into the result.
+torch's ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every
+tensor on every rank. Here only rank 0 receives: each rank sends its block straight from the memory
+that holds it, and rank 0 receives into the result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .blocks import local_blocks
-from .divergence import one_of_each
+from .diff import find_mismatch, raise_mismatches
+from .divergence import resolve_divergence
 from .groups import match_groups
 from .manifest import ParamGroup, as_tensor
 from .names import has_fsdp1
@@ -29,7 +31,6 @@ from .rank_errors import (
     call_on_rank_0,
     check_group,
     gather_object,
-    join_problems,
     raise_on_all_ranks,
     rank,
     scatter_object,
@@ -38,93 +39,97 @@ from .rank_names import RankNames
 from .state_dict import STATE, CheckpointState, get_optimizer_state, merge_param_groups
 from .torch_state_dict import set_sharded_optimizer_state
 from .transport import (
-    Entry,
     Key,
+    ShardInfo,
     Transfer,
-    connect,
-    deliver,
-    held,
+    init_cpu_group,
+    local_block,
     plan_transfers,
     receive,
+    scatter_block,
     send,
-    table_of,
+    shard_infos,
 )
-
-# --------------------------------------------------------------------------------------------------------- gather and scatter
 
 
 @torch.no_grad()
 def gather_full_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """Gather the whole optimizer state on rank 0, in CPU memory, whatever the strategy. Collective: every rank of ``group`` calls it.
+    """Gather the full optimizer state on rank 0, in CPU memory, under every sharding strategy.
 
-    Rank 0 needs memory for the result and at most one tensor more, the other ranks for at most one block of a tensor that does not lie
-    contiguously in CPU memory. Under FSDP1, whose parameters only torch can take apart, each rank first holds a copy of its own shard,
-    and of one flat parameter's whole state while that is made.
+    Collective: every rank of ``group`` calls it. The result equals that of
+    ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` with
+    ``StateDictOptions(full_state_dict=True, cpu_offload=True)``, and ``set_optimizer_state_dict``
+    loads it. Parameters that never had a gradient have no state. States of parameters in no group,
+    and entries of ``optimizer.state`` that belong to no parameter, are left out.
 
-    Example, on rank 0; the other ranks get ``{}``::
-
-        {
-            "state": {
-                "layer.weight": {"step": tensor(7.), "exp_avg": tensor(...), "exp_avg_sq": tensor(...), "correction": tensor(...)},
-                "layer.bias": {...},
-            },
-            "param_groups": [{"params": ["layer.weight", "layer.bias"], "lr": 0.001, "betas": (0.9, 0.999), ...}],
-        }
-
-    The states of parameters that are in no group are left out, and so are entries of ``optimizer.state`` that are no parameter's.
-    This is what ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns with ``StateDictOptions(full_state_dict=True,
-    cpu_offload=True)``, and its ``set_optimizer_state_dict`` takes it. Parameters that never had a gradient have no state here.
+    Rank 0 needs memory for the result and one more tensor. The other ranks need memory for one
+    block of a tensor that is not contiguous in CPU memory. Under FSDP1, whose parameters only torch
+    can take apart, each rank first copies its own shard, one flat parameter at a time.
 
     Args:
         model: the module, wrapped or not.
-        optimizer: the optimizer of its parameters: ours or one of torch's whose state holds tensors only.
-        group: the ranks that hold the model, where several models share a job, whose first rank then counts as rank 0; None for all.
+        optimizer: the optimizer of its parameters: AdamW_BF16, or one of torch's whose state has
+            only tensors.
+        group: the ranks that hold the model, if several models share a job; its first rank then
+            counts as rank 0. None for all ranks.
 
     Returns:
-        Tensors of their own memory, contiguous, in CPU memory.
+        On rank 0 ``{"state": {"layer.weight": {"exp_avg": ...}}, "param_groups": [...]}``, keyed by
+        parameter names. Its tensors are contiguous, in CPU memory of their own. On other ranks
+        ``{}``.
 
     Raises:
-        ValueError: a state is no tensor, states of one name differ between ranks that should hold replicas, or the ranks' blocks do
-            not add up to the whole tensor (an uneven mix of shardings that a box cannot describe).
+        ValueError: a state is not a tensor, replicas differ between ranks, or the ranks' blocks do
+            not make up the full tensor (an uneven mix of shardings that a box cannot describe).
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16, gather_full_state_dict
+        >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4).bfloat16()).sum().backward()
+        >>> optimizer.step(zero_grad=True)
+        >>> full = gather_full_state_dict(model, optimizer)
+        >>> sorted(full["state"]["weight"])
+        ['correction', 'exp_avg', 'exp_avg_sq', 'step']
+        >>> full["param_groups"][0]["params"]
+        ['weight']
     """
-    cannot = "cannot gather the optimizer state"
-    names = _rank_names(cannot, model, optimizer, group)
-    with raise_on_all_ranks(cannot, group):
-        found = get_optimizer_state(model, optimizer, names)
-    found = one_of_each(found, names, group, None)
-    tensors, tables = _gathered_tables(cannot, found, group)
-    groups = merge_param_groups(
-        gather_object(
-            [ParamGroup(params, _plain_options(options)) for params, options in found.groups], group
-        )
-    )
-    wholes = _merged(tables)
-    with raise_on_all_ranks(cannot, group):
-        plan = plan_transfers(tables, wholes, replicas=False)
+    doing = "cannot gather the optimizer state"
+    names = _rank_names(doing, model, optimizer, group)
+    with raise_on_all_ranks(doing, group):
+        contents = get_optimizer_state(model, optimizer, names)
+    contents = resolve_divergence(contents, names, group, None)
+    tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
+    own_groups = [ParamGroup(params, _copy_options(options)) for params, options in contents.groups]
+    groups = merge_param_groups(gather_object(own_groups, group))
+    full_tensors = _merge_infos(infos_of_ranks)
+    with raise_on_all_ranks(doing, group):
+        plan = plan_transfers(infos_of_ranks, full_tensors, replicas=False)
     transfers = scatter_object(plan, group)
     if rank(group) != 0:
         for transfer in transfers:
-            send(held(tensors[transfer.key], transfer, group), 0, group)
+            send(local_block(tensors[transfer.key], transfer, group), 0, group)
         return {}
-    by_key: dict[Key, list[Transfer]] = {key: [] for key in wholes}
+    transfers_of: dict[Key, list[Transfer]] = {key: [] for key in full_tensors}
     for transfer in transfers:
-        by_key[transfer.key].append(transfer)
-    full: dict[str, dict[str, Tensor]] = {}
-    for (fqn, name), entry in wholes.items():
-        whole = full.setdefault(fqn, {})[name] = torch.empty(
-            entry.shape, dtype=entry.dtype, device="cpu"
-        )
-        for transfer in by_key[fqn, name]:
-            (sender,) = transfer.ranks
-            place = transfer.block.of(whole)
+        transfers_of[transfer.key].append(transfer)
+    state: dict[str, dict[str, Tensor]] = {}
+    for (fqn, name), info in full_tensors.items():
+        full_tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        state.setdefault(fqn, {})[name] = full_tensor
+        for transfer in transfers_of[fqn, name]:
+            (sender,) = transfer.index_on
+            view = transfer.block.view_in(full_tensor)
             if sender == 0:
-                place.copy_(held(tensors[transfer.key], transfer, group))
+                view.copy_(local_block(tensors[transfer.key], transfer, group))
             else:
-                receive(place, sender, group)
+                receive(view, sender, group)
     return {
-        "state": full,
+        "state": state,
         "param_groups": [{"params": params, **options} for params, options in groups],
     }
 
@@ -137,201 +142,186 @@ def scatter_full_state_dict(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Inverse of :func:`gather_full_state_dict`: give each rank its part of what rank 0 holds. Collective: every rank of
-    ``group`` calls it.
+    """Scatter a full optimizer state from rank 0. Inverse of :func:`gather_full_state_dict`.
 
-    Rank 0 needs memory for at most one tensor more than ``full``, the other ranks for at most one block (twice their shard under FSDP1).
-    A parameter that has no state in ``full`` starts afresh. Hyper-parameters come from ``full``, except that an optimizer with a
-    schedule keeps it, and continues it from the position in ``full``.
+    Collective: every rank of ``group`` calls it. A parameter without a state in ``full`` starts
+        with
+    zero states. Hyper-parameters come from ``full``. An optimizer with a schedule keeps the
+    schedule and continues it from the position in ``full``.
+
+    Rank 0 needs memory for one tensor more than ``full``, the other ranks for one block (under
+    FSDP1 for twice their shard).
 
     Args:
         model: the module, wrapped or not, in any layout and on any number of ranks.
         optimizer: the optimizer of its parameters.
-        full: on rank 0 as :func:`gather_full_state_dict` or torch's ``get_optimizer_state_dict`` (full) returned it; ignored elsewhere.
+        full: on rank 0 a result of :func:`gather_full_state_dict` or of torch's
+            ``get_optimizer_state_dict(..., full_state_dict=True)``; ignored on other ranks.
         group: as for :func:`gather_full_state_dict`.
 
     Raises:
-        ValueError: on every rank, where ``full`` is of another model or optimizer: a parameter or state is missing, unexpected or of
-            another shape or dtype, or the groups divide the parameters otherwise. Nothing is changed.
+        ValueError: on every rank, if ``full`` has a missing key, an unexpected key, a size
+            mismatch, another dtype, or groups that divide the parameters otherwise. Nothing is
+            changed.
+
+    Example::
+
+        >>> import torch
+        >>> from sharded_bf16_adamw import (
+        ...     AdamW_BF16, gather_full_state_dict, scatter_full_state_dict
+        ... )
+        >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4).bfloat16()).sum().backward()
+        >>> optimizer.step(zero_grad=True)
+        >>> full = gather_full_state_dict(model, optimizer)
+        >>> fresh = AdamW_BF16(model.parameters(), lr=1.0)
+        >>> scatter_full_state_dict(model, fresh, full)
+        >>> fresh.state[model.weight]["step"].item(), fresh.param_groups[0]["lr"]
+        (1.0, 0.001)
     """
-    cannot = "cannot scatter the full state"
-    names = _rank_names(cannot, model, optimizer, group)
-    stored, given = call_on_rank_0(cannot, lambda: _names_and_groups(full), group)
-    names.add_stage_as_in(stored)
+    doing = "cannot scatter the full state"
+    names = _rank_names(doing, model, optimizer, group)
+    saved_names, saved_groups = call_on_rank_0(doing, lambda: _names_and_groups(full), group)
+    names.adopt_stages(saved_names)
     with rollback_new_state(optimizer):
-        with raise_on_all_ranks(cannot, group):
+        with raise_on_all_ranks(doing, group):
             init_state(optimizer)
-            init_frozen_states(model, optimizer, stored, stored, names.stored)
-            found = get_optimizer_state(model, optimizer, names)
-        tensors, tables = _gathered_tables(cannot, found, group)
-        groups_of_ranks = gather_object([params for params, _ in found.groups], group)
+            init_frozen_states(model, optimizer, saved_names, saved_names, names.to_saved)
+            contents = get_optimizer_state(model, optimizer, names)
+        tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
+        own_params = [params for params, _ in contents.groups]
+        params_of_ranks = gather_object(own_params, group)
         plan: list[list[Transfer]] = []
-        with raise_on_all_ranks(cannot, group):
+        with raise_on_all_ranks(doing, group):
             if rank(group) == 0:
                 assert full is not None
-                wholes = _merged(tables)
-                _check(wholes, groups_of_ranks, full)
-                plan = plan_transfers(
-                    tables,
-                    {key: entry for key, entry in wholes.items() if key[0] in full["state"]},
-                    replicas=True,
+                infos = _merge_infos(infos_of_ranks)
+                raise_mismatches(
+                    "the full state is of another model or optimizer",
+                    _find_mismatches(infos, params_of_ranks, full),
                 )
+                to_send = {key: info for key, info in infos.items() if key[0] in full["state"]}
+                plan = plan_transfers(infos_of_ranks, to_send, replicas=True)
     transfers = scatter_object(plan, group)
     for transfer in transfers:
-        block = (
-            transfer.block.of(as_tensor(full["state"][transfer.key[0]][transfer.key[1]]))
-            if full and rank(group) == 0
-            else None
-        )
-        deliver(transfer, block, tensors, group)
-    for key in tensors.keys() - {
-        transfer.key for transfer in transfers
-    }:  # those of parameters that never had a gradient
+        block = None
+        if full and rank(group) == 0:
+            fqn, name = transfer.key
+            block = transfer.block.view_in(as_tensor(full["state"][fqn][name]))
+        scatter_block(transfer, block, tensors, group)
+    # The states of parameters that never had a gradient are not in ``full``.
+    for key in tensors.keys() - {transfer.key for transfer in transfers}:
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    matches = match_groups(
-        [params for params, _ in found.groups], [other["params"] for other in given]
-    )
+    matches = match_groups(own_params, [saved["params"] for saved in saved_groups])
     options_of = [
-        _options(own.options if match is None else given[match])
-        for own, match in zip(found.groups, matches, strict=True)
+        _copy_options(own.options if match is None else saved_groups[match])
+        for own, match in zip(contents.groups, matches, strict=True)
     ]
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
-        if (
-            "scheduled_lr" in live
-        ):  # what follows a schedule follows it after the load too, as with AdamW_BF16.load_state_dict
+        options.pop("params", None)
+        options.pop("param_names", None)
+        # A group that follows a schedule still does after the load, as in load_state_dict().
+        if "scheduled_lr" in live:
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
     if has_fsdp1(model):
         state: dict[str, dict[str, Any]] = {}
         for (fqn, name), tensor in tensors.items():
-            state.setdefault(names.local(fqn), {})[name] = tensor
-        own = [
-            {**options, "params": list(map(names.local, params))}
-            for (params, _), options in zip(found.groups, options_of, strict=True)
+            state.setdefault(names.to_local(fqn), {})[name] = tensor
+        groups = [
+            {**options, "params": list(map(names.to_local, params))}
+            for params, options in zip(own_params, options_of, strict=True)
         ]
-        set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": own})
+        set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
         return
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
-        _update_group(live, options)
-
-
-# ----------------------------------------------------------------------------------------------------------------- checks
+        for name, value in options.items():
+            if isinstance(live.get(name), Tensor):
+                live[name].copy_(as_tensor(value))  # a captured graph reads lr from this memory
+            else:
+                live[name] = value
 
 
 def _rank_names(
-    cannot: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    doing: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> RankNames:
-    """Check the arguments on all ranks and agree on names. Collective."""
+    """Check the arguments on all ranks and return this rank's names. Collective."""
     check_group(group)
-    with raise_on_all_ranks(cannot, group):
+    with raise_on_all_ranks(doing, group):
         check_model_and_optimizer("(model, optimizer)", model, optimizer)
         names = RankNames(model, optimizer)
     names.number_experts()
     return names
 
 
-def _gathered_tables(
-    cannot: str, found: CheckpointState, group: Group
-) -> tuple[dict[Key, Tensor], list[dict[Key, Entry]]]:
-    """Return this rank's states by parameter and name, and on rank 0 what each rank holds of them. Collective."""
-    with raise_on_all_ranks(cannot, group):
-        for key, value in found.plain.items():
-            fqn, _, name = key.removeprefix(STATE).rpartition(".")
+def _gather_shard_infos(
+    doing: str, contents: CheckpointState, group: Group
+) -> tuple[dict[Key, Tensor], list[dict[Key, ShardInfo]]]:
+    """Return this rank's states, and on rank 0 what each rank holds of them. Collective."""
+    with raise_on_all_ranks(doing, group):
+        for key, value in contents.plain.items():
+            fqn, name = _split_key(key)
             raise ValueError(
-                f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only tensors can be gathered"
+                f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only "
+                "tensors can be gathered; remove it from optimizer.state"
             )
-        tensors: dict[Key, Tensor] = {}
-        for key, tensor in found.tensors.items():
-            fqn, _, name = key.removeprefix(STATE).rpartition(".")
-            tensors[fqn, name] = tensor
-        table = table_of(tensors)
-    connect(group)
-    return tensors, gather_object(table, group)
+        tensors = {_split_key(key): tensor for key, tensor in contents.tensors.items()}
+        infos = shard_infos(tensors)
+    init_cpu_group(group)
+    return tensors, gather_object(infos, group)
+
+
+def _split_key(key: str) -> Key:
+    """``optimizer.state.layer.weight.exp_avg`` -> ``("layer.weight", "exp_avg")``."""
+    fqn, _, name = key.removeprefix(STATE).rpartition(".")
+    return fqn, name
 
 
 def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
     if not isinstance(full, dict) or not {"state", "param_groups"} <= full.keys():
         raise ValueError(
-            'the full state is of another model or optimizer: rank 0 must pass a dict with "state" and "param_groups"'
+            "the full state is of another model or optimizer: rank 0 must pass a dict with "
+            '"state" and "param_groups"'
         )
     return list(full["state"]), full["param_groups"]
 
 
-def _check(
-    wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]
-) -> None:
-    """Refuse a full state that does not fit this model and optimizer."""
-    problems = _differences(wholes, groups_of_ranks, full)
-    if problems:
-        raise ValueError(
-            f"the full state is of another model or optimizer: {join_problems(problems)}"
-        )
-
-
-def _differences(
-    wholes: dict[Key, Entry], groups_of_ranks: list[list[list[str]]], full: dict[str, Any]
+def _find_mismatches(
+    infos: dict[Key, ShardInfo], params_of_ranks: list[list[list[str]]], full: dict[str, Any]
 ) -> list[str]:
-    state, problems = full["state"], []
-    known = {fqn for groups in groups_of_ranks for params in groups for fqn in params}
-    problems += [
-        f"it has a state of {fqn}, which is no parameter here" for fqn in state if fqn not in known
-    ]
-    for (fqn, name), entry in wholes.items():
+    state = full["state"]
+    known = {fqn for groups in params_of_ranks for params in groups for fqn in params}
+    mismatches = [f"unexpected parameter {fqn}" for fqn in state if fqn not in known]
+    for (fqn, name), info in infos.items():
         if fqn not in state:
             continue
         value = state[fqn].get(name)
-        if value is None:
-            problems.append(f"it has no {name} of {fqn}")
-        elif tuple(as_tensor(value).shape) != entry.shape:
-            problems.append(
-                f"{name} of {fqn} has shape {tuple(as_tensor(value).shape)} there but {entry.shape} here"
-            )
-        elif as_tensor(value).dtype != entry.dtype:
-            problems.append(
-                f"{name} of {fqn} is {as_tensor(value).dtype} there but {entry.dtype} here"
-            )
-    problems += [
-        f"it has {name} of {fqn}, which is not here"
+        saved = None if value is None else as_tensor(value)
+        mismatch = find_mismatch(f"{fqn}.{name}", saved, info.shape, info.dtype)
+        mismatches += [] if mismatch is None else [mismatch]
+    mismatches += [
+        f"unexpected key {fqn}.{name}"
         for fqn in state
         for name in state[fqn]
-        if fqn in known and (fqn, name) not in wholes
+        if fqn in known and (fqn, name) not in infos
     ]
-    for groups in groups_of_ranks:
-        matches = match_groups(groups, [group["params"] for group in full["param_groups"]])
+    for groups in params_of_ranks:
+        matches = match_groups(groups, [saved["params"] for saved in full["param_groups"]])
         for index, (params, match) in enumerate(zip(groups, matches, strict=True)):
             if params and match is None:
-                problems.append(f"no group there has all parameters of group {index} here")
-    return list(dict.fromkeys(problems))
+                mismatches.append(f"no saved group has all parameters of group {index}")
+    return list(dict.fromkeys(mismatches))
 
 
-# ----------------------------------------------------------------------------------------------------------- plan and groups
+def _merge_infos(infos_of_ranks: list[dict[Key, ShardInfo]]) -> dict[Key, ShardInfo]:
+    """Return all tensors of all ranks, in the order of rank 0. Empty on the other ranks."""
+    return {key: info for infos in infos_of_ranks for key, info in infos.items()}
 
 
-def _merged(tables: list[dict[Key, Entry]]) -> dict[Key, Entry]:
-    """Everything that any rank holds a part of, in the order of rank 0; empty on the others."""
-    return {key: entry for table in tables for key, entry in table.items()}
-
-
-def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a group's options whose tensors (lr) are in CPU memory."""
+def _copy_options(group: dict[str, Any]) -> dict[str, Any]:
+    """Copy a group. A tensor in it (lr) moves to CPU memory."""
     return {
         key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in options.items()
+        for key, value in group.items()
     }
-
-
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a group's options without its parameters."""
-    return {
-        key: value
-        for key, value in _plain_options(options).items()
-        if key not in ("params", "param_names")
-    }
-
-
-def _update_group(live: dict[str, Any], new: dict[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(live.get(key), Tensor):
-            live[key].copy_(as_tensor(value))  # a captured graph reads lr from this memory
-        else:
-            live[key] = value

@@ -1,35 +1,31 @@
-"""Match this optimizer's parameter groups to the saved ones whose options they take."""
+"""Match an optimizer's parameter groups with saved ones."""
 
 from __future__ import annotations
 
 
-def match_groups(here: list[list[str]], there: list[list[str]]) -> list[int | None]:
-    """Return for each group of ``here`` the index of the one of ``there`` that stands for it.
+def match_groups(current: list[list[str]], saved: list[list[str]]) -> list[int | None]:
+    """Return the index of the saved group whose options each current group takes, or None.
 
-    A group with parameters takes the one that has all of them. A group without any has only its place: with as many groups on
-    both sides it takes the group in the same place; with as many empty ones, the n-th empty takes the n-th empty. None means that
-    there is no such group, and the options here stay.
+    A group with parameters takes the saved group that has all of them. A group without parameters
+    takes the saved group at the same place if both sides have equally many groups. If both sides
+    have equally many empty groups, the n-th empty group takes the n-th empty one.
 
     Example::
 
         >>> match_groups([["a"], []], [["a", "b"], []])
         [0, 1]
     """
-    empty_here, empty_there = (
-        [index for index, names in enumerate(names_of) if not names] for names_of in (here, there)
-    )
-    found: list[int | None] = []
-    for index, names in enumerate(here):
+    empty_current = [index for index, names in enumerate(current) if not names]
+    empty_saved = [index for index, names in enumerate(saved) if not names]
+    matches: list[int | None] = []
+    for index, names in enumerate(current):
         if names:
-            found.append(
-                next(
-                    (other for other, theirs in enumerate(there) if set(names) <= set(theirs)), None
-                )
-            )
-        elif len(here) == len(there):
-            found.append(index)
-        elif len(empty_here) == len(empty_there):
-            found.append(empty_there[empty_here.index(index)])
+            fitting = (i for i, saved_names in enumerate(saved) if set(names) <= set(saved_names))
+            matches.append(next(fitting, None))
+        elif len(current) == len(saved):
+            matches.append(index)
+        elif len(empty_current) == len(empty_saved):
+            matches.append(empty_saved[empty_current.index(index)])
         else:
-            found.append(None)
-    return found
+            matches.append(None)
+    return matches

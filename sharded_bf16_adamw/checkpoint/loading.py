@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from .async_save import wait_for_own_saves
 from .commit import check_folder_visible
 from .dcp_storage import METADATA, PlainReader, read_metadata
-from .diff import compare, keys_elsewhere, params_with_state, restored
+from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import find_checkpoint, no_checkpoint
+from .extra_state import adopt_saved_specs
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
-from .odd_values import adopt_saved
 from .optimizer_state import (
     check_model_and_optimizer,
     init_frozen_states,
@@ -161,22 +161,22 @@ def load(
         names.number_experts()
         with raise_on_all_ranks(failed, group):
             keys = [*metadata.state_dict_metadata, *manifest.values]
-            names.add_stage_as_in(fqn_of(key) for key in keys if key.startswith(MODEL))
+            names.adopt_stages(fqn_of(key) for key in keys if key.startswith(MODEL))
         different_ties = align_ties(folder, metadata, manifest, model, names, group)
         with raise_on_all_ranks(failed, group):
             init_state(optimizer)
             in_groups = [fqn for saved in manifest.groups for fqn in saved.params]
             with_state = params_with_state(metadata, manifest)
-            init_frozen_states(model, optimizer, with_state, in_groups, names.stored)
+            init_frozen_states(model, optimizer, with_state, in_groups, names.to_saved)
             state = get_state(model, optimizer, names)
-            adopt_saved(state.tensors, state.plain, metadata, manifest)
-        elsewhere = keys_elsewhere(metadata, manifest, state, group)
+            adopt_saved_specs(state.tensors, state.plain, metadata, manifest)
+        elsewhere = keys_on_other_ranks(metadata, manifest, state, group)
         with raise_on_all_ranks(failed, group):
             comparison = compare(metadata, manifest, state, elsewhere)
-            comparison.differences[:0] = different_ties
-            if strict and comparison.differences:
+            comparison.mismatches[:0] = different_ties
+            if strict and comparison.mismatches:
                 by_rank = any(re.search(r"@(pp|ep)\d", key) for key in metadata.state_dict_metadata)
-                raise ValueError(_mismatch_message(folder, comparison.differences, by_rank))
+                raise ValueError(_mismatch_message(folder, comparison.mismatches, by_rank))
         rng_state = {
             key: value
             for key, value in get_rng_state(group, every_device=True).items()
@@ -189,13 +189,13 @@ def load(
         group,
     ):
         _read_into(tensors, folder, metadata, group)
-        for key in comparison.unsaved_states:
+        for key in comparison.missing_states:
             _zero_(state.tensors[key])
     # set_state is collective under FSDP1
     with raise_on_all_ranks(f"the model may be partly loaded from {folder}", group):
-        set_state(model, optimizer, restored(state, comparison, tensors), names)
+        set_state(model, optimizer, merge_loaded(state, comparison, tensors), names)
         set_rng_state(rng_state)
-    mismatches = [] if strict else comparison.differences
+    mismatches = [] if strict else comparison.mismatches
     return LoadResult(manifest.extra, folder, manifest.step, mismatches)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
-from .names import flat_params, named_tensors, plain_name, unwrapped
+from .names import clean_fqn, flat_params, named_tensors, unwrap
 
 
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
@@ -41,11 +41,11 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise ValueError(
-                f"{plain_name(model, name)} has no shape yet; run one forward pass first"
+                f"{clean_fqn(model, name)} has no shape yet; run one forward pass first"
             )
         if tensor.is_meta:
             raise ValueError(
-                f"{plain_name(model, name)} is on the meta device and has no values; "
+                f"{clean_fqn(model, name)} is on the meta device and has no values; "
                 "call model.to_empty(device=...) and initialise it first"
             )
     _check_params_are_of_model(model, optimizer)
@@ -116,12 +116,12 @@ def init_frozen_states(
     saved, saved_in_groups = set(saved), set(saved_in_groups)
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
     names: dict[Any, list[str]] = {}
-    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(stored(plain_name(model, name)))
-    for prefix, flat_param in flat_params(unwrapped(model)):
+    for name, param in unwrap(model).named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(stored(clean_fqn(model, name)))
+    for prefix, flat_param in flat_params(unwrap(model)):
         if flat_param in names:
             names[flat_param] = [
-                stored(plain_name(model, prefix + name)) for name in flat_param._fqns
+                stored(clean_fqn(model, prefix + name)) for name in flat_param._fqns
             ]
     init(
         param

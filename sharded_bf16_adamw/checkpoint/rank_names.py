@@ -1,14 +1,14 @@
-"""Names in a checkpoint of what a rank holds alone: experts and pipeline stages that every rank names alike.
+"""Names in a checkpoint of tensors that differ between ranks although the ranks name them alike.
 
-A checkpoint has one name for each tensor, a rank's model has names that are unique on that rank only::
+A checkpoint has one name for each tensor. Experts and pipeline stages have names that are unique on
+their own rank only::
 
-    rank 0 of ep: moe.experts.0.weight, moe.experts.1.weight      ->  moe.experts.0.weight, moe.experts.1.weight
-    rank 1 of ep: moe.experts.0.weight, moe.experts.1.weight      ->  moe.experts.2.weight, moe.experts.3.weight
-    rank 1 of ep: moe.w1 (no ModuleList: nothing says how experts are numbered)  ->  moe.w1@ep1
+    rank 1 of ep: moe.experts.0.weight, of 2 on each rank         ->  moe.experts.2.weight
+    rank 1 of ep: moe.w1 (not a ModuleList: experts not numbered) ->  moe.w1@ep1
     stage 1 of pp: layers.0.weight, unlike that of stage 0        ->  layers.0.weight@pp1
 
-Where one layer needs its stage in its name, all layers of that list get it: a number that only one stage has would else be taken
-for a global one by a pipeline that is cut elsewhere.
+If one layer needs its stage in its name, all layers of that list get it. A number that only one
+stage has would otherwise pass for a global one in a pipeline that is cut elsewhere.
 """
 
 from __future__ import annotations
@@ -21,172 +21,166 @@ import torch.distributed as dist
 from torch import nn
 
 from ..sharding.model_parallel import ModelParallel
-from .names import has_fsdp1, named_tensors, plain_name, unwrapped
-from .odd_values import EXTRA_STATE
+from .extra_state import EXTRA_STATE
+from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 
 
 class RankNames:
-    """The names in checkpoints of one rank's tensors, once :meth:`number_experts` was called.
+    """The names in checkpoints of one rank's tensors. Call :meth:`number_experts` first.
 
     Args:
         model: the module, wrapped or not.
-        optimizer: whose ``model_parallel`` says what differs between ranks; others than ours have none.
+        optimizer: its ``model_parallel`` says what differs between ranks; torch's optimizers have
+            none.
 
     Raises:
-        ValueError: a module or parameter named as an expert is not part of the model.
+        ValueError: a module or parameter named as an expert is not part of the model, or FSDP1 is
+            combined with pipeline stages or experts.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         parallel = getattr(optimizer, "model_parallel", None)
         self._is_ours = hasattr(optimizer, "model_parallel")
-        self._parallel: ModelParallel = (
-            parallel if isinstance(parallel, ModelParallel) else ModelParallel()
-        )
-        self._prefixes, self._exact = _find_experts(model, self._parallel)
-        self._of_stage: set[str] = set()
-        self._lists_of_stage: set[str] = set()  # prefixes, such as "layers."
-        self._fqns = _names_of(unwrapped(model))
-        if has_fsdp1(model) and (
-            self._parallel.pp_group is not None or self._parallel.ep_group is not None
-        ):
+        if not isinstance(parallel, ModelParallel):
+            parallel = ModelParallel()
+        self._pp_group, self._ep_group = parallel.pp_group, parallel.ep_group
+        self._expert_modules, self._expert_params = _find_experts(model, parallel)
+        self._stage_names: set[str] = set()
+        self._stage_lists: set[str] = set()  # prefixes, such as "layers."
+        self._fqns = _state_dict_fqns(unwrap(model))
+        if has_fsdp1(model) and (self._pp_group is not None or self._ep_group is not None):
             raise ValueError(
-                "FullyShardedDataParallel (FSDP1) over a part of the ranks does not say which; use fully_shard (FSDP2) beside "
-                "ModelParallel(pp=..., ep=...)"
+                "FullyShardedDataParallel (FSDP1) over a part of the ranks does not say which; use "
+                "fully_shard (FSDP2) beside ModelParallel(pp=..., ep=...)"
             )
-        self._local: dict[str, str] | None = None
-        group = self._parallel.ep_group
-        self._ep_rank = 0 if group is None else dist.get_rank(group)
-        self._offsets = dict.fromkeys(self._prefixes, 0)
+        self._fqn_of_saved: dict[str, str] | None = None  # cache
+        self._ep_rank = 0 if self._ep_group is None else dist.get_rank(self._ep_group)
+        self._first_expert = dict.fromkeys(self._expert_modules, 0)
 
     def number_experts(self) -> None:
-        """Learn how many experts the ranks before this one have. Collective over the expert group, if there is one."""
-        group = self._parallel.ep_group
-        self._local = None
-        if group is not None:
-            counts: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(counts, self._prefixes, group=group)
-            for before in counts[: self._ep_rank]:
-                for prefix in self._prefixes:
-                    self._offsets[prefix] += before.get(prefix) or 0
+        """Exchange the ranks' numbers of experts. Collective over the expert group, if any."""
+        self._fqn_of_saved = None
+        if self._ep_group is not None:
+            counts: list[Any] = [None] * dist.get_world_size(self._ep_group)
+            dist.all_gather_object(counts, self._expert_modules, group=self._ep_group)
+            for counts_before in counts[: self._ep_rank]:
+                for module in self._expert_modules:
+                    self._first_expert[module] += counts_before.get(module) or 0
 
     @property
-    def must_be_the_same(self) -> bool:
-        """Return whether all ranks must have parameters of the same names: an optimizer of ours for which nothing else is said."""
-        return self._is_ours and self._parallel.pp_group is None and self._parallel.ep_group is None
+    def requires_equal_names(self) -> bool:
+        """True if all ranks must have the same parameters: ours, without a declared parallelism."""
+        return self._is_ours and self._pp_group is None and self._ep_group is None
 
     @property
     def stage(self) -> int | None:
-        """This rank's place in the pipeline; None without one."""
-        group = self._parallel.pp_group
-        return None if group is None else dist.get_rank(group)
+        """This rank's pipeline stage; None without a pipeline."""
+        return None if self._pp_group is None else dist.get_rank(self._pp_group)
 
-    def stored(self, fqn: str) -> str:
+    def to_saved(self, fqn: str) -> str:
         """Return the name in a checkpoint of this rank's ``fqn``."""
-        return self.of_stage(self._of_expert(fqn))
+        return self.with_stage(self._with_expert(fqn))
 
-    def local(self, name: str) -> str:
-        """Inverse of :meth:`stored`, of names of parameters and buffers; others stay."""
-        if self._local is None:
-            self._local = {self.stored(fqn): fqn for fqn in self._fqns}
-        return self._local.get(name, name)
+    def to_local(self, name: str) -> str:
+        """Return this rank's FQN of a name in a checkpoint. Inverse of :meth:`to_saved`.
 
-    def of_stage(self, name: str) -> str:
-        """Return a checkpoint's ``name``, with this rank's stage where :meth:`add_stage` says so."""
-        has_stage = name in self._of_stage or name.startswith(tuple(self._lists_of_stage))
+        Other names than those of parameters, buffers and extra states stay as they are.
+        """
+        if self._fqn_of_saved is None:
+            self._fqn_of_saved = {self.to_saved(fqn): fqn for fqn in self._fqns}
+        return self._fqn_of_saved.get(name, name)
+
+    def with_stage(self, name: str) -> str:
+        """Add this rank's stage to a checkpoint's name if :meth:`mark_stage_names` says so."""
+        has_stage = name in self._stage_names or name.startswith(tuple(self._stage_lists))
         return f"{name}@pp{self.stage}" if has_stage else name
 
-    def add_stage(self, names: Iterable[str]) -> None:
-        """Let these names (of a checkpoint), and all others in the same lists of layers, stand for tensors of this rank's stage."""
+    def mark_stage_names(self, names: Iterable[str]) -> None:
+        """Add the stage to these names of a checkpoint, and to all in the same lists of layers."""
         for name in names:
-            prefix = _list_of(name)
+            prefix = _list_prefix(name)
             if prefix is None:
-                self._of_stage.add(name)
+                self._stage_names.add(name)
             else:
-                self._lists_of_stage.add(prefix)
-        self._local = None
+                self._stage_lists.add(prefix)
+        self._fqn_of_saved = None
 
-    def add_stage_as_in(self, stored: Iterable[str]) -> None:
-        """Name tensors by their stage where a checkpoint, whose names are ``stored``, does."""
+    def adopt_stages(self, saved: Iterable[str]) -> None:
+        """Add the stage to the names that have it in a checkpoint with the names ``saved``."""
         if self.stage is not None:
             suffix = f"@pp{self.stage}"
-            self._of_stage.update(
-                name.removesuffix(suffix) for name in stored if name.endswith(suffix)
+            self._stage_names.update(
+                name.removesuffix(suffix) for name in saved if name.endswith(suffix)
             )
-            self._local = None
+            self._fqn_of_saved = None
 
-    def _of_expert(self, fqn: str) -> str:
-        if self._parallel.ep_group is None:
+    def _with_expert(self, fqn: str) -> str:
+        if self._ep_group is None:
             return fqn
-        if fqn in self._exact:
-            return f"{fqn}@ep{self._ep_rank}"
-        for prefix, count in self._prefixes.items():
-            if not fqn.startswith(f"{prefix}."):
+        by_rank = f"{fqn}@ep{self._ep_rank}"
+        if fqn in self._expert_params:
+            return by_rank
+        for module, count in self._expert_modules.items():
+            if not fqn.startswith(f"{module}."):
                 continue
-            if count is None:
-                return f"{fqn}@ep{self._ep_rank}"
-            index, _, rest = fqn.removeprefix(f"{prefix}.").partition(".")
-            if not index.isdecimal():  # the list's own
-                return f"{fqn}@ep{self._ep_rank}"
-            return f"{prefix}.{int(index) + self._offsets[prefix]}.{rest}"
+            index, _, rest = fqn.removeprefix(f"{module}.").partition(".")
+            if count is None or not index.isdecimal():  # not a list, or the list's own extra state
+                return by_rank
+            return f"{module}.{int(index) + self._first_expert[module]}.{rest}"
         return fqn
 
 
-def _names_of(model: nn.Module) -> list[str]:
-    """Return the names of all that a checkpoint may hold of a model: parameters, buffers and extra states."""
+def _state_dict_fqns(model: nn.Module) -> list[str]:
+    """Return the FQNs of parameters, buffers and possible extra states."""
     names = [name for name, _ in named_tensors(model)]
     names += [
         f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
         for prefix, _ in model.named_modules(remove_duplicate=False)
     ]
-    return [plain_name(model, name) for name in names]
+    return [clean_fqn(model, name) for name in names]
 
 
-def _list_of(name: str) -> str | None:
-    """``blocks.layers.0.weight`` -> ``blocks.layers.``; None where no part of the name is a number."""
-    parts = name.split(".")
-    index = next((index for index, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join([*parts[:index], ""]) if index else None
+def _list_prefix(name: str) -> str | None:
+    """``blocks.layers.0.weight`` -> ``blocks.layers.``; None if no segment is a number."""
+    segments = name.split(".")
+    index = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
+    return ".".join([*segments[:index], ""]) if index else None
 
 
 def _find_experts(
     model: nn.Module, parallel: ModelParallel
 ) -> tuple[dict[str, int | None], set[str]]:
-    """Return the expert modules by name, with the number of experts of a ``ModuleList``, and the names of single parameters."""
-    experts = {id(value): value for value in parallel.experts}  # type: ignore[union-attr]
+    """Return the expert modules, with the length of a ``ModuleList``, and expert parameters."""
+    experts = {id(expert): expert for expert in parallel.experts}  # type: ignore[union-attr]
     if not experts:
         return {}, set()
-    prefixes: dict[str, int | None] = {}
-    found: set[int] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in experts:
-            prefixes[plain_name(model, name)] = (
-                len(module) if isinstance(module, nn.ModuleList) else None
-            )
-            found.add(id(module))
-    exact = set()
-    for name, param in model.named_parameters(remove_duplicate=False):
-        if id(param) in experts:
-            exact.add(plain_name(model, name))
-            found.add(id(param))
-    for name, module in model.named_modules(
-        remove_duplicate=False
-    ):  # the modules of a list, one by one, are the list
-        prefix = plain_name(model, name)
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and all(id(child) in experts for child in module)
-        ):
-            prefixes = {
-                other: count
-                for other, count in prefixes.items()
-                if not other.startswith(f"{prefix}.")
-            }
-            prefixes[prefix] = len(module)
-    missing = [value for key, value in experts.items() if key not in found]
+    modules = [
+        (clean_fqn(model, name), module)
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    params = {
+        clean_fqn(model, name): id(param)
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if id(param) in experts
+    }
+    counts: dict[str, int | None] = {
+        fqn: len(module) if isinstance(module, nn.ModuleList) else None
+        for fqn, module in modules
+        if id(module) in experts
+    }
+    missing = experts.keys() - params.values() - {id(module) for _, module in modules}
     if missing:
-        what = missing[0].__class__.__name__
+        expert = next(expert for key, expert in experts.items() if key in missing)
         raise ValueError(
-            f"a {what} that ModelParallel(experts=...) names is not part of this model; name the modules that hold the experts"
+            f"a {type(expert).__name__} in ModelParallel(experts=...) is not part of this model; "
+            "name the modules that hold the experts"
         )
-    return prefixes, exact
+    for fqn, module in modules:  # a list given module by module counts as the list
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if all(id(child) in experts for child in module):
+            counts = {
+                other: count for other, count in counts.items() if not other.startswith(f"{fqn}.")
+            }
+            counts[fqn] = len(module)
+    return counts, set(params)

@@ -1,4 +1,4 @@
-"""A checkpoint on disk as what it is: named tensors in parts. Needs no process group, no GPU and no model."""
+"""Read a checkpoint's tensors by name. Needs no process group, no GPU and no model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .manifest import MANIFEST, decode, find_damage, read_manifest
 from .safetensors_io import TensorInfo
 
 
-class StoredCheckpoint:
-    """A checkpoint that :func:`sharded_bf16_adamw.save` wrote, opened for reading by name.
+class CheckpointReader:
+    """An open checkpoint that :func:`sharded_bf16_adamw.save` wrote.
 
-    No pickle is executed: the metadata goes through an unpickler that knows only what describes tensors, the tensors through
-    ``torch.load(weights_only=True)``.
+    No pickle is executed: the metadata goes through an unpickler that only knows the classes of
+    tensor metadata, and the tensors through ``torch.load(weights_only=True)``.
 
     Attributes:
-        path: its folder.
-        manifest: what its manifest says.
-        infos: shape and dtype of each tensor by its key, such as ``model.layer.weight``.
-        blocks: in which parts each lies on disk, which is how it was sharded.
+        path: the checkpoint's directory.
+        manifest: its manifest.
+        infos: shape and dtype of each tensor by key, such as ``model.layer.weight``.
+        blocks: the parts of each tensor on disk, which show how it was sharded.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
@@ -35,13 +35,13 @@ class StoredCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        found = find_checkpoint(path)
-        if found is None:
+        checkpoint = find_checkpoint(path)
+        if checkpoint is None:
             raise no_checkpoint(path)
-        self.path = found
+        self.path = checkpoint
         self.manifest = read_manifest(self.path)
         if METADATA not in self.manifest.files:
-            raise self._unusable(f"{MANIFEST} does not list {METADATA}")
+            raise self._error(f"{MANIFEST} does not list {METADATA}")
         metadata = read_metadata(self.path, self.manifest.files[METADATA])
         self.infos: dict[str, TensorInfo] = {}
         self.blocks: dict[str, list[Block]] = {}
@@ -53,60 +53,58 @@ class StoredCheckpoint:
                 ]
         self._storage = metadata.storage_data
 
-    def check(self) -> None:
-        """Raise ValueError, naming the file, where any file of the checkpoint is not what was written."""
-        problems = find_damage(self.path, self.manifest.files)
-        if problems:
-            raise self._unusable("; ".join(problems))
-
-    def read(self, key: str) -> Tensor:
-        """The whole tensor in CPU memory; with the part being read in addition where it was sharded.
+    def verify(self) -> None:
+        """Compare every file with its checksum.
 
         Raises:
-            ValueError: a part cannot be read.
+            ValueError: a file is damaged or missing; the message names it.
+        """
+        damage = find_damage(self.path, self.manifest.files)
+        if damage:
+            raise self._error("; ".join(damage))
+
+    def read(self, key: str) -> Tensor:
+        """Return a full tensor in CPU memory. A sharded one needs memory for one block in addition.
+
+        Raises:
+            ValueError: a block cannot be read.
         """
         info, blocks = self.infos[key], self.blocks[key]
         if len(blocks) == 1 and blocks[0].sizes == info.shape:
             return self._read_block(key, blocks[0])
-        whole = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        full_tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         for block in blocks:
-            block.of(whole).copy_(self._read_block(key, block))
-        return whole
+            block.view_in(full_tensor).copy_(self._read_block(key, block))
+        return full_tensor
 
-    def group_values(self) -> dict[str, dict[str, Any]]:
-        """The hyper-parameters by parameter name, such as ``{"layer.weight": {"lr": 0.001, "betas": (0.9, 0.999), ...}}``."""
-        options = [
-            {name: decode(value) for name, value in group.options.items()}
-            for group in self.manifest.groups
-        ]
-        return {
-            fqn: own
-            for group, own in zip(self.manifest.groups, options, strict=True)
-            for fqn in group.params
-        }
+    def hyperparams(self) -> dict[str, dict[str, Any]]:
+        """Return the group options by parameter: ``{"layer.weight": {"lr": 0.001, ...}, ...}``."""
+        options_by_param = {}
+        for group in self.manifest.groups:
+            options = {name: decode(value) for name, value in group.options.items()}
+            options_by_param.update(dict.fromkeys(group.params, options))
+        return options_by_param
 
     def _read_block(self, key: str, block: Block) -> Tensor:
-        place = self._storage.get(MetadataIndex(key, torch.Size(block.offsets)))
-        if place is None or place.relative_path not in self.manifest.files:
-            raise self._unusable(f"{METADATA} does not say where {key} lies")
+        location = self._storage.get(MetadataIndex(key, torch.Size(block.offsets)))
+        if location is None or location.relative_path not in self.manifest.files:
+            raise self._error(f"{METADATA} does not say where {key} is")
+        file_name = location.relative_path
         try:
-            with (self.path / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                content = io.BytesIO(file.read(place.length))
+            with (self.path / file_name).open("rb") as file:
+                file.seek(location.offset)
+                content = io.BytesIO(file.read(location.length))
             tensor = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
-            raise self._unusable(
-                f"{key} in {place.relative_path} cannot be read ({type(error).__name__})"
+            raise self._error(
+                f"{key} in {file_name} cannot be read ({type(error).__name__})"
             ) from error
-        info = self.infos[key]
-        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (
-            block.sizes,
-            info.dtype,
-        ):
-            raise self._unusable(f"{key} in {place.relative_path} is not what {METADATA} says")
+        expected = TensorInfo(block.sizes, self.infos[key].dtype)
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != expected:
+            raise self._error(f"{key} in {file_name} contradicts {METADATA}")
         return tensor
 
-    def _unusable(self, reason: str) -> ValueError:
+    def _error(self, reason: str) -> ValueError:
         return ValueError(
             f"the checkpoint {self.path} cannot be used: {reason}; choose another checkpoint"
         )

@@ -1,13 +1,17 @@
-"""Read and write safetensors files: weights and nothing that could run.
+"""Read and write safetensors files, alone or sharded with an index as Hugging Face models are.
 
-A file is an 8-byte little-endian length, a JSON header of that length and the tensors' raw bytes, one behind the other::
+The ``safetensors`` library reads. It cannot write: its ``save_file`` takes all tensors of a file at
+once, while an export holds one tensor at a time. So :func:`write_file` writes the format itself:
+the header's length in 8 little-endian bytes, a JSON header, and the raw bytes of the tensors::
 
-    {"__metadata__": {"format": "pt"}, "layer.weight": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}, ...}
+    {"__metadata__": {"format": "pt"},
+     "w": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}}
 
-Format: https://huggingface.co/docs/safetensors. A large model is a folder of such files with ``model.safetensors.index.json``, the layout
-of Hugging Face models::
+A sharded model is a directory of such files with ``model.safetensors.index.json``::
 
-    {"metadata": {"total_size": 123}, "weight_map": {"layer.weight": "model-00001-of-00002.safetensors", ...}}
+    {"metadata": {"total_size": 64}, "weight_map": {"w": "model-00001-of-00002.safetensors", ...}}
+
+Format: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .blocks import Block
 from .manifest import is_file_name
 
 DTYPES = {
@@ -38,221 +44,169 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # bytes: the limit of the reference implementation, so that a damaged length cannot exhaust memory
 
 
 class TensorInfo(NamedTuple):
-    """A tensor's shape and dtype, known without reading it."""
+    """Shape and dtype of a tensor that has not been read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile:
-    """One safetensors file, opened: its header is read and checked, its tensors are read when asked for.
+    """An open safetensors file. On opening, the library checks the header and the file's size.
+
+    The file is mapped, so it must not be truncated while it is open.
+
+    Attributes:
+        infos: shape and dtype of each tensor by name, in the order of the file.
 
     Raises:
-        ValueError: it is not a safetensors file, or is damaged: cut short, overlapping tensors, gaps, sizes that do not fit shapes.
+        ValueError: it is not a safetensors file, is damaged, or has a dtype not in ``DTYPES``.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        with self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(
-                    f"{self.path} is not a safetensors file, or is damaged: its header does not fit into its {size} bytes"
-                )
-            header = file.read(length)
-        self.infos: dict[str, TensorInfo] = {}
-        self._offsets: dict[str, int] = {}
+    def __init__(self, path: Path) -> None:
         try:
-            self._read_header(json.loads(header), 8 + length, size)
-        except (
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-        ) as error:
+            self._file = safe_open(path, "pt")
+        except SafetensorError as error:
             raise ValueError(
-                f"{self.path} is not a safetensors file, or is damaged: its header is not understood ({error!r})"
+                f"{path} is not a safetensors file, or is damaged ({error}); get another copy"
             ) from error
-
-    def _read_header(self, header: dict[str, Any], start: int, size: int) -> None:
-        ranges = []
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
+        self.infos: dict[str, TensorInfo] = {}
+        for name in self._file.offset_keys():
+            header = self._file.get_slice(name)
+            if header.get_dtype() not in DTYPES:
                 raise ValueError(
-                    f"{self.path}: {name} has dtype {entry['dtype']}, which torch does not have; convert the file first"
+                    f"{path}: {name} has dtype {header.get_dtype()}, which is not supported; "
+                    "convert the file"
                 )
-            info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            offsets = entry["data_offsets"]
-            numbers = (
-                all(type(x) is int and x >= 0 for x in (*offsets, *info.shape))
-                and len(offsets) == 2
-            )
-            if not numbers or offsets[1] - offsets[0] != info.nbytes:
-                raise ValueError(
-                    f"{self.path} is damaged: the bytes {offsets} of {name} do not fit its shape {list(info.shape)}"
-                )
-            begin, end = offsets
-            self.infos[name], self._offsets[name] = info, start + begin
-            ranges.append((begin, end))
-        expected = 0
-        for begin, end in sorted(ranges):
-            if begin != expected:
-                raise ValueError(f"{self.path} is damaged: its tensors overlap or leave gaps")
-            expected = end
-        if start + expected != size:
-            raise ValueError(
-                f"{self.path} is damaged: it has {size} bytes where its header tells of {start + expected}"
-            )
+            self.infos[name] = TensorInfo(tuple(header.get_shape()), DTYPES[header.get_dtype()])
 
-    def read(
-        self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None
-    ) -> Tensor:
-        """Read a tensor, or the block of it at ``offsets`` with shape ``sizes``. Only the rows of the block are read from disk."""
-        shape, dtype = self.infos[name]
-        offsets, sizes = (
-            offsets if offsets is not None else (0,) * len(shape),
-            sizes if sizes is not None else shape,
-        )
-        row = math.prod(shape[1:]) * dtype.itemsize
-        first, rows = (offsets[0], sizes[0]) if shape else (0, 1)
-        raw = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[name] + first * row)
-            if file.readinto(raw.numpy().data) != raw.numel():
-                raise ValueError(f"{self.path} is damaged: it ends within {name}")
-        tensor = raw.view(dtype).view((rows, *shape[1:]) if shape else ())
-        for dim in range(1, len(shape)):
-            tensor = tensor.narrow(dim, offsets[dim], sizes[dim])
-        return tensor
+    def read(self, name: str, block: Block | None = None) -> Tensor:
+        """Return a tensor, or one block of it, in CPU memory. Mapped: only what is used is read."""
+        with torch.device("cpu"):  # the caller's default device would apply otherwise
+            tensor: Tensor = self._file.get_tensor(name)
+        return tensor if block is None else block.view_in(tensor)
 
 
-def find_safetensors(path: str | os.PathLike[str]) -> dict[str, SafetensorsFile]:
-    """The tensors of a file, or of a folder in the Hugging Face layout, by name.
+def open_safetensors(path: str | os.PathLike[str]) -> dict[str, SafetensorsFile]:
+    """Open a file, an index, or a directory with either; map each tensor's name to its file.
 
     Raises:
-        FileNotFoundError: there are none at ``path``.
-        ValueError: a file is damaged, or the index and the files contradict each other.
+        FileNotFoundError: there is no such file, or one that the index names is missing.
+        ValueError: a file is damaged, or the index contradicts the files.
     """
     path = Path(path)
-    if path.is_dir() and (path / INDEX).exists():
-        return _read_index(path / INDEX)
     if path.is_dir():
-        path = path / SINGLE
+        path = path / (INDEX if (path / INDEX).exists() else SINGLE)
     if path.name == INDEX:
-        return _read_index(path)
+        return _open_index(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no {path}; give a safetensors file, or a folder with {INDEX} or {SINGLE}"
+            f"there is no {path}; give a safetensors file, or a directory with {INDEX} or {SINGLE}"
         )
     file = SafetensorsFile(path)
     return dict.fromkeys(file.infos, file)
 
 
-def _read_index(path: Path) -> dict[str, SafetensorsFile]:
+def _open_index(path: Path) -> dict[str, SafetensorsFile]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-    ) as error:
+        file_names = sorted(set(weight_map.values()))
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(
-            f"{path} is not an index of safetensors files, or is damaged ({error!r})"
+            f"{path} is not an index of safetensors files, or is damaged ({error!r}); get another "
+            "copy"
         ) from error
-    for name in names:
-        if not is_file_name(name):
+    for file_name in file_names:
+        if not is_file_name(file_name):
             raise ValueError(
-                f"{path} names the file {name!r}, which does not lie in its own folder"
+                f"{path} names {file_name!r}, which is not a file of the index's own directory"
             )
-        if not (path.parent / name).is_file():
-            raise FileNotFoundError(f"{path} names the file {name}, which is missing")
-    files = {name: SafetensorsFile(path.parent / name) for name in names}
-    for tensor, name in weight_map.items():
-        if tensor not in files[name].infos:
-            raise ValueError(f"{path} says that {tensor} is in {name}, which does not have it")
-    return {tensor: files[name] for tensor, name in weight_map.items()}
+        if not (path.parent / file_name).is_file():
+            raise FileNotFoundError(f"{path} names the file {file_name}, which is missing")
+    files = {file_name: SafetensorsFile(path.parent / file_name) for file_name in file_names}
+    for name, file_name in weight_map.items():
+        if name not in files[file_name].infos:
+            raise ValueError(f"{path} says that {name} is in {file_name}, but it is not")
+    return {name: files[file_name] for name, file_name in weight_map.items()}
 
 
 def write_file(
-    path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]
+    path: Path, infos: Mapping[str, TensorInfo], get_tensor: Callable[[str], Tensor]
 ) -> None:
-    """Write one file, asking for one tensor at a time, and flush it to the disk.
+    """Write one file, holding one tensor at a time, and flush it to the disk.
 
     Args:
-        infos: what the file will hold, in this order.
-        tensor_of: gives the tensor of a name, on CPU, as ``infos`` says it is.
+        path: the file.
+        infos: shape and dtype of each tensor, in the order of the file.
+        get_tensor: returns the tensor of a name in CPU memory, with its shape and dtype in
+            ``infos``.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info in infos.items():
         header[name] = {
-            "dtype": NAMES[info.dtype],
+            "dtype": DTYPE_NAMES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [end, end + info.nbytes],
         }
         end += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors for readers that map the file
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, info in infos.items():
-            tensor = tensor_of(name)
+            tensor = get_tensor(name)
             assert (tuple(tensor.shape), tensor.dtype) == info, name
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor
+            del tensor  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_folder(
-    folder: Path,
+def write_sharded(
+    directory: Path,
     infos: Mapping[str, TensorInfo],
-    tensor_of: Callable[[str], Tensor],
+    get_tensor: Callable[[str], Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Write files of at most ``max_shard_bytes`` of tensors (a larger tensor has a file to itself) and their index into ``folder``."""
-    shards = _split(infos, max_shard_bytes)
+    """Write files of at most ``max_shard_bytes`` of tensors and their index into ``directory``.
+
+    A larger tensor has a file to itself.
+    """
+    shards = _split_into_shards(infos, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, tensor_of)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(info.nbytes for info in infos.values())
-    with (folder / INDEX).open("w") as file:
-        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2)
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / file_name, shard, get_tensor)
+        weight_map.update(dict.fromkeys(shard, file_name))
+    index = {"metadata": {"total_size": _total_bytes(infos.values())}, "weight_map": weight_map}
+    with (directory / INDEX).open("w") as file:
+        json.dump(index, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _split(infos: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[dict[str, TensorInfo]]:
+def _split_into_shards(
+    infos: Mapping[str, TensorInfo], max_shard_bytes: int
+) -> list[dict[str, TensorInfo]]:
     shards: list[dict[str, TensorInfo]] = [{}]
     for name, info in infos.items():
-        if shards[-1] and _total(shards[-1].values()) + info.nbytes > max_shard_bytes:
+        if shards[-1] and _total_bytes(shards[-1].values()) + info.nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = info
     return shards
 
 
-def _total(infos: Iterable[TensorInfo]) -> int:
+def _total_bytes(infos: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in infos)

@@ -32,7 +32,7 @@ from .commit import (
     remove_older,
 )
 from .dcp_storage import ChecksummedWriter
-from .divergence import one_of_each
+from .divergence import resolve_divergence
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
 from .rank_errors import (
@@ -50,7 +50,7 @@ from .rank_errors import (
 from .rank_names import RankNames
 from .staging import StagedPlanner
 from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
-from .ties import merged_ties, ties_of
+from .ties import find_ties, merge_ties
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -159,11 +159,11 @@ def save(
         names.number_experts()
         with raise_on_all_ranks(failed, group):
             state = get_state(model, optimizer, names)
-        state = one_of_each(state, names, group, on_divergence)
+        state = resolve_divergence(state, names, group, on_divergence)
         with raise_on_all_ranks(failed, group):
             own_groups = [ParamGroup(params, _encode(options)) for params, options in state.groups]
             own_values, strategy = _encode(state.plain), describe_strategy(model, optimizer)
-            ties = ties_of(model, names)
+            ties = find_ties(model, names)
         of_ranks = gather_object((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
@@ -174,7 +174,7 @@ def save(
             manifest = Manifest(
                 step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra
             )
-            manifest.ties = merged_ties([ties for _, _, ties in of_ranks])
+            manifest.ties = merge_ties([ties for _, _, ties in of_ranks])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         planner, plan, metadata = _plan(

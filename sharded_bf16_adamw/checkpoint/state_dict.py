@@ -23,19 +23,20 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sharding.dtensor import to_local
 from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero.config import ZeRO
-from .manifest import ParamGroup
-from .names import has_fsdp1, named_tensors, plain_name, unwrapped
-from .odd_values import (
+from .extra_state import (
     ENTRY,
     MODEL,
     PART,
+    STATE,
+    drop_subclass,
     entry_key,
+    flatten_subclass,
     is_extra_state,
-    is_wrapper,
-    parts_of,
+    is_wrapper_subclass,
     set_extra_states,
-    without_subclass,
 )
+from .manifest import ParamGroup
+from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from .optimizer_state import non_param_entries, ungrouped_params
 from .rank_errors import Group, rank
 from .rank_names import RankNames
@@ -45,8 +46,6 @@ from .torch_state_dict import (
     sharded_model_state,
     sharded_optimizer_state,
 )
-
-STATE = "optimizer.state."
 
 # ------------------------------------------------------------------------- model and optimizer
 
@@ -75,12 +74,12 @@ def get_state(
     Tensors are the live ones, except under FSDP1, where the call is collective. Keys hold the names
     that ``names`` gives.
     """
-    own = {plain_name(model, name): tensor for name, tensor in named_tensors(unwrapped(model))}
+    own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(unwrap(model))}
     tensors: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for name, value in sharded_model_state(model).items():
-        live = own[name] if is_wrapper(value) and name in own else value
-        _split(parts_of(MODEL + names.stored(name), live), tensors, plain)
+        live = own[name] if is_wrapper_subclass(value) and name in own else value
+        _split(flatten_subclass(MODEL + names.to_saved(name), live), tensors, plain)
     optimizer_part = get_optimizer_state(model, optimizer, names, ungrouped=True)
     for name, entry in non_param_entries(optimizer).items():
         plain[entry_key(name, entry)] = entry
@@ -102,10 +101,10 @@ def get_optimizer_state(
     tensors: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for fqn, state in state_dict["state"].items():
-        flat = _flatten(f"{STATE}{names.stored(fqn)}", state)
-        _split({key: without_subclass(value) for key, value in flat.items()}, tensors, plain)
+        flat = _flatten(f"{STATE}{names.to_saved(fqn)}", state)
+        _split({key: drop_subclass(value) for key, value in flat.items()}, tensors, plain)
     groups = [
-        ParamGroup(list(map(names.stored, group.pop("params"))), group)
+        ParamGroup(list(map(names.to_saved, group.pop("params"))), group)
         for group in state_dict["param_groups"]
     ]
     return CheckpointState(tensors, plain, groups)
@@ -122,7 +121,7 @@ def set_state(
 ) -> None:
     """Inverse of :func:`get_state`. Live tensors already hold their values."""
     flat = {
-        _with_fqn(key, names.local): value
+        _with_fqn(key, names.to_local): value
         for key, value in {**state.tensors, **state.plain}.items()
     }
     own = _section(MODEL, flat)
@@ -136,7 +135,7 @@ def set_state(
             model, {name: value for name, value in own.items() if PART not in name}
         )
         groups = [
-            {"params": list(map(names.local, params)), **options}
+            {"params": list(map(names.to_local, params)), **options}
             for params, options in state.groups
         ]
         known = {*own, *chain(*(group["params"] for group in groups))}
@@ -167,7 +166,7 @@ def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, state: Checkpo
     of_model = {
         _address(part)
         for tensor in chain(model.parameters(), model.buffers())
-        for part in parts_of("", tensor).values()
+        for part in flatten_subclass("", tensor).values()
     }
     given = [_address(value) for key, value in state.tensors.items() if key.startswith(STATE)]
     return (
@@ -200,13 +199,14 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
 
 
 def with_stages(state: CheckpointState, names: RankNames) -> CheckpointState:
-    """Return ``state`` with the names that :meth:`RankNames.add_stage` has changed since."""
+    """Return ``state`` with the names that :meth:`RankNames.mark_stage_names` has changed since."""
 
     def rename(values: dict[str, Any]) -> dict[str, Any]:
-        return {_with_fqn(key, names.of_stage): value for key, value in values.items()}
+        return {_with_fqn(key, names.with_stage): value for key, value in values.items()}
 
     groups = [
-        ParamGroup(list(map(names.of_stage, group.params)), group.options) for group in state.groups
+        ParamGroup(list(map(names.with_stage, group.params)), group.options)
+        for group in state.groups
     ]
     return CheckpointState(rename(state.tensors), rename(state.plain), groups)
 

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import (
 )
 
 from ..state import numbered_states_only
-from .names import has_fsdp1, named_tensors, plain_name, state_dict_key, unwrapped
-from .odd_values import is_wrapper
+from .extra_state import is_wrapper_subclass
+from .names import clean_fqn, has_fsdp1, named_tensors, state_dict_key, unwrap
 from .optimizer_state import init_state, non_param_entries, ungrouped_params
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -32,21 +32,23 @@ def sharded_model_state(model: nn.Module) -> dict[str, Any]:
 
     They are the live tensors, except under FSDP1, where the call is collective.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     with _sharded_by_fsdp1(model):
-        return {plain_name(model, key): value for key, value in model.state_dict().items()}
+        return {clean_fqn(model, key): value for key, value in model.state_dict().items()}
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`sharded_model_state`, for copies; wrapper subclasses may be missing."""
-    model = unwrapped(model)
+    model = unwrap(model)
     with _sharded_by_fsdp1(model):
         result = model.load_state_dict(
             {state_dict_key(model, name): value for name, value in state.items()}, strict=False
         )
-    own = {plain_name(model, name): tensor for name, tensor in named_tensors(model)}
+    own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(model)}
     missing = [
-        key for key in result.missing_keys if not is_wrapper(own.get(plain_name(model, key)))
+        key
+        for key in result.missing_keys
+        if not is_wrapper_subclass(own.get(clean_fqn(model, key)))
     ]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
@@ -69,7 +71,7 @@ def sharded_optimizer_state(
         "param_groups": [{"params": ["layer.weight"], "lr": ...}]}``.
     """
     init_state(optimizer, only_if_empty=True)
-    model = unwrapped(model)
+    model = unwrap(model)
     with _named_states_only(model, optimizer, ungrouped) as num_groups:
         _sort_states(optimizer)
         state_dict = optimizer.state_dict()
@@ -78,7 +80,7 @@ def sharded_optimizer_state(
                 state_dict = FullyShardedDataParallel.optim_state_dict(
                     model, optimizer, state_dict, group=_fsdp1_group(model)
                 )
-            result = _rename_params(state_dict, lambda name: plain_name(model, name))
+            result = _rename_params(state_dict, lambda name: clean_fqn(model, name))
         else:
             result = _rename_params(state_dict, _param_names(model, optimizer).__getitem__)
     result["param_groups"] = result["param_groups"][:num_groups]
@@ -92,7 +94,7 @@ def set_sharded_optimizer_state(
     ungrouped: bool = False,
 ) -> None:
     """Inverse of :func:`sharded_optimizer_state`, for copies."""
-    model = unwrapped(model)
+    model = unwrap(model)
     with _named_states_only(model, optimizer, ungrouped) as num_groups:
         _sort_states(optimizer)
         names = [] if has_fsdp1(model) else _param_names(model, optimizer)
@@ -117,7 +119,7 @@ def _param_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str
     """Return the first FQN of each parameter, in the order of groups."""
     names: dict[Any, str] = {}
     for name, param in named_tensors(model):
-        names.setdefault(param, plain_name(model, name))
+        names.setdefault(param, clean_fqn(model, name))
     return [names[param] for group in optimizer.param_groups for param in group["params"]]
 
 

@@ -1,7 +1,7 @@
-"""Blocks of tensors between rank 0 and the others, one at a time, in an order that all ranks follow.
+"""Send blocks of tensors between rank 0 and the other ranks, in one order for all ranks.
 
-They travel between CPUs, where rank 0 wants them or has them. NCCL would make a communicator, with buffers on both GPUs,
-for every pair of ranks that send and receive.
+Blocks travel between CPUs, because rank 0 holds the full tensors in CPU memory. NCCL would create a
+communicator, with buffers on both GPUs, for every pair of ranks that send and receive.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..sharding.collectives import cpu_group
 from .blocks import Block, local_blocks
-from .rank_errors import Group, rank, world_size
+from .rank_errors import Group, global_rank, rank, world_size
 
-Key = tuple[str, str]  # parameter name and what of its state, such as ("layer.weight", "exp_avg")
+Key = tuple[str, str]  # parameter and state, such as ("layer.weight", "exp_avg")
 
 
-class Entry(NamedTuple):
-    """What one rank holds of one tensor."""
+class ShardInfo(NamedTuple):
+    """The global shape and dtype of a tensor, and the blocks that one rank holds."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -28,121 +28,117 @@ class Entry(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A block that travels between rank 0 and others: ``places`` is its place among the blocks of each of ``ranks``, which all hold it."""
+    """A block that travels between rank 0 and other ranks.
+
+    Attributes:
+        key: the tensor.
+        block: the part of it.
+        index_on: maps each rank that takes part to the block's index among its local blocks.
+    """
 
     key: Key
     block: Block
-    places: dict[int, int]
-
-    @property
-    def ranks(self) -> list[int]:
-        return list(self.places)
+    index_on: dict[int, int]
 
 
-def table_of(tensors: dict[Key, Tensor]) -> dict[Key, Entry]:
-    """What this rank holds, without the values."""
-    table = {}
-    for key, tensor in tensors.items():
-        blocks = tuple(block for block, _ in local_blocks(tensor))
-        table[key] = Entry(tuple(tensor.shape), tensor.dtype, blocks)
-    return table
+def shard_infos(tensors: dict[Key, Tensor]) -> dict[Key, ShardInfo]:
+    """Return what this rank holds, without the values."""
+    return {
+        key: ShardInfo(
+            tuple(tensor.shape), tensor.dtype, tuple(block for block, _ in local_blocks(tensor))
+        )
+        for key, tensor in tensors.items()
+    }
 
 
 def plan_transfers(
-    tables: list[dict[Key, Entry]], wholes: dict[Key, Entry], replicas: bool
+    infos_of_ranks: list[dict[Key, ShardInfo]], full_tensors: dict[Key, ShardInfo], replicas: bool
 ) -> list[list[Transfer]]:
-    """Which blocks each rank exchanges with rank 0, in one order for all.
+    """Plan the blocks that each rank exchanges with rank 0, in one order for all ranks.
 
     Args:
-        tables: of each rank.
-        wholes: the tensors to move.
-        replicas: whether every rank that holds a block takes part (to receive it), or the first alone (to send it).
+        infos_of_ranks: what each rank holds.
+        full_tensors: the tensors to move.
+        replicas: True to give a block to every rank that holds it, False to take it from the first.
 
     Returns:
-        The list of each rank; that of rank 0 has all of them.
+        A list for each rank. Rank 0's has all transfers.
 
     Raises:
-        ValueError: the ranks' blocks do not add up to a whole tensor.
+        ValueError: the ranks' blocks do not make up a full tensor.
     """
-    plan: list[list[Transfer]] = [[] for _ in tables]
-    for key, whole in wholes.items():
+    plan: list[list[Transfer]] = [[] for _ in infos_of_ranks]
+    for key, full_tensor in full_tensors.items():
         holders: dict[Block, dict[int, int]] = {}
-        for owner, table in enumerate(tables):
-            for index, block in enumerate(table[key].blocks if key in table else ()):
-                holders.setdefault(block, {})[owner] = index
+        for holder, infos in enumerate(infos_of_ranks):
+            for index, block in enumerate(infos[key].blocks if key in infos else ()):
+                holders.setdefault(block, {})[holder] = index
         covered = sum(block.numel for block in holders)
-        expected = Block((), whole.shape).numel
+        expected = Block((), full_tensor.shape).numel
         if covered != expected:
             raise ValueError(
-                f"the ranks hold {covered} elements of {'.'.join(key)} in blocks that should make up {expected}; its sharding "
-                f"is too uneven to be described by blocks, so choose sizes that divide by the mesh"
+                f"the ranks hold {covered} elements of {'.'.join(key)} in blocks that should make "
+                f"up {expected}; blocks cannot describe such uneven sharding, so choose sizes that "
+                "divide by the mesh"
             )
-        for block, places in holders.items():
-            chosen = places if replicas else dict([next(iter(places.items()))])
-            transfer = Transfer(key, block, chosen)
+        for block, index_on in holders.items():
+            chosen = index_on if replicas else dict([next(iter(index_on.items()))])
             for participant in {0, *chosen}:
-                plan[participant].append(transfer)
+                plan[participant].append(Transfer(key, block, chosen))
     return plan
 
 
-def held(tensor: Tensor, transfer: Transfer, group: Group) -> Tensor:
-    """This rank's memory of the block."""
-    blocks = list(local_blocks(tensor))
-    return blocks[transfer.places[rank(group)]][1]
+def local_block(tensor: Tensor, transfer: Transfer, group: Group) -> Tensor:
+    """Return this rank's memory of the transfer's block."""
+    return list(local_blocks(tensor))[transfer.index_on[rank(group)]][1]
 
 
-def deliver(
+def scatter_block(
     transfer: Transfer, block: Tensor | None, tensors: dict[Key, Tensor], group: Group
 ) -> None:
-    """Bring a block from rank 0 (where it is ``block``) to all ranks of the transfer."""
-    ranks = transfer.ranks
-    if len(ranks) == world_size(group) > 1:
-        place = held(tensors[transfer.key], transfer, group)
+    """Copy ``block``, given on rank 0, into the tensors of all ranks of the transfer."""
+    if len(transfer.index_on) == world_size(group) > 1:
+        local = local_block(tensors[transfer.key], transfer, group)
         if block is not None:
-            place.copy_(block)
-        _broadcast(place, group)
+            local.copy_(block)
+        _broadcast(local, group)
     elif block is not None:
-        for receiver in ranks:
+        for receiver in transfer.index_on:
             if receiver == 0:
-                held(tensors[transfer.key], transfer, group).copy_(block)
+                local_block(tensors[transfer.key], transfer, group).copy_(block)
             else:
                 send(block, receiver, group)
     else:
-        receive(held(tensors[transfer.key], transfer, group), 0, group)
+        receive(local_block(tensors[transfer.key], transfer, group), 0, group)
 
 
-def connect(group: Group) -> None:
-    """Prepare for what follows, on every rank of the group: also on those that will exchange nothing."""
+def init_cpu_group(group: Group) -> None:
+    """Create the group of the transfers. All ranks call it, also those without a transfer."""
     if dist.is_initialized():
         cpu_group(group)
 
 
 def send(tensor: Tensor, receiver: int, group: Group) -> None:
-    dist.send(
-        _buffer(tensor, copy_values=True), dst=_global_rank(receiver, group), group=cpu_group(group)
-    )
+    """Send a tensor to a rank of ``group``."""
+    buffer = _cpu_buffer(tensor, copy_values=True)
+    dist.send(buffer, dst=global_rank(receiver, group), group=cpu_group(group))
 
 
-def receive(place: Tensor, sender: int, group: Group) -> None:
-    """Inverse of :func:`send`, into ``place``."""
-    buffer = _buffer(place, copy_values=False)
-    dist.recv(buffer, src=_global_rank(sender, group), group=cpu_group(group))
-    _take(place, buffer)
+def receive(tensor: Tensor, sender: int, group: Group) -> None:
+    """Receive into ``tensor`` what :func:`send` sends."""
+    buffer = _cpu_buffer(tensor, copy_values=False)
+    dist.recv(buffer, src=global_rank(sender, group), group=cpu_group(group))
+    _copy_out(buffer, tensor)
 
 
-def _broadcast(place: Tensor, group: Group) -> None:
-    """From rank 0's ``place`` to that of every rank."""
-    buffer = _buffer(place, copy_values=rank(group) == 0)
-    dist.broadcast(buffer, src=_global_rank(0, group), group=cpu_group(group))
-    _take(place, buffer)
+def _broadcast(tensor: Tensor, group: Group) -> None:
+    buffer = _cpu_buffer(tensor, copy_values=rank(group) == 0)
+    dist.broadcast(buffer, src=global_rank(0, group), group=cpu_group(group))
+    _copy_out(buffer, tensor)
 
 
-def _global_rank(rank_in_group: int, group: Group) -> int:
-    return rank_in_group if group is None else dist.get_global_rank(group, rank_in_group)
-
-
-def _buffer(tensor: Tensor, copy_values: bool) -> Tensor:
-    """The bytes of ``tensor`` in CPU memory, 1-D: its own memory where it can be, else a copy."""
+def _cpu_buffer(tensor: Tensor, copy_values: bool) -> Tensor:
+    """Return the bytes of ``tensor`` as a 1-D CPU tensor: its own memory if possible or a copy."""
     if copy_values:
         tensor = tensor.cpu().contiguous()
     elif not tensor.is_cpu or not tensor.is_contiguous():
@@ -150,6 +146,6 @@ def _buffer(tensor: Tensor, copy_values: bool) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _take(place: Tensor, buffer: Tensor) -> None:
-    if buffer.data_ptr() != place.data_ptr():
-        place.copy_(buffer.view(place.dtype).view(place.shape))
+def _copy_out(buffer: Tensor, tensor: Tensor) -> None:
+    if buffer.data_ptr() != tensor.data_ptr():
+        tensor.copy_(buffer.view(tensor.dtype).view(tensor.shape))

@@ -1,4 +1,4 @@
-"""Tensors of one name that differ between ranks: a save names them and writes nothing, or does what it is told."""
+"""Tensors of one name that differ between ranks are refused, or the first rank's are saved."""
 
 from __future__ import annotations
 
@@ -88,16 +88,14 @@ def save_worker(
         ("HSDP", "shard", "linear.weight"),
     ],
 )
-def test_a_save_names_what_has_drifted_and_writes_nothing(tmp_path, wrapper, kind, name):
+def test_save_names_drifted_tensors_and_writes_nothing(tmp_path, wrapper, kind, name):
     import re
 
     for saved, gathered, names in run_ranks(
         4 if wrapper == "HSDP" else 2, save_worker, wrapper, kind, str(tmp_path)
     ):
-        assert re.match(
-            rf"tensors that should be the same differ between ranks \(the first between \d and \d\): ({name})",
-            saved,
-        ), saved
+        differ = r"tensors that should be the same differ between ranks"
+        assert re.match(rf"{differ} \(the first between \d and \d\): ({name})", saved), saved
         assert "on_divergence='first'" in saved and "ModelParallel" in saved
         assert names == ["LATEST", "step-00000001"]
         assert gathered == "no error" or (
@@ -127,12 +125,12 @@ def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
 
 
 @pytest.mark.parametrize("wrapper", ["none", "HSDP"])
-def test_the_first_replica_is_saved_where_one_says_so(tmp_path, wrapper):
+def test_on_divergence_first_saves_the_first_replica(tmp_path, wrapper):
     assert run_ranks(4, first_worker, wrapper, str(tmp_path)) == [True] * 4
 
 
 def undeclared_worker(rank: int, world: int, root: str) -> list[str]:
-    """Two pipeline stages of which nobody has said so."""
+    """Two pipeline stages, without and with ModelParallel."""
     model = nn.ModuleDict({f"layer{rank}": nn.Linear(4, 4).bfloat16()})
     messages = []
     for declared in (False, True):
@@ -145,7 +143,7 @@ def undeclared_worker(rank: int, world: int, root: str) -> list[str]:
     return messages
 
 
-def test_pipeline_stages_that_nobody_declared_are_named(tmp_path):
+def test_undeclared_pipeline_stages_are_refused(tmp_path):
     for undeclared, declared in run_ranks(2, undeclared_worker, str(tmp_path)):
         assert undeclared.startswith("rank 1 has a parameter layer1.bias that rank 0 does not have")
         assert "ModelParallel" in undeclared
@@ -171,11 +169,12 @@ def paths_worker(rank: int, world: int, root: str) -> list[str]:
     return messages
 
 
-def test_ranks_that_give_different_folders_are_told_so(tmp_path):
+def test_different_paths_on_ranks_are_refused(tmp_path):
     for saved, loaded, wrong_group in run_ranks(2, paths_worker, str(tmp_path)):
         assert saved == (
-            f"ranks give different values of the folder to save in: '{tmp_path}/0' on rank 0 and '{tmp_path}/1' on rank 1; "
-            "pass the same value on all ranks, and group= if each part of the job has a model of its own"
+            f"ranks give different values of the folder to save in: '{tmp_path}/0' on rank 0 and "
+            f"'{tmp_path}/1' on rank 1; pass the same value on all ranks, and group= if each part "
+            "of the job has a model of its own"
         )
         assert loaded.startswith("ranks give different values of the checkpoint to load")
         assert wrong_group.startswith(
@@ -185,7 +184,7 @@ def test_ranks_that_give_different_folders_are_told_so(tmp_path):
 
 
 def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, bool]:
-    """Actor and critic, each sharded over a half of the job; asynchronous saves of both at once."""
+    """Save actor and critic, each sharded over a half of the job, asynchronously at once."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("role", "fsdp"))["fsdp"]
     role, group = ("actor", "critic")[rank // 2], mesh.get_group()
 
@@ -213,7 +212,7 @@ def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, boo
     )
 
 
-def test_two_models_on_halves_of_the_job_have_checkpoints_of_their_own(tmp_path):
+def test_two_models_on_halves_of_the_job_have_separate_checkpoints(tmp_path):
     for rank, result in enumerate(run_ranks(4, halves_worker, str(tmp_path))):
         role = ("actor", "critic")[rank // 2]
         assert result == (f"{role}/step-00000001", f"{role}/step-00000002", True, True)

@@ -1,4 +1,4 @@
-"""Weights out as safetensors: the true values, one tensor in memory at a time, and nothing half done or from a damaged checkpoint."""
+"""export_fp32: true values, one tensor in memory at a time, and no partial results."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from safetensors.torch import load_file
 
 from sharded_bf16_adamw import save
 from sharded_bf16_adamw.checkpoint import export
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.export import export_fp32, joined
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.export import export_fp32, join
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
 
 from .layouts import LAYOUTS, everything, train
 from .trainings import read_folder, trained, true_values
 
 
-def test_export_is_the_true_weight_and_the_safetensors_package_reads_it(tmp_path):
+def test_export_has_the_true_weights_and_the_library_reads_it(tmp_path):
     module, optimizer = trained()
     path = save(tmp_path / "run", 3, module, optimizer)
     assert export_fp32(tmp_path / "run", tmp_path / "out", max_shard_bytes=400) == tmp_path / "out"
@@ -31,7 +32,7 @@ def test_export_is_the_true_weight_and_the_safetensors_package_reads_it(tmp_path
     for name, weight in expected.items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
     assert not torch.equal(found["up.weight"], module.up.weight.float()), (
-        "the corrections must count for something here"
+        "the corrections must make a difference"
     )
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(
@@ -39,20 +40,16 @@ def test_export_is_the_true_weight_and_the_safetensors_package_reads_it(tmp_path
     )
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    safetensors = pytest.importorskip("safetensors.torch")
-    theirs = {
-        name: value
-        for file in files
-        for name, value in safetensors.load_file(tmp_path / "out" / file).items()
+    loaded = {
+        name: value for file in files for name, value in load_file(tmp_path / "out" / file).items()
     }
-    assert theirs.keys() == expected.keys() and all(
-        torch.equal(theirs[name], expected[name]) for name in theirs
-    )
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*files, INDEX]
     assert path.is_dir()
 
 
-def test_export_of_the_stored_weights_alone(tmp_path):
+def test_bfloat16_export_has_the_stored_weights(tmp_path):
     module, optimizer = trained()
     save(tmp_path / "run", 3, module, optimizer)
     export_fp32(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16)
@@ -74,18 +71,18 @@ def sharded_save_worker(rank: int, world: int, root: str) -> dict[str, torch.Ten
     return everything(module, optimizer)[0]
 
 
-def test_export_joins_what_two_meshes_sharded(tmp_path):
+def test_export_joins_tensors_sharded_over_two_mesh_dimensions(tmp_path):
     values = run_ranks(4, sharded_save_worker, str(tmp_path / "run"))[0]
-    assert max(len(blocks) for blocks in StoredCheckpoint(tmp_path / "run").blocks.values()) == 4
+    assert max(len(blocks) for blocks in CheckpointReader(tmp_path / "run").blocks.values()) == 4
     export_fp32(tmp_path / "run", tmp_path / "out")
     for name, found in read_folder(tmp_path / "out").items():
         correction = values.get(f"{name}.correction")
-        expected = values[name].float() if correction is None else joined(values[name], correction)
+        expected = values[name].float() if correction is None else join(values[name], correction)
         assert torch.equal(found, expected), name
 
 
 def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """Counted, not timed: what ``read`` has given out and is still alive."""
+    """Count the tensors that ``read`` returned and that are still alive."""
     import gc
     import weakref
 
@@ -93,7 +90,7 @@ def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     save(tmp_path / "run", 3, module, optimizer)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most = 0
-    original = StoredCheckpoint.read
+    original = CheckpointReader.read
 
     def read(self, key):
         nonlocal most
@@ -103,16 +100,16 @@ def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(StoredCheckpoint, "read", read)
+    monkeypatch.setattr(CheckpointReader, "read", read)
     export_fp32(tmp_path / "run", tmp_path / "out")
     assert most == 2, "a weight and its correction"
 
 
-def test_export_refuses_to_overwrite_and_leaves_nothing_of_a_failure(tmp_path, monkeypatch):
+def test_export_does_not_overwrite_and_a_failed_one_leaves_nothing(tmp_path, monkeypatch):
     module, optimizer = trained()
     save(tmp_path / "run", 3, module, optimizer)
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="out exists already; give the name of a new folder"):
+    with pytest.raises(FileExistsError, match="out exists already; give the name of a new dir"):
         export_fp32(tmp_path / "run", tmp_path / "out")
 
     def fails(*args):
@@ -124,22 +121,22 @@ def test_export_refuses_to_overwrite_and_leaves_nothing_of_a_failure(tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-def test_export_into_the_folder_of_a_run_goes_on_while_the_run_saves(tmp_path, monkeypatch):
+def test_export_into_the_directory_of_a_run_survives_a_save(tmp_path, monkeypatch):
     module, optimizer = trained()
     save(tmp_path, 3, module, optimizer)
-    write_folder = export.write_folder
+    write_sharded = export.write_sharded
 
     def write_and_save(*args):
-        write_folder(*args)
-        save(tmp_path, 4, module, optimizer)  # which removes what failed saves have left
+        write_sharded(*args)
+        save(tmp_path, 4, module, optimizer)  # a save removes leftovers of failed saves
 
-    monkeypatch.setattr(export, "write_folder", write_and_save)
+    monkeypatch.setattr(export, "write_sharded", write_and_save)
     export_fp32(tmp_path, tmp_path / "out")
     assert read_folder(tmp_path / "out").keys() == dict(module.named_parameters()).keys()
 
 
-def test_export_waits_for_this_process_own_save(tmp_path, monkeypatch):
-    """Else it would export the checkpoint before, without a word."""
+def test_export_waits_for_the_save_in_flight(tmp_path, monkeypatch):
+    """It would silently export the previous checkpoint otherwise."""
     module, optimizer = trained()
     save(tmp_path / "run", 3, module, optimizer)
     train(module, optimizer, 1)
@@ -156,7 +153,7 @@ def test_export_waits_for_this_process_own_save(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_damaged_checkpoint_is_not_exported(tmp_path):
+def test_damaged_checkpoint_is_refused(tmp_path):
     module, optimizer = trained()
     path = save(tmp_path / "run", 3, module, optimizer)
     (file,) = path.glob("*.distcp")
@@ -178,7 +175,7 @@ def test_damaged_checkpoint_is_not_exported(tmp_path):
         ({"max_shard_bytes": 0}, "Invalid max_shard_bytes: 0"),
     ],
 )
-def test_export_arguments(arguments, message, tmp_path):
+def test_invalid_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_fp32(tmp_path, tmp_path / "out", **arguments)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):

@@ -114,7 +114,7 @@ def failing_worker(rank: int, world: int, folder: str) -> list[str]:
 
 def test_error_of_rank_0_is_raised_on_all_ranks(tmp_path):
     here, there = run_ranks(2, failing_worker, str(tmp_path))
-    assert here[0] == "FileExistsError: /exported exists already; give the name of a new folder"
+    assert here[0] == "FileExistsError: /exported exists already; give the name of a new directory"
     assert [message.partition(":")[0] for message in here[1:]] == [
         "FileNotFoundError",
         "ValueError",

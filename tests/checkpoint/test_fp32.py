@@ -1,4 +1,4 @@
-"""float32 in two bfloat16: how much survives the split, the rounding of moments, and the way in and out again."""
+"""Precision of a float32 value as two bfloat16, of rounded moments, and of import and export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint.export import export_fp32, joined, split
+from sharded_bf16_adamw.checkpoint.export import export_fp32, join, split
 from sharded_bf16_adamw.checkpoint.foreign import import_fp32, round_moment
 
 from .layouts import LAYOUTS, Net
@@ -27,10 +27,10 @@ def random_floats(count=1 << 20):
     return torch.cat([special, x[x.isfinite() & (x.abs() <= 3.3895e38)]])
 
 
-def test_sixteen_bits_survive():
-    """The bound that the documentation states, over all bit patterns; and it is tight."""
+def test_split_keeps_sixteen_bits():
+    """Test the documented bound over all bit patterns, and that it is tight."""
     x = random_floats()
-    error = (joined(*split(x)).double() - x.double()).abs()
+    error = (join(*split(x)).double() - x.double()).abs()
     bound = 2.0**-17 * x.double().abs() + 2.0**-134
     assert bool((error <= bound).all())
     normal = x.abs() > 1e-30
@@ -40,15 +40,15 @@ def test_sixteen_bits_survive():
     )
 
 
-def test_values_that_bfloat16_cannot_hold():
+def test_split_of_values_beyond_bfloat16_has_no_correction():
     x = torch.tensor([math.inf, -math.inf, math.nan, 3.4e38])
     p, correction = split(x)
     assert p[0] == math.inf and p[1] == -math.inf and p[2].isnan() and p[3] == math.inf
     assert not correction.any()
 
 
-def test_moments_are_rounded_without_bias_and_by_their_own_bits():
-    """As DESIGN asks of every stochastic rounding: the mean error is zero, in all and in each decile of the discarded fraction."""
+def test_moments_are_rounded_without_bias_and_by_their_own_bits_alone():
+    """The mean error is zero, overall and in each decile of the discarded fraction."""
     x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
     rounded = round_moment(x)
     below = (x.view(torch.int32) & ~0xFFFF).view(torch.float32).double()
@@ -66,15 +66,15 @@ def test_moments_are_rounded_without_bias_and_by_their_own_bits():
         assert abs(float((up - fraction)[chosen].sum() / variance.sqrt())) < 5
     order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(2))
     assert torch.equal(round_moment(x[order]), rounded[order]), (
-        "no value's bits depend on its place"
+        "the random bits must not depend on the position"
     )
     assert torch.equal(round_moment(x.bfloat16().float()), x.bfloat16()), (
-        "what bfloat16 holds stays"
+        "values that bfloat16 holds must stay"
     )
 
 
-def test_round_trip_through_import_save_and_export(tmp_path):
-    """What comes out is what went in, to the precision that the pair of bfloat16 holds; float32 parameters exactly."""
+def test_import_save_export_round_trip_keeps_sixteen_bits(tmp_path):
+    """float32 parameters come back exactly."""
     model, _ = fp32_training()
     module, ours = LAYOUTS[0].build(1, seed=9)
     import_fp32(model.state_dict(), module, ours)
@@ -84,9 +84,7 @@ def test_round_trip_through_import_save_and_export(tmp_path):
         original = model.state_dict()[name].double()
         error = (value.double() - original).abs()
         assert bool((error <= (0 if "precise" in name else 2.0**-17) * original.abs()).all()), name
-        assert name != "up.weight" or bool(error.any()), (
-            "a bound that rounding cannot miss shows nothing"
-        )
+        assert name != "up.weight" or bool(error.any()), "the test needs values that are rounded"
 
 
 class Tied(nn.Module):
@@ -111,14 +109,12 @@ def trained_tied():
     return model, optimizer
 
 
-def test_tied_weights_are_exported_alike_and_frozen_ones_and_buffers_as_they_are(tmp_path):
+def test_export_of_tied_and_frozen_weights_and_buffers(tmp_path):
     model, optimizer = trained_tied()
     save(tmp_path / "run", 2, model, optimizer)
     export_fp32(tmp_path / "run", tmp_path / "out")
     found = read_folder(tmp_path / "out")
-    assert torch.equal(model.gain, model.frozen), (
-        "one that a mere comparison of values would take for tied"
-    )
+    assert torch.equal(model.gain, model.frozen), "equal values must not count as tied"
     assert torch.equal(found["first.weight"], dict(in_order(model, optimizer))[model.first.weight])
     assert torch.equal(found["second.weight"], found["first.weight"])
     assert not torch.equal(found["gain"], found["frozen"]) and torch.equal(
@@ -126,23 +122,21 @@ def test_tied_weights_are_exported_alike_and_frozen_ones_and_buffers_as_they_are
     )
     assert found["count"] == 7 and found["count"].dtype == torch.int64
     other = Tied().bfloat16()
-    names = {
-        name: found[name] for name in found if name != "second.weight"
-    }  # Hugging Face leaves out the second of two tied names
+    # Hugging Face leaves out the second of two tied names.
+    names = {name: found[name] for name in found if name != "second.weight"}
     import_fp32(names, other, AdamW_BF16(other.parameters(), lr=1e-4))
     assert other.second.weight is other.first.weight and torch.equal(
         other.first.weight, found["first.weight"].bfloat16()
     )
 
 
-def test_imported_run_trains_on(tmp_path):
-    """After the import our steps follow those of fp32 AdamW."""
+def test_imported_run_follows_fp32_adamw(tmp_path):
     model, _ = fp32_training()
     module = Net()
     module.precise.bfloat16()
     ours = AdamW_BF16(module.parameters(), lr_function=LR(lr=1e-2))
-    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    theirs.load_state_dict({"state": {}, "param_groups": theirs.state_dict()["param_groups"]})
+    reference = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    reference.load_state_dict({"state": {}, "param_groups": reference.state_dict()["param_groups"]})
     import_fp32(model.state_dict(), module, ours)
     for group in ours.param_groups:
         group["lr"] = 1e-3
@@ -153,7 +147,7 @@ def test_imported_run_trains_on(tmp_path):
             a.grad = torch.randn(a.shape, generator=generator).bfloat16()
             b.grad = a.grad.float()
         ours.step()
-        theirs.step()
+        reference.step()
     for (_, weight), b in zip(in_order(module, ours), model.parameters(), strict=True):
         assert float((weight - b.detach()).abs().max()) < 2e-4, (
             "five steps of 1e-3 with moments of eight bits"

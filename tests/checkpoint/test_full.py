@@ -1,4 +1,4 @@
-"""Gathering the whole optimizer state on rank 0 and scattering it, under every layout, bit for bit."""
+"""Gather the full optimizer state on rank 0 and scatter it, under every layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,12 +31,7 @@ WEIGHTS = {
 }
 
 
-CROSSED = (
-    "DDP",
-    "FSDP1",
-    "FSDP2",
-    "ZeRO-2",
-)  # these also scatter what another number of ranks gathered
+CROSSED = ("DDP", "FSDP1", "FSDP2", "ZeRO-2")  # also scatter the state of another world size
 
 
 def layouts_on(world: int) -> list[Layout]:
@@ -48,7 +43,7 @@ def layouts_on(world: int) -> list[Layout]:
 
 
 def flat(full: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A gathered state in the form of :func:`layouts.everything`, without the weights."""
+    """Return a gathered state in the form of :func:`layouts.everything`, without the weights."""
     states = {
         f"{fqn}.{key}": value
         for fqn, state in full["state"].items()
@@ -74,7 +69,7 @@ def assert_same(
     expected: tuple[dict[str, Any], dict[str, Any]],
     where: str,
 ) -> None:
-    """The same bits; a state that one of them lacks is zero in the other (a parameter that never had a gradient)."""
+    """Assert equal bits. A missing state (of a parameter without a gradient) equals zeros."""
     for key in found[0].keys() | expected[0].keys():
         if key in found[0] and key in expected[0]:
             assert found[0][key].dtype == expected[0][key].dtype
@@ -86,17 +81,17 @@ def assert_same(
 
 
 def as_tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """torch's own functions turn betas into a list."""
+    """Turn betas into tuples; torch makes lists of them."""
     return {fqn: {**group, "betas": tuple(group["betas"])} for fqn, group in options.items()}
 
 
 def round_trip_worker(
     rank: int, world: int, given: dict[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
-    """For each layout: gather what torch gathers, scatter it into another optimizer, and scatter what another run gathered.
+    """Gather in each layout, scatter into another optimizer, and scatter another run's state.
 
     Returns:
-        On rank 0 what was gathered, by layout.
+        On rank 0 the gathered states, by layout.
     """
     results = {}
     for seed, layout in enumerate(layouts_on(world)):
@@ -118,7 +113,7 @@ def round_trip_worker(
             assert_same(
                 flat(full),
                 flat(results[layout.name]),
-                f"{layout.name}: what was gathered must not follow the training",
+                f"{layout.name}: the gathered state must not follow the training",
             )
         sources = [(full, layout.name), (given, "another run")]
         for source, name in sources if layout.name in CROSSED else sources[:1]:
@@ -137,12 +132,12 @@ def round_trip_worker(
     return results
 
 
-def test_gathers_what_torch_gathers_and_scatters_it_under_every_layout():
+def test_gather_equals_torchs_and_scatter_inverts_it_under_every_layout():
     given = single_process_state()
     for world in (4, 3, 2):
         gathered = run_ranks(world, round_trip_worker, given)[0]
         assert gathered.keys() == {layout.name for layout in layouts_on(world)}
-        given = gathered["FSDP2"]  # the next run, on another number of ranks, scatters it
+        given = gathered["FSDP2"]  # scattered by the next run, which has another world size
 
 
 def single_process_state() -> dict[str, Any]:
@@ -151,7 +146,7 @@ def single_process_state() -> dict[str, Any]:
     return gather_full_state_dict(module, optimizer)
 
 
-def test_what_was_gathered_in_one_process_has_memory_of_its_own():
+def test_gathered_state_does_not_share_memory_with_the_optimizer():
     module, _ = LAYOUTS[0].build(1, seed=53)
     optimizer = AdamW_BF16(module.parameters(), lr=torch.tensor(0.25))
     optimizer.param_groups[0]["mine"] = [1, 2]
@@ -171,15 +166,15 @@ def test_what_was_gathered_in_one_process_has_memory_of_its_own():
                 value.add_(1)
         optimizer.param_groups[0]["lr"].add_(1)
         optimizer.param_groups[0]["mine"].append(3)
-    assert_same(flat(full), flat(gathered), "what was gathered must not follow the optimizer")
+    assert_same(flat(full), flat(gathered), "the gathered state must not follow the optimizer")
     for value in states:
         value.fill_(7)
     assert not any(
         bool((value == 7).any()) for state in optimizer.state.values() for value in state.values()
-    ), "nor the other way round"
+    ), "the optimizer must not follow the gathered state"
 
 
-def test_torch_loads_what_was_gathered_and_the_other_way_round():
+def test_gathered_state_is_interchangeable_with_torchs():
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -196,16 +191,16 @@ def test_torch_loads_what_was_gathered_and_the_other_way_round():
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
     assert_same(states_of(module, optimizer), flat(full), "torch loads ours")
-    theirs = get_optimizer_state_dict(
+    of_torch = get_optimizer_state_dict(
         module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     module, optimizer = LAYOUTS[0].build(1, seed=52)
-    scatter_full_state_dict(module, optimizer, theirs)
+    scatter_full_state_dict(module, optimizer, of_torch)
     assert_same(states_of(module, optimizer), flat(full), "ours loads torch's")
 
 
 def after_evaluation_worker(rank: int, world: int) -> dict[str, Any]:
-    """FSDP2 leaves its root gathered after a forward pass without a backward."""
+    """Gather while FSDP2's root is unsharded, after a forward pass without a backward."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).bfloat16()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
@@ -222,13 +217,13 @@ def after_evaluation_worker(rank: int, world: int) -> dict[str, Any]:
     return after
 
 
-def test_right_after_an_evaluation():
+def test_gather_right_after_an_evaluation():
     full = run_ranks(2, after_evaluation_worker)[0]
     assert set(full["state"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def no_copy_worker(rank: int, world: int) -> int:
-    """What a rank other than 0 sends is its own memory, and what it receives goes there."""
+    """Record the buffers of sends and receives, which must be the states' own memory."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
@@ -241,31 +236,31 @@ def no_copy_worker(rank: int, world: int) -> int:
         if key != "step"
     }
     used = []
-    original = transport._buffer
+    original = transport._cpu_buffer
 
     def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
         buffer = original(*args, **kwargs)
         used.append(buffer.data_ptr())
         return buffer
 
-    transport._buffer = recording
+    transport._cpu_buffer = recording
     try:
         full = gather_full_state_dict(model, optimizer)
         scatter_full_state_dict(model, optimizer, full)
     finally:
-        transport._buffer = original
+        transport._cpu_buffer = original
     if rank > 0:
         assert len(set(used) & own) == 12
         assert len(set(used) - own) <= 4, "the step counts, which every rank holds"
     return len(used)
 
 
-def test_other_ranks_hold_no_copy_of_anything():
+def test_other_ranks_send_and_receive_without_copies():
     assert all(count >= 24 for count in run_ranks(3, no_copy_worker)[1:])
 
 
 def nccl_worker(rank: int, world: int, name: str) -> int:
-    """The default group plays NCCL's part: it takes no CPU tensors, and pairs of its ranks would make communicators."""
+    """Let the default group stand for NCCL: it takes no CPU tensors and must not be used."""
     model, optimizer = BY_NAME[name].build(world, seed=0)
     train(model, optimizer, 1)
     expected = gather_full_state_dict(model, optimizer)
@@ -306,13 +301,13 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
-def test_nothing_is_exchanged_over_nccl(name):
-    """With replicas only the first rank that holds a block sends: the others take part in nothing but the group's creation."""
+def test_transfers_do_not_use_nccl(name):
+    """Of replicas only the first rank sends. The others only help to create the group."""
     first, *others = run_ranks(3, nccl_worker, name)
     assert first > 0 and all(count > 0 for count in others)
 
 
-def test_tensor_learning_rate_keeps_its_memory():
+def test_scatter_keeps_the_memory_of_a_tensor_lr():
     module, _ = LAYOUTS[0].build(1, seed=0)
     optimizer = AdamW_BF16(module.parameters(), lr=torch.tensor(0.25))
     train(module, optimizer, 1)
@@ -323,7 +318,7 @@ def test_tensor_learning_rate_keeps_its_memory():
     assert optimizer.param_groups[0]["lr"] is lr and float(lr) == 0.25
 
 
-def test_parameter_without_a_state_in_the_full_one_starts_afresh():
+def test_scatter_zeroes_states_that_the_full_state_lacks():
     full = single_process_state()
     del full["state"]["up.weight"]
     module, optimizer = LAYOUTS[0].build(1, seed=4)
@@ -334,7 +329,7 @@ def test_parameter_without_a_state_in_the_full_one_starts_afresh():
     assert optimizer.state[module.down.weight]["step"] == 3
 
 
-def test_schedule_stays_that_of_the_optimizer():
+def test_scatter_keeps_the_schedule_of_the_optimizer():
     full = single_process_state()
     constant_module, _ = LAYOUTS[0].build(1, seed=1)
     named = dict(constant_module.named_parameters())
@@ -365,32 +360,32 @@ def replace(full, fqn, key, value):
 
 WRONG = [
     (lambda full: full.pop("state"), 'rank 0 must pass a dict with "state" and "param_groups"'),
-    (lambda full: remove(full, "up.weight", "correction"), "it has no correction of up.weight"),
+    (lambda full: remove(full, "up.weight", "correction"), "missing key up.weight.correction"),
     (
         lambda full: replace(full, "up.weight", "exp_avg", torch.zeros(12, 5)),
-        r"exp_avg of up.weight has shape \(12, 5\) there but \(12, 6\) here",
+        r"size mismatch for up.weight.exp_avg: saved as \(12, 5\), but \(12, 6\) in the model",
     ),
     (
         lambda full: replace(full, "up.bias", "exp_avg", torch.zeros(12)),
-        "exp_avg of up.bias is torch.float32 there but torch.bfloat16 here",
+        "dtype mismatch for up.bias.exp_avg: saved as torch.float32, but torch.bfloat16 in",
     ),
     (
         lambda full: replace(full, "up.bias", "extra", torch.zeros(12)),
-        "it has extra of up.bias, which is not here",
+        "unexpected key up.bias.extra",
     ),
     (
         lambda full: full["state"].update(other={}),
-        "it has a state of other, which is no parameter here",
+        "unexpected parameter other",
     ),
     (
         lambda full: full["param_groups"][0]["params"].remove("up.bias"),
-        "no group there has all parameters of group 0 here",
+        "no saved group has all parameters of group 0",
     ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
-def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message):
+def test_scatter_refuses_a_state_that_does_not_fit_and_changes_nothing(change, message):
     full = single_process_state()
     change(full)
     module, optimizer = LAYOUTS[0].build(1, seed=3)
@@ -404,7 +399,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message)
 
 
 def refused_everywhere_worker(rank: int, world: int) -> list[str]:
-    """Rank 0 alone sees what it was given: a wrong state, and one that is not even a state."""
+    """Scatter a wrong state, which only rank 0 has."""
     messages = []
     for given in (
         {},
@@ -422,12 +417,12 @@ def refused_everywhere_worker(rank: int, world: int) -> list[str]:
     return messages
 
 
-def test_every_rank_raises_what_rank_0_found():
+def test_every_rank_raises_the_error_of_rank_0():
     first, second = run_ranks(2, refused_everywhere_worker)
     assert first == second
 
 
-def test_state_that_is_no_tensor_is_refused():
+def test_gather_refuses_a_state_that_is_not_a_tensor():
     module, optimizer = LAYOUTS[0].build(1, seed=0)
     train(module, optimizer, 1)
     optimizer.state[next(module.parameters())]["note"] = "text"

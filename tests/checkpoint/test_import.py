@@ -1,4 +1,4 @@
-"""Weights and states of fp32 training in: the same bits under every layout, and nothing wrong, foreign or executable is read."""
+"""Imports give equal bits under every layout; unfit or unsafe files are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import load
 from sharded_bf16_adamw.checkpoint.foreign import convert_fp32, import_fp32
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
 from .trainings import expected_states, fp32_training, named_state, trained, written
@@ -67,7 +67,7 @@ def test_import_of_torch_files(dtype, keyed_by, tmp_path):
         )
 
 
-def test_import_without_optimizer_state_starts_afresh_and_keeps_hyper_parameters(tmp_path):
+def test_import_without_optimizer_state_zeroes_states_and_keeps_hyperparameters(tmp_path):
     model, optimizer = fp32_training()
     module, ours = trained()
     before = [
@@ -88,7 +88,7 @@ def test_import_without_optimizer_state_starts_afresh_and_keeps_hyper_parameters
     ] == before
 
 
-def test_conversion_without_the_models_code(tmp_path):
+def test_converted_checkpoint_loads_with_the_imported_values(tmp_path):
     model, optimizer = fp32_training()
     folder = written(
         tmp_path / "weights",
@@ -110,31 +110,30 @@ def test_conversion_without_the_models_code(tmp_path):
 
 
 @pytest.mark.parametrize("argument", ["fp32", "buffers"])
-def test_patterns_are_a_list_and_each_matches_something(argument, tmp_path):
+def test_patterns_must_be_a_list_and_match_a_name(argument, tmp_path):
     weights = {
         "blocks.0.attention_norm.weight": torch.ones(2),
         "norm.weight": torch.ones(2),
         "head.weight": torch.ones(2, 2),
     }
-    with pytest.raises(
-        ValueError,
-        match=rf"^{argument} must be a list of patterns, but it is the string '\*norm\*'; write \['\*norm\*'\]$",
-    ):
+    message = rf"^{argument} must be a list .* is the string '\*norm\*'; write \['\*norm\*'\]$"
+    with pytest.raises(ValueError, match=message):
         convert_fp32(weights, tmp_path / "run", **{argument: "*norm*"})
-    message = rf"^{argument}: the pattern '\*.norm.\*' matches none of the names, which are such as blocks.0.attention_norm.weight, norm.weight$"
+    names = "blocks.0.attention_norm.weight, norm.weight"
+    message = rf"^{argument}: the pattern '\*.norm.\*' matches no name; names look like {names}$"
     with pytest.raises(ValueError, match=message):
         convert_fp32(weights, tmp_path / "run", **{argument: ["*norm*", "*.norm.*"]})
     assert not (tmp_path / "run").exists()
 
 
-def test_patterns_may_come_one_by_one(tmp_path):
+def test_patterns_may_be_a_generator(tmp_path):
     weights = {
         "blocks.0.attention_norm.weight": torch.ones(2),
         "norm.weight": torch.ones(2),
         "head.weight": torch.ones(2, 2),
     }
     path = convert_fp32(weights, tmp_path / "run", fp32=(pattern for pattern in ["*norm*"]))
-    infos = StoredCheckpoint(path).infos
+    infos = CheckpointReader(path).infos
     assert {name: infos[f"model.{name}"].dtype for name in weights} == {
         "blocks.0.attention_norm.weight": torch.float32,
         "norm.weight": torch.float32,
@@ -151,7 +150,7 @@ def change_state(state, name, **changes):
 
 
 def by_integers(named, more):
-    """A named state with integers for names, and more states."""
+    """Return a named state keyed by integers, with more states."""
     number = {
         name: index
         for index, name in enumerate(
@@ -171,19 +170,19 @@ def by_integers(named, more):
 WRONG = {
     "missing": (
         lambda m, s: (weights_without(m, "up.bias"), s),
-        "weights to import are of another model: it has no up.bias",
+        "weights to import are of another model: missing key up.bias",
     ),
     "unexpected": (
         lambda m, s: ({**m.state_dict(), "x": torch.ones(1)}, s),
-        "it has x, which is not here",
+        "unexpected key x",
     ),
     "shape": (
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(5)}, s),
-        r"up.bias has shape \(5,\) there but \(12,\) here",
+        r"size mismatch for up.bias: saved as \(5,\), but \(12,\) in the model",
     ),
     "dtype": (
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(12).int()}, s),
-        "up.bias is torch.int32 there but torch.bfloat16 here",
+        "dtype mismatch for up.bias: saved as torch.int32, but torch.bfloat16 in the model",
     ),
     "no weights": (lambda m, s: ({"epoch": 3}, s), "the source holds no state dict of tensors"),
     "no state": (lambda m, s: (m.state_dict(), {"state": {}}), "holds no optimizer state dict"),
@@ -205,15 +204,15 @@ WRONG = {
     ),
     "unknown state": (
         lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}),
-        "it has a state of x, which is no parameter here",
+        "unexpected parameter x",
     ),
     "state of SGD": (
         lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg=None)),
-        "it has no exp_avg of up.bias",
+        "missing key up.bias.exp_avg",
     ),
     "state shape": (
         lambda m, s: (m.state_dict(), change_state(s, "up.bias", exp_avg_sq=torch.ones(2))),
-        r"exp_avg_sq of up.bias has shape \(2,\) there but \(12,\) here",
+        r"size mismatch for up.bias.exp_avg_sq: saved as \(2,\), but \(12,\) in the model",
     ),
     "groups": (
         lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
@@ -227,7 +226,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_refused_and_nothing_changes(case):
+def test_import_refuses_a_source_that_does_not_fit_and_changes_nothing(case):
     change, message = WRONG[case]
     model, optimizer = fp32_training()
     source, state = change(model, named_state(model, optimizer))
@@ -242,7 +241,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(case):
     module, ours = LAYOUTS[0].build(1, seed=9)
     with pytest.raises(ValueError, match=message):
         import_fp32(source, module, ours, state)
-    assert not ours.state, "nor are states made"
+    assert not ours.state, "no states may be left"
 
 
 class Evil:
@@ -262,17 +261,15 @@ def test_no_pickle_is_executed(as_what, tmp_path, monkeypatch):
             if as_what == "weights"
             else (module.state_dict(), module, ours, tmp_path / name)
         )
-        with pytest.raises(ValueError, match=f"{name} is no torch file, or "):
+        with pytest.raises(ValueError, match=f"{name} is not a torch file, or "):
             import_fp32(*arguments)
     assert not (tmp_path / "evil").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
-    assert (tmp_path / "evil").exists(), (
-        "the file must be able to do harm for this test to show anything"
-    )
+    assert (tmp_path / "evil").exists(), "the test needs a file that executes code"
 
 
 def missing_file_worker(rank: int, world: int, folder: str, what: str) -> list[str]:
-    """Under FSDP1 the states are gathered collectively, which a rank that lacks the file never comes to."""
+    """Import while rank 1 lacks the file. FSDP1 gathers states, so rank 0 must not wait for it."""
     messages = []
     for layout in ("FSDP1", "FSDP2"):
         module, optimizer = BY_NAME[layout].build(world, 0)
@@ -286,7 +283,7 @@ def missing_file_worker(rank: int, world: int, folder: str, what: str) -> list[s
 
 
 @pytest.mark.parametrize("what", ["weights", "state"])
-def test_file_that_one_rank_cannot_see_is_an_error_on_all(what, tmp_path):
+def test_file_missing_on_one_rank_is_an_error_on_all(what, tmp_path):
     model, optimizer = fp32_training()
     folder = written(tmp_path / "weights", model.state_dict())
     torch.save(named_state(model, optimizer), tmp_path / "optimizer.pt")

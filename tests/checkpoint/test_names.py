@@ -1,4 +1,4 @@
-"""Names are those of the plain module under every order of wrappers."""
+"""Saved names are those of the plain module under every nesting of wrappers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sharded_bf16_adamw import (
     save,
     scatter_full_state_dict,
 )
-from sharded_bf16_adamw.checkpoint.names import plain_name, state_dict_key
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.names import clean_fqn, state_dict_key
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 
 class Counter(nn.Module):
-    """A user's module whose child is called as DDP's is, with a buffer and an extra state."""
+    """A user's module with a child called ``module``, a buffer and an extra state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def fsdp2(module: nn.Module) -> nn.Module:
 def build(
     inner: tuple[Any, ...], outer: tuple[Any, ...], seed: int
 ) -> tuple[nn.Module, AdamW_BF16]:
-    """Wrap a block by ``inner``, the first first, and the whole by ``outer``."""
+    """Wrap a block by ``inner``, in order, and the model by ``outer``."""
     torch.manual_seed(seed)
     model: nn.Module = Net()
     for wrap in inner:
@@ -114,7 +114,7 @@ def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int) -> None:
 
 
 def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
-    """Save and load in this nesting, then in the plain model and back, and compare bits with the plain model's training."""
+    """Save and load in this nesting and in the plain model, and compare bits."""
     plain, plain_optimizer = build((), (), seed=1)
     take_steps(plain, plain_optimizer, 2)
     for module in plain.modules():
@@ -125,7 +125,7 @@ def check(root: str, inner: tuple[Any, ...], outer: tuple[Any, ...]) -> None:
     load(f"{root}/plain", model, optimizer)
     assert [module.calls for module in model.modules() if isinstance(module, Counter)] == [7]
     path = save(f"{root}/wrapped", 2, model, optimizer)
-    found, expected = StoredCheckpoint(path), StoredCheckpoint(f"{root}/plain")
+    found, expected = CheckpointReader(path), CheckpointReader(f"{root}/plain")
     assert (
         found.manifest.groups[0].params == NAMES
         and found.manifest.values == expected.manifest.values
@@ -161,7 +161,7 @@ def single_nestings() -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     return [*itertools.product(orders, orders), *in_place]
 
 
-def test_every_order_of_checkpointing_and_compiling(tmp_path):
+def test_names_under_every_order_of_checkpointing_and_compiling(tmp_path):
     for index, (inner, outer) in enumerate(single_nestings()):
         check(str(tmp_path / str(index)), inner, outer)
 
@@ -199,30 +199,29 @@ def nestings_worker(rank: int, world: int, root: str, indices: list[int]) -> lis
                 import traceback
 
                 traceback.print_exc()
-                failed.append(
-                    f"{[f.__name__ for f in inner]} {[f.__name__ for f in outer]}: {type(error).__name__} {error}"
-                )
+                nesting = [[wrap.__name__ for wrap in wraps] for wraps in (inner, outer)]
+                failed.append(f"{nesting}: {type(error).__name__} {error}")
     return failed
 
 
-def test_every_order_of_parallel_wrappers(tmp_path):
+def test_names_under_every_order_of_parallel_wrappers(tmp_path):
     assert run_ranks(2, nestings_worker, str(tmp_path), list(range(len(RANKS_NESTINGS)))) == [
         [],
         [],
     ]
 
 
-def test_a_users_own_module_called_module_keeps_its_segment():
+def test_user_module_called_module_keeps_its_segment():
     model = compiled(ac(Net()))
     wrapped = [name for name, _ in model.named_parameters()]
-    assert wrapped != NAMES and [plain_name(model, name) for name in wrapped] == NAMES
+    assert wrapped != NAMES and [clean_fqn(model, name) for name in wrapped] == NAMES
     assert [
-        plain_name(model, key)
+        clean_fqn(model, key)
         for key in model.state_dict()
         if key.rpartition(".")[2] in ("weight", "bias")
     ] == NAMES
     assert [state_dict_key(model, name) for name in NAMES] == NAMES, (
-        "the outermost wrappers are left out of all names"
+        "no name has the outermost wrappers"
     )
     inner = nn.Sequential(compiled(Counter()))
     assert state_dict_key(inner, "0.module.weight") == "0._orig_mod.module.weight"

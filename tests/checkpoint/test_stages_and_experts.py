@@ -1,4 +1,4 @@
-"""Pipeline stages and experts in the situations that their names alone do not tell apart."""
+"""Pipeline stages and experts with equal names on different ranks, and errors on one rank."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from sharded_bf16_adamw import (
 from sharded_bf16_adamw.checkpoint import commit, divergence, saving
 
 from .test_odd_states import LoRA
+from .trainings import read_folder
 
 
 def trained(model: nn.Module, **options: Any) -> AdamW_BF16:
@@ -58,7 +59,7 @@ def layers(count: int, first: float) -> nn.Module:
 
 
 def recut_worker(rank: int, world: int, root: str) -> tuple[str, list[float]]:
-    """Stages of 1 and 3 layers, each numbered from 0, loaded as 3 and 1."""
+    """Save stages of 1 and 3 layers, each numbered from 0, and load them as 3 and 1."""
     model = layers(1 + 2 * rank, 10.0 * rank)
     save(root, 1, model, trained(model, model_parallel=stages()))
     again = layers(1 + 2 * rank, -1.0)
@@ -66,18 +67,18 @@ def recut_worker(rank: int, world: int, root: str) -> tuple[str, list[float]]:
     same = [float(param.detach()[0, 0]) for param in again.parameters()]
     assert same == [float(param.detach()[0, 0]) for param in model.parameters()]
     other = layers(3 - 2 * rank, -1.0)
-    with pytest.raises(ValueError, match="it has no") as caught:
+    with pytest.raises(ValueError, match="missing key") as caught:
         load(root, other, trained(other, model_parallel=stages()))
     return str(caught.value), same
 
 
-def test_a_pipeline_that_is_cut_elsewhere_is_refused_where_stages_number_layers_from_0(tmp_path):
+def test_pipeline_cut_elsewhere_is_refused_if_stages_number_layers_from_0(tmp_path):
     for message, _ in run_ranks(2, recut_worker, str(tmp_path)):
-        assert "it has no model.layers.1.weight" in message and "@pp" in message
+        assert "missing key model.layers.1.weight" in message and "@pp" in message
 
 
 def first_worker(rank: int, world: int, root: str) -> tuple[list[float], list[float]]:
-    """PP2 x 2 replicas of which weights and a buffer have drifted within each stage, while the moments have not."""
+    """Save 2 stages x 2 replicas whose weights and buffer have drifted within each stage."""
     stage = rank // 2
     pp = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     torch.manual_seed(stage)
@@ -96,7 +97,7 @@ def first_worker(rank: int, world: int, root: str) -> tuple[list[float], list[fl
     return model[0].weight.detach().flatten().tolist(), model[1].running_mean.tolist()
 
 
-def test_the_first_replica_of_each_stage_is_saved_where_one_says_so(tmp_path):
+def test_on_divergence_first_saves_the_first_replica_of_each_stage(tmp_path):
     for rank, (weights, means) in enumerate(run_ranks(4, first_worker, str(tmp_path))):
         first = 2 * (rank // 2)
         assert weights == [float(first)] * 9 and means == [10.0 * first] * 3
@@ -137,13 +138,13 @@ def extra_state_worker(rank: int, world: int, kind: str, as_tensor: bool, root: 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("kind", ["stages", "list", "modules", "one"])
-def test_extra_states_of_stages_and_experts_come_back(tmp_path, kind, as_tensor):
+def test_extra_states_of_stages_and_experts_are_restored(tmp_path, kind, as_tensor):
     values = run_ranks(2, extra_state_worker, kind, as_tensor, str(tmp_path))
     assert values[0] != values[1]
 
 
 def quantised_worker(rank: int, world: int, root: str) -> bool:
-    """Frozen quantised weights of layers that each stage numbers from 0."""
+    """Save frozen quantised weights of layers that each stage numbers from 0."""
 
     def build(seed: int) -> tuple[nn.Module, AdamW_BF16]:
         model = nn.ModuleDict({"layers": nn.ModuleList([LoRA(seed)])})
@@ -158,7 +159,7 @@ def quantised_worker(rank: int, world: int, root: str) -> bool:
     return torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
 
 
-def test_quantised_weights_of_stages_load_where_they_were_saved(tmp_path):
+def test_quantised_weights_of_stages_are_restored(tmp_path):
     assert run_ranks(2, quantised_worker, str(tmp_path)) == [True, True]
 
 
@@ -176,12 +177,12 @@ def exported_worker(rank: int, world: int, root: str) -> bool:
     )
 
 
-def test_an_export_of_stages_that_number_layers_from_0_is_imported(tmp_path):
+def test_export_of_stages_that_number_layers_from_0_is_imported(tmp_path):
     assert run_ranks(2, exported_worker, str(tmp_path)) == [True, True]
 
 
 def shared_list_worker(rank: int, world: int, root: str) -> bool:
-    """One list of experts under two names, and a list given expert by expert."""
+    """Save a list of experts that has two names and is given expert by expert."""
     torch.manual_seed(0)
     model = nn.Module()
     model.a = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
@@ -206,15 +207,11 @@ def shared_list_worker(rank: int, world: int, root: str) -> bool:
     )
 
 
-def test_a_list_of_experts_has_numbers_of_the_group_however_it_is_named(tmp_path):
+def test_experts_of_a_list_given_one_by_one_get_global_numbers(tmp_path):
     assert run_ranks(2, shared_list_worker, str(tmp_path)) == [True, True]
     export_fp32(tmp_path, tmp_path / "out")
-    from safetensors import safe_open
-
-    with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
-        assert {name for name in file.keys() if name.endswith("weight")} == {
-            f"{x}.{i}.weight" for x in "ab" for i in range(4)
-        }  # noqa: SIM118
+    weights = {name for name in read_folder(tmp_path / "out") if name.endswith("weight")}
+    assert weights == {f"{x}.{i}.weight" for x in "ab" for i in range(4)}
 
 
 def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
@@ -231,9 +228,8 @@ def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
         with pytest.raises(ValueError, match="FSDP1") as caught:
             save(f"{root}/staged", 1, model, optimizer)
         torch.manual_seed(0)
-        plain = FullyShardedDataParallel(
-            nn.Linear(4, 4).bfloat16(), **options
-        )  # over a process group: states are ShardedTensors
+        # Over a process group, states are ShardedTensors.
+        plain = FullyShardedDataParallel(nn.Linear(4, 4).bfloat16(), **options)
         optimizer = AdamW_BF16(plain.parameters(), lr=1e-2)
         plain(torch.ones(2, 4).bfloat16()).float().sum().backward()
         optimizer.step(zero_grad=True)
@@ -248,7 +244,7 @@ def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
     )
 
 
-def test_fsdp1_is_refused_in_a_stage_and_works_without_a_mesh(tmp_path):
+def test_fsdp1_is_refused_in_a_stage_but_works_without_a_mesh(tmp_path):
     for message, same in run_ranks(2, fsdp1_worker, str(tmp_path)):
         assert message.startswith("FullyShardedDataParallel (FSDP1) over a part of the ranks")
         assert same
@@ -278,30 +274,24 @@ def wrong_on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
         except (ValueError, RuntimeError) as error:
             messages.append(f"{type(error).__name__}: {error}")
     divergence.checksums = real  # type: ignore[assignment]
-    save(root, 2, model, optimizer)  # the ranks can still talk
+    save(root, 2, model, optimizer)  # the ranks are still in step
     return messages
 
 
-def test_what_is_wrong_on_one_rank_is_raised_on_all(tmp_path):
+def test_error_on_one_rank_is_raised_on_all(tmp_path):
     for root_, path, asynchronous, memory in run_ranks(2, wrong_on_one_rank_worker, str(tmp_path)):
-        assert (
-            root_
-            == "ValueError: root must be a path, but it is of type NoneType; give a str or a pathlib.Path"
-        )
-        assert (
-            path
-            == "ValueError: path must be a path, but it is of type int; give a str or a pathlib.Path"
-        )
+        assert root_.startswith("ValueError: root must be a path, but it is of type NoneType;")
+        assert path.startswith("ValueError: path must be a path, but it is of type int; give")
         assert asynchronous.startswith(
             "ValueError: ranks give different values of async_: True on rank 0 and False on rank 1"
         )
         assert memory.startswith(
-            "RuntimeError: cannot compare tensors between ranks: on rank 1, OutOfMemoryError: out of memory"
+            "RuntimeError: cannot compare tensors between ranks: on rank 1, OutOfMemoryError: out"
         )
 
 
 def two_threads_worker(rank: int, world: int, root: str) -> list[str]:
-    """Two models saved asynchronously by two threads; the first one's files are slow to write on rank 0."""
+    """Save two models by two threads; the first one's files are slow to write on rank 0."""
     torch.manual_seed(0)
     models = {name: nn.Linear(size, size).bfloat16() for name, size in (("a", 64), ("b", 32))}
     optimizers = {name: trained(model) for name, model in models.items()}
@@ -336,7 +326,7 @@ def two_threads_worker(rank: int, world: int, root: str) -> list[str]:
     return problems + [problem for name in models for problem in verify(f"{root}/{name}")]
 
 
-def test_two_threads_save_two_models_of_a_distributed_run_at_once(tmp_path):
+def test_two_threads_save_two_models_at_once(tmp_path):
     assert run_ranks(2, two_threads_worker, str(tmp_path)) == [[], []]
 
 
@@ -359,21 +349,23 @@ def unshared_load_worker(rank: int, world: int, root: str) -> str:
         os.chdir(before)
 
 
-def test_a_rank_that_does_not_see_the_checkpoint_is_named(tmp_path):
+def test_rank_that_does_not_see_the_checkpoint_is_named(tmp_path):
     for message in run_ranks(2, unshared_load_worker, str(tmp_path)):
         assert message.startswith(
-            "rank 1 does not see shared/step-00000001, which rank 0 reads: shared is not the same folder for all ranks"
+            "rank 1 does not see shared/step-00000001, which rank 0 reads: shared is not the same "
+            "folder for all ranks"
         )
 
 
-def test_a_job_that_finds_another_ones_later_save_stops(tmp_path):
-    """Saves that do not overlap would take turns in removing each other's checkpoints."""
+def test_save_is_refused_after_another_jobs_save(tmp_path):
+    """The two jobs would keep removing each other's checkpoints."""
     torch.manual_seed(0)
     model = nn.Linear(3, 3).bfloat16()
     optimizer = trained(model)
     save(tmp_path, 1, model, optimizer, keep=2)
     code = (
-        "import sys, torch; from sharded_bf16_adamw import AdamW_BF16, save; m = torch.nn.Linear(3, 3).bfloat16(); "
+        "import sys, torch; from sharded_bf16_adamw import AdamW_BF16, save; "
+        "m = torch.nn.Linear(3, 3).bfloat16(); "
         "print(save(sys.argv[1], 9, m, AdamW_BF16(m.parameters()), keep=2).name)"
     )
     other = subprocess.run(

@@ -1,4 +1,4 @@
-"""Weights that are tied when they are saved and untied when they are loaded, and the reverse, in every layout."""
+"""Save tied weights and load them untied, and the reverse, in every layout."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def take_steps(model: nn.Module, optimizer: AdamW_BF16, steps: int = 4) -> None:
 
 
 def values_of(model: LM, optimizer: AdamW_BF16) -> dict[str, list[Tensor]]:
-    """By each name its weight and state."""
+    """Return the weight and the state of each name."""
     weights = dict(
         zip(NAMES, (model.emb.weight, model.head.weight, model.more.weight), strict=True)
     )
@@ -92,8 +92,8 @@ TIES = [(), (0, 1), (0, 2), (1, 2), (0, 1, 2), (2, 1)]
 
 
 @pytest.mark.parametrize("saved", TIES)
-def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tmp_path):
-    """Between all ways of tying: a name that is tied in the checkpoint has the shared weight and state, bit for bit."""
+def test_each_name_gets_its_saved_values_or_the_load_is_refused(saved, tmp_path):
+    """Load between all ways of tying: a name tied in the checkpoint has the shared values."""
     model, optimizer = build(saved)
     take_steps(model, optimizer)
     path = save(tmp_path, 4, model, optimizer)
@@ -111,7 +111,8 @@ def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tm
             different = next(
                 NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved)
             )
-            sentence = f"{first} and {different} are one tensor here but were saved as two with different weights"
+            tied = f"{first} and {different} are tied in the model"
+            sentence = f"{tied} but were saved with different weights"
             with pytest.raises(ValueError, match=re.escape(sentence)):
                 load(path, other, other_optimizer)
             assert all(
@@ -125,7 +126,7 @@ def test_each_name_gets_what_was_saved_under_it_or_the_load_is_refused(saved, tm
             ), here
 
 
-def test_the_manifest_records_what_is_tied(tmp_path):
+def test_manifest_records_ties(tmp_path):
     assert read_manifest(save(tmp_path, 1, *build((2, 0)))).ties == [["emb.weight", "more.weight"]]
     assert read_manifest(save(tmp_path, 2, *build(()))).ties == []
 
@@ -140,7 +141,7 @@ def equal_but_untied() -> tuple[LM, AdamW_BF16]:
     return model, optimizer
 
 
-def test_what_was_untied_but_equal_loads_into_one_tensor(tmp_path):
+def test_untied_but_equal_values_load_into_tied_weights(tmp_path):
     model, optimizer = equal_but_untied()
     save(tmp_path, 1, model, optimizer)
     tied, tied_optimizer = build((0, 1), seed=1)
@@ -151,18 +152,18 @@ def test_what_was_untied_but_equal_loads_into_one_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "correction"])
-def test_equal_weights_with_different_states_are_not_one_tensor(key, tmp_path):
+def test_equal_weights_with_different_states_do_not_load_into_tied_ones(key, tmp_path):
     model, optimizer = equal_but_untied()
     optimizer.state[model.head.weight][key] += 1
     save(tmp_path, 1, model, optimizer)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but were saved as two with different optimizer",
+        match=r"emb.weight and head.weight are tied in the model but .* different optimizer",
     ):
         load(tmp_path, *build((0, 1), seed=1))
 
 
-def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_path):
+def test_equal_weights_trained_and_frozen_do_not_load_into_tied_ones(tmp_path):
     model, optimizer = build((), frozen=(1,))
     take_steps(model, optimizer)
     with torch.no_grad():
@@ -170,12 +171,12 @@ def test_of_equal_weights_one_that_was_trained_is_not_one_that_was_frozen(tmp_pa
     save(tmp_path, 1, model, optimizer)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor .* states: one was trained and the other was not",
+        match=r"emb.weight and head.weight are tied .* states: one was trained and the other",
     ):
         load(tmp_path, *build((0, 1), seed=1))
 
 
-def test_a_tied_weight_loads_into_one_that_is_frozen_with_its_correction(tmp_path):
+def test_tied_weight_loads_into_a_frozen_one_with_its_correction(tmp_path):
     model, optimizer = build((0, 1))
     take_steps(model, optimizer)
     save(tmp_path, 1, model, optimizer)
@@ -188,7 +189,7 @@ def test_a_tied_weight_loads_into_one_that_is_frozen_with_its_correction(tmp_pat
 
 
 def without_record(path: Any) -> None:
-    """As an older version saved."""
+    """Remove the record of ties, as in a checkpoint of an older version."""
     manifest = read_manifest(path)
     manifest.ties = None
     content = manifest.to_bytes().replace(b' "ties": null,\n', b"")
@@ -199,7 +200,7 @@ def without_record(path: Any) -> None:
     assert read_manifest(path).ties is None
 
 
-def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
+def test_checkpoints_without_a_record_of_ties_load(tmp_path):
     model, optimizer = build((0, 1))
     take_steps(model, optimizer)
     path = save(tmp_path, 1, model, optimizer)
@@ -219,12 +220,12 @@ def test_checkpoints_without_the_record_load_as_they_did(tmp_path):
     without_record(path)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but were saved as two with different weights",
+        match=r"emb.weight and head.weight are tied in the model but .* different weights",
     ):
         load(path, tied, tied_optimizer)
 
 
-def test_an_export_goes_by_the_record_and_not_by_equal_bits(tmp_path):
+def test_export_uses_recorded_ties_and_not_equal_bits(tmp_path):
     model, optimizer = build((), frozen=(1,))
     take_steps(model, optimizer)
     with torch.no_grad():
@@ -232,20 +233,20 @@ def test_an_export_goes_by_the_record_and_not_by_equal_bits(tmp_path):
     save(tmp_path / "run", 1, model, optimizer)
     exported = read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))
     assert torch.equal(exported["head.weight"], model.head.weight.float()), (
-        "which no correction belongs to"
+        "head.weight has no correction"
     )
     assert not torch.equal(exported["emb.weight"], exported["head.weight"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------- import
 
 
-def test_imports_into_tied_weights_are_equal_or_refused():
+def test_import_into_tied_weights_requires_equal_values():
     source = {name: value.float() for name, value in LM((), seed=5).state_dict().items()}
     tied, optimizer = build((0, 1))
     before = values_of(tied, optimizer)
     with pytest.raises(
-        ValueError, match=r"emb.weight and head.weight are one tensor here but differ there"
+        ValueError, match=r"emb.weight and head.weight are tied in the model but differ in the"
     ):
         import_fp32(source, tied, optimizer)
     assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
@@ -255,7 +256,7 @@ def test_imports_into_tied_weights_are_equal_or_refused():
 
 
 def fp32_run(tied: tuple[int, ...]) -> tuple[nn.Module, torch.optim.AdamW, dict[str, Any]]:
-    """A float32 training and its optimizer state keyed by names."""
+    """Train in float32 and return the optimizer state keyed by names, too."""
     model = LM(tied, seed=5).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(3):
@@ -272,7 +273,7 @@ def fp32_run(tied: tuple[int, ...]) -> tuple[nn.Module, torch.optim.AdamW, dict[
     return model, optimizer, {"state": state, "param_groups": groups}
 
 
-def test_the_state_of_tied_weights_is_imported_into_each_untied_one():
+def test_state_of_tied_weights_is_imported_into_each_untied_one():
     model, _, state = fp32_run((0, 1))
     untied, optimizer = build((), seed=1)
     import_fp32(model.state_dict(), untied, optimizer, state)
@@ -284,13 +285,13 @@ def test_the_state_of_tied_weights_is_imported_into_each_untied_one():
     assert optimizer.state[untied.head.weight]["exp_avg"].any()
 
 
-def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal():
+def test_states_of_untied_weights_are_imported_into_a_tied_one_if_equal():
     model, _, state = fp32_run(())
     model.head.weight.data.copy_(model.emb.weight)
     tied, optimizer = build((0, 1), seed=1)
     with pytest.raises(
         ValueError,
-        match=r"emb.weight and head.weight are one tensor here but have different states",
+        match=r"emb.weight and head.weight are tied in the model but have different states",
     ):
         import_fp32(model.state_dict(), tied, optimizer, state)
     state["state"]["head.weight"] = {
@@ -306,7 +307,7 @@ def test_states_of_untied_weights_are_imported_into_a_tied_one_if_they_are_equal
     assert optimizer.state[tied.head.weight]["step"] == 3
 
 
-def test_a_conversion_keeps_ties(tmp_path):
+def test_conversion_keeps_ties(tmp_path):
     model, _, state = fp32_run((0, 1))
     path = convert_fp32(model.state_dict(), tmp_path, state)
     assert read_manifest(path).ties == [["emb.weight", "head.weight"]]
@@ -314,7 +315,7 @@ def test_a_conversion_keeps_ties(tmp_path):
         load(path, *build(here, seed=1))
 
 
-def test_a_gathered_state_of_other_ties_is_refused():
+def test_scatter_refuses_a_state_of_other_ties():
     for saved, here in (((0, 1), ()), ((), (0, 1))):
         model, optimizer = build(saved)
         take_steps(model, optimizer, 1)
@@ -323,7 +324,7 @@ def test_a_gathered_state_of_other_ties_is_refused():
             scatter_full_state_dict(*build(here, seed=1), full)
 
 
-# ---------------------------------------------------------------------------------------------------------------- buffers
+# ------------------------------------------------------------------------------------------ buffers
 
 
 class Buffers(nn.Module):
@@ -342,12 +343,12 @@ def test_buffers_that_share_memory_are_tied(tmp_path):
     load(tmp_path / "tied", untied, AdamW_BF16(untied.parameters(), lr=0.1))
     assert torch.equal(untied.b, torch.arange(4.0))
     with pytest.raises(
-        ValueError, match="a and b are one tensor here but were saved as two with different weights"
+        ValueError, match="a and b are tied in the model but were saved with different weights"
     ):
         load(tmp_path / "untied", tied, AdamW_BF16(tied.parameters(), lr=0.1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def wrapped(
@@ -376,7 +377,7 @@ LAYOUTS = ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params")
 
 
 def layouts_worker(rank: int, world: int, root: str) -> list[str]:
-    """Load what each layout saves into one process, tied and untied, and what one process saves into each layout."""
+    """Load each layout's checkpoint into one process and into each layout, tied and untied."""
     warnings.simplefilter("ignore")
     failed = []
     for layout, (saved, here) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()))):
@@ -404,19 +405,19 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
             load(f"{folder}/there", model, optimizer)
             failed.append(f"{folder}: no error")
         except ValueError as error:
-            if "head.weight and more.weight are one tensor here" not in str(error):
+            if "head.weight and more.weight are tied in the model" not in str(error):
                 failed.append(f"{folder}: {error}")
     return failed
 
 
-def test_ties_change_under_every_layout(tmp_path):
+def test_ties_may_change_under_every_layout(tmp_path):
     assert run_ranks(2, layouts_worker, str(tmp_path)) == [[], []]
 
 
 def staged(
     tied: tuple[int, ...], rank: int, seed: int, frozen: tuple[int, ...] = ()
 ) -> tuple[LM, AdamW_BF16]:
-    """A pipeline stage whose names are those of the other stage, with other values."""
+    """Build a pipeline stage with the names of the other stage and other values."""
     model, _ = build(tied, seed + 10 * rank, frozen)
     return model, AdamW_BF16(
         model.parameters(), lr=1e-2, model_parallel=ModelParallel(pp=dist.group.WORLD)
@@ -440,14 +441,14 @@ def stages_worker(rank: int, world: int, root: str) -> list[Any]:
         loaded = values_of(stage, stage_optimizer)
         found.append(all(same(loaded[name], expected[name]) for name in NAMES))
     with pytest.raises(
-        ValueError, match=r"head.weight@pp1 and more.weight@pp1 are one tensor here"
+        ValueError, match=r"head.weight@pp1 and more.weight@pp1 are tied in the model"
     ) as caught:
         load(path, *staged((1, 2) if rank else (0, 1), rank, seed=1))
     return [*found, str(caught.value)]
 
 
 def test_ties_within_pipeline_stages(tmp_path):
-    """Also where the ties of one stage alone are others than in the checkpoint."""
+    """Including stages of which only one has changed its ties."""
     first, second = run_ranks(2, stages_worker, str(tmp_path))
     assert first == second and first[1:5] == [True] * 4
     assert first[0] == [[f"emb.weight@pp{stage}", f"head.weight@pp{stage}"] for stage in (0, 1)]

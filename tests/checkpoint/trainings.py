@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sharded_bf16_adamw.checkpoint.foreign import round_moment
-from sharded_bf16_adamw.checkpoint.safetensors_io import TensorInfo, find_safetensors, write_folder
+from sharded_bf16_adamw.checkpoint.safetensors_io import TensorInfo, open_safetensors, write_sharded
 
 from .layouts import LAYOUTS, Net, train
 
@@ -17,7 +17,7 @@ def trained(steps=3, seed=0):
 
 
 def read_folder(folder):
-    return {name: file.read(name) for name, file in find_safetensors(folder).items()}
+    return {name: file.read(name) for name, file in open_safetensors(folder).items()}
 
 
 def true_values(module, optimizer):
@@ -62,7 +62,7 @@ def fp32_training(dtype=torch.float32, steps=4):
 def written(folder, weights):
     folder.mkdir()
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in weights.items()}
-    write_folder(folder, infos, lambda name: weights[name].detach(), 300)
+    write_sharded(folder, infos, lambda name: weights[name].detach(), 300)
     return folder
 
 

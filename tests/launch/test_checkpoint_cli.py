@@ -1,8 +1,7 @@
-"""The command line for checkpoints: what it prints, what it writes, and its exit codes."""
+"""The command line for checkpoints: output, files written, and exit codes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -15,12 +14,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save
-
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "checkpoint.py"
-spec = importlib.util.spec_from_file_location("checkpoint_cli", SCRIPT)
-assert spec is not None and spec.loader is not None
-cli = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cli)
+from sharded_bf16_adamw.checkpoint.__main__ import main
 
 
 def make(seed=0):
@@ -50,7 +44,7 @@ def damage(path):
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -59,7 +53,7 @@ def steps_left(root):
     return sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
 
 
-def test_inspect(tmp_path, capsys):
+def test_inspect_prints_facts_and_a_table(tmp_path, capsys):
     make_run(tmp_path, (1, 2))
     code, out, err = run(capsys, "inspect", tmp_path)
     assert code == 0 and err == ""
@@ -88,7 +82,7 @@ def test_inspect(tmp_path, capsys):
     assert table["calls"] == ["calls", "scalar", "int64", "1", "8 B", "-", "-", "-"]
 
 
-def test_verify(tmp_path, capsys):
+def test_verify_names_damaged_files(tmp_path, capsys):
     make_run(tmp_path, (1, 2))
     assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000002: ok\n", "")
     name = damage(tmp_path / "step-00000001")
@@ -101,7 +95,7 @@ def test_verify(tmp_path, capsys):
     assert run(capsys, "verify", tmp_path / "step-00000002")[0] == 1
 
 
-def test_export_and_import(tmp_path, capsys):
+def test_export_and_import_keep_the_weights(tmp_path, capsys):
     _, optimizer = make_run(tmp_path / "run")
     code, out, err = run(
         capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.1KB"
@@ -133,7 +127,7 @@ def test_export_and_import(tmp_path, capsys):
     assert (group["lr"], group["betas"], other.calls.item()) == (0.5, (0.5, 0.75), 5)
 
 
-def test_import_with_optimizer_state(tmp_path, capsys):
+def test_import_takes_over_the_optimizer_state(tmp_path, capsys):
     model, _ = make()
     model.float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
@@ -165,10 +159,10 @@ def test_import_with_optimizer_state(tmp_path, capsys):
         ((3, 4), 1, [2, 3, 4], 0),
         ((3,), 2, [2, 3, 4], 0),
         ((1, 2), 1, [4], 0),
-        ((1, 2, 3, 4), 1, [1, 2, 3, 4], 1),  # none is whole: none is removed
+        ((1, 2, 3, 4), 1, [1, 2, 3, 4], 1),  # none is whole, so none is removed
     ],
 )
-def test_prune_keeps_the_newest_whole_ones(damaged, keep, left, code, tmp_path, capsys):
+def test_prune_keeps_the_newest_whole_checkpoints(damaged, keep, left, code, tmp_path, capsys):
     make_run(tmp_path, (1, 2, 3, 4))
     for step in damaged:
         damage(tmp_path / f"step-{step:08d}")
@@ -184,18 +178,16 @@ def test_prune_keeps_the_newest_whole_ones(damaged, keep, left, code, tmp_path, 
     )
 
 
-def test_prune_keeps_a_checkpoint_whose_place_in_the_order_is_unknown(tmp_path, capsys):
-    """A damaged manifest does not say when it was saved: it may be the newest."""
+def test_prune_keeps_a_checkpoint_of_unknown_age(tmp_path, capsys):
+    """A checkpoint with a damaged manifest may be the newest."""
     make_run(tmp_path, (1, 2, 3))
     (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
     assert run(capsys, "prune", tmp_path, "--keep", 1)[0] == 0
     assert steps_left(tmp_path) == [2, 3]
 
 
-def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_alone(
-    tmp_path, capsys
-):
-    """What a copy or a removal that was cut short leaves."""
+def test_verify_and_prune_report_directories_without_a_manifest(tmp_path, capsys):
+    """A copy or removal that was cut short leaves such directories."""
     make_run(tmp_path, (1, 2, 3))
     empty, partly = tmp_path / "step-00000004", tmp_path / "step-00000002"
     empty.mkdir()
@@ -204,16 +196,19 @@ def test_folders_without_a_manifest_are_reported_by_verify_and_prune_and_left_al
     assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000003: ok\n", "")
     code, out, err = run(capsys, "verify", "--all", tmp_path)
     assert code == 1 and out == f"{tmp_path}/step-00000001: ok\n{tmp_path}/step-00000003: ok\n"
-    sentence = "has no manifest.json, so it is no complete checkpoint; remove it if no copy to it is under way"
+    sentence = (
+        "has no manifest.json, so it is not a complete checkpoint; remove it if no copy to it is "
+        "under way"
+    )
     assert err.splitlines() == [f"{path}: {sentence}" for path in (partly, empty)]
     code, out, pruned = run(capsys, "prune", tmp_path, "--keep", 1)
     assert (code, out, pruned) == (0, f"{tmp_path}/step-00000001: removed\n", err)
     assert empty.is_dir() and partly.is_dir()
     (tmp_path / "step-00000003" / "manifest.json").unlink()
-    assert run(capsys, "verify", "--all", tmp_path)[0] == 1, "also where nothing else is there"
+    assert run(capsys, "verify", "--all", tmp_path)[0] == 1, "without any complete checkpoint, too"
 
 
-def test_prune_goes_on_after_a_checkpoint_that_cannot_be_removed(tmp_path, capsys, monkeypatch):
+def test_prune_continues_after_a_failed_removal(tmp_path, capsys, monkeypatch):
     make_run(tmp_path, (1, 2, 3))
     rename = os.rename
 
@@ -248,7 +243,7 @@ USAGE = {
     ),
     "export exists": (
         ("export", "{root}/run", "{root}"),
-        "{root} exists already; give the name of a new folder",
+        "{root} exists already; give the name of a new directory",
     ),
     "shard size": (
         ("export", "{root}/run", "{root}/out", "--max-shard-size", "5XB"),
@@ -269,7 +264,7 @@ USAGE = {
     ),
     "import exists": (
         ("import", "{root}/weights.pt", "{root}/run"),
-        "{root}/run has a checkpoint already; give another folder",
+        "{root}/run has a checkpoint already; give another directory",
     ),
     "nothing to prune": (
         ("prune", "{root}/none", "--keep", "1"),
@@ -280,7 +275,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_errors_of_use_end_with_2_and_one_sentence(case, tmp_path, capsys):
+def test_wrong_use_exits_with_2_and_one_sentence(case, tmp_path, capsys):
     make_run(tmp_path / "run")
     torch.save(make()[0].state_dict(), tmp_path / "weights.pt")
     before = sorted(tmp_path.rglob("*"))
@@ -293,7 +288,7 @@ def test_errors_of_use_end_with_2_and_one_sentence(case, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
+def test_damage_exits_with_1_and_one_sentence(tmp_path, capsys):
     make_run(tmp_path / "run")
     name = damage(tmp_path / "run" / "step-00000001")
     (tmp_path / "weights.safetensors").write_bytes(b"\xff" * 100)
@@ -301,7 +296,7 @@ def test_damage_ends_with_1_and_one_sentence(tmp_path, capsys):
     for arguments, message in (
         (
             ("import", tmp_path / "weights.pt", tmp_path / "new", "--fp32", "*.norm.*"),
-            "the pattern '*.norm.*' matches none of the names",
+            "the pattern '*.norm.*' matches no name",
         ),
         (("export", tmp_path / "run", tmp_path / "out"), f"{name} is not what was written"),
         (
@@ -325,7 +320,7 @@ class Evil:
 
 
 def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
-    """Files of somebody else, with right checksums: metadata and tensors are replaced by what would make a folder."""
+    """Replace metadata and tensors by pickles that would make a directory; checksums match."""
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
     torch.save({"x": torch.ones(1), "y": Evil()}, tmp_path / "evil.pt")
     import zlib
@@ -366,12 +361,16 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-def test_as_a_script(tmp_path):
+@pytest.mark.parametrize(
+    "command", [["-m", "sharded_bf16_adamw.checkpoint"], ["launch/checkpoint.py"]]
+)
+def test_module_and_script_run_the_command(command, tmp_path, repo):
     make_run(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "verify", str(tmp_path)],
+        [sys.executable, *command, "verify", str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        cwd=repo,
+        env={**os.environ, "PYTHONPATH": str(repo)},
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/step-00000001: ok\n"), done.stderr

@@ -18,7 +18,7 @@ from report import Metrics, read_metrics
 
 from sharded_bf16_adamw import latest, verify
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.reader import StoredCheckpoint
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .train_runs import (
     OPTIMIZERS,
@@ -150,7 +150,7 @@ def test_a_run_saves_in_the_background_and_when_told_to_stop_completely(
 
 
 def values_in(folder: Path) -> dict[str, list[float]]:
-    stored = StoredCheckpoint(folder / "checkpoints")
+    stored = CheckpointReader(folder / "checkpoints")
     return {
         key: stored.read(key).flatten().tolist()
         for key in stored.infos

@@ -1,0 +1,142 @@
+"""State that is not in plain tensors: extra states, quantised tensors, entries of no parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..sharding.dtensor import to_local
+from .manifest import Manifest, decode
+from .names import clean_fqn, unwrap
+
+MODEL, STATE, ENTRY = "model.", "optimizer.state.", "optimizer.entry."  # prefixes of keys
+PART = ":"  # separates a quantised tensor's key from its parts: model.layer.weight:scale
+EXTRA_STATE = "_extra_state"
+_MAX_ENTRY_NUMEL = 1024  # of a tensor that goes into the manifest
+
+# ------------------------------------------------------------------ wrapper subclasses (quantised)
+
+
+def is_wrapper_subclass(tensor: Any) -> bool:
+    """Return True for a tensor made of other tensors, such as torchao's, but not for a DTensor."""
+    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
+
+
+def flatten_subclass(key: str, tensor: Any) -> dict[str, Any]:
+    """Flatten a wrapper subclass: ``{"model.w:data": ..., "model.w:scale": ...}``.
+
+    The parts share the tensor's memory, so a load fills it in place. Any other value stays as it
+    is.
+
+    Raises:
+        ValueError: it is a DTensor of a wrapper subclass. Its parts are not shards.
+    """
+    if isinstance(tensor, DTensor) and is_wrapper_subclass(to_local(tensor)):
+        raise ValueError(
+            f"{key.removeprefix(MODEL)} is a DTensor of {type(to_local(tensor)).__name__}, whose "
+            "shards cannot be saved or loaded; leave the quantised module out of fully_shard"
+        )
+    if not is_wrapper_subclass(tensor):
+        return {key: drop_subclass(tensor)}
+    names, _ = tensor.__tensor_flatten__()
+    parts: dict[str, Any] = {}
+    for name in names:
+        parts.update(flatten_subclass(f"{key}{PART}{name}", getattr(tensor, name)))
+    return parts
+
+
+def drop_subclass(tensor: Any) -> Any:
+    """Return the same memory as a plain tensor.
+
+    A file with a user's class in it could not be loaded without executing code.
+    """
+    if (
+        not isinstance(tensor, Tensor)
+        or type(tensor) in (Tensor, nn.Parameter, DTensor, ShardedTensor)
+        or is_wrapper_subclass(tensor)
+    ):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
+# ------------------------------------------------------------------------------------ extra states
+
+
+def is_extra_state(key: str) -> bool:
+    """Return True for the key of a result of ``nn.Module.get_extra_state``."""
+    # A checkpoint may add the rank: _extra_state@pp0.
+    return key.rpartition(".")[2].partition("@")[0] == EXTRA_STATE
+
+
+def set_extra_states(model: nn.Module, states: dict[str, Any]) -> None:
+    """Call ``set_extra_state`` of the modules that have the given keys."""
+    model = unwrap(model)
+    for prefix, module in model.named_modules():
+        key = clean_fqn(model, f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
+        if key in states and type(module).get_extra_state is not nn.Module.get_extra_state:
+            module.set_extra_state(states[key])
+
+
+# ------------------------------------------------ entries of optimizer.state without a parameter
+
+
+def entry_key(name: Any, entry: Any) -> str:
+    """Return the key of an entry of ``optimizer.state`` that belongs to no parameter.
+
+    Raises:
+        ValueError: a manifest cannot hold it.
+    """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"optimizer.state has an entry under {name!r}, which cannot be saved; use a string as "
+            "its key"
+        )
+    numel = _max_numel(entry)
+    if numel > _MAX_ENTRY_NUMEL:
+        raise ValueError(
+            f"optimizer.state[{name!r}] belongs to no parameter and holds a tensor of {numel} "
+            "elements, which cannot be saved; keep it in a buffer of the model"
+        )
+    return ENTRY + name
+
+
+def _max_numel(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    items = value.values() if isinstance(value, dict) else value
+    return max(map(_max_numel, items if isinstance(value, (dict, list, tuple)) else ()), default=0)
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+def adopt_saved_specs(
+    tensors: dict[str, Any], plain: dict[str, Any], metadata: Metadata, manifest: Manifest
+) -> None:
+    """Take kind and size of extra states, and of entries without a parameter, from a checkpoint.
+
+    Args:
+        tensors: the model's and optimizer's tensors by key; changed in place.
+        plain: their values that are not tensors; changed in place.
+        metadata: DCP's metadata of the checkpoint.
+        manifest: its manifest.
+    """
+    for key in [key for key in (*tensors, *plain) if key.startswith(MODEL) and is_extra_state(key)]:
+        entry = metadata.state_dict_metadata.get(key)
+        if isinstance(entry, TensorStorageMetadata):
+            plain.pop(key, None)
+            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+        elif key in manifest.values:
+            tensors.pop(key, None)
+            plain[key] = decode(manifest.values[key])
+    for key in [key for key in plain if key.startswith(ENTRY) and key not in manifest.values]:
+        del plain[key]  # not in the checkpoint, so the optimizer keeps its entry
+    entries = {key: value for key, value in manifest.values.items() if key.startswith(ENTRY)}
+    plain.update({key: decode(value) for key, value in entries.items()})
