@@ -7,19 +7,10 @@ import re
 import distributed
 import pytest
 import torch.distributed as dist
-from building import make_schedule
-from options import parse_args
+from training.build import make_schedule
+from training.options import parse_args
 
-from .train_runs import (
-    OPTIMIZERS,
-    STATE_BYTES,
-    curve,
-    finish,
-    held_out,
-    run,
-    start,
-    train_on_ranks,
-)
+from .train_runs import OPTIMIZERS, STATE_BYTES, curve, finish, held_out, run, start, train_on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

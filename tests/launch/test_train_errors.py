@@ -10,18 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from data import UsageError
-from options import parse_args
-from strategies import on_all_ranks
+from training.data import UsageError
+from training.options import parse_args
+from training.strategies import on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
 
-from .train_runs import (
-    curve,
-    finish,
-    run,
-    start,
-)
+from .train_runs import curve, finish, run, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from data import Text
-from report import Metrics, read_metrics
+from training.data import Text
+from training.metrics import Metrics, read_metrics
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import latest, verify
@@ -26,10 +26,7 @@ from .train_runs import OPTIMIZERS, SHORT, curve, run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIVERGING = ("--lr", "1e6", "--clip", "0", "--schedule", "constant", "--warmup", "1")
-BAD = {
-    "NaN": lambda loss: loss * math.nan,
-    "inf, gradients finite": lambda loss: loss + math.inf,
-}
+BAD = {"NaN": lambda loss: loss * math.nan, "inf, gradients finite": lambda loss: loss + math.inf}
 
 
 def strict_lines(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import train
-from report import read_metrics
+from training.metrics import read_metrics
 
 SCRIPT = Path(train.__file__)
 OPTIMIZERS = ("bf16", "torch-fp32", "torch-bf16")

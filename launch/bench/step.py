@@ -25,10 +25,10 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(1, str(REPO))  # run from a clone that is not installed
 
-from bench_measure import measure_size, parse_size  # noqa: E402
-from bench_report import describe, machine, markdown, plain_table, plot, rows, write_between_markers  # noqa: E402
-from bench_targets import as_data, targets  # noqa: E402
-from contenders import contenders  # noqa: E402
+from bench.measure import measure_size, parse_size  # noqa: E402
+from bench.optimizers import contenders  # noqa: E402
+from bench.report import describe, machine, markdown, plain_table, plot, rows, write_between_markers  # noqa: E402
+from bench.targets import as_data, targets  # noqa: E402
 
 SIZES = {
     "cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"],
@@ -54,7 +54,7 @@ def main() -> int:
     run: dict[str, Any] = {"machine": machine(device), "command": repeat_command(), "results": []}
     print(describe(run["machine"]), flush=True)
     if device.type == "cuda":
-        from gpu_checks import run_checks
+        from bench.gpu_checks import run_checks
 
         run["gpu_checks"] = [check.as_data() for check in run_checks(device)]
         write_json(run, args)
@@ -80,7 +80,7 @@ def main() -> int:
             print(plain_table(result), flush=True)
             write_json(run, args)
     if args.fsdp2:
-        from bench_fsdp2 import measure_fsdp2
+        from bench.fsdp2 import measure_fsdp2
 
         run["fsdp2"] = measure_fsdp2(args.rounds)
     judged = targets(run)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import distributed
-import model
+import training.model
 import pytest
 import torch
-from model import GPT, PRESETS, Config
-from strategies import STRATEGIES
+from training.model import GPT, PRESETS, Config
+from training.strategies import STRATEGIES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name

@@ -15,8 +15,8 @@ import bench_report
 import contenders
 import pytest
 import torch
-from bench_measure import measure_size, parse_size, ratio
-from contenders import Contender, Runner
+from bench.measure import measure_size, parse_size, ratio
+from bench.optimizers import Contender, Runner
 
 CPU = torch.device("cpu")
 FEW = {"rounds": 3, "seconds": 60.0, "turn": 0.0}

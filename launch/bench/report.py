@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_measure import ratio, times_of
-from contenders import BYTES_PER_PARAM, Contender
 
+from bench.measure import ratio, times_of
+from bench.optimizers import BYTES_PER_PARAM, Contender
 from sharded_bf16_adamw.kernels import cpu
 
 LEAST_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth says nothing

@@ -383,7 +383,7 @@ def _make_cpu_ceiling(
 
 
 def _make_gpu_ceiling(shapes: Shapes, device: torch.device) -> Runner:
-    from bench_stream import stream_ceiling_
+    from bench.triton_bandwidth import stream_ceiling_
 
     words = -(-_numel(shapes) // 32) * 16  # of two bf16 each, whole vectors
     arrays = [_random_words(words, device) for _ in range(5)]

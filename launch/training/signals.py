@@ -1,4 +1,4 @@
-"""Stopping ``train.py`` on a signal: take note, finish the step, save."""
+"""Stop ``train.py`` on a signal: note the request, finish the step, save."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 @dataclass
 class StopRequest:
-    """Set by a signal. torchrun forwards SIGTERM and kills 30 s later, so the loop looks at this once a step."""
+    """Flag that a signal sets.
+
+    The loop polls it once a step: torchrun forwards SIGTERM, and kills the process 30 s later.
+    """
 
     requested: bool = False
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within this context, SIGTERM and SIGINT do no more than set what it yields."""
+    """Make SIGTERM and SIGINT set the yielded request and nothing else."""
     stop = StopRequest()
 
     def request(signum: int, frame: Any) -> None:

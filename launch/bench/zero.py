@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from strategies import init_world
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from training.strategies import init_world
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 

@@ -13,8 +13,8 @@ import distributed
 import pytest
 import torch.distributed as dist
 import train
-from data import Text
-from report import Metrics, read_metrics
+from training.data import Text
+from training.metrics import Metrics, read_metrics
 
 from sharded_bf16_adamw import latest, verify
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import Contender, Runner, Shapes
+
+from bench.optimizers import Contender, Runner, Shapes
 
 Times = dict[str, list[float]]  # seconds a step, by contender and round
 MIN_ROUNDS = 5

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench_measure import parse_size, ratio, times_of
+from bench.measure import parse_size, ratio, times_of
 
 
 @dataclass(frozen=True)

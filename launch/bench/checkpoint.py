@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from strategies import init_world
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from training.strategies import init_world
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
 from sharded_bf16_adamw.checkpoint.divergence import find_divergences

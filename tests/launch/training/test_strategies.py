@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from model import GPT, PRESETS
-from options import parse_args
-from report import read_metrics
+from training.model import GPT, PRESETS
+from training.options import parse_args
+from training.metrics import read_metrics
 from sharded_bf16_adamw.sharding.zero.param import Rows
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor

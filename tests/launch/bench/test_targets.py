@@ -6,7 +6,7 @@ from typing import Any
 
 import bench_targets
 import pytest
-from bench_measure import parse_size
+from bench.measure import parse_size
 
 
 def run_of(results: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

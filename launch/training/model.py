@@ -1,9 +1,10 @@
-"""A small modern GPT over bytes: RMSNorm, rotary embeddings, SwiGLU, causal attention, untied embeddings.
+"""A small modern GPT over bytes: RMSNorm, rotary embeddings, SwiGLU, untied embeddings.
 
-Shapes use ``B`` sequences, ``T`` tokens, ``D`` the model's width, ``H`` heads of ``D / H``, and ``V = 256`` byte values.
+Shapes use ``B`` sequences, ``T`` tokens, model width ``D``, ``H`` heads of size ``D / H``, and
+``V = 256`` byte values.
 
-Weights may be stored in any dtype; activations are bfloat16. Each weight is cast where it is used, which costs nothing for bfloat16
-weights and lets fp32 master weights run a bf16 forward without autocast.
+Weights may have any dtype; activations are bfloat16. Each weight is cast where it is used. That is
+free for bfloat16 weights, and lets fp32 master weights run a bf16 forward without autocast.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Config:
-    """A model size, with training settings that suit it. ``batch_size`` counts sequences over all ranks."""
+    """Model size and suitable training settings; ``batch_size`` counts sequences of all ranks."""
 
     layers: int
     dim: int
@@ -37,52 +38,28 @@ class Config:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, from the shapes alone."""
+        """Number of parameters, computed from the shapes."""
         block = 4 * self.dim**2 + 3 * self.dim * self.ffn + 2 * self.dim
         return self.layers * block + 2 * VOCABULARY * self.dim + self.dim
 
 
+# layers, dim, heads, ffn, seq_len, batch_size, steps, lr
 PRESETS = {
-    "nano": Config(
-        layers=2, dim=64, heads=2, ffn=176, seq_len=128, batch_size=16, steps=1_500, lr=1e-3
-    ),
-    "tiny": Config(
-        layers=4, dim=128, heads=4, ffn=352, seq_len=128, batch_size=24, steps=600, lr=3e-3
-    ),
-    "small": Config(
-        layers=8, dim=512, heads=8, ffn=1408, seq_len=512, batch_size=48, steps=5_000, lr=1e-3
-    ),
-    "medium": Config(
-        layers=24, dim=1024, heads=16, ffn=2816, seq_len=1024, batch_size=96, steps=20_000, lr=6e-4
-    ),
-    "1b": Config(
-        layers=16, dim=2048, heads=16, ffn=8192, seq_len=2048, batch_size=240, steps=50_000, lr=3e-4
-    ),
-    "3b": Config(
-        layers=28,
-        dim=3072,
-        heads=24,
-        ffn=8192,
-        seq_len=4096,
-        batch_size=240,
-        steps=100_000,
-        lr=2e-4,
-    ),
-    "8b": Config(
-        layers=32,
-        dim=4096,
-        heads=32,
-        ffn=14336,
-        seq_len=4096,
-        batch_size=480,
-        steps=100_000,
-        lr=2e-4,
-    ),
+    "nano": Config(2, 64, 2, 176, 128, 16, 1_500, 1e-3),
+    "tiny": Config(4, 128, 4, 352, 128, 24, 600, 3e-3),
+    "small": Config(8, 512, 8, 1408, 512, 48, 5_000, 1e-3),
+    "medium": Config(24, 1024, 16, 2816, 1024, 96, 20_000, 6e-4),
+    "1b": Config(16, 2048, 16, 8192, 2048, 240, 50_000, 3e-4),
+    "3b": Config(28, 3072, 24, 8192, 4096, 240, 100_000, 2e-4),
+    "8b": Config(32, 4096, 32, 14336, 4096, 480, 100_000, 2e-4),
 }
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices run on the hardware. CPUs that lack the instructions emulate them ten times slower."""
+    """Return True if bfloat16 matrix products run in hardware.
+
+    CPUs without the instructions emulate them ten times slower.
+    """
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -94,15 +71,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if not has_fast_bf16(
-            x.device
-        ):  # the same product: exact terms, added up in fp32, the sum rounded to bfloat16
+        if not has_fast_bf16(x.device):
+            # The same product: exact terms, an fp32 sum, rounded once to bfloat16.
             return F.linear(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last dimension, in the dtype of ``x``."""
+    """Root-mean-square normalization of the last dimension, in the dtype of ``x``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -113,7 +89,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """One row of ``weight`` for each byte, cast to the compute dtype."""
+    """Byte embedding, cast to the compute dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(VOCABULARY, dim)
@@ -123,7 +99,7 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary position embeddings. ``(B, T, D) -> (B, T, D)``."""
+    """Causal multi-head attention with rotary embeddings: ``(B, T, D) -> (B, T, D)``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -145,7 +121,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The gated feed-forward network. ``(B, T, D) -> (B, T, D)``."""
+    """Gated feed-forward network: ``(B, T, D) -> (B, T, D)``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -158,7 +134,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer, and the unit that FSDP shards and gathers. ``(B, T, D) -> (B, T, D)``."""
+    """Pre-norm transformer layer, the unit that FSDP shards: ``(B, T, D) -> (B, T, D)``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -173,10 +149,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes to next-byte logits: int64 ``(B, T)`` to bfloat16 ``(B, T, V)``.
+    """Byte-level GPT: int64 tokens ``(B, T)`` to bfloat16 logits ``(B, T, V)``.
 
-    Build it under ``torch.device("meta")``, shard it, call ``to_empty(device=...)`` and then ``init_weights``: so no rank ever holds
-    more than its own shard and one whole parameter.
+    Build it under ``torch.device("meta")``, shard it, call ``to_empty(device=...)``, then
+    ``init_weights``. So no rank allocates more than its own shards and one full parameter.
     """
 
     def __init__(self, config: Config) -> None:
@@ -196,18 +172,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill the parameters, in place: the same values for every sharding, world size and dtype (up to its rounding).
+        """Initialize the parameters in place, to the same values for every sharding and world size.
 
-        Each parameter has its own generator, seeded by ``seed`` and its name, so that its values do not depend on the others. They are
+        Values of different dtypes differ only by rounding. Each parameter has its own generator,
+        seeded by ``seed`` and its name, so that its values do not depend on the others. They are
         drawn on the parameter's device; CPU and CUDA draw different ones.
         """
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, dtype=torch.float32, device=parameter.device)
             if parameter.ndim > 1:
-                mixed = zlib.crc32(
-                    f"{seed}.{name}".encode()
-                )  # CPU generators ignore all but the low 32 bits of a seed
-                generator = torch.Generator(parameter.device).manual_seed(mixed)
+                # A hash of 32 bits, since CPU generators ignore higher bits of a seed.
+                hashed = zlib.crc32(f"{seed}.{name}".encode())
+                generator = torch.Generator(parameter.device).manual_seed(hashed)
                 full.normal_(0.0, self._std(name), generator=generator)
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
@@ -216,24 +192,27 @@ class GPT(nn.Module):
             parameter.copy_(full)
 
     def _std(self, name: str) -> float:
-        """Weights that write to the residual stream start smaller, so that its variance does not grow with depth (GPT-2)."""
-        writes_to_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
-        return INIT_STD / math.sqrt(2 * self.config.layers) if writes_to_residual else INIT_STD
+        if name.endswith(("attention.output.weight", "ffn.down.weight")):
+            # So that the variance of the residual stream does not grow with depth (GPT-2).
+            return INIT_STD / math.sqrt(2 * self.config.layers)
+        return INIT_STD
 
 
 def rotations(
     length: int, head_dim: int, device: torch.device, base: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al., arXiv:2104.09864), each ``(T, head_dim / 2)`` in the compute dtype."""
-    frequencies = base ** -(
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )
+    """Return cosines and sines of the rotary embedding (Su et al., arXiv:2104.09864).
+
+    Each is ``(T, head_dim / 2)`` in the compute dtype.
+    """
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = base ** -(even / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return angles.cos().to(COMPUTE_DTYPE), angles.sin().to(COMPUTE_DTYPE)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs ``(x[i], x[i + half])`` of queries or keys by their position's angles. ``(B, H, T, D / H)``."""
+    """Rotate the pairs ``(x[i], x[i + half])`` of ``(B, H, T, D / H)`` by their position's angles."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -25,8 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(1, str(REPO))  # run from a clone that is not installed
 
-from contenders import HYPER, Runner, contenders  # noqa: E402
-
+from bench.optimizers import HYPER, Runner, contenders  # noqa: E402
 from sharded_bf16_adamw import LR, AdamW_BF16, kernels  # noqa: E402
 from sharded_bf16_adamw.kernels import cuda, reference  # noqa: E402
 

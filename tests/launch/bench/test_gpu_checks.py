@@ -71,7 +71,7 @@ INTERPRETED = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import torch, gpu_checks
-from bench_stream import stream_ceiling_
+from bench.triton_bandwidth import stream_ceiling_
 from sharded_bf16_adamw.kernels import reference
 
 cpu = torch.device("cpu")

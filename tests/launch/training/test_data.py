@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-import data
+import training.data
 import numpy as np
 import pytest
 import torch
-from data import Text, UsageError, load_text
+from training.data import Text, UsageError, load_text
 
 
 @pytest.fixture

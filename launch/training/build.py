@@ -1,4 +1,4 @@
-"""Model, optimizer and learning-rate schedule as the arguments of ``train.py`` ask for them."""
+"""Model, optimizer and learning-rate schedule for the arguments of ``train.py``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from data import UsageError
-from model import GPT, PRESETS, RMSNorm
-from strategies import STRATEGIES, Strategy, World
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
+from training.data import UsageError
+from training.model import GPT, PRESETS, RMSNorm
+from training.strategies import STRATEGIES, Strategy, World
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
 Schedule = Callable[[int], float]
@@ -28,20 +28,23 @@ def set_seeds(args: argparse.Namespace) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     if args.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS promises the same bits only with this
+        # cuBLAS is deterministic only with this.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # that is for debugging
+        # Filling uninitialized memory is for debugging, and slow.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def build_model(
     args: argparse.Namespace, world: World, strategy: Strategy
 ) -> tuple[GPT, nn.Module]:
-    """Return the model and the module to call. Memory is allocated after sharding, so each rank holds its own shards alone."""
+    """Return the model and the module to call.
+
+    Memory is allocated after sharding, so that each rank allocates only its own shards.
+    """
     with torch.device("meta"):
         model = GPT(PRESETS[args.preset]).to(WEIGHT_DTYPES[args.optimizer])
-    mesh = world.mesh(strategy.mesh_shape(world.ranks))
+    mesh = world.mesh(strategy.mesh_shape(world.size))
     strategy.shard(model, mesh)
     model.to_empty(device=world.device)
     model.init_weights(args.seed)
@@ -51,34 +54,32 @@ def build_model(
 def make_optimizer(
     args: argparse.Namespace, model: GPT, schedule: Schedule
 ) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, not the gains of norms."""
-    gains = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, RMSNorm)
-        for p in module.parameters()
-    }  # FSDP1 flattens matrices
+    """Build an AdamW that applies weight decay to matrices, but not to the gains of norms.
+
+    Raises:
+        UsageError: the strategy shards AdamW_BF16 only, or a hyperparameter is invalid.
+    """
+    # By module and not by ndim, since FSDP1 flattens matrices.
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    gains = {id(p) for norm in norms for p in norm.parameters()}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in gains]},
         {"params": [p for p in model.parameters() if id(p) in gains], "weight_decay": 0.0},
     ]
     common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
     device = next(model.parameters()).device
-    sharding = STRATEGIES[args.strategy].sharding(
-        World(dist.get_rank(), dist.get_world_size(), device).mesh()
-    )
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    sharding = STRATEGIES[args.strategy].sharding(world.mesh())
     if sharding is not None and args.optimizer != "bf16":
         raise UsageError(
-            f"--strategy {args.strategy} shards the optimizer bf16 alone, not {args.optimizer}: use --strategy ddp or fsdp2."
+            f"--strategy {args.strategy} shards --optimizer bf16 only, not {args.optimizer}: "
+            "use --strategy ddp or fsdp2."
         )
     try:
         if args.optimizer == "bf16":
+            backend = args.optimizer_backend
             return AdamW_BF16(
-                groups,
-                lr_function=schedule,
-                backend=args.optimizer_backend,
-                sharding=sharding,
-                **common,
+                groups, lr_function=schedule, backend=backend, sharding=sharding, **common
             )
         return torch.optim.AdamW(groups, lr=schedule(0), **common)
     except ValueError as error:
@@ -86,12 +87,12 @@ def make_optimizer(
 
 
 def make_schedule(args: argparse.Namespace) -> Schedule:
-    """The learning rate as a function of the 0-based step: linear warm-up to ``--lr``, then ``--schedule``."""
+    """Return the lr as a function of the 0-based step: linear warm-up, then ``--schedule``."""
     lr, warmup, last = args.lr, args.warmup, args.steps - 1
     if args.schedule == "power":
         return LR(lr, preheat_steps=warmup, decay_power=-0.5)
 
-    def at(step: int) -> float:
+    def lr_at(step: int) -> float:
         if step < warmup:
             return lr * (step + 1) / warmup
         if args.schedule == "constant":
@@ -99,4 +100,4 @@ def make_schedule(args: argparse.Namespace) -> Schedule:
         progress = min(1.0, (step - warmup + 1) / max(1, last - warmup + 1))
         return args.final_lr + (lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-    return at
+    return lr_at

@@ -1,0 +1,1 @@
+"""Modules of ``benchmark.py``; each that has a ``main`` is one of its subcommands."""
