@@ -3,9 +3,9 @@
     python launch/train.py
     torchrun --nproc-per-node 2 launch/train.py
 
-A run writes ``metrics.jsonl``, ``loss.png`` and ``checkpoints/`` to ``--out``. It saves and stops on
-SIGTERM and Ctrl-C, and ``--resume auto`` continues it on any number of processes. A usage error ends
-it with exit code 2, diverged training with exit code 1; both print one sentence to stderr.
+A run writes ``metrics.jsonl``, ``loss.png`` and ``checkpoints/`` to ``--out``. It saves and stops
+on SIGTERM and Ctrl-C, and ``--resume auto`` continues it on any number of processes. A usage error
+ends it with exit code 2, diverged training with exit code 1; both print one sentence to stderr.
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ def recovery_hint(run: Run) -> str:
     """Say how to continue after training has diverged."""
     if run.saved is None:
         return "no checkpoint was saved; start again with a lower --lr"
-    return f"the last good checkpoint is {run.saved}; continue with --resume {run.saved} and a lower --lr"
+    return (
+        f"the last good checkpoint is {run.saved}; "
+        f"continue with --resume {run.saved} and a lower --lr"
+    )
 
 
 def print_summary(run: Run, stopped: bool) -> None:
@@ -422,10 +425,11 @@ def check_world(args: argparse.Namespace, world: World) -> None:
         raise UsageError(
             f"--strategy single runs on one process, not {world.size}: use --strategy ddp or fsdp2."
         )
-    if args.batch_size % (world.dp_size * args.grad_accum):
+    divisor = world.dp_size * args.grad_accum
+    if args.batch_size % divisor:
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world.dp_size} rank(s) "
-            f"x --grad-accum {args.grad_accum}: use a multiple of {world.dp_size * args.grad_accum}."
+            f"x --grad-accum {args.grad_accum}: use a multiple of {divisor}."
         )
 
 

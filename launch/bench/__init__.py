@@ -1,1 +1,1 @@
-"""Modules of ``benchmark.py``; each that has a ``main`` is one of its subcommands."""
+"""Modules of ``benchmark.py``. Each of its subcommands is the ``main`` of one of them."""

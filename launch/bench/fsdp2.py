@@ -1,5 +1,7 @@
-"""For ``benchmark.py --fsdp2``: clipping and a step on an FSDP2 model over 2 gloo ranks, ours against ``torch.nn.utils.clip_grad_norm_``
-and torch's AdamW."""
+"""Time clipping and a step on an FSDP2 model over 2 gloo ranks, for ``benchmark.py --fsdp2``.
+
+Compares ours with ``torch.nn.utils.clip_grad_norm_`` and torch's AdamW.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +26,25 @@ CONTENDERS = ("ours", "torch", "torch fused", "torch clip with our step")
 
 
 def measure_fsdp2(rounds: int) -> dict[str, Any]:
-    """Time each of :data:`CONTENDERS`, in turn, in each round.
+    """Time each of :data:`CONTENDERS` once per round, in random order.
 
     Returns:
-        ``times``: seconds by ``<contender> clip`` and ``<contender> step`` and round, each of the slowest rank;
-        ``clip_ratio``: torch's time of clipping alone over ours, median over rounds;
-        ``ratios``: for each contender but ours, its time of both over ours, median over rounds.
+        ``times``: seconds of the slowest rank by ``<contender> clip`` and ``<contender> step``, and
+        by round; ``clip_ratio``: torch's time of clipping over ours, median over rounds;
+        ``ratios``: each other contender's time of both over ours, median over rounds.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (folder, rounds), nprocs=RANKS)
-        times = json.loads((Path(folder) / "times.json").read_text())
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(_rank, (directory, rounds), nprocs=RANKS)
+        times = json.loads((Path(directory) / "times.json").read_text())
     return {"ranks": RANKS, "parameters": 2 * LAYERS, "times": times, **ratios(times)}
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
     def over_ours(name: str, *parts: str) -> float:
-        own, theirs = (
+        ours, other = (
             zip(*(times[f"{key} {part}"] for part in parts), strict=True) for key in ("ours", name)
         )
-        return statistics.median(sum(a) / sum(b) for a, b in zip(theirs, own, strict=True))
+        return statistics.median(sum(a) / sum(b) for a, b in zip(other, ours, strict=True))
 
     others = [name for name in CONTENDERS if name != "ours"]
     return {
@@ -51,13 +53,12 @@ def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _rank(rank: int, folder: str, rounds: int) -> None:
+def _rank(rank: int, directory: str, rounds: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
-    )
+    store = dist.FileStore(f"{directory}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
         torch.manual_seed(0)
         layers = [nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(LAYERS)]
@@ -93,6 +94,6 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
                     for part, seconds in zip(("clip", "step"), slowest.tolist(), strict=True):
                         times[f"{name} {part}"].append(seconds)
         if rank == 0:
-            (Path(folder) / "times.json").write_text(json.dumps(times))
+            (Path(directory) / "times.json").write_text(json.dumps(times))
     finally:
         dist.destroy_process_group()

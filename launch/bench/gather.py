@@ -1,7 +1,10 @@
-"""Peak memory of gathering and scattering the whole optimizer state: ``torchrun --nproc-per-node 4 launch/bench_gather.py``.
+"""Measure the peak memory of gathering and scattering the full optimizer state.
 
-Each rank watches its own resident memory in a thread. What is reported is the peak above what the rank held before the call; for rank 0
-also against the size of the result. ``--with-torch`` measures torch's own full state dict beside it. CPU and gloo, Linux.
+    torchrun --nproc-per-node 4 launch/benchmark.py gather
+
+Each rank samples its resident memory in a thread. The figure is the peak above the memory before
+the call; for rank 0 also without the size of the result. ``--with-torch`` also measures torch's
+full state dict. CPU and gloo, Linux.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,46 +31,44 @@ MB = 10**6
 PAGE = resource.getpagesize()
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * PAGE
 
 
 def peak_of(function: Callable[[], Any]) -> tuple[Any, int, float]:
-    """Run ``function``; return its result, the peak of resident memory above that at the start, and the seconds that it took."""
+    """Run ``function``; return its result, the peak of additional bytes, and the seconds."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused and not counted
     dist.barrier()
-    start, peak, done = resident(), [0], threading.Event()
+    before, peak, done = resident_bytes(), [0], threading.Event()
 
-    def watch() -> None:
+    def sample() -> None:
         while not done.wait(0.001):
-            peak[0] = max(peak[0], resident())
+            peak[0] = max(peak[0], resident_bytes())
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
     result = function()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     done.set()
-    watcher.join()
-    return result, max(peak[0], resident()) - start, seconds
+    sampler.join()
+    return result, max(peak[0], resident_bytes()) - before, seconds
 
 
 def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16]:
-    """A stack of square layers and an optimizer whose states hold values: memory that was never written does not count as resident."""
+    """Build square layers and an optimizer with filled states; unwritten memory is not resident."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = nn.Sequential(
-        *[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
-    )
+    linear = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
+    model = nn.Sequential(*linear)
     if strategy == "fsdp2":
         for layer in (*model, model):
             fully_shard(layer, mesh=mesh)
-    optimizer = AdamW_BF16(
-        model.parameters(), lr=1e-3, sharding=ZeRO(mesh) if strategy == "zero2" else None
-    )
+    sharding = ZeRO(mesh) if strategy == "zero2" else None
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-3, sharding=sharding)
     optimizer.init_state()
     for state in optimizer.state.values():
         for key, value in state.items():
@@ -78,9 +78,11 @@ def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16
     return model, optimizer
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmark.py gather",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2")
     parser.add_argument("--layers", type=int, default=12)
@@ -90,7 +92,7 @@ def main() -> int:
         action="store_true",
         help="also measure torch's get_optimizer_state_dict, full, offloaded to CPU",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     model, optimizer = build(args.strategy, args.layers, args.width)
@@ -104,9 +106,9 @@ def main() -> int:
             model, optimizer, options=options
         )
     if dist.get_rank() == 0:
-        total = states * tensor / MB
         print(
-            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of {tensor / MB:.1f} MB, {total:.0f} MB in all"
+            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of "
+            f"{tensor / MB:.1f} MB, {states * tensor / MB:.0f} MB in all"
         )
     full: Any = None
     peak_of(lambda: dist.all_gather_object([None] * dist.get_world_size(), "warm up"))
@@ -126,17 +128,14 @@ def main() -> int:
 
 
 def report(name: str, peak: int, seconds: float, result: int) -> None:
-    """Print every rank's peak; rank 0's without the result too."""
+    """Print every rank's peak; rank 0's also without the result's bytes."""
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, peak)
     if dist.get_rank() == 0:
         extra = f" ({(peaks[0] - result) / MB:+.1f} beside the result)" if result else ""
         others = ", ".join(f"{value / MB:.1f}" for value in peaks[1:])
         print(
-            f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; other ranks {others}",
+            f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; "
+            f"other ranks {others}",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

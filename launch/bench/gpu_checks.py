@@ -1,8 +1,9 @@
-"""What only a GPU can show of the step, as PASS or FAIL lines: the CPU reference's bits, launches, host syncs, CUDA graphs, memory.
+"""Check what only a GPU can show of the step, and print PASS or FAIL lines.
 
-    python launch/gpu_checks.py
+    python launch/benchmark.py gpu-checks
 
-``benchmark.py --device cuda`` runs it first. The exit status is 1 if a check fails.
+The checks: bits of the CPU reference, launches, host syncs, CUDA graphs and memory.
+``benchmark.py --device cuda`` runs them first. The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -15,43 +16,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-REPO = Path(__file__).resolve().parent.parent
-if str(REPO) not in sys.path:
-    sys.path.insert(1, str(REPO))  # run from a clone that is not installed
-
-from bench.optimizers import HYPER, Runner, contenders  # noqa: E402
-from sharded_bf16_adamw import LR, AdamW_BF16, kernels  # noqa: E402
-from sharded_bf16_adamw.kernels import cuda, reference  # noqa: E402
+from bench.optimizers import HYPER, Runner, contenders
+from sharded_bf16_adamw import LR, AdamW_BF16, kernels
+from sharded_bf16_adamw.kernels import cuda, reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SIZES = (0, 1, 7, 1023, 8192, 20001, 1 << 20)
 SHAPES = [(1000, 512), (333,), (1,), (4096, 1024)]
 MEMORY_NUMEL = 1 << 26
-SPECIAL = [
-    0x7F80,
-    -0x80,
-    0x7FFF,
-    -1,
-    0x7FC0,
-    0,
-    -0x8000,
-    1,
-    -0x7FFF,
-    0x7F,
-    0x7F7F,
-    -0x81,
-]  # bf16 inf, NaN, zeros, subnormals, largest
+# bf16 inf, NaN, zeros, subnormals, largest
+SPECIAL = [0x7F80, -0x80, 0x7FFF, -1, 0x7FC0, 0, -0x8000, 1, -0x7FFF, 0x7F, 0x7F7F, -0x81]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, whether it held, and figures."""
+    """Result of a check, with its figures."""
 
     name: str
     passed: bool
@@ -65,7 +49,7 @@ class Check:
 
 
 def run_checks(device: torch.device) -> list[Check]:
-    """Run and print all checks. One that raises has failed; the others still run."""
+    """Run and print all checks. A check that raises has failed; the others still run."""
     checks: dict[str, Callable[[torch.device], tuple[bool, str]]] = {
         "bits of the CPU reference": check_bits,
         "1 launch a step, 2 with clipping, for two parameter groups": check_launches,
@@ -84,14 +68,13 @@ def run_checks(device: torch.device) -> list[Check]:
     return done
 
 
-# ------------------------------------------------------------------------------------------------------------------------ bits
+# --------------------------------------------------------------------------------------------- bits
 
 
 def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bool, str]:
-    """One update of random bit patterns by the kernel and by the reference on the CPU, over dtypes, alignments and options."""
-    cases = list(
-        product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3))
-    )  # parameters, gradients, and their elements off alignment
+    """Compare an update of random bits with the CPU reference, over dtypes, alignments, options."""
+    # Dtypes of parameters and gradients, and their offsets in elements off alignment.
+    cases = list(product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3)))
     options: list[dict[str, Any]] = [
         {},
         {"grad_scale": 0.37},
@@ -102,14 +85,12 @@ def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bo
     wrong = []
     for (param, grad, param_offset, grad_offset), option in product(cases, options):
         found = bits_that_differ(device, sizes, param, grad, param_offset, grad_offset, option)
-        wrong += [
-            f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}, {option}: {line}"
-            for line in found
-        ]
+        case = f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}"
+        wrong += [f"{case}, {option}: {line}" for line in found]
     count = len(cases) * len(options)
-    return not wrong, wrong[
-        0
-    ] if wrong else f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
+    if wrong:
+        return False, wrong[0]
+    return True, f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
 
 
 def bits_that_differ(
@@ -121,7 +102,10 @@ def bits_that_differ(
     grad_offset: int,
     option: dict[str, Any],
 ) -> list[str]:
-    """Name each tensor that is not the reference's after one update; offsets are elements off the start of an allocation."""
+    """Return each tensor that differs from the reference's after one update.
+
+    Offsets are elements from the start of an allocation.
+    """
     generator = torch.Generator().manual_seed(1)
     columns: dict[str, list[Any]] = {
         "params": [patterns(n, param, generator) for n in sizes],
@@ -132,7 +116,7 @@ def bits_that_differ(
     }
     for v in columns["exp_avg_sqs"]:
         half = v[: len(v) // 2]
-        half.copy_(half.abs())  # a negative one gives NaN: not in all
+        half.copy_(half.abs())  # negative ones give NaN: not everywhere
     grads = [patterns(n, grad, generator) for n in sizes]
     on_device: dict[str, list[Any]] = {
         name: [None if x is None else placed(x, device, param_offset) for x in column]
@@ -162,24 +146,21 @@ def bits_that_differ(
 
 
 def patterns(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random bit patterns: every exponent, subnormals, infinities and NaNs; a tenth of the elements are special values."""
+    """Return random bits: every exponent, subnormals, infinities, NaNs; a tenth from SPECIAL."""
     words = torch.randint(-(2**15), 2**15, (n, 2), generator=generator).to(torch.int16)
     special = torch.tensor(SPECIAL, dtype=torch.int16)
     chosen = special[torch.randint(len(special), (n,), generator=generator)]
     where = torch.rand(n, generator=generator) < 0.1
     words[:, 1] = torch.where(where, chosen, words[:, 1])
-    words[:, 0] *= ~(
-        where & (torch.rand(n, generator=generator) < 0.5)
-    )  # float32 infinity and zero have no low bits
-    return (
-        words.view(torch.int32).flatten().view(FP32)
-        if dtype == FP32
-        else words[:, 1].contiguous().view(BF16)
-    )
+    # float32 infinity and zero have zero low bits
+    words[:, 0] *= ~(where & (torch.rand(n, generator=generator) < 0.5))
+    if dtype == FP32:
+        return words.view(torch.int32).flatten().view(FP32)
+    return words[:, 1].contiguous().view(BF16)
 
 
 def placed(x: Tensor, device: torch.device, offset: int) -> Tensor:
-    """A copy on the device, ``offset`` elements into its allocation; a 0-dim tensor stays one."""
+    """Return a copy on the device, ``offset`` elements into its allocation; 0-dim stays 0-dim."""
     if x.dim() == 0:
         return x.to(device, copy=True)
     memory = torch.zeros(x.numel() + offset, dtype=x.dtype, device=device)
@@ -188,17 +169,17 @@ def placed(x: Tensor, device: torch.device, offset: int) -> Tensor:
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors hold the same bits; NaN equals NaN, whatever its payload."""
+    """Return True if two tensors hold the same bits; a NaN equals any other NaN."""
     x, y = x.cpu(), y.cpu()
     integer = torch.int16 if x.dtype == BF16 else torch.int32
     return bool(((x.view(integer) == y.view(integer)) | (x.isnan() & y.isnan())).all())
 
 
-# ---------------------------------------------------------------------------------------------------- launches and host syncs
+# -------------------------------------------------------------------------- launches and host syncs
 
 
 class Twin:
-    """An optimizer over random bf16 parameters in two groups; equal seeds make equal twins."""
+    """Optimizer of random bf16 parameters in two groups; all twins start equal."""
 
     def __init__(self, device: torch.device, **options: Any) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
@@ -216,7 +197,7 @@ class Twin:
         )
 
     def new_grads(self) -> None:
-        """Gradients of a new draw; where the old ones lie, if there are some."""
+        """Draw new gradients, in place if there are old ones."""
         for param in self.params:
             grad = self._random(tuple(param.shape), param.device, 1e-2)
             param.grad = grad if param.grad is None else param.grad.copy_(grad)
@@ -231,10 +212,10 @@ class Twin:
 
 
 def kernels_launched(function: Callable[[], Any]) -> list[str]:
-    """Names of the kernels that a call launches, in the order of the profile. Copies and fills by the driver are not kernels.
+    """Return the names of the kernels that a call launches, without copies and fills.
 
-    The call is made twice before, since the first compiles and uploads. A profile that saw nothing at all is taken again: now and then
-    one loses its events.
+    Two calls precede the profile, since the first compiles and uploads. A profile without any event
+    is repeated: occasionally one loses its events.
     """
     function()
     function()
@@ -244,17 +225,15 @@ def kernels_launched(function: Callable[[], Any]) -> list[str]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
             torch.cuda.synchronize()
-        on_device = [
-            event
+        # torch annotates each optimizer step, which is not a kernel.
+        kernels = [
+            event.name
             for event in profile.events()
             if event.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
         ]
-        kernels = [
-            event.name for event in on_device if not getattr(event, "is_user_annotation", False)
-        ]  # torch marks each step as one
-        names = [
-            name for name in kernels if not name.startswith(("Memcpy", "Memset", "Context Sync"))
-        ]
+        skipped = ("Memcpy", "Memset", "Context Sync")
+        names = [name for name in kernels if not name.startswith(skipped)]
         if names:
             break
     return names
@@ -265,7 +244,10 @@ def check_launches(device: torch.device) -> tuple[bool, str]:
     step = kernels_launched(plain.optimizer.step)
     clipped = kernels_launched(plain.clipped_step)
     with_guard = kernels_launched(guarded.optimizer.step)
-    detail = f"step {step}; with clipping {clipped}; with skip_nonfinite and no clipping {len(with_guard)}: {with_guard}"
+    detail = (
+        f"step {step}; with clipping {clipped}; "
+        f"with skip_nonfinite and no clipping {len(with_guard)}: {with_guard}"
+    )
     return (len(step), len(clipped)) == (1, 2), detail
 
 
@@ -280,10 +262,10 @@ def host_syncs_raise() -> Iterator[None]:
 
 
 def check_no_sync(device: torch.device) -> tuple[bool, str]:
-    """Steps with and without clipping, guard and schedule, on gradients where they lay before and elsewhere."""
+    """Check steps with and without clipping, guard and schedule, on old and new gradients."""
     for options in ({}, {"skip_nonfinite": True}, {"lr": None, "lr_function": LR()}):
         twin = Twin(device, **options)
-        twin.clipped_step()  # compiling and making states may wait
+        twin.clipped_step()  # compiling and creating states may synchronize
         twin.optimizer.step()
         for _ in range(3):
             with host_syncs_raise():
@@ -291,31 +273,29 @@ def check_no_sync(device: torch.device) -> tuple[bool, str]:
                 twin.optimizer.step()
             for param in twin.params:
                 assert param.grad is not None
-                param.grad = (
-                    param.grad.clone()
-                )  # the old one is freed only afterwards, so this lies elsewhere
-    return (
-        True,
-        "step and clip_grad_norm_ + step, with and without skip_nonfinite and lr_function, on old and new gradients",
+                # Elsewhere in memory, since the old one is freed only afterwards.
+                param.grad = param.grad.clone()
+    return True, (
+        "step and clip_grad_norm_ + step, with and without skip_nonfinite and lr_function, "
+        "on old and new gradients"
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- CUDA graphs
+# -------------------------------------------------------------------------------------- CUDA graphs
 
 
 def check_graph(device: torch.device) -> tuple[bool, str]:
-    """Capture one step, plain and clipped, and replay it with changing gradients and learning rates beside an eager twin."""
+    """Replay a captured step, plain and clipped, and compare it with an eager twin."""
     replays = 5
     for name in ("step", "clip_grad_norm_ + step"):
-        twins = [
-            Twin(device, capturable=True, lr=torch.tensor(1e-3, device=device)) for _ in range(2)
-        ]
+        lr = partial(torch.tensor, 1e-3, device=device)
+        twins = [Twin(device, capturable=True, lr=lr()) for _ in range(2)]
         eager, captured = twins
         calls = [twin.optimizer.step if name == "step" else twin.clipped_step for twin in twins]
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(3):  # torch asks for steps on a side stream before a capture
+            for _ in range(3):  # torch requires steps on a side stream before a capture
                 for call in calls:
                     call()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -329,39 +309,37 @@ def check_graph(device: torch.device) -> tuple[bool, str]:
             calls[0]()
             graph.replay()
         torch.cuda.synchronize()
-        wrong = [
-            i
-            for i, (x, y) in enumerate(zip(eager.tensors(), captured.tensors(), strict=True))
-            if not same_bits(x, y)
-        ]
+        pairs = zip(eager.tensors(), captured.tensors(), strict=True)
+        wrong = [i for i, (x, y) in enumerate(pairs) if not same_bits(x, y)]
         taken = float(captured.optimizer.state[captured.params[0]]["step"])
         if wrong or taken != 3 + replays:
-            return (
-                False,
-                f"{name}: tensors {wrong} differ after {replays} replays, and {taken:.0f} steps were counted, not {3 + replays}",
+            return False, (
+                f"{name}: tensors {wrong} differ after {replays} replays, "
+                f"and {taken:.0f} steps were counted, not {3 + replays}"
             )
-    return (
-        True,
-        f"step and clip_grad_norm_ + step, {replays} replays each with new gradients and learning rates",
+    return True, (
+        f"step and clip_grad_norm_ + step, {replays} replays each "
+        "with new gradients and learning rates"
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def check_memory(device: torch.device) -> tuple[bool, str]:
-    """Peak bytes a parameter of weights, gradients, states and temporaries over two steps: ours, and mixed precision in torch."""
+    """Compare the peak bytes per parameter over two steps with torch's mixed precision."""
     by_key = {c.key: c for c in contenders(device)}
     peaks = {
         key: peak_bytes(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device)
         for key in ("ours", "torch-fused-fp32")
     }
     ours, torchs = (peak / MEMORY_NUMEL for peak in peaks.values())
-    detail = f"{ours:.2f} B a parameter with weights and gradients, against {torchs:.2f} B (fp32 masters and gradients, bf16 weights)"
-    return (
-        ours < torchs and ours <= 10.1,
-        detail,
-    )  # 2 B each of g, p, m, v, c, and next to nothing besides
+    detail = (
+        f"{ours:.2f} B per parameter with weights and gradients, against {torchs:.2f} B "
+        "(fp32 masters and gradients, bf16 weights)"
+    )
+    # 2 B each of g, p, m, v and c, and next to nothing besides
+    return ours < torchs and ours <= 10.1, detail
 
 
 def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
@@ -377,19 +355,14 @@ def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmark.py gpu-checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     if not torch.cuda.is_available():
-        print("gpu_checks.py needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
+        print("gpu-checks needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
         return 2
-    return int(
-        not all(
-            check.passed for check in run_checks(torch.device("cuda", torch.cuda.current_device()))
-        )
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    checks = run_checks(torch.device("cuda", torch.cuda.current_device()))
+    return int(not all(check.passed for check in checks))

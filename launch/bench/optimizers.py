@@ -1,9 +1,10 @@
-"""What ``benchmark.py`` times: our step, those of other libraries, and the memory traffic of a step alone.
+"""Contenders of ``benchmark.py step``: our step, those of other libraries, and plain copies.
 
-Optimizers make their own parameters, gradients and states. What is compared with our step to tell of our step alone (its share of the
-copy ceiling, the cost of clipping) runs on the very tensors of our step, or for a ceiling beside many tensors on one flat copy: where
-the pages of two equal sets of tensors come to lie makes a difference. Gradients are set once and kept, so a step
-is the optimizer's work alone. A contender whose package is missing raises ImportError when made, and nothing before.
+Optimizers allocate their own parameters, gradients and states. Two kinds of contenders run on the
+very tensors of our step, since the pages of two equal sets of tensors differ in speed: variants
+that isolate a part of our step (the cost of clipping), and its copy ceiling (for many tensors, on
+one flat copy of them). Gradients are set once and kept, so a step is the optimizer's work alone. A
+contender whose package is missing raises ImportError when it is made.
 """
 
 from __future__ import annotations
@@ -24,13 +25,9 @@ from sharded_bf16_adamw.kernels import cpu
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes all but g, 2 bytes each
 BF16, FP32 = torch.bfloat16, torch.float32
-OURS, FP32_TORCH, BF16_TORCH, OTHER, CEILING = (
-    "tab:blue",
-    "tab:green",
-    "tab:red",
-    "tab:orange",
-    "black",
-)  # colors of bars
+# Colors of bars.
+OURS, FP32_TORCH, BF16_TORCH, OTHER = "tab:blue", "tab:green", "tab:red", "tab:orange"
+CEILING = "black"
 Shapes = Sequence[tuple[int, ...]]
 
 
@@ -40,8 +37,13 @@ def _nothing() -> None:
 
 @dataclass
 class Runner:
-    """A contender with its tensors in place: ``before`` runs ahead of each turn, untimed, and then ``step``, timed. With ``optimizer``
-    other contenders may run on its tensors."""
+    """A contender with its tensors allocated.
+
+    Attributes:
+        step: is timed.
+        before: runs ahead of each turn, untimed.
+        optimizer: on whose tensors other contenders may run.
+    """
 
     step: Callable[[], Any]
     before: Callable[[], Any] = _nothing
@@ -53,15 +55,16 @@ class Contender:
     """One row of the table.
 
     Args:
-        key: its name in the JSON file.
-        label: its name in the tables, saying what the time includes.
-        make: from the parameters' shapes and a device to a :class:`Runner`; with ``on``, also from the optimizer of that contender.
-        memory: bytes a parameter while it steps, temporaries included: what must fit beside the others.
-        package: what to install for it.
-        ceiling: key of the copy that its share of the memory bandwidth is measured against.
+        key: name in the JSON file.
+        label: name in the tables; says what the time includes.
+        make: takes the parameters' shapes and a device, and with ``runs_on`` also that contender's
+            optimizer; returns a :class:`Runner`.
+        memory: peak bytes per parameter, temporaries included.
+        package: package to install for it.
+        ceiling: key of the copy that its share of the memory bandwidth refers to.
         color: of its bar.
-        most: elements beyond which it is not measured, because a step takes seconds.
-        on: key of the contender on whose tensors it runs.
+        max_numel: elements above which it is not measured, because a step takes seconds.
+        runs_on: key of the contender on whose tensors it runs.
     """
 
     key: str
@@ -71,95 +74,52 @@ class Contender:
     package: str | None = None
     ceiling: str | None = None
     color: str = "tab:gray"
-    most: int = 1 << 62
-    on: str | None = None
+    max_numel: int = 1 << 62
+    runs_on: str | None = None
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    """All contenders of a device, ours first. Raises nothing for packages that are missing."""
+    """Return all contenders of a device, ours first, also those whose packages are missing."""
     isas = cpu.supported_isas() if device.type == "cpu" and cpu.available() else []
     return [*_ours(device, isas), *_torch(), *_others(device), *_ceilings(device, isas)]
 
 
-def ours_key(isa: str) -> str | None:
-    """The key of our step with one CPU instruction set, or None where this processor or the library lacks it."""
-    if not cpu.available() or isa not in cpu.supported_isas():
-        return None
-    return "ours" if isa == cpu.selected_isa() else f"ours-{isa}"
-
-
-# ------------------------------------------------------------------------------------------------------------------------ ours
+# ------------------------------------------------------------------------------------------- ours
 
 
 def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
     fastest = cpu.selected_isa() if isas else None
     ceiling = f"ceiling-{fastest}" if isas else "ceiling" if device.type == "cuda" else None
-    how = fastest or ("Triton" if device.type == "cuda" else "reference back end")
-    rows = [Contender("ours", f"AdamW_BF16 ({how})", _make_ours, 10, ceiling=ceiling, color=OURS)]
+    backend = fastest or ("Triton" if device.type == "cuda" else "reference back end")
+    variant = partial(Contender, memory=0, runs_on="ours", color=OURS)
+    rows = [
+        Contender("ours", f"AdamW_BF16 ({backend})", _make_ours, 10, ceiling=ceiling, color=OURS)
+    ]
     for isa in reversed(isas):
         if isa != fastest:
-            forced = partial(_make_forced, isa=isa)
-            rows.append(
-                Contender(
-                    f"ours-{isa}",
-                    f"AdamW_BF16 ({isa})",
-                    forced,
-                    0,
-                    on="ours",
-                    ceiling=f"ceiling-{isa}",
-                    color=OURS,
-                )
-            )
+            make = partial(_make_with_isa, isa=isa)
+            label = f"AdamW_BF16 ({isa})"
+            rows.append(variant(f"ours-{isa}", label, make, ceiling=f"ceiling-{isa}"))
+    rows.append(variant("ours-clip", "AdamW_BF16, clip_grad_norm_ + step", _make_clipped))
+    if isas:
+        label = "AdamW_BF16, a loop that reads the gradients + step"
+        rows.append(Contender("ours-reading", label, _make_reading, 0, runs_on="ours"))
     reference = partial(_make_ours, backend="reference")
-    rows += [
-        Contender(
-            "ours-clip",
-            "AdamW_BF16, clip_grad_norm_ + step",
-            _make_clipped,
-            0,
-            on="ours",
-            color=OURS,
-        ),
-        *(
-            [
-                Contender(
-                    "ours-reading",
-                    "AdamW_BF16, a loop that reads the gradients + step",
-                    _make_reading,
-                    0,
-                    on="ours",
-                )
-            ]
-            if isas
-            else []
-        ),
-        Contender(
-            "ours-kernel",
-            "AdamW_BF16, kernel call alone",
-            _make_kernel_alone,
-            0,
-            on="ours",
-            color=OURS,
-        ),
-        Contender(
-            "ours-reference",
-            "AdamW_BF16 (reference back end)",
-            reference,
-            10,
-            color=OURS,
-            most=1 << 27,
-        ),
+    label = "AdamW_BF16 (reference back end)"
+    return [
+        *rows,
+        variant("ours-kernel", "AdamW_BF16, kernel call alone", _make_kernel_alone),
+        Contender("ours-reference", label, reference, 10, color=OURS, max_numel=1 << 27),
     ]
-    return rows
 
 
 def _make_ours(shapes: Shapes, device: torch.device, *, backend: str | None = None) -> Runner:
     optimizer = AdamW_BF16(_parameters(shapes, device, BF16), **HYPER, backend=backend)
-    return Runner(optimizer.step, _selecting(None, device), optimizer)
+    return Runner(optimizer.step, _select_isa(None, device), optimizer)
 
 
-def _make_forced(shapes: Shapes, device: torch.device, ours: AdamW_BF16, *, isa: str) -> Runner:
-    return Runner(ours.step, _selecting(isa, device))
+def _make_with_isa(shapes: Shapes, device: torch.device, ours: AdamW_BF16, *, isa: str) -> Runner:
+    return Runner(ours.step, _select_isa(isa, device))
 
 
 def _make_clipped(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
@@ -167,18 +127,18 @@ def _make_clipped(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
         ours.clip_grad_norm_(1.0)
         ours.step()
 
-    return Runner(clip_and_step, _selecting(None, device))
+    return Runner(clip_and_step, _select_isa(None, device))
 
 
 def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
-    """What clipping costs at least, since the norm must read the gradients before the step does."""
+    """Make the lower bound of clipping: the norm must read the gradients before the step does."""
     grads = _columns(ours)[0]
 
     def read_and_step() -> None:
         cpu.read_ceiling(grads)
         ours.step()
 
-    return Runner(read_and_step, _selecting(None, device))
+    return Runner(read_and_step, _select_isa(None, device))
 
 
 def _make_kernel_alone(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
@@ -187,77 +147,51 @@ def _make_kernel_alone(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -
         params, exp_avgs, exp_avg_sqs, corrections, [state["step"] for state in ours.state.values()]
     )
     hyper = kernels.Hyperparams(HYPER["lr"], 0.9, 0.999, HYPER["eps"], HYPER["weight_decay"])
-    return Runner(lambda: table.update_(grads, [hyper]), _selecting(None, device))
+    return Runner(lambda: table.update_(grads, [hyper]), _select_isa(None, device))
 
 
 def _columns(ours: AdamW_BF16) -> list[list[Tensor]]:
-    """g, p, m, v and c of all parameters, after a first step."""
-    states = [
-        [state[key] for state in ours.state.values()]
-        for key in ("exp_avg", "exp_avg_sq", "correction")
-    ]
+    """Return g, p, m, v and c of all parameters, after a first step."""
+    keys = ("exp_avg", "exp_avg_sq", "correction")
     return [
         [p.grad for p in ours.state if p.grad is not None],
         [p.detach() for p in ours.state],
-        *states,
+        *([state[key] for state in ours.state.values()] for key in keys),
     ]
 
 
-def _selecting(isa: str | None, device: torch.device) -> Callable[[], None]:
+def _select_isa(isa: str | None, device: torch.device) -> Callable[[], None]:
     return partial(cpu.select_isa, isa) if device.type == "cpu" else _nothing
 
 
-# ----------------------------------------------------------------------------------------------------------------------- torch
+# ------------------------------------------------------------------------------------------ torch
 
 
 def _torch() -> list[Contender]:
+    fp32, bf16 = partial(Contender, color=FP32_TORCH), partial(Contender, color=BF16_TORCH)
     fused, foreach = {"fused": True}, {"foreach": True}
+    copy = "fp32 + bf16 copy of the weights"
+    both = f"torch fused {copy} + fp32 copy of the gradients"
+    make_fused = partial(_make_fp32, options=fused)
+    make_both = partial(_make_fp32, options=fused, bf16_grads=True)
+    make_foreach = partial(_make_fp32, options=foreach)
+    make_bf16, make_foreach_bf16 = (partial(_make_bf16, options=x) for x in (fused, foreach))
     return [
-        Contender(
-            "torch-fused-fp32",
-            "torch fused fp32 + bf16 copy of the weights",
-            partial(_make_fp32, options=fused),
-            18,
-            color=FP32_TORCH,
-        ),
-        Contender(
-            "torch-fused-fp32-grads",
-            "torch fused fp32 + bf16 copy of the weights + fp32 copy of the gradients",
-            partial(_make_fp32, options=fused, bf16_grads=True),
-            20,
-            color=FP32_TORCH,
-        ),
-        Contender(
-            "torch-foreach-fp32",
-            "torch foreach fp32 + bf16 copy of the weights",
-            partial(_make_fp32, options=foreach),
-            26,
-            color=FP32_TORCH,
-        ),
-        Contender(
-            "torch-fused-bf16",
-            "torch fused, all bf16 (stalls)",
-            partial(_make_bf16, options=fused),
-            8,
-            color=BF16_TORCH,
-        ),
-        Contender(
-            "torch-foreach-bf16",
-            "torch foreach, all bf16 (stalls)",
-            partial(_make_bf16, options=foreach),
-            12,
-            color=BF16_TORCH,
-        ),
+        fp32("torch-fused-fp32", f"torch fused {copy}", make_fused, 18),
+        fp32("torch-fused-fp32-grads", both, make_both, 20),
+        fp32("torch-foreach-fp32", f"torch foreach {copy}", make_foreach, 26),
+        bf16("torch-fused-bf16", "torch fused, all bf16 (stalls)", make_bf16, 8),
+        bf16("torch-foreach-bf16", "torch foreach, all bf16 (stalls)", make_foreach_bf16, 12),
     ]
 
 
 def _make_fp32(
     shapes: Shapes, device: torch.device, *, options: dict[str, Any], bf16_grads: bool = False
 ) -> Runner:
-    """Mixed precision: fp32 master weights and moments, copied to the bf16 weights that the model runs with.
+    """Make mixed precision: fp32 master weights and moments, copied to the model's bf16 weights.
 
-    With ``bf16_grads`` the gradients arrive as bf16, as those of bf16 weights do, and are copied to fp32 first; without, they are
-    taken to be fp32 already, which favours this contender.
+    With ``bf16_grads`` the gradients arrive in bf16, as for bf16 weights, and are copied to fp32
+    first. Without, they are in fp32 already, which favours this contender.
     """
     master = _parameters(shapes, device, FP32)
     optimizer = torch.optim.AdamW(master, **HYPER, **options)
@@ -283,39 +217,20 @@ def _make_bf16(shapes: Shapes, device: torch.device, *, options: dict[str, Any])
     return Runner(torch.optim.AdamW(_parameters(shapes, device, BF16), **HYPER, **options).step)
 
 
-# ------------------------------------------------------------------------------------------------------------- other libraries
+# -------------------------------------------------------------------------------- other libraries
 
 
 def _others(device: torch.device) -> list[Contender]:
-    on_cpu = Contender(
-        "deepspeed",
-        "DeepSpeedCPUAdam fp32 + bf16 copy of the weights",
-        _make_deepspeed,
-        18,
-        "deepspeed",
-        color=OTHER,
-    )
+    other = partial(Contender, color=OTHER)
+    deepspeed = "DeepSpeedCPUAdam fp32 + bf16 copy of the weights"
+    optimi = "torch-optimi AdamW, bf16 + Kahan sum"
+    flash = "FlashAdamW, 24-bit weights, 8-bit moments"
+    rows = [other("deepspeed", deepspeed, _make_deepspeed, 18, "deepspeed")]
     return [
-        *([on_cpu] if device.type == "cpu" else []),
-        Contender(
-            "optimi",
-            "torch-optimi AdamW, bf16 + Kahan sum",
-            _make_optimi,
-            18,
-            "torch-optimi",
-            color=OTHER,
-        ),
-        Contender(
-            "flashoptim",
-            "FlashAdamW, 24-bit weights, 8-bit moments",
-            _make_flashoptim,
-            16,
-            "flashoptim",
-            color=OTHER,
-        ),
-        Contender(
-            "torchao", "torchao AdamW8bit, bf16 weights", _make_torchao, 16, "torchao", color=OTHER
-        ),
+        *(rows if device.type == "cpu" else []),
+        other("optimi", optimi, _make_optimi, 18, "torch-optimi"),
+        other("flashoptim", flash, _make_flashoptim, 16, "flashoptim"),
+        other("torchao", "torchao AdamW8bit, bf16 weights", _make_torchao, 16, "torchao"),
     ]
 
 
@@ -323,7 +238,8 @@ def _make_deepspeed(shapes: Shapes, device: torch.device) -> Runner:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    # Its extension is linked to the system's OpenMP library, where torch.set_num_threads, which serves torch's own, does nothing.
+    # DeepSpeed's extension links the system's OpenMP library; torch.set_num_threads only sets the
+    # number of threads of torch's own.
     ctypes.CDLL("libgomp.so.1").omp_set_num_threads(torch.get_num_threads())
     master = _parameters(shapes, device, FP32)
     return _with_copies(DeepSpeedCPUAdam(master, **HYPER, adamw_mode=True).step, master)
@@ -348,28 +264,21 @@ def _make_torchao(shapes: Shapes, device: torch.device) -> Runner:
     return Runner(AdamW8bit(_parameters(shapes, device, BF16), **HYPER).step)
 
 
-# ------------------------------------------------------------------------------------------------------------------- ceilings
+# --------------------------------------------------------------------------------------- ceilings
 
 
 def _ceilings(device: torch.device, isas: list[str]) -> list[Contender]:
-    copy = Contender(
-        "copy", "plain copy of 9 B a parameter (reads 9, writes 9)", _make_copy, 18, color=CEILING
-    )
+    ceiling = partial(Contender, color=CEILING)
+    copy = ceiling("copy", "plain copy of 9 B a parameter (reads 9, writes 9)", _make_copy, 18)
     if device.type == "cuda":
-        mix = "copy ceiling: reads 10 B, writes 8 B a parameter"
-        return [Contender("ceiling", mix, _make_gpu_ceiling, 10, color=CEILING), copy]
-    mixes = [
-        Contender(
-            f"ceiling-{isa}",
-            f"copy ceiling ({isa}): reads 10 B, writes 8 B",
-            partial(make, isa=isa),
-            10,
-            on="ours",
-            color=CEILING,
-        )
-        for isa, make in ((isa, _make_cpu_ceiling) for isa in reversed(isas))
-    ]
-    return [*mixes, copy]
+        label = "copy ceiling: reads 10 B, writes 8 B a parameter"
+        return [ceiling("ceiling", label, _make_gpu_ceiling, 10), copy]
+    rows = []
+    for isa in reversed(isas):
+        label = f"copy ceiling ({isa}): reads 10 B, writes 8 B"
+        make = partial(_make_cpu_ceiling, isa=isa)
+        rows.append(ceiling(f"ceiling-{isa}", label, make, 10, runs_on="ours"))
+    return [*rows, copy]
 
 
 def _make_cpu_ceiling(
@@ -379,27 +288,26 @@ def _make_cpu_ceiling(
         column[0] if len(column) == 1 else torch.cat([x.flatten() for x in column])
         for column in _columns(ours)
     ]
-    return Runner(lambda: cpu.stream_ceiling(arrays), _selecting(isa, device))
+    return Runner(lambda: cpu.stream_ceiling(arrays), _select_isa(isa, device))
 
 
 def _make_gpu_ceiling(shapes: Shapes, device: torch.device) -> Runner:
-    from bench.triton_bandwidth import stream_ceiling_
+    from bench.triton_bandwidth import copy_bandwidth_
 
-    words = -(-_numel(shapes) // 32) * 16  # of two bf16 each, whole vectors
+    words = -(-_numel(shapes) // 32) * 16  # of two bf16 each, full vectors
     arrays = [_random_words(words, device) for _ in range(5)]
-    return Runner(lambda: stream_ceiling_(arrays))
+    return Runner(lambda: copy_bandwidth_(arrays))
 
 
 def _make_copy(shapes: Shapes, device: torch.device) -> Runner:
-    source = _random_words(
-        -(-BYTES_PER_PARAM * _numel(shapes) // 8), device
-    )  # half of the bytes are read, half written
+    # Half of the bytes are read, half written.
+    source = _random_words(-(-BYTES_PER_PARAM * _numel(shapes) // 8), device)
     target = torch.zeros_like(source)
     return Runner(lambda: target.copy_(source))
 
 
 def _random_words(count: int, device: torch.device) -> Tensor:
-    """Zeros take less power to move, so on a GPU less time."""
+    """Return random int32: zeros take less power to move, so on a GPU less time."""
     return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32, device=device)
 
 
@@ -408,15 +316,16 @@ def _numel(shapes: Shapes) -> int:
 
 
 def _parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Parameters and their gradients, of the magnitudes of a trained network: no subnormals, which would slow some contenders."""
+    """Return parameters with gradients, of the magnitudes of a trained network.
+
+    So there are no subnormals, which would slow some contenders.
+    """
     generator = torch.Generator(device).manual_seed(0)
     params: list[Tensor] = []
     for shape in shapes:
-        param = torch.nn.Parameter(
-            torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
-        )
-        param.grad = torch.empty_like(param, requires_grad=False).normal_(
-            0.0, 1e-3, generator=generator
-        )
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        param = torch.nn.Parameter(weight.normal_(0.0, 0.02, generator=generator))
+        grad = torch.empty_like(param, requires_grad=False)
+        param.grad = grad.normal_(0.0, 1e-3, generator=generator)
         params.append(param)
     return params

@@ -1,4 +1,4 @@
-"""Tables and the picture of a run of ``benchmark.py``."""
+"""Tables and the plot of a run of ``benchmark.py step``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 
+from bench.markers import write_between_markers
 from bench.measure import ratio, times_of
 from bench.optimizers import BYTES_PER_PARAM, Contender
 from sharded_bf16_adamw.kernels import cpu
 
-LEAST_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth says nothing
+MIN_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth is meaningless
 MAX_BAR = 8.0  # times as long as ours: longer bars are cut, with their figure beside them
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on, by name."""
+    """Return the properties of the machine that the figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     isa = cpu.selected_isa() if device.type == "cpu" and cpu.available() else None
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return {
         "device": device.type,
         "name": name,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores,
         "isa": isa,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
@@ -49,19 +50,25 @@ def cpu_name() -> str:
 
 def describe(machine: dict[str, Any]) -> str:
     isa = f", {machine['isa']}" if machine["isa"] else ""
-    where = (
-        f", {machine['cores']} cores{isa}"
-        if machine["device"] == "cpu"
-        else f", CUDA or ROCm {machine['cuda']}"
+    details = f"{machine['cores']} cores{isa}"
+    if machine["device"] != "cpu":
+        details = f"CUDA or ROCm {machine['cuda']}"
+    return (
+        f"{machine['name']}, {details}, torch {machine['torch']}, "
+        f"Python {machine['python']}, {machine['system']}"
     )
-    return f"{machine['name']}{where}, torch {machine['torch']}, Python {machine['python']}, {machine['system']}"
 
 
 def rows(contenders: list[Contender], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each contender: ``seconds`` (median), ``ratio`` (time over ours, within rounds), ``share`` (of its ceiling), ``note``."""
+    """Return one row for each contender.
+
+    A row has ``seconds`` (median), ``ratio`` (time over ours, within rounds), ``share`` (of its
+    ceiling) and ``note`` (why it was not measured).
+    """
     found = []
     for c in contenders:
         times = times_of(result, c.key)
+        ceiling = c.ceiling if result["numel"] >= MIN_TRAFFIC else None
         found.append(
             {
                 "key": c.key,
@@ -69,9 +76,7 @@ def rows(contenders: list[Contender], result: dict[str, Any]) -> list[dict[str, 
                 "color": c.color,
                 "seconds": statistics.median(times) if times else None,
                 "ratio": ratio(result, c.key, "ours"),
-                "share": ratio(result, c.ceiling, c.key)
-                if c.ceiling and result["numel"] >= LEAST_TRAFFIC
-                else None,
+                "share": ratio(result, ceiling, c.key) if ceiling else None,
                 "note": "" if times else result["failures"].get(c.key, "not measured"),
             }
         )
@@ -79,7 +84,7 @@ def rows(contenders: list[Contender], result: dict[str, Any]) -> list[dict[str, 
 
 
 def plain_table(result: dict[str, Any]) -> str:
-    """Fixed columns, for a terminal."""
+    """Return a table of fixed columns, for a terminal."""
     width = max(len(row["label"]) for row in result["rows"])
     lines = [f"{'':{width}}  {'ms':>10}  {'GB/s*':>7}  {'x ours':>7}  {'ceiling':>8}"]
     for row in result["rows"]:
@@ -89,29 +94,25 @@ def plain_table(result: dict[str, Any]) -> str:
         speed = BYTES_PER_PARAM * result["numel"] / row["seconds"] / 1e9
         share = "" if row["share"] is None else f"{100 * row['share']:.1f} %"
         ratio_text = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(
-            f"{row['label']:{width}}  {1e3 * row['seconds']:10.3f}  {speed:7.2f}  {ratio_text:>7}  {share:>8}"
-        )
-    return "\n".join(
-        [*lines, f"* at {BYTES_PER_PARAM} B a parameter, what our step reads and writes"]
-    )
+        figures = f"{1e3 * row['seconds']:10.3f}  {speed:7.2f}  {ratio_text:>7}  {share:>8}"
+        lines.append(f"{row['label']:{width}}  {figures}")
+    note = f"* at {BYTES_PER_PARAM} B per parameter, the traffic of our step"
+    return "\n".join([*lines, note])
 
 
 def markdown(run: dict[str, Any], targets: list[str]) -> str:
-    """The section for ``docs/benchmarks.md``: machine, a table for each number of threads, and the targets."""
+    """Return the section of ``docs/benchmarks.md``: machine, tables by threads, targets."""
     parts = [
         f"Measured on: {describe(run['machine'])}.",
-        "Milliseconds a step, medians over interleaved rounds; in brackets the time over that of `AdamW_BF16`, median of the ratios within "
-        "a round (a copy ceiling's ratio is the share of it that `AdamW_BF16` reaches). Sizes are elements of one tensor (M and B are 2^20 "
-        "and 2^30), or tensors x elements. Forward and backward passes are not included.",
+        "Milliseconds per step, medians over interleaved rounds; in brackets the time over that of "
+        "`AdamW_BF16`, median of the ratios within a round (a copy ceiling's ratio is the share of "
+        "it that `AdamW_BF16` reaches). Sizes are elements of one tensor (M and B are 2^20 and "
+        "2^30), or tensors x elements. Forward and backward passes are not included.",
     ]
     for threads in dict.fromkeys(result["threads"] for result in run["results"]):
         own = [result for result in run["results"] if result["threads"] == threads]
-        title = (
-            []
-            if run["machine"]["device"] == "cuda"
-            else [f"**{threads} thread{'s' if threads > 1 else ''}**"]
-        )
+        if run["machine"]["device"] != "cuda":
+            parts.append(f"**{threads} thread{'s' if threads > 1 else ''}**")
         head = [
             "| | " + " | ".join(result["size"] for result in own) + " |",
             "|---|" + "---:|" * len(own),
@@ -119,14 +120,16 @@ def markdown(run: dict[str, Any], targets: list[str]) -> str:
         for index, row in enumerate(own[0]["rows"]):
             cells = [_cell(result["rows"][index]) for result in own]
             head.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-        parts += [*title, "\n".join(head)]
+        parts.append("\n".join(head))
     if "fsdp2" in run:
         fsdp2, ratios = run["fsdp2"], run["fsdp2"]["ratios"]
         parts.append(
-            f"FSDP2, {fsdp2['ranks']} gloo ranks, {fsdp2['parameters']} bf16 parameters: `optimizer.clip_grad_norm_` + step is "
-            f"{ratios['torch']:.1f} times as fast as `torch.nn.utils.clip_grad_norm_` + `torch.optim.AdamW.step`, "
-            f"{ratios['torch fused']:.1f} times as with `fused=True`, and {ratios['torch clip with our step']:.1f} times as where torch "
-            f"clips and our step follows; the clipping alone, {fsdp2['clip_ratio']:.1f} times."
+            f"FSDP2, {fsdp2['ranks']} gloo ranks, {fsdp2['parameters']} bf16 parameters: "
+            f"`optimizer.clip_grad_norm_` + step is {ratios['torch']:.1f} times as fast as "
+            "`torch.nn.utils.clip_grad_norm_` + `torch.optim.AdamW.step`, "
+            f"{ratios['torch fused']:.1f} times as with `fused=True`, and "
+            f"{ratios['torch clip with our step']:.1f} times as when torch clips and our step "
+            f"follows; the clipping alone, {fsdp2['clip_ratio']:.1f} times."
         )
     parts.append("\n".join(["```text", *targets, "```"]))
     parts.append(
@@ -147,44 +150,28 @@ def _three_digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def write_between_markers(path: Path, device: str, text: str) -> None:
-    """Replace what stands between a device's markers in a Markdown file; without the markers, append them.
-
-    Raises:
-        ValueError: the file has one marker without the other.
-    """
+def write_section(path: Path, device: str, text: str) -> None:
+    """Write the section of a device into ``docs/benchmarks.md``."""
     begin, end = f"<!-- benchmark:{device}:begin -->", f"<!-- benchmark:{device}:end -->"
-    old = path.read_text() if path.exists() else "# Benchmarks\n"
-    if begin not in old and end not in old:
-        old = f"{old.rstrip()}\n\n{begin}\n{end}\n"
-    before, found_begin, rest = old.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"{path} must hold {begin} and, after it, {end}; nothing was written")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    write_between_markers(path, begin, end, text)
 
 
 def plot(run: dict[str, Any], path: Path) -> bool:
-    """Bars of the time over ours, a panel for each size, at the first number of threads. Returns False, and draws nothing, where
-    matplotlib is not installed."""
+    """Plot bars of the time over ours, a panel for each size, at the first number of threads.
+
+    Returns:
+        False if matplotlib is not installed.
+    """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     own = [result for result in run["results"] if result["threads"] == run["results"][0]["threads"]]
     measured = {row["key"] for result in own for row in result["rows"] if row["ratio"] is not None}
     shown = [row for row in own[0]["rows"] if row["key"] in measured]
-    figure, axes = plt.subplots(
-        1,
-        len(own),
-        figsize=(4.5 + 2.2 * len(own), 1.2 + 0.28 * len(shown)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (4.5 + 2.2 * len(own), 1.2 + 0.28 * len(shown))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(own), sharey=True, squeeze=False)
     for axis, result in zip(axes[0], own, strict=True):
         by_key = {row["key"]: row for row in result["rows"]}
         for at, row in enumerate(shown):
@@ -200,5 +187,4 @@ def plot(run: dict[str, Any], path: Path) -> bool:
     figure.suptitle(f"{run['machine']['name']}{threads}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True

@@ -1,4 +1,4 @@
-"""What the project promises about its speed, and whether a run of ``benchmark.py`` shows it."""
+"""Speed targets of the project, and checks of a run of ``benchmark.py step`` against them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.measure import parse_size, ratio, times_of
 
 @dataclass(frozen=True)
 class Target:
-    """A promise, the figure that was measured, and whether it meets the promise; None where this run did not measure it."""
+    """A target and its measured figure; ``met`` is None if the run did not measure it."""
 
     name: str
     figure: str
@@ -23,7 +23,7 @@ class Target:
 
 
 def targets(run: dict[str, Any]) -> list[Target]:
-    """Judge a run, the dictionary that the benchmark writes as JSON."""
+    """Check a run, the dictionary that the benchmark writes as JSON."""
     return _cpu_targets(run) if run["machine"]["device"] == "cpu" else _cuda_targets(run)
 
 
@@ -37,22 +37,17 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
     def ours(isa: str) -> str:
         return "ours" if isa == selected else f"ours-{isa}"
 
-    found = [_share(run, "16M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread")]
-    found.append(
-        _share(run, "128M", 1, ours("avx512"), "ceiling-avx512", 80.0, "AVX-512, one thread")
-    )
-    found += [
-        _share(run, size, 1, ours("avx2"), "ceiling-avx2", 34.0, "AVX2, one thread")
+    found = [
+        _share(run, size, 1, ours(isa), f"ceiling-{isa}", least, f"{name}, one thread")
+        for isa, least, name in (("avx512", 80.0, "AVX-512"), ("avx2", 34.0, "AVX2"))
         for size in ("16M", "128M")
     ]
     found.append(_share(run, "16M", 2, "ours", f"ceiling-{selected}", 90.0, "two threads"))
-    for key, least, name in (
-        ("torch-fused-fp32", 1.8, "torch fused fp32 + bf16 copy of the weights"),
-        ("deepspeed", 1.6, "DeepSpeedCPUAdam fp32 + bf16 copy of the weights"),
-    ):
+    fused = "torch fused fp32 + bf16 copy of the weights"
+    deepspeed = "DeepSpeedCPUAdam fp32 + bf16 copy of the weights"
+    for key, least, name in (("torch-fused-fp32", 1.8, fused), ("deepspeed", 1.6, deepspeed)):
         found += [_times_as_fast(run, size, 1, key, least, name) for size in ("1M", "16M", "128M")]
-    name = "torch fused fp32 + bf16 copy of the weights"
-    found.append(_times_as_fast(run, "1000x1000", 1, "torch-fused-fp32", 2.2, name))
+    found.append(_times_as_fast(run, "1000x1000", 1, "torch-fused-fp32", 2.2, fused))
     found.append(_overhead(run, "ours-kernel", "the kernel call, with cached pointers,", 0.3))
     found.append(_overhead(run, "ours", "the whole step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
@@ -61,7 +56,10 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
         ("torch", "torch.optim.AdamW.step"),
         ("torch clip with our step", "the same step"),
     ):
-        name = f"clip_grad_norm_ + step >= 5x as fast as torch.nn.utils.clip_grad_norm_ + {step}: FSDP2, 2 ranks, 100 parameters"
+        name = (
+            "clip_grad_norm_ + step >= 5x as fast as torch.nn.utils.clip_grad_norm_ + "
+            f"{step}: FSDP2, 2 ranks, 100 parameters"
+        )
         if fsdp2 is None:
             found.append(Target(name, "add --fsdp2", None))
         else:
@@ -87,13 +85,11 @@ def _cuda_targets(run: dict[str, Any]) -> list[Target]:
 
 
 def _result(run: dict[str, Any], size: str, threads: int | None) -> dict[str, Any]:
-    """The measurements of a size; ``threads`` None: whatever their number, on a GPU. Without any, a result that holds none."""
+    """Return the result of a size, or an empty one; ``threads`` None matches any number."""
     shapes = parse_size(size)
+    wanted = (len(shapes), len(shapes) * shapes[0][0])
     for result in run["results"]:
-        if [result["tensors"], result["numel"]] == [
-            len(shapes),
-            len(shapes) * shapes[0][0],
-        ] and threads in (None, result["threads"]):
+        if (result["tensors"], result["numel"]) == wanted and threads in (None, result["threads"]):
             return result
     return {"batches": [], "failures": {}}
 
@@ -109,11 +105,9 @@ def _share(
 ) -> Target:
     name = f">= {least:.0f} % of the copy ceiling at {size}, {how}"
     share = ratio(_result(run, size, threads), ceiling, key)
-    return (
-        Target(name, "", None)
-        if share is None
-        else Target(name, f"{100 * share:.1f} %", 100 * share >= least)
-    )
+    if share is None:
+        return Target(name, "", None)
+    return Target(name, f"{100 * share:.1f} %", 100 * share >= least)
 
 
 def _times_as_fast(
@@ -122,11 +116,9 @@ def _times_as_fast(
     name = f">= {least}x as fast as {other} at {size}" + (", one thread" if threads == 1 else "")
     result = _result(run, size, threads)
     found = ratio(result, key, "ours")
-    return (
-        Target(name, result["failures"].get(key, ""), None)
-        if found is None
-        else Target(name, f"{found:.2f}x", found >= least)
-    )
+    if found is None:
+        return Target(name, result["failures"].get(key, ""), None)
+    return Target(name, f"{found:.2f}x", found >= least)
 
 
 def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
@@ -141,25 +133,19 @@ def _overhead(run: dict[str, Any], key: str, what: str, most: float) -> Target:
         for label, times in per_tensor.items()
         if times
     }
-    return Target(
-        name,
-        ", ".join(f"{label}{value:.2f} us" for label, value in micros.items()),
-        micros[""] <= most,
-    )
+    figure = ", ".join(f"{label}{value:.2f} us" for label, value in micros.items())
+    return Target(name, figure, micros[""] <= most)
 
 
 def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
-    name = f"clip_grad_norm_ + step <= 1.15x the step at {size}" + (
-        ", one thread" if threads == 1 else ""
-    )
+    suffix = ", one thread" if threads == 1 else ""
+    name = f"clip_grad_norm_ + step <= 1.15x the step at {size}{suffix}"
     result = _result(run, size, threads)
     found = ratio(result, "ours-clip", "ours")
     if found is None:
         return Target(name, "", None)
     reading = ratio(result, "ours-reading", "ours")
-    floor = (
-        ""
-        if reading is None
-        else f", where reading the gradients before the step makes {reading:.3f}x"
-    )
+    floor = ""
+    if reading is not None:
+        floor = f", where reading the gradients before the step makes {reading:.3f}x"
     return Target(name, f"{found:.3f}x{floor}", found <= 1.15)

@@ -212,7 +212,7 @@ def rotations(
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs ``(x[i], x[i + half])`` of ``(B, H, T, D / H)`` by their position's angles."""
+    """Rotate pairs ``(x[i], x[i + half])`` of ``(B, H, T, D / H)`` by their position's angles."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

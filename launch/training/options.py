@@ -229,7 +229,7 @@ def _add_run(add: Callable[..., Any]) -> None:
 def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
     """Yield a note for each option that has no effect.
 
-    These are no errors: one command line may serve several optimizers, or the start of a longer run.
+    These are no errors: one command line may serve several optimizers.
     """
     for name in ("optimizer_backend", "check_replicas"):
         value = getattr(args, name)

@@ -1,0 +1,41 @@
+"""Run a benchmark of the optimizer.
+
+    python launch/benchmark.py [step] --device cpu --threads 1 2 --json runs/cpu.json --docs
+    python launch/benchmark.py gpu-checks
+    python launch/benchmark.py checkpoint --gb 1
+    torchrun --nproc-per-node 4 launch/benchmark.py gather
+    torchrun --nproc-per-node 2 launch/benchmark.py zero
+
+``step`` times the optimizer step and is the default; ``gpu-checks`` checks what only a GPU can
+show; ``checkpoint`` times saving and loading; ``gather`` measures the memory of gathering the
+optimizer state; ``zero`` compares ZeRO with torch's. Each has its own ``--help``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:
+    sys.path.insert(1, str(REPO))  # for a clone that is not installed
+
+COMMANDS = ("step", "gpu-checks", "checkpoint", "gather", "zero")
+
+
+def main(argv: list[str]) -> int:
+    command, args = "step", argv
+    if argv and not argv[0].startswith("-"):
+        command, *args = argv
+    elif argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        print(f"unknown benchmark {command!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"bench.{command.replace('-', '_')}").main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
