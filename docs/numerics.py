@@ -6,6 +6,7 @@ run writes the same figures. Needs matplotlib (``pip install '.[docs]'``).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "launch"))
+from bench.markers import write_between_markers  # noqa: E402
+
 BEGIN, END = "<!-- numerics:begin -->", "<!-- numerics:end -->"
 V_STEPS, V_EVERY, GROUP = 12_000, 200, 2048  # elements of each kind
 SLOPE_STEPS, SLOPE_LR = 3000, 1e-5
@@ -278,10 +282,7 @@ def main() -> None:
     v, slope, rows, parts = measure()
     markdown = table(rows, parts)
     print(markdown)
-    page = HERE / "numerics.md"
-    text = page.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n{markdown}\n{END}{tail}", encoding="utf-8")
+    write_between_markers(HERE / "numerics.md", BEGIN, END, markdown)
     (HERE / "img").mkdir(exist_ok=True)
     plot_v(v, HERE / "img" / "numerics_v.png")
     plot_slope(slope, HERE / "img" / "numerics_slope.png")
