@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import training.data
 import numpy as np
 import pytest
 import torch

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import distributed
-import training.model
 import pytest
 import torch
-from training.model import GPT, PRESETS, Config
-from training.strategies import STRATEGIES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
+from training.model import GPT, PRESETS, Config
+from training.strategies import STRATEGIES
 
 SMALL = Config(layers=2, dim=24, heads=3, ffn=40, seq_len=16, batch_size=4, steps=10, lr=1e-3)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from training.model import GPT, PRESETS
-from training.options import parse_args
-from training.metrics import read_metrics
-from sharded_bf16_adamw.sharding.zero.param import Rows
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.metrics import read_metrics
+from training.model import GPT, PRESETS
+from training.options import parse_args
+
+from sharded_bf16_adamw.sharding.zero.param import Rows
 
 SHORT = ["--device=cpu", "--no-progress", "--preset=nano", "--seq-len=16", "--batch-size=8"]
 SHORT += ["--eval-batches=2", "--eval-every=3", "--save-every=0"]
