@@ -1,4 +1,4 @@
-"""launch/model.py: shapes, causality, sizes, and an initialisation that no layout or dtype changes."""
+"""training/model.py: shapes, causality, sizes, and an initialization without layout or dtype."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
+from training import model
 from training.model import GPT, PRESETS, Config
 from training.strategies import STRATEGIES
 
@@ -22,13 +23,13 @@ def build(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> GPT:
     return gpt
 
 
-def test_logits_have_a_row_for_each_byte_value_in_bfloat16():
+def test_forward_returns_bfloat16_logits_for_each_byte_value():
     logits = build()(torch.randint(0, 256, (3, 16)))
     assert logits.shape == (3, 16, 256)
     assert logits.dtype == torch.bfloat16
 
 
-def test_no_position_sees_a_later_byte():
+def test_attention_is_causal():
     gpt = build()
     before = torch.randint(0, 256, (2, 16))
     after = before.clone()
@@ -39,23 +40,21 @@ def test_no_position_sees_a_later_byte():
 
 
 def test_attention_depends_on_positions():
-    """Without rotary embeddings, a causal model cannot tell two orders of the bytes before the last one, in one layer."""
+    """Without rotary embeddings, one causal layer ignores the order of earlier bytes."""
     one_layer = Config(**{**vars(SMALL), "layers": 1})
     gpt = GPT(one_layer)
     gpt.init_weights(0)
     tokens = torch.arange(16)[None]
     swapped = tokens.clone()
     swapped[0, [2, 5]] = tokens[0, [5, 2]]
-    gpt.blocks[0].attention.query.weight.data.mul_(
-        100
-    )  # attention that prefers some positions over others
-    gpt.blocks[0].attention.key.weight.data.mul_(100)
-    gpt.blocks[0].attention.output.weight.data.mul_(100)
+    attention = gpt.blocks[0].attention
+    for layer in (attention.query, attention.key, attention.output):
+        layer.weight.data.mul_(100)  # so that attention is not uniform
     difference = (gpt(tokens)[0, -1] - gpt(swapped)[0, -1]).abs().max()
     assert difference > 0.01
 
 
-def test_rotation_keeps_lengths_and_depends_on_distance_alone(monkeypatch):
+def test_rotation_preserves_norms_and_depends_only_on_distance(monkeypatch):
     monkeypatch.setattr(model, "COMPUTE_DTYPE", torch.float64)
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     rotation = model.rotations(32, 8, torch.device("cpu"))
@@ -67,18 +66,18 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_has_the_parameters_that_it_says(name):
+def test_preset_counts_its_parameters(name):
     with torch.device("meta"):
         gpt = GPT(PRESETS[name])
     assert sum(p.numel() for p in gpt.parameters()) == PRESETS[name].parameters
 
 
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.07), ("3b", 3.17), ("8b", 7.79)])
-def test_big_presets_are_as_big_as_their_names(name, billions):
+def test_large_presets_have_the_size_of_their_names(name, billions):
     assert PRESETS[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_initialisation_depends_on_the_seed_and_the_parameter():
+def test_initialization_depends_on_seed_and_parameter():
     first, again, other = (dict(build(seed=s).named_parameters()) for s in (0, 0, 1))
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name])
@@ -88,13 +87,13 @@ def test_initialisation_depends_on_the_seed_and_the_parameter():
     )
 
 
-def test_bfloat16_weights_start_as_the_float32_ones_rounded():
+def test_bfloat16_initialization_is_the_float32_one_rounded():
     fp32 = dict(build(torch.float32).named_parameters())
     for name, parameter in build().named_parameters():
         assert torch.equal(parameter, fp32[name].bfloat16())
 
 
-def test_residual_writers_start_smaller():
+def test_initialization_is_smaller_for_weights_that_write_to_the_residual():
     gpt = GPT(PRESETS["tiny"])
     gpt.init_weights(0)
     block = gpt.blocks[0]
@@ -106,7 +105,7 @@ def test_residual_writers_start_smaller():
         assert weight.std().item() == pytest.approx(std, rel=0.03)
 
 
-def test_float32_weights_give_the_bfloat16_forward_and_float32_gradients():
+def test_float32_weights_run_a_bfloat16_forward_and_get_float32_gradients():
     tokens = torch.randint(0, 256, (2, 16))
     bf16, fp32 = build(), build(torch.float32)
     assert torch.equal(bf16(tokens), fp32(tokens))
@@ -115,7 +114,7 @@ def test_float32_weights_give_the_bfloat16_forward_and_float32_gradients():
         assert all(p.grad is not None and p.grad.dtype == p.dtype for p in gpt.parameters())
 
 
-def test_cpus_without_bfloat16_instructions_compute_the_same_product(monkeypatch):
+def test_linear_without_bfloat16_instructions_computes_the_same_product(monkeypatch):
     layer = model.Linear(64, 32).bfloat16()
     layer.weight.data.normal_()
     x = torch.randn(5, 64, dtype=torch.bfloat16)
@@ -124,9 +123,8 @@ def test_cpus_without_bfloat16_instructions_compute_the_same_product(monkeypatch
         monkeypatch.setattr(model, "has_fast_bf16", lambda device, fast=fast: fast)
         y = layer(x)
         assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(
-            y.double(), exact, rtol=2**-8, atol=1e-4
-        )  # one rounding to bfloat16
+        # one rounding to bfloat16
+        torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def initial_weights(rank: int, world_size: int, strategy: str) -> dict[str, torch.Tensor]:
@@ -145,7 +143,7 @@ def initial_weights(rank: int, world_size: int, strategy: str) -> dict[str, torc
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 1), ("fsdp2", 3)])
-def test_every_strategy_starts_from_the_same_weights(strategy, world_size):
+def test_initialization_is_the_same_for_every_strategy(strategy, world_size):
     single = dict(build().named_parameters())
     for weights in distributed.run_ranks(world_size, initial_weights, strategy):
         assert weights.keys() == single.keys()
