@@ -7,6 +7,7 @@ minute on one core. Seeded, so a second run writes the same figures. Needs matpl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +24,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "launch"))
+from bench.markers import write_between_markers  # noqa: E402
+
 BEGIN, END = "<!-- numerics:begin -->", "<!-- numerics:end -->"
 V_STEPS, V_EVERY = 12_000, 200
 GROUP = 2048  # elements of each kind of gradient
@@ -292,10 +296,7 @@ def main() -> None:
     measured = measure()
     markdown = tables(measured)
     print(markdown)
-    page = HERE / "numerics.md"
-    text = page.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n{markdown}\n{END}{tail}", encoding="utf-8")
+    write_between_markers(HERE / "numerics.md", BEGIN, END, markdown)
     (HERE / "img").mkdir(exist_ok=True)
     plot_v(measured.v, HERE / "img" / "numerics_v.png")
     plot_slope(measured.slope, HERE / "img" / "numerics_slope.png")

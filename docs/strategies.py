@@ -10,18 +10,17 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "launch")]
+
+from bench.markers import write_between_markers  # noqa: E402
 
 from tests.sharding import test_model_parallel, test_strategy_table  # noqa: E402
 
 
 def main() -> None:
-    page = REPO / "docs" / "strategies.md"
-    text = page.read_text()
     for module in (test_strategy_table, test_model_parallel):
-        begin, end = text.index(module.BEGIN) + len(module.BEGIN), text.index(module.END)
-        text = f"{text[:begin]}\n{module.table()}\n{text[end:]}"
-    page.write_text(text)
+        page = REPO / "docs" / "strategies.md"
+        write_between_markers(page, module.BEGIN, module.END, module.table())
 
 
 if __name__ == "__main__":

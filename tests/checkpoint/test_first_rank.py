@@ -160,7 +160,9 @@ def missing_worker(rank: int, world: int, folder: str) -> str:
         mock.patch.object(rank_errors, "_timeout", return_value=timedelta(seconds=0.2)),
         pytest.raises(RuntimeError) as caught,
     ):
-        call_on_rank_0_via_store("export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote"))
+        call_on_rank_0_via_store(
+            "export_fp32", f"{folder}/out", lambda: pytest.fail("this rank wrote")
+        )
     dist.barrier()
     return str(caught.value)
 

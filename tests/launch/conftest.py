@@ -1,4 +1,4 @@
-"""The launch scripts import each other as scripts do: from their own folder."""
+"""Paths and fixtures of the tests of ``launch/``, which is not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(LAUNCH))
 
 @pytest.fixture
 def one_thread():
-    """As torchrun has it. Where cores are busy, threads that wait for each other are many times slower."""
+    """Use one thread, as under torchrun: on busy cores several are many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""launch/slurm.sh with stand-ins for Slurm's commands, which run a job of one node here."""
+"""launch/slurm.sh with fakes of Slurm's commands, which run a job of one node."""
 
 from __future__ import annotations
 
@@ -17,20 +17,36 @@ from sharded_bf16_adamw import latest
 
 LAUNCH = Path(train.__file__).parent
 
-# srun runs its command in a process group of its own, whose leader scancel signals; both and scontrol note how they were called.
+# srun runs its command in its own process group, whose leader scancel signals. Both, and scontrol,
+# record their calls; scontrol also records that training still runs.
 COMMANDS = {
-    "srun": 'shift\nprintf "%s\\n" "srun $*" >> "$CALLS"\nsetsid "$@" &\necho $! > "$CALLS.pid"\nwait $!\n',
-    "scancel": 'printf "%s\\n" "scancel $*" >> "$CALLS"\nkill -TERM "$(cat "$CALLS.pid")"\n',
-    "scontrol": 'if [ "$1" = show ]; then echo localhost; echo other; else printf "%s\\n" "scontrol $*" >> "$CALLS"; fi\n'
-    'kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training goes on" >> "$CALLS"\n',
+    "srun": r"""
+shift
+printf "%s\n" "srun $*" >> "$CALLS"
+setsid "$@" &
+echo $! > "$CALLS.pid"
+wait $!
+""",
+    "scancel": r"""
+printf "%s\n" "scancel $*" >> "$CALLS"
+kill -TERM "$(cat "$CALLS.pid")"
+""",
+    "scontrol": r"""
+if [ "$1" = show ]; then
+    echo localhost; echo other
+else
+    printf "%s\n" "scontrol $*" >> "$CALLS"
+fi
+kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training still runs" >> "$CALLS"
+""",
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n',
 }
-SHORT = "--device cpu --no-progress --seq-len 16 --batch-size 4 --eval-batches 1 --preset nano --save-every 0"
+SHORT = "--device cpu --no-progress --seq-len 16 --batch-size 4 --eval-batches 1 --preset nano"
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job's batch script."""
+    """Return the environment of a job's batch script."""
     for name, body in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}")
         (tmp_path / name).chmod(0o755)
@@ -50,31 +66,23 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def start(slurm: dict[str, str], out: Path, steps: int) -> subprocess.Popen[str]:
-    command = ["bash", "launch/slurm.sh", *SHORT.split(), "--steps", str(steps), "--out", str(out)]
-    return subprocess.Popen(
-        command,
-        cwd=LAUNCH.parent,
-        env=slurm,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    command = f"bash launch/slurm.sh {SHORT} --save-every 0 --steps {steps} --out {out}".split()
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=LAUNCH.parent, env=slurm, **output)
 
 
-def test_job_trains_to_its_end(slurm, tmp_path):
+def test_job_trains_to_the_last_step(slurm, tmp_path):
     job = start(slurm, tmp_path / "run", 2)
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 0, output
     assert latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
     calls = Path(slurm["CALLS"]).read_text()
-    assert (
-        "--nnodes 1 --nproc-per-node 2 --rdzv-id 7 --rdzv-backend c10d --rdzv-endpoint localhost:"
-        in calls
-    )
+    assert "--nnodes 1 --nproc-per-node 2 --rdzv-id 7" in calls
+    assert "--rdzv-backend c10d --rdzv-endpoint localhost:" in calls
     assert "requeue" not in calls and "scancel" not in calls
 
 
-def test_job_saves_and_returns_to_the_queue_before_its_time_ends(slurm, tmp_path):
+def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
     run = tmp_path / "run"
     job = start(slurm, run, 100_000)
     metrics = run / "metrics.jsonl"

@@ -10,18 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from data import UsageError
-from options import parse_args
-from strategies import on_all_ranks
+from training.data import UsageError
+from training.options import parse_args
+from training.strategies import on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
 
-from .train_runs import (
-    curve,
-    finish,
-    run,
-    start,
-)
+from .train_runs import curve, finish, run, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,51 +26,55 @@ def write(path: Path, size: int) -> Path:
     return path
 
 
+# Arguments for a temporary directory, and a regular expression of the message.
 ERRORS = {
     "missing data": (
-        lambda t: ["--data", t / "none"],
+        lambda t: f"--data {t / 'none'}",
         "--data .*/none cannot be read .No such file",
     ),
     "too little data": (
-        lambda t: ["--data", write(t / "short", 20)],
+        lambda t: f"--data {write(t / 'short', 20)}",
         "short holds 20 bytes, too few for --seq-len 16: give at least 170",
     ),
     "missing checkpoint": (
-        lambda t: ["--resume", t / "none"],
-        "--resume .*/none is neither a checkpoint nor a folder with one",
+        lambda t: f"--resume {t / 'none'}",
+        "--resume .*/none is neither a checkpoint nor a directory with one",
     ),
-    "folder is a file": (lambda t: ["--out", write(t / "file", 1)], "--out .*/file cannot be used"),
+    "out is a file": (
+        lambda t: f"--out {write(t / 'file', 1)}",
+        "--out .*/file cannot be used",
+    ),
     "uneven batch": (
-        lambda t: ["--batch-size", 10, "--grad-accum", 4],
+        lambda t: "--batch-size 10 --grad-accum 4",
         "--batch-size 10 does not divide into 1 rank.s. x --grad-accum 4",
     ),
-    "unknown option": (lambda t: ["--stpes", 4], "unrecognized arguments: --stpes 4"),
-    "unknown preset": (lambda t: ["--preset", "huge"], "invalid choice: 'huge'"),
-    "no steps": (lambda t: ["--steps", 0], "--steps: 0 is not a positive number"),
-    "not a number": (lambda t: ["--steps", "many"], "--steps: invalid positive value: 'many'"),
-    "bad hyper-parameter": (
-        lambda t: ["--betas", 0.9, 1.5],
-        "Invalid beta parameter at index 1: 1.5",
-    ),
-    "bad hyper-parameter of torch's": (
-        lambda t: ["--optimizer", "torch-fp32", "--weight-decay", -1],
+    "unknown option": (lambda t: "--stpes 4", "unrecognized arguments: --stpes 4"),
+    "unknown preset": (lambda t: "--preset huge", "invalid choice: 'huge'"),
+    "no steps": (lambda t: "--steps 0", "--steps: 0 is not a positive number"),
+    "not a number": (lambda t: "--steps many", "--steps: invalid positive value: 'many'"),
+    "bad beta": (lambda t: "--betas 0.9 1.5", "Invalid beta parameter at index 1: 1.5"),
+    "bad weight decay of torch's": (
+        lambda t: "--optimizer torch-fp32 --weight-decay -1",
         "Invalid weight_decay value: -1",
     ),
-    "negative lr": (lambda t: ["--lr", -1], "--lr: -1 is not a number from 0 on"),
-    "negative last lr": (lambda t: ["--final-lr", -1], "--final-lr: -1 is not a number from 0 on"),
-    "negative clip": (lambda t: ["--clip", -1], "--clip: -1 is not a number from 0 on"),
-    "clip without a value": (lambda t: ["--clip", "nan"], "--clip: nan is not a number from 0 on"),
-    "unknown back end": (lambda t: ["--optimizer-backend", "abacus"], "Invalid backend: 'abacus'"),
+    "negative lr": (lambda t: "--lr -1", "--lr: -1 is not a number of at least 0"),
+    "negative final lr": (
+        lambda t: "--final-lr -1",
+        "--final-lr: -1 is not a number of at least 0",
+    ),
+    "negative clip": (lambda t: "--clip -1", "--clip: -1 is not a number of at least 0"),
+    "NaN clip": (lambda t: "--clip nan", "--clip: nan is not a number of at least 0"),
+    "unknown back end": (lambda t: "--optimizer-backend abacus", "Invalid backend: 'abacus'"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_error_of_use_is_one_sentence_and_exit_code_2(tmp_path, capsys, case):
-    arguments, sentence = ERRORS[case]
-    assert run("--out", tmp_path / "out", "--steps", 2, *arguments(tmp_path)) == 2
-    said = capsys.readouterr()
-    assert re.fullmatch(rf"error: [^\n]*{sentence}[^\n]*\n", said.err), said.err
-    assert said.out == ""
+def test_usage_error_prints_one_sentence_and_exits_with_code_2(tmp_path, capsys, case):
+    arguments, message = ERRORS[case]
+    assert run("--out", tmp_path / "out", "--steps 2", arguments(tmp_path)) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", printed.err), printed.err
+    assert printed.out == ""
     assert not (tmp_path / "out/metrics.jsonl").exists()
     assert not dist.is_initialized()
 
@@ -86,6 +85,10 @@ def test_an_error_of_use_is_one_sentence_and_exit_code_2(tmp_path, capsys, case)
         (
             "--optimizer torch-bf16 --optimizer-backend native",
             "--optimizer-backend native has no effect with --optimizer torch-bf16",
+        ),
+        (
+            "--optimizer torch-bf16 --check-replicas 5",
+            "--check-replicas 5 has no effect with --optimizer torch-bf16",
         ),
         (
             "--schedule constant --final-lr 1e-5",
@@ -99,12 +102,12 @@ def test_an_error_of_use_is_one_sentence_and_exit_code_2(tmp_path, capsys, case)
         ("--steps 1", None),
     ],
 )
-def test_what_has_no_effect_is_noted_once(monkeypatch, capsys, arguments, note):
+def test_option_without_effect_is_noted_on_rank_0_only(monkeypatch, capsys, arguments, note):
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         parse_args(arguments.split())
-    said = capsys.readouterr().err
-    assert said == "" if note is None else re.fullmatch(rf"note: {note}[^\n]*\n", said)
+    err = capsys.readouterr().err
+    assert err == "" if note is None else re.fullmatch(rf"note: {note}[^\n]*\n", err)
 
 
 def test_help_shows_every_default(capsys):
@@ -116,68 +119,61 @@ def test_help_shows_every_default(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_asking_for_a_gpu_that_is_not_there(capsys):
+def test_missing_gpu_is_an_error(capsys):
     assert train.main(["--device", "cuda"]) == 2
-    assert (
-        "--device cuda needs a GPU for each of the 1 processes, but 0 were found"
-        in capsys.readouterr().err
-    )
+    message = "--device cuda needs a GPU for each of the 1 processes, but 0 were found"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        ([], "already holds a run: add --resume auto to continue it"),
-        (["--resume", "auto", "--preset", "small"], "was trained with --preset tiny, not small"),
-        (
-            ["--resume", "auto", "--optimizer", "torch-bf16"],
-            "was trained with --optimizer bf16, not torch-bf16",
-        ),
-        (["--resume", "auto", "--steps", "1"], "is at step 2, past --steps 1"),
+        ("", "already holds a run: add --resume auto to continue it"),
+        ("--resume auto --preset small", "was trained with --preset tiny, not small"),
+        ("--resume auto --optimizer torch-bf16", "was trained with --optimizer bf16, not torch"),
+        ("--resume auto --steps 1", "is at step 2, past --steps 1"),
     ],
 )
-def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, capsys, arguments, sentence):
-    assert run("--out", tmp_path, "--steps", 2) == 0
+def test_run_is_neither_overwritten_nor_resumed_as_another(tmp_path, capsys, arguments, message):
+    assert run("--out", tmp_path, "--steps 2") == 0
     before = curve(tmp_path)
     capsys.readouterr()
-    assert run("--out", tmp_path, "--steps", 2, *arguments) == 2
-    assert re.fullmatch(rf"error: [^\n]*{sentence}[^\n]*\n", capsys.readouterr().err)
+    assert run("--out", tmp_path, "--steps 2", arguments) == 2
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
     assert curve(tmp_path) == before
 
 
-def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
-    assert run("--out", tmp_path, "--steps", 2) == 0
+def test_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
+    assert run("--out", tmp_path, "--steps 2") == 0
     damaged = latest(tmp_path / "checkpoints")
-    (damaged / "manifest.json").write_bytes(
-        (damaged / "manifest.json").read_bytes().replace(b'"serial": 1', b'"serial": 2')
-    )
+    manifest = damaged / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"serial": 1', b'"serial": 2'))
     layer = torch.nn.Linear(2, 2).bfloat16()
     foreign = save(tmp_path / "foreign", 1, layer, AdamW_BF16(layer.parameters(), lr=0.1))
-    for path, sentence in (
+    for path, message in (
         (damaged, "cannot be used: manifest.json: it is damaged"),
         (foreign, "was not saved by train.py"),
     ):
         capsys.readouterr()
-        assert run("--out", tmp_path, "--steps", 2, "--resume", path) == 2
-        assert re.fullmatch(
-            rf"error: the checkpoint {path} {sentence}[^\n]*\n", capsys.readouterr().err
-        )
+        assert run("--out", tmp_path, "--steps 2 --resume", path) == 2
+        err = capsys.readouterr().err
+        assert re.fullmatch(rf"error: the checkpoint {path} {message}[^\n]*\n", err)
 
 
-def test_a_changed_seed_is_noted_on_resume(tmp_path, capsys):
-    assert run("--out", tmp_path, "--steps", 2) == 0
-    assert run("--out", tmp_path, "--steps", 3, "--seed", 1, "--resume", "auto") == 0
+def test_changed_seed_is_noted_on_resume(tmp_path, capsys):
+    assert run("--out", tmp_path, "--steps 2") == 0
+    assert run("--out", tmp_path, "--steps 3 --seed 1 --resume auto") == 0
     assert "note: seed changed since the checkpoint" in capsys.readouterr().err
 
 
-def test_an_error_under_torchrun_is_said_once_and_leaves_no_rank_waiting(tmp_path):
-    code, _, err = finish(start(2, "--data", "/no/such/text", "--out", tmp_path))
+def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path):
+    code, _, err = finish(start(2, "--data /no/such/text", "--out", tmp_path))
     assert code != 0
     assert len(re.findall(r"^error: --data /no/such/text cannot be read", err, re.MULTILINE)) == 1
-    assert 'launch/train.py", line' not in err, "the script's own stack is not shown"
+    assert 'launch/train.py", line' not in err, "no stack trace of the script"
 
 
-def fails_on_rank_1(rank: int, world_size: int) -> str:
+def fail_on_rank_1(rank: int, world_size: int) -> str:
     def check() -> None:
         if rank == 1:
             raise UsageError("no disk")
@@ -187,13 +183,12 @@ def fails_on_rank_1(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_an_error_on_one_rank_is_raised_on_all():
-    assert distributed.run_ranks(2, fails_on_rank_1) == ["no disk", "no disk"]
+def test_error_on_one_rank_is_raised_on_all():
+    assert distributed.run_ranks(2, fail_on_rank_1) == ["no disk", "no disk"]
 
 
 def test_single_refuses_several_ranks(tmp_path):
-    code, _, err = finish(start(2, "--strategy", "single", "--out", tmp_path))
+    code, _, err = finish(start(2, "--strategy single", "--out", tmp_path))
     assert code != 0
-    assert (
-        "error: --strategy single runs on one process, not 2: use --strategy ddp or fsdp2." in err
-    )
+    message = "--strategy single runs on one process, not 2: use --strategy ddp or fsdp2."
+    assert f"error: {message}" in err

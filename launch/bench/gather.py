@@ -1,0 +1,141 @@
+"""Measure the peak memory of gathering and scattering the full optimizer state.
+
+    torchrun --nproc-per-node 4 launch/benchmark.py gather
+
+Each rank samples its resident memory in a thread. The figure is the peak above the memory before
+the call; for rank 0 also without the size of the result. ``--with-torch`` also measures torch's
+full state dict. CPU and gloo, Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import resource
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO, gather_full_state_dict, scatter_full_state_dict
+
+MB = 10**6
+PAGE = resource.getpagesize()
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+def peak_of(function: Callable[[], Any]) -> tuple[Any, int, float]:
+    """Run ``function``; return its result, the peak of additional bytes, and the seconds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused and not counted
+    dist.barrier()
+    before, peak, done = resident_bytes(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], resident_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    return result, max(peak[0], resident_bytes()) - before, seconds
+
+
+def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16]:
+    """Build square layers and an optimizer with filled states; unwritten memory is not resident."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    linear = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
+    model = nn.Sequential(*linear)
+    if strategy == "fsdp2":
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh)
+    sharding = ZeRO(mesh) if strategy == "zero2" else None
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-3, sharding=sharding)
+    optimizer.init_state()
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if key != "step":
+                local = value.to_local() if hasattr(value, "to_local") else value
+                local.fill_(dist.get_rank() + 1)
+    return model, optimizer
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py gather",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument(
+        "--with-torch",
+        action="store_true",
+        help="also measure torch's get_optimizer_state_dict, full, offloaded to CPU",
+    )
+    args = parser.parse_args(argv)
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model, optimizer = build(args.strategy, args.layers, args.width)
+    tensor, states = 2 * args.width**2, 3 * args.layers
+    calls: dict[str, Callable[[], Any]] = {
+        "gather": lambda: gather_full_state_dict(model, optimizer)
+    }
+    if args.with_torch:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        calls["torch's gather"] = lambda: get_optimizer_state_dict(
+            model, optimizer, options=options
+        )
+    if dist.get_rank() == 0:
+        print(
+            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of "
+            f"{tensor / MB:.1f} MB, {states * tensor / MB:.0f} MB in all"
+        )
+    full: Any = None
+    peak_of(lambda: dist.all_gather_object([None] * dist.get_world_size(), "warm up"))
+    for name, call in calls.items():
+        full = None
+        full, peak, seconds = peak_of(call)
+        report(name, peak, seconds, states * tensor)
+    if not args.with_torch:
+        _, peak, seconds = peak_of(lambda: scatter_full_state_dict(model, optimizer, full))
+        report("scatter", peak, seconds, 0)
+        rank = dist.get_rank() + 1
+        for state in optimizer.state.values():
+            first: Tensor = state["exp_avg"]
+            assert args.strategy == "ddp" or bool((first.to_local() == rank).all())  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+    return 0
+
+
+def report(name: str, peak: int, seconds: float, result: int) -> None:
+    """Print every rank's peak; rank 0's also without the result's bytes."""
+    peaks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, peak)
+    if dist.get_rank() == 0:
+        extra = f" ({(peaks[0] - result) / MB:+.1f} beside the result)" if result else ""
+        others = ", ".join(f"{value / MB:.1f}" for value in peaks[1:])
+        print(
+            f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; "
+            f"other ranks {others}",
+            flush=True,
+        )

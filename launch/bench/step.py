@@ -1,0 +1,184 @@
+"""Time the optimizer step, against other optimizers and the machine's copy bandwidth.
+
+    python launch/benchmark.py --device cpu --threads 1 2 --fsdp2 --json runs/cpu.json --docs
+    python launch/benchmark.py --device cuda --json runs/cuda.json --docs
+
+Contenders run interleaved, one turn each per round; ratios are taken within rounds. Gradients are
+set once: forward and backward passes are not timed. Packages that are not installed (deepspeed,
+torch-optimi, flashoptim, torchao) are skipped and named. Those that compile their kernels at first
+use need a C++ compiler (deepspeed also ninja). On a GPU, the checks of ``gpu-checks`` run first;
+the exit status is 1 if one of them fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.fsdp2 import measure_fsdp2
+from bench.measure import measure_size, parse_size
+from bench.optimizers import contenders
+from bench.report import describe, machine, markdown, plain_table, plot, rows, write_section
+from bench.targets import as_data, targets
+
+SIZES = {
+    "cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"],
+    # The size that may exceed the memory or the time comes last.
+    "cuda": ["1M", "16M", "128M", "1000x1000", "1000x1", "1B"],
+}
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    run: dict[str, Any] = {"machine": machine(device), "command": command(argv), "results": []}
+    print(describe(run["machine"]), flush=True)
+    if device.type == "cuda":
+        from bench.gpu_checks import run_checks
+
+        run["gpu_checks"] = [check.as_data() for check in run_checks(device)]
+        write_json(run, args.json)
+    chosen = [
+        c for c in contenders(device) if args.only is None or c.key == "ours" or c.key in args.only
+    ]
+    timing = {"rounds": args.rounds, "seconds": args.seconds, "turn": args.turn / 1e3}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for size in args.sizes:
+            print(f"\n{size}, {threads} thread(s)", flush=True)
+            shapes = parse_size(size)
+            result: dict[str, Any] = {
+                "size": size,
+                "tensors": len(shapes),
+                "numel": len(shapes) * shapes[0][0],
+                "threads": threads,
+            }
+            result |= measure_size(
+                chosen, shapes, device, **timing, log=lambda text: print(text, flush=True)
+            )
+            result["rows"] = rows(chosen, result)
+            run["results"].append(result)
+            print(plain_table(result), flush=True)
+            write_json(run, args.json)
+    if args.fsdp2:
+        run["fsdp2"] = measure_fsdp2(args.rounds)
+    judged = targets(run)
+    run["targets"] = as_data(judged)
+    lines = [str(target) for target in judged]
+    print("\nTargets\n" + "\n".join(lines))
+    write_json(run, args.json)
+    write_docs(run, lines, args)
+    return int(any(not check["passed"] for check in run.get("gpu_checks", [])))
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=default)
+    add("--threads", type=int, nargs="+", help="CPU threads; several are measured in turn")
+    add(
+        "--sizes",
+        nargs="+",
+        help="elements (128M; K, M, B are powers of 1024) or tensors x elements (1000x1000)",
+    )
+    add("--rounds", type=int, default=15, help="at most, for each size")
+    add(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="stop after so long for each size, but not before 5 rounds",
+    )
+    add(
+        "--turn",
+        type=float,
+        help="minimum ms of a turn: shorter steps are repeated (default: 5; cuda: 20)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        metavar="KEY",
+        help="only these contenders, beside ours (keys as in the JSON file)",
+    )
+    add(
+        "--fsdp2",
+        action="store_true",
+        help="also compare clipping on an FSDP2 model over 2 gloo ranks (CPU)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write every round, and the plot beside it")
+    add(
+        "--docs",
+        type=Path,
+        nargs="?",
+        const=DOCS,
+        metavar="FILE",
+        help="write the table into docs/benchmarks.md",
+    )
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA or ROCm device: use --device cpu")
+    args.threads = args.threads or [torch.get_num_threads()]
+    if min(args.threads) < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    args.sizes = args.sizes or SIZES[args.device]
+    args.turn = args.turn if args.turn is not None else {"cpu": 5.0, "cuda": 20.0}[args.device]
+    try:
+        for size in args.sizes:
+            parse_size(size)
+    except ValueError as error:
+        parser.error(str(error))
+    known = {c.key for c in contenders(torch.device(args.device))}
+    unknown = set(args.only or ()) - known
+    if unknown:
+        parser.error(
+            f"--only names {', '.join(sorted(unknown))}; "
+            f"the contenders here are {', '.join(sorted(known))}"
+        )
+    return args
+
+
+def command(argv: list[str]) -> str:
+    """Return the command line, without its output files."""
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        if word.startswith("-"):
+            skip = word.partition("=")[0] in ("--json", "--docs")
+        if not skip:
+            words.append(word)
+    return shlex.join(["python", "launch/benchmark.py", *words])
+
+
+def write_json(run: dict[str, Any], path: Path | None) -> None:
+    """Write all results so far, so that an interrupted run loses no finished size."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run, indent=1) + "\n")
+
+
+def write_docs(run: dict[str, Any], targets: list[str], args: argparse.Namespace) -> None:
+    """Write the section of ``--docs``, and a plot beside each output file."""
+    device = run["machine"]["device"]
+    plots = []
+    if args.docs is not None:
+        write_section(args.docs, device, markdown(run, targets))
+        plots.append((args.docs, args.docs.parent / "img" / f"benchmark_{device}.png"))
+    if args.json is not None:
+        plots.append((args.json, args.json.with_suffix(".png")))
+    for written, path in plots:
+        drawn = plot(run, path)
+        name = os.path.relpath(path) if drawn else "no plot, as matplotlib is not installed"
+        print(f"wrote {os.path.relpath(written)} and {name}")

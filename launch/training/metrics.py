@@ -1,0 +1,166 @@
+"""Outputs of ``train.py``: a progress bar, ``metrics.jsonl``, ``loss.png`` and a summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+class Metrics:
+    """Writer of ``metrics.jsonl``, one JSON object per line, and of the progress bar.
+
+    A line holds ``{step, loss, lr, grad_norm, nonfinite_steps, tokens_per_s}`` for each step and
+    ``{step, held_out_loss}`` for each evaluation. ``step`` counts the steps taken,
+    ``nonfinite_steps`` those of them whose loss or gradient norm was not finite. Losses are in nats
+    per byte. A non-finite value, which JSON lacks, is ``null``.
+
+    Args:
+        path: the file. Lines of steps after ``start`` are dropped: a resumed run repeats them.
+        start: steps taken before this run.
+        steps: steps at the end of the run, for the progress bar.
+        bar: show a progress bar on stderr.
+    """
+
+    def __init__(self, path: Path, start: int, steps: int, bar: bool) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= start and start > 0]
+        path.write_text("".join(map(_json_line, kept)))
+        # Buffered by line, so that a killed run leaves complete lines.
+        self.file = path.open("a", buffering=1)
+        self.bar = _progress_bar(start, steps) if bar else None
+        self.shown: dict[str, str] = {}
+
+    def step(self, **line: Any) -> None:
+        self.file.write(_json_line(line))
+        if self.bar is not None:
+            names = {
+                "loss": "loss",
+                "lr": "lr",
+                "grad_norm": "norm",
+                "tokens_per_s": "tokens_per_s",
+            }
+            self._show(**{shown: line[name] for name, shown in names.items()})
+            self.bar.update()
+
+    def evaluation(self, step: int, held_out_loss: float) -> None:
+        self.file.write(_json_line({"step": step, "held_out_loss": held_out_loss}))
+        if self.bar is not None:
+            self._show(held_out=held_out_loss)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, **values: float) -> None:
+        assert self.bar is not None
+        self.shown.update({name: f"{value:.4g}" for name, value in values.items()})
+        self.bar.set_postfix(self.shown, refresh=False)
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _progress_bar(start: int, steps: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("no progress bar: tqdm is not installed", file=sys.stderr)
+        return None
+    return tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``, or [] if it does not exist.
+
+    A last line that a killed run left incomplete is skipped.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_curve(path: Path, key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of each line of a ``metrics.jsonl`` that has ``key``; null as NaN."""
+    return [
+        (line["step"], math.nan if line[key] is None else line[key])
+        for line in read_metrics(path)
+        if key in line
+    ]
+
+
+def plot_losses(metrics: Path, plot: Path, title: str) -> bool:
+    """Plot training and held-out loss; return False if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for key, label, style in (
+        ("loss", "training", {"alpha": 0.5, "linewidth": 1}),
+        ("held_out_loss", "held out", {"marker": "."}),
+    ):
+        points = read_curve(metrics, key)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(plot, dpi=120)
+    return True
+
+
+def optimizer_state_bytes(
+    optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, int]:
+    """Return the bytes of optimizer state on this rank, and their sum over all ranks. Collective.
+
+    A DTensor counts with its local shard.
+    """
+    # Not every entry of optimizer.state need be a parameter's dict.
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    local_bytes = sum(x.numel() * x.element_size() for x in local)
+    total = torch.tensor(local_bytes, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return local_bytes, int(total)
+
+
+def summary(
+    *,
+    held_out_loss: float,
+    state_bytes: tuple[int, int],
+    parameters: int,
+    world_size: int,
+    step_seconds: float,
+    out_dir: Path,
+    checkpoint: Path,
+    nonfinite_steps: int,
+    skipped: bool,
+) -> str:
+    """Return the lines that a finished run prints."""
+    local, total = state_bytes
+    return "\n".join(
+        (
+            f"held-out loss         {held_out_loss:.4f} nats per byte",
+            f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
+            f"{total / parameters:.2f} per parameter",
+            f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",
+            f"non-finite steps      {nonfinite_steps}"
+            f"{', skipped' if nonfinite_steps and skipped else ''}",
+            f"metrics               {out_dir / 'metrics.jsonl'}",
+            f"checkpoint            {checkpoint}",
+        )
+    )

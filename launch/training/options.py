@@ -1,0 +1,250 @@
+"""Command line of ``train.py``. Defaults that depend on the model's size come from its preset."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from training.data import UsageError
+from training.model import PRESETS
+from training.strategies import STRATEGIES
+
+DEFAULT_PRESET = "tiny"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises its errors as UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help.")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def nonnegative(text: str) -> float:
+    value = float(text)
+    if not value >= 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def preset_default(name: str) -> str:
+    value = getattr(PRESETS[DEFAULT_PRESET], name)
+    return f"default: by --preset, {DEFAULT_PRESET}: {value}"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and complete the arguments; the result holds plain data, so a checkpoint can store it.
+
+    Raises:
+        UsageError: an argument is unknown, malformed or out of range.
+    """
+    parser = Parser(
+        prog="train.py",
+        description="Train a byte-level GPT with bf16 weights, on one process or under torchrun.",
+    )
+    _add_model_and_data(parser.add_argument_group("model and data").add_argument)
+    _add_parallelism(parser.add_argument_group("parallelism").add_argument)
+    _add_optimizer(parser.add_argument_group("optimizer").add_argument)
+    _add_run(parser.add_argument_group("run").add_argument)
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    for name in ("seq_len", "batch_size", "steps", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    if int(os.environ.get("RANK", 0)) == 0:
+        for note in options_without_effect(args):
+            print(f"note: {note}", file=sys.stderr)
+    args.warmup = args.warmup or max(1, args.steps // 20)
+    args.eval_every = args.eval_every or max(1, args.steps // 12)
+    args.final_lr = args.lr / 1000 if args.final_lr is None else args.final_lr
+    args.out = args.out or f"runs/{args.preset}-{args.optimizer}"
+    return args
+
+
+def _add_model_and_data(add: Callable[..., Any]) -> None:
+    add(
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULT_PRESET,
+        help="model size; its defaults are in launch/training/model.py (default: %(default)s)",
+    )
+    add(
+        "--data",
+        metavar="PATH",
+        help="text: a file or a directory (default: Python's standard library sources)",
+    )
+    add("--seq-len", type=positive, help=f"bytes in a sequence ({preset_default('seq_len')})")
+    add(
+        "--batch-size",
+        type=positive,
+        help="sequences in a step, over all ranks and micro-batches "
+        f"({preset_default('batch_size')})",
+    )
+    add(
+        "--grad-accum",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="micro-batches in a step (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=count,
+        default=0,
+        help="of the initial weights and the batches (default: %(default)s)",
+    )
+
+
+def _add_parallelism(add: Callable[..., Any]) -> None:
+    add("--strategy", choices=STRATEGIES, help="default: fsdp2 on several ranks, else single")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="CUDA with NCCL, or CPU with gloo (default: auto, CUDA if available)",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on CUDA too, at some cost",
+    )
+
+
+def _add_optimizer(add: Callable[..., Any]) -> None:
+    add(
+        "--optimizer",
+        choices=("bf16", "torch-fp32", "torch-bf16"),
+        default="bf16",
+        help="AdamW_BF16; or torch's AdamW on fp32 master weights with a bf16 forward, "
+        "or on plain bf16 weights (default: %(default)s)",
+    )
+    add(
+        "--optimizer-backend",
+        metavar="NAME",
+        help="kernel back end of AdamW_BF16 (default: by device)",
+    )
+    add("--lr", type=nonnegative, help=f"peak learning rate ({preset_default('lr')})")
+    add(
+        "--schedule",
+        choices=("cosine", "power", "constant"),
+        default="cosine",
+        help="after the warm-up (default: %(default)s)",
+    )
+    add("--warmup", type=positive, metavar="STEPS", help="default: a twentieth of --steps")
+    add(
+        "--final-lr",
+        type=nonnegative,
+        help="of the cosine schedule (default: a thousandth of --lr)",
+    )
+    add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999")
+    add("--weight-decay", type=float, default=0.1, help="of the matrices (default: %(default)s)")
+    add(
+        "--clip",
+        type=nonnegative,
+        default=1.0,
+        help="maximum global gradient norm; 0 disables clipping (default: %(default)s)",
+    )
+    add(
+        "--skip-nonfinite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="skip the update of a step whose loss or gradient norm is not finite, and count it "
+        "(default: --skip-nonfinite)",
+    )
+    add(
+        "--max-nonfinite",
+        type=count,
+        metavar="N",
+        default=10,
+        help="exit with code 1 after N consecutive such steps; 0 disables this "
+        "(default: %(default)s)",
+    )
+
+
+def _add_run(add: Callable[..., Any]) -> None:
+    add("--steps", type=positive, help=preset_default("steps"))
+    add("--eval-every", type=positive, metavar="STEPS", help="default: a twelfth of --steps")
+    add(
+        "--eval-batches",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="batches of held-out text (default: %(default)s)",
+    )
+    add("--out", metavar="DIR", help="default: runs/<preset>-<optimizer>")
+    add(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        default=200,
+        help="0: at the end only (default: %(default)s)",
+    )
+    add(
+        "--async-save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write checkpoints while training continues, from a copy of each rank's shards in "
+        "CPU memory; the run waits for the last one (default: --async-save)",
+    )
+    add(
+        "--check-replicas",
+        type=count,
+        metavar="STEPS",
+        default=0,
+        help="compare the replicas of weights and states every STEPS steps, and end the run if "
+        "they differ: a hardware fault (default: never)",
+    )
+    add(
+        "--keep",
+        type=positive,
+        metavar="N",
+        default=2,
+        help="newest checkpoints to keep (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        metavar="auto|newest-good|PATH",
+        help="auto: from the newest checkpoint in --out, if any; newest-good: from the newest "
+        "undamaged one (default: start from scratch)",
+    )
+    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a note for each option that has no effect.
+
+    These are no errors: one command line may serve several optimizers.
+    """
+    for name in ("optimizer_backend", "check_replicas"):
+        value = getattr(args, name)
+        if value and args.optimizer != "bf16":
+            yield (
+                f"--{name.replace('_', '-')} {value} has no effect with "
+                f"--optimizer {args.optimizer}, only with bf16"
+            )
+    if args.final_lr is not None and args.schedule != "cosine":
+        yield (
+            f"--final-lr {args.final_lr:g} has no effect with --schedule {args.schedule}, "
+            "only with cosine"
+        )
+    if args.warmup is not None and args.warmup > args.steps:
+        yield (
+            f"--warmup {args.warmup} is longer than --steps {args.steps}: "
+            f"the learning rate will not reach --lr {args.lr:g}"
+        )

@@ -1,0 +1,255 @@
+"""Parallelism strategies. To add one, write its functions and register it in ``STRATEGIES``.
+
+On every rank a model passes through a strategy in this order::
+
+    model on the meta device -> shard -> allocate, initialize weights -> wrap -> optimizer
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+from training.data import UsageError
+from training.model import GPT, Block
+from training.tensor_parallel import parallelize
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The steps in which strategies differ.
+
+    Attributes:
+        shard: replaces parameters by shards, before memory is allocated.
+        wrap: returns the module to call, after weights are initialized; the optimizer gets its
+            parameters.
+        no_sync: takes the wrapped module and its optimizer; returns a context in which gradients
+            accumulate and are not reduced over ranks, for all micro-batches of a step but the last.
+        sharding: the ZeRO sharding of AdamW_BF16, for a model that is replicated on every rank.
+        mesh_shape: takes the world size; returns the size of each mesh dimension by name. Ranks
+            along "tensor" get the same sequences of a batch, all others get different ones.
+    """
+
+    shard: Callable[[GPT, DeviceMesh], None]
+    wrap: Callable[[GPT, DeviceMesh], nn.Module]
+    no_sync: Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[None]]
+    sharding: Callable[[DeviceMesh], ZeRO | None] = lambda mesh: None
+    mesh_shape: Callable[[int], dict[str, int]] = lambda world_size: {"data": world_size}
+
+
+def _no_shard(model: GPT, mesh: DeviceMesh) -> None:
+    """Replicate all parameters."""
+
+
+def _no_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+    return model
+
+
+def _nothing_to_sync(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _module_no_sync(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
+    """Use no_sync of DDP or FSDP1: gradients accumulate in the dtype of the weights."""
+    return module.no_sync()  # type: ignore[operator]
+
+
+def _ddp_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+    ddp = nn.parallel.DistributedDataParallel
+    return ddp(model, device_mesh=mesh, gradient_as_bucket_view=True)
+
+
+def _fsdp2_shard(model: GPT, mesh: DeviceMesh) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # bf16 sums over many ranks and micro-batches would lose bits.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in (*model.blocks, model):
+        # By default the root would stay unsharded after an evaluation, and torch's checkpoint
+        # code would not recognize its parameters.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@contextmanager
+def _fsdp2_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Accumulate unsharded gradients, in the policy's ``reduce_dtype``."""
+    module.set_requires_gradient_sync(False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+
+def _zero1(mesh: DeviceMesh) -> ZeRO:
+    return ZeRO(mesh, stage=1)
+
+
+def _zero2(mesh: DeviceMesh) -> ZeRO:
+    # fp32 for the same reason as in _fsdp2_shard
+    return ZeRO(mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32)
+
+
+def _zero2_no_sync(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> AbstractContextManager[None]:
+    """Accumulate unsharded gradients, in ``accumulate_dtype``."""
+    assert isinstance(optimizer, AdamW_BF16)
+    return optimizer.no_sync()
+
+
+def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    device = torch.device("cpu")
+    if mesh.device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # FSDP1 is deprecated, but still in use
+        warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # one process
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            mixed_precision=MixedPrecision(reduce_dtype=torch.float32),  # as in _fsdp2_shard
+            device_mesh=mesh,
+            device_id=device,
+            use_orig_params=True,
+        )
+
+
+def _tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
+    parallelize(model, mesh)
+
+
+def _fsdp2_tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
+    parallelize(model, mesh["tensor"])
+    _fsdp2_shard(model, mesh["data"])
+
+
+def _half(world_size: int) -> int:
+    if world_size % 2:
+        raise UsageError(
+            f"this --strategy arranges the processes in pairs, but there are {world_size}: "
+            "start an even number of them."
+        )
+    return world_size // 2
+
+
+STRATEGIES = {
+    "single": Strategy(_no_shard, _no_wrap, _nothing_to_sync),
+    "ddp": Strategy(_no_shard, _ddp_wrap, _module_no_sync),
+    "fsdp1": Strategy(_no_shard, _fsdp1_wrap, _module_no_sync),
+    "fsdp2": Strategy(_fsdp2_shard, _no_wrap, _fsdp2_no_sync),
+    "hsdp": Strategy(
+        _fsdp2_shard,
+        _no_wrap,
+        _fsdp2_no_sync,
+        mesh_shape=lambda world_size: {"replicate": 2, "shard": _half(world_size)},
+    ),
+    "tp": Strategy(
+        _tensor_parallel_shard,
+        _no_wrap,
+        _nothing_to_sync,
+        mesh_shape=lambda world_size: {"tensor": world_size},
+    ),
+    "fsdp2+tp": Strategy(
+        _fsdp2_tensor_parallel_shard,
+        _no_wrap,
+        _fsdp2_no_sync,
+        mesh_shape=lambda world_size: {"data": _half(world_size), "tensor": 2},
+    ),
+    "zero1": Strategy(_no_shard, _ddp_wrap, _module_no_sync, _zero1),
+    "zero2": Strategy(_no_shard, _no_wrap, _zero2_no_sync, _zero2),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Each group of ``tp_size`` consecutive ranks gets the same sequences of a batch; the
+    ``dp_size`` groups share the batch evenly.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    tp_size: int = 1
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tp_size
+
+    def mesh(self, shape: dict[str, int] | None = None) -> DeviceMesh:
+        """Return a mesh of all ranks with the given ``mesh_shape``; by default one-dimensional."""
+        shape = shape or {"data": self.size}
+        names = tuple(shape)
+        return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=names)
+
+    @property
+    def batch_slice(self) -> slice:
+        """The sequences of a batch that this rank trains on."""
+        return slice(self.rank // self.tp_size, None, self.dp_size)
+
+
+def init_world(device: str) -> World:
+    """Join the processes of torchrun, or be a world of one; NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA if each process of this machine has a GPU.
+
+    Raises:
+        UsageError: ``device`` is "cuda" and there are too few GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < local_world_size:
+        raise UsageError(
+            f"--device cuda needs a GPU for each of the {local_world_size} processes, "
+            f"but {gpus} were found: start fewer processes or use --device cpu."
+        )
+    if device == "auto":
+        device = "cuda" if gpus >= local_world_size else "cpu"
+    rank_device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(rank_device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(dist.get_rank(), dist.get_world_size(), rank_device)
+
+
+def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``; a UsageError on any rank is raised on all. Collective.
+
+    So no rank continues alone and blocks in the next collective.
+    """
+    result, message = None, None
+    try:
+        result = function(*args)
+    except UsageError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for found in messages:
+        if found is not None:
+            raise UsageError(found)
+    return result

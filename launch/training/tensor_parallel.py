@@ -1,0 +1,78 @@
+"""Tensor and sequence parallelism for the model of ``model.py``.
+
+Each rank has some heads of every attention, some hidden units of every feed-forward network, and
+some rows of the embedding and the head. Between them, where all ranks would compute the same, each
+rank has some positions of the sequence. So the norms' gains get partial sums as gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from training.data import UsageError
+from training.model import GPT, VOCABULARY
+
+
+def parallelize(model: GPT, mesh: DeviceMesh) -> None:
+    """Shard all parameters but the norms' gains over a one-dimensional mesh.
+
+    Raises:
+        UsageError: heads, hidden units, byte values or (at the first batch) sequence positions do
+            not divide into the mesh's ranks.
+    """
+    ranks = mesh.size()
+    for what, number in (
+        ("heads", model.config.heads),
+        ("hidden units", model.config.ffn),
+        ("byte values", VOCABULARY),
+    ):
+        if number % ranks:
+            raise UsageError(
+                f"the model's {number} {what} do not divide into {ranks} tensor-parallel ranks: "
+                "use fewer or another --preset."
+            )
+
+    def check_positions(module: nn.Module, args: tuple[Tensor]) -> None:
+        positions = args[0].shape[1]
+        if positions % ranks:
+            raise UsageError(
+                f"--seq-len {positions} does not divide into {ranks} tensor-parallel ranks: "
+                f"use a multiple of {ranks}."
+            )
+
+    model.register_forward_pre_hook(check_positions)
+    sharded, replicated = Shard(1), Replicate()  # activations are sharded by position
+    outer: dict[str, Any] = {
+        "embedding": RowwiseParallel(input_layouts=replicated, output_layouts=sharded),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=sharded, output_layouts=replicated),
+    }
+    inner: dict[str, Any] = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(sharded, None), desired_input_layouts=(replicated, None)
+        ),
+        "attention.query": ColwiseParallel(),
+        "attention.key": ColwiseParallel(),
+        "attention.value": ColwiseParallel(),
+        "attention.output": RowwiseParallel(output_layouts=sharded),
+        "ffn_norm": SequenceParallel(),
+        "ffn": PrepareModuleInput(input_layouts=(sharded,), desired_input_layouts=(replicated,)),
+        "ffn.gate": ColwiseParallel(),
+        "ffn.up": ColwiseParallel(),
+        "ffn.down": RowwiseParallel(output_layouts=sharded),
+    }
+    parallelize_module(model, mesh, outer)
+    for block in model.blocks:
+        parallelize_module(block, mesh, inner)
