@@ -131,16 +131,16 @@ class TestState:
         )
 
     def test_float32_parameter_matches_torch_adamw(self):
-        ours, theirs = param(50, dtype=torch.float32), param(50, dtype=torch.float32)
+        ours, expected = param(50, dtype=torch.float32), param(50, dtype=torch.float32)
         bf16 = param(50)
         optimizer = AdamW_BF16([bf16, ours], lr=1e-2, weight_decay=0.1)
-        torch_optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+        torch_optimizer = torch.optim.AdamW([expected], lr=1e-2, weight_decay=0.1)
         for seed in range(10):
             give_gradients([bf16, ours], seed)
-            theirs.grad = ours.grad.clone()
+            expected.grad = ours.grad.clone()
             optimizer.step()
             torch_optimizer.step()
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
         assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
         assert optimizer.state[ours]["exp_avg"].dtype == torch.float32
 
