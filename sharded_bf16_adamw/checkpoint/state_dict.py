@@ -354,7 +354,7 @@ def _section(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"<prefix>.a.b": 1}``."""
+    """Flatten: ``{"a": {"b": 1}}`` becomes ``{"<prefix>.a.b": 1}``."""
     result = {}
     for key, value in state.items():
         name = f"{prefix}.{key}"

@@ -101,13 +101,15 @@ def pruning(root: Path, sharded: bool) -> None:
     prune(root, 1)
 
 
-def next_save(root: Path, sharded: bool) -> None:
-    save_step(root, 9, sharded, keep=1)
+def next_saves(parent: Path, sharded: bool) -> None:
+    for root in parent.iterdir():
+        if root.is_dir():
+            save_step(root, 9, sharded, keep=1)
 
 
 ACTIONS: dict[str, Callable[[Path, bool], None]] = {
     action.__name__: action
-    for action in (synchronous, asynchronous, same_step_again, destroying, pruning, next_save)
+    for action in (synchronous, asynchronous, same_step_again, destroying, pruning, next_saves)
 }
 
 

@@ -177,7 +177,7 @@ class Stage2(Stage):
     # ------------------------------------------------------------------ during the backward pass
 
     def _register_hooks(self) -> None:
-        """Hook every trainable parameter that has no hook yet, as one may have been unfrozen."""
+        """Register a hook on every trainable parameter without one: it may have been unfrozen."""
         weak_self = weakref.ref(self)
 
         def on_grad_ready(param: Tensor) -> None:
