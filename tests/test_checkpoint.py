@@ -207,7 +207,8 @@ def test_missing_checkpoint_is_an_error(tmp_path):
         (lambda m: nn.Sequential(m[0]), "unexpected key model.1.weight"),
         (
             lambda m: m.to(torch.float32),
-            "dtype mismatch for model.0.weight: saved as torch.bfloat16, but torch.float32 in the model",
+            "dtype mismatch for model.0.weight: saved as torch.bfloat16, "
+            "but torch.float32 in the model",
         ),
     ],
 )

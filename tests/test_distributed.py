@@ -272,7 +272,8 @@ def sharded_otherwise_worker(rank, world):
         state["state"][0]["exp_avg"] = DTensor.from_local(local, on, placements, **whole)
         with pytest.raises(
             ValueError,
-            match=r"the loaded exp_avg of parameter 0 .* is sharded differently from the parameter .*; load it",
+            match=r"the loaded exp_avg of parameter 0 .* is sharded differently from the "
+            r"parameter .*; load it",
         ):
             optimizer.load_state_dict(state)
     named = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))  # the same ranks

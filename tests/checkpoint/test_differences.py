@@ -49,7 +49,9 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     with pytest.raises(ValueError, match="is of another model or optimizer"):
         load(tmp_path, here, optimizer)
     loaded = load(tmp_path, here, optimizer, strict=False)
-    assert loaded.extra == {"a": 1} and loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
+    assert (
+        loaded.extra == {"a": 1} and loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
+    )
     params = dict(here.named_parameters())
     assert torch.equal(params["same.weight"], saved.same.weight)
     for key, value in optimizer.state[params["same.weight"]].items():

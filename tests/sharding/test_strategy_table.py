@@ -42,7 +42,7 @@ def differing(case: Case, world: int) -> dict[str, tuple[int, int]]:
 
 
 def table() -> str:
-    """Return the table in Markdown: the numbers of ranks with identical bits, by strategy and column.
+    """Return the table in Markdown: by strategy and column the numbers of ranks with equal bits.
 
     A row of FSDP1 covers both values of use_orig_params.
     """
