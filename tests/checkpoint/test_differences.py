@@ -1,6 +1,8 @@
-"""What loading does where checkpoint and model differ, or a group was divided otherwise."""
+"""Loading into a model or optimizer that differs from the saved one."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
+def test_strict_false_loads_what_fits_and_lists_mismatches(tmp_path):
     saved, saved_optimizer = trained(
         Model(same=linear(3, 4), other=linear(3, 4), gone=linear(2, 2))
     )
@@ -49,9 +51,8 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     with pytest.raises(ValueError, match="is of another model or optimizer"):
         load(tmp_path, here, optimizer)
     loaded = load(tmp_path, here, optimizer, strict=False)
-    assert (
-        loaded.extra == {"a": 1} and loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
-    )
+    assert loaded.extra == {"a": 1}
+    assert loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
     params = dict(here.named_parameters())
     assert torch.equal(params["same.weight"], saved.same.weight)
     for key, value in optimizer.state[params["same.weight"]].items():
@@ -64,10 +65,10 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     )
     listed = "\n".join(loaded.mismatches)
     for sentence in (
-        "model.other.weight has shape (4, 3) there but (4, 5) here",
-        "it has no model.new.weight",
-        "it has model.gone.weight, which is not here",
-        "it has optimizer.state.gone.weight.exp_avg, which is not here",
+        "size mismatch for model.other.weight: saved as (4, 3), but (4, 5) in the model",
+        "missing key model.new.weight",
+        "unexpected key model.gone.weight",
+        "unexpected key optimizer.state.gone.weight.exp_avg",
     ):
         assert sentence in listed
     assert "same.weight" not in listed
@@ -78,8 +79,8 @@ def test_not_strict_loads_what_fits_and_lists_the_rest(tmp_path):
     assert optimizer.state[params["same.weight"]]["step"] == 4
 
 
-def test_a_weight_without_its_correction_starts_with_none(tmp_path):
-    """A correction of other weights would be wrong by as much as they differ."""
+def test_weight_without_saved_correction_gets_a_zero_correction(tmp_path):
+    """The old correction belongs to other weights."""
     saved = Model(a=linear(3, 4)).to(torch.bfloat16)
     plain = torch.optim.AdamW(saved.parameters(), lr=1e-3)
     saved.a.weight.grad = torch.ones_like(saved.a.weight)
@@ -88,7 +89,7 @@ def test_a_weight_without_its_correction_starts_with_none(tmp_path):
     here, optimizer = trained(Model(a=linear(3, 4)), lr=1e-3)
     assert optimizer.state[here.a.weight]["correction"].any()
     loaded = load(tmp_path, here, optimizer, strict=False)
-    assert loaded.mismatches == ["it has no optimizer.state.a.weight.correction"]
+    assert loaded.mismatches == ["missing key optimizer.state.a.weight.correction"]
     assert (
         torch.equal(here.a.weight, saved.a.weight)
         and not optimizer.state[here.a.weight]["correction"].any()
@@ -105,7 +106,7 @@ def two_groups(model: nn.Module, first: float, second: float) -> AdamW_BF16:
     )
 
 
-def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
+def test_groups_may_be_divided_otherwise_if_their_options_agree(tmp_path):
     model = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
     save(tmp_path, 1, model, two_groups(model, 0.25, 0.25))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
@@ -118,7 +119,7 @@ def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
     before = [param.detach().clone() for param in model.parameters()]
     with pytest.raises(
         ValueError,
-        match=r"weight_decay of a.weight is 0.25 there and of b.weight 0.5, but here they are in one group",
+        match=r"weight_decay was saved as 0.25 for a.weight and as 0.5 for b.weight, but they are",
     ):
         load(tmp_path, model, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
@@ -126,8 +127,8 @@ def test_groups_may_be_divided_otherwise_where_their_options_agree(tmp_path):
     assert optimizer.param_groups[0]["weight_decay"] == 0.25
 
 
-def test_options_keep_their_types(tmp_path):
-    """Tuples, a learning rate that is a tensor, infinity; and the schedule's position goes on."""
+def test_group_options_keep_their_types(tmp_path):
+    """Tuples, a tensor lr, infinity. The schedule continues at the saved position."""
     model, optimizer = trained(
         Model(a=linear(3, 4)), lr=torch.tensor(0.1), betas=(0.8, 0.95), eps=1e-30
     )
@@ -153,12 +154,12 @@ def test_options_keep_their_types(tmp_path):
     model.a.weight.grad = torch.zeros_like(model.a.weight)
     scheduled.step()
     assert scheduled.param_groups[0]["lr"] == LR(lr=1.0, preheat_steps=10)(3), (
-        "the schedule is the code's, its position the checkpoint's"
+        "the schedule comes from the code, its position from the checkpoint"
     )
 
 
-def test_a_scheduler_resumes_after_a_load(tmp_path):
-    """Schedulers write ``initial_lr`` into the groups, and one that is built at a later epoch reads it from there."""
+def test_torch_scheduler_resumes_after_a_load(tmp_path):
+    """A scheduler writes ``initial_lr`` into the groups. One built at a later epoch reads it."""
     model, optimizer = trained(Model(a=linear(3, 4)), lr=0.1)
     scheduler = CosineAnnealingLR(optimizer, 10)
     for _ in range(4):
@@ -188,11 +189,11 @@ def options_worker(rank: int, world: int, root: str) -> None:
         assert found == [(0.5, ("x", 0)), (1.5, ("x", 1))], name
 
 
-def test_options_that_only_the_checkpoint_has_are_loaded_under_every_strategy(tmp_path):
+def test_options_only_in_the_checkpoint_are_loaded_under_every_strategy(tmp_path):
     run_ranks(2, options_worker, str(tmp_path))
 
 
-def test_options_that_only_the_checkpoint_has_are_loaded_where_they_agree_within_a_group(tmp_path):
+def test_options_only_in_the_checkpoint_are_loaded_if_they_agree_within_a_group(tmp_path):
     model = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
     optimizer = two_groups(model, 0.25, 0.25)
     optimizer.param_groups[0]["mine"] = 1
@@ -205,29 +206,25 @@ def test_options_that_only_the_checkpoint_has_are_loaded_where_they_agree_within
     whole = AdamW_BF16(model.parameters(), lr=1e-2)
     load(tmp_path, model, whole)
     assert "mine" not in whole.param_groups[0], (
-        "which of the two it would be nobody knows, and nobody here asks"
+        "the saved values disagree, and the optimizer has no such option"
     )
     whole.param_groups[0]["mine"] = 3
     with pytest.raises(
         ValueError,
-        match=r"mine of a.weight is 1 there and of b.weight 2, but here they are in one group",
+        match=r"mine was saved as 1 for a.weight and as 2 for b.weight, but they are in one group",
     ):
         load(tmp_path, model, whole)
 
 
-def test_a_parameter_that_is_no_longer_in_the_optimizer_keeps_its_weight_and_loses_its_state(
-    tmp_path,
-):
+def test_parameter_no_longer_in_the_optimizer_loads_its_weight_without_a_state(tmp_path):
     saved, saved_optimizer = trained(Model(a=linear(3, 4), b=linear(4, 2)))
     save(tmp_path, 3, saved, saved_optimizer)
     here = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
     optimizer = AdamW_BF16(here.b.parameters(), lr=0.5)
-    sentence = (
-        "it has a state of a.weight, which has none here, as where it is not in the optimizer"
-    )
+    sentence = "unexpected state of a.weight, which has none in this optimizer (is it in no group?)"
     with pytest.raises(
         ValueError,
-        match=f"another model or optimizer: {sentence}; build .* or load what fits with strict=False",
+        match=f"another model or optimizer: {re.escape(sentence)}; build .* with strict=False",
     ):
         load(tmp_path, here, optimizer)
     assert load(tmp_path, here, optimizer, strict=False).mismatches == [sentence]
@@ -238,8 +235,8 @@ def test_a_parameter_that_is_no_longer_in_the_optimizer_keeps_its_weight_and_los
     assert optimizer.param_groups[0]["lr"] == saved_optimizer.param_groups[0]["lr"]
 
 
-def test_loading_copies_into_the_memory_that_is_there(tmp_path):
-    """No second copy of the optimizer's state is made, which would double its memory."""
+def test_load_copies_into_existing_memory(tmp_path):
+    """A second copy of the optimizer's state would double its memory."""
     model, optimizer = trained(Model(a=linear(3, 4)), lr=0.1)
     save(tmp_path, 1, model, optimizer)
     places = {key: value.data_ptr() for key, value in optimizer.state[model.a.weight].items()}
