@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unittest
 import zlib
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,15 @@ def test_saving_an_earlier_step_again_makes_it_the_latest(tmp_path):
         path = save(tmp_path, step, *make(step))
     assert latest(tmp_path) == path == tmp_path / "step-00000001-2"
     assert names(tmp_path) == ["LATEST", "step-00000001-2", "step-00000002"]
+
+
+def test_published_and_removed_checkpoints_are_logged(tmp_path):
+    with unittest.TestCase().assertLogs("sharded_bf16_adamw", "DEBUG") as logs:
+        old, new = (save_step(tmp_path, step, sharded=False, keep=1) for step in (1, 2))
+    size = sum(record.bytes for record in read_manifest(new).files.values())
+    published, removed = logs.output[-2:]
+    assert published.startswith(f"INFO:sharded_bf16_adamw:published checkpoint {new} ({size} bytes")
+    assert removed == f"DEBUG:sharded_bf16_adamw:removed older checkpoint {old}"
 
 
 # ------------------------------------------------------------------------------------ newest_good()

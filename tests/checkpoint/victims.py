@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ _context.set_forkserver_preload(
 )
 # of os; and every write to a file of tensors
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
+# Process.start() polls all processes; concurrent polls of one process lose its exit code
+_poll_lock = threading.Lock()
 PATIENCE = 60  # seconds for survivors to notice that a rank is gone
 
 
@@ -97,13 +101,15 @@ def pruning(root: Path, sharded: bool) -> None:
     prune(root, 1)
 
 
-def next_save(root: Path, sharded: bool) -> None:
-    save_step(root, 9, sharded, keep=1)
+def next_saves(parent: Path, sharded: bool) -> None:
+    for root in parent.iterdir():
+        if root.is_dir():
+            save_step(root, 9, sharded, keep=1)
 
 
 ACTIONS: dict[str, Callable[[Path, bool], None]] = {
     action.__name__: action
-    for action in (synchronous, asynchronous, same_step_again, destroying, pruning, next_save)
+    for action in (synchronous, asynchronous, same_step_again, destroying, pruning, next_saves)
 }
 
 
@@ -123,16 +129,18 @@ def run(
         )
         for rank in range(world)
     ]
-    for process in ranks:
-        process.start()
+    with _poll_lock:
+        for process in ranks:
+            process.start()
     deadline = time.monotonic() + PATIENCE
-    ranks[victim].join(PATIENCE)
+    wait([ranks[victim].sentinel], PATIENCE)
     for process in ranks:
         if everybody and process is not ranks[victim]:
             process.kill()
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
+        wait([process.sentinel], max(0.0, deadline - time.monotonic()))
+        with _poll_lock:
+            process.kill()
+            process.join()
     return [process.exitcode or 0 for process in ranks]
 
 
