@@ -51,7 +51,8 @@ def test_strict_false_loads_what_fits_and_lists_mismatches(tmp_path):
     with pytest.raises(ValueError, match="is of another model or optimizer"):
         load(tmp_path, here, optimizer)
     loaded = load(tmp_path, here, optimizer, strict=False)
-    assert loaded.extra == {"a": 1} and loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
+    assert loaded.extra == {"a": 1}
+    assert loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
     params = dict(here.named_parameters())
     assert torch.equal(params["same.weight"], saved.same.weight)
     for key, value in optimizer.state[params["same.weight"]].items():
