@@ -103,7 +103,7 @@ def failing_worker(rank: int, world: int, folder: str) -> list[str]:
     ):
         with (
             pytest.raises((OSError, ValueError, RuntimeError)) as caught,
-            mock.patch.object(export, "write_folder", no_space),
+            mock.patch.object(export, "write_sharded", no_space),
         ):
             function(*arguments)
         messages.append(f"{type(caught.value).__name__}: {caught.value}".replace(folder, ""))

@@ -559,7 +559,7 @@ def test_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
         and torch.equal(base.scale, model.base.scale)
     )
     with pytest.raises(
-        ValueError, match="base is a quantised tensor, of which the checkpoint has the parts"
+        ValueError, match="base is a quantised tensor, and the checkpoint has its parts"
     ):
         export_fp32(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

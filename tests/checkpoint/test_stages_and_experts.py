@@ -281,7 +281,7 @@ def wrong_on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
 def test_error_on_one_rank_is_raised_on_all(tmp_path):
     for root_, path, asynchronous, memory in run_ranks(2, wrong_on_one_rank_worker, str(tmp_path)):
         assert root_.startswith("ValueError: root must be a path, but it is of type NoneType;")
-        assert path.startswith("ValueError: path must be a path, but it is of type int; give")
+        assert path.startswith("ValueError: path must be a path, but it is of type int; pass")
         assert asynchronous.startswith(
             "ValueError: ranks give different values of async_: True on rank 0 and False on rank 1"
         )
