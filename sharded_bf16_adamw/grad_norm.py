@@ -1,4 +1,4 @@
-"""The global gradient norm over all ranks, and its results for a clipped or guarded step."""
+"""The global gradient norm over all ranks, and the clip coefficient that the next step applies."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ _device_of = attrgetter("device")
 class PendingClip:
     """The results of ``clip_grad_norm_`` for the next step.
 
-    This object is never replaced. A wrapper around the optimizer, such as Lightning Fabric's, may
-    forward attribute reads but keep attribute writes to itself; both then reach the same object.
+    This object is changed in place, never replaced. A wrapper around the optimizer, such as
+    Lightning Fabric's, may forward attribute reads but keep attribute writes to itself, so a new
+    object would not reach the optimizer.
     """
 
     grad_scale: Tensor | None = None
@@ -42,12 +43,12 @@ class PendingClip:
     captured: bool = False  # a CUDA graph captured the call
 
     def set(self, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Keep the results for the next step."""
+        """Store the results until the next step, and whether a CUDA graph captures this call."""
         self.grad_scale, self.found_inf = grad_scale, found_inf
         self.captured = is_capturing(grad_scale.device)
 
     def check_capture(self) -> None:
-        """Raise RuntimeError if a CUDA graph captures only one of the clipping and its step."""
+        """Raise RuntimeError if a CUDA graph captures the clipping but not its step, or reverse."""
         if self.grad_scale is not None and is_capturing(self.grad_scale.device) != self.captured:
             raise RuntimeError(
                 "a CUDA graph captures only one of clip_grad_norm_() and the step() that it "
@@ -55,23 +56,23 @@ class PendingClip:
             )
 
     def clear(self) -> None:
-        """Drop the results."""
+        """Drop the results: the step has used them, or the gradients are gone."""
         self.grad_scale = self.found_inf = None
 
 
 class ReplicaGradCheck:
-    """A deferred check that ranks with replicas have equal gradients.
+    """A deferred check that replicas have equal gradients on all of their ranks.
 
     On the CPU the call that finds a mismatch raises. On an accelerator the next call raises, so
-    that no step waits for its own result; every rank reaches that call.
+    that no step waits for its own result. Either way every rank raises.
     """
 
     def __init__(self) -> None:
         self._mismatch: Tensor | None = None  # on the CPU
-        self._copied: Any = None  # the event after the copy from an accelerator
+        self._copied: Any = None  # CUDA event recorded after the copy to the CPU
 
     def record(self, mismatch: Tensor) -> None:
-        """Take a norm's result, 0-dim and positive on a mismatch. Raise now if it is on the CPU."""
+        """Record a 0-dim ``mismatch``, positive if gradients differ. On the CPU, raise now."""
         if is_capturing(mismatch.device):
             return
         if not mismatch.is_cuda:
@@ -84,22 +85,23 @@ class ReplicaGradCheck:
         self._copied.record(torch.cuda.current_stream(mismatch.device))
 
     def raise_if_mismatch(self) -> None:
-        """Raise RuntimeError, on every rank, if the last recorded gradients differed over ranks."""
+        """Raise RuntimeError, on every rank, if the last recorded mismatch is positive."""
         if self._mismatch is None:
             return
         if self._copied is not None:
             if torch.cuda.is_current_stream_capturing():
-                return  # raised after the capture
-            # Of the previous step: a whole forward and backward pass is queued behind it.
+                return  # the first call after the capture raises
+            # The device does not idle meanwhile: this copy belongs to the previous step, and a
+            # forward and backward pass has been queued since.
             self._copied.synchronize()
         mismatch, self._mismatch = float(self._mismatch), None
         if mismatch > 0:
             raise RuntimeError(
                 "ranks that should have equal gradients have different ones, so there is no global "
                 "gradient norm; average the gradients of plain (unsharded) parameters over ranks "
-                "(DistributedDataParallel, all_reduce), or name parameters that belong to one rank "
-                "alone as AdamW_BF16(..., model_parallel=ModelParallel(ep=..., experts=...)); else "
-                "suspect the hardware"
+                "(DistributedDataParallel, all_reduce), or declare parameters that differ between "
+                "ranks with AdamW_BF16(..., model_parallel=ModelParallel(ep=..., experts=...)); if "
+                "neither applies, suspect the hardware"
             )
 
 
@@ -108,10 +110,10 @@ class _GroupInfo:
     """The sharding of one parameter group, valid while the group has the same parameters."""
 
     params: list[Tensor]
-    keys: list[tuple[bool, Key]]  # of each parameter: is it an expert, and its shard groups
-    param_of_key: dict[tuple[bool, Key], Tensor]  # its device is where the key's sum is
+    keys: list[tuple[bool, Key]]  # per parameter: (is it an expert, its shard groups)
+    param_of_key: dict[tuple[bool, Key], Tensor]  # the key's sum is on this parameter's device
     replica_groups: set[dist.ProcessGroup]
-    is_plain: bool  # no parameter is a DTensor, so gradients are local as they are
+    is_plain: bool  # no parameter is a DTensor, so gradients need no unwrapping
 
     def matches(self, params: list[Tensor]) -> bool:
         """Return True if ``params`` are the parameters that this was built for."""
@@ -129,12 +131,12 @@ class GradNorm:
     def __init__(self, sharding: Sharding, parallel: ModelParallel | None = None) -> None:
         self._sharding = sharding
         self._parallel = parallel
-        self._same_model = parallel is None or (
+        self._plain_are_replicas = parallel is None or (
             parallel.pp_group is None and parallel.ep_group is None
         )
         self._infos: dict[int, _GroupInfo] = {}  # by the group's index
         self._replica_check = ReplicaGradCheck()
-        # Memory of the kernels, for each set of gradients that is summed separately.
+        # Kernel scratch memory, one for each set of gradients that is summed separately.
         self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)
 
     def compute(
@@ -143,8 +145,8 @@ class GradNorm:
         """Return 0-dim float32 norm, clip coefficient and ``found_inf``; see ``clip_coefficient``.
 
         Collective if parameters are sharded, replicated on a mesh, or differ over
-        :class:`ModelParallel` groups. Every rank then takes part in every sum, even without a
-        gradient of its own (FSDP1 may leave it no shard).
+        :class:`ModelParallel` groups. Every rank then takes part in every sum, even if it has no
+        gradient (FSDP1 may leave a rank without a shard).
 
         Raises:
             RuntimeError: replicas have different gradients; see :class:`ReplicaGradCheck`.
@@ -159,7 +161,7 @@ class GradNorm:
         replica_groups = in_shared_order({g for info in infos for g in info.replica_groups})
         all_grads = [grad for grads in local_grads for grad in grads]
         is_sharded = any(shard_groups for _, shard_groups in devices)
-        is_local = self._same_model and not replica_groups and not is_sharded
+        is_local = self._plain_are_replicas and not replica_groups and not is_sharded
         if all_grads and is_local and len(set(map(_device_of, all_grads))) == 1:
             return grad_norm_clip(all_grads, max_norm, backend, self._scratch[()])
         sums = {

@@ -1,4 +1,4 @@
-"""The optimizer: torch's conventions around the update rule of :mod:`.kernels`."""
+"""``AdamW_BF16``: a ``torch.optim.Optimizer`` around the update rule of :mod:`.kernels`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .validation import check_group, check_hyperparams, param_name, to_betas
 
 
 class AdamW_BF16(SerializableOptimizer):
-    r"""AdamW with bfloat16 weights and states, at the quality of float32 ones.
+    r"""AdamW with bfloat16 weights and states, at the quality of float32 AdamW.
 
     For each bfloat16 parameter the state holds ``exp_avg``, ``exp_avg_sq`` and ``correction``, all
     bfloat16 with the parameter's shape, device and sharding: a DTensor's state is a DTensor, so
-    each rank holds its own shard and no more. The true weight is ``p + correction``. Moments and
+    each rank stores only its local shard. The true weight is ``p + correction``. Moments and
     correction are rounded stochastically, so that no update is too small to count (see
     ``docs/numerics.md``). Float32 parameters have float32 moments and no correction. ``step`` is a
     0-dim float32 tensor.
@@ -49,17 +49,18 @@ class AdamW_BF16(SerializableOptimizer):
         lr_function: a schedule: a callable from the 0-based step to the learning rate, such as
             :class:`LR`. Each step writes its value to ``group["lr"]``, unless other code has
             changed ``group["lr"]`` since the last step. ``LR()`` if neither this nor ``lr`` is
-            given. A group with its own ``lr`` keeps that.
+            given. A group with its own ``lr`` keeps it.
         maximize: ascend instead of descend.
         capturable: allow a CUDA graph to capture a step. ``lr`` must then be a float32 or float64
-            tensor on the parameters' device, since a graph would freeze the value of any other.
+            tensor on the parameters' device, since a graph would replay any other value unchanged.
         skip_nonfinite: if any rank's gradient holds inf or NaN, change no parameter, state or step
-            count on any rank, and count the step in ``skipped_steps``. After
-            :meth:`clip_grad_norm_` the gradients that it saw decide, so do not write to them
-            between it and the step.
+            count on any rank, and count the step in ``skipped_steps``. If
+            :meth:`clip_grad_norm_` was called, the gradients at that call decide: do not modify
+            them before the step.
         model_parallel: the process groups over which plain parameters differ, such as pipeline
             stages; see :class:`ModelParallel`. None: plain parameters are replicas on every rank.
-        sharding: ``ZeRO(mesh)`` to shard a replicated model's states; None leaves all to torch.
+        sharding: ``ZeRO(mesh)`` to shard the states of a replicated model; None shards the states
+            as the parameters are.
         backend: one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
 
     Raises:
@@ -132,7 +133,7 @@ class AdamW_BF16(SerializableOptimizer):
         """Add a group of parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError, TypeError: as the constructor; the optimizer is unchanged.
+            ValueError, TypeError: as in the constructor; the optimizer is unchanged.
         """
         has_own_lr = isinstance(param_group, dict) and "lr" in param_group
         if self.param_groups and isinstance(param_group, dict):
@@ -154,7 +155,7 @@ class AdamW_BF16(SerializableOptimizer):
             log_params(group["params"], self._sharding)
 
     def __repr__(self) -> str:
-        """Show the back end, the sharding and this rank's bytes of state beside torch's lines.
+        """Return torch's repr, plus the back end, the sharding and this rank's bytes of state.
 
         Never raises or waits for a device: wrappers and debuggers call it at any time.
         """
@@ -176,7 +177,8 @@ class AdamW_BF16(SerializableOptimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes accumulate gradients without reducing them.
 
-        For ZeRO stage 2. The next backward pass outside reduces the accumulated gradients too.
+        For ZeRO stage 2. The next backward pass outside the context also reduces what was
+        accumulated.
 
         Raises:
             RuntimeError: the model's wrapper reduces the gradients; use its own context instead.
@@ -190,8 +192,8 @@ class AdamW_BF16(SerializableOptimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Reduce gradients, update every parameter that has one, and all-gather weights.
 
-        Collective with ``sharding=ZeRO(...)``, and with ``skip_nonfinite`` if
-        :meth:`clip_grad_norm_` is: every rank calls it.
+        Collective with ``sharding=ZeRO(...)``. With ``skip_nonfinite``, also collective if
+        :meth:`clip_grad_norm_` is. Every rank then calls it.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -201,14 +203,14 @@ class AdamW_BF16(SerializableOptimizer):
             The result of ``closure``, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse or has another size than its parameter; a state no
+            RuntimeError: a gradient is sparse or differs in size from its parameter; a state no
                 longer fits its parameter; FSDP wrapped the parameters after the optimizer was
-                built; a CUDA graph captures this step but not its :meth:`clip_grad_norm_`;
-                ``skip_nonfinite`` found what :meth:`clip_grad_norm_` raises; or another rank died.
+                built; a CUDA graph captures this step but not its :meth:`clip_grad_norm_`; with
+                ``skip_nonfinite``, any error of :meth:`clip_grad_norm_`; or another rank died.
             TypeError: a gradient is neither bfloat16 nor float32.
             ValueError: ``lr_function`` returned an invalid learning rate.
 
-            After any of these, nothing is changed.
+            If one of these is raised, nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -217,7 +219,7 @@ class AdamW_BF16(SerializableOptimizer):
         self._clip.check_capture()
         self._sharding.reduce_grads()
         group_grads = self._grads.collect(self.param_groups)
-        # All that may raise comes before any state is created or changed.
+        # Everything that may raise comes before any state is created or changed.
         lrs = scheduled_lrs(self.lr_function, self.param_groups)
         found_inf = self._clip.found_inf if self.skip_nonfinite else None
         if self.skip_nonfinite and found_inf is None:
@@ -247,19 +249,19 @@ class AdamW_BF16(SerializableOptimizer):
 
         The scale is folded into the update; the gradients themselves stay unchanged. Collective if
         parameters are sharded, replicated on a mesh or named by ``model_parallel``: every rank
-        calls it. ``skip_nonfinite`` then decides by these gradients: an inf or NaN written to a
-        gradient between this call and :meth:`step` goes unnoticed.
+        calls it. ``skip_nonfinite`` does not check the gradients again in :meth:`step`: an inf or
+        NaN written to them between the two calls goes unnoticed.
 
         Args:
-            max_norm: the largest 2-norm of all gradients together.
+            max_norm: upper bound on the 2-norm of all gradients together.
 
         Returns:
             The norm before clipping, 0-dim float32, over all ranks with each element counted once.
 
         Raises:
             ValueError: ``max_norm`` is not positive.
-            RuntimeError: plain parameters have different gradients on ranks that share sharded ones
-                (on an accelerator a later call raises it); or another rank has died or hangs.
+            RuntimeError: gradients that should be equal on several ranks differ (on an accelerator
+                a later call raises this); or another rank has died or hangs.
         """
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
@@ -272,7 +274,7 @@ class AdamW_BF16(SerializableOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that ``skip_nonfinite`` skipped in this process; reading waits for the device."""
+        """Number of steps that ``skip_nonfinite`` has skipped; reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped.item())
 
     # Weights and states #
@@ -291,7 +293,7 @@ class AdamW_BF16(SerializableOptimizer):
 
     @torch.no_grad()
     def reset_correction(self, params: Iterable[Tensor] | None = None) -> None:
-        """Zero the correction of ``params`` (default: all), for weights replaced from outside."""
+        """Zero the correction of ``params`` (default: all) after other code set the weights."""
         for param in self._all_params() if params is None else params:
             if param in self.state and "correction" in self.state[param]:
                 to_local(self.state[param]["correction"]).zero_()
@@ -300,16 +302,20 @@ class AdamW_BF16(SerializableOptimizer):
     def check_replicas(self) -> None:
         """Compare weights and states with their replicas on other ranks, to find silent corruption.
 
-        Equal gradients give equal bits, so replicas differ only through a fault of the hardware or
-        code that changes one rank alone. Compares 64-bit checksums: reads all of this rank's
-        weights and states once and exchanges 16 bytes a tensor. Call it every few hundred steps.
-        Collective: every rank calls it at the same step.
+        Equal gradients give equal bits, so replicas differ only through a hardware fault or code
+        that changes a single rank. Compares 64-bit checksums: reads all of this rank's weights and
+        states once and exchanges 16 bytes per tensor. Call it every few hundred steps. Collective:
+        every rank calls it at the same step.
 
-        Compares DTensors over mesh dimensions that replicate them (HSDP, tensor parallelism);
-        FSDP1's ``HYBRID_SHARD`` and ``NO_SHARD``; with ZeRO the weights over all ranks and the
-        states over the replicated dimension; and plain parameters over ``ModelParallel(dp=...)``
-        (experts over ``edp``), or over all ranks without ``model_parallel``. If several models
-        share a job, give each a ``ModelParallel(dp=...)``.
+        It compares
+
+        * DTensors over the mesh dimensions that replicate them (HSDP, tensor parallelism);
+        * FSDP1's parameters under ``HYBRID_SHARD`` and ``NO_SHARD``;
+        * with ZeRO, weights over all ranks and states over the mesh's replicate dimension;
+        * plain parameters over ``ModelParallel(dp=...)`` and experts over ``edp``, or both over all
+          ranks without ``model_parallel``.
+
+        If several models share a job, give each a ``ModelParallel(dp=...)``.
 
         Raises:
             RuntimeError: replicas differ; raised on every rank, with a tensor's name and the ranks.
@@ -317,7 +323,7 @@ class AdamW_BF16(SerializableOptimizer):
         check_replicas(*collect_replicas(self, self._sharding, self.model_parallel))
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:
-        """Create missing states at step 0 now, before the first gradient: a load needs targets.
+        """Create missing states at step 0 now, before the first gradient, as targets of a load.
 
         Args:
             params: the parameters; None for every trainable one.

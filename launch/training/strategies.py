@@ -1,6 +1,6 @@
 """Parallelism strategies. To add one, write its functions and register it in ``STRATEGIES``.
 
-On every rank a model passes through a strategy in this order::
+Every rank applies the steps of a strategy in this order::
 
     model on the meta device -> shard -> allocate, initialize weights -> wrap -> optimizer
 """
@@ -31,11 +31,11 @@ class Strategy:
 
     Attributes:
         shard: replaces parameters by shards, before memory is allocated.
-        wrap: returns the module to call, after weights are initialized; the optimizer gets its
-            parameters.
+        wrap: takes the initialized model; returns the module to call, whose parameters go to the
+            optimizer.
         no_sync: takes the wrapped module and its optimizer; returns a context in which gradients
-            accumulate and are not reduced over ranks, for all micro-batches of a step but the last.
-        sharding: the ZeRO sharding of AdamW_BF16, for a model that is replicated on every rank.
+            accumulate without being reduced, for all micro-batches of a step but the last.
+        sharding: AdamW_BF16's ``sharding`` argument: ZeRO for a model that every rank replicates.
         mesh_shape: takes the world size; returns the size of each mesh dimension by name. Ranks
             along "tensor" get the same sequences of a batch, all others get different ones.
     """
@@ -64,7 +64,7 @@ def _nothing_to_sync(
 def _module_no_sync(
     module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> AbstractContextManager[None]:
-    """Use no_sync of DDP or FSDP1: gradients accumulate in the dtype of the weights."""
+    """Return the no_sync() of DDP or FSDP1, which accumulates in the dtype of the weights."""
     return module.no_sync()  # type: ignore[operator]
 
 
@@ -99,7 +99,7 @@ def _zero1(mesh: DeviceMesh) -> ZeRO:
 
 
 def _zero2(mesh: DeviceMesh) -> ZeRO:
-    # fp32 for the same reason as in _fsdp2_shard
+    # float32 for the same reason as in _fsdp2_shard
     return ZeRO(mesh, stage=2, reduce_dtype=torch.float32, accumulate_dtype=torch.float32)
 
 
@@ -207,10 +207,13 @@ class World:
 
 
 def init_world(device: str) -> World:
-    """Join the processes of torchrun, or be a world of one; NCCL between GPUs, gloo between CPUs.
+    """Join the processes that torchrun started, or initialize a world of this process alone.
+
+    NCCL connects GPUs, and gloo connects CPUs.
 
     Args:
-        device: "cpu", "cuda", or "auto" for CUDA if each process of this machine has a GPU.
+        device: "cpu", "cuda", or "auto": CUDA if there is a GPU for each process of this machine,
+            else the CPU.
 
     Raises:
         UsageError: ``device`` is "cuda" and there are too few GPUs.
@@ -238,9 +241,9 @@ def init_world(device: str) -> World:
 
 
 def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)``; a UsageError on any rank is raised on all. Collective.
+    """Call ``function(*args)`` on every rank; raise a UsageError of one rank on all. Collective.
 
-    So no rank continues alone and blocks in the next collective.
+    A rank that raised alone would leave the others blocked in the next collective.
     """
     result, message = None, None
     try:

@@ -1,12 +1,12 @@
 """Find tensors of one name that differ between ranks. A checkpoint would mix them.
 
-Every rank with a plain tensor of a name should hold a replica of it. A DTensor belongs to the ranks
-of its mesh.
+Ranks that have a plain tensor of the same name should hold replicas of it. A DTensor belongs to the
+ranks of its mesh.
 
-As long as all ranks have the same names and plain tensors, they exchange digests only. Plain
-tensors are read. A DTensor is read only if its mesh replicates it (HSDP), or if ranks outside its
-mesh have a tensor of the same name (pipeline stages that number their layers from 0). The model's
-tensors are read in full, large states in part (see ``SAMPLE_STRIDE``).
+Ranks compare checksums. They exchange only one digest each if all have the same names and plain
+tensors. A DTensor has a checksum only if its mesh replicates it (HSDP), or if ranks outside its
+mesh have a tensor of the same name (pipeline stages that number their layers from 0). Checksums
+cover the model's tensors in full, and large states in part (see ``SAMPLE_STRIDE``).
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 
 MeshRanks = tuple[int, ...]
 
-# One in SAMPLE_STRIDE runs of SAMPLE_NUMEL elements of a large state is compared. What lets
-# replicas drift (gradients that were not averaged, parameters that differ) shows in the weights,
-# which are compared in full, and everywhere in the states. Reading those in full takes four times
-# as long.
+# Of a large state, one in SAMPLE_STRIDE runs of SAMPLE_NUMEL elements is compared. That suffices:
+# replicas drift because gradients were not averaged or parameters differ, which affects all parts
+# of a state, and the weights, which are compared in full. Reading all of the states would make the
+# comparison take four times as long.
 SAMPLE_STRIDE = 64
 SAMPLE_NUMEL = 256
 
 _DECLARE = (
     "If ranks hold different parameters (pipeline stages, experts), declare it with "
-    "AdamW_BF16(..., model_parallel=ModelParallel(...)); gradient norm and guard are otherwise "
-    "computed on each rank alone"
+    "AdamW_BF16(..., model_parallel=ModelParallel(...)); otherwise each rank clips and skips steps "
+    "by its own gradients only"
 )
 
 
 class Fingerprint(NamedTuple):
-    """Global shape and dtype of a tensor, and a text with a rank's blocks and their checksums."""
+    """Global shape and dtype of a tensor, and one rank's blocks with their checksums, as text."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,7 +57,7 @@ class Fingerprint(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """A key whose values differ, two ranks of the group that show it, and their pipeline stage."""
+    """A key whose values differ, two group ranks that differ in it, and their pipeline stage."""
 
     key: str
     ranks: tuple[int, int]
@@ -70,7 +70,7 @@ class Divergences(NamedTuple):
     Attributes:
         within: differences between ranks that should hold replicas.
         between_stages: keys that differ between pipeline stages, but not within one.
-        unshared: a parameter that not all ranks have.
+        unshared: a parameter that some rank lacks, with a rank that has it and one that does not.
     """
 
     within: list[Divergence]
@@ -79,11 +79,11 @@ class Divergences(NamedTuple):
 
 
 class _Inventory(NamedTuple):
-    """The contents of one rank, as far as its own memory tells.
+    """The tensors and values of one rank, as known without communication.
 
     Attributes:
         plain: fingerprints of plain tensors and of values that are not tensors.
-        partial: the ranks of each DTensor whose mesh has not all ranks.
+        partial: the mesh's ranks, for each DTensor whose mesh does not span all ranks.
         params: names of the parameters that every rank must have.
     """
 
@@ -95,11 +95,13 @@ class _Inventory(NamedTuple):
 def resolve_divergence(
     contents: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
 ) -> CheckpointState:
-    """Return what this rank saves: each name once, or under one name for each stage. Collective.
+    """Return what this rank saves, so that ranks save one value under each name. Collective.
+
+    A tensor that differs between pipeline stages gets one name for each stage.
 
     Args:
         contents: this rank's tensors, under the names of ``names``.
-        names: this rank's names; stages are added where tensors differ between them.
+        names: this rank's names; changed in place if stages get names of their own.
         group: the ranks that save.
         on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from those of
             the first rank that has them. None raises without offering that choice.
@@ -128,10 +130,10 @@ def resolve_divergence(
             else ""
         )
         raise ValueError(
-            f"tensors that should be the same differ between ranks (the first between {first} and "
-            f"{second}): {listed}. If these are replicas that have drifted (BatchNorm statistics, "
-            "gradients that were not averaged, a hardware fault), broadcast them from one rank "
-            f"first{choice}. {_DECLARE}"
+            "tensors that should be the same differ between ranks (the first between ranks "
+            f"{first} and {second}): {listed}. If these are replicas that have drifted (BatchNorm "
+            "statistics, gradients that were not averaged, a hardware fault), broadcast them from "
+            f"one rank before this call{choice}. {_DECLARE}"
         )
     if within:
         own = rank(group)
@@ -174,7 +176,7 @@ def find_divergences(
         if group is None
         else tuple(dist.get_process_group_ranks(group))
     )
-    with raise_on_all_ranks(doing, group):  # checksums need memory
+    with raise_on_all_ranks(doing, group):  # checksums may run out of memory
         mesh_ranks = {key: _mesh_ranks(value) for key, value in tensors.items()}
         plain = {
             **_fingerprints({k: value for k, value in tensors.items() if mesh_ranks[k] == ()}),
@@ -274,9 +276,8 @@ def _value_fingerprints(values: dict[str, Any]) -> dict[str, Fingerprint]:
     """Return fingerprints of extra states and entries that are not tensors."""
     fingerprints = {}
     for key, value in values.items():
-        with suppress(
-            TypeError
-        ):  # a manifest cannot hold it; the save raises an error that says so
+        # A manifest cannot hold every value. The save raises an error about those.
+        with suppress(TypeError):
             fingerprints[key] = Fingerprint((), "", f"value {encode(value)!r}")
     return fingerprints
 
@@ -298,7 +299,7 @@ def _find_unshared(params_of_ranks: list[set[str]]) -> Divergence | None:
 
 
 def _held_outside_mesh(inventories: list[_Inventory]) -> list[str]:
-    """Return the keys of DTensors that ranks outside the mesh have, too."""
+    """Return the keys of DTensors that ranks outside their mesh also have."""
     holders: dict[str, set[MeshRanks]] = {}
     for plain, partial, _ in inventories:
         for key, ranks in chain(((key, ()) for key in plain), partial.items()):
@@ -315,7 +316,7 @@ def _compare(
     within: dict[tuple[str, int | None], Divergence] = {}
     for index, (fingerprints, stage) in enumerate(zip(fingerprints_of_ranks, stages, strict=True)):
         for key, fingerprint in fingerprints.items():
-            # Only equal blocks of a DTensor are compared: the text before the checksum.
+            # Compare a DTensor's blocks only with equal blocks: the text before the checksum.
             blocks = fingerprint.blocks
             place = blocks.rpartition(" ")[0] if fingerprint.dtype else blocks.partition(" ")[0]
             earlier, expected = first.setdefault((key, stage, place), (index, fingerprint))

@@ -228,9 +228,9 @@ def scatter_full_state_dict(
     if has_fsdp1(model):
         state: dict[str, dict[str, Any]] = {}
         for (fqn, name), tensor in tensors.items():
-            state.setdefault(names.to_local(fqn), {})[name] = tensor
+            state.setdefault(names.to_fqn(fqn), {})[name] = tensor
         groups = [
-            {**options, "params": list(map(names.to_local, params))}
+            {**options, "params": list(map(names.to_fqn, params))}
             for params, options in zip(own_params, options_of, strict=True)
         ]
         set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})

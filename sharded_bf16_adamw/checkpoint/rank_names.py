@@ -1,14 +1,14 @@
-"""Names in a checkpoint of tensors that differ between ranks although the ranks name them alike.
+"""Checkpoint names for different tensors that have the same FQN on several ranks.
 
-A checkpoint has one name for each tensor. Experts and pipeline stages have names that are unique on
-their own rank only::
+Names in a checkpoint are unique, but experts and pipeline stages have FQNs that are unique only on
+their own rank. The checkpoint's names add what is missing::
 
     rank 1 of ep: moe.experts.0.weight, of 2 on each rank         ->  moe.experts.2.weight
     rank 1 of ep: moe.w1 (not a ModuleList: experts not numbered) ->  moe.w1@ep1
     stage 1 of pp: layers.0.weight, unlike that of stage 0        ->  layers.0.weight@pp1
 
-If one layer needs its stage in its name, all layers of that list get it. A number that only one
-stage has would otherwise pass for a global one in a pipeline that is cut elsewhere.
+If one layer's name needs its stage, the names of all layers in that list get it. Otherwise a layer
+number that only one stage has would look global to a pipeline that is cut elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 
 
 class RankNames:
-    """The names in checkpoints of one rank's tensors. Call :meth:`number_experts` first.
+    """The mapping between one rank's FQNs and the names in a checkpoint.
+
+    Call :meth:`number_experts` before any other method.
 
     Args:
         model: the module, wrapped or not.
@@ -40,7 +42,7 @@ class RankNames:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         parallel = getattr(optimizer, "model_parallel", None)
-        self._is_ours = hasattr(optimizer, "model_parallel")
+        self._is_adamw_bf16 = hasattr(optimizer, "model_parallel")
         if not isinstance(parallel, ModelParallel):
             parallel = ModelParallel()
         self._pp_group, self._ep_group = parallel.pp_group, parallel.ep_group
@@ -50,15 +52,16 @@ class RankNames:
         self._fqns = _state_dict_fqns(unwrap(model))
         if has_fsdp1(model) and (self._pp_group is not None or self._ep_group is not None):
             raise ValueError(
-                "FullyShardedDataParallel (FSDP1) over a part of the ranks does not say which; use "
-                "fully_shard (FSDP2) beside ModelParallel(pp=..., ep=...)"
+                "FullyShardedDataParallel (FSDP1) does not tell which ranks hold which parameters, "
+                "so checkpoints do not support it with ModelParallel(pp=..., ep=...); use "
+                "fully_shard (FSDP2)"
             )
         self._fqn_of_saved: dict[str, str] | None = None  # cache
         self._ep_rank = 0 if self._ep_group is None else dist.get_rank(self._ep_group)
         self._first_expert = dict.fromkeys(self._expert_modules, 0)
 
     def number_experts(self) -> None:
-        """Exchange the ranks' numbers of experts. Collective over the expert group, if any."""
+        """Exchange how many experts each rank has. Collective over the expert group, if any."""
         self._fqn_of_saved = None
         if self._ep_group is not None:
             counts: list[Any] = [None] * dist.get_world_size(self._ep_group)
@@ -69,8 +72,8 @@ class RankNames:
 
     @property
     def requires_equal_names(self) -> bool:
-        """True if all ranks must have the same parameters: ours, without a declared parallelism."""
-        return self._is_ours and self._pp_group is None and self._ep_group is None
+        """True if all ranks must have the same parameters: AdamW_BF16 without ``pp`` and ``ep``."""
+        return self._is_adamw_bf16 and self._pp_group is None and self._ep_group is None
 
     @property
     def stage(self) -> int | None:
@@ -78,25 +81,25 @@ class RankNames:
         return None if self._pp_group is None else dist.get_rank(self._pp_group)
 
     def to_saved(self, fqn: str) -> str:
-        """Return the name in a checkpoint of this rank's ``fqn``."""
+        """Return the checkpoint's name for this rank's ``fqn``."""
         return self.with_stage(self._with_expert(fqn))
 
-    def to_local(self, name: str) -> str:
-        """Return this rank's FQN of a name in a checkpoint. Inverse of :meth:`to_saved`.
+    def to_fqn(self, name: str) -> str:
+        """Return this rank's FQN for a name in a checkpoint. Inverse of :meth:`to_saved`.
 
-        Other names than those of parameters, buffers and extra states stay as they are.
+        Only names of this rank's parameters, buffers and extra states change.
         """
         if self._fqn_of_saved is None:
             self._fqn_of_saved = {self.to_saved(fqn): fqn for fqn in self._fqns}
         return self._fqn_of_saved.get(name, name)
 
     def with_stage(self, name: str) -> str:
-        """Add this rank's stage to a checkpoint's name if :meth:`mark_stage_names` says so."""
+        """Append this rank's stage to a checkpoint's name if the name is marked to have one."""
         has_stage = name in self._stage_names or name.startswith(tuple(self._stage_lists))
         return f"{name}@pp{self.stage}" if has_stage else name
 
     def mark_stage_names(self, names: Iterable[str]) -> None:
-        """Add the stage to these names of a checkpoint, and to all in the same lists of layers."""
+        """Mark these names, and all names in the same lists of layers, to have their stage."""
         for name in names:
             prefix = _list_prefix(name)
             if prefix is None:
@@ -106,7 +109,7 @@ class RankNames:
         self._fqn_of_saved = None
 
     def adopt_stages(self, saved: Iterable[str]) -> None:
-        """Add the stage to the names that have it in a checkpoint with the names ``saved``."""
+        """Mark the names that have this rank's stage among ``saved``, the names in a checkpoint."""
         if self.stage is not None:
             suffix = f"@pp{self.stage}"
             self._stage_names.update(
@@ -175,7 +178,7 @@ def _find_experts(
             f"a {type(expert).__name__} in ModelParallel(experts=...) is not part of this model; "
             "name the modules that hold the experts"
         )
-    for fqn, module in modules:  # a list given module by module counts as the list
+    for fqn, module in modules:  # a ModuleList counts as named if all of its modules are
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         if all(id(child) in experts for child in module):

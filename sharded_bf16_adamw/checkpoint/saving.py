@@ -1,4 +1,4 @@
-"""Write a checkpoint: plan on all ranks, write in parallel, and publish once all is on the disk."""
+"""Write a checkpoint: plan on all ranks, write in parallel, publish once all files are on disk."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def save(
     """Save a checkpoint to a new folder ``root/step-<step>``.
 
     Collective: every rank of ``group`` calls it with the same arguments. ``step``, ``extra`` and
-    ``keep`` count on the group's first rank only.
+    ``keep`` are read on the group's first rank only.
 
     Files are written under a temporary name, flushed to the disk, and renamed into place when all
     ranks are done. Then ``LATEST`` is replaced and older checkpoints are removed. If a save fails
-    or is killed at any point, the previous checkpoint stays the latest (or, at the very end, the
-    new one is), and the next save removes the leftovers.
+    or is killed before the rename, the previous checkpoint stays the latest, and the next save
+    removes the leftovers.
 
-    Before anything is written, every rank must see ``root`` as rank 0 does. Before the checkpoint
-    is published, rank 0 must see every file. An older checkpoint that cannot be removed causes a
-    warning.
+    Before writing, each rank checks that its ``root`` is the folder that rank 0 sees. Before
+    publishing, rank 0 checks that it sees every file. If an older checkpoint cannot be removed,
+    ``save`` only warns.
 
     Args:
         root: folder of all checkpoints of one run, on a file system that every rank sees. While a
@@ -90,26 +90,26 @@ def save(
             ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
-        extra: plain data that :func:`load` returns, such as the position in the data: a dict that
-            JSON can hold, with strings as keys. Tuples come back as lists.
-        keep: number of checkpoints to keep, the last saved first; None keeps all.
+        extra: data that :func:`load` returns, such as the position in the training data: a dict
+            that JSON can hold, with strings as keys. Tuples come back as lists.
+        keep: number of newest checkpoints to keep, this one included; None keeps all.
         async_: return once this rank's part has been copied to CPU memory, and write in a thread.
-            Training may continue at once. The next ``save`` or ``load`` of this thread, or
-            :func:`wait_for_save`, waits for the thread and raises its error. Call
-            :func:`wait_for_save` before ``dist.destroy_process_group()``. The memory of the copy
-            is kept for the optimizer's next save.
+            Training may continue at once. The next ``save`` or ``load`` of the calling thread, or
+            :func:`wait_for_save`, waits for the writing thread and raises its error. Call
+            :func:`wait_for_save` before ``dist.destroy_process_group()``. The staging memory is
+            kept for the optimizer's next save.
         group: the ranks that hold the model, if a job trains several models; None for all ranks.
-        on_divergence: ``"raise"``, or ``"first"`` to save the replica of the first rank with a
-            warning, if replicas of a tensor differ between ranks. The running statistics of
-            BatchNorm do.
+        on_divergence: what to do if replicas of a tensor differ between ranks, as the running
+            statistics of BatchNorm do: ``"raise"``, or ``"first"`` to save the replica of the first
+            rank with a warning.
 
     Returns:
         The checkpoint's folder; with ``async_`` its future path.
 
     Raises:
-        ValueError: an argument is invalid, ranks give different roots, a rank does not see ``root``
-            as the first rank does, or tensors of one name differ between ranks that
-            ``AdamW_BF16(..., model_parallel=...)`` does not tell apart; nothing is written.
+        ValueError: an argument is invalid, ranks give different roots, a rank sees another folder
+            at ``root`` than the first rank, or tensors differ between ranks that should hold
+            replicas according to ``AdamW_BF16(..., model_parallel=...)``; nothing is written.
         RuntimeError: a rank could not write, rank 0 does not see a file of another rank, another
             save to ``root`` is in progress, or the previous asynchronous save failed; earlier
             checkpoints are untouched.
@@ -193,7 +193,7 @@ def save(
 
 @dataclass
 class _Save:
-    """A planned save, which needs nothing of model and optimizer but the data of ``planner``."""
+    """A planned save. It reads model and optimizer only through the tensors of ``planner``."""
 
     partial: Path
     final: Path
@@ -203,7 +203,7 @@ class _Save:
     plan: SavePlan
     metadata: Metadata | None  # on rank 0
     manifest: Manifest | None  # on rank 0
-    started: float  # time.monotonic() of the call of save()
+    started: float  # time.monotonic() when save() was called
 
     def run(self, group: Group) -> None:
         """Write and publish. Collective over ``group``.
@@ -245,11 +245,11 @@ class _Save:
 def _plan(
     tensors: dict[str, Any], writer: ChecksummedWriter, failed: str, group: Group
 ) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
-    """Agree on what each rank writes: replicas once, shared out among the ranks. Collective.
+    """Plan what each rank writes. Replicas are written once, spread over the ranks. Collective.
 
     Returns:
-        The planner of ``tensors``, this rank's plan, and on rank 0 the metadata, which does not yet
-        say where in the files tensors lie.
+        The planner of ``tensors``, this rank's plan, and on rank 0 the metadata, still without the
+        tensors' locations in files.
     """
     planner = DefaultSavePlanner()
     is_first = rank(group) == 0
@@ -267,7 +267,7 @@ def _plan(
 
 
 def _integer(value: Any) -> int:
-    """Return an integer (also one of numpy) as an int, and -1 for any other value."""
+    """Return an integer, such as one of numpy's, as an int; return -1 for any other value."""
     try:
         return int(operator.index(value))
     except TypeError:
@@ -275,7 +275,7 @@ def _integer(value: Any) -> int:
 
 
 def _copy_extra(extra: Any) -> dict[str, Any]:
-    """Check ``extra`` and copy it: the caller may change it while a thread writes."""
+    """Check ``extra``, and return a copy, since the caller may change it while a thread writes."""
     if extra is None:
         return {}
     if not isinstance(extra, dict):
@@ -297,7 +297,7 @@ def _copy_extra(extra: Any) -> dict[str, Any]:
 def _json_changes(place: str, value: Any, copy: Any) -> Iterator[str]:
     """Yield values that do not round-trip through JSON: dicts with keys other than strings.
 
-    Tuples may become lists. NaN, which differs from itself, does round-trip.
+    Tuples may become lists. NaN round-trips, although it differs from itself.
     """
     if isinstance(value, dict) and value.keys() == copy.keys():
         for key in value:

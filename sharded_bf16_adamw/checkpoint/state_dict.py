@@ -121,7 +121,7 @@ def set_state(
 ) -> None:
     """Inverse of :func:`get_state`. Live tensors already hold their values."""
     flat = {
-        _with_fqn(key, names.to_local): value
+        _with_fqn(key, names.to_fqn): value
         for key, value in {**state.tensors, **state.plain}.items()
     }
     own = _section(MODEL, flat)
@@ -135,7 +135,7 @@ def set_state(
             model, {name: value for name, value in own.items() if PART not in name}
         )
         groups = [
-            {"params": list(map(names.to_local, params)), **options}
+            {"params": list(map(names.to_fqn, params)), **options}
             for params, options in state.groups
         ]
         known = {*own, *chain(*(group["params"] for group in groups))}

@@ -1,10 +1,10 @@
 """Tied names: a save records them, and a load adapts the checkpoint to the model's ties.
 
-Tied names share one weight and one state. The state is saved under the first name, a copy of the
-weight under each. A model with other ties reads each parameter from where its values are::
+Tied names share one tensor and one optimizer state. A checkpoint has the state under the first
+name, and the weight under each. If the model's ties differ from those saved::
 
-    saved tied, untied in the model:  head.weight's state is read from emb.weight's
-    saved untied, tied in the model:  right only if weights and states of both have the same bits
+    tied only in the checkpoint:  head.weight reads the state saved under emb.weight
+    tied only in the model:       loads cleanly only if both names have bitwise equal values
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Pair = tuple[str, str]  # two names whose saved values are compared
 
 
 def find_ties(model: nn.Module, rank_names: RankNames) -> list[list[str]]:
-    """Return the sets of tied names, as saved. The first name of each has the state.
+    """Return the sets of tied names, as a checkpoint names them. The first of each has the state.
 
-    Buffers that share memory count as tied, too.
+    Buffers that share memory also count as tied.
     """
     model = unwrap(model)
     ties: dict[Any, list[str]] = {}
@@ -77,7 +77,7 @@ def align_ties(
 
     Returns:
         A sentence without a full stop for each pair of names that are tied in the model but were
-        saved with different values. The rewritten metadata has the values of the first name.
+        saved with different values. The rewritten metadata points both to the first name's values.
     """
     ties = find_ties(model, names)
     saved = _SavedNames(metadata, manifest)
@@ -102,7 +102,7 @@ def align_ties(
     )
     for target, source in zip(targets, sources, strict=True):
         if source:
-            saved.take(target, source)
+            saved.redirect(target, source)
     saved.rewrite()
     return [
         f"{first} and {other} are tied in the model but were saved with different "
@@ -113,7 +113,7 @@ def align_ties(
 
 
 class _SavedNames:
-    """The keys of a checkpoint by tensor name, and their new names.
+    """The names saved in a checkpoint, and the changes that give them the model's ties.
 
     Attributes:
         ties_of: maps each tied name to all names that it was tied to when saved.
@@ -124,11 +124,14 @@ class _SavedNames:
         self.ties_of = {name: tied for tied in manifest.ties or [] for name in tied}
         self._states = _states_by_name(metadata.state_dict_metadata, manifest)
         self._renamed: dict[str, str] = {}  # new key -> key on disk
-        self._holders: dict[str, str] = {}  # name in the model -> name whose state it takes
+        self._holders: dict[str, str] = {}  # name in the model -> name on disk with its state
         self._touched: set[str] = set()
 
     def sources_of(self, names: list[str]) -> list[list[str]]:
-        """Return the saved ties of ``names``, in that order; the first name of each was saved."""
+        """Return the sets of names tied when saved that contain one of ``names``.
+
+        Each set starts with the first of ``names`` in it. Names without saved values have no set.
+        """
         sources: dict[tuple[str, ...], list[str]] = {}
         for name in names:
             if MODEL + name in self._metadata.state_dict_metadata:
@@ -137,10 +140,10 @@ class _SavedNames:
                 sources.setdefault(tuple(tied), [name, *others])
         return list(sources.values())
 
-    def take(self, names: list[str], sources: list[list[str]]) -> None:
-        """Give the tied ``names`` of the model the values of the first of ``sources``."""
+    def redirect(self, names: list[str], sources: list[list[str]]) -> None:
+        """Make the model's tied ``names`` read the values saved under the first of ``sources``."""
         with_state = [name for source in sources for name in source if name in self._states]
-        # Without a record, tied names look like two names, one of them without a state.
+        # If ties were not recorded, tied names look like untied ones of which one has a state.
         is_recorded = self._manifest.ties is not None
         holder = next(
             (name for name in with_state if name in sources[0] or not is_recorded), sources[0][0]
@@ -154,7 +157,7 @@ class _SavedNames:
                 self._renamed[MODEL + name] = MODEL + sources[0][0]
 
     def rewrite(self) -> None:
-        """Apply the new names to the metadata and the manifest."""
+        """Apply the redirections to the metadata and the manifest."""
         entries, values = self._metadata.state_dict_metadata, self._manifest.values
         storage = self._metadata.storage_data
         old = {
@@ -210,7 +213,7 @@ def _identity(tensor: Tensor) -> Any:
 
 
 def _merge_overlapping(ties: Iterable[list[str]]) -> list[list[str]]:
-    """Merge sets that share a name. Sets of one name are left out."""
+    """Merge sets that share a name. Drop sets of a single name."""
     merged: dict[str, list[str]] = {}
     for names in ties:
         known = next((merged[name] for name in names if name in merged), [])
@@ -221,7 +224,7 @@ def _merge_overlapping(ties: Iterable[list[str]]) -> list[list[str]]:
 
 
 def _states_by_name(keys: Iterable[str], manifest: Manifest) -> dict[str, list[str]]:
-    """Return ``{"layer.weight": ["step", "exp_avg", ...]}`` of the parameters with a state."""
+    """Return ``{"layer.weight": ["step", "exp_avg", ...]}`` for the parameters with a state."""
     states: dict[str, list[str]] = {}
     for key in (*keys, *manifest.values):
         if key.startswith(STATE):
@@ -231,7 +234,7 @@ def _states_by_name(keys: Iterable[str], manifest: Manifest) -> dict[str, list[s
 
 
 def _differences(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pair, str]:
-    """Compare what was saved under two names. Return what differs, for the pairs that differ."""
+    """Return what differs between the saved values of each pair, for the pairs that differ."""
     if not pairs:
         return {}
     reader = CheckpointReader(folder)
@@ -249,7 +252,7 @@ def _differences(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pai
         if not _saved_equal(reader, MODEL + pair[0], MODEL + pair[1]):
             different[pair] = "weights"
         elif manifest.ties is None and (first in states) != (other in states):
-            continue  # ties were not recorded, and equal weights mean that the names were tied
+            continue  # with ties not recorded, equal weights and one state mean that they were tied
         elif set(states.get(first, [])) != set(states.get(other, [])):
             different[pair] = "states: one was trained and the other was not"
         elif not all(

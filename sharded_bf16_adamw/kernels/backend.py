@@ -1,8 +1,8 @@
-"""The choice of a back end by device, and the arguments, layouts and checks that all share.
+"""The choice of a back end by device, and the arguments, layouts and checks that all of them share.
 
 A back end is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq``, ``available``
-and ``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if it does
-better than tensor operations.
+and ``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if these
+are faster than tensor operations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .device_memory import NormScratch, is_capturing
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
-_FALLBACK_DEVICES: set[torch.device] = set()  # their first choice is not available
+_FALLBACK_DEVICES: set[torch.device] = set()  # those whose back end in _BY_DEVICE is unavailable
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -41,14 +41,14 @@ class Hyperparams(NamedTuple):
 
 
 class StepArgs(NamedTuple):
-    """Arguments of one step, besides the tensors that stay the same from step to step.
+    """The arguments that change from step to step.
 
     Args:
         grads: bfloat16 or float32, one for each parameter, of its shape and device. Only read.
         hypers: hyper-parameters, one for each group.
         grad_scale: 0-dim float32 that multiplies the gradients in fp32 as they are read
             (a clip coefficient).
-        found_inf: 0-dim float32; unless it is zero, nothing changes.
+        found_inf: 0-dim float32; if it is not zero, the step changes nothing.
     """
 
     grads: list[Tensor]
@@ -63,7 +63,7 @@ ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 class TensorLists(NamedTuple):
     """Parameters of one device and their states, as :class:`FusedAdamW` describes them.
 
-    Index ``i`` of every list belongs to one parameter. Empty ``groups``: 0 for all.
+    Index ``i`` of every list belongs to one parameter. If ``groups`` is empty, all are in group 0.
     """
 
     params: list[Tensor]
@@ -74,22 +74,22 @@ class TensorLists(NamedTuple):
     groups: Sequence[int] = ()
 
     def rows(self) -> Iterator[ParamTensors]:
-        """Iterate over the tensors of one parameter after the other."""
+        """Iterate over the parameters, each with its states."""
         return zip(
             self.params, self.exp_avgs, self.exp_avg_sqs, self.corrections, self.steps, strict=True
         )
 
-    def group_of(self) -> Sequence[int]:
-        """Return the index of each parameter's hyper-parameters."""
+    def group_indices(self) -> Sequence[int]:
+        """Return each parameter's index into :attr:`StepArgs.hypers`."""
         return self.groups or [0] * len(self.params)
 
 
 class BackendTable(Protocol):
-    """The data that a back end keeps of some parameters between steps, such as addresses.
+    """The data, such as addresses, that a back end keeps between steps for a list of parameters.
 
-    ``make_table(tensors)`` of the back end's module creates one. The tensors of one parameter have
+    ``make_table(tensors)`` of the back end's module creates one. A parameter and its states have
     the same strides and are dense (no gaps, no overlaps). The table keeps them alive. The caller
-    ensures that their memory stays where it is.
+    ensures that their memory does not move.
     """
 
     def update_(self, args: StepArgs) -> None:
@@ -97,10 +97,10 @@ class BackendTable(Protocol):
 
 
 class FusedAdamW:
-    """The AdamW step of the parameters of one device: created once, used at every step.
+    """The AdamW update of one device's parameters: built once, called at every step.
 
-    The parameters and states are kept alive, so that no other tensor can take their memory. The
-    caller checks before each step that they still use that memory.
+    The object keeps the memory of parameters and states alive, so that no other tensor can take it.
+    The caller checks before each step that they still use that memory.
 
     Args:
         params: bfloat16 or float32, all on one device; any strides.
@@ -113,7 +113,7 @@ class FusedAdamW:
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: a state has another number of elements, or device, than its parameter.
+        ValueError: a state differs from its parameter in its number of elements or its device.
         TypeError: a tensor has a dtype that is not listed above.
     """
 
@@ -131,13 +131,13 @@ class FusedAdamW:
         tensors = TensorLists(params, exp_avgs, exp_avg_sqs, corrections, steps, groups or ())
         self._params = params
         self._rows = list(tensors.rows())
-        self._groups = tensors.group_of()
+        self._groups = tensors.group_indices()
         for index, row in enumerate(self._rows):
             _check_row(index, *row)
         self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(*tensors[:4]))
         self._storages = [x.untyped_storage() for row in self._rows for x in row if x is not None]
-        # Tensors with gaps, or of different strides, cannot be read as one range of memory. Each
-        # step works on contiguous copies of them.
+        # A parameter with gaps, or with other strides than its states, cannot be read as one range
+        # of memory. Each step works on contiguous copies.
         self._dense = [i for i, row in enumerate(self._rows) if _same_dense_layout(row[:4])]
         self._strided = sorted(set(range(len(self._rows))) - set(self._dense))
         self._table = self._make_table(self._dense) if self._dense else None
@@ -162,13 +162,13 @@ class FusedAdamW:
             self._table.update_(args)
         else:
             self._update_any_strides(args)
-        # so that autograd notices a backward pass through overwritten weights, as after any
-        # in-place operation of torch
+        # As after any in-place operation, autograd must notice a backward pass through overwritten
+        # weights.
         torch.autograd.graph.increment_version(self._params)
 
     @property
     def captured(self) -> bool:
-        """True if a CUDA graph has captured a step. Its replays read the tables of this object."""
+        """True if a CUDA graph has captured a step. Its replays read this object's table."""
         return getattr(self._table, "captured", False)
 
     def _make_table(self, indices: list[int]) -> BackendTable:
@@ -237,8 +237,8 @@ def adamw_bf16_(
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: ``backend`` is unknown or unavailable, or a tensor has another number of
-            elements, or device, than its parameter.
+        ValueError: ``backend`` is unknown or unavailable, or a tensor differs from its parameter in
+            its number of elements or its device.
         TypeError: a tensor has a dtype that is not listed above.
     """
     if not params:
@@ -262,12 +262,12 @@ def grad_sum_sq(
     Args:
         grads: at least one tensor, bfloat16 or float32, all on one device; any shapes and strides.
         backend: one of ``BACKENDS``, or None to choose by device.
-        scratch: memory of the caller for gradients of these sizes, reused from step to step. A CUDA
-            graph needs one. None: allocate.
+        scratch: memory to reuse from step to step for gradients of these sizes; required in a CUDA
+            graph. None allocates.
 
     Returns:
-        0-dim float64 on the gradients' device (:func:`double_device`: on the CPU if the device has
-        no float64), so that the sums of all ranks can be added before the square root.
+        0-dim float64, so that the sums of all ranks can be added before the square root. It is on
+        the gradients' device, or on the CPU if that has no float64 (:func:`double_device`).
     """
     return _backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
 
@@ -275,11 +275,11 @@ def grad_sum_sq(
 def clip_coefficient(
     sum_sq: Tensor, max_norm: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the arguments of a clipped and guarded step, without waiting for the device.
+    """Compute the norm, and a step's ``grad_scale`` and ``found_inf``, without a device sync.
 
     Args:
         sum_sq: 0-dim float64, the sum of squares of the gradients of all ranks.
-        max_norm: the largest norm; infinity does not clip.
+        max_norm: the norm to clip to; infinity does not clip.
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Returns:
@@ -290,9 +290,9 @@ def clip_coefficient(
     module = _backend_module(sum_sq.device, backend)
     if hasattr(module, "clip_coefficient"):
         return module.clip_coefficient(sum_sq, max_norm)
-    norms = sum_sq.sqrt()
-    coefficient = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    return norms.float(), coefficient.float(), (~sum_sq.isfinite()).float()
+    norm = sum_sq.sqrt()
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm.float(), coefficient.float(), (~sum_sq.isfinite()).float()
 
 
 def grad_norm_clip(
@@ -303,7 +303,7 @@ def grad_norm_clip(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch if possible.
 
-    For gradients whose norm needs no other rank.
+    Only for a norm that no other rank adds to.
     """
     module = _backend_module(grads[0].device, backend)
     if hasattr(module, "grad_norm_clip"):
@@ -315,7 +315,7 @@ def check_backend(backend: str | None) -> None:
     """Check that a back end is known and available on this machine.
 
     Raises:
-        ValueError: it is not, with the reason.
+        ValueError: it is unknown, or not available for a reason that the message gives.
     """
     if backend is None:
         return
@@ -334,10 +334,10 @@ def check_backend(backend: str | None) -> None:
 def backend_for(device: torch.device, backend: str | None) -> str:
     """Return the name of the back end for tensors of ``device``, without touching the device.
 
-    It is the first choice until an update has fallen back to the reference.
+    Until a first update falls back to the reference, it is the one that the device should use.
     """
-    first_choice = _BY_DEVICE.get(device.type, "reference")
-    return backend or ("reference" if device in _FALLBACK_DEVICES else first_choice)
+    preferred = _BY_DEVICE.get(device.type, "reference")
+    return backend or ("reference" if device in _FALLBACK_DEVICES else preferred)
 
 
 def _module(backend: str) -> ModuleType:
@@ -392,9 +392,9 @@ def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, st
 
 
 def _same_dense_layout(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether the tensors can be read together as one range of memory.
+    """Return whether all tensors can be read in the same order as one range of memory each.
 
-    They can if their strides are the same, without gaps or overlaps.
+    They can if they have the same strides, without gaps or overlaps.
     """
     p = tensors[0]
     assert p is not None
@@ -415,7 +415,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _with_strides_of(param: Tensor, grad: Tensor) -> Tensor:
-    """Return ``grad`` with the strides of ``param``, copied only if its own are different."""
+    """Return ``grad`` with the strides of ``param``, as a copy if its own strides differ."""
     if grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
         return grad
     laid_out = torch.empty_like(param, dtype=grad.dtype, memory_format=torch.preserve_format)

@@ -108,7 +108,7 @@ class NativeTable:
         address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in tensors.params], np.int64)
         is_f32 = np.array([p.dtype == torch.float32 for p in tensors.params], np.uint8)
-        group = np.array(tensors.group_of(), np.int64)
+        group = np.array(tensors.group_indices(), np.int64)
         self._groups = int(group.max(initial=0)) + 1
         self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
         pointers = (column.ctypes.data for column in (address, numel, is_f32, group))

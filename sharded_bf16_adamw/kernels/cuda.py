@@ -93,7 +93,7 @@ class TritonTable:
     def __init__(self, tensors: TensorLists) -> None:
         from .triton_adamw import HYPER_WIDTH
 
-        rows, groups = list(tensors.rows()), tensors.group_of()
+        rows, groups = list(tensors.rows()), tensors.group_indices()
         self.device = tensors.params[0].device
         self._captured_hypers: list[Sequence[Hyperparams]] = []  # CUDA graphs read their tensors
         self._tensors = [x for row in rows for x in row if x is not None]

@@ -97,7 +97,7 @@ class ReferenceTable:
     """The parameters of one device and their states: a :class:`.backend.BackendTable`."""
 
     def __init__(self, tensors: TensorLists) -> None:
-        self._rows = list(zip(tensors.rows(), tensors.group_of(), strict=True))
+        self._rows = list(zip(tensors.rows(), tensors.group_indices(), strict=True))
 
     @torch.no_grad()
     def update_(self, args: StepArgs) -> None:

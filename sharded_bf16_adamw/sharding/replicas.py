@@ -1,7 +1,7 @@
 """Comparison of the replicas of weights and states, to detect silent data corruption.
 
-Equal gradients give replicas equal bits, and a collective makes gradients equal. So a difference is
-a fault of the hardware, or of a program that changes one replica alone.
+A collective gives replicas equal gradients, and equal gradients give equal bits. So replicas differ
+only through a hardware fault, or code that changes a single replica.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPERATION = "comparing replicas"  # for messages
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor of this rank and the groups whose ranks hold the same."""
+    """A tensor of this rank, and the groups whose ranks hold replicas of it."""
 
     name: str
     tensor: Tensor
@@ -35,7 +35,7 @@ class Replica:
 class Difference(NamedTuple):
     """A tensor whose replicas differ, and the ranks that hold it.
 
-    ``odd`` are the ranks that differ from the majority; none if there is no majority.
+    ``odd`` are the ranks that differ from the majority, empty if there is no majority.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Difference(NamedTuple):
 def check_replicas(
     replicas: Sequence[Replica], others: Iterable[dist.ProcessGroup], problem: str | None = None
 ) -> None:
-    """Compare 64-bit checksums over each group. Collective over all groups named.
+    """Raise on every rank if 64-bit checksums of replicas differ. Collective over all groups given.
 
     Args:
-        replicas: the same names in the same order on every rank of a group.
-        others: groups whose ranks compare nothing with each other, but must learn of a difference.
-        problem: an error of this rank, to be raised on all.
+        replicas: this rank's; every rank of a group passes the same names in the same order.
+        others: groups over which nothing is compared, but whose ranks must raise as well.
+        problem: error message of this rank, to raise on every rank.
 
     Raises:
         RuntimeError: on every rank, if a replica differs; names the first tensor and the ranks.
@@ -68,19 +68,19 @@ def check_replicas(
         more = f" (and {len(differences) - 1} more tensors)" if differences[1:] else ""
         message = (
             f"replicas of {name} differ {where}{more}: equal gradients give equal bits, so suspect "
-            "the hardware of one of these ranks, or code that changes one rank alone, and go back "
-            "to an earlier checkpoint; if ranks hold different parameters on purpose, name their "
-            "groups by AdamW_BF16(..., model_parallel=ModelParallel(...))"
+            "the hardware of one of these ranks, or code that changes a single rank, and return to "
+            "an earlier checkpoint; if ranks hold different parameters on purpose, declare their "
+            "groups with AdamW_BF16(..., model_parallel=ModelParallel(...))"
         )
     groups = {group for replica in replicas for group in replica.groups}
     for group in in_shared_order({*groups, *others}):
-        message = _first_of(group, message)
+        message = _first_message(group, message)
     if message is not None:
         raise RuntimeError(message)
 
 
 def find_differences(replicas: Sequence[Replica], numbers: Sequence[int]) -> list[Difference]:
-    """Compare the replicas' checksums, and return the differences in this rank's groups.
+    """Return the replicas whose checksums, ``numbers``, differ within one of this rank's groups.
 
     Collective over the replicas' groups.
     """
@@ -109,9 +109,9 @@ def _compare(group: dist.ProcessGroup, names: list[str], numbers: list[int]) -> 
 
 
 def _unequal(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[int]:
-    """Return the indices of the numbers that differ between ranks; all pass as many."""
+    """Return the indices at which numbers differ between ranks. All ranks pass equally many."""
     count = len(numbers)
-    # Unlike -number, ~number always fits into 64 bits.
+    # The maximum of ~number gives the minimum. Unlike -number, it always fits into 64 bits.
     extremes = _all_reduce_max(group, [*numbers, *[~number for number in numbers]])
     pairs = enumerate(zip(extremes[:count], extremes[count:], strict=True))
     return [i for i, (highest, lowest) in pairs if highest != ~lowest]
@@ -121,7 +121,7 @@ def _format(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
 
 
-def _first_of(group: dist.ProcessGroup, message: str | None) -> str | None:
+def _first_message(group: dist.ProcessGroup, message: str | None) -> str | None:
     """Return the message of the first rank of the group that has one."""
     if not any(_all_reduce_max(group, [message is not None])):
         return None
@@ -145,13 +145,13 @@ def _all_reduce_max(group: dist.ProcessGroup, values: Sequence[int]) -> list[int
 def in_shared_order(groups: Iterable[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
     """Sort groups the same way on every rank, mesh dimension by mesh dimension.
 
-    No two ranks then wait for each other in different groups, and what one rank knows reaches every
-    rank of a mesh in one pass.
+    Collectives in this order cannot deadlock, and carry a message of one rank to every rank of a
+    mesh in one pass.
     """
 
     def key(group: dist.ProcessGroup) -> tuple[int, list[int], str]:
         ranks = dist.get_process_group_ranks(group)
-        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0  # one for each mesh dimension
+        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0  # identifies the mesh dimension
         return stride, ranks, group.group_name
 
     return sorted(groups, key=key)

@@ -95,7 +95,7 @@ def test_save_names_drifted_tensors_and_writes_nothing(tmp_path, wrapper, kind, 
         4 if wrapper == "HSDP" else 2, save_worker, wrapper, kind, str(tmp_path)
     ):
         differ = r"tensors that should be the same differ between ranks"
-        assert re.match(rf"{differ} \(the first between \d and \d\): ({name})", saved), saved
+        assert re.match(rf"{differ} \(the first between ranks \d and \d\): ({name})", saved), saved
         assert "on_divergence='first'" in saved and "ModelParallel" in saved
         assert names == ["LATEST", "step-00000001"]
         assert gathered == "no error" or (

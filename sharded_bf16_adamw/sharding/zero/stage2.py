@@ -1,23 +1,23 @@
-"""ZeRO stage 2, on the plain module: gradients are reduced during the backward pass and sharded.
+"""ZeRO stage 2: gradients of a plain module are reduce-scattered during the backward pass.
 
 [Note: Order of reductions across ranks]
-A post-accumulate hook adds each gradient to its bucket. The collectives of a process group must
-start in one order on every rank, but gradients need not become ready in one order, and a parameter
-may be unused on some ranks. So three rules hold:
+A post-accumulate hook adds each gradient to its bucket. All ranks must launch the collectives of a
+process group in the same order. But gradients may become ready in different orders, and a parameter
+may be unused on some ranks. Hence three rules:
 
-* Buckets launch in one fixed order, from first to last and, after several backward passes, from the
-  first again. A complete bucket waits for the one before it. A rank on which a parameter is unused
-  thus falls behind.
-* ``reduce_grads()``, which every rank calls, exchanges how often each bucket was launched, and each
-  rank launches what it is behind by (:meth:`Stage2._flush`), with zeros for missing gradients.
+* Buckets launch in a fixed order, first to last, and start over if there are several backward
+  passes per step. A complete bucket waits until the one before it has launched. A rank on which a
+  parameter is unused therefore falls behind.
+* ``reduce_grads()``, which every rank calls, exchanges how often each bucket was launched. A rank
+  that is behind then launches the rest (:meth:`Stage2._flush`), with zeros for missing gradients.
 * Before that consensus, no rank blocks indefinitely on another: a backward pass with
   ``max_in_flight`` reductions in flight waits ``BACKPRESSURE_TIMEOUT_S`` for the oldest, then lets
-  them pile up. A device, which cannot time out, may block only if every rank had the same
-  gradients in the last step (:class:`Backpressure`).
+  them pile up. A device cannot time out, so it may block only if all ranks had gradients of the
+  same parameters in the last step (:class:`Backpressure`).
 
-The same exchange tells which parameters have a gradient on some rank, and finds ranks that disagree
-on ``zero_grad()``. A rank with an error of its own still launches what the others wait for, and
-only then all raise it together.
+The same exchange tells which parameters have a gradient on any rank, and detects ranks that
+disagree on ``zero_grad()``. A rank with an error still launches the reductions that other ranks
+wait for. Then all ranks raise the error together.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ STALE_GRADS_ERROR = (
     "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
 
-# Parameter -> weak reference to the newest Stage2 of it, which alone takes its gradients.
+# Maps a parameter to the newest Stage2 built with it (weakly). Only that one takes its gradients.
 _grad_owner: Any = WeakIdKeyDictionary()
 _owner_changes = 0
 
 
 class GradState(Enum):
-    """The use that ``step()`` has made of the gradients that stage 2 holds.
+    """The state of the gradients that stage 2 holds, with respect to ``step()``.
 
-    - ``UNUSED``: none since they came; further ones are accumulated.
-    - ``USED``: a step has used them. A step without new ones may use them again.
-    - ``STALE``: gradients were accumulated onto used ones, on some rank. ``clear_grads()`` alone
+    - ``UNUSED``: no step has used them yet. New gradients are accumulated onto them.
+    - ``USED``: a step has used them. The next step may use them again if there are no new ones.
+    - ``STALE``: some rank has accumulated new gradients onto used ones. Only ``clear_grads()``
       leaves this state.
     """
 
@@ -75,10 +75,10 @@ class GradState(Enum):
 class Backpressure(Enum):
     """The way a backward pass waits when ``max_in_flight`` reductions are in flight.
 
-    - ``HOST``: this thread waits, with a timeout. The state at first.
-    - ``DEVICE``: with NCCL the device blocks, without a timeout; with gloo as ``HOST``. The state
-      after a step in which all ranks had gradients of the same parameters.
-    - ``OFF``: it does not wait. The state after any other step, and after a timeout.
+    - ``HOST``: the calling thread waits, with a timeout. The initial state.
+    - ``DEVICE``: NCCL blocks the device, without a timeout; gloo waits as in ``HOST``. Set after a
+      step in which all ranks had gradients of the same parameters.
+    - ``OFF``: it does not wait. Set after any other step, and after a timeout.
     """
 
     HOST = auto()
@@ -87,11 +87,11 @@ class Backpressure(Enum):
 
 
 class BucketOrder(Enum):
-    """The origin of the order of parameters over buckets.
+    """The source of the order in which parameters fill buckets.
 
-    - ``GUESSED``: against the order of construction; the order of gradients is being recorded.
-    - ``RECORDED``: as before, and ranks have agreed that some rank has recorded an order.
-    - ``FIXED``: the first rank's recorded order.
+    - ``GUESSED``: reverse order of construction. Hooks record the order of gradients meanwhile.
+    - ``RECORDED``: still the guess, but ranks have agreed that some rank has recorded an order.
+    - ``FIXED``: the order that the first rank has recorded.
     """
 
     GUESSED = auto()
@@ -100,25 +100,25 @@ class BucketOrder(Enum):
 
 
 class GradReport(NamedTuple):
-    """One rank's gradients, or the maximum over ranks, in which a flag is set if any rank sets it.
+    """One rank's report on its gradients, or the element-wise maximum of all ranks' reports.
 
-    Ranks exchange its flat form: the fields one after the other.
+    In the maximum, a flag is set if any rank has set it.
     """
 
-    launches: list[int]  # of each bucket since the last consensus, a pending one included
-    has_grad: list[bool]  # of each parameter
-    lacks_grad: list[bool]
+    launches: list[int]  # per bucket, since the last consensus; a pending one counts
+    has_grad: list[bool]  # per parameter
+    lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
     has_recorded_order: bool
     has_used_grads: bool
-    discards: bool  # called by zero_grad()
-    keeps: bool  # called for a step
+    discards: bool  # the rank is in zero_grad()
+    keeps: bool  # the rank is in a step or clip_grad_norm_
 
     def flatten(self) -> list[int]:
-        """Return the flat form."""
+        """Concatenate the fields, for an all-reduce."""
         return [*self.launches, *self.has_grad, *self.lacks_grad, *self[3:]]
 
     def unflatten(self, values: list[int]) -> GradReport:
-        """Return the report of a flat form of the same lengths."""
+        """Invert :meth:`flatten`, with the lengths of this report's lists."""
         rest = iter(values)
         launches = list(islice(rest, len(self.launches)))
         has_grad = list(map(bool, islice(rest, len(self.has_grad))))
@@ -139,8 +139,8 @@ class Stage2(Stage):
         self._backpressure = Backpressure.HOST
         self._require_grad_sync = True  # False inside no_sync()
         self._has_grad: set[ZeroParam] = set()  # on this rank, since clear_grads()
-        self._accumulated_grads: dict[Tensor, Tensor] = {}  # unsharded, float32; of no_sync()
-        self._sharded_grads: dict[Tensor, Tensor] = {}  # means over ranks of local shards
+        self._accumulated_grads: dict[Tensor, Tensor] = {}  # unsharded float32, from no_sync()
+        self._sharded_grads: dict[Tensor, Tensor] = {}  # local shards of the means over ranks
 
         # - Hooks
         self._hooked: set[Tensor] = set()
@@ -149,10 +149,10 @@ class Stage2(Stage):
 
         # - Buckets
         self._buckets: list[Bucket] = []
-        # The first buckets, of parameters that had gradients lately, launch during the backward
-        # pass; the others only in reduce_grads().
+        # The first _num_active buckets hold parameters that recently had gradients, and launch
+        # during the backward pass. The others launch only in reduce_grads().
         self._num_active = 0
-        self._next_bucket = 0  # to be launched, among the active ones
+        self._next_bucket = 0  # index of the active bucket to launch next
         self._bucket_of: dict[ZeroParam, Bucket] = {}
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
 
@@ -165,11 +165,11 @@ class Stage2(Stage):
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._consensus.all_reduce_max([self._is_busy()])):
-            self.reduce_grads()  # what is in flight belongs to the old buckets
+            self.reduce_grads()  # reductions in flight belong to the old buckets
         super().add_params(params, names)
         self._is_reduced = False
         self._register_hooks()
-        # Backward passes go roughly against the order of construction.
+        # Gradients become ready in roughly the reverse order of construction.
         self._order = list(reversed(self._zero_params.values()))
         self._order_state, self._recorded_order = BucketOrder.GUESSED, {}
         self._assign_buckets(self._order)
@@ -177,7 +177,7 @@ class Stage2(Stage):
     # ------------------------------------------------------------------ during the backward pass
 
     def _register_hooks(self) -> None:
-        """Register a hook on every trainable parameter without one: it may have been unfrozen."""
+        """Register hooks on trainable parameters that have none, such as newly unfrozen ones."""
         weak_self = weakref.ref(self)
 
         def on_grad_ready(param: Tensor) -> None:
@@ -212,7 +212,7 @@ class Stage2(Stage):
             param.grad = None
 
     def _add_to_bucket(self, zero_param: ZeroParam) -> None:
-        """Move a parameter's gradient, with what no_sync() has accumulated, to its bucket."""
+        """Move a parameter's gradient, plus what no_sync() has accumulated, to its bucket."""
         param, grad = zero_param.param, zero_param.param.grad
         total = self._accumulated_grads.pop(param, None)
         if total is not None and grad is not None:
@@ -220,12 +220,12 @@ class Stage2(Stage):
         unsharded_grad = grad if total is None else total
         assert unsharded_grad is not None
         self._has_grad.add(zero_param)
-        if zero_param in self._bucket_of:  # an empty parameter has none
+        if zero_param in self._bucket_of:  # an empty parameter has no bucket
             self._bucket_of[zero_param].add_grad(zero_param, unsharded_grad)
         param.grad = None
 
     def _launch_complete(self) -> None:
-        """Launch complete buckets in order, from the next one on."""
+        """Launch active buckets in order, up to the first incomplete one."""
         while self._num_active and self._buckets[self._next_bucket].is_complete:
             self._apply_backpressure()
             self._launch(self._buckets[self._next_bucket])
@@ -241,7 +241,7 @@ class Stage2(Stage):
                 self._backpressure = Backpressure.OFF
 
     def _oldest_over_limit(self) -> PendingReduce | None:
-        """Return the oldest unfinished reduction, or None if fewer than ``max_in_flight`` are."""
+        """Return the oldest unfinished reduction if there are ``max_in_flight``, else None."""
         unfinished = [pending for _, pending in self._in_flight if not pending.is_local_finished]
         return unfinished[0] if len(unfinished) >= self._policy.max_in_flight else None
 
@@ -269,16 +269,16 @@ class Stage2(Stage):
     # ---------------------------------------------------------------------------------- in a step
 
     def reduce_grads(self) -> None:
-        # A gradient that was set by hand after clip_grad_norm_ ran no hook.
+        # A gradient that was set by hand after clip_grad_norm_ has run no hook.
         if not self._is_reduced or any(param.grad is not None for param in self._zero_params):
             self._finish_reduction(discard=False)
 
     @torch.no_grad()
     def _finish_reduction(self, discard: bool) -> None:
-        """Reach consensus, launch and wait for all reductions. Collective.
+        """Reach consensus, launch missing reductions, and wait for all. Collective.
 
         Args:
-            discard: for :meth:`clear_grads`, not for a step.
+            discard: True in :meth:`clear_grads`, False in a step.
         """
         self._is_reduced = False
         problem = self._find_problem()
@@ -294,7 +294,7 @@ class Stage2(Stage):
         for bucket in self._buckets:
             bucket.launches = 0
         self._next_bucket = 0
-        # Errors are raised only now that nothing is in flight, so that ranks can go on together.
+        # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
         if agreed.has_used_grads and any(agreed.launches):
             self._grad_state = GradState.STALE
         if problems is not None:
@@ -303,9 +303,9 @@ class Stage2(Stage):
             raise RuntimeError(STALE_GRADS_ERROR)
         if agreed.discards and agreed.keeps:
             raise RuntimeError(
-                "some ranks have discarded gradients by zero_grad() between a backward pass and "
-                "its step, and others have not; every rank must call it there, and must have "
-                "taken part in the backward pass"
+                "some ranks called zero_grad() between a backward pass and its step, and others "
+                "did not; run the backward pass on every rank, and call zero_grad() on every rank "
+                "or on none"
             )
         self._apply(agreed)
         self._is_reduced = True
@@ -330,7 +330,7 @@ class Stage2(Stage):
         )
 
     def _apply(self, agreed: GradReport) -> None:
-        """Take over what ranks have agreed on, for the step and for the next backward pass."""
+        """Apply the consensus to this step and to the next backward pass."""
         zero_params = self._zero_params.values()
         self._with_grad = [
             each for each, has in zip(zero_params, agreed.has_grad, strict=True) if has
@@ -343,7 +343,7 @@ class Stage2(Stage):
         self._sharded_grads = {each.param: self._sharded_grad(each) for each in self._with_grad}
 
     def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
-        """Launch each bucket until it has ``launches``, in the order that hooks keep to."""
+        """Launch the buckets that are behind ``launches``, in the same order as the hooks do."""
         for turn in range(max(launches, default=0)):
             for bucket, wanted in zip(buckets, launches, strict=True):
                 if bucket.launches <= turn < wanted:
@@ -363,14 +363,14 @@ class Stage2(Stage):
             if is_wrapped_by_ddp(self._zero_params):
                 return (
                     "the model is wrapped by DistributedDataParallel, which would reduce the "
-                    "gradients too; ZeRO stage 2 goes on the plain module, or use ZeRO(stage=1) "
-                    "beside DDP"
+                    "gradients too; use ZeRO stage 2 with the plain module, or ZeRO(stage=1) "
+                    "with DDP"
                 )
         if self._seen_owner_changes != _owner_changes:
             if zero_param := self._find_claimed():
                 return (
                     f"the gradients of parameter {zero_param.name} go to a ZeRO stage 2 optimizer "
-                    "that was built later; delete that one, or use that one alone"
+                    "that was built later; delete that optimizer, or use only that one"
                 )
             self._seen_owner_changes = _owner_changes
         return super()._find_problem()
@@ -414,9 +414,9 @@ class Stage2(Stage):
     # ------------------------------------------------------------------------------------ buckets
 
     def _rebuild_buckets(self) -> None:
-        """Fit buckets to the order of gradients on the first rank, and to who has gradients.
+        """Rebuild buckets for the first rank's order of gradients, or for other active parameters.
 
-        The latter only once it has stayed the same for two steps.
+        The latter only if the same parameters had gradients in the last two steps.
         """
         if self._order_state is BucketOrder.RECORDED:
             zero_params = list(self._zero_params.values())
@@ -432,9 +432,9 @@ class Stage2(Stage):
         self._last_with_grad = self._with_grad
 
     def _assign_buckets(self, active: list[ZeroParam]) -> None:
-        """Assign parameters to buckets, those in ``active`` to the first ones.
+        """Assign parameters to buckets, with those in ``active`` in the first ones.
 
-        0-dim parameters are not reduced during the backward pass, since that blocks.
+        0-dim parameters are never active: their all-reduce would block the backward pass.
         """
         assert not self._in_flight and not any(bucket.is_pending for bucket in self._buckets)
         size = self._policy.bucket_bytes
