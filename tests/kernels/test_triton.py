@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,11 +27,8 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Run]:
+def interpreted(triton_interpreter: None) -> Iterator[Run]:
     """Call a module-level function in a process that interprets Triton."""
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if version <= (3, 6) and tuple(int(x) for x in np.__version__.split(".")[:2]) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     with pool("1") as process:
         yield lambda function, *args: process.submit(function, *args).result()
 
