@@ -125,10 +125,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
     monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
     cuda._reason_on.cache_clear()
-    backend._backend_module.cache_clear()
+    backend.backend_module.cache_clear()
     yield capabilities
     cuda._reason_on.cache_clear()
-    backend._backend_module.cache_clear()
+    backend.backend_module.cache_clear()
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -161,7 +161,7 @@ def test_reference_is_used_if_triton_cannot_launch(
         + r"cache folder$"
     )
     with pytest.warns(UserWarning, match=sentence):
-        assert backend._backend_module(device, None) is reference
+        assert backend.backend_module(device, None) is reference
     with pytest.raises(
         ValueError, match=r"backend 'triton' is not available: Triton cannot launch"
     ):
