@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
@@ -40,6 +40,7 @@ from .state import (
     replicas_of,
     warn_if_all_float32,
 )
+from .step_in_backward import StepInBackward
 from .step_plan import StepPlan
 
 MAX_PLANS = 4  # where sets of parameters take turns in having gradients: generator and discriminator, experts
@@ -76,6 +77,10 @@ class AdamW_BF16(torch.optim.Optimizer):
             them between it and the step.
         model_parallel: names the process groups over whose ranks plain parameters differ, such as pipeline stages; see
             :class:`ModelParallel`. None: plain parameters are replicas on every rank.
+        step_in_backward: update each parameter inside the backward pass, as soon as its gradient is
+            final, and free the gradient. :meth:`step` still ends each step; all backward passes of a
+            step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and tensor
+            parallelism, without clipping and ``skip_nonfinite``; see ``docs/step_in_backward.md``.
         sharding: ``ZeRO(mesh)`` to let this optimizer itself shard a replicated model's states; None leaves sharding to torch.
         backend: kernel back end, one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
 
@@ -96,6 +101,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
+        step_in_backward: bool = False,
         sharding: ZeRO | None = None,
         model_parallel: ModelParallel | None = None,
         backend: str | None = None,
@@ -116,6 +122,17 @@ class AdamW_BF16(torch.optim.Optimizer):
         if not isinstance(model_parallel, ModelParallel | None):
             raise ValueError(
                 f"Invalid model_parallel: {model_parallel!r}; give ModelParallel(pp=...), or None where ranks hold the same model"
+            )
+        if step_in_backward and sharding is not None:
+            raise ValueError(
+                "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO's step() waits for "
+                "the gradients of all ranks, so use fully_shard (FSDP2), or leave step_in_backward out"
+            )
+        if step_in_backward and skip_nonfinite:
+            raise ValueError(
+                "step_in_backward=True and skip_nonfinite=True are both given; the last gradient can be "
+                "infinite when other parameters are updated already, so no step can be skipped as a "
+                "whole; choose one"
             )
         if lr is None and lr_function is None:
             lr_function = LR()
@@ -167,6 +184,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self._is_built = True
+        self._in_backward = StepInBackward(self) if step_in_backward else None
         all_params = [param for group in self.param_groups for param in group["params"]]
         log_params(all_params, self._sharding)
         warn_if_all_float32(all_params)
@@ -179,6 +197,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor; the optimizer is then as it was.
         """
+        self._check_between_steps("add_param_group()")
         brings_lr = isinstance(param_group, dict) and "lr" in param_group
         if self.param_groups and isinstance(param_group, dict):
             param_group.setdefault(
@@ -199,6 +218,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             self._sharding.add_params(
                 group["params"], [param_name(group, index) for index in range(len(group["params"]))]
             )
+            if (in_backward := self.__dict__.get("_in_backward")) is not None:
+                in_backward.add_params()
         except BaseException:  # also of the user's schedule
             self.param_groups.pop()
             raise
@@ -206,6 +227,7 @@ class AdamW_BF16(torch.optim.Optimizer):
             log_params(group["params"], self._sharding)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_between_steps("a copy of the optimizer")
         self._sharding.check_picklable()
         if self.model_parallel is not None:
             raise TypeError(
@@ -213,7 +235,11 @@ class AdamW_BF16(torch.optim.Optimizer):
                 "save its state with sharded_bf16_adamw.save or its state_dict()"
             )
         own = ("lr_function", "skip_nonfinite", "backend", "_skipped")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "step_in_backward": self._in_backward is not None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over unpickled or loaded state, of ours or of torch.optim.AdamW, whose missing entries get their defaults."""
@@ -247,11 +273,16 @@ class AdamW_BF16(torch.optim.Optimizer):
         self.__dict__.setdefault("_seen_state", ([], []))
         self.__dict__.setdefault("_grad_norm", GradNorm(self._sharding, self.model_parallel))
         self.__dict__.setdefault("_checked_not_replaced", False)
+        steps_in_backward = state.pop("step_in_backward", False)
         super().__setstate__(state)
+        if "_in_backward" not in self.__dict__:
+            self._in_backward = StepInBackward(self) if steps_in_backward else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, and forget a :meth:`clip_grad_norm_` of them; see
         :meth:`torch.optim.Optimizer.zero_grad`."""
+        if self._in_backward is not None:
+            self._in_backward.before_zero_grad()
         super().zero_grad(set_to_none)
         self._sharding.clear_grads()
         self._clip.clear()
@@ -264,6 +295,28 @@ class AdamW_BF16(torch.optim.Optimizer):
         """
         return self._sharding.no_sync()
 
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Return a context for all backward passes of a step but the last.
+
+        With ``step_in_backward=True`` they accumulate gradients in it and update nothing. Without
+        that option they do so anyway, and the context does nothing.
+        """
+        return nullcontext() if self._in_backward is None else self._in_backward.accumulate()
+
+    def abandon_step(self) -> None:
+        """Forget a step whose backward pass has raised under ``step_in_backward=True``, and its gradients.
+
+        Parameters that it has updated stay updated, so load a checkpoint afterwards.
+        """
+        if self._in_backward is not None:
+            self._in_backward.abandon()
+        self.zero_grad()
+
+    def _check_between_steps(self, caller: str) -> None:
+        in_backward = self.__dict__.get("_in_backward")
+        if in_backward is not None:
+            in_backward.check_between_steps(caller)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :class:`AdamW_BF16` or of :class:`torch.optim.AdamW` (the correction then starts at zero), copying its tensors.
 
@@ -272,6 +325,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         Raises:
             ValueError: groups or shapes do not match this optimizer's; nothing is changed.
         """
+        self._check_between_steps("load_state_dict()")
         follows_schedule = [group["scheduled_lr"] is not None for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, follows in zip(self.param_groups, follows_schedule, strict=True):
@@ -282,6 +336,7 @@ class AdamW_BF16(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and groups; see :meth:`torch.optim.Optimizer.state_dict`. The state of a tensor that is in no group (any
         more) is left out, since there is no number for it."""
+        self._check_between_steps("state_dict()")
         with numbered_states_only(self):
             return super().state_dict()
 
@@ -310,6 +365,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             ValueError: ``lr_function`` returned an invalid learning rate; nothing is changed.
         """
         loss = None
+        if self._in_backward is not None:
+            self._in_backward.check_not_failed("step()")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -317,9 +374,12 @@ class AdamW_BF16(torch.optim.Optimizer):
         self._clip.check_capture()
         self._sharding.reduce_grads()
         gradients = self._gradients()
-        rates = scheduled_lrs(
-            self.lr_function, self.param_groups
-        )  # the user's code, so before anything is made or written
+        # the user's code, so before anything is made or written
+        rates = (
+            scheduled_lrs(self.lr_function, self.param_groups)
+            if self._in_backward is None
+            else self._in_backward.begin_step(gradients)
+        )
         found_inf = (
             self._found_inf(gradients) if self.skip_nonfinite else None
         )  # it may raise: before any state is made
@@ -343,6 +403,8 @@ class AdamW_BF16(torch.optim.Optimizer):
             )
         self._sharding.all_gather_params()
         self._clip.clear()
+        if self._in_backward is not None:
+            self._in_backward.end_step()
         if zero_grad:
             self.zero_grad()
         return loss
@@ -463,6 +525,11 @@ class AdamW_BF16(torch.optim.Optimizer):
             RuntimeError: plain parameters have unlike gradients on ranks that share sharded ones (on an accelerator a later call
                 raises it); or another rank has died or hangs.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients before any weight changes, but "
+                "step_in_backward=True has used and freed them; to clip, leave step_in_backward out"
+            )
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         self._sharding.reduce_grads()
@@ -490,6 +557,7 @@ class AdamW_BF16(torch.optim.Optimizer):
     def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(parameter, weight)`` for every parameter of the groups, frozen or not, where ``weight`` is ``p + correction`` in
         float32, sharded as the parameter is, or with ZeRO as its state is: a new tensor. For averages of weights, export and evaluation."""
+        self._check_between_steps("true_weights()")
         for group in self.param_groups:
             for param in group["params"]:
                 weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)
@@ -524,6 +592,7 @@ class AdamW_BF16(torch.optim.Optimizer):
         Raises:
             RuntimeError: replicas differ; on every rank, naming a tensor and the ranks.
         """
+        self._check_between_steps("check_replicas()")
         parallel, names = self.model_parallel, self._names()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         experts = set() if parallel is None else {id(param) for param in parallel.expert_params()}

@@ -15,6 +15,7 @@ ALLOWED = {
     "state": {"sharding"},
     "step_plan": {"kernels", "sharding"},
     "grad_norm": {"kernels", "sharding"},
+    "step_in_backward": {"grad_norm", "kernels", "schedule", "sharding", "state", "step_plan"},
     "optimizer": {
         "profiling",
         "grad_norm",
@@ -22,6 +23,7 @@ ALLOWED = {
         "schedule",
         "sharding",
         "state",
+        "step_in_backward",
         "step_plan",
     },
     "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
