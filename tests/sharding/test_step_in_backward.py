@@ -1,0 +1,259 @@
+"""The step inside the backward pass gives the bits of ``step()`` where hooks see final gradients."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import sharded_bf16_adamw
+from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO, step_in_backward
+from sharded_bf16_adamw.sharding.dtensor import to_local
+
+from .strategy_cases import BY_NAME, CASES, Layers, Wrapped, backward, collect, make_batch
+
+STEPS = 3
+SUPPORTED = [case for case in CASES if case.name.startswith(("FSDP2", "HSDP", "tensor parallel"))]
+RUNS = [(case.name, 3 if 3 in case.worlds else 4) for case in SUPPORTED]
+
+
+def make_optimizer(module, in_backward):
+    return AdamW_BF16(
+        module.parameters(),
+        lr_function=LR(lr=1e-2, preheat_steps=5),
+        weight_decay=0.1,
+        step_in_backward=in_backward,
+    )
+
+
+def train(wrapped, in_backward, exact=True, batch_bytes=2**20):
+    original, step_in_backward.BATCH_BYTES = step_in_backward.BATCH_BYTES, batch_bytes
+    try:
+        optimizer = make_optimizer(wrapped.module, in_backward)
+        for step in range(STEPS):
+            backward(wrapped, make_batch(step, exact))
+            if in_backward:
+                assert all(param.grad is None for param in wrapped.module.parameters())
+            optimizer.step(zero_grad=True)
+        return collect(wrapped.module, optimizer)
+    finally:
+        step_in_backward.BATCH_BYTES = original
+
+
+def table_worker(rank, world, name):
+    """Return runs with batches of one gradient and of many, and two whose reductions round."""
+    wrap = BY_NAME[name].wrap
+    runs = [train(wrap(Layers(), world), True, batch_bytes=size) for size in (1, 2**20)]
+    rounded = [train(wrap(Layers(), world), flag, exact=False) for flag in (False, True)]
+    return runs, rounded
+
+
+@functools.cache
+def expected():
+    return train(Wrapped(Layers()), False)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        a[name].keys() == b[name].keys()
+        and all(torch.equal(a[name][key], b[name][key]) for key in a[name])
+        for name in a
+    )
+
+
+@pytest.mark.parametrize(("name", "world"), RUNS)
+def test_bits_are_those_of_step(name, world):
+    for runs, (plain, in_backward) in run_ranks(world, table_worker, name):
+        assert all(same(run, expected()) for run in runs)
+        assert same(in_backward, plain)
+
+
+# -------------------------------------------------------------------------------- layers that feed each other, under FSDP2
+
+
+def chain(world, layers=8, width=32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+            for _ in range(layers)
+        ]
+    ).bfloat16()
+    mesh = init_device_mesh("cpu", (world,))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def make_input(step, rank, width=32):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(6, width, generator=generator).bfloat16().requires_grad_()
+
+
+def chain_worker(rank, world, in_backward):
+    model = chain(world)
+    optimizer = make_optimizer(model, in_backward)
+    for step in range(STEPS):
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            model(make_input(2 * step + last, rank)).square().mean().backward()
+        optimizer.step(zero_grad=True)
+    return collect(model, optimizer)
+
+
+def test_a_chain_of_layers_with_micro_batches_without_gradient_sync():
+    for plain, in_backward in zip(
+        run_ranks(2, chain_worker, False), run_ranks(2, chain_worker, True), strict=True
+    ):
+        assert same(plain, in_backward)
+
+
+def memory_worker(rank, world, batch_groups):
+    """Return the bytes of one FSDP group's gradients, and the most bytes alive in each step."""
+    model = chain(world)
+    alive: dict[int, weakref.ref] = {}
+    peaks = []
+
+    def watch(param):
+        local = param.grad._local_tensor
+        alive[id(local)] = weakref.ref(local)
+        tensors = [tensor for ref in alive.values() if (tensor := ref()) is not None]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        peaks[-1] = max(peaks[-1], sum(storages.values()))
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(watch)
+    group = sum(to_local(param).nbytes for param in model[0].parameters())
+    step_in_backward.BATCH_BYTES = batch_groups * group
+    try:
+        optimizer = make_optimizer(model, True)
+        for step in range(STEPS):
+            peaks.append(0)
+            model(make_input(step, rank)).square().mean().backward()
+            optimizer.step()
+    finally:
+        step_in_backward.BATCH_BYTES = 2**20
+    return group, peaks
+
+
+@pytest.mark.parametrize("batch_groups", [1, 3])
+def test_gradients_alive_are_those_of_one_batch_of_fsdp_groups(batch_groups):
+    for group, peaks in run_ranks(2, memory_worker, batch_groups):
+        assert peaks[0] <= (batch_groups + 1) * group  # learns where groups end
+        assert peaks[1:] == [batch_groups * group] * (STEPS - 1)
+
+
+def second_pass_worker(rank, world):
+    model = chain(world)
+    optimizer = make_optimizer(model, True)
+    model(make_input(0, rank)).square().mean().backward()
+    before = [to_local(param).clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"got a second gradient before step\(\)"):
+        model(make_input(1, rank)).square().mean().backward()
+    assert all(map(torch.equal, before, map(to_local, model.parameters())))
+    with pytest.raises(RuntimeError, match=r"under FSDP2 call reset_iter_state\(\)"):
+        optimizer.step()
+
+
+def test_a_second_backward_pass_raises_before_it_updates_anything():
+    run_ranks(2, second_pass_worker)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError("in the middle of backward")
+
+
+def recovery_worker(rank, world, folder):
+    """Save, fail in the middle of a backward pass, recover by load, and train on."""
+    results = []
+    for fails in (False, True):
+        root = f"{folder}/{fails}"
+        step_in_backward.BATCH_BYTES = 1
+        model = chain(world)
+        optimizer = make_optimizer(model, True)
+        model(make_input(0, rank)).square().mean().backward()
+        with pytest.raises(RuntimeError, match=r"between a backward pass .* call step\(\) first"):
+            sharded_bf16_adamw.save(root, 0, model, optimizer)
+        optimizer.step()
+        sharded_bf16_adamw.save(root, 1, model, optimizer)
+        if fails:
+            handle = model[3].register_forward_pre_hook(lambda _, args: Failing.apply(args[0]))
+            loss = model(make_input(1, rank)).square().mean()
+            with pytest.raises(MemoryError):
+                loss.backward()
+            handle.remove()
+            for refused in (
+                optimizer.step,
+                lambda: sharded_bf16_adamw.save(root, 2, model, optimizer),
+                lambda: sharded_bf16_adamw.load(root, model, optimizer),
+            ):
+                with pytest.raises(RuntimeError, match=r"optimizer.abandon_step\(\), then load"):
+                    refused()
+            optimizer.abandon_step()
+            sharded_bf16_adamw.load(root, model, optimizer)
+            model.reset_iter_state()
+        model(make_input(1, rank)).square().mean().backward()
+        optimizer.step()
+        results.append(collect(model, optimizer))
+    step_in_backward.BATCH_BYTES = 2**20
+    assert same(*results)
+
+
+def test_a_failed_backward_pass_is_recovered_from_by_load(tmp_path):
+    run_ranks(2, recovery_worker, str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+def ddp_worker(rank, world):
+    model = DistributedDataParallel(nn.Linear(4, 4).bfloat16())
+    before = model.module.weight.detach().clone()
+    optimizer = make_optimizer(model, True)
+    with pytest.raises(RuntimeError, match="wrapped by DistributedDataParallel, which averages"):
+        model(torch.ones(1, 4).bfloat16()).sum().backward()
+    assert torch.equal(model.module.weight, before) and not optimizer.state
+
+
+def fsdp1_worker(rank, world):
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Linear(4, 4).bfloat16()
+        optimizer = make_optimizer(model, True)  # keeps the parameters that FSDP1 flattens
+        model = FullyShardedDataParallel(model, **options)
+        with pytest.raises(ValueError, match="belongs to FullyShardedDataParallel"):
+            make_optimizer(model, True)
+        with pytest.raises(ValueError, match="belongs to FullyShardedDataParallel"):
+            model(torch.ones(1, 4).bfloat16()).sum().backward()
+        assert not optimizer.state
+
+
+def zero_worker(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    for stage in (1, 2):
+        with pytest.raises(ValueError, match=r"step_in_backward=True and sharding=ZeRO\(...\) are"):
+            AdamW_BF16(
+                nn.Linear(4, 4).bfloat16().parameters(),
+                step_in_backward=True,
+                sharding=ZeRO(mesh, stage),
+            )
+
+
+@pytest.mark.parametrize("worker", [ddp_worker, fsdp1_worker, zero_worker])
+def test_strategies_that_reduce_gradients_later_are_refused(worker):
+    run_ranks(2, worker)
