@@ -77,10 +77,11 @@ class AdamW_BF16(torch.optim.Optimizer):
             them between it and the step.
         model_parallel: names the process groups over whose ranks plain parameters differ, such as pipeline stages; see
             :class:`ModelParallel`. None: plain parameters are replicas on every rank.
-        step_in_backward: update each parameter inside the backward pass, as soon as its gradient is
-            final, and free the gradient. :meth:`step` still ends each step; all backward passes of a
-            step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and tensor
-            parallelism, without clipping and ``skip_nonfinite``; see ``docs/step_in_backward.md``.
+        step_in_backward: update each parameter inside the backward pass, as soon as its gradient
+            is final, and free the gradient. :meth:`step` still ends each step; all backward passes
+            of a step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and
+            tensor parallelism, without clipping and ``skip_nonfinite``; see
+            ``docs/step_in_backward.md``.
         sharding: ``ZeRO(mesh)`` to let this optimizer itself shard a replicated model's states; None leaves sharding to torch.
         backend: kernel back end, one of ``sharded_bf16_adamw.kernels.BACKENDS``; None chooses by device.
 
@@ -125,14 +126,15 @@ class AdamW_BF16(torch.optim.Optimizer):
             )
         if step_in_backward and sharding is not None:
             raise ValueError(
-                "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO's step() waits for "
-                "the gradients of all ranks, so use fully_shard (FSDP2), or leave step_in_backward out"
+                "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO has the "
+                "gradients of all ranks only in step(), so use fully_shard (FSDP2), or leave "
+                "step_in_backward out"
             )
         if step_in_backward and skip_nonfinite:
             raise ValueError(
-                "step_in_backward=True and skip_nonfinite=True are both given; the last gradient can be "
-                "infinite when other parameters are updated already, so no step can be skipped as a "
-                "whole; choose one"
+                "step_in_backward=True and skip_nonfinite=True are both given; the last gradient "
+                "can be infinite when other parameters are updated already, so no step can be "
+                "skipped as a whole; choose one"
             )
         if lr is None and lr_function is None:
             lr_function = LR()
@@ -304,9 +306,10 @@ class AdamW_BF16(torch.optim.Optimizer):
         return nullcontext() if self._in_backward is None else self._in_backward.accumulate()
 
     def abandon_step(self) -> None:
-        """Forget a step whose backward pass has raised under ``step_in_backward=True``, and its gradients.
+        """Forget a step whose backward pass has raised under ``step_in_backward=True``.
 
-        Parameters that it has updated stay updated, so load a checkpoint afterwards.
+        Its gradients are dropped. Parameters that it has updated stay updated, so load a checkpoint
+        afterwards.
         """
         if self._in_backward is not None:
             self._in_backward.abandon()

@@ -8,11 +8,11 @@ One optimizer step is one *round*::
     step()                   -> use gradients that no hook saw, advance the schedule, end the round
 
 [Note: when a gradient is final]
-A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``; FSDP2 calls it
-once it has reduced one. Either way it is the whole gradient of a backward pass, so it is final if
-that pass is the last of the step. Earlier passes run inside ``accumulate()``, or under FSDP2 without
-gradient sync, where no hook runs. A second gradient for one parameter in one round would be a second
-step on it, so the hook raises before it touches that parameter.
+A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``; FSDP2 calls
+it once it has reduced one. Either way it is the whole gradient of a backward pass, so it is final
+if that pass is the last of the step. Earlier passes run inside ``accumulate()``, or under FSDP2
+without gradient sync, where no hook runs. A second gradient for one parameter in one round would be
+a second step on it, so the hook raises before it touches that parameter.
 
 [Note: gradients that share memory]
 All gradients of one FSDP2 group are views of one buffer, which is freed only with the last view. So
@@ -109,10 +109,10 @@ class StepInBackward:
         self.add_params()
 
     def add_params(self) -> None:
-        """Put hooks on parameters that have none yet: new ones, and those that are no longer frozen.
+        """Put hooks on parameters that have none: new ones, and those that are no longer frozen.
 
         Raises:
-            ValueError: a parameter cannot be updated inside the backward pass; no new hook was added.
+            ValueError: a parameter cannot be updated inside the backward pass; nothing was hooked.
         """
         me = weakref.ref(self)
 
@@ -144,7 +144,7 @@ class StepInBackward:
             return RoundState.IDLE
         return RoundState.FAILED if self._round.backward_passes else RoundState.RUNNING
 
-    # ---------------------------------------------------------------------- during the backward pass
+    # --------------------------------------------------------------------- during the backward pass
 
     @torch.no_grad()
     def _on_grad_ready(self, param: Tensor) -> None:
@@ -168,16 +168,15 @@ class StepInBackward:
             local = sharding.local_grads([param])[0]
             if local.numel() != to_local(param).numel():
                 raise RuntimeError(
-                    f"the gradient of parameter {_name(group, param)} has {local.numel()} elements, "
-                    f"but the parameter {to_local(param).numel()}; resize parameters before the "
-                    "forward pass"
+                    f"the gradient of parameter {_name(group, param)} has {local.numel()} elements "
+                    f"and the parameter {to_local(param).numel()}; resize it before the forward"
                 )
             param.grad = None
             self._round.taken.add(param)
             self._add_to_batch(param, local)
 
     def _start_round(self, param: Tensor) -> _Round:
-        """Read hyper-parameters once, and check what may have changed since the last round. Nothing is written."""
+        """Read hyper-parameters, and check what may have changed since the last round."""
         optimizer = self._owner()
         groups = optimizer.param_groups
         if is_capturing(param.device):
@@ -191,9 +190,9 @@ class StepInBackward:
                 _check_group(group)
             if wrapped_by_ddp(group_of):
                 raise RuntimeError(
-                    "the model is wrapped by DistributedDataParallel, which averages gradients only "
-                    "after the hooks of step_in_backward=True have used them; use fully_shard (FSDP2), "
-                    "or build AdamW_BF16 without step_in_backward"
+                    "the model is wrapped by DistributedDataParallel, which averages gradients "
+                    "after the hooks of step_in_backward=True have used them; use fully_shard "
+                    "(FSDP2), or build AdamW_BF16 without step_in_backward"
                 )
             self._plans.clear()
             self._storage_ends.clear()
@@ -207,7 +206,7 @@ class StepInBackward:
         return _Round(lrs, group_hypers, hypers)
 
     def _watch_backward(self) -> None:
-        """Be called at the end of the backward pass that runs now. Autograd does not call if the pass raises."""
+        """Arrange a call at the end of this backward pass, which never comes if it raises."""
         assert self._round is not None
         task = torch._C._current_graph_task_id()
         if task < 0 or task in self._round.backward_passes:  # -1: outside a backward pass
@@ -263,7 +262,10 @@ class StepInBackward:
             plan.update_(grads, round_.hypers, grad_scale=None, found_inf=None)
 
     def _current_plan(self, params: list[Tensor]) -> StepPlan:
-        """Return the cached plan of a batch if it is still valid, else build one and the states that are missing."""
+        """Return the cached plan of a batch if it is still valid, else build one.
+
+        Missing states are made, once nothing can fail any more.
+        """
         optimizer = self._owner()
         groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
         for param in params:
@@ -289,7 +291,7 @@ class StepInBackward:
         return plan
 
     def _wait_for_streams(self) -> None:
-        """Let the current stream wait for the updates, which have run on the streams of their gradients."""
+        """Let the current stream wait for updates, which ran on the streams of their gradients."""
         assert self._round is not None
         for stream in self._round.streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
@@ -299,9 +301,9 @@ class StepInBackward:
         assert self._round is not None
         sentence = (
             f"parameter {_name(group, param)} got a second gradient before step(), after the first "
-            "was used; step_in_backward=True takes one backward pass a step, so run all others inside "
-            "optimizer.accumulate(), and pass use_reentrant=False to checkpoint() around a weight that "
-            "is used several times"
+            "was used; step_in_backward=True takes one backward pass a step, so run earlier ones "
+            "inside optimizer.accumulate(), and pass use_reentrant=False to checkpoint() around a "
+            "weight that is used several times"
         )
         if len(self._round.backward_passes) > 1:
             sentence += (
@@ -331,8 +333,8 @@ class StepInBackward:
             raise RuntimeError(self._failure(caller))
         if self.state is RoundState.RUNNING:
             raise RuntimeError(
-                f"{caller} was called between a backward pass that has updated parameters and step(), "
-                "so it would see half a step; call step() first"
+                f"{caller} was called between a backward pass that has updated parameters and "
+                "step(), so it would see half a step; call step() first"
             )
 
     def check_not_failed(self, caller: str) -> None:
@@ -348,13 +350,13 @@ class StepInBackward:
                 f"{caller} was called after a backward pass that raised before any parameter was "
                 "updated; call zero_grad() and repeat the backward pass"
             )
+        is_fsdp2 = any(isinstance(param, DTensor) for param in self._group_of)
         sentence = (
             f"{caller} was called after a backward pass that raised when {self._round.updated} of "
             f"{total} parameters were updated, so the weights belong to no step; call "
+            f"{'reset_iter_state() of the root FSDP2 module, ' if is_fsdp2 else ''}"
             "optimizer.abandon_step(), then load a checkpoint into model and optimizer"
         )
-        if any(isinstance(param, DTensor) for param in self._group_of):
-            sentence += ", and under FSDP2 call reset_iter_state() of the root module"
         return sentence
 
     def before_zero_grad(self) -> None:
@@ -378,8 +380,8 @@ class StepInBackward:
             gradients: those that no hook saw, of each group.
 
         Raises:
-            RuntimeError: they are of parameters that were updated in this round, or hyper-parameters
-                have changed in it. Nothing is changed.
+            RuntimeError: they are of parameters that were updated in this round, or
+                hyper-parameters have changed in it. Nothing is changed.
         """
         optimizer = self._owner()
         if self._round is None:
@@ -390,16 +392,16 @@ class StepInBackward:
                 if param in self._round.taken:
                     raise RuntimeError(
                         f"parameter {_name(group, param)} was updated in the backward pass and has "
-                        "another gradient in .grad; set that to None, and accumulate gradients before "
-                        "the last backward pass of a step"
+                        "another gradient in .grad; set that to None, and accumulate gradients "
+                        "before the last backward pass of a step"
                     )
         now = list(map(_hyperparams, optimizer.param_groups))
         if len(now) != len(self._round.group_hypers) or any(
             map(_differs, now, self._round.group_hypers)
         ):
             raise RuntimeError(
-                "hyper-parameters in param_groups were changed after a backward pass that used the old "
-                "ones and before step(); put them back, and change them after step()"
+                "hyper-parameters in param_groups were changed after a backward pass that used the "
+                "old ones and before step(); put them back, and change them after step()"
             )
         self._flush()
         self._wait_for_streams()
@@ -430,15 +432,15 @@ def _check_group(group: dict[str, Any]) -> None:
     """Raise ValueError unless the group's parameters can be updated inside the backward pass."""
     if group["capturable"]:
         raise ValueError(
-            "capturable=True and step_in_backward=True are both given; the hooks read learning rates "
-            "on the host, which a CUDA graph does not replay, so choose one"
+            "capturable=True and step_in_backward=True are both given; the hooks read learning "
+            "rates on the host, which a CUDA graph does not replay, so choose one"
         )
     for index, param in enumerate(group["params"]):
         if is_flattened(param):
             raise ValueError(
-                f"parameter {param_name(group, index)} belongs to FullyShardedDataParallel (FSDP1), which "
-                "reduces gradients only after the hooks of step_in_backward=True have used them; use "
-                "fully_shard (FSDP2), or leave step_in_backward out"
+                f"parameter {param_name(group, index)} belongs to FullyShardedDataParallel "
+                "(FSDP1), which reduces gradients after the hooks of step_in_backward=True have "
+                "used them; use fully_shard (FSDP2), or leave step_in_backward out"
             )
 
 

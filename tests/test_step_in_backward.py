@@ -54,9 +54,9 @@ class Tied(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding = nn.Embedding(11, WIDTH)
+        self.embedding = nn.Embedding(WIDTH, WIDTH)
         self.layer = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 11, bias=False)
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
         self.head.weight = self.embedding.weight
         self.unused = nn.Linear(3, 3)
         self.to(BF16)
@@ -431,7 +431,9 @@ class TestFailure:
 
     def test_of_a_schedule_leaves_everything_as_it_was(self):
         model = make_layers()
-        optimizer = make_optimizer(model.parameters(), lr_function=lambda step: 0.1 if not step else -1)
+        optimizer = make_optimizer(
+            model.parameters(), lr_function=lambda step: 0.1 if not step else -1
+        )
         loss_of(model(make_input(0))).backward()
         optimizer.step()
         before = snapshot(optimizer)
@@ -453,7 +455,9 @@ class TestFailure:
         optimizer.step()
         bias = model[0][0].bias
         optimizer.state[bias] = {**optimizer.state[bias], "exp_avg": torch.zeros(3, dtype=BF16)}
-        with pytest.raises(RuntimeError, match=r"'0.0.bias' has local shape \(16,\) but its exp_avg"):
+        with pytest.raises(
+            RuntimeError, match=r"'0.0.bias' has local shape \(16,\) but its exp_avg"
+        ):
             loss_of(model(make_input(0))).backward()
         with pytest.raises(RuntimeError, match=FAILED):
             optimizer.step()
@@ -676,5 +680,7 @@ class TestRefused:
 
     def test_clipping(self):
         optimizer = make_optimizer(make_layers().parameters())
-        with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients before an"):
+        with pytest.raises(
+            RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients before an"
+        ):
             optimizer.clip_grad_norm_(1.0)

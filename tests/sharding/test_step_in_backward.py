@@ -1,4 +1,4 @@
-"""The step inside the backward pass gives the bits of ``step()`` where hooks see final gradients."""
+"""The step inside the backward pass gives the bits of ``step()``, or is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bits_are_those_of_step(name, world):
         assert same(in_backward, plain)
 
 
-# -------------------------------------------------------------------------------- layers that feed each other, under FSDP2
+# ------------------------------------------------------- layers that feed each other, under FSDP2
 
 
 def chain(world, layers=8, width=32):
@@ -159,7 +159,7 @@ def second_pass_worker(rank, world):
     with pytest.raises(RuntimeError, match=r"got a second gradient before step\(\)"):
         model(make_input(1, rank)).square().mean().backward()
     assert all(map(torch.equal, before, map(to_local, model.parameters())))
-    with pytest.raises(RuntimeError, match=r"under FSDP2 call reset_iter_state\(\)"):
+    with pytest.raises(RuntimeError, match=r"call reset_iter_state\(\) of the root FSDP2"):
         optimizer.step()
 
 
@@ -177,47 +177,55 @@ class Failing(torch.autograd.Function):
         raise MemoryError("in the middle of backward")
 
 
+def one_step(model, optimizer, rank, step):
+    model(make_input(step, rank)).square().mean().backward()
+    optimizer.step()
+
+
+def fail_and_recover(root, model, optimizer, rank):
+    # between two groups: torch 2.13 keeps the unsharded gradients of a group that fails
+    handle = model[2].register_forward_hook(lambda _, args, output: Failing.apply(output))
+    loss = model(make_input(1, rank)).square().mean()
+    with pytest.raises(MemoryError):
+        loss.backward()
+    handle.remove()
+    for refused in (
+        optimizer.step,
+        lambda: sharded_bf16_adamw.save(root, 2, model, optimizer),
+        lambda: sharded_bf16_adamw.load(root, model, optimizer),
+    ):
+        with pytest.raises(RuntimeError, match=r"optimizer.abandon_step\(\), then load"):
+            refused()
+    model.reset_iter_state()
+    optimizer.abandon_step()
+    sharded_bf16_adamw.load(root, model, optimizer)
+
+
 def recovery_worker(rank, world, folder):
-    """Save, fail in the middle of a backward pass, recover by load, and train on."""
+    """Fail in the middle of a backward pass, load, and end where an undisturbed run does."""
     results = []
+    step_in_backward.BATCH_BYTES = 1
     for fails in (False, True):
-        root = f"{folder}/{fails}"
-        step_in_backward.BATCH_BYTES = 1
         model = chain(world)
         optimizer = make_optimizer(model, True)
-        model(make_input(0, rank)).square().mean().backward()
-        with pytest.raises(RuntimeError, match=r"between a backward pass .* call step\(\) first"):
-            sharded_bf16_adamw.save(root, 0, model, optimizer)
-        optimizer.step()
-        sharded_bf16_adamw.save(root, 1, model, optimizer)
+        one_step(model, optimizer, rank, 0)
+        sharded_bf16_adamw.save(f"{folder}/{fails}", 1, model, optimizer)
         if fails:
-            handle = model[3].register_forward_pre_hook(lambda _, args: Failing.apply(args[0]))
-            loss = model(make_input(1, rank)).square().mean()
-            with pytest.raises(MemoryError):
-                loss.backward()
-            handle.remove()
-            for refused in (
-                optimizer.step,
-                lambda: sharded_bf16_adamw.save(root, 2, model, optimizer),
-                lambda: sharded_bf16_adamw.load(root, model, optimizer),
-            ):
-                with pytest.raises(RuntimeError, match=r"optimizer.abandon_step\(\), then load"):
-                    refused()
-            optimizer.abandon_step()
-            sharded_bf16_adamw.load(root, model, optimizer)
-            model.reset_iter_state()
-        model(make_input(1, rank)).square().mean().backward()
-        optimizer.step()
+            fail_and_recover(f"{folder}/{fails}", model, optimizer, rank)
+        one_step(model, optimizer, rank, 1)
         results.append(collect(model, optimizer))
     step_in_backward.BATCH_BYTES = 2**20
     assert same(*results)
+    model(make_input(0, rank)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"between a backward pass .* call step\(\) first"):
+        sharded_bf16_adamw.save(f"{folder}/half", 0, model, optimizer)
 
 
 def test_a_failed_backward_pass_is_recovered_from_by_load(tmp_path):
     run_ranks(2, recovery_worker, str(tmp_path))
 
 
-# -------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------ what is refused
 
 
 def ddp_worker(rank, world):
