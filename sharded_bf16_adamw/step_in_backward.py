@@ -315,7 +315,7 @@ class StepInBackward:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """A context in which backward passes accumulate gradients and update nothing."""
+        """Let backward passes in this context accumulate gradients and update nothing."""
         self.check_between_steps("optimizer.accumulate()")
         before, self._is_accumulating = self._is_accumulating, True
         try:
