@@ -22,6 +22,7 @@ ends. Which parameter is the last of its storage is learnt from the backward pas
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -183,6 +184,12 @@ class StepInBackward:
             raise RuntimeError(
                 "a CUDA graph captures a backward pass of AdamW_BF16(step_in_backward=True), which "
                 "reads learning rates on the host; build the optimizer without the option"
+            )
+        compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+            raise RuntimeError(
+                "compiled autograd runs this backward pass, and never tells step_in_backward=True that "
+                "it ended; turn torch._dynamo.config.compiled_autograd off, or leave the option out"
             )
         group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
         if group_of.keys() != self._group_of.keys():

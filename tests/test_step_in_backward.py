@@ -500,7 +500,7 @@ class TestWithinAStep:
         optimizer.step()
 
     def test_gradients_in_a_batch_can_be_discarded(self):
-        """A hook outside a backward pass, as FSDP2's pipeline schedules call it, leaves them there."""
+        """FSDP2 calls a hook outside a backward pass in pipeline schedules."""
         weight = nn.Parameter(torch.ones(3, dtype=BF16))
         optimizer = make_optimizer([weight])
         for hook in weight._post_accumulate_grad_hooks.values():
@@ -682,3 +682,14 @@ class TestRefused:
             RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients before an"
         ):
             optimizer.clip_grad_norm_(1.0)
+
+    def test_compiled_autograd(self):
+        model = make_layers()
+        optimizer = make_optimizer(model.parameters())
+        compiler = torch.compile(backend="eager")
+        with (
+            torch._dynamo.compiled_autograd._enable(compiler),
+            pytest.raises(RuntimeError, match="compiled autograd runs this backward pass"),
+        ):
+            loss_of(model(make_input(0))).backward()
+        assert not optimizer.state
