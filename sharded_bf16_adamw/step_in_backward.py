@@ -156,8 +156,10 @@ class StepInBackward:
             if self._round is None:
                 self._round = self._start_round(param)
             index = self._group_of.get(param)
-            if index is None:
-                return  # taken out of its group since it was hooked
+            if index is None:  # taken out of its group since it was hooked
+                if not self._round.taken:
+                    self._round = None
+                return
             group, sharding = self._owner().param_groups[index], self._owner()._sharding
             self._watch_backward()  # first, so that any error below fails the round
             if param in self._round.taken:
@@ -188,8 +190,9 @@ class StepInBackward:
         compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
         if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
             raise RuntimeError(
-                "compiled autograd runs this backward pass, and never tells step_in_backward=True that "
-                "it ended; turn torch._dynamo.config.compiled_autograd off, or leave the option out"
+                "compiled autograd runs this backward pass, and never tells step_in_backward=True "
+                "that it ended; turn torch._dynamo.config.compiled_autograd off, or leave the option "
+                "out"
             )
         group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
         if group_of.keys() != self._group_of.keys():

@@ -597,6 +597,8 @@ class TestWhatNoHookSees:
         loss_of(model(make_input(0))).backward()
         optimizer.step()
         assert torch.equal(removed, before) and removed.grad is not None
+        removed.sum().backward()
+        optimizer.state_dict()  # no step has begun
 
     def test_a_hook_of_the_user_comes_before_if_it_was_registered_before(self, one_each):
         def halve(param):
