@@ -110,11 +110,20 @@ class StepInBackward:
         self.add_params()
 
     def add_params(self) -> None:
-        """Put hooks on parameters that have none: new ones, and those that are no longer frozen.
+        """Put hooks on the parameters of a new group.
 
         Raises:
             ValueError: a parameter cannot be updated inside the backward pass; nothing was hooked.
         """
+        self._check_groups()
+        self._add_hooks()
+
+    def _check_groups(self) -> None:
+        for group in self._owner().param_groups:
+            _check_group(group)
+
+    def _add_hooks(self) -> None:
+        """Put hooks on parameters that have none: new ones, and those that are no longer frozen."""
         me = weakref.ref(self)
 
         @torch._disable_dynamo
@@ -124,10 +133,7 @@ class StepInBackward:
             if hooks is not None and (owner is me or owner is None or owner() is None):
                 hooks._on_grad_ready(param)
 
-        groups = self._owner().param_groups
-        for group in groups:
-            _check_group(group)
-        for param in (param for group in groups for param in group["params"]):
+        for param in (p for group in self._owner().param_groups for p in group["params"]):
             if param.requires_grad and param not in self._hooks:
                 handle = param.register_post_accumulate_grad_hook(on_grad_ready)
                 self._hooks[param] = handle
@@ -190,14 +196,13 @@ class StepInBackward:
         compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
         if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
             raise RuntimeError(
-                "compiled autograd runs this backward pass, and never tells step_in_backward=True "
-                "that it ended; turn torch._dynamo.config.compiled_autograd off, or leave the option "
-                "out"
+                "compiled autograd runs this backward pass and never tells step_in_backward=True "
+                "that it ended; turn torch._dynamo.config.compiled_autograd off, or leave the "
+                "option out"
             )
         group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
         if group_of.keys() != self._group_of.keys():
-            for group in groups:
-                _check_group(group)
+            self._check_groups()
             if wrapped_by_ddp(group_of):
                 raise RuntimeError(
                     "the model is wrapped by DistributedDataParallel, which averages gradients "
@@ -392,8 +397,10 @@ class StepInBackward:
         Raises:
             RuntimeError: they are of parameters that were updated in this round, or
                 hyper-parameters have changed in it. Nothing is changed.
+            ValueError: the model was wrapped by FSDP1 meanwhile. Nothing is changed.
         """
         optimizer = self._owner()
+        self._check_groups()
         if self._round is None:
             return scheduled_lrs(optimizer.lr_function, optimizer.param_groups)
         self.check_not_failed("step()")
@@ -420,7 +427,7 @@ class StepInBackward:
     def end_step(self) -> None:
         """End the round, and hook parameters that are no longer frozen."""
         self.abandon()
-        self.add_params()
+        self._add_hooks()
 
 
 def _hyperparams(group: dict[str, Any]) -> Hyperparams:

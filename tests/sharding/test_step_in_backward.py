@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import sharded_bf16_adamw
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO, step_in_backward
@@ -98,21 +99,68 @@ def make_input(step, rank, width=32):
     return torch.randn(6, width, generator=generator).bfloat16().requires_grad_()
 
 
-def chain_worker(rank, world, in_backward):
-    model = chain(world)
-    optimizer = make_optimizer(model, in_backward)
-    for step in range(STEPS):
-        for last in (False, True):
-            model.set_requires_gradient_sync(last)
-            model(make_input(2 * step + last, rank)).square().mean().backward()
-        optimizer.step(zero_grad=True)
-    return collect(model, optimizer)
+def chain_worker(rank, world, with_sync):
+    """Two micro-batches a step; return what ``step()`` makes of them, and the option."""
+    results = []
+    for in_backward in (False, True):
+        model = chain(world)
+        optimizer = make_optimizer(model, in_backward)
+        for step in range(STEPS):
+            model.set_requires_gradient_sync(with_sync)
+            with optimizer.accumulate():
+                model(make_input(2 * step, rank)).square().mean().backward()
+            model.set_requires_gradient_sync(True)
+            model(make_input(2 * step + 1, rank)).square().mean().backward()
+            assert not in_backward or all(param.grad is None for param in model.parameters())
+            optimizer.step(zero_grad=True)
+        results.append(collect(model, optimizer))
+    return results
 
 
-def test_a_chain_of_layers_with_micro_batches_without_gradient_sync():
-    for plain, in_backward in zip(
-        run_ranks(2, chain_worker, False), run_ranks(2, chain_worker, True), strict=True
-    ):
+@pytest.mark.parametrize("with_sync", [False, True])
+def test_micro_batches(with_sync):
+    for plain, in_backward in run_ranks(2, chain_worker, with_sync):
+        assert same(plain, in_backward)
+
+
+class Shared(nn.Module):
+    """An embedding that is the head too, and a block that is called twice and checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 32)
+        self.block = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+        self.unused = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        for _ in range(2):
+            hidden = checkpoint(self.block, hidden, use_reentrant=False)
+        return self.head(hidden)
+
+
+def shared_worker(rank, world):
+    results = []
+    for in_backward in (False, True):
+        model = Shared().bfloat16()
+        mesh = init_device_mesh("cpu", (world,))
+        for module in (model.block, model.unused, model):
+            fully_shard(module, mesh=mesh)
+        optimizer = make_optimizer(model, in_backward)
+        for step in range(STEPS):
+            tokens = torch.arange(7) + step + rank
+            model(tokens).square().mean().backward()
+            assert not in_backward or all(param.grad is None for param in model.parameters())
+            optimizer.step(zero_grad=True)
+        results.append(collect(model, optimizer))
+    return results
+
+
+def test_weights_that_are_used_several_times():
+    for plain, in_backward in run_ranks(2, shared_worker):
         assert same(plain, in_backward)
 
 
@@ -246,8 +294,9 @@ def fsdp1_worker(rank, world):
         model = FullyShardedDataParallel(model, **options)
         with pytest.raises(ValueError, match="belongs to FullyShardedDataParallel"):
             make_optimizer(model, True)
+        model(torch.ones(1, 4).bfloat16()).sum().backward()
         with pytest.raises(ValueError, match="belongs to FullyShardedDataParallel"):
-            model(torch.ones(1, 4).bfloat16()).sum().backward()
+            optimizer.step()
         assert not optimizer.state
 
 
