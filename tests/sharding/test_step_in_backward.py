@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import sharded_bf16_adamw
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO, step_in_backward
 from sharded_bf16_adamw.sharding.dtensor import to_local
+from sharded_bf16_adamw.step_plan import StepPlan
 
 from .strategy_cases import BY_NAME, CASES, Layers, Wrapped, backward, collect, make_batch
 
@@ -165,10 +166,20 @@ def test_weights_that_are_used_several_times():
 
 
 def memory_worker(rank, world, batch_groups):
-    """Return the bytes of one FSDP group's gradients, and the most bytes alive in each step."""
+    """Return the bytes of one FSDP group's gradients, and the most bytes alive in each step.
+
+    Also return the number of updates in the last step.
+    """
     model = chain(world)
     alive: dict[int, weakref.ref] = {}
-    peaks = []
+    peaks, updates = [], []
+    update = StepPlan.update_
+
+    def count(*args, **more):
+        updates[-1] += 1
+        update(*args, **more)
+
+    StepPlan.update_ = count
 
     def watch(param):
         local = param.grad._local_tensor
@@ -185,18 +196,21 @@ def memory_worker(rank, world, batch_groups):
         optimizer = make_optimizer(model, True)
         for step in range(STEPS):
             peaks.append(0)
+            updates.append(0)
             model(make_input(step, rank)).square().mean().backward()
             optimizer.step()
     finally:
         step_in_backward.BATCH_BYTES = 2**20
-    return group, peaks
+        StepPlan.update_ = update
+    return group, peaks, updates[-1]
 
 
-@pytest.mark.parametrize("batch_groups", [1, 3])
-def test_gradients_alive_are_those_of_one_batch_of_fsdp_groups(batch_groups):
-    for group, peaks in run_ranks(2, memory_worker, batch_groups):
+@pytest.mark.parametrize(("batch_groups", "updates"), [(1, 8), (3, 3)])
+def test_gradients_alive_are_those_of_one_batch_of_fsdp_groups(batch_groups, updates):
+    for group, peaks, count in run_ranks(2, memory_worker, batch_groups):
         assert peaks[0] <= (batch_groups + 1) * group  # learns where groups end
         assert peaks[1:] == [batch_groups * group] * (STEPS - 1)
+        assert count == updates
 
 
 def second_pass_worker(rank, world):
