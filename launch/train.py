@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from training.build import Schedule, build_model, make_optimizer, make_schedule, set_seeds
-from training.data import Text, UsageError, load_text
+from training.data import Text, load_text
+from training.errors import UsageError
 from training.metrics import Metrics, optimizer_state_bytes, plot_losses, summary
 from training.model import GPT, PRESETS
 from training.options import parse_args

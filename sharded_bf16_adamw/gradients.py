@@ -45,7 +45,7 @@ class GradCollector:
                 DTYPES.issuperset(map(_dtype_of, grads))
                 and STRIDED.issuperset(map(_layout_of, grads))
             ):
-                _check_grads(group)
+                check_grads(group)
             result.append((group, params, grads))
         return result
 
@@ -62,7 +62,7 @@ class GradCollector:
         self._checked_stale_params = True  # only once: the check walks all objects of the process
 
 
-def _check_grads(group: dict[str, Any]) -> None:
+def check_grads(group: dict[str, Any]) -> None:
     """Raise RuntimeError or TypeError for the group's first unusable gradient."""
     for index, param in enumerate(group["params"]):
         if param.grad is None:

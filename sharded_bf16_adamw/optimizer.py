@@ -22,7 +22,8 @@ from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import check_replicas
 from .sharding.zero.config import ZeRO
 from .state import collect_replicas, log_params, new_state, warn_if_all_float32
-from .step_plan import StepPlanCache
+from .step_in_backward import StepInBackward, check_options
+from .step_plan import StepPlanCache, hyperparams_of
 from .validation import check_group, check_hyperparams, param_name, to_betas
 
 
@@ -57,6 +58,11 @@ class AdamW_BF16(SerializableOptimizer):
             count on any rank, and count the step in ``skipped_steps``. If
             :meth:`clip_grad_norm_` was called, the gradients at that call decide: do not modify
             them before the step.
+        step_in_backward: update each parameter inside the backward pass, as soon as its gradient is
+            final, and free the gradient. :meth:`step` still ends each step; all backward passes of
+            a step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and
+            tensor parallelism, without clipping and ``skip_nonfinite``; see
+            ``docs/step_in_backward.md``.
         model_parallel: the process groups over which plain parameters differ, such as pipeline
             stages; see :class:`ModelParallel`. None: plain parameters are replicas on every rank.
         sharding: ``ZeRO(mesh)`` to shard the states of a replicated model; None shards the states
@@ -95,6 +101,7 @@ class AdamW_BF16(SerializableOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         skip_nonfinite: bool = False,
+        step_in_backward: bool = False,
         sharding: ZeRO | None = None,
         model_parallel: ModelParallel | None = None,
         backend: str | None = None,
@@ -103,6 +110,8 @@ class AdamW_BF16(SerializableOptimizer):
         lr, self.lr_function = resolve_lr(lr, lr_function, capturable)
         betas = to_betas(betas)
         check_hyperparams(lr, betas, eps, weight_decay)
+        if step_in_backward:
+            check_options(sharding, skip_nonfinite)
         self._sharding = build_sharding(sharding, model_parallel)
         self._zero = sharding
         self.skip_nonfinite = skip_nonfinite
@@ -115,6 +124,7 @@ class AdamW_BF16(SerializableOptimizer):
         defaults |= {"schedule_step": 0, "scheduled_lr": None}  # see :mod:`.schedule`
         super().__init__(params, defaults)
         self._is_built = True
+        self._in_backward = StepInBackward(self) if step_in_backward else None
         log_params(self._all_params(), self._sharding)
         warn_if_all_float32(self._all_params())
 
@@ -135,6 +145,7 @@ class AdamW_BF16(SerializableOptimizer):
         Raises:
             ValueError, TypeError: as in the constructor; the optimizer is unchanged.
         """
+        self._check_between_steps("add_param_group()")
         has_own_lr = isinstance(param_group, dict) and "lr" in param_group
         if self.param_groups and isinstance(param_group, dict):
             # A late group joins the schedule at the position of the others.
@@ -148,6 +159,8 @@ class AdamW_BF16(SerializableOptimizer):
                 group["lr"] = group["scheduled_lr"] = lr
             names = [param_name(group, index) for index in range(len(group["params"]))]
             self._sharding.add_params(group["params"], names)
+            if self._in_backward is not None:
+                self._in_backward.add_params()
         except BaseException:  # lr_function may raise anything
             self.param_groups.pop()
             raise
@@ -170,6 +183,8 @@ class AdamW_BF16(SerializableOptimizer):
 
         See :meth:`torch.optim.Optimizer.zero_grad`.
         """
+        if self._in_backward is not None:
+            self._in_backward.before_zero_grad()
         super().zero_grad(set_to_none)
         self._sharding.clear_grads()
         self._clip.clear()
@@ -212,6 +227,9 @@ class AdamW_BF16(SerializableOptimizer):
 
             If one of these is raised, nothing has changed.
         """
+        in_backward = self._in_backward
+        if in_backward is not None:
+            in_backward.check_not_failed("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -220,7 +238,10 @@ class AdamW_BF16(SerializableOptimizer):
         self._sharding.reduce_grads()
         group_grads = self._grads.collect(self.param_groups)
         # Everything that may raise comes before any state is created or changed.
-        lrs = scheduled_lrs(self.lr_function, self.param_groups)
+        if in_backward is None:
+            lrs = scheduled_lrs(self.lr_function, self.param_groups)
+        else:
+            lrs = in_backward.begin_step(group_grads)
         found_inf = self._clip.found_inf if self.skip_nonfinite else None
         if self.skip_nonfinite and found_inf is None:
             *_, found_inf = self._grad_norm.compute(group_grads, math.inf, self.backend)
@@ -233,9 +254,12 @@ class AdamW_BF16(SerializableOptimizer):
         apply_lrs(self.param_groups, lrs)
         if plan is not None:
             with profiler_range("AdamW_BF16::update"):
-                plan.update_(local_grads, self.param_groups, self._clip.grad_scale, found_inf)
+                hyperparams = list(map(hyperparams_of, self.param_groups))
+                plan.update_(local_grads, hyperparams, self._clip.grad_scale, found_inf)
         self._sharding.all_gather_params()
         self._clip.clear()
+        if in_backward is not None:
+            in_backward.end_step()
         if zero_grad:
             self.zero_grad()
         return loss
@@ -260,9 +284,15 @@ class AdamW_BF16(SerializableOptimizer):
 
         Raises:
             ValueError: ``max_norm`` is not positive.
-            RuntimeError: gradients that should be equal on several ranks differ (on an accelerator
-                a later call raises this); or another rank has died or hangs.
+            RuntimeError: ``step_in_backward`` has used the gradients; gradients that should be
+                equal on several ranks differ (on an accelerator a later call raises this); or
+                another rank has died or hangs.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients before any weight changes, but "
+                "step_in_backward=True has used and freed them; to clip, leave step_in_backward out"
+            )
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         with profiler_range("AdamW_BF16::clip_grad_norm_"):
@@ -286,6 +316,7 @@ class AdamW_BF16(SerializableOptimizer):
         ``weight`` is ``p + correction``, a new float32 tensor, sharded like the parameter, or with
         ZeRO like its state. For averages of weights, export and evaluation.
         """
+        self._check_between_steps("true_weights()")
         for param in self._all_params():
             weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)
             correction = self.state[param].get("correction") if param in self.state else None
@@ -320,6 +351,7 @@ class AdamW_BF16(SerializableOptimizer):
         Raises:
             RuntimeError: replicas differ; raised on every rank, with a tensor's name and the ranks.
         """
+        self._check_between_steps("check_replicas()")
         check_replicas(*collect_replicas(self, self._sharding, self.model_parallel))
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:

@@ -14,10 +14,11 @@ from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
 from .state import complete_state, numbered_states_only
+from .step_in_backward import StepInBackward, SteppedInBackward
 from .validation import param_name
 
 
-class SerializableOptimizer(torch.optim.Optimizer):
+class SerializableOptimizer(SteppedInBackward):
     """A torch optimizer with a sharding strategy, which its loaded states follow."""
 
     _PICKLED: tuple[str, ...] = ()  # attributes to pickle beside torch's
@@ -31,6 +32,7 @@ class SerializableOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickle and deepcopy. Raise TypeError if it has process groups."""
+        self._check_between_steps("a copy of the optimizer")
         self._sharding.check_picklable()
         if self.model_parallel is not None:
             raise TypeError(
@@ -38,7 +40,9 @@ class SerializableOptimizer(torch.optim.Optimizer):
                 "and cannot be pickled or deep-copied; save its state with sharded_bf16_adamw.save "
                 "or its state_dict()"
             )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._PICKLED}}
+        own = {name: getattr(self, name) for name in self._PICKLED}
+        own["step_in_backward"] = self._in_backward is not None
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an unpickled or loaded state, also one of torch.optim.AdamW."""
@@ -47,7 +51,10 @@ class SerializableOptimizer(torch.optim.Optimizer):
             self._init_caches()
             self._is_built = True
         complete_loaded(state, self._sharding)
+        steps_in_backward = state.pop("step_in_backward", False)
         super().__setstate__(state)
+        if steps_in_backward:
+            self._in_backward = StepInBackward(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :class:`AdamW_BF16` or :class:`torch.optim.AdamW`, copying its tensors.
@@ -58,6 +65,7 @@ class SerializableOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups or shapes do not match this optimizer's; nothing is changed.
         """
+        self._check_between_steps("load_state_dict()")
         follows_schedule = [group["scheduled_lr"] is not None for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, follows in zip(self.param_groups, follows_schedule, strict=True):
@@ -70,6 +78,7 @@ class SerializableOptimizer(torch.optim.Optimizer):
 
         The states of tensors in no group are left out, since they have no index.
         """
+        self._check_between_steps("state_dict()")
         with numbered_states_only(self):
             return super().state_dict()
 

@@ -120,7 +120,7 @@ class StepPlan:
     def update_(
         self,
         grads: list[Tensor],
-        groups: list[dict[str, Any]],
+        hyperparams: list[Hyperparams],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -128,11 +128,10 @@ class StepPlan:
 
         Args:
             grads: the local gradients, group after group.
-            groups: the optimizer's parameter groups, which hold the hyperparameters.
+            hyperparams: one entry for each of the optimizer's parameter groups.
             grad_scale: 0-dim float32 factor of the gradients, or None.
             found_inf: 0-dim float32; nonzero leaves everything unchanged. None: always update.
         """
-        hyperparams = list(map(_hyperparams, groups))
         for device, indices, table in self._tables:
             args = StepArgs(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
@@ -254,7 +253,8 @@ class StepPlanCache:
         self.plans = [plan for plan in self.plans if plan not in plans]
 
 
-def _hyperparams(group: dict[str, Any]) -> Hyperparams:
+def hyperparams_of(group: dict[str, Any]) -> Hyperparams:
+    """Return the hyperparameters of a parameter group."""
     beta1, beta2 = group["betas"]
     return Hyperparams(
         group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
@@ -16,3 +17,14 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 def repo() -> Path:
     """Return the repository's root."""
     return REPO
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> None:
+    """Skip where Triton's interpreter does not run."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    versions = [
+        tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)
+    ]
+    if versions[0] <= (3, 6) and versions[1] >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")

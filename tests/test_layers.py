@@ -20,9 +20,11 @@ ALLOWED = {
     "state": {"sharding", "validation"},
     "grad_norm": {"gradients", "kernels", "sharding"},
     "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
-    "serialization": {"sharding", "state", "validation"},
+    "step_in_backward": {"gradients", "kernels", "schedule", "sharding", "state", "step_plan"}
+    | {"validation"},
+    "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
-    | {"sharding", "state", "step_plan", "validation"},
+    | {"sharding", "state", "step_in_backward", "step_plan", "validation"},
     "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
 }
 

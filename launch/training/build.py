@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
-from training.data import UsageError
+from training.errors import UsageError
 from training.model import GPT, PRESETS, RMSNorm
 from training.strategies import STRATEGIES, Strategy, World
 

@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.errors import UsageError
+
 HELD_OUT = 10  # one part in so many, at the end of the text, is held out
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-class UsageError(ValueError):
-    """An error that the user can correct: printed as one sentence, without a stack trace."""
 
 
 @dataclass(frozen=True)

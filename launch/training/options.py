@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from training.data import UsageError
+from training.errors import UsageError
 from training.model import PRESETS
 from training.strategies import STRATEGIES
 

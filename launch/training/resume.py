@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sharded_bf16_adamw import newest_good
 from sharded_bf16_adamw.checkpoint import directory
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
-from training.data import UsageError
+from training.errors import UsageError
 from training.strategies import on_all_ranks
 
 

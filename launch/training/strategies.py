@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from training.data import UsageError
+from training.errors import UsageError
 from training.model import GPT, Block
 from training.tensor_parallel import parallelize
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from training.data import UsageError
+from training.errors import UsageError
 from training.model import GPT, VOCABULARY
 
 

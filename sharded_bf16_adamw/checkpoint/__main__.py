@@ -28,8 +28,8 @@ from .directory import (
     remove,
 )
 from .export import export_fp32
-from .foreign import convert_fp32
-from .foreign_formats import open_weights
+from .import_formats import open_weights
+from .importing import convert_fp32
 from .manifest import MANIFEST, find_damage, read_manifest
 from .reader import CheckpointReader
 from .state_dict import MODEL, STATE

@@ -23,12 +23,10 @@ from .directory import (
     discard,
     machine,
     readable_checkpoints,
-    remove_all,
     sync_folder,
     unique_suffix,
-    write_durably,
 )
-from .manifest import MANIFEST, FileRecord, Manifest
+from .manifest import FileRecord, Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
@@ -84,7 +82,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """
     root = final.parent
     manifest.serial = 1 + max((serial for serial, _ in readable_checkpoints(root)), default=0)
-    write_durably(partial / MANIFEST, manifest.to_bytes())
+    write_manifest(partial, manifest)
     sync_folder(partial)
     try:
         os.rename(partial, final)
@@ -105,20 +103,6 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
             temporary.unlink()
         raise
     sync_folder(root)
-
-
-def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
-    """Remove the checkpoints that ``newest``, just published, replaces.
-
-    These are earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another
-    job has published since are left alone. A checkpoint that cannot be removed causes a warning.
-    """
-    older = [
-        path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial
-    ]
-    replaced = [path for path in older if _step(path) == manifest.step]
-    rest = [path for path in older if path not in replaced]
-    remove_all(replaced + (rest[: max(0, len(rest) - keep + 1)] if keep is not None else []))
 
 
 def release(partial: Path) -> None:
@@ -246,11 +230,6 @@ def _discard_leftovers(partial: Path) -> None:
 def _last_change(path: Path) -> float:
     inside = [path / name for name in os.listdir(path)] if path.is_dir() else []
     return max(os.lstat(each).st_mtime for each in [path, *inside])
-
-
-def _step(path: Path) -> int:
-    """``step-00000200-2`` -> 200."""
-    return int(path.name.split("-")[1])
 
 
 def _make_folders(path: Path) -> None:

@@ -238,6 +238,20 @@ def remove(path: Path) -> None:
     discard(hidden)
 
 
+def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
+    """Remove the checkpoints that ``newest``, just published, replaces.
+
+    These are earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another
+    job has published since are left alone. A checkpoint that cannot be removed causes a warning.
+    """
+    older = [
+        path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial
+    ]
+    replaced = [path for path in older if _step(path) == manifest.step]
+    rest = [path for path in older if path not in replaced]
+    remove_all(replaced + (rest[: max(0, len(rest) - keep + 1)] if keep is not None else []))
+
+
 def remove_all(paths: list[Path]) -> list[Path]:
     """Remove checkpoints, warn of those that cannot be removed, and return the others."""
     removed = []
@@ -290,14 +304,6 @@ def machine() -> str:
     return crc32_text(zlib.crc32(boot.encode()))
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to the disk, if its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -316,3 +322,8 @@ def _serial(path: Path) -> int:
         return read_manifest(path).serial
     except (OSError, ValueError):
         return 0
+
+
+def _step(path: Path) -> int:
+    """``step-00000200-2`` -> 200."""
+    return int(path.name.split("-")[1])

@@ -140,6 +140,11 @@ class Manifest:
         return all(isinstance(part, kind) for kind, parts in typed for part in parts)
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a checkpoint whose other files are on the disk, and flush it."""
+    write_durably(folder / MANIFEST, manifest.to_bytes())
+
+
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of the checkpoint at ``path``.
 
@@ -266,3 +271,11 @@ def as_tensor(value: Any) -> Tensor:
     ``torch.as_tensor`` would move tensors to the default device.
     """
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a new file and flush it to the disk."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

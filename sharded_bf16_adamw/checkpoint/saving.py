@@ -29,9 +29,9 @@ from .commit import (
     check_folder_visible,
     publish,
     release,
-    remove_older,
 )
 from .dcp_storage import ChecksummedWriter
+from .directory import remove_older
 from .divergence import resolve_divergence
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer

@@ -19,9 +19,9 @@ from .backend import TensorLists as TensorLists
 from .backend import adamw_bf16_ as adamw_bf16_
 from .backend import backend_for as backend_for
 from .backend import check_backend as check_backend
-from .backend import clip_coefficient as clip_coefficient
-from .backend import grad_norm_clip as grad_norm_clip
-from .backend import grad_sum_sq as grad_sum_sq
+from .clip import clip_coefficient as clip_coefficient
+from .clip import grad_norm_clip as grad_norm_clip
+from .clip import grad_sum_sq as grad_sum_sq
 from .device_memory import NormScratch as NormScratch
 from .device_memory import is_capturing as is_capturing
 from .reference import double_device as double_device

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .device_memory import NormScratch, is_capturing
+from .device_memory import is_capturing
 
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
@@ -127,7 +127,7 @@ class FusedAdamW:
         groups: Sequence[int] | None = None,
         backend: str | None = None,
     ) -> None:
-        self._backend = _backend_module(params[0].device, backend)
+        self._backend = backend_module(params[0].device, backend)
         tensors = TensorLists(params, exp_avgs, exp_avg_sqs, corrections, steps, groups or ())
         self._params = params
         self._rows = list(tensors.rows())
@@ -254,63 +254,6 @@ def adamw_bf16_(
     table.update_(StepArgs(grads, [hyper], grad_scale, found_inf))
 
 
-def grad_sum_sq(
-    grads: list[Tensor], backend: str | None = None, scratch: NormScratch | None = None
-) -> Tensor:
-    """Sum the squares of all elements of ``grads``.
-
-    Args:
-        grads: at least one tensor, bfloat16 or float32, all on one device; any shapes and strides.
-        backend: one of ``BACKENDS``, or None to choose by device.
-        scratch: memory to reuse from step to step for gradients of these sizes; required in a CUDA
-            graph. None allocates.
-
-    Returns:
-        0-dim float64, so that the sums of all ranks can be added before the square root. It is on
-        the gradients' device, or on the CPU if that has no float64 (:func:`double_device`).
-    """
-    return _backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
-
-
-def clip_coefficient(
-    sum_sq: Tensor, max_norm: float, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the norm, and a step's ``grad_scale`` and ``found_inf``, without a device sync.
-
-    Args:
-        sum_sq: 0-dim float64, the sum of squares of the gradients of all ranks.
-        max_norm: the norm to clip to; infinity does not clip.
-        backend: one of ``BACKENDS``, or None to choose by device.
-
-    Returns:
-        0-dim float32 ``(norm, coefficient, found_inf)``, computed in double and rounded once. The
-        coefficient is ``min(1, max_norm / (norm + 1e-6))`` as in
-        :func:`torch.nn.utils.clip_grad_norm_`; ``found_inf`` is 1 if the sum is inf or NaN, else 0.
-    """
-    module = _backend_module(sum_sq.device, backend)
-    if hasattr(module, "clip_coefficient"):
-        return module.clip_coefficient(sum_sq, max_norm)
-    norm = sum_sq.sqrt()
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return norm.float(), coefficient.float(), (~sum_sq.isfinite()).float()
-
-
-def grad_norm_clip(
-    grads: list[Tensor],
-    max_norm: float,
-    backend: str | None = None,
-    scratch: NormScratch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch if possible.
-
-    Only for a norm that no other rank adds to.
-    """
-    module = _backend_module(grads[0].device, backend)
-    if hasattr(module, "grad_norm_clip"):
-        return module.grad_norm_clip(grads, max_norm, scratch)[-3:]
-    return clip_coefficient(module.grad_sum_sq(grads, scratch), max_norm, backend)
-
-
 def check_backend(backend: str | None) -> None:
     """Check that a back end is known and available on this machine.
 
@@ -334,7 +277,7 @@ def check_backend(backend: str | None) -> None:
 def backend_for(device: torch.device, backend: str | None) -> str:
     """Return the name of the back end for tensors of ``device``, without touching the device.
 
-    Until a first update falls back to the reference, it is the one that the device should use.
+    Until a first update falls back to the reference, it is the preferred one of the device type.
     """
     preferred = _BY_DEVICE.get(device.type, "reference")
     return backend or ("reference" if device in _FALLBACK_DEVICES else preferred)
@@ -345,7 +288,8 @@ def _module(backend: str) -> ModuleType:
 
 
 @functools.cache
-def _backend_module(device: torch.device, backend: str | None) -> ModuleType:
+def backend_module(device: torch.device, backend: str | None) -> ModuleType:
+    """Return the module of a back end, by default the device's, with a warning if it falls back."""
     if backend is None:
         backend = _BY_DEVICE.get(device.type, "reference")
         module = _module(backend)

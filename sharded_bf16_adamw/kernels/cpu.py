@@ -164,7 +164,7 @@ make_table = NativeTable
 
 
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
-    """Sum the squares of all elements in fp64; see :func:`.backend.grad_sum_sq`.
+    """Sum the squares of all elements in fp64; see :func:`.clip.grad_sum_sq`.
 
     The order depends neither on the number of threads nor on the instruction set.
 
@@ -182,7 +182,7 @@ def grad_norm_clip(
 
 
 def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the clip coefficient; see :func:`.backend.clip_coefficient`."""
+    """Compute the clip coefficient; see :func:`.clip.clip_coefficient`."""
     return _clip(sum_sq.item(), max_norm)
 
 

@@ -142,7 +142,7 @@ make_table = TritonTable
 
 
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
-    """Sum the squares of all elements in one launch; see :func:`.backend.grad_sum_sq`.
+    """Sum the squares of all elements in one launch; see :func:`.clip.grad_sum_sq`.
 
     Equal gradients of equal shapes give equal bits.
     """
@@ -163,7 +163,7 @@ def grad_norm_clip(
 
 
 def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the clip coefficient in one launch; see :func:`.backend.clip_coefficient`."""
+    """Compute the clip coefficient in one launch; see :func:`.clip.clip_coefficient`."""
     from .triton_norm import clip_kernel
 
     clip = torch.empty(3, dtype=torch.float32, device=sum_sq.device)

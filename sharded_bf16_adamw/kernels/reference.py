@@ -136,7 +136,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 
 
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
-    """Sum the squares of all elements; see :func:`.backend.grad_sum_sq`."""
+    """Sum the squares of all elements; see :func:`.clip.grad_sum_sq`."""
     device = double_device(grads[0].device) if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for g in grads:

@@ -103,6 +103,37 @@ def test_save_names_drifted_tensors_and_writes_nothing(tmp_path, wrapper, kind, 
         )
 
 
+def large_worker(rank: int, world: int, kind: str, root: str) -> str:
+    torch.manual_seed(0)
+    model = nn.Linear(300, 300, bias=False).bfloat16()
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    optimizer.init_state()
+    if rank == 1:
+        if kind == "last weight":
+            model.weight.data.view(torch.int16)[-1, -1] ^= 1
+        else:  # another gradient, as where nobody averages, and weights that hide it
+            weight = model.weight.detach().clone()
+            model.weight.grad = torch.full_like(model.weight, 1e-3)
+            optimizer.step()
+            with torch.no_grad():
+                model.weight.copy_(weight)
+    try:
+        save(root, 1, model, optimizer)
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("last weight", "weight"), ("states", "optimizer.state.weight.correction")],
+)
+def test_save_compares_each_bit_of_a_large_weight_and_a_sample_of_its_states(tmp_path, kind, name):
+    for message in run_ranks(2, large_worker, kind, str(tmp_path)):
+        assert message.startswith("tensors that should be the same differ between ranks")
+        assert f": {name}" in message
+
+
 def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
     model, optimizer = built(wrapper, world)
     expected = [tensor.detach().clone() for tensor in map(to_local, model.parameters())]

@@ -11,7 +11,7 @@ import torch
 from distributed import run_ranks
 
 from sharded_bf16_adamw import load
-from sharded_bf16_adamw.checkpoint.foreign import convert_fp32, import_fp32
+from sharded_bf16_adamw.checkpoint.importing import convert_fp32, import_fp32
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train

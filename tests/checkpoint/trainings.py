@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sharded_bf16_adamw.checkpoint.foreign import round_moment
+from sharded_bf16_adamw.checkpoint.importing import round_moment
 from sharded_bf16_adamw.checkpoint.safetensors_io import TensorInfo, open_safetensors, write_sharded
 
 from .layouts import LAYOUTS, Net, train

@@ -186,7 +186,7 @@ def test_chosen_backend_is_logged_once(monkeypatch):
     monkeypatch.setattr(
         kernels.backend.logger, "info", lambda text, *args: lines.append(text % args)
     )
-    kernels.backend._backend_module.cache_clear()
+    kernels.backend.backend_module.cache_clear()
     for _ in range(2):
         kernels.grad_sum_sq([torch.ones(3)], backend="reference")
     assert lines == ["AdamW_BF16 uses the reference back end on cpu"]

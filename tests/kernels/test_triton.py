@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,11 +27,8 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Run]:
+def interpreted(triton_interpreter: None) -> Iterator[Run]:
     """Call a module-level function in a process that interprets Triton."""
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if version <= (3, 6) and tuple(int(x) for x in np.__version__.split(".")[:2]) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     with pool("1") as process:
         yield lambda function, *args: process.submit(function, *args).result()
 
@@ -129,10 +125,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
     monkeypatch.setattr(cuda, "clip_coefficient", lambda sum_sq, max_norm: None)
     cuda._reason_on.cache_clear()
-    backend._backend_module.cache_clear()
+    backend.backend_module.cache_clear()
     yield capabilities
     cuda._reason_on.cache_clear()
-    backend._backend_module.cache_clear()
+    backend.backend_module.cache_clear()
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -165,7 +161,7 @@ def test_reference_is_used_if_triton_cannot_launch(
         + r"cache folder$"
     )
     with pytest.warns(UserWarning, match=sentence):
-        assert backend._backend_module(device, None) is reference
+        assert backend.backend_module(device, None) is reference
     with pytest.raises(
         ValueError, match=r"backend 'triton' is not available: Triton cannot launch"
     ):

@@ -355,7 +355,7 @@ def graphs() -> dict[str, Any]:
         return "no error"
 
     backend._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
-    backend._backend_module.cache_clear()
+    backend.backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
         for p in params:
@@ -401,7 +401,7 @@ def graphs() -> dict[str, Any]:
         return results
     finally:
         backend._BY_DEVICE, cuda.available = known, was_available
-        backend._backend_module.cache_clear()
+        backend.backend_module.cache_clear()
         for module in modules:
             module.is_capturing = truth  # type: ignore[attr-defined]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
-from training.data import UsageError
+from training.errors import UsageError
 from training.options import parse_args
 from training.strategies import on_all_ranks
 

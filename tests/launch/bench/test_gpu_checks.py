@@ -79,8 +79,7 @@ assert [x.unique().tolist() for x in arrays] == [[1], [3], [5], [9], [17]]
 """
 
 
-def test_bits_and_bandwidth_kernel_in_the_interpreter(repo: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+def test_bits_and_bandwidth_kernel_in_the_interpreter(repo: Path, triton_interpreter: None) -> None:
     command = [sys.executable, "-c", INTERPRETED, str(repo), str(repo / "launch")]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.data import Text, UsageError, load_text
+from training.data import Text, load_text
+from training.errors import UsageError
 
 
 @pytest.fixture

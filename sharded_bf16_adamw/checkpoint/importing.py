@@ -19,8 +19,8 @@ from .diff import find_mismatch, raise_mismatches
 from .directory import latest
 from .export import Progress, split
 from .extra_state import is_wrapper_subclass
-from .foreign_formats import WeightsSource, open_optimizer_state, open_weights
 from .groups import match_groups
+from .import_formats import WeightsSource, open_optimizer_state, open_weights
 from .manifest import as_tensor
 from .names import has_fsdp1
 from .optimizer_state import (

@@ -1,0 +1,505 @@
+"""Update parameters inside the backward pass: a gradient is used and freed as soon as it is final.
+
+One optimizer step is one *round*::
+
+    first final gradient     -> read learning rates, start the round
+    each final gradient      -> into the batch; a full batch is updated at once
+    end of a backward pass   -> the rest of the batch is updated
+    step()                   -> use gradients that no hook saw, advance the schedule, end the round
+
+[Note: when a gradient is final]
+A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``; FSDP2 calls
+it once it has reduced one. Either way it is the whole gradient of a backward pass, so it is final
+if that pass is the last of the step. Earlier passes run inside ``accumulate()``, or under FSDP2
+without gradient sync, where no hook runs. A second gradient for one parameter in one round would be
+a second step on it, so the hook raises before it touches that parameter.
+
+[Note: gradients that share memory]
+All gradients of one FSDP2 group are views of one buffer, which is freed only with the last view. So
+the bytes of a batch are those of the storages that it keeps alive, and a batch ends where a storage
+ends. Which parameter is the last of its storage is learnt from the backward pass before.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .gradients import GroupGrads, check_grads
+from .kernels import Hyperparams, is_capturing
+from .schedule import scheduled_lrs
+from .sharding.dtensor import DTensor, to_local
+from .sharding.fsdp1 import is_flattened
+from .sharding.zero.checks import is_wrapped_by_ddp
+from .state import check_state, new_state
+from .step_plan import StepPlan, hyperparams_of
+from .validation import DTYPES, param_name
+
+BATCH_BYTES = 2**20  # a launch costs about as much as the update of this many bytes of gradients
+
+# parameter -> weak reference to the newest StepInBackward that has hooked it
+_hook_owner: Any = WeakIdKeyDictionary()
+
+
+class RoundState(Enum):
+    """How far the current step is."""
+
+    IDLE = auto()  # no parameter was updated since the last step()
+    RUNNING = auto()  # parameters were updated, and step() has yet to end the round
+    FAILED = auto()  # a backward pass has ended early
+
+
+@dataclass
+class _Batch:
+    """Gradients that wait for their update; all on one device and of one stream."""
+
+    device: torch.device
+    stream: torch.cuda.Stream | None
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)  # local
+    storages: set[int] = field(default_factory=set)
+    nbytes: int = 0  # of the storages
+
+    def add(self, param: Tensor, grad: Tensor) -> None:
+        storage = grad.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages.add(storage._cdata)
+            self.nbytes += storage.nbytes()
+        self.params.append(param)
+        self.grads.append(grad)
+
+
+@dataclass
+class _Round:
+    """What is fixed when the first gradient of a step is final, and what has happened since."""
+
+    lrs: list[float | None]  # see :func:`sharded_bf16_adamw.schedule.scheduled_lrs`
+    group_hypers: list[Hyperparams]  # as the groups held them
+    hypers: list[Hyperparams]  # with the learning rates of the schedule
+    taken: set[Tensor] = field(default_factory=set)  # parameters updated or in the batch
+    updated: int = 0
+    backward_passes: set[int] = field(default_factory=set)  # autograd's ids of unfinished passes
+    streams: set[torch.cuda.Stream] = field(default_factory=set)  # that have run updates
+
+
+class StepInBackward:
+    """The hooks on an optimizer's parameters, and the round that they work on.
+
+    Args:
+        optimizer: an ``AdamW_BF16`` whose gradients torch reduces; held by a weak reference.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._round: _Round | None = None
+        self._batch: _Batch | None = None
+        self._is_accumulating = False
+        self._lock = threading.RLock()  # autograd has a thread for each device
+        self._hooks: Any = WeakIdKeyDictionary()  # parameter -> handle
+        self._group_of: dict[Tensor, int] = {}
+        self._plans: dict[int, tuple[StepPlan, list[dict[str, Any]]]] = {}  # by first parameter
+        self._storage_ends: set[int] = set()  # ids of parameters, each the last with its storage
+        self.add_params()
+
+    def add_params(self) -> None:
+        """Put hooks on the parameters of a new group.
+
+        Raises:
+            ValueError: a parameter cannot be updated inside the backward pass; nothing was hooked.
+        """
+        self._check_groups()
+        self._add_hooks()
+
+    def _check_groups(self) -> None:
+        for group in self._owner().param_groups:
+            _check_group(group)
+
+    def _add_hooks(self) -> None:
+        """Put hooks on parameters that have none: new ones, and those that are no longer frozen."""
+        me = weakref.ref(self)
+
+        @torch._disable_dynamo
+        def on_grad_ready(param: Tensor) -> None:
+            hooks = me()
+            owner = _hook_owner.get(param)
+            if hooks is not None and (owner is me or owner is None or owner() is None):
+                hooks._on_grad_ready(param)
+
+        for param in (p for group in self._owner().param_groups for p in group["params"]):
+            if param.requires_grad and param not in self._hooks:
+                handle = param.register_post_accumulate_grad_hook(on_grad_ready)
+                self._hooks[param] = handle
+                _hook_owner[param] = me
+                weakref.finalize(self, handle.remove)
+
+    def _owner(self) -> Any:
+        """Return the optimizer, which holds this object and so is alive."""
+        return self._optimizer()
+
+    @property
+    def state(self) -> RoundState:
+        """The state of the current step."""
+        if self._round is None:
+            return RoundState.IDLE
+        return RoundState.FAILED if self._round.backward_passes else RoundState.RUNNING
+
+    # --------------------------------------------------------------------- during the backward pass
+
+    @torch.no_grad()
+    def _on_grad_ready(self, param: Tensor) -> None:
+        grad = param.grad
+        if self._is_accumulating or grad is None:
+            return
+        with self._lock:
+            if self._round is None:
+                self._round = self._start_round(param)
+            index = self._group_of.get(param)
+            if index is None:  # taken out of its group since it was hooked
+                if not self._round.taken:
+                    self._round = None
+                return
+            group, sharding = self._owner().param_groups[index], self._owner()._sharding
+            self._watch_backward()  # first, so that any error below fails the round
+            if param in self._round.taken:
+                raise RuntimeError(self._second_gradient(group, param))
+            if grad.dtype not in DTYPES or grad.layout != torch.strided:
+                check_grads(group)
+            # Partial gradients of tensor parallelism are reduced here and not with the batch: the
+            # order of hooks is the same on every rank, the end of a batch need not be.
+            local = sharding.local_grads([param])[0]
+            if local.numel() != to_local(param).numel():
+                raise RuntimeError(
+                    f"the gradient of parameter {_name(group, param)} has {local.numel()} elements "
+                    f"and the parameter {to_local(param).numel()}; resize it before the forward"
+                )
+            param.grad = None
+            self._round.taken.add(param)
+            self._add_to_batch(param, local)
+
+    def _start_round(self, param: Tensor) -> _Round:
+        """Read hyper-parameters, and check what may have changed since the last round."""
+        optimizer = self._owner()
+        groups = optimizer.param_groups
+        if is_capturing(param.device):
+            raise RuntimeError(
+                "a CUDA graph captures a backward pass of AdamW_BF16(step_in_backward=True), which "
+                "reads learning rates on the host; build the optimizer without the option"
+            )
+        compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+            raise RuntimeError(
+                "compiled autograd runs this backward pass and never tells step_in_backward=True "
+                "that it ended; turn torch._dynamo.config.compiled_autograd off, or leave the "
+                "option out"
+            )
+        group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
+        if group_of.keys() != self._group_of.keys():
+            self._check_groups()
+            if is_wrapped_by_ddp(group_of):
+                raise RuntimeError(
+                    "the model is wrapped by DistributedDataParallel, which averages gradients "
+                    "after the hooks of step_in_backward=True have used them; use fully_shard "
+                    "(FSDP2), or build AdamW_BF16 without step_in_backward"
+                )
+            self._plans.clear()
+            self._storage_ends.clear()
+        self._group_of = group_of
+        lrs = scheduled_lrs(optimizer.lr_function, groups)
+        group_hypers = list(map(hyperparams_of, groups))
+        hypers = [
+            hyper if lr is None else hyper._replace(lr=lr)
+            for hyper, lr in zip(group_hypers, lrs, strict=True)
+        ]
+        return _Round(lrs, group_hypers, hypers)
+
+    def _watch_backward(self) -> None:
+        """Arrange a call at the end of this backward pass, which never comes if it raises."""
+        assert self._round is not None
+        task = torch._C._current_graph_task_id()
+        if task < 0 or task in self._round.backward_passes:  # -1: outside a backward pass
+            return
+        self._round.backward_passes.add(task)
+        round_ = self._round
+
+        @torch._disable_dynamo
+        def on_backward_end() -> None:
+            with self._lock:
+                if self._round is round_:  # else given up meanwhile
+                    self._flush()
+                    self._wait_for_streams()
+                    round_.backward_passes.discard(task)
+
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(on_backward_end)
+
+    def _add_to_batch(self, param: Tensor, grad: Tensor) -> None:
+        storage, batch = grad.untyped_storage(), self._batch
+        stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
+        is_shared = storage.nbytes() > grad.nbytes
+        if batch is not None and storage._cdata not in batch.storages:
+            if batch.grads[-1].untyped_storage().nbytes() > batch.grads[-1].nbytes:
+                self._storage_ends.add(id(batch.params[-1]))
+            if batch.nbytes >= BATCH_BYTES:
+                self._flush()
+        elif batch is None and is_shared and grad.storage_offset():
+            self._storage_ends.clear()  # one of them was not the last: learn them anew
+        if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
+            self._flush()
+        if self._batch is None:
+            self._batch = _Batch(grad.device, stream)
+        self._batch.add(param, grad)
+        is_last = not is_shared or id(param) in self._storage_ends
+        if is_last and self._batch.nbytes >= BATCH_BYTES:
+            self._flush()
+
+    @torch.no_grad()
+    def _flush(self) -> None:
+        """Update the parameters of the batch and free their gradients."""
+        batch, round_ = self._batch, self._round
+        if batch is None or round_ is None:
+            return
+        order = sorted(range(len(batch.params)), key=lambda i: self._group_of[batch.params[i]])
+        params, grads = [batch.params[i] for i in order], [batch.grads[i] for i in order]
+        with nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
+            plan = self._current_plan(params)
+            round_.updated += len(params)  # even if the kernel fails
+            self._batch = None
+            if batch.stream is not None:
+                round_.streams.add(batch.stream)
+            plan.update_(grads, round_.hypers, grad_scale=None, found_inf=None)
+
+    def _current_plan(self, params: list[Tensor]) -> StepPlan:
+        """Return the cached plan of a batch if it is still valid, else build one.
+
+        Missing states are made, once nothing can fail any more.
+        """
+        optimizer = self._owner()
+        groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+        for param in params:
+            groups[self._group_of[param]].append(param)
+        plan, states = self._plans.get(id(params[0]), (None, []))
+        if (
+            plan is not None
+            and plan.matches(groups)
+            and all(map(is_, states, map(optimizer.state.get, params)))
+            and plan.is_valid()
+        ):
+            return plan
+        names = [_name(optimizer.param_groups[self._group_of[param]], param) for param in params]
+        for param, name in zip(params, names, strict=True):
+            if optimizer.state.get(param):
+                check_state(optimizer.state[param], param, name, optimizer._sharding)
+        states = [
+            optimizer.state.get(param) or new_state(param, optimizer._sharding) for param in params
+        ]
+        plan = StepPlan(groups, states, names, optimizer._sharding, optimizer.backend)
+        optimizer.state.update(zip(params, states, strict=True))
+        self._plans[id(params[0])] = (plan, states)
+        return plan
+
+    def _wait_for_streams(self) -> None:
+        """Let the current stream wait for updates, which ran on the streams of their gradients."""
+        assert self._round is not None
+        for stream in self._round.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        self._round.streams.clear()
+
+    def _second_gradient(self, group: dict[str, Any], param: Tensor) -> str:
+        assert self._round is not None
+        sentence = (
+            f"parameter {_name(group, param)} got a second gradient before step(), after the first "
+            "was used; step_in_backward=True takes one backward pass a step, so run earlier ones "
+            "inside optimizer.accumulate(), and pass use_reentrant=False to checkpoint() around a "
+            "weight that is used several times"
+        )
+        if len(self._round.backward_passes) > 1:
+            sentence += (
+                "; if an earlier backward pass has raised, call optimizer.abandon_step() first"
+            )
+        return sentence
+
+    # --------------------------------------------------------------------- at and between the steps
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let backward passes in this context accumulate gradients and update nothing."""
+        self.check_between_steps("optimizer.accumulate()")
+        before, self._is_accumulating = self._is_accumulating, True
+        try:
+            yield
+        finally:
+            self._is_accumulating = before
+
+    def check_between_steps(self, caller: str) -> None:
+        """Raise RuntimeError, naming the way out, within a round.
+
+        Args:
+            caller: what the user called.
+        """
+        if self.state is RoundState.FAILED:
+            raise RuntimeError(self._failure(caller))
+        if self.state is RoundState.RUNNING:
+            raise RuntimeError(
+                f"{caller} was called between a backward pass that has updated parameters and "
+                "step(), so it would see half a step; call step() first"
+            )
+
+    def check_not_failed(self, caller: str) -> None:
+        """Raise RuntimeError, naming the way out, if a backward pass has ended early."""
+        if self.state is RoundState.FAILED:
+            raise RuntimeError(self._failure(caller))
+
+    def _failure(self, caller: str) -> str:
+        assert self._round is not None
+        total = len(self._group_of)
+        if not self._round.updated:
+            return (
+                f"{caller} was called after a backward pass that raised before any parameter was "
+                "updated; call zero_grad() and repeat the backward pass"
+            )
+        is_fsdp2 = any(isinstance(param, DTensor) for param in self._group_of)
+        sentence = (
+            f"{caller} was called after a backward pass that raised when {self._round.updated} of "
+            f"{total} parameters were updated, so the weights belong to no step; call "
+            f"{'reset_iter_state() of the root FSDP2 module, ' if is_fsdp2 else ''}"
+            "optimizer.abandon_step(), then load a checkpoint into model and optimizer"
+        )
+        return sentence
+
+    def before_zero_grad(self) -> None:
+        """Discard gradients that wait in the batch.
+
+        Raises:
+            RuntimeError: others have been used already.
+        """
+        if self._round is not None and self._round.updated:
+            self.check_between_steps("zero_grad()")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End the round without a step."""
+        self._round = self._batch = None
+
+    def begin_step(self, gradients: list[GroupGrads]) -> list[float | None]:
+        """Update what is left of the batch, and return the learning rates of this step.
+
+        Args:
+            gradients: those that no hook saw, of each group.
+
+        Raises:
+            RuntimeError: they are of parameters that were updated in this round, or
+                hyper-parameters have changed in it. Nothing is changed.
+            ValueError: the model was wrapped by FSDP1 meanwhile. Nothing is changed.
+        """
+        optimizer = self._owner()
+        self._check_groups()
+        if self._round is None:
+            return scheduled_lrs(optimizer.lr_function, optimizer.param_groups)
+        self.check_not_failed("step()")
+        for group, params, _ in gradients:
+            for param in params:
+                if param in self._round.taken:
+                    raise RuntimeError(
+                        f"parameter {_name(group, param)} was updated in the backward pass and has "
+                        "another gradient in .grad; set that to None, and accumulate gradients "
+                        "before the last backward pass of a step"
+                    )
+        now = list(map(hyperparams_of, optimizer.param_groups))
+        if len(now) != len(self._round.group_hypers) or any(
+            map(_differs, now, self._round.group_hypers)
+        ):
+            raise RuntimeError(
+                "hyper-parameters in param_groups were changed after a backward pass that used the "
+                "old ones and before step(); put them back, and change them after step()"
+            )
+        self._flush()
+        self._wait_for_streams()
+        return self._round.lrs
+
+    def end_step(self) -> None:
+        """End the round, and hook parameters that are no longer frozen."""
+        self.abandon()
+        self._add_hooks()
+
+
+class SteppedInBackward(torch.optim.Optimizer):
+    """An optimizer that can update its parameters inside the backward pass."""
+
+    _in_backward: StepInBackward | None = None
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Return a context for all backward passes of a step but the last.
+
+        With ``step_in_backward=True`` they accumulate gradients in it and update nothing. Without
+        that option they do so anyway, and the context does nothing.
+        """
+        return nullcontext() if self._in_backward is None else self._in_backward.accumulate()
+
+    def abandon_step(self) -> None:
+        """Forget a step whose backward pass has raised under ``step_in_backward=True``.
+
+        Its gradients are dropped. Parameters that it has updated stay updated, so load a checkpoint
+        afterwards.
+        """
+        if self._in_backward is not None:
+            self._in_backward.abandon()
+        self.zero_grad()
+
+    def _check_between_steps(self, caller: str) -> None:
+        if self._in_backward is not None:
+            self._in_backward.check_between_steps(caller)
+
+
+def check_options(sharding: Any, skip_nonfinite: bool) -> None:
+    """Raise ValueError if an option of the optimizer excludes ``step_in_backward=True``."""
+    if sharding is not None:
+        raise ValueError(
+            "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO has the gradients "
+            "of all ranks only in step(), so use fully_shard (FSDP2), or leave step_in_backward out"
+        )
+    if skip_nonfinite:
+        raise ValueError(
+            "step_in_backward=True and skip_nonfinite=True are both given; the last gradient can "
+            "be infinite when other parameters are updated already, so no step can be skipped as a "
+            "whole; choose one"
+        )
+
+
+def _differs(a: Hyperparams, b: Hyperparams) -> bool:
+    """Compare without waiting for a device: a tensor is taken to be what it was."""
+    return any(
+        x is not y and (isinstance(x, Tensor) or isinstance(y, Tensor) or x != y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError unless the group's parameters can be updated inside the backward pass."""
+    if group["capturable"]:
+        raise ValueError(
+            "capturable=True and step_in_backward=True are both given; the hooks read learning "
+            "rates on the host, which a CUDA graph does not replay, so choose one"
+        )
+    for index, param in enumerate(group["params"]):
+        if is_flattened(param):
+            raise ValueError(
+                f"parameter {param_name(group, index)} belongs to FullyShardedDataParallel "
+                "(FSDP1), which reduces gradients after the hooks of step_in_backward=True have "
+                "used them; use fully_shard (FSDP2), or leave step_in_backward out"
+            )
+
+
+def _name(group: dict[str, Any], param: Tensor) -> str:
+    index = next(index for index, other in enumerate(group["params"]) if other is param)
+    return param_name(group, index)
