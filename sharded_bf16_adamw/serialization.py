@@ -13,7 +13,7 @@ from .sharding.build import build_sharding
 from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
-from .state import complete_state, numbered_states_only
+from .state import complete_state, hide_ungrouped_states
 from .step_in_backward import StepInBackward, SteppedInBackward
 from .validation import param_name
 
@@ -79,7 +79,7 @@ class SerializableOptimizer(SteppedInBackward):
         The states of tensors in no group are left out, since they have no index.
         """
         self._check_between_steps("state_dict()")
-        with numbered_states_only(self):
+        with hide_ungrouped_states(self):
             return super().state_dict()
 
 

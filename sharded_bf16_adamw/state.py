@@ -115,21 +115,21 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
 
 
 @contextmanager
-def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def hide_ungrouped_states(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Hide the states of tensors in no parameter group while the body runs.
 
     Layer freezing (a parameter taken out of its group) and code that swaps parameters leave such
     states behind, and torch's ``state_dict()`` fails on them.
     """
-    numbered = {param for group in optimizer.param_groups for param in group["params"]}
-    if all(key in numbered for key in optimizer.state if isinstance(key, Tensor)):
+    grouped = {param for group in optimizer.param_groups for param in group["params"]}
+    if all(key in grouped for key in optimizer.state if isinstance(key, Tensor)):
         yield
         return
     original, states = optimizer.state, dict(optimizer.state)
     hidden = {
         key: state
         for key, state in states.items()
-        if isinstance(key, Tensor) and key not in numbered
+        if isinstance(key, Tensor) and key not in grouped
     }
     for key in hidden:
         del optimizer.state[key]
@@ -137,7 +137,7 @@ def numbered_states_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         if optimizer.state is original:
-            original.clear()  # appending instead would reorder it and make step() plan again
+            original.clear()  # appending would change the order, and make step() rebuild its plan
             original.update(states)
         else:  # the body has loaded new states
             optimizer.state.update(hidden)
@@ -167,7 +167,7 @@ def collect_replicas(
     if parallel is not None and dp is None and not replicas and has_plain:
         problem = (
             f"rank {dist.get_rank()} has no replicas to compare: it is unknown which ranks hold "
-            "replicas of its plain parameters; name them by ModelParallel(dp=...)"
+            "replicas of its plain parameters; declare them with ModelParallel(dp=...)"
         )
     return replicas, others, problem
 
@@ -181,7 +181,7 @@ def _replicas(
 ) -> Iterator[Replica]:
     """Yield a parameter's weight and states with the groups that hold replicas of them.
 
-    ``dp`` has the replicas of a plain parameter; None if no rank has. A missing state counts as
+    ``dp`` is the group that holds replicas of a plain parameter, or None. A missing state counts as
     zeros.
     """
     weight_groups = sharding.weight_replica_groups(param)

@@ -11,13 +11,13 @@ One optimizer step is one *round*::
 A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``; FSDP2 calls
 it once it has reduced one. Either way it is the whole gradient of a backward pass, so it is final
 if that pass is the last of the step. Earlier passes run inside ``accumulate()``, or under FSDP2
-without gradient sync, where no hook runs. A second gradient for one parameter in one round would be
-a second step on it, so the hook raises before it touches that parameter.
+without gradient sync, where no hook runs. A second gradient in one round would update its parameter
+twice, so the hook raises before it touches that parameter.
 
 [Note: gradients that share memory]
 All gradients of one FSDP2 group are views of one buffer, which is freed only with the last view. So
-the bytes of a batch are those of the storages that it keeps alive, and a batch ends where a storage
-ends. Which parameter is the last of its storage is learnt from the backward pass before.
+the size of a batch counts the storages that it keeps alive, and a batch ends only where a storage
+ends. The previous backward pass shows which parameter is the last in its storage.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _hook_owner: Any = WeakIdKeyDictionary()
 
 
 class RoundState(Enum):
-    """How far the current step is."""
+    """The progress of the current step."""
 
     IDLE = auto()  # no parameter was updated since the last step()
     RUNNING = auto()  # parameters were updated, and step() has yet to end the round
@@ -62,7 +62,7 @@ class RoundState(Enum):
 
 @dataclass
 class _Batch:
-    """Gradients that wait for their update; all on one device and of one stream."""
+    """Gradients that wait for their update, all on one device and one stream."""
 
     device: torch.device
     stream: torch.cuda.Stream | None
@@ -82,11 +82,11 @@ class _Batch:
 
 @dataclass
 class _Round:
-    """What is fixed when the first gradient of a step is final, and what has happened since."""
+    """The hyper-parameters of a step, read at its first final gradient, and its progress since."""
 
     lrs: list[float | None]  # see :func:`sharded_bf16_adamw.schedule.scheduled_lrs`
-    group_hypers: list[Hyperparams]  # as the groups held them
-    hypers: list[Hyperparams]  # with the learning rates of the schedule
+    group_hypers: list[Hyperparams]  # as read from the groups
+    hypers: list[Hyperparams]  # the same, but with the learning rates of the schedule
     taken: set[Tensor] = field(default_factory=set)  # parameters updated or in the batch
     updated: int = 0
     backward_passes: set[int] = field(default_factory=set)  # autograd's ids of unfinished passes
@@ -108,8 +108,9 @@ class StepInBackward:
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._hooks: Any = WeakIdKeyDictionary()  # parameter -> handle
         self._group_of: dict[Tensor, int] = {}
-        self._plans: dict[int, tuple[StepPlan, list[dict[str, Any]]]] = {}  # by first parameter
-        self._storage_ends: set[int] = set()  # ids of parameters, each the last with its storage
+        # by the id of a batch's first parameter
+        self._plans: dict[int, tuple[StepPlan, list[dict[str, Any]]]] = {}
+        self._storage_ends: set[int] = set()  # ids of the parameters that are last in a storage
         self.add_params()
 
     def add_params(self) -> None:
@@ -122,7 +123,7 @@ class StepInBackward:
         self._add_hooks()
 
     def _check_groups(self) -> None:
-        for group in self._owner().param_groups:
+        for group in self._get_optimizer().param_groups:
             _check_group(group)
 
     def _add_hooks(self) -> None:
@@ -136,15 +137,15 @@ class StepInBackward:
             if hooks is not None and (owner is me or owner is None or owner() is None):
                 hooks._on_grad_ready(param)
 
-        for param in (p for group in self._owner().param_groups for p in group["params"]):
+        for param in (p for group in self._get_optimizer().param_groups for p in group["params"]):
             if param.requires_grad and param not in self._hooks:
                 handle = param.register_post_accumulate_grad_hook(on_grad_ready)
                 self._hooks[param] = handle
                 _hook_owner[param] = me
                 weakref.finalize(self, handle.remove)
 
-    def _owner(self) -> Any:
-        """Return the optimizer, which holds this object and so is alive."""
+    def _get_optimizer(self) -> Any:
+        """Return the optimizer. It is alive because it holds this object."""
         return self._optimizer()
 
     @property
@@ -169,19 +170,21 @@ class StepInBackward:
                 if not self._round.taken:
                     self._round = None
                 return
-            group, sharding = self._owner().param_groups[index], self._owner()._sharding
+            optimizer = self._get_optimizer()
+            group, sharding = optimizer.param_groups[index], optimizer._sharding
             self._watch_backward()  # first, so that any error below fails the round
             if param in self._round.taken:
                 raise RuntimeError(self._second_gradient(group, param))
             if grad.dtype not in DTYPES or grad.layout != torch.strided:
                 check_grads(group)
-            # Partial gradients of tensor parallelism are reduced here and not with the batch: the
-            # order of hooks is the same on every rank, the end of a batch need not be.
+            # Reduce partial gradients of tensor parallelism here and not with the batch: hooks run
+            # in the same order on every rank, but batches may end at different parameters.
             local = sharding.local_grads([param])[0]
             if local.numel() != to_local(param).numel():
                 raise RuntimeError(
                     f"the gradient of parameter {_name(group, param)} has {local.numel()} elements "
-                    f"and the parameter {to_local(param).numel()}; resize it before the forward"
+                    f"but the parameter has {to_local(param).numel()}; resize parameters only "
+                    "before the forward pass"
                 )
             param.grad = None
             self._round.taken.add(param)
@@ -189,7 +192,7 @@ class StepInBackward:
 
     def _start_round(self, param: Tensor) -> _Round:
         """Read hyper-parameters, and check what may have changed since the last round."""
-        optimizer = self._owner()
+        optimizer = self._get_optimizer()
         groups = optimizer.param_groups
         if is_capturing(param.device):
             raise RuntimeError(
@@ -224,7 +227,10 @@ class StepInBackward:
         return _Round(lrs, group_hypers, hypers)
 
     def _watch_backward(self) -> None:
-        """Arrange a call at the end of this backward pass, which never comes if it raises."""
+        """Register a callback for the end of this backward pass.
+
+        It never runs if the backward pass raises.
+        """
         assert self._round is not None
         task = torch._C._current_graph_task_id()
         if task < 0 or task in self._round.backward_passes:  # -1: outside a backward pass
@@ -235,7 +241,7 @@ class StepInBackward:
         @torch._disable_dynamo
         def on_backward_end() -> None:
             with self._lock:
-                if self._round is round_:  # else given up meanwhile
+                if self._round is round_:  # else it was abandoned meanwhile
                     self._flush()
                     self._wait_for_streams()
                     round_.backward_passes.discard(task)
@@ -253,7 +259,7 @@ class StepInBackward:
             if batch.nbytes >= BATCH_BYTES:
                 self._flush()
         elif batch is None and is_shared and grad.storage_offset():
-            self._storage_ends.clear()  # one of them was not the last: learn them anew
+            self._storage_ends.clear()  # one of them was not the last, so record them anew
         if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
             self._flush()
         if self._batch is None:
@@ -282,9 +288,9 @@ class StepInBackward:
     def _current_plan(self, params: list[Tensor]) -> StepPlan:
         """Return the cached plan of a batch if it is still valid, else build one.
 
-        Missing states are made, once nothing can fail any more.
+        Stores new states only once nothing more can fail.
         """
-        optimizer = self._owner()
+        optimizer = self._get_optimizer()
         groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
         for param in params:
             groups[self._group_of[param]].append(param)
@@ -309,7 +315,7 @@ class StepInBackward:
         return plan
 
     def _wait_for_streams(self) -> None:
-        """Let the current stream wait for updates, which ran on the streams of their gradients."""
+        """Make the current stream wait for the updates, which ran on the gradients' streams."""
         assert self._round is not None
         for stream in self._round.streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
@@ -342,10 +348,10 @@ class StepInBackward:
             self._is_accumulating = before
 
     def check_between_steps(self, caller: str) -> None:
-        """Raise RuntimeError, naming the way out, within a round.
+        """Raise RuntimeError, with the remedy, if a round is running or has failed.
 
         Args:
-            caller: what the user called.
+            caller: the function that the user called, for the message.
         """
         if self.state is RoundState.FAILED:
             raise RuntimeError(self._failure(caller))
@@ -356,7 +362,7 @@ class StepInBackward:
             )
 
     def check_not_failed(self, caller: str) -> None:
-        """Raise RuntimeError, naming the way out, if a backward pass has ended early."""
+        """Raise RuntimeError, with the remedy, if a backward pass has ended early."""
         if self.state is RoundState.FAILED:
             raise RuntimeError(self._failure(caller))
 
@@ -371,7 +377,7 @@ class StepInBackward:
         is_fsdp2 = any(isinstance(param, DTensor) for param in self._group_of)
         sentence = (
             f"{caller} was called after a backward pass that raised when {self._round.updated} of "
-            f"{total} parameters were updated, so the weights belong to no step; call "
+            f"{total} parameters were updated, so the weights are a mix of two steps; call "
             f"{'reset_iter_state() of the root FSDP2 module, ' if is_fsdp2 else ''}"
             "optimizer.abandon_step(), then load a checkpoint into model and optimizer"
         )
@@ -381,7 +387,7 @@ class StepInBackward:
         """Discard gradients that wait in the batch.
 
         Raises:
-            RuntimeError: others have been used already.
+            RuntimeError: other gradients of this step were already used.
         """
         if self._round is not None and self._round.updated:
             self.check_between_steps("zero_grad()")
@@ -395,14 +401,14 @@ class StepInBackward:
         """Update what is left of the batch, and return the learning rates of this step.
 
         Args:
-            gradients: those that no hook saw, of each group.
+            gradients: for each group, the gradients that no hook saw.
 
         Raises:
-            RuntimeError: they are of parameters that were updated in this round, or
-                hyper-parameters have changed in it. Nothing is changed.
+            RuntimeError: one of them belongs to a parameter that was updated in this round, or
+                hyper-parameters have changed during the round. Nothing is changed.
             ValueError: the model was wrapped by FSDP1 meanwhile. Nothing is changed.
         """
-        optimizer = self._owner()
+        optimizer = self._get_optimizer()
         self._check_groups()
         if self._round is None:
             return scheduled_lrs(optimizer.lr_function, optimizer.param_groups)
@@ -420,8 +426,8 @@ class StepInBackward:
             map(_differs, now, self._round.group_hypers)
         ):
             raise RuntimeError(
-                "hyper-parameters in param_groups were changed after a backward pass that used the "
-                "old ones and before step(); put them back, and change them after step()"
+                "hyper-parameters in param_groups were changed between a backward pass that used "
+                "the old ones and step(); restore them, and change them after step()"
             )
         self._flush()
         self._wait_for_streams()
@@ -441,8 +447,8 @@ class SteppedInBackward(torch.optim.Optimizer):
     def accumulate(self) -> AbstractContextManager[None]:
         """Return a context for all backward passes of a step but the last.
 
-        With ``step_in_backward=True`` they accumulate gradients in it and update nothing. Without
-        that option they do so anyway, and the context does nothing.
+        With ``step_in_backward=True``, backward passes in this context accumulate gradients and
+        update nothing. Without that option the context has no effect.
         """
         return nullcontext() if self._in_backward is None else self._in_backward.accumulate()
 
@@ -462,7 +468,7 @@ class SteppedInBackward(torch.optim.Optimizer):
 
 
 def check_options(sharding: Any, skip_nonfinite: bool) -> None:
-    """Raise ValueError if an option of the optimizer excludes ``step_in_backward=True``."""
+    """Raise ValueError if another option is incompatible with ``step_in_backward=True``."""
     if sharding is not None:
         raise ValueError(
             "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO has the gradients "
@@ -471,13 +477,13 @@ def check_options(sharding: Any, skip_nonfinite: bool) -> None:
     if skip_nonfinite:
         raise ValueError(
             "step_in_backward=True and skip_nonfinite=True are both given; the last gradient can "
-            "be infinite when other parameters are updated already, so no step can be skipped as a "
-            "whole; choose one"
+            "turn out infinite after other parameters were updated, so a step cannot be skipped as "
+            "a whole; choose one"
         )
 
 
 def _differs(a: Hyperparams, b: Hyperparams) -> bool:
-    """Compare without waiting for a device: a tensor is taken to be what it was."""
+    """Compare without a device sync: the same tensor object counts as unchanged."""
     return any(
         x is not y and (isinstance(x, Tensor) or isinstance(y, Tensor) or x != y)
         for x, y in zip(a, b, strict=True)

@@ -159,7 +159,7 @@ class StepPlan:
 
 
 class StepPlanCache:
-    """The last step plans of one optimizer, one for each set of parameters with gradients."""
+    """The latest step plans of one optimizer, one for each set of parameters with gradients."""
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
@@ -219,9 +219,8 @@ class StepPlanCache:
     ) -> StepPlan:
         """Build a plan, add it to the cache in place of ``stale``, and store the new states."""
         params = list(chain.from_iterable(groups))
-        if is_capturing(
-            params[0].device
-        ):  # the failing capture would not write a new state's zeros
+        if is_capturing(params[0].device):
+            # A failed capture would leave the new states uninitialized.
             raise RuntimeError(
                 f"a CUDA graph captures a step of these {len(params)} parameters for the first "
                 f"time; {WARM_UP}"
@@ -231,7 +230,7 @@ class StepPlanCache:
             if all_states.get(param):
                 check_state(all_states[param], param, names[param], self._sharding)
         states = [all_states.get(param) or new_state(param, self._sharding) for param in params]
-        # A plan with parameters that left the optimizer would keep their memory for nothing.
+        # Drop plans of parameters that have left the optimizer, since they keep the memory alive.
         self._drop([p for p in self.plans if p is stale or not all(x in names for x in p.params)])
         self._drop(self.plans[: 1 - MAX_PLANS])
         plan = StepPlan(groups, states, [names[p] for p in params], self._sharding, backend)

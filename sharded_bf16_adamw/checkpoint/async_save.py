@@ -43,7 +43,7 @@ class _Pending(threading.Thread):
             _borrowed.discard(self._group)
 
     def concerns_this_thread(self) -> bool:
-        """Return whether this thread started the save, or a thread that has ended."""
+        """Return whether the save was started by this thread or by one that has ended."""
         return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
@@ -68,8 +68,8 @@ def start(function: Callable[[Group], None], group: Group) -> None:
 def wait_for_save() -> None:
     """Wait until the asynchronous saves of this process, if any, are on the disk.
 
-    Waits for the saves of all threads. Raises the errors of saves that this thread started, or a
-    thread that has ended; other threads get the errors of their own saves.
+    Waits for the saves of all threads, but raises only the errors of saves started by this thread
+    or by a thread that has ended. Other threads get the errors of their own saves.
 
     Raises:
         RuntimeError: a save failed on some rank; earlier checkpoints are untouched. Each error is
@@ -94,7 +94,7 @@ def wait_for_save() -> None:
 
 
 def wait_for_own_saves() -> None:
-    """Wait as :func:`wait_for_save`, but not for the saves of other live threads."""
+    """Wait like :func:`wait_for_save`, but not for the saves of other live threads."""
     while True:
         with _lock:
             first = next((pending for pending in _pending if pending.concerns_this_thread()), None)
@@ -128,7 +128,7 @@ def borrow_group(group: Group) -> Group:
     def first_free() -> int:
         return next((i for i, other in enumerate(known) if other not in _borrowed), len(known))
 
-    # rank 0 decides: its thread is the last to return a group
+    # Rank 0 decides, because its thread is the last one to finish a save.
     index = call_on_rank_0("cannot save", first_free, group)
     if index == len(known):
         known.append(new_cpu_group(dist.get_process_group_ranks(parent)))

@@ -2,8 +2,8 @@
 
 Two jobs may save to one root by mistake, on one machine or two. Where locks work, the second job
 gets an error (:mod:`.root_lock`). Where they do not, neither job harms the other: temporary names
-are unique, a leftover is removed only once its save must be dead, and a save removes only
-checkpoints with a smaller serial number than its own.
+are unique, leftovers are removed only if their save cannot be running any more, and a save removes
+only checkpoints with a smaller serial number than its own.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .manifest import FileRecord, Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-# A leftover without a lock is dead after this time: a save whose ranks hang fails sooner, because
-# collectives time out.
+# Without a lock, a leftover that has not changed for this time is dead: a save whose ranks hang
+# fails sooner, because collectives time out.
 DEAD_AFTER_S = 3600
 # Network file systems cache attributes, but ask the server for names that they have not looked up.
 SEEN_WITHIN_S = 10.0
@@ -75,7 +75,7 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
 
 
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Make ``partial``, whose other files are on the disk, the latest checkpoint.
+    """Add the manifest to ``partial``, rename it to ``final``, and make it the latest checkpoint.
 
     Raises:
         FileExistsError: without a lock, another job has published a checkpoint of this name.
@@ -116,7 +116,7 @@ def release(partial: Path) -> None:
 
 
 def abandon(partial: Path) -> None:
-    """End a save and remove its files: a full disk is the likeliest error."""
+    """End a save, and remove its files to free space: a full disk is the likeliest error."""
     try:
         if partial in _locks:
             shutil.rmtree(partial, ignore_errors=True)

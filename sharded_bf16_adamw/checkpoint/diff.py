@@ -162,11 +162,10 @@ def _find_tensor_mismatch(key: str, entries: dict[str, Any], value: Any) -> str 
 def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: Comparison) -> None:
     """Compare options by parameter name, and give each current group its saved options.
 
-    The options that exist depend on versions and on other code (a scheduler's ``initial_lr``). So
-    an option that only one side has is not a mismatch. One that was saved with the same value for
-    all parameters of a current group is loaded. Groups may have been divided otherwise, as long as
-    the parameters of a current group were saved with the same options. A group without parameters
-    is identified by its place.
+    Which options exist depends on versions and on other code (a scheduler's ``initial_lr``), so an
+    option that only one side has is not a mismatch. An option is loaded if it was saved with the
+    same value for all parameters of a current group. Groups may have been divided differently if
+    that holds for every option. A group without parameters is identified by its index.
     """
     options_of = {fqn: group.options for group in saved for fqn in group.params}
     matches = match_groups([group.params for group in current], [group.params for group in saved])
@@ -203,7 +202,7 @@ def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: 
 
 
 def _like(current: Any, saved: Any) -> Any:
-    """Return ``saved`` as a tensor like ``current``, or as a number if that is no tensor."""
+    """Return ``saved`` as a tensor like ``current``, or as a number if ``current`` is none."""
     if isinstance(current, Tensor):
         return torch.as_tensor(saved, dtype=current.dtype, device=current.device).reshape(
             current.shape

@@ -1,8 +1,8 @@
 """Gather the full optimizer state on one rank, and scatter it back, one tensor at a time.
 
 torch's ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every
-tensor on every rank. Here only rank 0 receives: each rank sends its block straight from the memory
-that holds it, and rank 0 receives into the result.
+tensor on every rank. Here only rank 0 receives: each rank sends its blocks without copying them
+first if it can, and rank 0 receives into the result.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def gather_full_state_dict(
     loads it. Parameters that never had a gradient have no state. States of parameters in no group,
     and entries of ``optimizer.state`` that belong to no parameter, are left out.
 
-    Rank 0 needs memory for the result and one more tensor. The other ranks need memory for one
-    block of a tensor that is not contiguous in CPU memory. Under FSDP1, whose parameters only torch
-    can take apart, each rank first copies its own shard, one flat parameter at a time.
+    Rank 0 needs memory for the result and one more tensor. Other ranks need memory for one block,
+    unless it is already contiguous in CPU memory. Under FSDP1, whose flat parameters only torch can
+    take apart, each rank first copies its own shard, one flat parameter at a time.
 
     Args:
         model: the module, wrapped or not.
@@ -82,7 +82,7 @@ def gather_full_state_dict(
 
     Raises:
         ValueError: a state is not a tensor, replicas differ between ranks, or the ranks' blocks do
-            not make up the full tensor (an uneven mix of shardings that a box cannot describe).
+            not make up the full tensor (because a shard is not rectangular).
 
     Example::
 
@@ -145,8 +145,7 @@ def scatter_full_state_dict(
     """Scatter a full optimizer state from rank 0. Inverse of :func:`gather_full_state_dict`.
 
     Collective: every rank of ``group`` calls it. A parameter without a state in ``full`` starts
-        with
-    zero states. Hyper-parameters come from ``full``. An optimizer with a schedule keeps the
+    with zero states. Hyper-parameters come from ``full``. An optimizer with a schedule keeps the
     schedule and continues it from the position in ``full``.
 
     Rank 0 needs memory for one tensor more than ``full``, the other ranks for one block (under
@@ -161,7 +160,7 @@ def scatter_full_state_dict(
 
     Raises:
         ValueError: on every rank, if ``full`` has a missing key, an unexpected key, a size
-            mismatch, another dtype, or groups that divide the parameters otherwise. Nothing is
+            mismatch, a dtype mismatch, or groups that split a group of this optimizer. Nothing is
             changed.
 
     Example::

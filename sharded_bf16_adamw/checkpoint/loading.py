@@ -45,7 +45,7 @@ from .ties import align_ties
 
 @dataclass(frozen=True)
 class LoadResult:
-    """The facts of a checkpoint that was loaded.
+    """The result of :func:`load`.
 
     Attributes:
         extra: the caller's data, an empty dict if none was saved.
@@ -98,21 +98,20 @@ def load(
 
     Collective: every rank of ``group`` calls it.
 
-    Restores weights, optimizer states and groups, and torch's random state on each rank that the
-    saving run had too. Parameters that had no optimizer state when saved (they never had a
-    gradient) start at step 0. First every file is compared with its checksum (each rank reads its
-    share), and names, shapes and dtypes are compared with the model's. So nothing has changed when
-    one of the errors below is raised.
+    Restores weights, optimizer states and groups, and torch's random state on each rank that also
+    existed in the saving run. Parameters that had no optimizer state when saved (they never had a
+    gradient) start at step 0. Before anything changes, every file is compared with its checksum
+    (each rank reads its share), and names, shapes and dtypes are compared with the model's.
 
     Args:
         path: a checkpoint's folder, or the ``root`` of a run to load its latest checkpoint.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
-        strict: raise on missing keys, unexpected keys and mismatches in shape or dtype, also where
-            names that were saved with different values are one tensor of this model. Otherwise
-            load what fits, set the states to zero that are missing for a loaded weight, leave the
-            rest unchanged, and list all of it in ``mismatches`` of the result. Keys that other
-            ranks have (pipeline stages, experts) are not unexpected.
+        strict: raise on missing keys, unexpected keys, mismatches in shape or dtype, and names that
+            are tied in this model but were saved with different values. If false, load what fits,
+            zero the missing states of loaded weights, leave the rest unchanged, and list every
+            difference in ``mismatches`` of the result. Keys that other ranks have (pipeline stages,
+            experts) are not unexpected.
         missing_ok: return None on every rank, instead of raising, if rank 0 finds no checkpoint at
             ``path``. Then either all ranks resume or none; ranks that each call :func:`latest` may
             see different states of a network file system.

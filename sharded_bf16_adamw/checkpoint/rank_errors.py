@@ -72,10 +72,10 @@ def call_on_rank_0(message: str, function: Callable[[], Result], group: Group = 
 def call_on_rank_0_via_store(
     what: str, path: str | os.PathLike[str], function: Callable[[], str], group: Group = None
 ) -> str:
-    """Call ``function`` on the group's first rank, and block every other rank that calls.
+    """Call ``function`` on the group's first rank; any other rank that calls waits for its result.
 
-    Not collective: the first rank waits for nobody, so that it may also call alone. The result
-    travels through the store of the default process group, which needs no receiver.
+    Not collective: the first rank does not wait, so it may also call alone. The result travels
+    through the store of the default process group, which needs no receiver.
 
     Args:
         what: the operation's name in messages.
@@ -161,13 +161,13 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _explain_failed_collective(group: Group) -> Iterator[None]:
-    """Raise torch's error of a failed collective with its likely causes."""
+    """Replace torch's error about a failed collective by one that gives its likely causes."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"a collective of rank {dist.get_rank()} and {world_size(group) - 1} other ranks about "
-            "a checkpoint failed: a rank has died, hangs or has not called the same function; "
+            f"a checkpoint collective of rank {dist.get_rank()} and {world_size(group) - 1} other "
+            "ranks failed: a rank has died, hangs or has not called the same function; "
             "call it on every rank, or pass group= where only some ranks hold the model"
         ) from error
 
@@ -275,7 +275,7 @@ def check_group(group: Any) -> None:
     if not is_member or dist.get_rank(group) < 0:
         raise ValueError(
             "this rank is not in the process group given as group; "
-            "call the function on the ranks of the group alone"
+            "call the function only on the ranks of the group"
         )
 
 

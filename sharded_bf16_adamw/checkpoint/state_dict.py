@@ -69,10 +69,10 @@ class CheckpointState:
 def get_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames
 ) -> CheckpointState:
-    """Return the state of model and optimizer; an optimizer without any state gets its states.
+    """Return the state of model and optimizer. Create optimizer states if there are none at all.
 
-    Tensors are the live ones, except under FSDP1, where the call is collective. Keys hold the names
-    that ``names`` gives.
+    Tensors are those of model and optimizer, not copies, except under FSDP1, where the call is
+    collective. Keys contain the names in a checkpoint, by ``names``.
     """
     own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(unwrap(model))}
     tensors: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def get_state(
 def get_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: RankNames, ungrouped: bool = False
 ) -> CheckpointState:
-    """Return the optimizer's part of :func:`get_state`, without entries of no parameter.
+    """Return the optimizer's part of :func:`get_state`, without entries that have no parameter.
 
     ``ungrouped`` is that of :func:`.torch_state_dict.sharded_optimizer_state`.
     """
@@ -214,7 +214,8 @@ def with_stages(state: CheckpointState, names: RankNames) -> CheckpointState:
 def merge_param_groups(groups_of_ranks: list[list[ParamGroup]]) -> list[ParamGroup]:
     """Merge the groups of all ranks, each parameter once.
 
-    Groups at the same index with the same options become one. Empty groups are those of rank 0.
+    Groups at the same index with the same options become one. Of the empty groups, only rank 0's
+    are kept.
     """
     result: list[ParamGroup] = []
     indices: list[int] = []

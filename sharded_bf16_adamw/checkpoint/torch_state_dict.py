@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
-from ..state import numbered_states_only
+from ..state import hide_ungrouped_states
 from .extra_state import is_wrapper_subclass
 from .names import clean_fqn, has_fsdp1, named_tensors, state_dict_key, unwrap
 from .optimizer_state import init_state, non_param_entries, ungrouped_params
@@ -182,7 +182,7 @@ def _named_states_only(
     if params:
         optimizer.param_groups.append({**optimizer.param_groups[0], "params": params})
     try:
-        with numbered_states_only(optimizer):
+        with hide_ungrouped_states(optimizer):
             yield num_groups
     finally:
         del optimizer.param_groups[num_groups:]

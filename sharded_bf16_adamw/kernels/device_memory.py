@@ -83,8 +83,8 @@ class DeviceArray:
 class NormScratch:
     """Memory for the norm of one set of gradients, reused from step to step.
 
-    It belongs to the caller that computes this norm. Two owners share none, so that their kernels
-    may run at the same time on two streams, and one CUDA graph may capture both.
+    Each caller that computes a norm owns one. Callers do not share it, because their kernels may
+    run at the same time on two streams, and one CUDA graph may capture both.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class GradientAddresses:
     """Addresses and variants of gradients (see ``triton_adamw.py``): int64 ``[2, n]`` on a device.
 
     Args:
-        row_variants: flags that each gradient's variant has at least.
+        row_variants: for each gradient, the flags of its variant that its row alone determines.
         device: where the array is.
     """
 

@@ -1,4 +1,4 @@
-"""The sum of squares over all ranks: every element counts once, and every rank gets one result.
+"""The sum of squares over all ranks: every element counts once, all ranks get the same result.
 
 A *key* is the tuple of process groups over which parameters are sharded, as
 :func:`.dtensor.shard_groups` returns it. The empty key stands for plain tensors, which count as
@@ -19,7 +19,7 @@ from .comm_errors import comm_errors
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]
-# Bound on the relative variance of replicas' sums: other kernels may round a gradient differently.
+# Bound on the relative variance of replicas' sums: ranks may use kernels that round differently.
 _TOLERANCE = 1e-6
 
 
@@ -29,10 +29,10 @@ def all_reduce_sums(
     replicas: Sequence[dist.ProcessGroup],
     parallel: ModelParallel | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add up this rank's sums of squares over all ranks. Collective over every group named.
+    """Add up the ranks' sums of squares. Collective over every group given.
 
-    Every rank of a group passes the same keys in the same order, also those of parameters of which
-    it holds no element or no gradient.
+    Every rank of a group passes the same keys in the same order, including those of parameters for
+    which it has no element or no gradient.
 
     Args:
         sums: by key, 0-dim float64.
@@ -43,8 +43,8 @@ def all_reduce_sums(
 
     Returns:
         ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite if any
-        rank's sum is not. ``mismatch`` is positive if gradients differ that must be equal (of plain
-        tensors beside shards or experts, of replicas); the total is then meaningless.
+        rank's sum is not. ``mismatch`` is positive if gradients that must be equal differ: those of
+        replicas, or of plain tensors beside shards or experts. The total is then meaningless.
 
     Raises:
         RuntimeError: another rank has died or hangs.

@@ -1,8 +1,8 @@
 """Ranks that hold different parameters: pipeline stages and rank-local experts.
 
-A DTensor says over which ranks it is sharded. A plain tensor does not: it may be a replica of what
-other ranks hold, or a parameter of this rank alone. :class:`ModelParallel` tells the two apart, for
-the gradient norm, the non-finite guard and checkpoints.
+A DTensor says over which ranks it is sharded. A plain tensor does not: it may be a replica, or a
+parameter that only this rank has. :class:`ModelParallel` tells the two apart for the gradient norm,
+for ``skip_nonfinite`` and for checkpoints.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ GroupLike = dist.ProcessGroup | DeviceMesh
 
 @dataclass(frozen=True, eq=False)
 class ModelParallel:
-    """Process groups over whose ranks parameters differ.
+    """The process groups over which plain parameters differ or are replicated.
 
-    Name only what DTensors do not say. FSDP2, HSDP and tensor parallelism by DTensor need no entry;
-    they, DDP and ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. A group is a
-    process group or a one-dimensional ``DeviceMesh``.
+    Declare only what DTensors do not say: FSDP2, HSDP and tensor parallelism by DTensor need no
+    entry. They, DDP and ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. A
+    group is a process group or a one-dimensional ``DeviceMesh``.
 
     Args:
-        pp: the pipeline, as torchtitan's ``pp_mesh``: every parameter belongs to this rank's stage,
-            also where it is sharded inside the stage. Give one optimizer all stages that a rank
-            holds. A weight that two stages hold (a tied embedding) counts twice in the norm.
+        pp: the pipeline, such as torchtitan's ``pp_mesh``. Every parameter belongs to this rank's
+            stage, even if it is sharded inside the stage. If a rank holds several stages, give all
+            of them to one optimizer. A weight that two stages hold (a tied embedding) counts twice
+            in the norm.
         ep: the ranks over which ``experts`` differ: expert parallelism with plain tensors
             (Megatron's ``allreduce=False`` parameters).
-        experts: the modules that only this rank of ``ep`` holds, or single parameters. Name an
-            ``nn.ModuleList`` of experts itself: its modules are numbered from 0 on each rank and
-            get numbers of the whole group in checkpoints, so that they load on another number of
+        experts: the modules that only this rank of ``ep`` holds, or single parameters. Give an
+            ``nn.ModuleList`` of experts itself: each rank numbers its modules from 0, and
+            checkpoints number them over the whole group, so that they load on another number of
             ranks. Parameters of other modules, and single parameters, get the rank in ``ep``
             appended to their names. ``sharding=ZeRO(...)`` neither shards the states of experts nor
             averages their gradients.
         dp: the ranks that hold replicas of the plain parameters other than experts, such as
-            DistributedDataParallel's. The guard then skips a step on all of them or on none, and
-            ``check_replicas`` compares them.
-        edp: the ranks that hold replicas of the experts, likewise.
+            DistributedDataParallel's. ``skip_nonfinite`` then skips a step on all of them or on
+            none, and ``check_replicas`` compares them.
+        edp: the same for experts: the ranks that hold replicas of them.
 
     Raises:
         ValueError: a group is invalid, this rank is not in it, or ``experts`` is given without
@@ -104,9 +105,9 @@ class ModelParallel:
         return _group_of(self.edp)
 
     def check_holds_experts(self, params: Iterable[Tensor]) -> None:
-        """Raise ValueError if a single parameter among the experts is not one of ``params``.
+        """Raise ValueError if a parameter given as an expert is not one of ``params``.
 
-        It would silently not count as an expert.
+        It would silently be treated as no expert.
         """
         known = {id(param) for param in params}
         for value in self.experts:  # type: ignore[union-attr]

@@ -55,7 +55,7 @@ class Bucket:
         )
 
     def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
-        """Copy in or, if the bucket holds one already, add a gradient of the parameter's shape."""
+        """Copy a gradient into the bucket, or add it to the one that the bucket already holds."""
         if self._needs_no_copy(zero_param, grad):
             self._reduce_scatter_input = grad.detach().view(self._ranks, -1)
             self._padded_grads[zero_param] = self._reduce_scatter_input
@@ -110,9 +110,9 @@ class Bucket:
 
 
 class ReplicatedBucket(Bucket):
-    """0-dim parameters: they cannot be sharded, so all ranks all-reduce and update them alike.
+    """A bucket of 0-dim parameters, which cannot be sharded: every rank updates all of them.
 
-    ``launch_reduce`` blocks until all ranks have launched.
+    ``launch_reduce`` runs an all-reduce, and blocks until all ranks have launched it.
     """
 
     def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
@@ -132,7 +132,7 @@ class ReplicatedBucket(Bucket):
 
 
 class _ReplicatedReduce(PendingReduce):
-    """An all-reduce, done by the constructor."""
+    """An all-reduce that the constructor has completed."""
 
     def __init__(self, grads: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         all_reduce_mean(grads, mesh)
@@ -177,7 +177,7 @@ def _launch_all_gather(output: Tensor, shard: Tensor, group: dist.ProcessGroup) 
 
 
 def _copy_in_shards(bucket: list[ZeroParam], shard: Tensor) -> None:
-    """Copy the local shards to this rank's shard of the bucket, on a GPU in a few launches."""
+    """Copy the local shards into this rank's shard of the bucket, in a few launches on a GPU."""
     shards = shard.split([zero_param.padded_shard_numel for zero_param in bucket])
     pairs = list(zip(bucket, shards, strict=True))
     torch._foreach_copy_(
@@ -203,8 +203,8 @@ def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[l
     """Split parameters into buckets of up to ``bucket_bytes`` of weights.
 
     A larger parameter gets a bucket of its own. All parameters of a bucket have one dtype and
-    device, and are all replicated or all sharded. Buckets are in the order in which they become
-    complete.
+    device, and are all replicated or all sharded. Buckets are returned in the order in which they
+    fill up.
     """
     open_buckets: dict[object, tuple[list[ZeroParam], int]] = {}
     result = []

@@ -33,13 +33,13 @@ class ZeRO:
             (replicate, shard): sharded over the second dimension and replicated over the first, as
             in hybrid FSDP.
         stage: 1 or 2.
-        bucket_size_mb: size of a bucket, which one collective carries, in MiB of weights.
+        bucket_size_mb: size of a bucket in MiB of weights. One collective carries one bucket.
         reduce_dtype: dtype in which gradients are reduced, ``torch.bfloat16`` or ``torch.float32``;
             None for the parameter's. Stage 2 only.
         accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None
             for the dtype of the gradients. Stage 2 only.
-        broadcast_initial: whether every rank takes the first rank's weights; by default weights
-            that differ are an error.
+        broadcast_initial: broadcast the first rank's weights; by default, initial weights that
+            differ between ranks are an error.
         max_in_flight: number of buckets in flight at once; more of them hide slower networks and
             take more memory.
 

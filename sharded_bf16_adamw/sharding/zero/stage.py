@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """The state of one optimizer under ZeRO.
+    """The ZeRO sharding of one optimizer.
 
     Its methods are those of :class:`sharded_bf16_adamw.sharding.base.Sharding`.
     """
@@ -39,9 +39,9 @@ class Stage:
         self._consensus = Consensus(policy.mesh)
         self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
         self._owners = ParamOwners([])
-        self._with_grad: list[ZeroParam] = []  # have a gradient on some rank, as agreed
+        self._with_grad: list[ZeroParam] = []  # have a gradient on some rank; same on all ranks
         self._gather_buckets: list[list[ZeroParam]] = []
-        self._gather_buckets_of: list[ZeroParam] = []
+        self._gather_buckets_of: list[ZeroParam] = []  # the _with_grad that they were built for
         self._is_reduced = False  # reduce_grads() has run for the next step
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
@@ -110,7 +110,7 @@ class Stage:
         )
 
     def _groups(self, ndim: int) -> tuple[dist.ProcessGroup, ...]:
-        """Return the groups of the first ``ndim`` mesh dimensions, without those of one rank."""
+        """Return the groups of the first ``ndim`` mesh dimensions that have several ranks."""
         sizes = enumerate(self._mesh.shape[:ndim])
         return tuple(self._mesh.get_group(axis) for axis, size in sizes if size > 1)
 
@@ -136,7 +136,7 @@ class Stage:
     def _broadcast_weights(self, params: list[Tensor]) -> None:
         """Copy the weights of the first rank of the mesh to all ranks."""
         for param in params:
-            weights = param.detach().contiguous()  # the parameter's own memory if it can be
+            weights = param.detach().contiguous()  # a copy only if the parameter has gaps
             for axis in reversed(range(self._mesh.ndim)):
                 group = self._mesh.get_group(axis)
                 ranks = dist.get_process_group_ranks(group)
