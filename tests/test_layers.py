@@ -25,6 +25,7 @@ ALLOWED = {
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
     | {"sharding", "state", "step_in_backward", "step_plan", "validation"},
+    "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
 }
 
