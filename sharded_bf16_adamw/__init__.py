@@ -15,6 +15,7 @@ from .checkpoint import (
     wait_for_save,
 )
 from .optimizer import AdamW_BF16
+from .param_groups import param_groups
 from .schedule import LR
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
@@ -34,6 +35,7 @@ __all__ = [
     "latest",
     "load",
     "newest_good",
+    "param_groups",
     "prune",
     "save",
     "scatter_full_state_dict",

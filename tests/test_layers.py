@@ -13,6 +13,8 @@ import pytest
 ALLOWED = {
     "profiling": set(),
     "schedule": set(),
+    "names": set(),
+    "param_groups": {"names"},
     "kernels": {"profiling"},
     "sharding": {"profiling"},
     "validation": set(),
@@ -26,7 +28,7 @@ ALLOWED = {
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
     | {"sharding", "state", "step_in_backward", "step_plan", "validation"},
     "env": {"kernels"},
-    "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
+    "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
 }
 
 
