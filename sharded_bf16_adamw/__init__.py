@@ -16,7 +16,7 @@ from .checkpoint import (
 )
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
-from .schedule import LR
+from .schedule import LR, WSD
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
@@ -24,6 +24,7 @@ from .sharding.zero.config import ZeRO
 __version__ = "0.1.0"
 __all__ = [
     "LR",
+    "WSD",
     "AdamW_BF16",
     "ModelParallel",
     "ZeRO",

@@ -77,7 +77,7 @@ def param_groups(
             it match all of its parameters, an option is ``params`` or ``param_names``, or FSDP1
             has flattened several parameters into one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, param_groups
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).bfloat16()
