@@ -1,8 +1,8 @@
 """Build the optional native CPU library. Metadata is in pyproject.toml.
 
 The library is plain C behind ctypes: it needs the C compiler, but neither Python headers nor
-torch. Without a compiler, or if it fails, the package installs without the library and uses the
-reference back end.
+torch, so one wheel serves every Python 3. Without a compiler, or if it fails, the package installs
+without the library and uses the reference back end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("sharded_bf16_adamw/kernels/csrc")
@@ -51,6 +52,13 @@ class BuildNative(build_ext):
             )
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on one platform: ``py3-none-<platform>``."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -60,5 +68,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildNative},
 )

@@ -15,7 +15,8 @@ from .checkpoint import (
     wait_for_save,
 )
 from .optimizer import AdamW_BF16
-from .schedule import LR
+from .param_groups import param_groups
+from .schedule import LR, WSD
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
@@ -23,6 +24,7 @@ from .sharding.zero.config import ZeRO
 __version__ = "0.1.0"
 __all__ = [
     "LR",
+    "WSD",
     "AdamW_BF16",
     "ModelParallel",
     "ZeRO",
@@ -34,6 +36,7 @@ __all__ = [
     "latest",
     "load",
     "newest_good",
+    "param_groups",
     "prune",
     "save",
     "scatter_full_state_dict",

@@ -16,6 +16,10 @@ from typing import Any
 from torch import Tensor
 
 Schedule = Callable[[int], float]
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "1-sqrt": lambda t: 1.0 - math.sqrt(t),
+    "linear": lambda t: 1.0 - t,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,73 @@ class LR:
         """Return the learning rate of the 0-based optimizer step ``step``."""
         x = (step + 1) / self.preheat_steps
         return self.lr * min(x, x**self.decay_power)
+
+
+@dataclass(frozen=True)
+class WSD:
+    """Linear warm-up, a stable phase at the peak, then decay to a floor.
+
+    The learning rate of the 0-based step is ``lr * (step + 1) / warmup_steps`` in the warm-up, as
+    in :class:`LR`, then ``lr``. In the decay it is ``floor + (lr - floor) * f(t)`` with
+    ``t = (step - warmup_steps - stable_steps) / decay_steps`` and ``f(t) = 1 - t`` (``"linear"``)
+    or ``1 - sqrt(t)`` (``"1-sqrt"``), as in Hägele et al., arXiv:2405.18392. After it, ``floor``.
+
+    No step of a training of ``warmup_steps + stable_steps + decay_steps`` steps has the learning
+    rate 0. To decide on the end later, start with ``stable_steps=None`` and resume with the number:
+    a checkpoint stores the position, not the schedule.
+
+    Args:
+        lr: the peak.
+        warmup_steps: length of the warm-up in optimizer steps; 0 starts at the peak.
+        stable_steps: length of the phase at the peak; None holds the peak without end.
+        decay_steps: length of the decay; 0 drops to the floor.
+        decay: ``"1-sqrt"`` or ``"linear"``.
+        floor: learning rate after the decay, at most ``lr``.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Examples:
+        >>> from sharded_bf16_adamw import WSD
+        >>> schedule = WSD(lr=1.0, warmup_steps=2, stable_steps=2, decay_steps=4, decay="linear")
+        >>> [schedule(step) for step in range(9)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    lr: float
+    warmup_steps: int
+    stable_steps: int | None
+    decay_steps: int
+    decay: str = "1-sqrt"
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.lr < math.inf:
+            raise ValueError(f"Invalid learning rate: {self.lr}")
+        for name in ("warmup_steps", "stable_steps", "decay_steps"):
+            steps = getattr(self, name)
+            if not (steps is None and name == "stable_steps") and not 0 <= steps < math.inf:
+                raise ValueError(f"Invalid {name}: {steps}; it must be finite and at least 0")
+        if self.decay not in _DECAYS:
+            choices = " or ".join(map(repr, _DECAYS))
+            raise ValueError(f"Invalid decay: {self.decay!r}; choose {choices}")
+        if not 0.0 <= self.floor <= self.lr:
+            raise ValueError(f"Invalid floor: {self.floor}; it must be from 0 to lr, {self.lr}")
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based optimizer step ``step``."""
+        lr, floor = float(self.lr), float(self.floor)
+        if step < self.warmup_steps:
+            return lr * ((step + 1) / self.warmup_steps)
+        if self.stable_steps is None:
+            return lr
+        decayed = step - self.warmup_steps - self.stable_steps
+        if decayed < 0:
+            return lr
+        if decayed >= self.decay_steps:
+            return floor
+        factor = _DECAYS[self.decay](decayed / self.decay_steps)
+        return lr * factor + floor * (1.0 - factor)  # exactly lr at the first step of the decay
 
 
 def resolve_lr(

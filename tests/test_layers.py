@@ -13,6 +13,8 @@ import pytest
 ALLOWED = {
     "profiling": set(),
     "schedule": set(),
+    "names": set(),
+    "param_groups": {"names"},
     "kernels": {"profiling"},
     "sharding": {"profiling"},
     "validation": set(),
@@ -25,7 +27,8 @@ ALLOWED = {
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
     | {"sharding", "state", "step_in_backward", "step_plan", "validation"},
-    "checkpoint": {"profiling", "kernels", "optimizer", "sharding", "state"},
+    "env": {"kernels"},
+    "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
 }
 
 

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..names import clean_fqn, unwrap
 from ..sharding.dtensor import to_local
 from .manifest import Manifest, decode
-from .names import clean_fqn, unwrap
 
 MODEL, STATE, ENTRY = "model.", "optimizer.state.", "optimizer.entry."  # prefixes of keys
 PART = ":"  # separates a quantised tensor's key from its parts: model.layer.weight:scale

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..names import has_fsdp1
 from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
 from .divergence import resolve_divergence
 from .groups import match_groups
 from .manifest import ParamGroup, as_tensor
-from .names import has_fsdp1
 from .optimizer_state import (
     check_model_and_optimizer,
     init_frozen_states,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.reference import lowbias32, stochastic_round
+from ..names import has_fsdp1
 from ..optimizer import AdamW_BF16
 from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
@@ -22,7 +23,6 @@ from .extra_state import is_wrapper_subclass
 from .groups import match_groups
 from .import_formats import WeightsSource, open_optimizer_state, open_weights
 from .manifest import as_tensor
-from .names import has_fsdp1
 from .optimizer_state import (
     check_model_and_optimizer,
     init_frozen_states,

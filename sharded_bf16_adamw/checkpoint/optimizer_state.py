@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
-from .names import clean_fqn, flat_params, named_tensors, unwrap
+from ..names import clean_fqn, flat_params, named_tensors, unwrap
 
 
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:

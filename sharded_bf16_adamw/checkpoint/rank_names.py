@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from ..sharding.model_parallel import ModelParallel
 from .extra_state import EXTRA_STATE
-from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 
 
 class RankNames:

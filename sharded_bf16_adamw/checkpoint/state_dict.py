@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from ..sharding.dtensor import to_local
 from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero.config import ZeRO
@@ -36,7 +37,6 @@ from .extra_state import (
     set_extra_states,
 )
 from .manifest import ParamGroup
-from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from .optimizer_state import non_param_entries, ungrouped_params
 from .rank_errors import Group, rank
 from .rank_names import RankNames

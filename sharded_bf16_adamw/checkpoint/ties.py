@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ..names import clean_fqn, flat_params, named_tensors, unwrap
 from ..sharding.dtensor import to_local
 from .extra_state import MODEL, STATE, is_wrapper_subclass
 from .manifest import Manifest, ParamGroup
-from .names import clean_fqn, flat_params, named_tensors, unwrap
 from .rank_errors import Group, call_on_rank_0, gather_object
 from .rank_names import RankNames
 from .reader import CheckpointReader

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from ..names import clean_fqn, has_fsdp1, named_tensors, state_dict_key, unwrap
 from ..state import hide_ungrouped_states
 from .extra_state import is_wrapper_subclass
-from .names import clean_fqn, has_fsdp1, named_tensors, state_dict_key, unwrap
 from .optimizer_state import init_state, non_param_entries, ungrouped_params
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)

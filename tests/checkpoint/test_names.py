@@ -22,8 +22,8 @@ from sharded_bf16_adamw import (
     save,
     scatter_full_state_dict,
 )
-from sharded_bf16_adamw.checkpoint.names import clean_fqn, state_dict_key
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
+from sharded_bf16_adamw.names import clean_fqn, state_dict_key
 
 
 class Counter(nn.Module):
