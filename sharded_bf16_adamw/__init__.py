@@ -15,6 +15,7 @@ from .checkpoint import (
     wait_for_save,
 )
 from .optimizer import AdamW_BF16
+from .precision_stats import PrecisionStats
 from .schedule import LR
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
@@ -25,6 +26,7 @@ __all__ = [
     "LR",
     "AdamW_BF16",
     "ModelParallel",
+    "PrecisionStats",
     "ZeRO",
     "__version__",
     "convert_fp32",

@@ -8,6 +8,7 @@ optimizer changes, and nothing waits for the device.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .sharding.dtensor import to_local
 from .state import STATE_KEYS, check_state
 from .validation import param_names
 
-CPU_CHUNK = 1 << 15  # elements: the temporaries stay in the second-level cache
+CPU_CHUNK = 1 << 16  # elements: fewer cost more in calls, more leave the processor's cache
 DEVICE_CHUNK = 1 << 20  # elements: enough to fill an accelerator
 
 SUMS = (  # what is added up, over chunks and over ranks
@@ -169,10 +170,10 @@ class Elements(NamedTuple):
     """The stored tensors of some elements, all flat."""
 
     p: Tensor
-    m: Tensor | None
-    v: Tensor | None
-    c: Tensor | None
+    m: Tensor
+    v: Tensor
     g: Tensor
+    c: Tensor | None = None  # only a bfloat16 parameter has one
 
 
 class Scalars(NamedTuple):
@@ -196,7 +197,8 @@ class TrialSteps:
     def __init__(self, backend: str | None, grad_scale: Tensor | None) -> None:
         self._backend = backend
         self._grad_scale = grad_scale
-        self._memory: dict[Any, tuple[Elements, Tensor]] = {}  # copies of a chunk, and their step
+        # Copies of a chunk and of its step, by device and dtypes; the tables also by their size.
+        self._memory: dict[Any, tuple[list[Tensor], Tensor]] = {}
         self._tables: dict[Any, FusedAdamW] = {}
 
     def add_sums(
@@ -213,21 +215,24 @@ class TrialSteps:
         """
         if p.numel() == 0:
             return
-        stored = [to_local(state[key]) if key in state else None for key in STATE_KEYS]
-        step, m, v, c = stored
+        is_bf16 = p.dtype == torch.bfloat16
+        zeros = p.new_zeros(()).expand(p.shape)  # takes no memory
+        missing = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+        step, m, v, c = (to_local(state.get(key, missing.get(key, zeros))) for key in STATE_KEYS)
         total[0] += p.numel()
-        total[1] += p.numel() if p.dtype == torch.bfloat16 else 0
+        total[1] += p.numel() if is_bf16 else 0
         chunk = CPU_CHUNK if p.device.type == "cpu" else DEVICE_CHUNK
-        flat = [None if x is None else x.detach().reshape(-1).split(chunk) for x in (p, m, v, c, g)]
-        scalars = self._scalars(p.device, step, hyper)
-        for index in range(-(-p.numel() // chunk)):
-            old = Elements(*[None if x is None else x[index] for x in flat])  # type: ignore[arg-type]
-            new = self._step(old, step, hyper)
+        flat = [
+            x.detach().reshape(-1).split(chunk) for x in (p, m, v, g, *([c] if is_bf16 else []))
+        ]
+        scalars = self._scalars(step, hyper)
+        for old in itertools.starmap(Elements, zip(*flat, strict=True)):
+            new = self._step(old, step, hyper, chunk)
             total[2:] += _sums_of(old, new, scalars).to(total.device)
 
-    def _scalars(self, device: torch.device, step: Tensor | None, hyper: Hyperparams) -> Scalars:
-        t = torch.zeros((), device=device) if step is None else step.reshape(())
-        t = t.to(double_device(device), torch.float64) + 1.0
+    def _scalars(self, step: Tensor, hyper: Hyperparams) -> Scalars:
+        device = step.device
+        t = step.reshape(()).to(double_device(device), torch.float64) + 1.0
         lr = hyper.lr.reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
         sign = -1.0 if hyper.maximize else 1.0
         return Scalars(
@@ -238,36 +243,26 @@ class TrialSteps:
             lr * hyper.weight_decay,
         )
 
-    def _step(self, old: Elements, step: Tensor | None, hyper: Hyperparams) -> Elements:
+    def _step(self, old: Elements, step: Tensor, hyper: Hyperparams, chunk: int) -> Elements:
         """Take the step on copies; return them, valid until the next call."""
         numel, device = old.p.numel(), old.p.device
+        tensors = [x for x in old if x is not None]
         key = (device, old.p.dtype, old.g.dtype)
-        if key not in self._memory or self._memory[key][0].p.numel() < numel:
-            self._memory[key] = _memory_for(old)
-            self._tables = {k: table for k, table in self._tables.items() if k[:-1] != key}
-        memory, memory_step = self._memory[key]
-        new = Elements(*[None if x is None else x[:numel] for x in memory])  # type: ignore[arg-type]
-        for copy, original in zip((*new, memory_step), (*old, step), strict=True):
-            if copy is not None:
-                copy.zero_() if original is None else copy.copy_(original.reshape(copy.shape))
-        table = self._tables.get((*key, numel))
+        if key not in self._memory:
+            self._memory[key] = ([x.new_empty(chunk) for x in tensors], torch.empty_like(step))
+        copies, step_copy = self._memory[key]
+        new = Elements(*[copy[:numel].copy_(x) for copy, x in zip(copies, tensors, strict=True)])
+        step_copy.copy_(step)
+        table_key = (*key, numel)
+        table = self._tables.get(table_key)
         if table is None:
             table = FusedAdamW(
-                [new.p], [new.m], [new.v], [new.c], [memory_step], backend=self._backend
+                [new.p], [new.m], [new.v], [new.c], [step_copy], backend=self._backend
             )
-            self._tables[(*key, numel)] = table
+            self._tables[table_key] = table
         scale = None if self._grad_scale is None else self._grad_scale.to(device)
         table.update_(StepArgs([new.g], [hyper], scale))
         return new
-
-
-def _memory_for(elements: Elements) -> tuple[Elements, Tensor]:
-    """Return memory for copies of these elements and their step."""
-    p = elements.p
-    c = torch.empty_like(p) if p.dtype == torch.bfloat16 else None
-    g = torch.empty_like(elements.g)
-    copies = Elements(torch.empty_like(p), torch.empty_like(p), torch.empty_like(p), c, g)
-    return copies, torch.zeros((), dtype=torch.float32, device=p.device)
 
 
 def _sums_of(old: Elements, new: Elements, s: Scalars) -> Tensor:
@@ -277,29 +272,30 @@ def _sums_of(old: Elements, new: Elements, s: Scalars) -> Tensor:
     """
     hyper, dtype = s.hyper, old.p.dtype
     p = old.p.float()
-    weight = p if old.c is None else p + old.c
+    weight = p if old.c is None else p + old.c.float()
     g = old.g.float() * s.grad_scale
-    m, v = g * (1.0 - hyper.beta1), (g * g).mul_(1.0 - hyper.beta2)
-    if old.m is not None:
-        m.add_(old.m, alpha=hyper.beta1)
-        v.add_(old.v, alpha=hyper.beta2)
+    m = (g * (1.0 - hyper.beta1)).add_(old.m.float(), alpha=hyper.beta1)
+    v = (g * g).mul_(1.0 - hyper.beta2).add_(old.v.float(), alpha=hyper.beta2)
     update = m * s.step_size
     update.div_(v.sqrt().mul_(s.inv_sqrt_bias_correction2).add_(hyper.eps))
     update.add_(weight * s.lr_weight_decay)
     plain = (p - update).to(dtype).float().sub_(p)
     effective = new.p.float().sub_(p)
-    if new.c is not None:
-        # The change of p and that of the correction are exact; p + correction would be rounded.
-        effective.add_(new.c.float() if old.c is None else new.c.float().sub_(old.c))
+    if old.c is not None and new.c is not None:
+        c = old.c.float()
+        # Both changes are exact, unlike the change of p + correction.
+        effective.add_(new.c.float().sub_(c))
+        in_ulps = c.div_(_ulps(old.p))
+    else:
+        in_ulps = torch.zeros_like(p)
     is_lost = (plain == 0).logical_and_(update != 0)
     counts = [update.count_nonzero(), is_lost.sum(), is_lost.logical_and_(effective != 0).sum()]
-    in_ulps = None if old.c is None else old.c.float().div_(_ulps(old.p))
     dots = [
         _dot(weight, weight),
         _dot(update, update),
         -_dot(update, effective),
         -_dot(update, plain),
-        torch.zeros_like(counts[0]) if in_ulps is None else _dot(in_ulps, in_ulps),
+        _dot(in_ulps, in_ulps),
         _dot(m, m),
         _dot(v, v),
     ]
