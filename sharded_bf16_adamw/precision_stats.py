@@ -73,6 +73,17 @@ class PrecisionStats:
         exp_avg_norm: 2-norm of the first moments after the step, before they are rounded.
         exp_avg_sq_norm: 2-norm of the second moments, likewise.
         groups: the same of each parameter group, in the order of ``param_groups``.
+
+    Example:
+        >>> import torch
+        >>> from sharded_bf16_adamw import AdamW_BF16
+        >>> weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        >>> optimizer = AdamW_BF16([weight], lr=1e-4)
+        >>> weight.grad = torch.ones_like(weight)
+        >>> stats = optimizer.precision_stats()
+        >>> optimizer.step(zero_grad=True)
+        >>> float(stats.lost_share), round(float(stats.edq), 1)
+        (1.0, 1.0)
     """
 
     elements: Tensor
