@@ -35,7 +35,14 @@ from training.resume import find_checkpoint, suggest_undamaged
 from training.signals import StopRequest, stop_requests
 from training.strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks
 
-from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
+from sharded_bf16_adamw import (
+    AdamW_BF16,
+    PrecisionStats,
+    latest,
+    load,
+    save,
+    wait_for_save,
+)
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Run:
         nonfinite_steps: steps whose loss or gradient norm was not finite.
         consecutive_nonfinite: how many of them the last steps were, without a finite one between.
         last_is_finite: the last losses and the last gradient norm were finite.
+        precision: statistics of the last step, if ``--precision-stats`` asked for them.
     """
 
     args: argparse.Namespace
@@ -68,6 +76,7 @@ class Run:
     nonfinite_steps: int = 0
     consecutive_nonfinite: int = 0
     last_is_finite: bool = True
+    precision: PrecisionStats | None = None
 
     @property
     def out_dir(self) -> Path:
@@ -139,6 +148,8 @@ def train_loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
                 nonfinite_steps=run.nonfinite_steps,
                 tokens_per_s=round(tokens_per_s, 1),
             )
+            if run.precision is not None:
+                metrics.precision(run.step, run.precision)
         check_nonfinite(run)
         if args.check_replicas and run.step % args.check_replicas == 0:
             check_replicas(run)
@@ -263,6 +274,7 @@ def update(run: Run, loss: float) -> float:
     is_finite = on_every_rank(run.world, math.isfinite(loss) and math.isfinite(norm_before))
     if not is_finite and run.args.skip_nonfinite:
         optimizer.zero_grad()  # without gradients, step() only advances the schedule
+    start += measure_precision(run, is_finite)
     optimizer.step()
     synchronize(run.world)
     run.step_seconds.append(time.perf_counter() - start)
@@ -271,6 +283,18 @@ def update(run: Run, loss: float) -> float:
     run.nonfinite_steps += not is_finite
     run.consecutive_nonfinite = 0 if is_finite else run.consecutive_nonfinite + 1
     return norm_before
+
+
+def measure_precision(run: Run, is_finite: bool) -> float:
+    """Set ``run.precision`` for the step to come if it is due; return the seconds that it took."""
+    start = time.perf_counter()
+    every, optimizer = run.args.precision_stats, run.optimizer
+    is_due = every and (run.step + 1) % every == 0
+    run.precision = None
+    if is_due and is_finite and isinstance(optimizer, AdamW_BF16):
+        run.precision = optimizer.precision_stats()
+        synchronize(run.world)
+    return time.perf_counter() - start
 
 
 def check_replicas(run: Run) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import (
 )
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
+from .precision_stats import PrecisionStats
 from .schedule import LR, WSD
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
@@ -27,6 +28,7 @@ __all__ = [
     "WSD",
     "AdamW_BF16",
     "ModelParallel",
+    "PrecisionStats",
     "ZeRO",
     "__version__",
     "convert_fp32",

@@ -106,7 +106,7 @@ class ReplicaGradCheck:
 
 
 @dataclass
-class _GroupInfo:
+class GroupInfo:
     """The sharding of one parameter group, valid while the group has the same parameters."""
 
     params: list[Tensor]
@@ -134,7 +134,7 @@ class GradNorm:
         self._plain_are_replicas = parallel is None or (
             parallel.pp_group is None and parallel.ep_group is None
         )
-        self._infos: dict[int, _GroupInfo] = {}  # by the group's index
+        self._infos: dict[int, GroupInfo] = {}  # by the group's index
         self._replica_check = ReplicaGradCheck()
         # Kernel scratch memory, one for each set of gradients that is summed separately.
         self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)
@@ -152,13 +152,13 @@ class GradNorm:
             RuntimeError: replicas have different gradients; see :class:`ReplicaGradCheck`.
         """
         self._replica_check.raise_if_mismatch()
-        infos = [self._info(i, group["params"]) for i, (group, _, _) in enumerate(group_grads)]
+        infos = self.group_infos(group_grads)
         local_grads = [
             grads if info.is_plain else self._sharding.local_grads(params)
             for info, (_, params, grads) in zip(infos, group_grads, strict=True)
         ]
         devices = {key: p.device for info in infos for key, p in info.param_of_key.items()}
-        replica_groups = in_shared_order({g for info in infos for g in info.replica_groups})
+        replica_groups = shared_replica_groups(infos)
         all_grads = [grad for grads in local_grads for grad in grads]
         is_sharded = any(shard_groups for _, shard_groups in devices)
         is_local = self._plain_are_replicas and not replica_groups and not is_sharded
@@ -179,14 +179,29 @@ class GradNorm:
                 grads = [grad for _, grad in items]
                 total = grad_sum_sq(grads, backend, self._scratch[index, key])
                 sums[key] += total.to(sums[key].device)
-        dense = {groups: value for (is_expert, groups), value in sums.items() if not is_expert}
-        experts = {groups: value for (is_expert, groups), value in sums.items() if is_expert}
-        total, mismatch = all_reduce_sums(dense, experts, replica_groups, self._parallel)
+        total, mismatch = self.all_reduce(sums, replica_groups)
         if not is_local:
             self._replica_check.record(mismatch)
         return clip_coefficient(total, max_norm, backend)
 
-    def _info(self, index: int, params: list[Tensor]) -> _GroupInfo:
+    def all_reduce(
+        self, sums: dict[tuple[bool, Key], Tensor], replica_groups: list[dist.ProcessGroup]
+    ) -> tuple[Tensor, Tensor]:
+        """Add up sums over all ranks; see :func:`.sharding.global_norm.all_reduce_sums`.
+
+        Args:
+            sums: by the keys of all parameters, with a gradient or without.
+            replica_groups: see :func:`shared_replica_groups`.
+        """
+        dense = {groups: value for (is_expert, groups), value in sums.items() if not is_expert}
+        experts = {groups: value for (is_expert, groups), value in sums.items() if is_expert}
+        return all_reduce_sums(dense, experts, replica_groups, self._parallel)
+
+    def group_infos(self, group_grads: list[GroupGrads]) -> list[GroupInfo]:
+        """Return the sharding of each parameter group."""
+        return [self._info(i, group["params"]) for i, (group, _, _) in enumerate(group_grads)]
+
+    def _info(self, index: int, params: list[Tensor]) -> GroupInfo:
         """Return the cached info of a group, or build it."""
         info = self._infos.get(index)
         if info is None or not info.matches(params):
@@ -199,6 +214,11 @@ class GradNorm:
             keys = [(id(p) in experts, sharding.shard_groups(p)) for p in params]
             is_plain = not any(isinstance(sharding.shard(p), DTensor) for p in params)
             param_of_key = dict(zip(keys, params, strict=True))
-            info = _GroupInfo(list(params), keys, param_of_key, replica_groups, is_plain)
+            info = GroupInfo(list(params), keys, param_of_key, replica_groups, is_plain)
             self._infos[index] = info
         return info
+
+
+def shared_replica_groups(infos: list[GroupInfo]) -> list[dist.ProcessGroup]:
+    """Return the groups whose ranks hold replicas, in an order that all their ranks share."""
+    return in_shared_order({group for info in infos for group in info.replica_groups})

@@ -77,3 +77,12 @@ def check_grads(group: dict[str, Any]) -> None:
                 f"the gradient of parameter {param_name(group, index)} is {param.grad.dtype}; it "
                 "must be bfloat16 or float32"
             )
+
+
+def wrong_numel(name: str, grad_numel: int, param_numel: int) -> RuntimeError:
+    """Return the error of a gradient with another number of elements than its parameter."""
+    return RuntimeError(
+        f"the gradient of parameter {name} has {grad_numel} elements, but the parameter has "
+        f"{param_numel}: it was resized after the backward pass; call zero_grad() when you resize "
+        "a parameter"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import backend_for, check_backend
+from .precision_stats import PrecisionStats, compute_precision_stats
 from .profiling import profiler_range
 from .schedule import Schedule, apply_lrs, lr_at, resolve_lr, scheduled_lrs
 from .serialization import SerializableOptimizer, describe
@@ -23,7 +24,7 @@ from .sharding.replicas import check_replicas
 from .sharding.zero.config import ZeRO
 from .state import collect_replicas, log_params, new_state, warn_if_all_float32
 from .step_in_backward import StepInBackward, check_options
-from .step_plan import StepPlanCache, hyperparams_of
+from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
 from .validation import check_group, check_hyperparams, param_name, to_betas
 
 
@@ -306,6 +307,37 @@ class AdamW_BF16(SerializableOptimizer):
     def skipped_steps(self) -> int:
         """Number of steps that ``skip_nonfinite`` has skipped; reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped.item())
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def precision_stats(self) -> PrecisionStats:
+        """Measure what bfloat16 costs in the next :meth:`step`; changes nothing.
+
+        Call it between :meth:`clip_grad_norm_`, if used, and :meth:`step`. Collective as
+        :meth:`clip_grad_norm_` is. Takes several times as long as a step, so call it every hundred
+        steps or so; see ``docs/precision.md``.
+
+        Returns:
+            The statistics of all ranks together, and of each parameter group. They stay on the
+            device until they are read. NaN if a gradient is not finite, or if ranks have different
+            gradients where they must agree.
+
+        Raises:
+            RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
+                fit its parameter; or another rank has died or hangs.
+        """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "precision_stats() needs the gradients of the next step(), but "
+                "step_in_backward=True has used and freed them; leave step_in_backward out"
+            )
+        self._sharding.reduce_grads()
+        grads = self._grads.collect(self.param_groups)
+        hyperparams = next_hyperparams(self.lr_function, self.param_groups)
+        clip, backend = self._clip.grad_scale, self.backend
+        return compute_precision_stats(
+            grads, hyperparams, self.state, self._sharding, self._grad_norm, clip, backend
+        )
 
     # Weights and states #
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .gradients import GroupGrads
+from .gradients import GroupGrads, wrong_numel
 from .kernels import FusedAdamW, Hyperparams, StepArgs, is_capturing
 from .kernels.device_memory import WARM_UP
+from .schedule import Schedule, scheduled_lrs
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
 from .state import check_state, new_state
@@ -110,11 +111,7 @@ class StepPlan:
         numels = list(map(Tensor.numel, local))
         if numels != self._numels:
             index = next(i for i, numel in enumerate(numels) if numel != self._numels[i])
-            raise RuntimeError(
-                f"the gradient of parameter {self._names[index]} has {numels[index]} elements, "
-                f"but the parameter has {self._numels[index]}: it was resized after the backward "
-                "pass; call zero_grad() when you resize a parameter"
-            )
+            raise wrong_numel(self._names[index], numels[index], self._numels[index])
         return local
 
     def update_(
@@ -258,6 +255,15 @@ def hyperparams_of(group: dict[str, Any]) -> Hyperparams:
     return Hyperparams(
         group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
     )
+
+
+def next_hyperparams(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[Hyperparams]:
+    """Return the hyperparameters of each group in its next step, without counting the step."""
+    lrs = scheduled_lrs(schedule, groups)
+    return [
+        hyperparams_of(group if lr is None else {**group, "lr": lr})
+        for group, lr in zip(groups, lrs, strict=True)
+    ]
 
 
 def _local_or_none(state: dict[str, Any], key: str) -> Tensor | None:

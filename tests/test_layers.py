@@ -21,12 +21,13 @@ ALLOWED = {
     "gradients": {"sharding", "validation"},
     "state": {"sharding", "validation"},
     "grad_norm": {"gradients", "kernels", "sharding"},
-    "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
+    "step_plan": {"gradients", "kernels", "schedule", "sharding", "state", "validation"},
+    "precision_stats": {"gradients", "grad_norm", "kernels", "sharding", "state", "validation"},
     "step_in_backward": {"gradients", "kernels", "schedule", "sharding", "state", "step_plan"}
     | {"validation"},
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
-    | {"sharding", "state", "step_in_backward", "step_plan", "validation"},
+    | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
 }

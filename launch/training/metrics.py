@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from sharded_bf16_adamw import PrecisionStats
+
 
 class Metrics:
     """Writer of ``metrics.jsonl``, one JSON object per line, and of the progress bar.
 
     A line holds ``{step, loss, lr, grad_norm, nonfinite_steps, tokens_per_s}`` for each step and
-    ``{step, held_out_loss}`` for each evaluation. ``step`` counts the steps taken,
-    ``nonfinite_steps`` those of them whose loss or gradient norm was not finite. Losses are in nats
-    per byte. A non-finite value, which JSON lacks, is ``null``.
+    ``{step, held_out_loss}`` for each evaluation. With ``--precision-stats`` some steps also have a
+    line of ``step`` and the fields of :class:`sharded_bf16_adamw.PrecisionStats`. ``step`` counts
+    the steps taken, ``nonfinite_steps`` those of them whose loss or gradient norm was not finite.
+    Losses are in nats per byte. A non-finite value, which JSON lacks, is ``null``.
 
     Args:
         path: the file. Lines of steps after ``start`` are dropped: a resumed run repeats them.
@@ -52,6 +55,9 @@ class Metrics:
         self.file.write(_json_line({"step": step, "held_out_loss": held_out_loss}))
         if self.bar is not None:
             self._show(held_out=held_out_loss)
+
+    def precision(self, step: int, stats: PrecisionStats) -> None:
+        self.file.write(_json_line({"step": step, **stats.as_dict()}))
 
     def close(self) -> None:
         self.file.close()

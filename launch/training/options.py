@@ -211,6 +211,14 @@ def _add_run(add: Callable[..., Any]) -> None:
         "they differ: a hardware fault (default: never)",
     )
     add(
+        "--precision-stats",
+        type=count,
+        metavar="STEPS",
+        default=0,
+        help="every STEPS steps, write what bf16 costs in the step to metrics.jsonl: lost updates, "
+        "effective descent quality, norms; docs/precision.md has the keys (default: never)",
+    )
+    add(
         "--keep",
         type=positive,
         metavar="N",
@@ -231,7 +239,7 @@ def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
 
     These are no errors: one command line may serve several optimizers.
     """
-    for name in ("optimizer_backend", "check_replicas"):
+    for name in ("optimizer_backend", "check_replicas", "precision_stats"):
         value = getattr(args, name)
         if value and args.optimizer != "bf16":
             yield (

@@ -1,4 +1,4 @@
-"""The sum of squares over all ranks: every element counts once, all ranks get the same result.
+"""Sums over all ranks: every element counts once, and every rank gets one result.
 
 A *key* is the tuple of process groups over which parameters are sharded, as
 :func:`.dtensor.shard_groups` returns it. The empty key stands for plain tensors, which count as
@@ -35,26 +35,26 @@ def all_reduce_sums(
     which it has no element or no gradient.
 
     Args:
-        sums: by key, 0-dim float64.
+        sums: by key, float64, all of one shape; 0-dim for a sum of squares.
         expert_sums: likewise, of the parameters that differ over ``parallel.ep``.
         replicas: groups whose ranks hold replicas. Nothing is added up over them; their ranks
             compare their totals, and agree on whether all are finite.
         parallel: groups over which parameters differ, or None.
 
     Returns:
-        ``(total, mismatch)``, 0-dim float64, the same on every rank. The total is not finite if any
-        rank's sum is not. ``mismatch`` is positive if gradients that must be equal differ: those of
-        replicas, or of plain tensors beside shards or experts. The total is then meaningless.
+        ``(total, mismatch)``, float64 of that shape, the same on every rank. The total is not
+        finite where any rank's sum is not. ``mismatch`` is positive where sums differ that must be
+        equal (of plain tensors beside shards or experts, of replicas); the total is then
+        meaningless.
 
     Raises:
         RuntimeError: another rank has died or hangs.
     """
     own = [*sums.values(), *expert_sums.values()]
-    device = own[0].device if own else torch.device("cpu")
     # NaN if any sum is not finite, else 0. Added to every sum, it reaches all ranks.
-    poison = torch.zeros((), dtype=torch.float64, device=device)
+    poison = torch.zeros_like(own[0] if own else torch.empty((), dtype=torch.float64, device="cpu"))
     for value in own:
-        poison += (value - value).to(device)
+        poison += (value - value).to(poison.device)
     total, mismatch = _sum_over_shards(sums, poison)
     experts, experts_mismatch = _sum_over_shards(expert_sums, poison)
     mismatch = mismatch + experts_mismatch
@@ -102,7 +102,7 @@ def _compare(
 
 
 def _all_reduce(groups: dist.ProcessGroup | Key, *values: Tensor) -> Tensor:
-    """Sum 0-dim values over each group in turn, and return them stacked."""
+    """Sum values of one shape over each group in turn, and return them stacked."""
     stacked = torch.stack(values)
     for group in (groups,) if isinstance(groups, dist.ProcessGroup) else groups:
         with comm_errors("summing the gradient norm", dist.get_process_group_ranks(group)):

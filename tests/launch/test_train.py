@@ -129,3 +129,20 @@ def test_clipping_bounds_the_update_and_metrics_have_the_norm_before_it(tmp_path
         assert free[1]["grad_norm"] == clipped[1]["grad_norm"] > 1
         fell, fell_clipped = (held_out(lines)[0] - held_out(lines)[-1] for lines in (free, clipped))
         assert abs(fell_clipped) < 0.1 * fell, "eps outweighs such small gradients"
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_precision_stats_are_logged_and_change_nothing(tmp_path, strategy):
+    options = f"--strategy {strategy} --steps 5 --eval-every 5 --save-every 0"
+    assert run("--out", tmp_path / "with", options, "--precision-stats 2") == 0
+    assert run("--out", tmp_path / "without", options) == 0
+    lines = curve(tmp_path / "with")
+    stats = [line for line in lines if "edq" in line]
+    assert [line["step"] for line in stats] == [2, 4]
+    for line in stats:
+        assert line["elements"] > 1000 and 0 < line["lost_share"] < 1
+        assert line["edq"] == pytest.approx(1, abs=1e-2)
+    others = [line for line in lines if "edq" not in line]
+    for own, other in zip(others, curve(tmp_path / "without"), strict=True):
+        assert own.keys() == other.keys()
+        assert all(own[key] == other[key] for key in own if key != "tokens_per_s")

@@ -91,6 +91,10 @@ def test_usage_error_prints_one_sentence_and_exits_with_code_2(tmp_path, capsys,
             "--check-replicas 5 has no effect with --optimizer torch-bf16",
         ),
         (
+            "--optimizer torch-bf16 --precision-stats 5",
+            "--precision-stats 5 has no effect with --optimizer torch-bf16",
+        ),
+        (
             "--schedule constant --final-lr 1e-5",
             "--final-lr 1e-05 has no effect with --schedule constant",
         ),
