@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 from torch.utils.serialization import config
 
+from .gc_pause import gc_paused
 from .manifest import FileRecord, crc32_text
 
 METADATA = ".metadata"
@@ -116,7 +117,8 @@ def parse_metadata(content: bytes) -> Metadata:
             tensors alone.
     """
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        with gc_paused():
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"it is not the metadata of a checkpoint ({error})") from error
     if not (

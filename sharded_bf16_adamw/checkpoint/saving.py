@@ -33,6 +33,7 @@ from .commit import (
 )
 from .dcp_storage import ChecksummedWriter
 from .divergence import resolve_divergence
+from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
 from .rank_errors import (
@@ -164,7 +165,8 @@ def save(
             own_groups = [ParamGroup(params, _encode(options)) for params, options in state.groups]
             own_values, strategy = _encode(state.plain), describe_strategy(model, optimizer)
             ties = find_ties(model, names)
-        of_ranks = gather_object((own_groups, own_values, ties), group)
+        with gc_paused():
+            of_ranks = gather_object((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
             groups = merge_param_groups([groups for groups, _, _ in of_ranks])
@@ -177,9 +179,10 @@ def save(
             manifest.ties = merge_ties([ties for _, _, ties in of_ranks])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
-        planner, plan, metadata = _plan(
-            {**state.tensors, **get_rng_state(group)}, writer, failed, group
-        )
+        with gc_paused():
+            planner, plan, metadata = _plan(
+                {**state.tensors, **get_rng_state(group)}, writer, failed, group
+            )
         if async_:
             with raise_on_all_ranks(failed, group):
                 planner = StagedPlanner(planner, plan, optimizer)
@@ -219,7 +222,8 @@ class _Save:
             finally:
                 if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
-            of_ranks = gather_object((results, self.writer.files), group)
+            with gc_paused():  # all ranks have written, so that none waits for another for long
+                of_ranks = gather_object((results, self.writer.files), group)
             with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:
                     self._finish([r for r, _ in of_ranks], [files for _, files in of_ranks])
@@ -227,7 +231,8 @@ class _Save:
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
         check_files_visible(self.partial, files)
-        self.writer.finish(self.metadata, results)
+        with gc_paused():
+            self.writer.finish(self.metadata, results)
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
