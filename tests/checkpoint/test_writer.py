@@ -40,6 +40,7 @@ def kinds() -> dict[str, Any]:
         "transposed": lambda i: torch.full((3, 5), float(i)).t(),
         "part of a storage": lambda i: torch.full((9,), float(i))[i % 5 : i % 5 + 4],
         "column": lambda i: torch.full((9, 2), float(i))[:, 1],
+        "row": lambda i: torch.full((1, 4), float(i)),
         "strides of size 1": lambda i: torch.full((4,), float(i)).as_strided((1, 4), (99, 1)),
         "requires grad": lambda i: torch.full((4,), float(i), requires_grad=True),
         "parameter": lambda i: nn.Parameter(torch.full((4,), float(i))),
