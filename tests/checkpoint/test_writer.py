@@ -95,9 +95,12 @@ def test_tensors_that_were_not_detached_are_written_as_torch_save_writes_them():
         for i in range(COUNT):
             tensors = [make(i) for name, make in kinds().items() if "part" not in name]
             tensors = [tensor for tensor in tensors if tensor_writer._is_storage_minimal(tensor)]
-            tensors.append(torch.full((2,), complex(i, 1)).conj().imag)
-            tensors.append(torch.full((3, 5), float(i)))
-            tensors[-1].note = f"an attribute {i}"
+            if i >= 2:  # a plain tensor of this kind has its template by now
+                noted = torch.full((3, 5), float(i))
+                noted.note = f"an attribute {i}"
+                with_grad = torch.full((3, 5), float(i), requires_grad=True)
+                negative = torch._neg_view(torch.full((3, 5), float(i)))
+                tensors += [noted, with_grad, negative]
             for tensor in tensors:
                 writer.write(tensor, ours)
                 torch.save(tensor_writer._with_minimal_storage(tensor), expected)
@@ -145,6 +148,15 @@ def test_output_that_depends_on_the_tensor_elsewhere_has_no_template(monkeypatch
         assert tensor_writer.build_template(torch.full((3,), 7)) is not None
         monkeypatch.setattr(torch, "save", with_minimum)
         assert tensor_writer.build_template(torch.full((3,), 7)) is None
+
+
+def test_output_with_data_in_two_places_has_no_template(monkeypatch):
+    def in_two_places(tensor, stream):
+        data = tensor.numpy().tobytes()
+        stream.write(b"head" + data[:2] + b"between" + data[2:])
+
+    monkeypatch.setattr(torch, "save", in_two_places)
+    assert tensor_writer.build_template(torch.full((3,), 7)) is None
 
 
 @pytest.mark.parametrize("room", [0, 5_000, 20_000, 39_000])
