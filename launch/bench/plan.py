@@ -42,6 +42,7 @@ from sharded_bf16_adamw.checkpoint.dcp_storage import METADATA, ChecksummedWrite
 from sharded_bf16_adamw.checkpoint.gc_pause import gc_paused
 from sharded_bf16_adamw.checkpoint.optimizer_state import init_state
 from sharded_bf16_adamw.checkpoint.rank_names import RankNames
+from sharded_bf16_adamw.checkpoint.save_plan import merge_plans, to_assigned, to_table
 from sharded_bf16_adamw.checkpoint.state_dict import get_rng_state, get_state
 
 PER_PARAM = 5  # tensors of a parameter: the weight, three states and the step
@@ -125,28 +126,32 @@ def simulate(tensors: dict[str, Any], ranks: int, folder: Path) -> tuple[Measure
         planner.set_up_planner(tensors, writer.storage_meta(), is_coordinator=True)
         writer.set_up_storage_writer(True, rank=0, use_collectives=True)
         own = writer.prepare_local_plan(planner.create_local_plan())
+        to_table(own)
     with gc_paused():
-        sent = [pickle.dumps(plan_of_rank(own, rank)) for rank in range(ranks)]
+        sent = [pickle.dumps(to_table(plan_of_rank(own, rank))) for rank in range(ranks)]
     before = peak_bytes()
     with measured.seconds("save: plan of all ranks"), gc_paused():
-        plans, metadata = planner.create_global_plan([pickle.loads(each) for each in sent])
-        plans = writer.prepare_global_plan(plans)
-        scattered = [pickle.dumps(plan) for plan in plans]
+        tables = [pickle.loads(each) for each in sent]
+        assignments, metadata = merge_plans(tables, planner, writer.prepare_global_plan)
+        scattered = [pickle.dumps(assignment) for assignment in assignments]
     measured["save: peak of memory, MB"] = (peak_bytes() - before) / MB
     measured["save: bytes from a rank, MB"] = len(sent[0]) / MB
     measured["save: bytes to a rank, MB"] = max(map(len, scattered)) / MB
     with gc_paused():
-        results = [pickle.dumps(write(plan)) for plan in plans]
+        results = [
+            pickle.dumps(write(to_assigned(plan_of_rank(own, rank), assignment)))
+            for rank, assignment in enumerate(assignments)
+        ]
     with measured.seconds("save: metadata of all ranks"), gc_paused():
-        writer.finish(metadata, [pickle.loads(each) for each in results])
+        writer.finish(metadata(), [pickle.loads(each) for each in results])
     content = (folder / METADATA).read_bytes()
     measured["save: metadata file, MB"] = len(content) / MB
-    del plans, metadata, sent, scattered, results
+    del tables, assignments, metadata, sent, scattered, results
     with measured.seconds("load: metadata"):
-        metadata = parse_metadata(content)
+        saved = parse_metadata(content)
     load_planner = DefaultLoadPlanner()
     with measured.seconds("load: plan of one rank"), gc_paused():
-        load_planner.set_up_planner(dict(tensors), metadata, True)
+        load_planner.set_up_planner(dict(tensors), saved, True)
         load_planner.finish_plan(load_planner.create_local_plan())
     return measured, content
 

@@ -8,7 +8,7 @@ import operator
 import os
 import reprlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from .rank_errors import (
     world_size,
 )
 from .rank_names import RankNames
+from .save_plan import Assignment, merge_plans, to_assigned, to_table
 from .staging import StagedPlanner
 from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
 from .ties import find_ties, merge_ties
@@ -204,7 +205,7 @@ class _Save:
     writer: ChecksummedWriter
     planner: SavePlanner
     plan: SavePlan
-    metadata: Metadata | None  # on rank 0
+    metadata: Callable[[], Metadata] | None  # on rank 0
     manifest: Manifest | None  # on rank 0
     started: float  # time.monotonic() of the call of save()
 
@@ -232,7 +233,7 @@ class _Save:
         assert self.metadata is not None and self.manifest is not None
         check_files_visible(self.partial, files)
         with gc_paused():
-            self.writer.finish(self.metadata, results)
+            self.writer.finish(self.metadata(), results)
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
@@ -249,12 +250,12 @@ class _Save:
 
 def _plan(
     tensors: dict[str, Any], writer: ChecksummedWriter, failed: str, group: Group
-) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
+) -> tuple[DefaultSavePlanner, SavePlan, Callable[[], Metadata] | None]:
     """Agree on what each rank writes: replicas once, shared out among the ranks. Collective.
 
     Returns:
-        The planner of ``tensors``, this rank's plan, and on rank 0 the metadata, which does not yet
-        say where in the files tensors lie.
+        The planner of ``tensors``, this rank's plan, and on rank 0 a function that builds the
+        metadata, which do not yet say where in the files tensors lie.
     """
     planner = DefaultSavePlanner()
     is_first = rank(group) == 0
@@ -262,13 +263,15 @@ def _plan(
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans = gather_object(local_plan, group)
+        table = to_table(local_plan)
+    tables = gather_object(table, group)
+    assignments: list[Assignment | SavePlan] = []
     metadata = None
     with raise_on_all_ranks(failed, group):
         if is_first:
-            plans, metadata = planner.create_global_plan(plans)
-            plans = writer.prepare_global_plan(plans)
-    return planner, planner.finish_plan(scatter_object(plans, group)), metadata
+            assignments, metadata = merge_plans(tables, planner, writer.prepare_global_plan)
+    plan = to_assigned(local_plan, scatter_object(assignments, group))
+    return planner, planner.finish_plan(plan), metadata
 
 
 def _integer(value: Any) -> int:

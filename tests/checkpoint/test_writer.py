@@ -42,6 +42,9 @@ def kinds() -> dict[str, Any]:
         "column": lambda i: torch.full((9, 2), float(i))[:, 1],
         "row": lambda i: torch.full((1, 4), float(i)),
         "strides of size 1": lambda i: torch.full((4,), float(i)).as_strided((1, 4), (99, 1)),
+        "same in a larger storage": lambda i: torch.full((8,), float(i)).as_strided(
+            (1, 4), (99, 1)
+        ),
         "requires grad": lambda i: torch.full((4,), float(i), requires_grad=True),
         "parameter": lambda i: nn.Parameter(torch.full((4,), float(i))),
         "largest small one": lambda i: torch.full((1 << 18,), float(i)),
