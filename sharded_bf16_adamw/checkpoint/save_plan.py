@@ -9,11 +9,12 @@ invalid, is given to DCP's planner.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ from torch.distributed.checkpoint.planner import (
 
 _OF_ONE_RANK = "rng."  # prefix of the FQNs that no other rank has
 _MAX_INT = 2**62
+# On rank 0: digest and result of the last plan. The tables alone determine the result, so that no
+# error of a save, nor another rank, can make it invalid.
+_last_merger: list[tuple[bytes, _Merger]] = []
 
 
 class PlanTable(NamedTuple):
@@ -182,7 +186,7 @@ def merge_plans(
     as_tables = [table for table in tables if isinstance(table, PlanTable)]
     if len(as_tables) == len(tables):
         try:
-            merger = _Merger(as_tables)
+            merger = _merger(as_tables)
             prepared = prepare([SavePlan([])] * len(tables))
             return MergedPlan(
                 merger.assignments([plan.storage_data for plan in prepared]), merger.metadata
@@ -193,6 +197,26 @@ def merge_plans(
         [to_plan(table) if isinstance(table, PlanTable) else table for table in tables]
     )
     return MergedPlan(list(prepare(plans)), lambda: metadata)
+
+
+def _merger(tables: list[PlanTable]) -> _Merger:
+    """Return the last result if the tables are the same, as in a repeated save, or merge them."""
+    digest = _digest(tables)
+    for known, merger in _last_merger:
+        if known == digest:
+            return merger
+    merger = _Merger(tables)
+    _last_merger[:] = [(digest, merger)]
+    return merger
+
+
+def _digest(tables: list[PlanTable]) -> bytes:
+    digest = hashlib.blake2b()
+    for table in tables:
+        for part in (part for section in table.sections for part in section):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.digest()
 
 
 def to_plan(table: PlanTable) -> SavePlan:
@@ -278,6 +302,7 @@ class _Merger:
         self._assign()
         self._number()
         self._validate()
+        self._cut()
 
     def _read(self, tables: list[PlanTable]) -> None:
         known: dict[tuple[bytes, int], _Block] = {}
@@ -433,18 +458,20 @@ class _Merger:
             result[here] = block.chunks[self._row[items[here]], :, start : start + dims]
         return result
 
-    def assignments(self, storage_data: list[Any]) -> list[Assignment | SavePlan]:
+    def _cut(self) -> None:
+        """Cut positions and hints into parts for each rank, and free what metadata do not need."""
         kept = np.flatnonzero(self._kept)
         starts = np.searchsorted(self._rank[kept], np.arange(self._world + 1))
-        positions = self._position[kept].astype(np.int32)
-        hints = self._hint[kept].astype(np.int32)
+        columns = [column[kept].astype(np.int32) for column in (self._position, self._hint)]
+        self._parts = [
+            [column[start:end].tobytes() for column in columns] for start, end in pairwise(starts)
+        ]
+        del self._kept, self._rank, self._position, self._hint, self._key
+
+    def assignments(self, storage_data: list[Any]) -> list[Assignment | SavePlan]:
         return [
-            Assignment(
-                positions[starts[rank] : starts[rank + 1]].tobytes(),
-                hints[starts[rank] : starts[rank + 1]].tobytes(),
-                storage_data[rank],
-            )
-            for rank in range(self._world)
+            Assignment(positions, hints, data)
+            for (positions, hints), data in zip(self._parts, storage_data, strict=True)
         ]
 
     def metadata(self) -> Metadata:

@@ -268,6 +268,64 @@ def test_ranks_of_one_layout_share_a_block(monkeypatch):
     assert by_tables(plans) == by_dcp(plans)
 
 
+@pytest.fixture
+def merges(monkeypatch) -> list[int]:
+    """Return a list that has an element for each plan that was computed."""
+    seen: list[int] = []
+    real = save_plan._Merger._assign
+    monkeypatch.setattr(save_plan._Merger, "_assign", lambda self: (seen.append(1), real(self))[1])
+    monkeypatch.setattr(save_plan, "_last_merger", [])
+    return seen
+
+
+def halves(name: str = "t", first: int = 2, properties: Any = BF16) -> list[SavePlan]:
+    boxes = [((0,), (first,)), ((first,), (4 - first,))]
+    return [local(shard(name, (4,), box, properties)) for box in boxes]
+
+
+def test_unchanged_layout_is_planned_once(merges):
+    for count in range(1, 4):
+        assert by_tables(halves()) == by_dcp(halves())
+        assert len(merges) == 1 and len(save_plan._last_merger) == 1, count
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        halves(first=3),
+        halves("u"),
+        halves(properties=FP32),
+        [local(*halves()[0].items, full("rng.0.cpu", (3,))), halves()[1]],
+        list(reversed(halves())),
+        [*halves(), local()],
+    ],
+    ids=["chunks", "name", "dtype", "more items", "other order", "more ranks"],
+)
+def test_changed_layout_is_planned_anew(merges, changed):
+    by_tables(halves())
+    assert by_tables(changed) == by_dcp(changed)
+    assert len(merges) == 2 and len(save_plan._last_merger) == 1
+
+
+def test_failed_plan_is_not_kept(merges):
+    invalid = [local(shard("t", (4,), box)) for box in (((0,), (3,)), ((2,), (2,)))]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="overlapping chunks"):
+            by_tables(invalid)
+    assert save_plan._last_merger == [] and len(merges) == 2
+
+
+def test_metadata_of_one_save_are_not_those_of_the_next(tmp_path, merges):
+    """DCP's writer adds to them where in the files tensors lie."""
+    model = torch.nn.Linear(4, 2).bfloat16()
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2)]
+    first, second = (pickle.loads((path / ".metadata").read_bytes()) for path in paths)
+    assert first.storage_meta.save_id != second.storage_meta.save_id
+    second.storage_meta = first.storage_meta
+    assert first == second and len(merges) == 1
+
+
 # --------------------------------------------------------------------------------- real layouts
 
 

@@ -103,7 +103,8 @@ def test_tensors_that_were_not_detached_are_written_as_torch_save_writes_them():
                 noted.note = f"an attribute {i}"
                 with_grad = torch.full((3, 5), float(i), requires_grad=True)
                 negative = torch._neg_view(torch.full((3, 5), float(i)))
-                tensors += [noted, with_grad, negative]
+                frozen = nn.Parameter(torch.full((3, 5), float(i)), requires_grad=False)
+                tensors += [noted, with_grad, negative, frozen]
             for tensor in tensors:
                 writer.write(tensor, ours)
                 torch.save(tensor_writer._with_minimal_storage(tensor), expected)
