@@ -3,11 +3,13 @@
     python launch/benchmark.py [step] --device cpu --threads 1 2 --json runs/cpu.json --docs
     python launch/benchmark.py gpu-checks
     python launch/benchmark.py checkpoint --gb 1
+    python launch/benchmark.py plan --ranks 1024
     torchrun --nproc-per-node 4 launch/benchmark.py gather
     torchrun --nproc-per-node 2 launch/benchmark.py zero
 
 ``step`` times the optimizer step and is the default; ``gpu-checks`` checks what only a GPU can
-show; ``checkpoint`` times saving and loading; ``gather`` measures the memory of gathering the
+show; ``checkpoint`` times saving and loading; ``plan`` measures the part of a save and a load that
+grows with the number of ranks, without those ranks; ``gather`` measures the memory of gathering the
 optimizer state; ``zero`` compares ZeRO with torch's. Each has its own ``--help``.
 """
 
@@ -21,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(1, str(REPO))  # for a clone that is not installed
 
-COMMANDS = ("step", "gpu-checks", "checkpoint", "gather", "zero")
+COMMANDS = ("step", "gpu-checks", "checkpoint", "plan", "gather", "zero")
 
 
 def main(argv: list[str]) -> int:

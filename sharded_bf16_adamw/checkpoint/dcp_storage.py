@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import queue
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 from torch.utils.serialization import config
 
+from .gc_pause import gc_paused
 from .manifest import FileRecord, crc32_text
+from .tensor_writer import TensorWriter
 
 METADATA = ".metadata"
 _HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
@@ -63,9 +67,56 @@ class ChecksummedWriter(FileSystemWriter):
         with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             return super().write_data(plan, planner)
 
+    def _write_data(
+        self, planner: SavePlanner, file_queue: queue.Queue[Any]
+    ) -> TorchFuture[list[WriteResult]]:
+        """Write the files of DCP's queue as DCP does, small tensors by template.
+
+        A torch that does not call this method writes the same bytes, but more slowly.
+        """
+        files = [file_queue.get_nowait() for _ in range(file_queue.qsize())]
+        results: list[WriteResult] = []
+        for path, name, items in files:
+            tensors = _on_cpu(planner, items, self.per_thread_copy_ahead)
+            writer = TensorWriter()
+            with self.fs.create_stream(path, "wb") as stream:
+                for tensor, item in tensors:
+                    offset = stream.tell()
+                    writer.write(tensor, stream)
+                    length = stream.tell() - offset
+                    location = filesystem._StorageInfo(name, offset, length)
+                    results.append(WriteResult(item.index, length, location))
+        written: TorchFuture[list[WriteResult]] = TorchFuture()
+        written.set_result(results)
+        return written
+
     def storage_meta(self) -> StorageMeta:
         """Return the metadata without the path of the unfinished folder, a pickled Path."""
         return StorageMeta(save_id=self.save_id)
+
+
+def _on_cpu(
+    planner: SavePlanner, items: list[WriteItem], copy_ahead: int
+) -> Iterator[tuple[Tensor, WriteItem]]:
+    """Yield the tensors of write items in CPU memory, in the order in which DCP writes them.
+
+    Args:
+        planner: resolves the items.
+        items: tensors only.
+        copy_ahead: bytes to copy from the current GPU ahead; 0 if any tensor is elsewhere.
+    """
+    assert all(item.type != WriteItemType.BYTE_IO for item in items)
+    overlapping_loader = getattr(filesystem, "_OverlappingCpuLoader", None)
+    if copy_ahead > 0 and overlapping_loader is not None:
+        loader = overlapping_loader(planner.resolve_data, inflight_threshhold=copy_ahead)
+        for item in items:
+            loader.add(item.tensor_storage_size(), item)
+        yield from loader.values()
+    else:
+        for item in items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            yield tensor.detach().cpu(), item
 
 
 class PlainReader(FileSystemReader):
@@ -116,7 +167,8 @@ def parse_metadata(content: bytes) -> Metadata:
             tensors alone.
     """
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        with gc_paused():
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"it is not the metadata of a checkpoint ({error})") from error
     if not (

@@ -20,6 +20,7 @@ from .dcp_storage import METADATA, PlainReader, read_metadata
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
+from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .optimizer_state import (
     check_model_and_optimizer,
@@ -279,10 +280,11 @@ def _read_into(tensors: dict[str, Any], folder: Path, metadata: Metadata, group:
     """
     planner = DefaultLoadPlanner()
     reader = PlainReader(folder, metadata)
-    planner.set_up_planner(tensors, metadata, rank(group) == 0)
-    reader.set_up_storage_reader(metadata, rank(group) == 0)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
-    reader.read_data(planner.finish_plan(plan), planner).wait()
+    with gc_paused():
+        planner.set_up_planner(tensors, metadata, rank(group) == 0)
+        reader.set_up_storage_reader(metadata, rank(group) == 0)
+        plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+    reader.read_data(plan, planner).wait()
 
 
 def _share(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:

@@ -8,7 +8,7 @@ import operator
 import os
 import reprlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .commit import (
 from .dcp_storage import ChecksummedWriter
 from .directory import remove_older
 from .divergence import resolve_divergence
+from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
 from .rank_errors import (
@@ -48,6 +49,7 @@ from .rank_errors import (
     world_size,
 )
 from .rank_names import RankNames
+from .save_plan import Assignment, merge_plans, to_assigned, to_table
 from .staging import StagedPlanner
 from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
 from .ties import find_ties, merge_ties
@@ -164,7 +166,8 @@ def save(
             own_groups = [ParamGroup(params, _encode(options)) for params, options in state.groups]
             own_values, strategy = _encode(state.plain), describe_strategy(model, optimizer)
             ties = find_ties(model, names)
-        of_ranks = gather_object((own_groups, own_values, ties), group)
+        with gc_paused():
+            of_ranks = gather_object((own_groups, own_values, ties), group)
         manifest = None
         if rank(group) == 0:
             groups = merge_param_groups([groups for groups, _, _ in of_ranks])
@@ -177,9 +180,10 @@ def save(
             manifest.ties = merge_ties([ties for _, _, ties in of_ranks])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
-        planner, plan, metadata = _plan(
-            {**state.tensors, **get_rng_state(group)}, writer, failed, group
-        )
+        with gc_paused():
+            planner, plan, metadata = _plan(
+                {**state.tensors, **get_rng_state(group)}, writer, failed, group
+            )
         if async_:
             with raise_on_all_ranks(failed, group):
                 planner = StagedPlanner(planner, plan, optimizer)
@@ -201,7 +205,7 @@ class _Save:
     writer: ChecksummedWriter
     planner: SavePlanner
     plan: SavePlan
-    metadata: Metadata | None  # on rank 0
+    metadata: Callable[[], Metadata] | None  # on rank 0
     manifest: Manifest | None  # on rank 0
     started: float  # time.monotonic() when save() was called
 
@@ -219,7 +223,8 @@ class _Save:
             finally:
                 if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
-            of_ranks = gather_object((results, self.writer.files), group)
+            with gc_paused():  # all ranks have written, so that none waits for another for long
+                of_ranks = gather_object((results, self.writer.files), group)
             with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:
                     self._finish([r for r, _ in of_ranks], [files for _, files in of_ranks])
@@ -227,7 +232,8 @@ class _Save:
     def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
         assert self.metadata is not None and self.manifest is not None
         check_files_visible(self.partial, files)
-        self.writer.finish(self.metadata, results)
+        with gc_paused():
+            self.writer.finish(self.metadata(), results)
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
@@ -244,12 +250,12 @@ class _Save:
 
 def _plan(
     tensors: dict[str, Any], writer: ChecksummedWriter, failed: str, group: Group
-) -> tuple[DefaultSavePlanner, SavePlan, Metadata | None]:
+) -> tuple[DefaultSavePlanner, SavePlan, Callable[[], Metadata] | None]:
     """Plan what each rank writes. Replicas are written once, spread over the ranks. Collective.
 
     Returns:
-        The planner of ``tensors``, this rank's plan, and on rank 0 the metadata, still without the
-        tensors' locations in files.
+        The planner of ``tensors``, this rank's plan, and on rank 0 a function that builds the
+        metadata, still without the tensors' locations in files.
     """
     planner = DefaultSavePlanner()
     is_first = rank(group) == 0
@@ -257,13 +263,15 @@ def _plan(
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans = gather_object(local_plan, group)
+        table = to_table(local_plan)
+    tables = gather_object(table, group)
+    assignments: list[Assignment | SavePlan] = []
     metadata = None
     with raise_on_all_ranks(failed, group):
         if is_first:
-            plans, metadata = planner.create_global_plan(plans)
-            plans = writer.prepare_global_plan(plans)
-    return planner, planner.finish_plan(scatter_object(plans, group)), metadata
+            assignments, metadata = merge_plans(tables, planner, writer.prepare_global_plan)
+    plan = to_assigned(local_plan, scatter_object(assignments, group))
+    return planner, planner.finish_plan(plan), metadata
 
 
 def _integer(value: Any) -> int:

@@ -1,0 +1,45 @@
+"""``benchmark.py plan``: its metadata are those of a save on as many real ranks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+
+TENSORS = 15
+
+
+def save_worker(rank: int, world: int, launch: str, root: str) -> None:
+    from sharded_bf16_adamw import save
+
+    sys.path.insert(0, launch)
+    try:
+        from bench.plan import build
+    finally:
+        sys.path.remove(launch)
+    save(root, 1, *build(world, TENSORS))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_simulation_has_the_metadata_of_real_ranks(ranks: int, repo: Path, tmp_path: Path) -> None:
+    script = repo / "launch" / "benchmark.py"
+    options = f"--ranks {ranks} --tensors {TENSORS} --metadata {tmp_path}/m --json {tmp_path}/j"
+    subprocess.run([sys.executable, str(script), "plan", *options.split()], check=True)
+    run_ranks(ranks, save_worker, str(script.parent), str(tmp_path / "run"))
+    simulated = pickle.loads((tmp_path / "m").read_bytes())
+    real = pickle.loads((tmp_path / "run/step-00000001/.metadata").read_bytes())
+    simulated.storage_meta.save_id = real.storage_meta.save_id
+    assert simulated == real
+    assert list(simulated.state_dict_metadata) == list(real.state_dict_metadata)
+    assert [(key, key.index) for key in simulated.storage_data] == [
+        (key, key.index) for key in real.storage_data
+    ]
+    figures = json.loads((tmp_path / "j").read_text())
+    assert figures["ranks"] == ranks and figures["tensors"] == TENSORS + 1
+    assert all(value >= 0 for value in figures["figures"].values()) and figures["figures"]
