@@ -26,7 +26,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,14 +52,20 @@ STALE_GRADS_ERROR = (
     "stage 2 holds gradients itself, where model.zero_grad() does not reach them, so call "
     "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
+CLEARED_ON_SOME_RANKS_ERROR = (
+    "some ranks have called optimizer.zero_grad() since the last step, and others have not; call "
+    "it after each step, on every rank"
+)
 
 # Parameter -> weak reference to the newest Stage2 of it, which alone takes its gradients.
 _grad_owner: Any = WeakIdKeyDictionary()
 _owner_changes = 0
 
 
-class GradState(Enum):
+class GradState(IntEnum):
     """The use that ``step()`` has made of the gradients that stage 2 holds.
+
+    Ranks exchange it, and take the maximum.
 
     - ``UNUSED``: none since they came; further ones are accumulated.
     - ``USED``: a step has used them. A step without new ones may use them again.
@@ -67,9 +73,21 @@ class GradState(Enum):
       leaves this state.
     """
 
-    UNUSED = auto()
-    USED = auto()
-    STALE = auto()
+    UNUSED = 0
+    USED = 1
+    STALE = 2
+
+
+class Keeps(IntEnum):
+    """The gradients that a rank keeps for a step; ``zero_grad()`` discards them (``NONE``).
+
+    Ranks exchange it, and take the maximum. With :class:`GradState` it tells whether only some
+    ranks have called ``zero_grad()`` since the last step.
+    """
+
+    NONE = 0
+    USED_OR_STALE = 1
+    UNUSED = 2
 
 
 class Backpressure(Enum):
@@ -109,9 +127,21 @@ class GradReport(NamedTuple):
     has_grad: list[bool]  # of each parameter
     lacks_grad: list[bool]
     has_recorded_order: bool
-    has_used_grads: bool
     discards: bool  # called by zero_grad()
-    keeps: bool  # called for a step
+    keeps: Keeps
+    grad_state: GradState
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether some rank has accumulated gradients onto used ones."""
+        return self.grad_state is GradState.STALE or (
+            self.grad_state is GradState.USED and any(self.launches)
+        )
+
+    @property
+    def is_cleared_on_some_ranks(self) -> bool:
+        """Whether only some ranks have cleared the gradients that the last step has used."""
+        return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
 
     def flatten(self) -> list[int]:
         """Return the flat form."""
@@ -123,7 +153,16 @@ class GradReport(NamedTuple):
         launches = list(islice(rest, len(self.launches)))
         has_grad = list(map(bool, islice(rest, len(self.has_grad))))
         lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
-        return GradReport(launches, has_grad, lacks_grad, *map(bool, rest))
+        has_recorded_order, discards, keeps, grad_state = rest
+        return GradReport(
+            launches,
+            has_grad,
+            lacks_grad,
+            bool(has_recorded_order),
+            bool(discards),
+            Keeps(keeps),
+            GradState(grad_state),
+        )
 
 
 class Stage2(Stage):
@@ -295,18 +334,20 @@ class Stage2(Stage):
             bucket.launches = 0
         self._next_bucket = 0
         # Errors are raised only now that nothing is in flight, so that ranks can go on together.
-        if agreed.has_used_grads and any(agreed.launches):
+        if agreed.is_stale:
             self._grad_state = GradState.STALE
         if problems is not None:
             raise RuntimeError(problems)
         if self._grad_state is GradState.STALE and not agreed.discards:
             raise RuntimeError(STALE_GRADS_ERROR)
-        if agreed.discards and agreed.keeps:
+        if agreed.discards and agreed.keeps is not Keeps.NONE:
             raise RuntimeError(
                 "some ranks have discarded gradients by zero_grad() between a backward pass and "
                 "its step, and others have not; every rank must call it there, and must have "
                 "taken part in the backward pass"
             )
+        if agreed.is_cleared_on_some_ranks:
+            raise RuntimeError(CLEARED_ON_SOME_RANKS_ERROR)
         self._apply(agreed)
         self._is_reduced = True
 
@@ -319,14 +360,15 @@ class Stage2(Stage):
 
     def _report(self, discard: bool) -> GradReport:
         has_grad = [each in self._has_grad for each in self._zero_params.values()]
+        keeps = Keeps.UNUSED if self._grad_state is GradState.UNUSED else Keeps.USED_OR_STALE
         return GradReport(
             launches=[bucket.launches + bucket.is_pending for bucket in self._buckets],
             has_grad=has_grad,
             lacks_grad=[not has for has in has_grad],
             has_recorded_order=bool(self._recorded_order),
-            has_used_grads=self._grad_state is not GradState.UNUSED,
             discards=discard,
-            keeps=not discard,
+            keeps=Keeps.NONE if discard else keeps,
+            grad_state=self._grad_state,
         )
 
     def _apply(self, agreed: GradReport) -> None:
