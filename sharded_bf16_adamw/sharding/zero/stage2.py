@@ -401,20 +401,24 @@ class Stage2(Stage):
         if report.is_stale:
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
-        problem = problem or changed_grads_problem(
+        problem = problem or self._broken_promise(report, expected)
+        raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+
+    def _broken_promise(self, report: GradReport, expected: GradReport) -> str:
+        """Return how the report differs from the expected one."""
+        problem = changed_grads_problem(
             self._zero_params.values(), expected.has_grad, report.has_grad
         )
-        if problem is None:
-            for bucket, wanted, found in zip(
-                self._buckets, expected.launches, report.launches, strict=True
-            ):
-                if found != wanted:
-                    problem = (
-                        f"the backward passes gave parameter {bucket.zero_params[0].name} "
-                        f"{found} gradients to reduce, but {wanted} in the step before"
-                    )
-                    break
-        raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+        if problem is not None:
+            return problem
+        counts = zip(self._buckets, expected.launches, report.launches, strict=True)
+        for bucket, before, now in counts:
+            if now != before:
+                return (
+                    f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
+                    f"gradients to reduce, but {before} in the step before"
+                )
+        return "optimizer.zero_grad() was not called after the step before"
 
     def _add_unhooked_grads(self) -> None:
         """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""

@@ -131,7 +131,7 @@ def scenarios_worker(rank, world, options):
     return results
 
 
-@pytest.mark.parametrize(("world", "options"), [(2, {}), (3, FP32_SUMS)], ids=str)
+@pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
 def test_loops_that_keep_the_promise_match_single_process(world, options):
     found = run_ranks(world, scenarios_worker, options)
     for scenario in [*SCENARIOS, loops.discarded_gradients]:
@@ -289,6 +289,28 @@ def broken_worker(rank, world, number):
 def test_broken_promise_is_an_error_on_its_rank_and_a_timeout_on_the_others(number):
     _, message = run_ranks(2, broken_worker, number)
     assert re.search(BROKEN[number][2], message), message
+
+
+def idle_worker(rank, world):
+    """Rank 1 never has a gradient, and once does not call ``zero_grad()``."""
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
+    optimizer = AdamW_BF16([p], lr=0.5, weight_decay=0.0, sharding=zero(2, mesh, static_graph=True))
+    for step in range(4):
+        if rank == 0:
+            p.sum().backward()
+        optimizer.step(zero_grad=rank == 0 or step < 3)
+    assert p.tolist() == [-2.0] * 4
+    if rank == 0:
+        p.sum().backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_idle_rank_without_zero_grad():
+    _, message = run_ranks(2, idle_worker)
+    assert message.startswith("optimizer.zero_grad() was not called after the step before; with")
 
 
 def broken_everywhere_worker(rank, world, breaking):
