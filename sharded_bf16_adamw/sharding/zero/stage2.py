@@ -518,9 +518,7 @@ class Stage2(Stage):
         if (
             last is not None
             and self._with_grad == self._buckets_built_for
-            and any(last.agreed.launches)
-            and last.agreed.grad_state is GradState.UNUSED
-            and not last.agreed.has_recorded_order
+            and any(last.agreed.launches)  # not a step without gradients, or with used ones
         ):
             self._static_graph = last
 

@@ -161,17 +161,22 @@ def test_stage_1_matches_single_process():
         assert_same_bits(weights, collect(model, optimizer))
 
 
-def late_group_worker(rank, world, stage):
-    """Between a backward pass and its step the group is added; ranks then agree again."""
+def late_group_worker(rank, world, stage, between):
+    """The group is added between a backward pass and its step, or before steps without any."""
     results = []
     for sharding in (zero(stage, static_graph=True), None):
         model = Parameters()
         optimizer = new_optimizer(model, sharding)
         late = nn.Parameter(torch.linspace(-1, 1, 30).bfloat16().view(10, 3))
         for step in range(8):
-            model(rank_gradients(step, 0, 1)).backward()
+            if between or step != 4:
+                model(rank_gradients(step, 0, 1)).backward()
             if step == 4:
                 optimizer.add_param_group({"params": [("late", late)], "weight_decay": 0.5})
+            if not between and step == 4:
+                for _ in range(3):
+                    optimizer.step()
+                model(rank_gradients(step, 0, 1)).backward()
             if step >= 4:
                 (late * 0.5).sum().backward()
             with consensus_calls() as exchanges:
@@ -184,9 +189,25 @@ def late_group_worker(rank, world, stage):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("between", [True, False])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_added_group_is_agreed_on(stage):
-    run_ranks(2, late_group_worker, stage)
+def test_added_group_is_agreed_on(stage, between):
+    run_ranks(2, late_group_worker, stage, between)
+
+
+def not_averaged_worker(rank, world):
+    """The first gradients, zeros, do not show yet that nobody averages."""
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(1, static_graph=True))
+    model({name: torch.zeros_like(grad) for name, grad in mean_gradients(0).items()}).backward()
+    optimizer.step(zero_grad=True)
+    model(rank_gradients(0, rank, world)).backward()
+    with pytest.raises(RuntimeError, match="gradients of parameter 'even' differ between ranks"):
+        optimizer.step()
+
+
+def test_stage_1_still_looks_for_ddp():
+    run_ranks(2, not_averaged_worker)
 
 
 # ------------------------------------------------------------------------- the promise is broken
