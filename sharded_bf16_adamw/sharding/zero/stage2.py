@@ -18,6 +18,11 @@ may be unused on some ranks. Hence three rules:
 The same exchange tells which parameters have a gradient on any rank, and detects ranks that
 disagree on ``zero_grad()``. A rank with an error still launches the reductions that other ranks
 wait for. Then all ranks raise the error together.
+
+With ``static_graph``, the first steps exchange this as well. Once the buckets are final, ``step()``
+exchanges nothing: each rank compares its own report with the one that it sent last, and if they are
+equal, assumes that the others' are too (:class:`StaticGraph`). If they differ, it raises on this
+rank alone, which has launched no bucket more often than the others have.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +41,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...profiling import profiler_range
 from .bucket import Bucket, ReplicatedBucket, split_by_size
-from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .checks import (
+    STATIC_GRAPH_ADVICE,
+    changed_grads_problem,
+    changed_spec_problem,
+    grad_problem,
+    is_wrapped_by_ddp,
+)
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
 from .stage import Stage
@@ -52,14 +63,20 @@ STALE_GRADS_ERROR = (
     "stage 2 holds gradients itself, where model.zero_grad() does not reach them, so call "
     "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
+CLEARED_ON_SOME_RANKS_ERROR = (
+    "some ranks have called optimizer.zero_grad() since the last step, and others have not; call "
+    "it after each step, on every rank"
+)
 
 # Maps a parameter to the newest Stage2 built with it (weakly). Only that one takes its gradients.
 _grad_owner: Any = WeakIdKeyDictionary()
 _owner_changes = 0
 
 
-class GradState(Enum):
+class GradState(IntEnum):
     """The state of the gradients that stage 2 holds, with respect to ``step()``.
+
+    Ranks exchange it, and take the maximum.
 
     - ``UNUSED``: no step has used them yet. New gradients are accumulated onto them.
     - ``USED``: a step has used them. The next step may use them again if there are no new ones.
@@ -67,9 +84,21 @@ class GradState(Enum):
       leaves this state.
     """
 
-    UNUSED = auto()
-    USED = auto()
-    STALE = auto()
+    UNUSED = 0
+    USED = 1
+    STALE = 2
+
+
+class Keeps(IntEnum):
+    """The gradients that a rank keeps for a step; ``zero_grad()`` discards them (``NONE``).
+
+    Ranks exchange it, and take the maximum. With :class:`GradState` it tells whether only some
+    ranks have called ``zero_grad()`` since the last step.
+    """
+
+    NONE = 0
+    USED_OR_STALE = 1
+    UNUSED = 2
 
 
 class Backpressure(Enum):
@@ -109,9 +138,21 @@ class GradReport(NamedTuple):
     has_grad: list[bool]  # per parameter
     lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
     has_recorded_order: bool
-    has_used_grads: bool
     discards: bool  # the rank is in zero_grad()
-    keeps: bool  # the rank is in a step or clip_grad_norm_
+    keeps: Keeps
+    grad_state: GradState
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether some rank has accumulated gradients onto used ones."""
+        return self.grad_state is GradState.STALE or (
+            self.grad_state is GradState.USED and any(self.launches)
+        )
+
+    @property
+    def is_cleared_on_some_ranks(self) -> bool:
+        """Whether only some ranks have cleared the gradients that the last step has used."""
+        return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
 
     def flatten(self) -> list[int]:
         """Concatenate the fields, for an all-reduce."""
@@ -123,7 +164,23 @@ class GradReport(NamedTuple):
         launches = list(islice(rest, len(self.launches)))
         has_grad = list(map(bool, islice(rest, len(self.has_grad))))
         lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
-        return GradReport(launches, has_grad, lacks_grad, *map(bool, rest))
+        has_recorded_order, discards, keeps, grad_state = rest
+        return GradReport(
+            launches,
+            has_grad,
+            lacks_grad,
+            bool(has_recorded_order),
+            bool(discards),
+            Keeps(keeps),
+            GradState(grad_state),
+        )
+
+
+class StaticGraph(NamedTuple):
+    """The last exchange, which the next reductions repeat under ``static_graph``."""
+
+    own: GradReport
+    agreed: GradReport
 
 
 class Stage2(Stage):
@@ -163,8 +220,13 @@ class Stage2(Stage):
         self._buckets_built_for: list[ZeroParam] = []
         self._last_with_grad: list[ZeroParam] = []
 
+        # - Static graph
+        self._last_exchange: StaticGraph | None = None  # of these buckets
+        self._static_graph: StaticGraph | None = None  # the same, once steps exchange nothing
+
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._consensus.all_reduce_max([self._is_busy()])):
+            self._static_graph = None  # other parameters, other gradients
             self.reduce_grads()  # reductions in flight belong to the old buckets
         super().add_params(params, names)
         self._is_reduced = False
@@ -226,10 +288,20 @@ class Stage2(Stage):
 
     def _launch_complete(self) -> None:
         """Launch active buckets in order, up to the first incomplete one."""
-        while self._num_active and self._buckets[self._next_bucket].is_complete:
+        while (
+            self._num_active
+            and self._buckets[self._next_bucket].is_complete
+            and self._may_launch(self._next_bucket)
+        ):
             self._apply_backpressure()
             self._launch(self._buckets[self._next_bucket])
             self._next_bucket = (self._next_bucket + 1) % self._num_active
+
+    def _may_launch(self, index: int) -> bool:
+        """Return False if ``static_graph`` promises that the other ranks do not launch it again."""
+        if self._static_graph is None:
+            return True
+        return self._buckets[index].launches < self._static_graph.agreed.launches[index]
 
     def _apply_backpressure(self) -> None:
         """Wait for the oldest reduction if ``max_in_flight`` are in flight."""
@@ -277,6 +349,8 @@ class Stage2(Stage):
     def _finish_reduction(self, discard: bool) -> None:
         """Reach consensus, launch missing reductions, and wait for all. Collective.
 
+        A static graph needs no consensus for a step.
+
         Args:
             discard: True in :meth:`clear_grads`, False in a step.
         """
@@ -285,8 +359,16 @@ class Stage2(Stage):
         if problem is None:
             self._add_unhooked_grads()
         report = self._report(discard)
-        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
-        agreed = report.unflatten(values)
+        if self._static_graph is not None and not discard:
+            self._check_repeats(report, self._static_graph.own, problem)
+            agreed, problems = self._static_graph.agreed, None
+        else:
+            values, problems = self._consensus.all_reduce_max_and_problems(
+                report.flatten(), problem
+            )
+            agreed = report.unflatten(values)
+            if not discard:
+                self._last_exchange = StaticGraph(report, agreed)
         self._flush(self._buckets[: self._num_active], agreed.launches[: self._num_active])
         self._flush(self._buckets[self._num_active :], agreed.launches[self._num_active :])
         while self._in_flight:
@@ -295,20 +377,48 @@ class Stage2(Stage):
             bucket.launches = 0
         self._next_bucket = 0
         # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
-        if agreed.has_used_grads and any(agreed.launches):
+        if agreed.is_stale:
             self._grad_state = GradState.STALE
         if problems is not None:
             raise RuntimeError(problems)
         if self._grad_state is GradState.STALE and not agreed.discards:
             raise RuntimeError(STALE_GRADS_ERROR)
-        if agreed.discards and agreed.keeps:
+        if agreed.discards and agreed.keeps is not Keeps.NONE:
             raise RuntimeError(
                 "some ranks called zero_grad() between a backward pass and its step, and others "
                 "did not; run the backward pass on every rank, and call zero_grad() on every rank "
                 "or on none"
             )
+        if agreed.is_cleared_on_some_ranks:
+            raise RuntimeError(CLEARED_ON_SOME_RANKS_ERROR)
         self._apply(agreed)
         self._is_reduced = True
+
+    def _check_repeats(self, report: GradReport, expected: GradReport, problem: str | None) -> None:
+        """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
+        if problem is None and report == expected:
+            return
+        if report.is_stale:
+            self._grad_state = GradState.STALE
+            raise RuntimeError(STALE_GRADS_ERROR)
+        problem = problem or self._broken_promise(report, expected)
+        raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+
+    def _broken_promise(self, report: GradReport, expected: GradReport) -> str:
+        """Return how the report differs from the expected one."""
+        problem = changed_grads_problem(
+            self._zero_params.values(), expected.has_grad, report.has_grad
+        )
+        if problem is not None:
+            return problem
+        counts = zip(self._buckets, expected.launches, report.launches, strict=True)
+        for bucket, before, now in counts:
+            if now != before:
+                return (
+                    f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
+                    f"gradients to reduce, but {before} in the step before"
+                )
+        return "optimizer.zero_grad() was not called after the step before"
 
     def _add_unhooked_grads(self) -> None:
         """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""
@@ -319,14 +429,15 @@ class Stage2(Stage):
 
     def _report(self, discard: bool) -> GradReport:
         has_grad = [each in self._has_grad for each in self._zero_params.values()]
+        keeps = Keeps.UNUSED if self._grad_state is GradState.UNUSED else Keeps.USED_OR_STALE
         return GradReport(
             launches=[bucket.launches + bucket.is_pending for bucket in self._buckets],
             has_grad=has_grad,
             lacks_grad=[not has for has in has_grad],
             has_recorded_order=bool(self._recorded_order),
-            has_used_grads=self._grad_state is not GradState.UNUSED,
             discards=discard,
-            keeps=not discard,
+            keeps=Keeps.NONE if discard else keeps,
+            grad_state=self._grad_state,
         )
 
     def _apply(self, agreed: GradReport) -> None:
@@ -395,6 +506,21 @@ class Stage2(Stage):
         self._grad_state = GradState.USED if self._with_grad else GradState.UNUSED
         self._register_hooks()
         self._rebuild_buckets()
+        if self._policy.static_graph and self._static_graph is None:
+            self._start_static_graph()
+
+    def _start_static_graph(self) -> None:
+        """Repeat the last exchange from now on, if no rank expects other buckets or gradients.
+
+        All ranks decide alike, since what they have agreed on is all that counts.
+        """
+        last = self._last_exchange
+        if (
+            last is not None
+            and self._with_grad == self._buckets_built_for
+            and any(last.agreed.launches)  # not a step without gradients, or with used ones
+        ):
+            self._static_graph = last
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()
@@ -446,6 +572,7 @@ class Stage2(Stage):
         self._bucket_of = {each: bucket for bucket in self._buckets for each in bucket.zero_params}
         self._num_active, self._next_bucket = len(first), 0
         self._buckets_built_for = active
+        self._last_exchange = self._static_graph = None
         logger.debug(
             "ZeRO stage 2 rebuilt its buckets: %d launched during the backward pass, %d in step()",
             len(first),

@@ -179,7 +179,8 @@ NAMES_NOW = {
 class Calls(list[tuple[str, float, float]]):
     """(name, bytes that a rank sends, bytes of its tensor) of each collective.
 
-    Names are those of torch 2.13. ``on_call`` is called with the name.
+    Names are those of torch 2.13, after "consensus." if the tensor has integers: those are the
+    exchanges on the host. ``on_call`` is called with the name.
     """
 
     on_call: Callable[[str], None] | None = None
@@ -209,6 +210,8 @@ def traffic() -> Iterator[Calls]:
             times, position = factors[name]
             tensor = args[position] if args else kwargs["tensor"]
             name_now = NAMES_NOW.get(name, name)
+            if not tensor.is_floating_point():
+                name_now = f"consensus.{name_now}"
             ranks = dist.get_world_size(kwargs.get("group"))
             if calls.on_call is not None:
                 calls.on_call(name_now)

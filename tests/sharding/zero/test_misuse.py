@@ -169,6 +169,33 @@ def zero_grad_where_a_rank_has_none(rank, world):
     run(model, optimizer)
 
 
+def zero_grad_on_one_rank_after_a_step(rank, world):
+    """Rank 1 keeps its used gradients, and neither has new ones."""
+    model = linears()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero())
+    run(model, optimizer)
+    if rank == 0:
+        optimizer.zero_grad()
+    optimizer.step()
+
+
+def zero_grad_on_one_rank_after_stale_gradients(rank, world):
+    model = linears()
+    optimizer = AdamW_BF16(model.parameters(), sharding=zero())
+    run(model, optimizer)
+    with pytest.raises(RuntimeError, match="new gradients were accumulated onto"):
+        run(model, optimizer)
+    if rank == 0:
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="new gradients were accumulated onto"):
+        optimizer.step()  # rank 1's are stale, so rank 0 must not use them either
+    optimizer.zero_grad()
+    run(model, optimizer)
+    if rank == 1:
+        optimizer.zero_grad()
+    optimizer.step()
+
+
 def stage_3(rank, world):
     ZeRO(one_dimensional(), stage=3)
 
@@ -301,6 +328,16 @@ MISUSES = [
         zero_grad_where_a_rank_has_none,
         RuntimeError,
         r"some ranks called zero_grad\(\)",
+    ),
+    (
+        zero_grad_on_one_rank_after_a_step,
+        RuntimeError,
+        r"optimizer.zero_grad\(\) since the last step.*, and others have not; .* on every rank",
+    ),
+    (
+        zero_grad_on_one_rank_after_stale_gradients,
+        RuntimeError,
+        r"optimizer.zero_grad\(\) since the last step.*, and others have not; .* on every rank",
     ),
     (stage_3, ValueError, "Invalid stage: 3"),
     (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),
