@@ -131,6 +131,8 @@ def test_table_shows_what_fell_where():
     assert str(groups) == TABLE
     AdamW_BF16(groups, lr=0.1)  # fills its defaults into the dicts
     assert str(groups) == TABLE
+    single = nn.Sequential(nn.Linear(2, 2, bias=False))
+    assert str(param_groups(single, {})).split()[-1] == "0.weight"
     lazy = nn.LazyLinear(4)
     assert str(param_groups(lazy, {})).splitlines()[1].split()[-3:] == ["1", "0", "weight"]
 

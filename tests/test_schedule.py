@@ -103,3 +103,8 @@ def test_wsd_drives_the_optimizer_and_can_be_pickled():
     for step in range(15):
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == schedule(step)
+
+
+def test_peak_is_exact_at_the_first_step_of_the_decay():
+    assert 1.2e-5 + (1e-4 - 1.2e-5) != 1e-4, "the closed form is not"
+    assert wsd(lr=1e-4, floor=1.2e-5)(12) == 1e-4
