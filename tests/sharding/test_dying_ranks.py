@@ -34,9 +34,12 @@ def build(strategy):
     model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(4)]).to(torch.bfloat16)
     if strategy.startswith("ZeRO"):
         optimizer = AdamW_BF16(
-            model.parameters(), lr=1e-2, sharding=zero(int(strategy[-1])), skip_nonfinite=True
+            model.parameters(),
+            lr=1e-2,
+            sharding=zero(int(strategy[-1]), static_graph="static" in strategy),
+            skip_nonfinite=True,
         )
-        return (DistributedDataParallel(model) if strategy == "ZeRO-1" else model), optimizer
+        return (DistributedDataParallel(model) if strategy[-1] == "1" else model), optimizer
     model = fully_shard(model) if strategy == "FSDP2" else wrap(model)
     return model, AdamW_BF16(model.parameters(), lr=1e-2, skip_nonfinite=True)
 
@@ -70,9 +73,10 @@ def one_step(model, optimizer, clip):
 
 
 def dying_worker(rank, world, folder, strategy, moment, clip):
-    """Rank 1 dies in the second step; rank 0 saves its error."""
+    """Rank 1 dies in a step after the first; rank 0 saves its error."""
     model, optimizer = build(strategy)
-    one_step(model, optimizer, clip)
+    for _ in range(2 if "static" in strategy else 1):
+        one_step(model, optimizer, clip)
     if rank == 1:
         arrange_death(moment, model, optimizer)
     before = memory_of(model, optimizer)
@@ -92,8 +96,18 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
         ("ZeRO-2", "norm", True, "summing the gradient norm", True),
         ("ZeRO-2", "norm", False, "summing the gradient norm", True),
         ("ZeRO-2", "gather", False, "gathering the updated weights", False),
+        (
+            "ZeRO-static-2",
+            "backward",
+            True,
+            "(averaging gradients|summing the gradient norm)",
+            True,
+        ),
+        ("ZeRO-static-2", "agreement", True, "summing the gradient norm", True),
+        ("ZeRO-static-2", "gather", False, "gathering the updated weights", False),
         ("ZeRO-1", "agreement", False, "agreeing on what to exchange", True),
         ("ZeRO-1", "gather", False, "gathering the updated weights", False),
+        ("ZeRO-static-1", "agreement", False, "summing the gradient norm", True),
         ("FSDP2", "norm", True, "summing the gradient norm", True),
         ("FSDP1", "norm", False, "summing the gradient norm", True),
     ],

@@ -42,6 +42,10 @@ class ZeRO:
             that differ are an error.
         max_in_flight: number of buckets in flight at once; more of them hide slower networks and
             take more memory.
+        static_graph: whether every step repeats the one before: on each rank, the same parameters
+            get gradients in it, in as many backward passes. After the first few steps ranks then
+            exchange nothing but gradients, weights and norms. A rank that breaks the promise
+            raises RuntimeError, and the others once they have waited for it.
 
     Raises:
         ValueError: an argument is out of range, or this rank is not in the mesh.
@@ -69,6 +73,7 @@ class ZeRO:
     accumulate_dtype: torch.dtype | None = None
     broadcast_initial: bool = False
     max_in_flight: int = 2
+    static_graph: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):

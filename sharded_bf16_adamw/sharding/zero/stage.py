@@ -47,7 +47,15 @@ class Stage:
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         named = list(zip(params, names, strict=True))
         problems = [param_problem(param, name, self._mesh) for param, name in named]
-        self._consensus.all_reduce_max([], next(filter(None, problems), None), ValueError)
+        is_static = self._policy.static_graph
+        some_static, some_dynamic = self._consensus.all_reduce_max(
+            [is_static, not is_static], next(filter(None, problems), None), ValueError
+        )
+        if some_static and some_dynamic:
+            raise ValueError(
+                "static_graph of ZeRO is True on some ranks and False on others; give every rank "
+                "the same"
+            )
         check_same_parameters(self._consensus, params, names)
         if self._policy.broadcast_initial:
             self._broadcast_weights(params)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import find_differing
+from .checks import STATIC_GRAPH_ADVICE, changed_grads_problem, find_differing
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ class Stage1(Stage):
         super().__init__(policy)
         self._checked_averaged = False
         self._last_has_grad: list[bool] = []  # of each parameter, in the last reduce_grads()
+        self._is_static = False  # last_has_grad holds from now on, by the user's promise
+
+    def add_params(self, params: list[Tensor], names: list[str]) -> None:
+        super().add_params(params, names)
+        self._is_static = False
 
     @torch.no_grad()
     def reduce_grads(self) -> None:
@@ -30,8 +35,15 @@ class Stage1(Stage):
         # A backward pass may have followed clip_grad_norm_, on all ranks alike.
         if self._is_reduced and has_grad == self._last_has_grad:
             return
+        problem = self._find_problem()
+        if self._is_static:
+            problem = problem or changed_grads_problem(zero_params, self._last_has_grad, has_grad)
+            if problem is not None:
+                raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+            self._is_reduced = True
+            return
         flags = [*has_grad, *[not has for has in has_grad]]
-        agreed = self._consensus.all_reduce_max(flags, self._find_problem())
+        agreed = self._consensus.all_reduce_max(flags, problem)
         any_has, any_lacks = agreed[: len(has_grad)], agreed[len(has_grad) :]
         for zero_param, some_have, some_lack in zip(zero_params, any_has, any_lacks, strict=True):
             if some_have and some_lack:
@@ -45,6 +57,9 @@ class Stage1(Stage):
         self._last_has_grad = has_grad
         if not self._checked_averaged and self._with_grad:
             self._check_averaged()
+        self._is_static = (
+            self._policy.static_graph and self._checked_averaged and bool(self._with_grad)
+        )
         self._is_reduced = True
 
     def _check_averaged(self) -> None:

@@ -18,6 +18,11 @@ may be unused on some ranks. So three rules hold:
 The same exchange tells which parameters have a gradient on some rank, and finds ranks that disagree
 on ``zero_grad()``. A rank with an error of its own still launches what the others wait for, and
 only then all raise it together.
+
+With ``static_graph``, the first steps exchange this as well. Once the buckets are final, ``step()``
+exchanges nothing: each rank compares its own report with the one it sent last, and if they are
+equal, takes it that the others' are too (:class:`StaticGraph`). If they differ it raises on this
+rank alone, which has launched no bucket more often than the others have.
 """
 
 from __future__ import annotations
@@ -36,7 +41,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...profiling import profiler_range
 from .bucket import Bucket, ReplicatedBucket, split_by_size
-from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .checks import (
+    STATIC_GRAPH_ADVICE,
+    changed_grads_problem,
+    changed_spec_problem,
+    grad_problem,
+    is_wrapped_by_ddp,
+)
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
 from .stage import Stage
@@ -165,6 +176,13 @@ class GradReport(NamedTuple):
         )
 
 
+class StaticGraph(NamedTuple):
+    """The last exchange, which the next reductions repeat under ``static_graph``."""
+
+    own: GradReport
+    agreed: GradReport
+
+
 class Stage2(Stage):
     """A stage in which states and gradients are sharded.
 
@@ -202,8 +220,13 @@ class Stage2(Stage):
         self._buckets_built_for: list[ZeroParam] = []
         self._last_with_grad: list[ZeroParam] = []
 
+        # - Static graph
+        self._last_exchange: StaticGraph | None = None  # of these buckets
+        self._static_graph: StaticGraph | None = None  # the same, once steps exchange nothing
+
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._consensus.all_reduce_max([self._is_busy()])):
+            self._static_graph = None  # other parameters, other gradients
             self.reduce_grads()  # what is in flight belongs to the old buckets
         super().add_params(params, names)
         self._is_reduced = False
@@ -265,10 +288,20 @@ class Stage2(Stage):
 
     def _launch_complete(self) -> None:
         """Launch complete buckets in order, from the next one on."""
-        while self._num_active and self._buckets[self._next_bucket].is_complete:
+        while (
+            self._num_active
+            and self._buckets[self._next_bucket].is_complete
+            and self._may_launch(self._next_bucket)
+        ):
             self._apply_backpressure()
             self._launch(self._buckets[self._next_bucket])
             self._next_bucket = (self._next_bucket + 1) % self._num_active
+
+    def _may_launch(self, index: int) -> bool:
+        """Return False if ``static_graph`` promises that the other ranks do not launch it again."""
+        if self._static_graph is None:
+            return True
+        return self._buckets[index].launches < self._static_graph.agreed.launches[index]
 
     def _apply_backpressure(self) -> None:
         """Wait for the oldest reduction if ``max_in_flight`` are in flight."""
@@ -316,6 +349,8 @@ class Stage2(Stage):
     def _finish_reduction(self, discard: bool) -> None:
         """Reach consensus, launch and wait for all reductions. Collective.
 
+        A static graph needs no consensus for a step.
+
         Args:
             discard: for :meth:`clear_grads`, not for a step.
         """
@@ -324,8 +359,16 @@ class Stage2(Stage):
         if problem is None:
             self._add_unhooked_grads()
         report = self._report(discard)
-        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
-        agreed = report.unflatten(values)
+        if self._static_graph is not None and not discard:
+            self._check_repeats(report, self._static_graph.own, problem)
+            agreed, problems = self._static_graph.agreed, None
+        else:
+            values, problems = self._consensus.all_reduce_max_and_problems(
+                report.flatten(), problem
+            )
+            agreed = report.unflatten(values)
+            if not discard:
+                self._last_exchange = StaticGraph(report, agreed)
         self._flush(self._buckets[: self._num_active], agreed.launches[: self._num_active])
         self._flush(self._buckets[self._num_active :], agreed.launches[self._num_active :])
         while self._in_flight:
@@ -350,6 +393,32 @@ class Stage2(Stage):
             raise RuntimeError(CLEARED_ON_SOME_RANKS_ERROR)
         self._apply(agreed)
         self._is_reduced = True
+
+    def _check_repeats(self, report: GradReport, expected: GradReport, problem: str | None) -> None:
+        """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
+        if problem is None and report == expected:
+            return
+        if report.is_stale:
+            self._grad_state = GradState.STALE
+            raise RuntimeError(STALE_GRADS_ERROR)
+        problem = problem or self._broken_promise(report, expected)
+        raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+
+    def _broken_promise(self, report: GradReport, expected: GradReport) -> str:
+        """Return how the report differs from the expected one."""
+        problem = changed_grads_problem(
+            self._zero_params.values(), expected.has_grad, report.has_grad
+        )
+        if problem is not None:
+            return problem
+        counts = zip(self._buckets, expected.launches, report.launches, strict=True)
+        for bucket, before, now in counts:
+            if now != before:
+                return (
+                    f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
+                    f"gradients to reduce, but {before} in the step before"
+                )
+        return "optimizer.zero_grad() was not called after the step before"
 
     def _add_unhooked_grads(self) -> None:
         """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""
@@ -437,6 +506,21 @@ class Stage2(Stage):
         self._grad_state = GradState.USED if self._with_grad else GradState.UNUSED
         self._register_hooks()
         self._rebuild_buckets()
+        if self._policy.static_graph and self._static_graph is None:
+            self._start_static_graph()
+
+    def _start_static_graph(self) -> None:
+        """Repeat the last exchange from now on, if no rank expects other buckets or gradients.
+
+        All ranks decide alike, since what they have agreed on is all that counts.
+        """
+        last = self._last_exchange
+        if (
+            last is not None
+            and self._with_grad == self._buckets_built_for
+            and any(last.agreed.launches)  # not a step without gradients, or with used ones
+        ):
+            self._static_graph = last
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()
@@ -488,6 +572,7 @@ class Stage2(Stage):
         self._bucket_of = {each: bucket for bucket in self._buckets for each in bucket.zero_params}
         self._num_active, self._next_bucket = len(first), 0
         self._buckets_built_for = active
+        self._last_exchange = self._static_graph = None
         logger.debug(
             "ZeRO stage 2 rebuilt its buckets: %d launched during the backward pass, %d in step()",
             len(first),
