@@ -248,9 +248,7 @@ def other_dtype(model, optimizer, grads):
 
 
 def stale(model, optimizer, grads):
-    model(grads).backward()
-    optimizer.step()
-    model(grads).backward()
+    model(grads).backward()  # zero_grad() was not called before
 
 
 BROKEN = [
@@ -288,13 +286,15 @@ def broken_worker(rank, world, number):
     stage, breaking, _ = BROKEN[number]
     mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
     model, optimizer = train_until_static(stage, mesh)
-    if rank == 1 and breaking is not stale:
-        breaking(model, optimizer, usual_gradients(4))
-    else:
+    with traffic() as promised:
         model(usual_gradients(4)).backward()
-        if breaking is stale:
-            optimizer.step(zero_grad=rank == 0)
-            model(usual_gradients(4)).backward()
+    optimizer.step(zero_grad=rank == 0 or breaking is not stale)
+    with traffic() as sent:
+        if rank == 1:
+            breaking(model, optimizer, usual_gradients(5))
+        else:
+            model(usual_gradients(5)).backward()
+    assert len(sent) <= len(promised), "nothing that the other rank does not expect"
     before = [p.detach().clone() for p in model.parameters()]
     with traffic() as sent, pytest.raises(RuntimeError) as caught:
         optimizer.step()
