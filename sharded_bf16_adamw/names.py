@@ -33,7 +33,7 @@ def clean_fqn(model: nn.Module, name: str) -> str:
         name: from ``model.named_parameters()``, ``model.state_dict()`` or FSDP1. Segments of
             wrappers may be missing already.
 
-    Example::
+    Examples:
 
         >>> model = torch.compile(checkpoint_wrapper(model))
         >>> clean_fqn(model, "_orig_mod._checkpoint_wrapped_module.layer.weight")

@@ -75,7 +75,7 @@ class AdamW_BF16(SerializableOptimizer):
             a parameter is on the meta device.
         TypeError: a parameter is neither bfloat16 nor float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sharded_bf16_adamw import LR, AdamW_BF16
         >>> model = torch.nn.Linear(4, 2).to(torch.bfloat16)
@@ -225,8 +225,6 @@ class AdamW_BF16(SerializableOptimizer):
                 ``skip_nonfinite``, any error of :meth:`clip_grad_norm_`; or another rank died.
             TypeError: a gradient is neither bfloat16 nor float32.
             ValueError: ``lr_function`` returned an invalid learning rate.
-
-            If one of these is raised, nothing has changed.
         """
         in_backward = self._in_backward
         if in_backward is not None:

@@ -74,7 +74,7 @@ class PrecisionStats:
         exp_avg_sq_norm: 2-norm of the second moments, likewise.
         groups: the same of each parameter group, in the order of ``param_groups``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16
         >>> weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))

@@ -39,7 +39,7 @@ class LR:
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> from sharded_bf16_adamw import LR
         >>> schedule = LR(lr=2.0, preheat_steps=4)
         >>> [schedule(step) for step in range(5)]

@@ -75,7 +75,7 @@ def wait_for_save() -> None:
         RuntimeError: a save failed on some rank; earlier checkpoints are untouched. Each error is
             raised once.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, latest, save, wait_for_save

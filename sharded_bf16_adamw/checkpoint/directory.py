@@ -45,7 +45,7 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
         OSError: the root or a checkpoint in it cannot be read, for example because permission is
             denied.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, latest, save
@@ -100,7 +100,7 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     Raises:
         OSError: permission to read the root or a folder in it is denied.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, newest_good, save
@@ -151,7 +151,7 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
     Raises:
         ValueError: ``keep`` is less than 1.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, prune, save

@@ -83,7 +83,7 @@ def export_fp32(
         RuntimeError: an asynchronous save in flight failed, or the rank that writes has not called
             within the timeout of the process group.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, export_fp32, save

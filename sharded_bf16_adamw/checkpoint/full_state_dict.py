@@ -84,7 +84,7 @@ def gather_full_state_dict(
         ValueError: a state is not a tensor, replicas differ between ranks, or the ranks' blocks do
             not make up the full tensor (because a shard is not rectangular).
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, gather_full_state_dict
@@ -163,7 +163,7 @@ def scatter_full_state_dict(
             mismatch, a dtype mismatch, or groups that split a group of this optimizer. Nothing is
             changed.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import (

@@ -20,7 +20,7 @@ def gc_paused() -> Iterator[None]:
     of 1,024 ranks that takes several times as long as the rest. Do not wait for other ranks in the
     body for long: training, in another thread, also runs without the collector meanwhile.
 
-    Example::
+    Examples:
 
         >>> import gc
         >>> with gc_paused():

@@ -10,7 +10,7 @@ def match_groups(current: list[list[str]], saved: list[list[str]]) -> list[int |
     takes the saved group at the same place if both sides have equally many groups. If both sides
     have equally many empty groups, the n-th empty group takes the n-th empty one.
 
-    Example::
+    Examples:
 
         >>> match_groups([["a"], []], [["a", "b"], []])
         [0, 1]

@@ -104,7 +104,7 @@ def import_fp32(
         RuntimeError: a rank cannot find or read a file, and nothing is changed. Or it failed while
             filling, and the model is now part old, part new, as the message says.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, import_fp32
@@ -230,7 +230,7 @@ def convert_fp32(
         RuntimeError: as for :func:`save`; on other ranks than 0 also for every other error of rank
             0.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import convert_fp32

@@ -128,7 +128,7 @@ def load(
         RuntimeError: a rank could not read a file, or an asynchronous save failed. If a file
             changed after it was checked, weights may be partly loaded; the message says so.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, load, save
@@ -214,7 +214,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, save, verify

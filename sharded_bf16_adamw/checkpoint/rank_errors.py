@@ -128,7 +128,7 @@ def call_on_rank_0_via_store(
 def join_problems(problems: Sequence[str], noun: str = "differences") -> str:
     """Join the first problems of a list for an error message, and count the others.
 
-    Example::
+    Examples:
 
         >>> join_problems(["a", "b", "c", "d", "e"])
         'a; b; c (and 2 more differences)'

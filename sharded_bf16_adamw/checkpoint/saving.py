@@ -116,7 +116,7 @@ def save(
             save to ``root`` is in progress, or the previous asynchronous save failed; earlier
             checkpoints are untouched.
 
-    Example::
+    Examples:
 
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, save

@@ -43,7 +43,7 @@ class Hyperparams(NamedTuple):
 class StepArgs(NamedTuple):
     """The arguments that change from step to step.
 
-    Args:
+    Attributes:
         grads: bfloat16 or float32, one for each parameter, of its shape and device. Only read.
         hypers: hyper-parameters, one for each group.
         grad_scale: 0-dim float32 that multiplies the gradients in fp32 as they are read

@@ -47,7 +47,7 @@ class ModelParallel:
         ValueError: a group is invalid, this rank is not in it, or ``experts`` is given without
             ``ep``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import torch.distributed as dist
         >>> from sharded_bf16_adamw import AdamW_BF16, ModelParallel

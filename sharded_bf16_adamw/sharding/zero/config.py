@@ -50,7 +50,7 @@ class ZeRO:
     Raises:
         ValueError: an argument is out of range, or this rank is not in the mesh.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
