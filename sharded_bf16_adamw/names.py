@@ -34,7 +34,6 @@ def clean_fqn(model: nn.Module, name: str) -> str:
             wrappers may be missing already.
 
     Examples:
-
         >>> model = torch.compile(checkpoint_wrapper(model))
         >>> clean_fqn(model, "_orig_mod._checkpoint_wrapped_module.layer.weight")
         'layer.weight'

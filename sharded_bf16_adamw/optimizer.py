@@ -209,7 +209,7 @@ class AdamW_BF16(SerializableOptimizer):
         """Reduce gradients, update every parameter that has one, and all-gather weights.
 
         Collective with ``sharding=ZeRO(...)``. With ``skip_nonfinite``, also collective if
-        :meth:`clip_grad_norm_` is. Every rank then calls it.
+        :meth:`clip_grad_norm_` is. Every rank then calls it. After an error nothing has changed.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.

@@ -76,7 +76,6 @@ def wait_for_save() -> None:
             raised once.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, latest, save, wait_for_save
         >>> model = torch.nn.Linear(4, 2).bfloat16()

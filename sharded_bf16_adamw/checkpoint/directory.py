@@ -46,7 +46,6 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
             denied.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, latest, save
         >>> model = torch.nn.Linear(4, 2).bfloat16()
@@ -101,7 +100,6 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
         OSError: permission to read the root or a folder in it is denied.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, newest_good, save
         >>> model = torch.nn.Linear(4, 2).bfloat16()
@@ -152,7 +150,6 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
         ValueError: ``keep`` is less than 1.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, prune, save
         >>> model = torch.nn.Linear(4, 2).bfloat16()

@@ -84,7 +84,6 @@ def export_fp32(
             within the timeout of the process group.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, export_fp32, save
         >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()

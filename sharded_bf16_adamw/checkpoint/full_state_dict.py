@@ -85,7 +85,6 @@ def gather_full_state_dict(
             not make up the full tensor (because a shard is not rectangular).
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, gather_full_state_dict
         >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()
@@ -164,7 +163,6 @@ def scatter_full_state_dict(
             changed.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import (
         ...     AdamW_BF16, gather_full_state_dict, scatter_full_state_dict

@@ -21,7 +21,6 @@ def gc_paused() -> Iterator[None]:
     body for long: training, in another thread, also runs without the collector meanwhile.
 
     Examples:
-
         >>> import gc
         >>> with gc_paused():
         ...     gc.isenabled()

@@ -11,7 +11,6 @@ def match_groups(current: list[list[str]], saved: list[list[str]]) -> list[int |
     have equally many empty groups, the n-th empty group takes the n-th empty one.
 
     Examples:
-
         >>> match_groups([["a"], []], [["a", "b"], []])
         [0, 1]
     """

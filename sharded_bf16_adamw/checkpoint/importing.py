@@ -105,7 +105,6 @@ def import_fp32(
             filling, and the model is now part old, part new, as the message says.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, import_fp32
         >>> model = torch.nn.Linear(2, 1, bias=False).bfloat16()
@@ -231,7 +230,6 @@ def convert_fp32(
             0.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import convert_fp32
         >>> convert_fp32({"layer.weight": torch.ones(2, 2)}, "checkpoints", lr=1e-3).name

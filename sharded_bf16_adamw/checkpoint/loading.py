@@ -129,7 +129,6 @@ def load(
             changed after it was checked, weights may be partly loaded; the message says so.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, load, save
         >>> model = torch.nn.Linear(4, 2).bfloat16()
@@ -215,7 +214,6 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: there is no checkpoint at ``path``.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, save, verify
         >>> model = torch.nn.Linear(4, 2).bfloat16()

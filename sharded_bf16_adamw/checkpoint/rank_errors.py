@@ -129,7 +129,6 @@ def join_problems(problems: Sequence[str], noun: str = "differences") -> str:
     """Join the first problems of a list for an error message, and count the others.
 
     Examples:
-
         >>> join_problems(["a", "b", "c", "d", "e"])
         'a; b; c (and 2 more differences)'
     """

@@ -117,7 +117,6 @@ def save(
             checkpoints are untouched.
 
     Examples:
-
         >>> import torch
         >>> from sharded_bf16_adamw import AdamW_BF16, save
         >>> model = torch.nn.Linear(4, 2).bfloat16()
