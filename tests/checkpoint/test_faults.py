@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import commit, dcp_storage, directory
+from sharded_bf16_adamw.checkpoint import dcp_storage, manifest
 from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text
 
 FLIPS = 240  # bits flipped, one at a time, over all files
@@ -203,9 +203,9 @@ def test_pickle_in_metadata_is_not_executed(saved, target, monkeypatch, tmp_path
     bomb = pickle.dumps(Bomb())
     (saved / ".metadata").write_bytes(bomb)
     assert_refused(saved, target, r"\.metadata")
-    manifest = directory.read_manifest(saved)
-    manifest.files[".metadata"] = FileRecord(len(bomb), crc32_text(zlib.crc32(bomb)))
-    (saved / "manifest.json").write_bytes(manifest.to_bytes())
+    record = manifest.read_manifest(saved)
+    record.files[".metadata"] = FileRecord(len(bomb), crc32_text(zlib.crc32(bomb)))
+    (saved / "manifest.json").write_bytes(record.to_bytes())
     before = state(*target)
     with pytest.raises(
         ValueError,
@@ -278,7 +278,7 @@ def test_full_disk_leaves_only_the_previous_checkpoint(async_, saved, monkeypatc
             FullDisk(io.FileIO(path, mode)) if mode == "xb" else open(path, mode, *args, **kwargs)
         )
 
-    for module in (directory, commit, dcp_storage):
+    for module in (manifest, dcp_storage):
         monkeypatch.setattr(module, "open", limited_open, raising=False)
     for index in range(20):
         FullDisk.room = (total - 16) * index // 19
