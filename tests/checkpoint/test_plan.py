@@ -191,8 +191,13 @@ def test_replicas_go_to_the_rank_with_fewest_bytes():
         [((0,), (4,)), ((2,), (0,))],
         [((-1,), (3,)), ((2,), (2,))],
         [((0,), (2,)), ((1,), (2,))],
+        [((-1,), (2,)), ((2,), (2,))],
+        [((0,), (2,)), ((3,), (2,))],
     ],
-    ids=["overlap", "too long", "gap", "too long and empty", "empty inside", "negative", "shifted"],
+    ids=[
+        *("overlap", "too long", "gap", "too long and empty", "empty inside", "negative"),
+        *("shifted", "negative, as long", "beyond the end, as long"),
+    ],
 )
 def test_invalid_plans_are_the_errors_of_dcp(boxes):
     plans = [local(shard("t", (4,), box)) for box in boxes]
