@@ -162,21 +162,25 @@ def test_stage_1_matches_single_process():
 
 
 def late_group_worker(rank, world, stage, between):
-    """The group is added between a backward pass and its step, or before steps without any."""
+    """The group is added between two backward passes of a step, or before steps without any."""
     results = []
     for sharding in (zero(stage, static_graph=True), None):
         model = Parameters()
         optimizer = new_optimizer(model, sharding)
         late = nn.Parameter(torch.linspace(-1, 1, 30).bfloat16().view(10, 3))
         for step in range(8):
+            grads = rank_gradients(step, 0, 1)
+            rest = {"large": grads.pop("large")} if between and step == 4 else {}
             if between or step != 4:
-                model(rank_gradients(step, 0, 1)).backward()
+                model(grads).backward()
             if step == 4:
                 optimizer.add_param_group({"params": [("late", late)], "weight_decay": 0.5})
             if not between and step == 4:
                 for _ in range(3):
                     optimizer.step()
-                model(rank_gradients(step, 0, 1)).backward()
+                model(grads).backward()
+            if rest:
+                model(rest).backward()
             if step >= 4:
                 (late * 0.5).sum().backward()
             with consensus_calls() as exchanges:
