@@ -88,6 +88,9 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
     torch.save((str(caught.value), str(caught.value.__cause__), all(unchanged)), f"{folder}/seen")
 
 
+AVERAGING = "averaging gradients"
+
+
 @pytest.mark.parametrize(
     ("strategy", "moment", "clip", "what", "unchanged"),
     [
@@ -96,14 +99,9 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
         ("ZeRO-2", "norm", True, "summing the gradient norm", True),
         ("ZeRO-2", "norm", False, "summing the gradient norm", True),
         ("ZeRO-2", "gather", False, "gathering the updated weights", False),
-        (
-            "ZeRO-static-2",
-            "backward",
-            True,
-            "(averaging gradients|summing the gradient norm)",
-            True,
-        ),
-        ("ZeRO-static-2", "agreement", True, "summing the gradient norm", True),
+        # without an agreement, what waits for the dead rank first depends on how far it came
+        ("ZeRO-static-2", "backward", True, f"({AVERAGING}|summing the gradient norm)", True),
+        ("ZeRO-static-2", "agreement", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "gather", False, "gathering the updated weights", False),
         ("ZeRO-1", "agreement", False, "agreeing on what to exchange", True),
         ("ZeRO-1", "gather", False, "gathering the updated weights", False),
