@@ -11,12 +11,12 @@ import torch.distributed as dist
 from distributed import run_ranks
 from test_distributed import collect, fsdp2, make_model, train_on_given_gradients
 from torch import nn
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw import LR, AdamW_BF16, latest, load, save
 from sharded_bf16_adamw.checkpoint.directory import unique_suffix
+from sharded_bf16_adamw.checkpoint.tensor_writer import TensorWriter
 
 
 def wrap(model, strategy):
@@ -388,9 +388,7 @@ def failing_worker(rank, world, root):
     optimizer = train_on_given_gradients(model, 1)
     good = save(root, 1, model, optimizer)
     with (
-        mock.patch.object(
-            filesystem, "_write_item", fails if rank == 1 else filesystem._write_item
-        ),
+        mock.patch.object(TensorWriter, "write", fails if rank == 1 else TensorWriter.write),
         pytest.raises(
             RuntimeError,
             match=r"cannot save the checkpoint .*: on rank 1, OSError: .*Input/output error",
