@@ -1,4 +1,4 @@
-"""What bfloat16 costs in one step: lost updates, effective descent quality, norms.
+"""Statistics of what bfloat16 costs in one step: lost updates, effective descent quality, norms.
 
 The next step is tried on copies of a few thousand elements at a time. The optimizer's own kernel
 updates the copies, so stochastic rounding gives the bits that :meth:`.AdamW_BF16.step` will store.

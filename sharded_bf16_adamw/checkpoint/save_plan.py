@@ -254,7 +254,7 @@ class _Header:
 
 
 class _Tensor(NamedTuple):
-    """What all ranks must say alike of an FQN."""
+    """Global size and properties of an FQN, in which all ranks must agree."""
 
     size: torch.Size
     properties: TensorProperties

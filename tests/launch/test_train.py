@@ -77,11 +77,9 @@ def test_strategies_optimizers_and_accumulation_train_alike_on_two_ranks(tmp_pat
     distributed.run_ranks(2, train_on_ranks, str(tmp_path), runs)
     for name, (_, optimizer, _) in zip(runs, cases, strict=True):
         single, lines = curve(tmp_path / optimizer), curve(tmp_path / name)
-        # torch's norm of bfloat16 gradients is itself bfloat16: two values may be neighbours
-        norms = [curve_[1].pop("grad_norm") for curve_ in (lines, single)]
-        ulp = 2**-7 if optimizer == "torch-bf16" else 0.003
-        assert norms[0] == pytest.approx(norms[1], rel=ulp), f"{name}: norm of the first step"
-        assert lines[1] == pytest.approx(single[1], rel=0.003), f"{name}: loss of the first step"
+        assert lines[1] == pytest.approx(single[1], rel=0.003), (
+            f"{name}: loss and gradient norm of the first step"
+        )
         assert held_out(lines) == pytest.approx(held_out(single), rel=0.003), name
 
 

@@ -43,12 +43,12 @@ class Bucket:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the bucket holds a gradient."""
+        """Return True if the bucket holds a gradient."""
         return bool(self._padded_grads)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the bucket holds a gradient of every trainable parameter."""
+        """Return True if the bucket holds a gradient of every trainable parameter."""
         return self.is_pending and all(
             zero_param in self._padded_grads or not zero_param.param.requires_grad
             for zero_param in self.zero_params

@@ -71,12 +71,12 @@ class ZeroParam:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether the parameter is 0-dim: every rank then updates all of it."""
+        """Return True if the parameter is 0-dim: every rank then updates all of it."""
         return self.shard_dim is None
 
     @property
     def is_even(self) -> bool:
-        """Whether tensors laid out as the parameter are padded gradients without a copy."""
+        """Return True if a tensor laid out like the parameter is a padded gradient as it is."""
         return (
             self.shard_dim == 0
             and self._short_size == 0

@@ -65,12 +65,12 @@ class PendingReduce:
 
     @property
     def is_local_finished(self) -> bool:
-        """Whether the reduce-scatter is done and its input and output have been freed."""
+        """Return True once the reduce-scatter is done and its buffers have been freed."""
         return self._mean is not None
 
     @property
     def is_completed(self) -> bool:
-        """Whether :meth:`wait` would not block on other ranks."""
+        """Return True if :meth:`wait` would not block on other ranks."""
         return self.is_local_finished and (
             self._replicate_work is None or self._replicate_work.is_completed()
         )

@@ -144,14 +144,14 @@ class GradReport(NamedTuple):
 
     @property
     def is_stale(self) -> bool:
-        """Whether some rank has accumulated gradients onto used ones."""
+        """Return True if some rank has accumulated gradients onto used ones."""
         return self.grad_state is GradState.STALE or (
             self.grad_state is GradState.USED and any(self.launches)
         )
 
     @property
     def is_cleared_on_some_ranks(self) -> bool:
-        """Whether only some ranks have cleared the gradients that the last step has used."""
+        """Return True if only some ranks have cleared the gradients that the last step used."""
         return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
 
     def flatten(self) -> list[int]:
