@@ -225,7 +225,7 @@ CASES = {
 
 def differences_beyond_32_bits() -> list[str]:
     """Step the last chunks of a tensor of more than 2^32 bytes. Unused pages take no memory."""
-    n = 2**31 + 3 * 16384 + 77  # 16384: of a program
+    n = 2**31 + 3 * 6144 + 77  # 6144: of a program
     large = [torch.empty(n, dtype=BF16) for _ in range(5)]
     tail = slice(2**31, None)
     generator = torch.Generator().manual_seed(5)
@@ -236,7 +236,7 @@ def differences_beyond_32_bits() -> list[str]:
     take_step(table_of(reference, p, m, v, c, [torch.zeros(())]), g, **HYPER)
     table = table_of(cuda, [large[0]], [large[2]], [large[3]], [large[4]], [torch.zeros(())])
     group = table._by_dtype[0]
-    assert group.chunk == 16384
+    assert group.chunk == 6144
     group.chunks = group.chunks[2**31 // group.chunk :]
     take_step(table, [large[1]], **HYPER)
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "corrections")
