@@ -20,17 +20,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
-from torch.utils.serialization import config
 
 from .gc_pause import gc_paused
 from .manifest import FileRecord, crc32_text
-from .tensor_writer import TensorWriter
+from .tensor_reader import TensorReader
+from .tensor_writer import TensorWriter, without_crc32
 
 METADATA = ".metadata"
 _HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
@@ -63,8 +72,7 @@ class ChecksummedWriter(FileSystemWriter):
         gpus = devices - {torch.device("cpu")}
         if not gpus or gpus != {torch.device("cuda", torch.cuda.current_device())}:
             self.per_thread_copy_ahead = 0
-        # torch's own checksum would cost more than this one
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        with without_crc32():
             return super().write_data(plan, planner)
 
     def _write_data(
@@ -84,7 +92,7 @@ class ChecksummedWriter(FileSystemWriter):
                     offset = stream.tell()
                     writer.write(tensor, stream)
                     length = stream.tell() - offset
-                    location = filesystem._StorageInfo(name, offset, length)
+                    location = _StorageInfo(name, offset, length)
                     results.append(WriteResult(item.index, length, location))
         written: TorchFuture[list[WriteResult]] = TorchFuture()
         written.set_result(results)
@@ -134,6 +142,27 @@ class PlainReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata that was checked."""
         return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        """Read this rank's tensors as DCP does, in file order, small ones by template."""
+        by_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            by_file.setdefault(info.relative_path, []).append((info, item))
+        reader = TensorReader()
+        for name, located in by_file.items():
+            with open(Path(self.path) / name, "rb") as file:
+                for info, item in sorted(located, key=lambda pair: pair[0].offset):
+                    tensor = reader.read(self._slice_file(file, info), info.length)
+                    part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+                    target = planner.resolve_tensor(item).detach()
+                    if part.size() != target.size():
+                        raise RuntimeError(f"{item.storage_index} in {name} has another shape")
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        done: TorchFuture[None] = TorchFuture()
+        done.set_result(None)
+        return done
 
 
 def read_metadata(path: Path, record: FileRecord) -> Metadata:

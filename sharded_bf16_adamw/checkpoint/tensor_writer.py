@@ -7,13 +7,15 @@ shape differ in the data alone, so what surrounds the data can be kept.
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.serialization import config
 
-_MAX_BYTES = 1 << 20  # of a small tensor; a larger one takes much longer to write than to save
+MAX_BYTES = 1 << 20  # of a small tensor; a larger one takes much longer to write than to save
 _Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
@@ -36,7 +38,7 @@ class TensorWriter:
 
     def write(self, tensor: Tensor, stream: Any) -> None:
         """Append ``tensor`` to ``stream``: the bytes of ``torch.save``, with minimal storage."""
-        template = self._template(tensor) if _is_small_and_plain(tensor) else None
+        template = self._template(tensor) if is_small_and_plain(tensor) else None
         if template is None:
             torch.save(_with_minimal_storage(tensor), stream)
         else:
@@ -74,20 +76,25 @@ def build_template(tensor: Tensor) -> Template | None:
     return template if reproduced and different.size == data.size else None
 
 
+def without_crc32() -> AbstractContextManager[None]:
+    """Return a context in which ``torch.save`` adds no checksum: that of the file costs less."""
+    return config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+
+
 def _saved(tensor: Tensor) -> bytes:
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     return buffer.getvalue()
 
 
-def _is_small_and_plain(tensor: Tensor) -> bool:
+def is_small_and_plain(tensor: Tensor) -> bool:
     """Return whether dtype, shape and strides say all about ``tensor`` but its data."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
         and tensor.is_cpu
         and not (tensor.is_quantized or tensor.is_nested or tensor.requires_grad)
-        and tensor.nbytes <= _MAX_BYTES
+        and tensor.nbytes <= MAX_BYTES
         and tensor.is_contiguous()
         and not (tensor.is_conj() or tensor.is_neg() or vars(tensor))
     )
