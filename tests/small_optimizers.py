@@ -1,9 +1,11 @@
 """Parameters with random gradients, training steps on them, and bitwise comparison of results."""
 
 import torch
+from bits import same_bits
 from torch import nn
 
 BF16 = torch.bfloat16
+equal = same_bits
 
 
 def param(*shape, dtype=BF16, seed=0):
@@ -31,10 +33,3 @@ def snapshot(optimizer):
         [p.detach().clone(), *[value.clone() for _, value in sorted(optimizer.state[p].items())]]
         for p in params
     ]
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(
-        len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
-        for x, y in zip(a, b, strict=True)
-    )

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from bits import assert_same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -73,12 +74,6 @@ def fsdp2(model):
 def single_process(steps, clip=None):
     model = make_model()
     return collect(model, train_on_given_gradients(model, steps, clip))
-
-
-def assert_same_bits(a, b):
-    assert list(a) == list(b)
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def fsdp2_worker(rank, world, steps, clip):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bits import assert_same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -53,14 +54,6 @@ def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, object]:
     return result
 
 
-def assert_same(a: dict[str, object], b: dict[str, object]) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], (
-            key
-        )
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return save(tmp_path / "run", 2, *trained(seed=1))
@@ -76,7 +69,7 @@ def assert_refused(path: Path, target: tuple[nn.Module, AdamW_BF16], message: st
     with pytest.raises(ValueError, match=message) as caught:
         load(path, *target)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    assert_same(state(*target), before)
+    assert_same_bits(state(*target), before)
     assert verify(path) != []
 
 
@@ -139,7 +132,7 @@ def test_missing_files_are_found(saved, target):
             before = state(*target)
             with pytest.raises(FileNotFoundError, match=f"there is no checkpoint at {saved}"):
                 load(saved, *target)
-            assert_same(state(*target), before)
+            assert_same_bits(state(*target), before)
         else:
             assert_refused(saved, target, f"{file.name} is missing")
         hidden.rename(file)
@@ -212,7 +205,7 @@ def test_pickle_in_metadata_is_not_executed(saved, target, monkeypatch, tmp_path
         match=r"\.metadata: it is not the metadata of a checkpoint \(it names posix.mkdir",
     ):
         load(saved, *target)
-    assert_same(state(*target), before)
+    assert_same_bits(state(*target), before)
     assert not Path("exploded").exists()
     pickle.loads(bomb)
     assert Path("exploded").exists(), "the bomb is a live one"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bits import assert_same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,8 +73,7 @@ def assert_same(
     """Assert equal bits. A missing state (of a parameter without a gradient) equals zeros."""
     for key in found[0].keys() | expected[0].keys():
         if key in found[0] and key in expected[0]:
-            assert found[0][key].dtype == expected[0][key].dtype
-            assert torch.equal(found[0][key], expected[0][key]), (where, key)
+            assert_same_bits(found[0][key], expected[0][key], f"{where}: {key}")
         else:
             assert key.startswith("unused."), (where, key)
             assert not {**found[0], **expected[0]}[key].any()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,10 +63,6 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     }
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
-
-
 def freeze(model: nn.Sequential) -> None:
     model[0].requires_grad_(False)
 
@@ -89,7 +86,7 @@ def test_checkpoint_keeps_state_of_frozen_parameter(tmp_path):
     freeze(fresh)
     resumed = AdamW_BF16(fresh.parameters(), lr=1e-2)
     load(path, fresh, resumed)
-    assert same(states(fresh, resumed), expected)
+    assert same_bits(states(fresh, resumed), expected)
     true = {id(param): weight for param, weight in optimizer.true_weights()}
     again = {id(param): weight for param, weight in resumed.true_weights()}
     exported = read_folder(export_fp32(path, tmp_path / "out"))
@@ -100,7 +97,7 @@ def test_checkpoint_keeps_state_of_frozen_parameter(tmp_path):
     for one, its_optimizer in ((model, optimizer), (fresh, resumed)):
         one[0].requires_grad_(True)
         take_steps(one, its_optimizer)
-    assert same(states(fresh, resumed), states(model, optimizer))
+    assert same_bits(states(fresh, resumed), states(model, optimizer))
 
 
 def test_gather_scatter_and_import_keep_state_of_frozen_parameter():
@@ -111,7 +108,7 @@ def test_gather_scatter_and_import_keep_state_of_frozen_parameter():
     freeze(fresh)
     resumed = AdamW_BF16(fresh.parameters(), lr=1e-2)
     scatter_full_state_dict(fresh, resumed, full)
-    assert same(states(fresh, resumed), states(model, optimizer))
+    assert same_bits(states(fresh, resumed), states(model, optimizer))
     fresh_optimizer = AdamW_BF16(fresh.parameters(), lr=1e-2)
     weights = {name: value.float() for name, value in model.state_dict().items()}
     import_fp32(
@@ -189,7 +186,7 @@ def frozen_worker(rank: int, world: int, root: str, how: str) -> list[str]:
         fresh = layers(seed=3)
         fresh_optimizer = AdamW_BF16(fresh.parameters(), lr=1e-2)
         load(f"{root}/{layout} again", fresh, fresh_optimizer)
-        if not same(states(fresh, fresh_optimizer), expected):
+        if not same_bits(states(fresh, fresh_optimizer), expected):
             failed.append(f"{layout}: load")
     return failed
 
@@ -213,7 +210,7 @@ def test_checkpoint_keeps_state_of_parameter_removed_from_its_group(tmp_path):
     resumed = AdamW_BF16(fresh.parameters(), lr=1e-2)
     resumed.param_groups[0]["params"] = resumed.param_groups[0]["params"][2:]
     load(path, fresh, resumed)
-    assert same(states(fresh, resumed), states(model, optimizer))
+    assert same_bits(states(fresh, resumed), states(model, optimizer))
     whole = {id(param): weight for param, weight in trained()[1].true_weights()}
     exported = read_folder(export_fp32(path, tmp_path / "out"))
     assert [exported[name].sum() for name, _ in model.named_parameters()] == [
@@ -224,7 +221,7 @@ def test_checkpoint_keeps_state_of_parameter_removed_from_its_group(tmp_path):
     for one, its_optimizer in ((model, optimizer), (fresh, resumed)):
         its_optimizer.param_groups[0]["params"] = list(one.parameters())
         take_steps(one, its_optimizer)
-    assert same(states(fresh, resumed), states(model, optimizer))
+    assert same_bits(states(fresh, resumed), states(model, optimizer))
 
 
 def test_state_of_foreign_tensor_is_not_saved(tmp_path):
@@ -236,9 +233,9 @@ def test_state_of_foreign_tensor_is_not_saved(tmp_path):
     fresh = layers(seed=1)
     resumed = AdamW_BF16(fresh.parameters(), lr=1e-2)
     load(path, fresh, resumed)
-    assert same(states(fresh, resumed), expected)
+    assert same_bits(states(fresh, resumed), expected)
     load(path, model, optimizer)
-    assert len(optimizer.state) == 5 and same(states(model, optimizer), expected)
+    assert len(optimizer.state) == 5 and same_bits(states(model, optimizer), expected)
     assert len(gather_full_state_dict(model, optimizer)["state"]) == 4
     assert list(optimizer.state_dict()["state"]) == [0, 1, 2, 3] and len(optimizer.state) == 5
 
@@ -263,7 +260,7 @@ def test_entry_of_no_parameter_is_kept(kind, tmp_path):
     assert optimizer.state["epoch"] == 7
     gather_full_state_dict(model, optimizer)
     if kind is AdamW_BF16:
-        assert same(states(fresh, resumed), states(model, optimizer))
+        assert same_bits(states(fresh, resumed), states(model, optimizer))
         take_steps(fresh, resumed)
 
 
@@ -613,7 +610,7 @@ def test_tensor_subclass_is_saved_as_a_plain_tensor(async_, tmp_path):
         and torch.equal(fresh.ids, model.ids)
         and torch.equal(fresh[0].weight, model[0].weight)
     )
-    assert same(states(fresh, resumed), states(model, optimizer))
+    assert same_bits(states(fresh, resumed), states(model, optimizer))
     assert len(read_folder(export_fp32(tmp_path / "run", tmp_path / "out"))) == 5
 
 

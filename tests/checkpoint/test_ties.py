@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bits import same_bits
 from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,10 +85,6 @@ def values_of(model: LM, optimizer: AdamW_BF16) -> dict[str, list[Tensor]]:
     }
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 TIES = [(), (0, 1), (0, 2), (1, 2), (0, 1, 2), (2, 1)]
 
 
@@ -104,7 +101,7 @@ def test_each_name_gets_its_saved_values_or_the_load_is_refused(saved, tmp_path)
         if set(here) <= set(saved) or not here:
             load(path, other, other_optimizer)
             found = values_of(other, other_optimizer)
-            assert all(same(found[name], expected[name]) for name in NAMES), here
+            assert same_bits(found, expected), here
             take_steps(other, other_optimizer, 1)
         else:
             first = NAMES[min(here)]
@@ -115,13 +112,11 @@ def test_each_name_gets_its_saved_values_or_the_load_is_refused(saved, tmp_path)
             sentence = f"{tied} but were saved with different weights"
             with pytest.raises(ValueError, match=re.escape(sentence)):
                 load(path, other, other_optimizer)
-            assert all(
-                same(values_of(other, other_optimizer)[name], before[name]) for name in NAMES
-            )
+            assert same_bits(values_of(other, other_optimizer), before)
             loaded = load(path, other, other_optimizer, strict=False)
             assert any(sentence in line for line in loaded.mismatches)
             found = values_of(other, other_optimizer)
-            assert same(found[first], expected[first]) and same(
+            assert same_bits(found[first], expected[first]) and same_bits(
                 found[different], expected[first]
             ), here
 
@@ -146,7 +141,7 @@ def test_untied_but_equal_values_load_into_tied_weights(tmp_path):
     save(tmp_path, 1, model, optimizer)
     tied, tied_optimizer = build((0, 1), seed=1)
     load(tmp_path, tied, tied_optimizer)
-    assert same(
+    assert same_bits(
         values_of(tied, tied_optimizer)["head.weight"], values_of(model, optimizer)["emb.weight"]
     )
 
@@ -182,10 +177,7 @@ def test_tied_weight_loads_into_a_frozen_one_with_its_correction(tmp_path):
     save(tmp_path, 1, model, optimizer)
     untied, untied_optimizer = build((), seed=1, frozen=(1,))
     load(tmp_path, untied, untied_optimizer)
-    assert all(
-        same(values_of(untied, untied_optimizer)[name], values_of(model, optimizer)[name])
-        for name in NAMES
-    )
+    assert same_bits(values_of(untied, untied_optimizer), values_of(model, optimizer))
 
 
 def without_record(path: Any) -> None:
@@ -207,10 +199,7 @@ def test_checkpoints_without_a_record_of_ties_load(tmp_path):
     without_record(path)
     tied, tied_optimizer = build((0, 1), seed=1)
     load(path, tied, tied_optimizer)
-    assert all(
-        same(values_of(tied, tied_optimizer)[name], values_of(model, optimizer)[name])
-        for name in NAMES
-    )
+    assert same_bits(values_of(tied, tied_optimizer), values_of(model, optimizer))
     exported = read_folder(export_fp32(path, tmp_path / "out"))
     true = next(weight for param, weight in optimizer.true_weights() if param is model.emb.weight)
     assert torch.equal(exported["head.weight"], true) and torch.equal(exported["emb.weight"], true)
@@ -249,7 +238,7 @@ def test_import_into_tied_weights_requires_equal_values():
         ValueError, match=r"emb.weight and head.weight are tied in the model but differ in the"
     ):
         import_fp32(source, tied, optimizer)
-    assert all(same(values_of(tied, optimizer)[name], before[name]) for name in NAMES)
+    assert same_bits(values_of(tied, optimizer), before)
     source["head.weight"] = source["emb.weight"].clone()
     import_fp32(source, tied, optimizer)
     assert torch.equal(tied.emb.weight, source["emb.weight"].bfloat16())
@@ -279,7 +268,7 @@ def test_state_of_tied_weights_is_imported_into_each_untied_one():
     import_fp32(model.state_dict(), untied, optimizer, state)
     found = values_of(untied, optimizer)
     assert (
-        same(found["head.weight"], found["emb.weight"])
+        same_bits(found["head.weight"], found["emb.weight"])
         and optimizer.state[untied.head.weight]["step"] == 3
     )
     assert optimizer.state[untied.head.weight]["exp_avg"].any()
@@ -391,14 +380,14 @@ def layouts_worker(rank: int, world: int, root: str) -> list[str]:
         plain, plain_optimizer = build(here, seed=1)
         load(f"{folder}/there", plain, plain_optimizer)
         found = values_of(plain, plain_optimizer)
-        if saved and not same(found["head.weight"], found["emb.weight"]):
+        if saved and not same_bits(found["head.weight"], found["emb.weight"]):
             failed.append(f"{folder}: load into one process")
         model, optimizer = wrapped(layout, here, world, seed=2)
         load(f"{folder}/there", model, optimizer)
         save(f"{folder}/back", 2, model, optimizer)
         again, again_optimizer = build(here, seed=3)
         load(f"{folder}/back", again, again_optimizer)
-        if not all(same(values_of(again, again_optimizer)[name], found[name]) for name in NAMES):
+        if not same_bits(values_of(again, again_optimizer), found):
             failed.append(f"{folder}: load into the layout")
         try:
             model, optimizer = wrapped(layout, (1, 2), world, seed=2)
@@ -439,7 +428,7 @@ def stages_worker(rank: int, world: int, root: str) -> list[Any]:
         stage, stage_optimizer = staged(of_stages[rank], rank, 1, frozen)
         load(path, stage, stage_optimizer)
         loaded = values_of(stage, stage_optimizer)
-        found.append(all(same(loaded[name], expected[name]) for name in NAMES))
+        found.append(same_bits(loaded, expected))
     with pytest.raises(
         ValueError, match=r"head.weight@pp1 and more.weight@pp1 are tied in the model"
     ) as caught:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bits import assert_same_bits
 from torch import Tensor
 
 from .rule_oracle import Hyperparams, step_bf16
@@ -64,20 +65,9 @@ def expected(state: State, t: int, h: Hyperparams = DEFAULT, scale: float = 1.0)
     return step_bf16(*(bits(x) for x in state), t=t, h=h, scale=scale)
 
 
-def assert_same_bits(actual: Tensor, wanted: np.ndarray, name: str) -> None:
-    """Assert equality bit for bit, except that any NaN equals any other."""
-    got = bits(actual).copy()
-    got[(got & 0x7FFF) > 0x7F80] = 0x7FC0
-    wrong = np.flatnonzero(got != wanted)
-    assert wrong.size == 0, (
-        f"{name}: {wrong.size} of {got.size} differ, first at {wrong[0]}: {got[wrong[0]]:#x} != "
-        f"{wanted[wrong[0]]:#x}"
-    )
-
-
 def assert_matches_oracle(new: State, wanted: Any) -> None:
     for name in ("p", "m", "v", "c"):
-        assert_same_bits(getattr(new, name), getattr(wanted, name), name)
+        assert_same_bits(getattr(new, name), from_bits(getattr(wanted, name)), name, any_nan=True)
 
 
 def typical(n: int, seed: int, scale: float = 1e-2) -> State:

@@ -6,9 +6,10 @@ Each takes the update function, as in ``rule_checks``.
 from __future__ import annotations
 
 import torch
+from bits import assert_same_bits
 from torch import Tensor
 
-from .rule_checks import State, Update, bits, stepped, typical
+from .rule_checks import Update, bits, stepped, typical
 from .rule_oracle import Hyperparams
 
 
@@ -90,7 +91,7 @@ def check_float32_gradient_folds(update: Update) -> None:
     """
     state = typical(5000, 32)
     narrow, wide = stepped(update, state, 4), stepped(update, state._replace(g=state.g.float()), 4)
-    assert_equal(wide._replace(g=narrow.g), narrow, "float32 gradient")
+    assert_same_bits(wide._replace(g=narrow.g), narrow, "float32 gradient")
     finer = stepped(update, state._replace(g=state.g.float() * (1 + 2**-20)), 4)
     # the change of the value itself affects almost none
     rounded_otherwise = (finer.v != narrow.v).float().mean().item()
@@ -109,8 +110,8 @@ def check_found_inf(update: Update) -> None:
     lists = [[new.p], [new.g], [new.m], [new.v], [new.c], [count]]
     update(*lists, **Hyperparams()._asdict(), found_inf=torch.tensor(1.0))
     assert count.item() == 6
-    assert_equal(new, state, "found_inf")
-    assert_equal(
+    assert_same_bits(new, state, "found_inf")
+    assert_same_bits(
         stepped(update, state, 7, found_inf=torch.tensor(0.0)),
         stepped(update, state, 7),
         "found_inf = 0",
@@ -149,14 +150,7 @@ def check_many_tensors(update: Update) -> None:
         )
         for i, row in enumerate(rows):
             assert counts[i].item() == i + 1
-            assert_equal(together[i], stepped(update, row, i + 1, h), f"tensor {i}")
+            assert_same_bits(together[i], stepped(update, row, i + 1, h), f"tensor {i}")
         update(*([x] for x in wide_alone), [None], [torch.zeros(())], **h._asdict())
         assert all(torch.equal(a, b) for a, b in zip(wide, wide_alone, strict=True))
         assert wide_count.item() == 1
-
-
-def assert_equal(actual: State, wanted: State, what: str) -> None:
-    for name in State._fields:
-        assert (bits(getattr(actual, name)) == bits(getattr(wanted, name))).all(), (
-            f"{what}: {name} differs"
-        )

@@ -8,11 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import bits
 import pytest
 import torch
+from bits import random_bits
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cpu, reference
@@ -22,9 +25,8 @@ from .tables import table_of, take_step
 BF16, F32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 DTYPES = [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]  # parameter, gradient
+assert_same_bits = partial(bits.assert_same_bits, any_nan=True)
 LENGTHS = [*range(41), 63, 64, 65, 1000, 70_001]
-SPECIAL_F32 = [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF]
-SPECIAL_F32 += [1, 0x7FFFFF, 0x00800000, -0x80000000, 0, 0x3F808000]
 
 
 @pytest.fixture(autouse=True)
@@ -35,38 +37,6 @@ def settings() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     cpu.select_isa(None)
-
-
-def integer(x: Tensor) -> Tensor:
-    return x.view(torch.int16 if x.dtype == BF16 else torch.int32)
-
-
-def assert_same_bits(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    """Assert NaN at the same places, and the same bits everywhere else."""
-    for a, e in zip(actual, expected, strict=True):
-        if a is None or e is None:
-            assert a is e
-            continue
-        nan = e.isnan()
-        assert torch.equal(a.isnan(), nan)
-        assert torch.equal(integer(a)[~nan], integer(e)[~nan])
-
-
-def any_bits(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
-    """Return random bit patterns: NaNs of any payload, infinities and subnormals too.
-
-    The tensor starts ``offset`` elements after an aligned address.
-    """
-    if dtype == BF16:
-        return torch.randint(
-            -(2**15), 2**15, (n + offset,), dtype=torch.int16, generator=generator
-        ).view(BF16)[offset:]
-    x = torch.randint(-(2**31), 2**31, (n + offset,), dtype=torch.int64, generator=generator).to(
-        torch.int32
-    )
-    special = torch.tensor(SPECIAL_F32, dtype=torch.int32)
-    x[::5] = special.repeat(len(x))[: len(x[::5])]
-    return x.view(F32)[offset:]
 
 
 def training_values(
@@ -97,7 +67,7 @@ class Problem:
                 if k == 4 and p_dtype == F32:
                     column.append(None)
                 elif wild:
-                    column.append(any_bits(n, dtype, generator, offset))
+                    column.append(random_bits(n, dtype, generator, offset))
                 else:
                     x = training_values(n, dtype, generator, scale, offset)
                     column.append(x.abs_() if k == 3 else x)

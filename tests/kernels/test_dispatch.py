@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 
 from sharded_bf16_adamw import kernels
 
@@ -145,7 +146,7 @@ def test_each_group_has_its_own_hyperparameters(backend):
             hyper = hypers[group]._asdict()
             update_of("reference")(*lists, **hyper, grad_scale=torch.tensor(0.5))
     for a, b in zip(together, apart, strict=True):
-        assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
+        assert same_bits(a, b)
     assert counts[0] == counts[1]
 
 
@@ -168,7 +169,7 @@ def test_many_steps_of_one_object_equal_separate_calls(backend):
         p, _, m, v, c = (list(column) for column in zip(*each, strict=True))
         kernels.adamw_bf16_(p, grads, m, v, c, counts[1], **hyper, backend=backend)
         for a, b in zip(once, each, strict=True):
-            assert all(layout_checks.same_bits(x, y) for x, y in zip(a, b, strict=True))
+            assert same_bits(a, b)
     assert [count.item() for count in counts[0]] == [5.0, 5.0]
 
 
@@ -178,7 +179,7 @@ def test_default_backend_equals_the_reference():
     chosen, reference = (
         layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference")
     )
-    assert all(layout_checks.same_bits(a, b) for a, b in zip(chosen, reference, strict=True))
+    assert same_bits(chosen, reference)
 
 
 def test_chosen_backend_is_logged_once(monkeypatch):

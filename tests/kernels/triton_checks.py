@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import bits
 import numpy as np
 import torch
 import triton
+from bits import random_bits
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
@@ -46,29 +48,11 @@ class Case:
 def patterns(
     n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0, finite: bool = False
 ) -> Tensor:
-    """Return ``n`` random bit patterns with many exact fp32 ties.
-
-    Subnormals, infinities and NaNs are among them unless ``finite``.
-    """
+    """Return ``n`` random bit patterns, or values of many magnitudes if ``finite``."""
     if finite:
         x = torch.randn(n + offset, generator=generator) * torch.logspace(-9, 1, n + offset)
         return x.to(dtype)[offset:]
-    bits = torch.randint(-(2**15), 2**15, (n + offset, 2), generator=generator).to(torch.int16)
-    special = torch.tensor(
-        [0x7F80, 0xFF80, 0x7FFF, 0xFFFF, 0x7FC0, 0, 0x8000, 1, 0x8001, 0x7F, 0x7F7F, 0xFF7F]
-    ).to(torch.int16)
-    where = torch.rand(n + offset, generator=generator) < 0.1
-    bits[:, 1] = torch.where(
-        where, special[torch.randint(len(special), (n + offset,), generator=generator)], bits[:, 1]
-    )
-    bits[:, 0] = torch.where(
-        torch.rand(n + offset, generator=generator) < 0.1, bits[:, 1], bits[:, 0]
-    )  # 0x7fff7fff, 0xffffffff
-    return (
-        bits.view(torch.int32).flatten().view(FP32)[offset:]
-        if dtype == FP32
-        else bits[:, 1].contiguous().view(BF16)[offset:]
-    )
+    return random_bits(n, dtype, generator, offset)
 
 
 def model(case: Case) -> dict[str, list[Any]]:
@@ -105,20 +89,7 @@ def copied(x: Tensor | None, device: str = "cpu") -> Tensor | None:
 
 def differing(name: str, actual: list[Any], expected: list[Any]) -> list[str]:
     """Return a line for each tensor whose bits differ. NaN equals NaN."""
-    lines = []
-    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
-        if x is not None:
-            x, y = x.cpu(), y.cpu()
-            integer = torch.int16 if x.dtype == BF16 else torch.int32
-            wrong = (x.view(integer) != y.view(integer)) & ~(x.isnan() & y.isnan())
-            if wrong.any():
-                at = int(wrong.reshape(-1).nonzero()[0])
-                x, y = x.reshape(-1), y.reshape(-1)
-                lines.append(
-                    f"{name}[{i}]: {int(wrong.sum())} of {x.numel()} differ, first [{at}]: {x[at]} "
-                    f"instead of {y[at]}"
-                )
-    return lines
+    return bits.differences(actual, expected, name, any_nan=True)
 
 
 def differences(name: str, device: str = "cpu") -> list[str]:

@@ -35,11 +35,3 @@ def train(model, optimizer, steps):
     for step in steps:
         backward(model, make_batch(step))
         optimizer.step(zero_grad=True)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        a[name].keys() == b[name].keys()
-        and all(torch.equal(a[name][key], b[name][key]) for key in a[name])
-        for name in a
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
 from sharded_bf16_adamw import AdamW_BF16
 
-from .fsdp1_cases import same, train, wrap, wrapped
+from .fsdp1_cases import train, wrap, wrapped
 from .strategy_cases import (
     CLIP,
     Layers,
@@ -60,13 +61,13 @@ def guard_worker(rank, world, use_orig_params, strategy):
         p.grad is not None and bool(p.grad.isnan().any()) for p in model.module.parameters()
     )
     optimizer.step(zero_grad=True)
-    unchanged = same(collect(model.module, optimizer), before)
+    unchanged = same_bits(collect(model.module, optimizer), before)
     train(model, optimizer, [2])
     return (
         nan_here,
         unchanged,
         optimizer.skipped_steps,
-        same(collect(model.module, optimizer), before),
+        same_bits(collect(model.module, optimizer), before),
     )
 
 
@@ -147,7 +148,7 @@ def accumulation_worker(rank, world, use_orig_params):
 def test_accumulation_with_mixed_precision_matches_single_process(use_orig_params):
     expected, _ = single_process(5)
     for result in run_ranks(2, accumulation_worker, use_orig_params):
-        assert same(result, expected)
+        assert same_bits(result, expected)
 
 
 def hybrid_worker(rank, world):
@@ -214,4 +215,4 @@ def true_weights_worker(rank, world, use_orig_params, strategy):
 )
 def test_true_weights_are_sharded_after_an_evaluation(world, strategy, use_orig_params):
     first, *others = run_ranks(world, true_weights_worker, use_orig_params, strategy)
-    assert all(same(first, other) for other in others)
+    assert all(same_bits(first, other) for other in others)

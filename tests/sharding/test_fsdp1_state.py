@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from bits import same_bits
 from distributed import run_ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sharded_bf16_adamw import gather_full_state_dict, load, save
 
-from .fsdp1_cases import same, train, wrapped
+from .fsdp1_cases import train, wrapped
 from .strategy_cases import BY_NAME, Layers, Wrapped, collect, make_optimizer
 
 
@@ -37,7 +38,7 @@ def test_rank_0_gathers_the_full_state(use_orig_params, strategy):
     for states in expected.values():
         del states["weights"]
     gathered, other = run_ranks(2, full_state_worker, use_orig_params, strategy)
-    assert same(gathered, expected) and other is None
+    assert same_bits(gathered, expected) and other is None
 
 
 def reload_worker(rank, world, use_orig_params, options):
@@ -53,12 +54,12 @@ def reload_worker(rank, world, use_orig_params, options):
         resumed_optimizer = make_optimizer(resumed)
         set_model_state_dict(resumed.module, weights, options=options)
         set_optimizer_state_dict(resumed.module, resumed_optimizer, states, options=options)
-    equal_at_once = same(
+    equal_at_once = same_bits(
         collect(resumed.module, resumed_optimizer), collect(model.module, optimizer)
     )
     for both in ((model, optimizer), (resumed, resumed_optimizer)):
         train(*both, range(3, 6))
-    return equal_at_once, same(
+    return equal_at_once, same_bits(
         collect(resumed.module, resumed_optimizer), collect(model.module, optimizer)
     )
 
@@ -95,9 +96,9 @@ def test_checkpoints_between_fsdp1_and_fsdp2_on_other_world_sizes(tmp_path, use_
     single = Wrapped(Layers())
     optimizer = make_optimizer(single)
     train(single, optimizer, range(3))
-    assert same(expected, collect(single.module, optimizer))
+    assert same_bits(expected, collect(single.module, optimizer))
     for result in run_ranks(2, checkpoint_worker, tmp_path / "1", "FSDP2", "load"):
-        assert same(result, expected)
+        assert same_bits(result, expected)
     run_ranks(2, checkpoint_worker, tmp_path / "2", "FSDP2", "save")
     for result in run_ranks(4, checkpoint_worker, tmp_path / "2", name, "load"):
-        assert same(result, expected)
+        assert same_bits(result, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -34,14 +35,6 @@ def world_of(name):
     return 3 if 3 in BY_NAME[name].worlds else 4
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        a[fqn].keys() == b[fqn].keys()
-        and all(torch.equal(a[fqn][key], b[fqn][key]) for key in a[fqn])
-        for fqn in a
-    )
-
-
 def unused_worker(rank, world, name, steps):
     """``wide`` has no gradient in every second step, so no decay either."""
     wrapped = wrap(name, world, Layers())
@@ -61,7 +54,7 @@ def test_unused_parameters_do_not_change(name):
     expected = unused_worker(0, 1, None, 5)
     assert expected["wide.weight"]["step"] == 3 and expected["tall.weight"]["step"] == 5
     for result in run_ranks(world_of(name), unused_worker, name, 5):
-        assert same(result, expected)
+        assert same_bits(result, expected)
 
 
 def frozen_worker(rank, world, name, steps):
@@ -86,7 +79,7 @@ def test_frozen_parameters_have_no_state_and_no_decay(name):
         expected["wide.weight"]["weights"], Layers().wide.weight
     )
     for result in run_ranks(world_of(name), frozen_worker, name, 3):
-        assert same(result, expected)
+        assert same_bits(result, expected)
 
 
 def thaw_worker(rank, world, name, steps):
@@ -113,7 +106,7 @@ def test_freezing_and_unfreezing_during_training(name):
         and expected["gain.weight"]["step"] == 5
     )
     for result in run_ranks(world_of(name), thaw_worker, name, 5):
-        assert same(result, expected)
+        assert same_bits(result, expected)
 
 
 def placements_worker(rank, world, name):

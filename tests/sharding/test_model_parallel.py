@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch import Tensor
 
@@ -58,11 +59,11 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
     full = gather_full_state_dict(model.model, model.optimizer, group=model.group)
     model.give_gradients(STEPS, broken=rank == world - 1)
     model.optimizer.step(zero_grad=True)
-    guard = model.optimizer.skipped_steps, equal(model.everything(), trained)
+    guard = model.optimizer.skipped_steps, same_bits(model.everything(), trained)
 
     again = case.build(rank, world, 7)
     load(folder_of(root, rank, world, model.group), again.model, again.optimizer, group=model.group)
-    loaded = equal(again.everything(), trained)
+    loaded = same_bits(again.everything(), trained)
 
     other = case.build(rank, world, 8)
     scatter_full_state_dict(other.model, other.optimizer, full or None, group=model.group)
@@ -96,10 +97,6 @@ def worker(rank: int, world: int, name: str, root: str, whole: str) -> dict[str,
 def source_of(case: Case) -> dict[str, Tensor]:
     """Return the float32 weights of another training."""
     return {name: value(name, shape, 3).float() * 1.1 for name, shape in case.shapes.items()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @functools.cache
@@ -155,7 +152,7 @@ def outcome(case: Case) -> dict[str, str]:
             path = f"{root}/parts/half0" if halves else f"{root}/parts"
             here = one_process(case.shapes, 5)
             load(path, here.model, here.optimizer)
-            one = "yes" if equal(here.everything(), reference) else "no"
+            one = "yes" if same_bits(here.everything(), reference) else "no"
         back = imported = "not possible"
         if case.reloads:
             here = one_process(case.shapes, 6)

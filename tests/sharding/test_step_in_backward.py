@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,19 +64,11 @@ def expected():
     return train(Wrapped(Layers()), False)
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        a[name].keys() == b[name].keys()
-        and all(torch.equal(a[name][key], b[name][key]) for key in a[name])
-        for name in a
-    )
-
-
 @pytest.mark.parametrize(("name", "world"), RUNS)
 def test_bits_are_those_of_step(name, world):
     for runs, (plain, in_backward) in run_ranks(world, table_worker, name):
-        assert all(same(run, expected()) for run in runs)
-        assert same(in_backward, plain)
+        assert all(same_bits(run, expected()) for run in runs)
+        assert same_bits(in_backward, plain)
 
 
 # ------------------------------------------------------- layers that feed each other, under FSDP2
@@ -121,7 +114,7 @@ def chain_worker(rank, world, with_sync):
 @pytest.mark.parametrize("with_sync", [False, True])
 def test_micro_batches(with_sync):
     for plain, in_backward in run_ranks(2, chain_worker, with_sync):
-        assert same(plain, in_backward)
+        assert same_bits(plain, in_backward)
 
 
 class Shared(nn.Module):
@@ -162,7 +155,7 @@ def shared_worker(rank, world):
 
 def test_weights_that_are_used_several_times():
     for plain, in_backward in run_ranks(2, shared_worker):
-        assert same(plain, in_backward)
+        assert same_bits(plain, in_backward)
 
 
 def memory_worker(rank, world, batch_groups):
@@ -277,7 +270,7 @@ def recovery_worker(rank, world, folder):
         one_step(model, optimizer, rank, 1)
         results.append(collect(model, optimizer))
     step_in_backward.BATCH_BYTES = 2**20
-    assert same(*results)
+    assert same_bits(*results)
     model(make_input(0, rank)).square().mean().backward()
     with pytest.raises(RuntimeError, match=r"between a backward pass .* call step\(\) first"):
         sharded_bf16_adamw.save(f"{folder}/half", 0, model, optimizer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bits import assert_same_bits as assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -153,12 +154,6 @@ def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
             {f"{name}.{key}": full(value) for key, value in sorted(optimizer.state[param].items())}
         )
     return result
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert list(a) == list(b)
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 class Linears(nn.Sequential):
