@@ -7,6 +7,7 @@ call creates its own process group.
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import multiprocessing
 import os
@@ -24,6 +25,19 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
 TIMEOUT = 100
+# A fork of a process that has imported torch starts fast, for tests that end their processes.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.debug",
+        "torch._dynamo",
+        "torch._dynamo.variables",
+        "torch._inductor.utils",
+    ]
+)
 _pool: list[tuple[Any, Connection]] = []
 
 
@@ -64,7 +78,31 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     return results
 
 
+def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any) -> list[int]:
+    """Call ``function(rank, world_size, *args)`` in processes of one gloo group, which may die.
+
+    Returns:
+        Each process's exit code, in the order of ranks; 0 if the function returned.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        processes = [
+            forkserver.Process(
+                target=_run, args=(rank, world_size, f"{directory}/store", function, args)
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT + 20
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
 def _start_worker() -> None:
+    # not forked: as under torchrun, each rank has its own hash seed, so its own order of sets
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
     process = context.Process(target=_serve, args=(child,), daemon=True)
@@ -84,12 +122,14 @@ def stop_workers() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    torch.set_num_threads(1)
     while True:
         try:
             rank, world_size, store, function, args = connection.recv()
         except EOFError:
             return
+        # ZeRO and FSDP1 search all objects for modules; hide the 300,000 of torch from that search.
+        gc.collect()
+        gc.freeze()
         try:
             connection.send((True, _run(rank, world_size, store, function, args)))
         except BaseException:
@@ -99,6 +139,7 @@ def _serve(connection: Connection) -> None:
 def _run(
     rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> bytes:
+    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
         "gloo",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import run_ranks
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
@@ -36,8 +37,8 @@ from sharded_bf16_adamw.checkpoint.save_plan import (
     to_plan,
     to_table,
 )
-from tests.checkpoint.layouts import BY_NAME, LAYOUTS
-from tests.distributed import run_ranks
+
+from .layouts import BY_NAME, LAYOUTS
 
 BF16 = TensorProperties(torch.bfloat16)
 FP32 = TensorProperties(torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, filesystem
 from torch.utils.serialization import config
@@ -16,8 +17,8 @@ from sharded_bf16_adamw import save
 from sharded_bf16_adamw.checkpoint import dcp_storage, tensor_writer
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.manifest import find_damage
-from tests.checkpoint.layouts import BY_NAME, LAYOUTS, train
-from tests.distributed import run_ranks
+
+from .layouts import BY_NAME, LAYOUTS, train
 
 COUNT = 4  # tensors of each kind: the first, the one that builds the template, and two by template
 

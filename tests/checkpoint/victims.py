@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -15,24 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed import forkserver
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
 from sharded_bf16_adamw.checkpoint import dcp_storage
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
-# a fork of a process that has imported torch is cheap
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.state_dict",
-        "torch._dynamo",
-        "torch._dynamo.variables",
-        "torch._inductor.utils",
-    ]
-)
 # of os; and every write to a file of tensors
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 # Process.start() polls all processes; concurrent polls of one process lose its exit code
@@ -124,7 +112,7 @@ def run(
         Exit codes by rank.
     """
     ranks = [
-        _context.Process(
+        forkserver.Process(
             target=_rank, args=(action, root, rank, world, at if rank == victim else None)
         )
         for rank in range(world)

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.distributed import run_ranks
+from distributed import run_ranks
 
 TENSORS = 15
 
