@@ -14,10 +14,9 @@ from .train_runs import (
     OPTIMIZERS,
     STATE_BYTES,
     curve,
-    finish,
     held_out,
+    printed_on_ranks,
     run,
-    start,
     train_on_ranks,
 )
 
@@ -83,9 +82,11 @@ def test_strategies_optimizers_and_accumulation_train_alike_on_two_ranks(tmp_pat
         assert held_out(lines) == pytest.approx(held_out(single), rel=0.003), name
 
 
-def test_torchrun_on_two_ranks_trains(tmp_path):
-    code, out, err = finish(start(2, "--out", tmp_path, "--steps 12"))
-    assert code == 0, err
+def test_two_ranks_train(tmp_path):
+    (code, out, err), other = distributed.run_ranks(
+        2, printed_on_ranks, str(tmp_path), "--steps 12"
+    )
+    assert code == other[0] == 0, err
     first, *_, last = held_out(curve(tmp_path))
     assert last < first - 1
     state = re.search(r"state +([\d,]+) bytes on rank 0, ([\d,]+) on 2", out)

@@ -16,7 +16,7 @@ from training.strategies import on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
 
-from .train_runs import curve, finish, run, start
+from .train_runs import curve, finish, printed_on_ranks, run, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,7 +192,9 @@ def test_error_on_one_rank_is_raised_on_all():
 
 
 def test_single_refuses_several_ranks(tmp_path):
-    code, _, err = finish(start(2, "--strategy single", "--out", tmp_path))
-    assert code != 0
+    (code, _, err), other = distributed.run_ranks(
+        2, printed_on_ranks, str(tmp_path), "--strategy single"
+    )
+    assert code == other[0] == 2
     message = "--strategy single runs on one process, not 2: use --strategy ddp or fsdp2."
-    assert f"error: {message}" in err
+    assert f"error: {message}\n" in err and message not in other[2]

@@ -25,6 +25,7 @@ from .train_runs import (
     finish,
     kill,
     losses,
+    printed_on_ranks,
     run,
     start,
     train_on_ranks,
@@ -71,15 +72,16 @@ def test_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_path
     A background save of step 8 may still be in flight, but has waited for that of step 4.
     """
     options = f"--steps 40 --save-every 4 --eval-every 10 {option}"
-    code, _, err = finish(start(2, "--out", tmp_path / "whole", options))
-    assert code == 0, err
+    distributed.run_ranks(2, train_on_ranks, str(tmp_path), {"whole": options})
     killed = start(2, "--out", tmp_path / "killed", options)
     wait_for_step(killed, tmp_path / "killed", 10)
     kill(killed)
     assert finish(killed)[0] == -signal.SIGKILL
     before = curve(tmp_path / "killed")
-    code, out, err = finish(start(2, "--out", tmp_path / "killed", options, "--resume auto"))
-    assert code == 0, err
+    (code, out, err), other = distributed.run_ranks(
+        2, printed_on_ranks, str(tmp_path / "killed"), f"{options} --resume auto"
+    )
+    assert code == other[0] == 0, err
     resumed_at = int(re.search(r"steps (\d+) to 40", out).group(1))
     assert saved <= resumed_at < 40 and resumed_at % 4 == 0
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

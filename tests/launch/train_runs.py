@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -86,6 +88,18 @@ def losses(out_dir: Path) -> list[float]:
 
 def run(*arguments: object) -> int:
     return train.main(command_line(*arguments))
+
+
+def printed_on_ranks(
+    rank: int, world_size: int, out_dir: str, arguments: str
+) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a run on this rank."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        code = run("--out", out_dir, arguments)
+    return code, out.getvalue(), err.getvalue()
 
 
 def train_on_ranks(rank: int, world_size: int, root: str, runs: dict[str, str]) -> None:
