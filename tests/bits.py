@@ -53,15 +53,16 @@ def differences(actual: Any, expected: Any, where: str = "", *, any_nan: bool = 
         line = _tensor_difference(actual, expected, any_nan)
         return [f"{where}: {line}"] if line else []
     if isinstance(expected, Mapping):
-        if actual.keys() != expected.keys():
-            return [f"{where}: keys {list(actual)} instead of {list(expected)}"]
+        if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
+            return [f"{where}: {actual} instead of a dict of {list(expected)}"]
         pairs = [(key, actual[key], expected[key]) for key in expected]
     elif isinstance(expected, (list, tuple)):
-        if len(actual) != len(expected):
-            return [f"{where}: {len(actual)} items instead of {len(expected)}"]
+        if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
+            return [f"{where}: {actual} instead of {len(expected)} items"]
         pairs = [(i, *pair) for i, pair in enumerate(zip(actual, expected, strict=True))]
     else:
-        return [] if actual == expected else [f"{where}: {actual} instead of {expected}"]
+        same = not isinstance(actual, Tensor) and actual == expected
+        return [] if same else [f"{where}: {actual} instead of {expected}"]
     return [
         line
         for key, a, e in pairs
