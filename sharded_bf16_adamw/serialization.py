@@ -41,7 +41,7 @@ class SerializableOptimizer(SteppedInBackward):
                 "or its state_dict()"
             )
         own = {name: getattr(self, name) for name in self._PICKLED}
-        own["step_in_backward"] = self._in_backward is not None
+        own["in_backward"] = None if self._in_backward is None else (self._in_backward.clip,)
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -51,10 +51,10 @@ class SerializableOptimizer(SteppedInBackward):
             self._init_caches()
             self._is_built = True
         complete_loaded(state, self._sharding)
-        steps_in_backward = state.pop("step_in_backward", False)
+        in_backward = state.pop("in_backward", None)
         super().__setstate__(state)
-        if steps_in_backward:
-            self._in_backward = StepInBackward(self)
+        if in_backward is not None:
+            self._in_backward = StepInBackward(self, *in_backward)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :class:`AdamW_BF16` or :class:`torch.optim.AdamW`, copying its tensors.
