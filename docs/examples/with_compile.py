@@ -1,6 +1,6 @@
 """torch.compile: compile the model, not the step; checkpoints load with and without compilation.
 
-    python docs/examples/with_compile.py
+python docs/examples/with_compile.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """DDP: equal bits on all ranks, and a resumed run continues bit for bit.
 
-    torchrun --nproc-per-node 2 docs/examples/with_ddp.py
+torchrun --nproc-per-node 2 docs/examples/with_ddp.py
 """
 
 import tempfile
@@ -45,5 +45,7 @@ assert losses[-1] < losses[0] / 4, losses
 assert trains_in_bf16(optimizer)
 assert same_bits(bits(optimizer), bits(resumed_optimizer))
 optimizer.check_replicas()  # raises if a rank has other bits
-print(f"rank {dist.get_rank()} of {dist.get_world_size()}: loss {losses[0]:.2f} -> {losses[-1]:.3f}")
+print(
+    f"rank {dist.get_rank()} of {dist.get_world_size()}: loss {losses[0]:.2f} -> {losses[-1]:.3f}"
+)
 dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """Lightning Fabric: bf16-true, and fabric.save and fabric.load continue bit for bit.
 
-    python docs/examples/with_fabric.py
+python docs/examples/with_fabric.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: one argument, and a resumed run continues bit for bit.
 
-    python docs/examples/with_hf_trainer.py
+python docs/examples/with_hf_trainer.py
 """
 
 import tempfile

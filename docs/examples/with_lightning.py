@@ -1,6 +1,6 @@
 """Lightning Trainer: bf16-true, and a checkpoint of the Trainer continues bit for bit.
 
-    python docs/examples/with_lightning.py
+python docs/examples/with_lightning.py
 """
 
 import tempfile
@@ -8,6 +8,7 @@ import tempfile
 import torch
 from common import batch, bits, build_model, same_bits, trains_in_bf16
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from sharded_bf16_adamw import AdamW_BF16
 
@@ -43,7 +44,8 @@ def fit(epochs, checkpoint=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, [batch(step) for step in range(30)], ckpt_path=checkpoint)
+    data = DataLoader([batch(step) for step in range(30)], batch_size=None)
+    trainer.fit(module, data, ckpt_path=checkpoint)
     return module, trainer
 
 

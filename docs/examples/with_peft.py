@@ -1,6 +1,6 @@
 """PEFT LoRA: bfloat16 adapters with corrections, a float32 norm, and a resume bit for bit.
 
-    python docs/examples/with_peft.py
+python docs/examples/with_peft.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """torch's learning-rate schedulers: the rates are those of torch.optim.AdamW, also after a resume.
 
-    python docs/examples/with_schedulers.py
+python docs/examples/with_schedulers.py
 """
 
 import tempfile
