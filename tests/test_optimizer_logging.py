@@ -114,7 +114,7 @@ def test_float32_model_is_warned_about_once():
 
 
 def swapped_for_dtensors(model: nn.Module, optimizer: AdamW_BF16) -> None:
-    """Convert and shard the model as accelerate does, then give the optimizer the new parameters."""
+    """Convert and shard the model, then swap the optimizer's parameters, as accelerate does."""
     for param in model.parameters():
         param.data = param.data.float()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
