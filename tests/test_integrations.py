@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sharded_bf16_adamw import AdamW_BF16
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EXAMPLES = sorted((DOCS / "examples").glob("with_*.py"))
@@ -82,3 +85,25 @@ def test_page_quotes_its_examples(page):
 def test_page_is_in_the_table_and_in_the_navigation(page, repo):
     assert f"]({page.name})" in (DOCS / "integrations/index.md").read_text()
     assert f"integrations/{page.name}\n" in (repo / "mkdocs.yml").read_text()
+
+
+def test_torch_adamw_takes_the_state_and_keeps_a_stale_correction():
+    """As the page on traps says; if torch changes that, the page must."""
+    weight = torch.nn.Parameter(torch.linspace(1, 2, 64).bfloat16())
+
+    def step(optimizer):
+        weight.float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours = AdamW_BF16([weight], lr=1e-3)
+    step(ours)
+    correction = ours.state[weight]["correction"].clone()
+    torchs = torch.optim.AdamW([weight], lr=1e-3)
+    torchs.load_state_dict(ours.state_dict())
+    step(torchs)
+    again = AdamW_BF16([weight], lr=1e-3)
+    again.load_state_dict(torchs.state_dict())
+    assert correction.any() and torch.equal(again.state[weight]["correction"], correction)
+    again.reset_correction()
+    assert not again.state[weight]["correction"].any()
