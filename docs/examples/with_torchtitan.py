@@ -1,6 +1,6 @@
 """torchtitan: a container of optimizers that knows AdamW_BF16, and its checkpoints.
 
-torchrun --nproc-per-node 1 docs/examples/with_torchtitan.py
+torchrun --nproc-per-node 2 docs/examples/with_torchtitan.py
 """
 
 import tempfile
