@@ -23,7 +23,14 @@ from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import check_replicas
 from .sharding.zero.config import ZeRO
-from .state import collect_replicas, log_params, new_state, warn_if_all_float32
+from .state import (
+    collect_replicas,
+    count_float32,
+    log_params,
+    new_state,
+    warn_if_all_float32,
+    warn_if_converted,
+)
 from .step_in_backward import StepInBackward, check_options
 from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
 from .validation import check_group, check_hyperparams, param_name, to_betas
@@ -91,6 +98,7 @@ class AdamW_BF16(SerializableOptimizer):
 
     _PICKLED = ("lr_function", "skip_nonfinite", "backend", "_skipped")
     _zero: ZeRO | None = None
+    _num_float32: int | None = None  # parameters that were added as float32; None after a step
 
     def __init__(
         self,
@@ -121,6 +129,7 @@ class AdamW_BF16(SerializableOptimizer):
         self.backend = backend
         self.model_parallel = model_parallel
         self._skipped: Tensor | None = None
+        self._num_float32 = 0
         self._init_caches()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "capturable": capturable}
@@ -167,6 +176,8 @@ class AdamW_BF16(SerializableOptimizer):
         except BaseException:  # lr_function may raise anything
             self.param_groups.pop()
             raise
+        if self._num_float32 is not None:
+            self._num_float32 += count_float32(group["params"])
         if self._is_built:  # the constructor logs all of its groups together
             log_params(group["params"], self._sharding)
 
@@ -235,6 +246,9 @@ class AdamW_BF16(SerializableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._num_float32 is not None:
+            warn_if_converted(self._all_params(), self._num_float32)
+            self._num_float32 = None
         self._clip.check_capture()
         self._sharding.reduce_grads()
         group_grads = self._grads.collect(self.param_groups)
