@@ -1,42 +1,103 @@
 """Compare optimizers over seeds: held-out losses, and the paired gaps to fp32 AdamW.
 
     python launch/compare.py --seeds 6 --jobs 2
+    python launch/compare.py --preset small --budget 10     # on a GPU, in ten minutes
 
-Runs ``train.py`` once per optimizer and seed; finished runs in ``--out`` are not repeated. Prints
-a table. With ``--docs`` also writes it into ``docs/quality.md``, and plots the losses beside it.
-Other arguments go to ``train.py``.
+Runs ``train.py`` once per optimizer and seed; runs in ``--out`` that the same arguments finished
+are not repeated. Prints a table. With ``--docs`` also writes it into ``docs/quality.md``, and plots
+losses and memory beside it. Other arguments go to ``train.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from bench.markers import write_between_markers
 from tqdm import tqdm
 from training.metrics import read_curve
+from training.optimizers import OPTIMIZERS
 
 REPO = Path(__file__).resolve().parent.parent
-LABELS = {
-    "torch-fp32": "torch.optim.AdamW, fp32 weights",
-    "bf16": "AdamW_BF16 (ours)",
-    "torch-bf16": "torch.optim.AdamW, bf16 weights",
-}
-STYLES = {"torch-fp32": ("black", "-"), "bf16": ("tab:blue", "--"), "torch-bf16": ("tab:red", "-")}
+BASELINE = "torch-fp32"
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+OWN_OPTIONS = ("--optimizer", "--seed", "--out", "--resume")  # each run gets its own
+CALIBRATION_STEPS = 20
+MIN_STEPS = 50  # fewer say nothing about an optimizer
 
 
-def main() -> None:
+class Result(NamedTuple):
+    """The runs of one optimizer, one for each seed.
+
+    Attributes:
+        curves: held-out loss by step, in nats per byte.
+        state_bytes: optimizer state per parameter, without the weight.
+    """
+
+    curves: list[dict[int, float]]
+    state_bytes: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, train_args = parse_args(argv)
+    names = args.optimizers or [name for name in OPTIMIZERS if is_available(name)]
+    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    if args.budget is not None:
+        runs = math.ceil(len(names) * args.seeds / args.jobs)
+        train_args = [*train_args, "--steps", str(steps_in(args, runs, train_args))]
+    folder = args.out / hashlib.sha256("\0".join(train_args).encode()).hexdigest()[:10]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [
+            pool.submit(train, folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
+            for seed in range(args.seeds)
+            for name in names
+        ]
+        for job in tqdm(jobs, unit="run"):
+            job.result()
+    results = {name: read_result(folder, name, args.seeds) for name in names}
+    options = [*(["--optimizers", *args.optimizers] if args.optimizers else []), *train_args]
+    command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *options])
+    text = f"{table(results)}\n\nRepeat with `{command}`."
+    print(text)
+    if args.docs:
+        write_between_markers(REPO / "docs" / "quality.md", BEGIN, END, text)
+        plot(results, REPO / "docs" / "img" / "quality.png")
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the own arguments, and those for ``train.py``."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed would be taken for --seeds
     )
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=6, help="runs of each optimizer")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+        help=f"of {', '.join(OPTIMIZERS)}; {BASELINE} is always among them (default: all that are "
+        "installed and run on this device)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="choose --steps so that all runs together take about this long",
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="concurrent runs, of one thread each if more than one"
     )
@@ -44,35 +105,65 @@ def main() -> None:
     parser.add_argument(
         "--docs", action="store_true", help="write the table and the plot into docs/"
     )
-    args, train_args = parser.parse_known_args()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(train, args.out, optimizer, seed, train_args, args.jobs > 1)
-            for seed in range(args.seeds)
-            for optimizer in LABELS
-        ]
-        for job in tqdm(jobs, unit="run"):
-            job.result()
-    curves = {
-        optimizer: [held_out_curve(args.out, optimizer, seed) for seed in range(args.seeds)]
-        for optimizer in LABELS
-    }
-    command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *train_args])
-    text = f"{table(curves)}\n\nRepeat with `{command}`."
-    print(text)
-    if args.docs:
-        write_between_markers(REPO / "docs" / "quality.md", BEGIN, END, text)
-        plot(curves, REPO / "docs" / "img" / "quality.png")
+    args, train_args = parser.parse_known_args(argv)
+    for name in ("seeds", "jobs", "budget"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} must be positive, not {value}")
+    given = {argument.split("=")[0] for argument in train_args}
+    for option in OWN_OPTIONS:
+        if option in given:
+            parser.error(f"{option} is set for each run; see --optimizers, --seeds and --out")
+    if args.budget is not None and "--steps" in given:
+        parser.error("--budget chooses --steps; give one of them")
+    for name in args.optimizers or ():
+        reason = OPTIMIZERS[name].unavailable_reason(torch.cuda.is_available())
+        if reason is not None:
+            parser.error(f"--optimizers {name} {reason}")
+    return args, train_args
 
 
-def run_dir(out: Path, optimizer: str, seed: int) -> Path:
-    return out / f"{optimizer}-{seed}"
+def is_available(name: str) -> bool:
+    """Return whether an optimizer can be compared here; say so if not."""
+    reason = OPTIMIZERS[name].unavailable_reason(torch.cuda.is_available())
+    if reason is not None:
+        print(f"without {name}: it {reason}", file=sys.stderr)
+    return reason is None
 
 
-def train(out: Path, optimizer: str, seed: int, train_args: list[str], one_thread: bool) -> None:
-    """Run ``train.py`` in one process, unless the run is finished."""
-    path = run_dir(out, optimizer, seed)
-    if (path / "finished").exists():
+def steps_in(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
+    """Return the steps of each of ``runs`` runs one after another within ``--budget``.
+
+    Two short runs of the baseline tell the time of a step from that of a start.
+    """
+    seconds = []
+    for steps in (1, 1 + CALIBRATION_STEPS):
+        start = time.perf_counter()
+        path = args.out / "calibration" / str(steps)
+        more = [*train_args, "--steps", str(steps)]
+        train(path, BASELINE, 0, more, args.jobs > 1, again=True)
+        seconds.append(time.perf_counter() - start)
+    per_step = max(seconds[1] - seconds[0], 1e-3) / CALIBRATION_STEPS
+    steps = int((args.budget * 60 / runs - seconds[0]) / per_step)
+    if steps < MIN_STEPS:
+        raise SystemExit(
+            f"--budget {args.budget:g} leaves {max(steps, 0)} steps for each of the runs, but at "
+            f"least {MIN_STEPS} are needed; give more minutes, fewer --seeds or a smaller --preset"
+        )
+    print(f"{steps} steps in each run", file=sys.stderr)
+    return steps
+
+
+def train(
+    path: Path,
+    optimizer: str,
+    seed: int,
+    train_args: list[str],
+    one_thread: bool,
+    again: bool = False,
+) -> None:
+    """Run ``train.py`` in one process, unless the run is finished and not to be run again."""
+    if (path / "finished").exists() and not again:
         return
     path.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPO / "launch" / "train.py"), "--optimizer", optimizer]
@@ -86,64 +177,90 @@ def train(out: Path, optimizer: str, seed: int, train_args: list[str], one_threa
     (path / "finished").touch()
 
 
-def held_out_curve(out: Path, optimizer: str, seed: int) -> dict[int, float]:
-    """Return a run's held-out loss by step."""
-    return dict(read_curve(run_dir(out, optimizer, seed) / "metrics.jsonl", "held_out_loss"))
+def read_result(folder: Path, name: str, seeds: int) -> Result:
+    """Read the runs of one optimizer."""
+    paths = [folder / f"{name}-{seed}" for seed in range(seeds)]
+    curves = [dict(read_curve(path / "metrics.jsonl", "held_out_loss")) for path in paths]
+    found = re.search(r"([\d.]+) per parameter", (paths[0] / "log.txt").read_text())
+    assert found is not None, "train.py prints the bytes of state per parameter"
+    return Result(curves, float(found[1]))
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, None for a single value."""
     if len(values) == 1:
-        return values[0], math.nan
+        return values[0], None
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def table(curves: dict[str, list[dict[int, float]]]) -> str:
+def with_error(values: list[float], sign: str = "") -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def bytes_per_param(name: str, result: Result) -> tuple[int, float]:
+    """Return the bytes of a weight and of its optimizer state."""
+    return OPTIMIZERS[name].weight_dtype.itemsize, result.state_bytes
+
+
+def table(results: dict[str, Result]) -> str:
     """Return a Markdown table: mean held-out loss, and the gap to fp32 paired by seed."""
     losses = {
-        optimizer: [curve[max(curve)] for curve in runs] for optimizer, runs in curves.items()
+        name: [curve[max(curve)] for curve in result.curves] for name, result in results.items()
     }
     rows = [
-        "| optimizer | held-out loss (nats a byte) | gap to fp32, paired by seed "
-        "| gap of each seed |",
-        "|---|---|---|---|",
+        "| optimizer | weight + state, B per parameter | held-out loss (nats a byte) "
+        "| gap to fp32, paired by seed | gap of each seed |",
+        "|---|--:|---|---|---|",
     ]
-    for optimizer, values in losses.items():
-        mean, error = mean_and_error(values)
-        cells = ["", ""]
-        if optimizer != "torch-fp32":
-            gaps = [a - b for a, b in zip(values, losses["torch-fp32"], strict=True)]
-            gap, gap_error = mean_and_error(gaps)
-            cells = [f"{gap:+.4f} ± {gap_error:.4f}", " ".join(f"{g:+.4f}" for g in gaps)]
-        rows.append(f"| {LABELS[optimizer]} | {mean:.4f} ± {error:.4f} | {cells[0]} | {cells[1]} |")
+    for name, values in losses.items():
+        gaps = [a - b for a, b in zip(values, losses[BASELINE], strict=True)]
+        cells = [
+            OPTIMIZERS[name].label,
+            f"{sum(bytes_per_param(name, results[name])):.2f}",
+            with_error(values),
+            "" if name == BASELINE else with_error(gaps, "+"),
+            "" if name == BASELINE else " ".join(f"{gap:+.4f}" for gap in gaps),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def plot(curves: dict[str, list[dict[int, float]]], path: Path) -> None:
-    """Plot the mean held-out loss over steps, and the gap to fp32, which shows the difference."""
+def plot(results: dict[str, Result], path: Path) -> None:
+    """Plot held-out loss, the gap to fp32, both with the range over seeds, and memory."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    base = curves["torch-fp32"]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    base = results[BASELINE].curves
     steps = sorted(base[0])
-    for name, (color, style) in STYLES.items():
-        means = [statistics.mean(c[s] for c in curves[name]) for s in steps]
-        left.plot(steps, means, style, color=color, label=LABELS[name])
-        if name != "torch-fp32":
-            gaps = [[a[s] - b[s] for a, b in zip(curves[name], base, strict=True)] for s in steps]
-            gap, error = zip(*map(mean_and_error, gaps), strict=True)
-            right.errorbar(steps, gap, error, color=color, fmt=style, capsize=2, label=LABELS[name])
-    right.axhline(0.0, color="black", linewidth=0.8)
+    for index, (name, result) in enumerate(results.items()):
+        color = "black" if name == BASELINE else f"C{index - 1}"
+        label = OPTIMIZERS[name].label
+        losses = [[curve[step] for curve in result.curves] for step in steps]
+        gaps = [
+            [a[step] - b[step] for a, b in zip(result.curves, base, strict=True)] for step in steps
+        ]
+        shown = [(left, losses)] if name == BASELINE else [(left, losses), (middle, gaps)]
+        for axes, values in shown:
+            axes.plot(steps, list(map(statistics.mean, values)), color=color, label=label)
+            axes.fill_between(
+                steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2
+            )
+        weight, state = bytes_per_param(name, result)
+        right.barh(label, weight, color=color)
+        right.barh(label, state, left=weight, color=color, alpha=0.5)
+    middle.axhline(0.0, color="black", linewidth=0.8)
     ylabel = "held-out loss (nats a byte)"
-    left.set(xlabel="step", ylabel=ylabel, title="small GPT on Python sources")
-    title = f"paired over {len(base)} seeds, with standard errors"
-    right.set(xlabel="step", ylabel="gap to fp32 AdamW", title=title)
+    left.set(xlabel="step", ylabel=ylabel, title="held-out loss, range over seeds")
+    title = f"paired over {len(base)} seed(s), range over seeds"
+    middle.set(xlabel="step", ylabel="gap to fp32 AdamW", title=title)
+    right.set(xlabel="bytes per parameter: weight, state")
+    right.invert_yaxis()
     left.legend()
-    right.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

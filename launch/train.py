@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,7 +144,7 @@ def train_loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
             metrics.step(
                 step=run.step,
                 loss=loss,
-                lr=run.optimizer.param_groups[0]["lr"],
+                lr=float(run.optimizer.param_groups[0]["lr"]),
                 grad_norm=norm,
                 nonfinite_steps=run.nonfinite_steps,
                 tokens_per_s=round(tokens_per_s, 1),
@@ -263,7 +264,7 @@ def update(run: Run, loss: float) -> float:
         norm = optimizer.clip_grad_norm_(clip)
     else:
         for group in optimizer.param_groups:
-            group["lr"] = run.schedule(run.step)
+            set_lr(group, run.schedule(run.step))
         clip_grad_norm_ = getattr(run.module, "clip_grad_norm_", None)  # FSDP1's
         norm = (
             clip_grad_norm_(clip) if clip_grad_norm_ is not None else clip_in_fp32(run.model, clip)
@@ -281,6 +282,13 @@ def update(run: Run, loss: float) -> float:
     run.nonfinite_steps += not is_finite
     run.consecutive_nonfinite = 0 if is_finite else run.consecutive_nonfinite + 1
     return norm_before
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):  # torchao's
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def clip_in_fp32(model: nn.Module, max_norm: float) -> Tensor:
@@ -388,8 +396,11 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
         x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
     ]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
+    quantized = [x for x in local if type(x) not in (Tensor, nn.Parameter)]  # torchao's
+    local = [x for x in local if x.numel() and type(x) in (Tensor, nn.Parameter)]
+    local += [x.dequantize() for x in quantized]
     # The largest magnitude is inf or NaN if any element is, and needs no temporary tensor.
-    return bool(nn.utils.get_total_norm([x for x in local if x.numel()], math.inf).isfinite())
+    return bool(nn.utils.get_total_norm(local, math.inf).isfinite())
 
 
 def save_last_step(run: Run) -> None:

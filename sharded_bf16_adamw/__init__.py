@@ -14,6 +14,7 @@ from .checkpoint import (
     verify,
     wait_for_save,
 )
+from .clip_in_backward import ClipInBackward
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
 from .precision_stats import PrecisionStats
@@ -27,6 +28,7 @@ __all__ = [
     "LR",
     "WSD",
     "AdamW_BF16",
+    "ClipInBackward",
     "ModelParallel",
     "PrecisionStats",
     "ZeRO",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter, is_
 from typing import Any
 
@@ -25,6 +27,9 @@ from .sharding.dtensor import DTensor, group_by
 from .sharding.global_norm import Key, all_reduce_sums
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import in_shared_order
+
+SumKey = tuple[bool, Key]
+"""Parameters whose gradients are summed together: whether they are experts, their shard groups."""
 
 _device_of = attrgetter("device")
 
@@ -110,10 +115,15 @@ class GroupInfo:
     """The sharding of one parameter group, valid while the group has the same parameters."""
 
     params: list[Tensor]
-    keys: list[tuple[bool, Key]]  # per parameter: (is it an expert, its shard groups)
-    param_of_key: dict[tuple[bool, Key], Tensor]  # the key's sum is on this parameter's device
+    keys: list[SumKey]  # per parameter
+    param_of_key: dict[SumKey, Tensor]  # the key's sum is on this parameter's device
     replica_groups: set[dist.ProcessGroup]
     is_plain: bool  # no parameter is a DTensor, so gradients need no unwrapping
+
+    @cached_property
+    def key_of(self) -> dict[int, SumKey]:
+        """Keys by ``id(parameter)``."""
+        return dict(zip(map(id, self.params), self.keys, strict=True))
 
     def matches(self, params: list[Tensor]) -> bool:
         """Return True if ``params`` are the parameters that this was built for."""
@@ -151,41 +161,63 @@ class GradNorm:
         Raises:
             RuntimeError: replicas have different gradients; see :class:`ReplicaGradCheck`.
         """
-        self._replica_check.raise_if_mismatch()
+        self.raise_if_mismatch()
         infos = self.group_infos(group_grads)
         local_grads = [
             grads if info.is_plain else self._sharding.local_grads(params)
             for info, (_, params, grads) in zip(infos, group_grads, strict=True)
         ]
-        devices = {key: p.device for info in infos for key, p in info.param_of_key.items()}
         replica_groups = shared_replica_groups(infos)
         all_grads = [grad for grads in local_grads for grad in grads]
-        is_sharded = any(shard_groups for _, shard_groups in devices)
+        is_sharded = any(shard_groups for info in infos for _, shard_groups in info.param_of_key)
         is_local = self._plain_are_replicas and not replica_groups and not is_sharded
         if all_grads and is_local and len(set(map(_device_of, all_grads))) == 1:
             return grad_norm_clip(all_grads, max_norm, backend, self._scratch[()])
-        sums = {
-            key: torch.zeros((), dtype=torch.float64, device=double_device(device))
-            for key, device in devices.items()
-        }
-        for index, (info, (_, params, _)) in enumerate(zip(infos, group_grads, strict=True)):
-            key_of = dict(zip(map(id, info.params), info.keys, strict=True))
-            keyed_grads = [
-                (key_of[id(param)], grad)
-                for param, grad in zip(params, local_grads[index], strict=True)
-            ]
-            by_key_and_device = group_by(keyed_grads, lambda item: (item[0], item[1].device))
-            for (key, _), items in by_key_and_device.items():
-                grads = [grad for _, grad in items]
-                total = grad_sum_sq(grads, backend, self._scratch[index, key])
+        sums = zero_sums(infos)
+        for index, (_, params, _) in enumerate(group_grads):
+            for key, total in self.sums_by_key(index, params, local_grads[index], backend):
                 sums[key] += total.to(sums[key].device)
         total, mismatch = self.all_reduce(sums, replica_groups)
         if not is_local:
-            self._replica_check.record(mismatch)
+            self.record_mismatch(mismatch)
         return clip_coefficient(total, max_norm, backend)
 
+    def record_mismatch(self, mismatch: Tensor) -> None:
+        """Check what :meth:`all_reduce` found; see :class:`ReplicaGradCheck`."""
+        self._replica_check.record(mismatch)
+
+    def raise_if_mismatch(self) -> None:
+        """Raise RuntimeError if the last recorded mismatch has not been raised yet."""
+        self._replica_check.raise_if_mismatch()
+
+    def sums_by_key(
+        self,
+        index: int,
+        params: list[Tensor],
+        local_grads: list[Tensor],
+        backend: str | None,
+        scratch: Any = None,
+    ) -> Iterator[tuple[SumKey, Tensor]]:
+        """Yield this rank's sums of squares of some gradients of one parameter group.
+
+        Args:
+            index: of the group, whose info exists (:meth:`group_infos`).
+            params: some of its parameters.
+            local_grads: the local shards of their gradients.
+            backend: the optimizer's back end.
+            scratch: names these gradients if others of the group are summed by other calls.
+        """
+        key_of = self._infos[index].key_of
+        keyed_grads = [
+            (key_of[id(param)], grad) for param, grad in zip(params, local_grads, strict=True)
+        ]
+        by_key_and_device = group_by(keyed_grads, lambda item: (item[0], item[1].device))
+        for (key, _), items in by_key_and_device.items():
+            grads = [grad for _, grad in items]
+            yield key, grad_sum_sq(grads, backend, self._scratch[index, key, scratch])
+
     def all_reduce(
-        self, sums: dict[tuple[bool, Key], Tensor], replica_groups: list[dist.ProcessGroup]
+        self, sums: dict[SumKey, Tensor], replica_groups: list[dist.ProcessGroup]
     ) -> tuple[Tensor, Tensor]:
         """Add up sums over all ranks; see :func:`.sharding.global_norm.all_reduce_sums`.
 
@@ -217,6 +249,15 @@ class GradNorm:
             info = GroupInfo(list(params), keys, param_of_key, replica_groups, is_plain)
             self._infos[index] = info
         return info
+
+
+def zero_sums(infos: list[GroupInfo]) -> dict[SumKey, Tensor]:
+    """Return a sum of squares for each key, so that every rank takes part in every all-reduce."""
+    devices = {key: p.device for info in infos for key, p in info.param_of_key.items()}
+    return {
+        key: torch.zeros((), dtype=torch.float64, device=double_device(device))
+        for key, device in devices.items()
+    }
 
 
 def shared_replica_groups(infos: list[GroupInfo]) -> list[dist.ProcessGroup]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clip_in_backward import ClipInBackward, previous_sum_sq
 from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import backend_for, check_backend
@@ -22,7 +23,14 @@ from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import check_replicas
 from .sharding.zero.config import ZeRO
-from .state import collect_replicas, log_params, new_state, warn_if_all_float32
+from .state import (
+    collect_replicas,
+    count_float32,
+    log_params,
+    new_state,
+    warn_if_all_float32,
+    warn_if_converted,
+)
 from .step_in_backward import StepInBackward, check_options
 from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
 from .validation import check_group, check_hyperparams, param_name, to_betas
@@ -62,8 +70,9 @@ class AdamW_BF16(SerializableOptimizer):
         step_in_backward: update each parameter inside the backward pass, as soon as its gradient is
             final, and free the gradient. :meth:`step` still ends each step; all backward passes of
             a step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and
-            tensor parallelism, without clipping and ``skip_nonfinite``; see
-            ``docs/step_in_backward.md``.
+            tensor parallelism, without ``skip_nonfinite``; see ``docs/step_in_backward.md``.
+        clip_in_backward: gradient clipping for ``step_in_backward``, which cannot know the norm of
+            all gradients in time; see :class:`ClipInBackward`.
         model_parallel: the process groups over which plain parameters differ, such as pipeline
             stages; see :class:`ModelParallel`. None: plain parameters are replicas on every rank.
         sharding: ``ZeRO(mesh)`` to shard the states of a replicated model; None shards the states
@@ -89,6 +98,7 @@ class AdamW_BF16(SerializableOptimizer):
 
     _PICKLED = ("lr_function", "skip_nonfinite", "backend", "_skipped")
     _zero: ZeRO | None = None
+    _num_float32: int | None = None  # parameters that were added as float32; None after a step
 
     def __init__(
         self,
@@ -103,6 +113,7 @@ class AdamW_BF16(SerializableOptimizer):
         capturable: bool = False,
         skip_nonfinite: bool = False,
         step_in_backward: bool = False,
+        clip_in_backward: ClipInBackward | None = None,
         sharding: ZeRO | None = None,
         model_parallel: ModelParallel | None = None,
         backend: str | None = None,
@@ -111,21 +122,21 @@ class AdamW_BF16(SerializableOptimizer):
         lr, self.lr_function = resolve_lr(lr, lr_function, capturable)
         betas = to_betas(betas)
         check_hyperparams(lr, betas, eps, weight_decay)
-        if step_in_backward:
-            check_options(sharding, skip_nonfinite)
+        check_options(step_in_backward, sharding, skip_nonfinite, clip_in_backward)
         self._sharding = build_sharding(sharding, model_parallel)
         self._zero = sharding
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self.model_parallel = model_parallel
         self._skipped: Tensor | None = None
+        self._num_float32 = 0
         self._init_caches()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "capturable": capturable}
         defaults |= {"schedule_step": 0, "scheduled_lr": None}  # see :mod:`.schedule`
         super().__init__(params, defaults)
         self._is_built = True
-        self._in_backward = StepInBackward(self) if step_in_backward else None
+        self._in_backward = StepInBackward(self, clip_in_backward) if step_in_backward else None
         log_params(self._all_params(), self._sharding)
         warn_if_all_float32(self._all_params())
 
@@ -165,6 +176,8 @@ class AdamW_BF16(SerializableOptimizer):
         except BaseException:  # lr_function may raise anything
             self.param_groups.pop()
             raise
+        if self._num_float32 is not None:
+            self._num_float32 += count_float32(group["params"])
         if self._is_built:  # the constructor logs all of its groups together
             log_params(group["params"], self._sharding)
 
@@ -233,6 +246,9 @@ class AdamW_BF16(SerializableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._num_float32 is not None:
+            warn_if_converted(self._all_params(), self._num_float32)
+            self._num_float32 = None
         self._clip.check_capture()
         self._sharding.reduce_grads()
         group_grads = self._grads.collect(self.param_groups)
@@ -240,7 +256,7 @@ class AdamW_BF16(SerializableOptimizer):
         if in_backward is None:
             lrs = scheduled_lrs(self.lr_function, self.param_groups)
         else:
-            lrs = in_backward.begin_step(group_grads)
+            lrs, group_grads = in_backward.begin_step(group_grads)
         found_inf = self._clip.found_inf if self.skip_nonfinite else None
         if self.skip_nonfinite and found_inf is None:
             *_, found_inf = self._grad_norm.compute(group_grads, math.inf, self.backend)
@@ -290,7 +306,8 @@ class AdamW_BF16(SerializableOptimizer):
         if self._in_backward is not None:
             raise RuntimeError(
                 "clip_grad_norm_() needs all gradients before any weight changes, but "
-                "step_in_backward=True has used and freed them; to clip, leave step_in_backward out"
+                "step_in_backward=True has used and freed them; leave step_in_backward out, or "
+                "clip by another norm with clip_in_backward=ClipInBackward(max_norm)"
             )
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
@@ -300,6 +317,15 @@ class AdamW_BF16(SerializableOptimizer):
             norm, grad_scale, found_inf = self._grad_norm.compute(grads, max_norm, self.backend)
             self._clip.set(grad_scale, found_inf)
         return norm
+
+    @property
+    def previous_grad_norm(self) -> Tensor | None:
+        """Global 2-norm of the last step's gradients, 0-dim float32, before clipping.
+
+        Known only with ``ClipInBackward(by="previous_step")``, else None.
+        """
+        sum_sq = previous_sum_sq(self.param_groups)
+        return None if sum_sq is None else sum_sq.sqrt().float()
 
     @property
     def skipped_steps(self) -> int:

@@ -13,7 +13,7 @@ from .sharding.build import build_sharding
 from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
-from .state import complete_state, hide_ungrouped_states
+from .state import complete_state, hide_ungrouped_states, logger
 from .step_in_backward import StepInBackward, SteppedInBackward
 from .validation import param_name
 
@@ -41,7 +41,7 @@ class SerializableOptimizer(SteppedInBackward):
                 "or its state_dict()"
             )
         own = {name: getattr(self, name) for name in self._PICKLED}
-        own["step_in_backward"] = self._in_backward is not None
+        own["in_backward"] = None if self._in_backward is None else (self._in_backward.clip,)
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -51,10 +51,10 @@ class SerializableOptimizer(SteppedInBackward):
             self._init_caches()
             self._is_built = True
         complete_loaded(state, self._sharding)
-        steps_in_backward = state.pop("step_in_backward", False)
+        in_backward = state.pop("in_backward", None)
         super().__setstate__(state)
-        if steps_in_backward:
-            self._in_backward = StepInBackward(self)
+        if in_backward is not None:
+            self._in_backward = StepInBackward(self, *in_backward)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :class:`AdamW_BF16` or :class:`torch.optim.AdamW`, copying its tensors.
@@ -98,6 +98,7 @@ def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:
         # Of torch.optim.AdamW: the schedule continues at its step.
         states = [state for key, state in loaded["state"].items() if isinstance(key, Tensor)]
         schedule_step = max((int(state.get("step", 0)) for state in states), default=0)
+    dropped = 0
     for group in loaded["param_groups"]:
         group.setdefault("maximize", False)
         group.setdefault("capturable", False)
@@ -105,7 +106,15 @@ def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:
         group.setdefault("scheduled_lr", None)
         for index, param in enumerate(group["params"]):
             if state := loaded["state"].get(param):
+                dropped += "correction" in state and param.dtype == torch.float32
                 complete_state(state, param, param_name(group, index), sharding)
+    if dropped:
+        logger.warning(
+            "%d loaded states of AdamW_BF16 had a correction that was dropped, because their "
+            "parameters are float32 now; to keep these bits of the weights, load into the bfloat16 "
+            "model, or import the weights that sharded_bf16_adamw.export_fp32 writes",
+            dropped,
+        )
 
 
 def clone_tensors(value: Any) -> Any:

@@ -221,7 +221,25 @@ def warn_if_all_float32(params: list[Tensor]) -> None:
     if params and all(param.dtype == torch.float32 for param in params):
         logger.warning(
             "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert "
-            "the model with model.to(torch.bfloat16) before you build the optimizer, or use "
-            "torch.optim.AdamW if you want float32",
+            "the model with model.to(torch.bfloat16) before you build the optimizer (under FSDP, "
+            "accelerate converts it back unless mixed_precision='no'), or use torch.optim.AdamW if "
+            "you want float32",
+            len(params),
+        )
+
+
+def count_float32(params: list[Tensor]) -> int:
+    """Return the number of float32 parameters."""
+    return sum(param.dtype == torch.float32 for param in params)
+
+
+def warn_if_converted(params: list[Tensor], num_float32: int) -> None:
+    """Log a warning if more parameters are float32 than the ``num_float32`` of the constructor."""
+    if (converted := count_float32(params) - num_float32) > 0:
+        logger.warning(
+            "%d of the %d parameters of AdamW_BF16 were bfloat16 when it was built and are float32 "
+            "now, so they train in float32 and take 12 bytes each instead of 8; keep other code "
+            "from converting them (under FSDP, accelerate does unless mixed_precision='no')",
+            converted,
             len(params),
         )

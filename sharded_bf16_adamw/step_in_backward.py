@@ -36,10 +36,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .clip_in_backward import ClipInBackward, PreviousStepClip
 from .gradients import GroupGrads, check_grads
-from .kernels import Hyperparams, is_capturing
+from .kernels import Hyperparams, clip_coefficient, grad_sum_sq, is_capturing
 from .schedule import scheduled_lrs
-from .sharding.dtensor import DTensor, to_local
+from .sharding.dtensor import DTensor, group_by, shard_groups, to_local
 from .sharding.fsdp1 import is_flattened
 from .sharding.zero.checks import is_wrapped_by_ddp
 from .state import check_state, new_state
@@ -87,6 +88,7 @@ class _Round:
     lrs: list[float | None]  # see :func:`sharded_bf16_adamw.schedule.scheduled_lrs`
     group_hypers: list[Hyperparams]  # as read from the groups
     hypers: list[Hyperparams]  # the same, but with the learning rates of the schedule
+    clip: PreviousStepClip | None = None
     taken: set[Tensor] = field(default_factory=set)  # parameters updated or in the batch
     updated: int = 0
     backward_passes: set[int] = field(default_factory=set)  # autograd's ids of unfinished passes
@@ -98,10 +100,12 @@ class StepInBackward:
 
     Args:
         optimizer: an ``AdamW_BF16`` whose gradients torch reduces; held by a weak reference.
+        clip: see :class:`.ClipInBackward`.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self.clip = clip
         self._round: _Round | None = None
         self._batch: _Batch | None = None
         self._is_accumulating = False
@@ -124,7 +128,7 @@ class StepInBackward:
 
     def _check_groups(self) -> None:
         for group in self._get_optimizer().param_groups:
-            _check_group(group)
+            _check_group(group, self.clip)
 
     def _add_hooks(self) -> None:
         """Put hooks on parameters that have none: new ones, and those that are no longer frozen."""
@@ -170,25 +174,29 @@ class StepInBackward:
                 if not self._round.taken:
                     self._round = None
                 return
-            optimizer = self._get_optimizer()
-            group, sharding = optimizer.param_groups[index], optimizer._sharding
+            group = self._get_optimizer().param_groups[index]
             self._watch_backward()  # first, so that any error below fails the round
             if param in self._round.taken:
                 raise RuntimeError(self._second_gradient(group, param))
-            if grad.dtype not in DTYPES or grad.layout != torch.strided:
-                check_grads(group)
-            # Reduce partial gradients of tensor parallelism here and not with the batch: hooks run
-            # in the same order on every rank, but batches may end at different parameters.
-            local = sharding.local_grads([param])[0]
-            if local.numel() != to_local(param).numel():
-                raise RuntimeError(
-                    f"the gradient of parameter {_name(group, param)} has {local.numel()} elements "
-                    f"but the parameter has {to_local(param).numel()}; resize parameters only "
-                    "before the forward pass"
-                )
-            param.grad = None
-            self._round.taken.add(param)
-            self._add_to_batch(param, local)
+            self._take(group, param)
+
+    def _take(self, group: dict[str, Any], param: Tensor) -> None:
+        """Move the final gradient of ``param`` into the batch."""
+        assert self._round is not None and param.grad is not None
+        if param.grad.dtype not in DTYPES or param.grad.layout != torch.strided:
+            check_grads(group)
+        # Reduce partial gradients of tensor parallelism here and not with the batch: hooks run in
+        # the same order on every rank, but batches may end at different parameters.
+        local = self._get_optimizer()._sharding.local_grads([param])[0]
+        if local.numel() != to_local(param).numel():
+            raise RuntimeError(
+                f"the gradient of parameter {_name(group, param)} has {local.numel()} elements but "
+                f"the parameter has {to_local(param).numel()}; resize parameters only before the "
+                "forward pass"
+            )
+        param.grad = None
+        self._round.taken.add(param)
+        self._add_to_batch(param, local)
 
     def _start_round(self, param: Tensor) -> _Round:
         """Read hyper-parameters, and check what may have changed since the last round."""
@@ -224,7 +232,16 @@ class StepInBackward:
             hyper if lr is None else hyper._replace(lr=lr)
             for hyper, lr in zip(group_hypers, lrs, strict=True)
         ]
-        return _Round(lrs, group_hypers, hypers)
+        return _Round(lrs, group_hypers, hypers, self._new_clip())
+
+    def _new_clip(self) -> PreviousStepClip | None:
+        if self.clip is None or self.clip.by != "previous_step":
+            return None
+        optimizer = self._get_optimizer()
+        optimizer._grad_norm.raise_if_mismatch()
+        return PreviousStepClip(
+            self.clip.max_norm, optimizer.param_groups, optimizer._grad_norm, optimizer.backend
+        )
 
     def _watch_backward(self) -> None:
         """Register a callback for the end of this backward pass.
@@ -278,12 +295,32 @@ class StepInBackward:
         order = sorted(range(len(batch.params)), key=lambda i: self._group_of[batch.params[i]])
         params, grads = [batch.params[i] for i in order], [batch.grads[i] for i in order]
         with nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
-            plan = self._current_plan(params)
+            parts = [(params, grads)]
+            if self.clip is not None and self.clip.by == "param":
+                parts = [([param], [grad]) for param, grad in zip(params, grads, strict=True)]
+            plans = [self._current_plan(part) for part, _ in parts]
+            scales = [self._grad_scale(*part) for part in parts]
             round_.updated += len(params)  # even if the kernel fails
             self._batch = None
             if batch.stream is not None:
                 round_.streams.add(batch.stream)
-            plan.update_(grads, round_.hypers, grad_scale=None, found_inf=None)
+            for plan, (_, part_grads), scale in zip(plans, parts, scales, strict=True):
+                plan.update_(part_grads, round_.hypers, scale, found_inf=None)
+
+    def _grad_scale(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
+        """Return the factor of gradients, 0-dim float32, and count them for the next step's."""
+        optimizer = self._get_optimizer()
+        if self.clip is None:
+            return None
+        if self.clip.by == "param":
+            sum_sq = grad_sum_sq(grads, optimizer.backend)
+            return clip_coefficient(sum_sq, self.clip.max_norm, optimizer.backend)[1]
+        assert self._round is not None and self._round.clip is not None
+        groups = group_by(zip(params, grads, strict=True), lambda pair: self._group_of[pair[0]])
+        for index, pairs in groups.items():
+            own_params, own_grads = map(list, zip(*pairs, strict=True))
+            self._round.clip.add(index, own_params, own_grads, id(params[0]))
+        return self._round.clip.scale(grads[0].device)
 
     def _current_plan(self, params: list[Tensor]) -> StepPlan:
         """Return the cached plan of a batch if it is still valid, else build one.
@@ -397,21 +434,30 @@ class StepInBackward:
         """End the round without a step."""
         self._round = self._batch = None
 
-    def begin_step(self, gradients: list[GroupGrads]) -> list[float | None]:
-        """Update what is left of the batch, and return the learning rates of this step.
+    def begin_step(
+        self, gradients: list[GroupGrads]
+    ) -> tuple[list[float | None], list[GroupGrads]]:
+        """Update what is left of the batch.
 
         Args:
             gradients: for each group, the gradients that no hook saw.
 
+        Returns:
+            The learning rates of this step, and the gradients that :meth:`.AdamW_BF16.step` is to
+            use: all of the given ones, or with clipping none.
+
         Raises:
             RuntimeError: one of them belongs to a parameter that was updated in this round, or
-                hyper-parameters have changed during the round. Nothing is changed.
+                hyper-parameters have changed during the round. Nothing is changed. Or replicas have
+                different gradients.
             ValueError: the model was wrapped by FSDP1 meanwhile. Nothing is changed.
         """
         optimizer = self._get_optimizer()
         self._check_groups()
+        if self._round is None and self.clip is not None:
+            self._round = self._start_round(optimizer._all_params()[0])
         if self._round is None:
-            return scheduled_lrs(optimizer.lr_function, optimizer.param_groups)
+            return scheduled_lrs(optimizer.lr_function, optimizer.param_groups), gradients
         self.check_not_failed("step()")
         for group, params, _ in gradients:
             for param in params:
@@ -429,12 +475,21 @@ class StepInBackward:
                 "hyper-parameters in param_groups were changed between a backward pass that used "
                 "the old ones and step(); restore them, and change them after step()"
             )
+        if self.clip is not None:
+            for group, params, _ in gradients:
+                for param in params:
+                    self._take(group, param)
+            gradients = [(group, [], []) for group, _, _ in gradients]
         self._flush()
         self._wait_for_streams()
-        return self._round.lrs
+        if self._round.clip is not None:
+            self._round.clip.reduce()
+        return self._round.lrs, gradients
 
     def end_step(self) -> None:
         """End the round, and hook parameters that are no longer frozen."""
+        if self._round is not None and self._round.clip is not None:
+            self._round.clip.end_step()
         self.abandon()
         self._add_hooks()
 
@@ -467,8 +522,17 @@ class SteppedInBackward(torch.optim.Optimizer):
             self._in_backward.check_between_steps(caller)
 
 
-def check_options(sharding: Any, skip_nonfinite: bool) -> None:
-    """Raise ValueError if another option is incompatible with ``step_in_backward=True``."""
+def check_options(
+    step_in_backward: bool, sharding: Any, skip_nonfinite: bool, clip: ClipInBackward | None
+) -> None:
+    """Raise ValueError if other options are incompatible with ``step_in_backward``."""
+    if not step_in_backward:
+        if clip is not None:
+            raise ValueError(
+                "clip_in_backward is for step_in_backward=True; without it call "
+                "optimizer.clip_grad_norm_(max_norm) before step()"
+            )
+        return
     if sharding is not None:
         raise ValueError(
             "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO has the gradients "
@@ -490,7 +554,7 @@ def _differs(a: Hyperparams, b: Hyperparams) -> bool:
     )
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any], clip: ClipInBackward | None) -> None:
     """Raise ValueError unless the group's parameters can be updated inside the backward pass."""
     if group["capturable"]:
         raise ValueError(
@@ -503,6 +567,11 @@ def _check_group(group: dict[str, Any]) -> None:
                 f"parameter {param_name(group, index)} belongs to FullyShardedDataParallel "
                 "(FSDP1), which reduces gradients after the hooks of step_in_backward=True have "
                 "used them; use fully_shard (FSDP2), or leave step_in_backward out"
+            )
+        if clip is not None and clip.by == "param" and shard_groups(param):
+            raise ValueError(
+                f"parameter {param_name(group, index)} is sharded, so its own norm would take a "
+                "collective for each parameter; use ClipInBackward(max_norm, by='previous_step')"
             )
 
 

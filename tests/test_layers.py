@@ -23,11 +23,13 @@ ALLOWED = {
     "grad_norm": {"gradients", "kernels", "sharding"},
     "step_plan": {"gradients", "kernels", "schedule", "sharding", "state", "validation"},
     "precision_stats": {"gradients", "grad_norm", "kernels", "sharding", "state", "validation"},
-    "step_in_backward": {"gradients", "kernels", "schedule", "sharding", "state", "step_plan"}
-    | {"validation"},
+    "clip_in_backward": {"grad_norm", "kernels"},
+    "step_in_backward": {"clip_in_backward", "gradients", "kernels", "schedule", "sharding"}
+    | {"state", "step_plan", "validation"},
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
-    | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"},
+    | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"}
+    | {"clip_in_backward"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
 }

@@ -113,6 +113,59 @@ def test_float32_model_is_warned_about_once():
     )
 
 
+def swapped_for_dtensors(model: nn.Module, optimizer: AdamW_BF16) -> None:
+    """Convert and shard the model, then swap the optimizer's parameters, as accelerate does."""
+    for param in model.parameters():
+        param.data = param.data.float()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def converted_worker(rank: int, world: int) -> list[str]:
+    model = nn.Linear(4, 3).bfloat16()
+    with Collector(logging.WARNING) as log:
+        optimizer = AdamW_BF16(model.parameters(), lr=0.1)
+        swapped_for_dtensors(model, optimizer)
+        for _ in range(2):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step(zero_grad=True)
+    return log.lines(logging.WARNING)
+
+
+def test_parameters_that_accelerate_converts_are_warned_about_once():
+    ((message,),) = run_ranks(1, converted_worker)
+    assert message.startswith(
+        "2 of the 2 parameters of AdamW_BF16 were bfloat16 when it was built and are float32 now"
+    )
+
+
+def test_conversion_counts_only_converted_parameters():
+    model = mixed()
+    with Collector(logging.NOTSET) as log:
+        optimizer = AdamW_BF16(model[0].parameters(), lr=0.1)
+        optimizer.add_param_group({"params": model[1].parameters()})
+        model[0].weight.data = model[0].weight.data.float()
+        optimizer.param_groups[0]["params"].pop()  # a frozen layer is not a conversion
+        model[1](torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    (message,) = log.lines(logging.WARNING)
+    assert message.startswith("1 of the 3 parameters")
+
+
+def test_dropped_correction_is_warned_about():
+    model = mixed()
+    optimizer = AdamW_BF16(model.parameters(), lr=0.1)
+    optimizer.init_state()
+    float32 = AdamW_BF16(model.float().parameters(), lr=0.1)
+    with Collector(logging.WARNING) as log:
+        float32.load_state_dict(optimizer.state_dict())
+    (message,) = log.lines(logging.WARNING)
+    assert message.startswith("2 loaded states of AdamW_BF16 had a correction that was dropped")
+    with Collector(logging.WARNING) as log:
+        float32.load_state_dict(float32.state_dict())
+    assert log.records == []
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)])
 def test_bfloat16_model_logs_nothing_by_default(dtypes):
     params = [  # frozen bfloat16 parameters count too

@@ -68,7 +68,8 @@ class TestSchedule:
             match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07, and takes over; pass lr=",
         ):
             train(optimizer, 1)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             train(optimizer, 1)
 
     @pytest.mark.parametrize("wrong", [None, -1.0, math.nan, math.inf, "0.1"])

@@ -17,9 +17,10 @@ from torch import nn
 from sharded_bf16_adamw import LR, AdamW_BF16
 from training.errors import UsageError
 from training.model import GPT, PRESETS, RMSNorm
+from training.optimizers import OPTIMIZERS
 from training.strategies import STRATEGIES, Strategy, World
 
-WEIGHT_DTYPES = {"bf16": torch.bfloat16, "torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
+WEIGHT_DTYPES = {name: spec.weight_dtype for name, spec in OPTIMIZERS.items()}
 Schedule = Callable[[int], float]
 
 
@@ -75,13 +76,17 @@ def make_optimizer(
             f"--strategy {args.strategy} shards --optimizer bf16 only, not {args.optimizer}: "
             "use --strategy ddp or fsdp2."
         )
+    spec = OPTIMIZERS[args.optimizer]
+    reason = spec.unavailable_reason(device.type == "cuda")
+    if reason is not None:
+        raise UsageError(f"--optimizer {args.optimizer} {reason}.")
     try:
-        if args.optimizer == "bf16":
+        if spec.make is None:
             backend = args.optimizer_backend
             return AdamW_BF16(
                 groups, lr_function=schedule, backend=backend, sharding=sharding, **common
             )
-        return torch.optim.AdamW(groups, lr=schedule(0), **common)
+        return spec.make(groups, lr=schedule(0), **common)
     except ValueError as error:
         raise UsageError(f"{error}; see --help") from error
 

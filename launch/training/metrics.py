@@ -132,16 +132,22 @@ def optimizer_state_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of optimizer state on this rank, and their sum over all ranks. Collective.
 
-    A DTensor counts with its local shard.
+    A DTensor counts with its local shard, a quantized tensor of torchao with its parts.
     """
     # Not every entry of optimizer.state need be a parameter's dict.
     states = [state for state in optimizer.state.values() if isinstance(state, dict)]
     tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-    local_bytes = sum(x.numel() * x.element_size() for x in local)
+    local_bytes = sum(part.nbytes for x in local for part in parts_of(x))
     total = torch.tensor(local_bytes, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return local_bytes, int(total)
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a tensor subclass wraps, or the tensor itself."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
 
 
 def summary(

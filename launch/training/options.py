@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from training.errors import UsageError
 from training.model import PRESETS
+from training.optimizers import OPTIMIZERS
 from training.strategies import STRATEGIES
 
 DEFAULT_PRESET = "tiny"
@@ -129,10 +130,10 @@ def _add_parallelism(add: Callable[..., Any]) -> None:
 def _add_optimizer(add: Callable[..., Any]) -> None:
     add(
         "--optimizer",
-        choices=("bf16", "torch-fp32", "torch-bf16"),
+        choices=OPTIMIZERS,
         default="bf16",
         help="AdamW_BF16; or torch's AdamW on fp32 master weights with a bf16 forward, "
-        "or on plain bf16 weights (default: %(default)s)",
+        "or on plain bf16 weights; or those of other libraries (default: %(default)s)",
     )
     add(
         "--optimizer-backend",

@@ -17,7 +17,7 @@ from sharded_bf16_adamw import AdamW_BF16, latest, load, newest_good, prune, sav
 from sharded_bf16_adamw.checkpoint import commit, directory
 from sharded_bf16_adamw.checkpoint.manifest import crc32_text, read_manifest
 
-from .victims import assert_holds, make, save_step
+from .victims import assert_holds, make, patch_system_call, save_step
 
 
 def names(root: Path) -> list[str]:
@@ -85,7 +85,7 @@ def test_files_are_flushed_before_they_are_visible(tmp_path, monkeypatch):
 
     checked: set[str] = set()
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(os, "rename", check)
+    patch_system_call(monkeypatch, os, "rename", check)
     model = nn.Linear(2, 2, bias=False).bfloat16()
     path = save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=1e-2))
     assert (path / ".metadata").stat().st_size < 4096

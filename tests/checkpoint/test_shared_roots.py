@@ -20,7 +20,7 @@ from sharded_bf16_adamw.checkpoint import commit, directory, loading, root_lock,
 from sharded_bf16_adamw.checkpoint.manifest import FileRecord
 from sharded_bf16_adamw.checkpoint.root_lock import LOCK, RootLock
 
-from .victims import assert_holds, make, save_step
+from .victims import assert_holds, make, patch_system_call, save_step
 
 
 def names(root: Path) -> list[str]:
@@ -352,7 +352,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real(path, *args, **kwargs)
 
-        monkeypatch.setattr(module, name, refuses)
+        patch_system_call(monkeypatch, module, name, refuses)
 
 
 @pytest.mark.parametrize("what", ["", "LATEST", "step-00000002"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed import forkserver
@@ -171,3 +173,11 @@ def _watch_operations(at: int | None) -> list[str]:
     stream: Any = dcp_storage._ChecksummedStream
     stream._write = watched("write", stream._write)
     return done
+
+
+def patch_system_call(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, new: Any) -> None:
+    """Replace a function of ``os`` or ``io``, also for Python 3.10's pathlib, which copies them."""
+    monkeypatch.setattr(module, name, new)
+    accessor = getattr(pathlib, "_normal_accessor", None)
+    if hasattr(accessor, name):
+        monkeypatch.setattr(accessor, name, new)

@@ -28,7 +28,7 @@ from .train_runs import OPTIMIZERS, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DIVERGING = "--lr 1e6 --clip 0 --schedule constant --warmup 1"
+DIVERGING = "--lr 1e12 --clip 0 --schedule constant --warmup 1"
 FAULTS = {
     "NaN": lambda loss: loss * math.nan,
     "inf, gradients finite": lambda loss: loss + math.inf,

@@ -1,0 +1,120 @@
+"""launch/compare.py: arguments, reuse of runs, the table, and one real comparison."""
+
+import re
+
+import compare
+import pytest
+
+
+def test_unknown_arguments_go_to_train_py():
+    args, rest = compare.parse_args(["--seeds", "2", "--preset", "nano", "--lr", "1e-3"])
+    assert (args.seeds, rest) == (2, ["--preset", "nano", "--lr", "1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seeds", "0"], "--seeds must be positive, not 0"),
+        (["--jobs", "-1"], "--jobs must be positive"),
+        (["--budget", "0"], "--budget must be positive"),
+        (["--seed", "3"], "--seed is set for each run; see --optimizers, --seeds and --out"),
+        (["--seed=3"], "--seed is set for each run"),
+        (["--optimizer", "bf16"], "--optimizer is set for each run"),
+        (["--resume", "auto"], "--resume is set for each run"),
+        (["--budget", "10", "--steps", "7"], "--budget chooses --steps; give one of them"),
+        (["--optimizers", "adam"], "invalid choice: 'adam'"),
+    ],
+)
+def test_errors_of_use(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        compare.parse_args(argv)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--optimizers", "flashoptim"])
+    assert "--optimizers flashoptim runs on CUDA only" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Replace train.py; return the runs it was asked for."""
+    runs = []
+    losses = {"torch-fp32": 2.0, "bf16": 2.25, "torch-bf16": 2.5}
+
+    class Finished:
+        returncode = 0
+
+    def run(command, stdout, stderr, env):
+        option = lambda name: command[command.index(name) + 1]  # noqa: E731
+        name, seed = option("--optimizer"), int(option("--seed"))
+        runs.append((name, seed, command[command.index("--save-every") + 2 :]))
+        stdout.write("optimizer state   1 bytes: 6.00 per parameter\n")
+        path = compare.Path(option("--out")) / "metrics.jsonl"
+        loss = losses[name] + 0.1 * seed
+        path.write_text(
+            f'{{"step": 0, "held_out_loss": 5.5}}\n{{"step": 9, "held_out_loss": {loss}}}\n'
+        )
+        return Finished()
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    return runs
+
+
+THREE = ["--optimizers", "bf16", "torch-bf16"]
+
+
+def test_the_table_pairs_gaps_by_seed(tmp_path, fake_runs, capsys):
+    assert compare.main(["--out", str(tmp_path), "--seeds", "2", *THREE]) == 0
+    out = capsys.readouterr().out
+    assert "| torch.optim.AdamW, fp32 weights | 10.00 | 2.0500 ± 0.0500 |  |  |" in out
+    ours = "| AdamW_BF16 (ours) | 8.00 | 2.3000 ± 0.0500 | +0.2500 ± 0.0000 | +0.2500 +0.2500 |"
+    assert ours in out
+    assert "compare.py --seeds 2 --optimizers bf16 torch-bf16`" in out
+    names = [name for name, *_ in fake_runs]
+    assert names.count("torch-fp32") == 2, "the baseline is always among them"
+
+
+def test_one_seed_has_no_error(tmp_path, fake_runs, capsys):
+    compare.main(["--out", str(tmp_path), "--seeds", "1", *THREE])
+    out = capsys.readouterr().out
+    assert "±" not in out and "nan" not in out
+    assert "| AdamW_BF16 (ours) | 8.00 | 2.2500 | +0.2500 | +0.2500 |" in out
+
+
+def test_runs_of_the_same_arguments_only_are_reused(tmp_path, fake_runs):
+    compare.main(["--out", str(tmp_path), "--seeds", "1", *THREE, "--lr", "1"])
+    compare.main(["--out", str(tmp_path), "--seeds", "1", *THREE, "--lr", "1"])
+    assert len(fake_runs) == 3
+    compare.main(["--out", str(tmp_path), "--seeds", "1", *THREE, "--lr", "2"])
+    assert len(fake_runs) == 6
+
+
+def test_a_budget_chooses_the_steps(tmp_path, fake_runs, monkeypatch):
+    clock = iter([0.0, 10.0, 20.0, 32.5])  # a start takes 10 s, and a step 0.125 s
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+    compare.main(["--out", str(tmp_path), "--seeds", "2", *THREE, "--budget", "10"])
+    # 600 s for 6 runs: 100 s each
+    assert [args for *_, args in fake_runs[2:]] == 6 * [["--steps", "720"]]
+
+
+def test_a_budget_that_is_too_small_is_an_error(tmp_path, fake_runs, monkeypatch):
+    clock = iter([0.0, 10.0, 20.0, 32.0])
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(SystemExit, match="--budget 1 leaves 0 steps"):
+        compare.main(["--out", str(tmp_path), "--seeds", "9", "--budget", "1", *THREE])
+
+
+def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
+    argv = ["--out", str(tmp_path), "--seeds", "1", "--optimizers", "bf16", "--preset", "nano"]
+    args = [*argv, "--steps", "2", "--eval-batches", "1"]
+    assert compare.main(args) == 0
+    gap = re.search(r"ours\) \| 8.00 \| [\d.]+ \| ([+-][\d.]+) ", capsys.readouterr().out)
+    assert abs(float(gap[1])) < 0.05
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    results = {name: compare.read_result(folder, name, 1) for name in ("torch-fp32", "bf16")}
+    compare.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
