@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +16,7 @@ from sharded_bf16_adamw.clip_in_backward import previous_sum_sq
 from sharded_bf16_adamw.kernels import clip_coefficient
 
 from .strategy_cases import BY_NAME, Layers, backward, collect, make_batch
-from .test_step_in_backward import RUNS, same
+from .test_step_in_backward import RUNS
 
 STEPS = 4
 MAX_NORM = 0.5
@@ -62,7 +63,7 @@ def test_bits_are_those_of_step_with_the_same_scale(name, world):
     for ours, sums, plain, norms in run_ranks(world, worker, name):
         assert torch.allclose(torch.stack(sums).sqrt().float(), torch.stack(norms), rtol=1e-6)
         assert max(norms) > MAX_NORM
-        assert same(ours, plain)
+        assert same_bits(ours, plain)
 
 
 def refused_worker(rank, world):
