@@ -12,6 +12,7 @@ reference any; it specifies the others       ``reference.py``
 """
 
 from .backend import BACKENDS as BACKENDS
+from .backend import PRECISION_SUMS as PRECISION_SUMS
 from .backend import FusedAdamW as FusedAdamW
 from .backend import Hyperparams as Hyperparams
 from .backend import StepArgs as StepArgs
