@@ -52,8 +52,12 @@
         __builtin_prefetch((r)->g + 2 * (i) + AHEAD); \
     } while (0)
 
-/* The float32 values of an element that are added up for precision_stats, in the order of the sums from SBA_WEIGHT_SQ on. */
+/* The values of an element that are added up for precision_stats, in the order of the sums from SBA_WEIGHT_SQ on. */
 enum { WEIGHT, UPDATE, EFFECTIVE, PLAIN, CORRECTION, FIRST, SECOND, VALUES };
+#define SBA_VALUES 512
+typedef struct {
+    float value[VALUES][SBA_VALUES] __attribute__((aligned(64)));
+} sba_values;
 
 /* Baseline: instructions that every processor of the target has.
  *

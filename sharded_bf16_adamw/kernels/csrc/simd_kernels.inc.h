@@ -274,31 +274,12 @@ UPDATES(1, 1)
 #undef UPDATES
 #define UPDATES(p, g) {NAME(update_##p##g##0), NAME(update_##p##g##1)}
 
-/* Sums of values of one element per lane. The product of two float32 is exact in double, so a fused multiply-add gives the same bits as
- * a product and a sum. */
-typedef struct {
-    NAME(d) dot[VALUES]; /* with itself, or of the changes with the update */
-    U updates, lost, carried;
-} NAME(sums);
+#define HALF NAME(half_u)
+#define LOAD_HALF(address) ((HALF) * (const NAME(half_u_memory) *)(address))
 
-INLINE void NAME(add)(NAME(sums) *t, F x[VALUES], U keep) {
-    for (int i = 0; i < VALUES; i++) x[i] = (F)((U)x[i] & keep);
-    U update = (U)(x[UPDATE] != (F){0}), lost = update & (U)(x[PLAIN] == (F){0});
-    t->updates -= update;
-    t->lost -= lost;
-    t->carried -= lost & (U)(x[EFFECTIVE] != (F){0});
-    for (int half = 0; half < 2; half++) {
-        NAME(d) wide[VALUES];
-        for (int i = 0; i < VALUES; i++) {
-            union {
-                F whole;
-                NAME(half_f) half[2];
-            } value = {x[i]};
-            wide[i] = WIDEN(value.half[half]);
-        }
-        for (int i = 0; i < VALUES; i++)
-            t->dot[i] = ADD_PRODUCT(t->dot[i], wide[i], wide[i == EFFECTIVE || i == PLAIN ? UPDATE : i]);
-    }
+/* Store the values of one element per lane. */
+INLINE void NAME(store_values)(sba_values *to, int64_t i, const F x[VALUES]) {
+    for (int j = 0; j < VALUES; j++) STORE(&to->value[j][i], (U)x[j]);
 }
 
 /* The correction in units of 64 times the distance to the next bf16 number above p (fewer may be no normal number): times two to the
@@ -309,72 +290,114 @@ INLINE F NAME(in_64_ulps)(F p, F c) {
     return c * (F)(0x7f800000u - exponent);
 }
 
-INLINE void NAME(add_lane)(NAME(sums) *t, const NAME(lane) *l, F change, F p, F c, F plain, U keep) {
-    F x[VALUES] = {l->p + l->c, change, (p - l->p) + (c - l->c), plain - l->p, NAME(in_64_ulps)(l->p, l->c), l->m, l->v};
-    NAME(add)(t, x, keep);
+INLINE void NAME(lane_values)(sba_values *to, int64_t i, const NAME(lane) *l, F change, F p, F c, F plain) {
+    NAME(store_values)(to, i, (F[VALUES]){l->p + l->c, change, (p - l->p) + (c - l->c), plain - l->p, NAME(in_64_ulps)(l->p, l->c), l->m, l->v});
 }
 
-INLINE void NAME(add_lane_f32)(NAME(sums) *t, const NAME(lane_f32) *l, U keep) {
-    F change = (l->p - l->change) - l->p, x[VALUES] = {l->p, l->change, change, change, (F){0}, l->m, l->v};
-    NAME(add)(t, x, keep);
+INLINE void NAME(lane_values_f32)(sba_values *to, int64_t i, const NAME(lane_f32) *l) {
+    F change = (l->p - l->change) - l->p;
+    NAME(store_values)(to, i, (F[VALUES]){l->p, l->change, change, change, (F){0}, l->m, l->v});
 }
 
-/* Add 2 W elements of any parameter: what NAME(steps) would store. The masks keep elements of the even and odd (or first and second) lanes. */
-INLINE void NAME(add_elements)(NAME(sums) *t, const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32,
-                               int g_is_f32, int scaled, U keep_even, U keep_odd) {
+/* Second stage for 2 W elements of a bf16 parameter, from what NAME(finish) would store. */
+INLINE void NAME(finish_values)(sba_values *to, int64_t i, const NAME(lanes) *l, const sba_scalars *s, const NAME(constants) *k) {
+    U p, c;
+    NAME(weights)(l, &p, &c, s, k);
+    F even = NAME(change)(&l->even, s), odd = NAME(change)(&l->odd, s);
+    U plain = RTNE((U)(l->even.p - even), (U)(l->odd.p - odd));
+    NAME(lane_values)(to, i, &l->even, even, (F)EVEN(p), (F)EVEN(c), (F)EVEN(plain));
+    NAME(lane_values)(to, i + W, &l->odd, odd, (F)ODD(p), (F)ODD(c), (F)ODD(plain));
+}
+
+/* Store the values of 2 W elements of a float32 parameter. */
+INLINE void NAME(values_f32)(sba_values *to, int64_t at, const sba_run *r, int64_t i, const sba_scalars *s, int g_is_f32, int scaled) {
+    const char *p = r->p + 4 * i, *m = r->m + 4 * i, *v = r->v + 4 * i;
+    U first, second;
+    NAME(gradients_f32)(r->g + i * (g_is_f32 ? 4 : 2), &first, &second, g_is_f32);
+    NAME(lane_f32) a = NAME(load_f32)(p, first, m, v, s, scaled);
+    NAME(lane_f32) b = NAME(load_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s, scaled);
+    NAME(lane_values_f32)(to, at, &a);
+    NAME(lane_values_f32)(to, at + W, &b);
+}
+
+/* Store the values of `count` elements from `start` on, a multiple of 2 W. The order of the stages is that of NAME(update). */
+INLINE void NAME(values)(sba_values *to, const sba_run *r, int64_t start, int64_t count, const sba_scalars *s, const NAME(constants) *k,
+                         int p_is_f32, int g_is_f32, int scaled) {
     if (p_is_f32) {
-        const char *p = r->p + 4 * i, *m = r->m + 4 * i, *v = r->v + 4 * i;
-        U first, second;
-        NAME(gradients_f32)(r->g + i * (g_is_f32 ? 4 : 2), &first, &second, g_is_f32);
-        NAME(lane_f32) a = NAME(load_f32)(p, first, m, v, s, scaled);
-        NAME(lane_f32) b = NAME(load_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s, scaled);
-        NAME(add_lane_f32)(t, &a, keep_even);
-        NAME(add_lane_f32)(t, &b, keep_odd);
+        for (int64_t i = 0; i < count; i += 2 * W) NAME(values_f32)(to, i, r, start + i, s, g_is_f32, scaled);
         return;
     }
-    NAME(lanes) l = NAME(load)(r, i, s, k, g_is_f32, scaled);
+    NAME(lanes) l = NAME(load)(r, start, s, k, g_is_f32, scaled);
     NAME(divide)(&l, s);
-    U p, c;
-    NAME(weights)(&l, &p, &c, s, k);
-    F even = NAME(change)(&l.even, s), odd = NAME(change)(&l.odd, s);
-    U plain = RTNE((U)(l.even.p - even), (U)(l.odd.p - odd));
-    NAME(add_lane)(t, &l.even, even, (F)EVEN(p), (F)EVEN(c), (F)EVEN(plain), keep_even);
-    NAME(add_lane)(t, &l.odd, odd, (F)ODD(p), (F)ODD(c), (F)ODD(plain), keep_odd);
+    for (int64_t i = 2 * W; i < count; i += 2 * W) {
+        PREFETCH(r, start + i, 0);
+        NAME(lanes) next = NAME(load)(r, start + i, s, k, g_is_f32, scaled);
+        NAME(finish_values)(to, i - 2 * W, &l, s, k);
+        NAME(divide)(&next, s);
+        l = next;
+    }
+    NAME(finish_values)(to, count - 2 * W, &l, s, k);
 }
 
-/* Store the sums of a run. */
+/* Sums of values, in lanes. */
+typedef struct {
+    NAME(d) dot[VALUES]; /* with itself, or of the changes with the update */
+    U updates, lost, carried;
+} NAME(sums);
+
+/* Add `count` values, a multiple of W. */
+INLINE void NAME(add_values)(NAME(sums) *shared, const sba_values *from, int64_t count) {
+    NAME(sums) t = *shared;
+    for (int64_t i = 0; i < count; i += W) {
+        F update = (F)LOAD(&from->value[UPDATE][i]), plain = (F)LOAD(&from->value[PLAIN][i]);
+        U is_update = (U)(update != (F){0}), is_lost = is_update & (U)(plain == (F){0});
+        t.updates -= is_update;
+        t.lost -= is_lost;
+        t.carried -= is_lost & (U)((F)LOAD(&from->value[EFFECTIVE][i]) != (F){0});
+        for (int half = 0; half < W; half += W / 2) {
+            NAME(d) x[VALUES];
+            for (int j = 0; j < VALUES; j++) x[j] = WIDEN((NAME(half_f))LOAD_HALF(&from->value[j][i + half]));
+            for (int j = 0; j < VALUES; j++) t.dot[j] = ADD_PRODUCT(t.dot[j], x[j], x[j == EFFECTIVE || j == PLAIN ? UPDATE : j]);
+        }
+    }
+    *shared = t;
+}
+
+/* Store the sums of a run. The values of a few hundred elements at a time stay in the first-level cache: the conversion to double is
+ * cheapest on the way from memory, and one loop for all would need twice the registers that there are. */
 INLINE void NAME(precision)(const sba_run *r, const sba_scalars *shared, double *sums, int p_is_f32, int g_is_f32, int scaled) {
     const sba_scalars scalars = *shared, *s = &scalars;
     const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
+    sba_values values;
     NAME(sums) t = {{{0}}};
-    const U all = (U){0} - 1u;
     int64_t whole = r->count - r->count % (2 * W), rest = r->count - whole;
-    for (int64_t i = 0; i < whole; i += 2 * W) {
-        if (!p_is_f32) PREFETCH(r, i, 0);
-        NAME(add_elements)(&t, r, i, s, k, p_is_f32, g_is_f32, scaled, all, all);
+    for (int64_t start = 0; start < whole; start += SBA_VALUES) {
+        int64_t count = whole - start < SBA_VALUES ? whole - start : SBA_VALUES;
+        NAME(values)(&values, r, start, count, s, k, p_is_f32, g_is_f32, scaled);
+        NAME(add_values)(&t, &values, count);
     }
     if (rest) {
         NAME(tail) padded = {0};
         NAME(copy_tail)(&padded, r, whole, p_is_f32, g_is_f32, 0);
-        U even, odd;
-        for (int j = 0; j < W; j++) {
-            even[j] = (p_is_f32 ? j : 2 * j) < rest ? ~0u : 0;
-            odd[j] = (p_is_f32 ? j + W : 2 * j + 1) < rest ? ~0u : 0;
+        NAME(values)(&values, &padded.run, 0, 2 * W, s, k, p_is_f32, g_is_f32, scaled);
+        for (int i = 0; i < 2 * W; i++) { /* values of the padding need not be zero: an eps of 0 makes NaN */
+            int element = p_is_f32 ? i : 2 * (i % W) + i / W;
+            for (int j = 0; element >= rest && j < VALUES; j++) values.value[j][i] = 0;
         }
-        NAME(add_elements)(&t, &padded.run, 0, s, k, p_is_f32, g_is_f32, scaled, even, odd);
+        NAME(add_values)(&t, &values, 2 * W);
     }
     memset(sums, 0, SBA_SUMS * sizeof *sums);
     sums[SBA_ELEMENTS] = r->count;
     sums[SBA_CORRECTED] = p_is_f32 ? 0 : r->count;
-    for (int j = 0; j < W; j++) {
-        sums[SBA_UPDATES] += t.updates[j];
-        sums[SBA_LOST] += t.lost[j];
-        sums[SBA_CARRIED] += t.carried[j];
+    for (int i = 0; i < W; i++) {
+        sums[SBA_UPDATES] += t.updates[i];
+        sums[SBA_LOST] += t.lost[i];
+        sums[SBA_CARRIED] += t.carried[i];
     }
-    for (int i = 0; i < VALUES; i++) {
+    for (int j = 0; j < VALUES; j++) {
         double total = 0;
-        for (int j = 0; j < W / 2; j++) total += t.dot[i][j];
-        sums[SBA_WEIGHT_SQ + i] = i == EFFECTIVE || i == PLAIN ? -total : i == CORRECTION ? 64 * 64 * total : total;
+        for (int i = 0; i < W / 2; i++) total += t.dot[j][i];
+        sums[SBA_WEIGHT_SQ + j] = j == EFFECTIVE || j == PLAIN ? -total : j == CORRECTION ? 64 * 64 * total : total;
     }
 }
 
@@ -391,8 +414,6 @@ PRECISIONS(1, 1)
 #undef PRECISIONS
 #define PRECISIONS(p, g) {NAME(precision_##p##g##0), NAME(precision_##p##g##1)}
 
-#define HALF NAME(half_u)
-#define LOAD_HALF(address) ((HALF) * (const NAME(half_u_memory) *)(address))
 #define SQUARE_INTO(sum, bits) \
     do { \
         NAME(d) x = WIDEN((NAME(half_f))(bits)); \
