@@ -17,6 +17,7 @@ from .triton_adamw import (
     DRAW_C,
     ROW_WIDTH,
     TAIL,
+    UNALIGNED_ROW,
     _chunk_pointers,
     _new_bf16,
     _new_fp32,
@@ -82,9 +83,13 @@ def _sum_chunk(
     row = tl.load(chunks + 2 * tl.program_id(0))
     scale, key, scalars = _row_scalars(rows + row * ROW_WIDTH, hypers, grad_scale)
     g, p, m, v, c, n = _chunk_pointers(rows, grads, chunks, row, chunk, variant, fp32_param)
-    # A row of offsets is one thread's, so that its elements are added up in its registers.
+    # A row of offsets is one thread's, so that its elements are added up in its registers: adjacent
+    # ones, or if a vector load is not possible, those that let a warp read adjacent ones.
     lanes = tl.arange(0, TAIL)[:, None]
-    offsets = lanes * PER_THREAD + tl.arange(0, PER_THREAD)[None, :]
+    if (UNALIGNED_ROW & variant) == 0:
+        offsets = lanes * PER_THREAD + tl.arange(0, PER_THREAD)[None, :]
+    else:
+        offsets = lanes + tl.arange(0, PER_THREAD)[None, :] * TAIL
     count = tl.zeros((TAIL,), tl.int32)
     dot = tl.zeros((TAIL,), tl.float64)
     sums = (count, count, count, dot, dot, dot, dot, dot, dot, dot)
