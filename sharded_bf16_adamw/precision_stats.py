@@ -22,6 +22,7 @@ from .sharding.dtensor import to_local
 from .state import STATE_KEYS, check_state
 from .validation import param_names
 
+
 @dataclass(frozen=True)
 class PrecisionStats:
     """Precision of one step, over all ranks: see :meth:`AdamW_BF16.precision_stats`.
@@ -135,8 +136,10 @@ def compute_precision_stats(
             rows[shard.device].append(((key_of[id(param)], index), tensors, grad))
     for device, of_device in rows.items():
         slots = {slot: number for number, slot in enumerate(dict.fromkeys(x[0] for x in of_device))}
-        columns = map(list, zip(*[tensors for _, tensors, _ in of_device], strict=True))
-        table = FusedAdamW(*columns, [slots[slot] for slot, _, _ in of_device], backend)
+        tensor_rows = [tensors for _, tensors, _ in of_device]
+        p, m, v, c, steps = (list(column) for column in zip(*tensor_rows, strict=True))
+        groups = [slots[slot] for slot, _, _ in of_device]
+        table = FusedAdamW(p, m, v, c, steps, groups, backend)
         args = StepArgs(
             [grad for _, _, grad in of_device],
             [hyperparams[index] for _, index in slots],
@@ -146,8 +149,7 @@ def compute_precision_stats(
             sums[key][index] += row.to(sums[key].device)
     total, mismatch = grad_norm.all_reduce(sums, shared_replica_groups(infos))
     total = torch.where((mismatch > 0).any(), torch.nan, total)
-    groups = tuple(map(_stats_of, total))
-    return replace(_stats_of(total.sum(0)), groups=groups)
+    return replace(_stats_of(total.sum(0)), groups=tuple(map(_stats_of, total)))
 
 
 def _states_of(shard: Tensor, state: dict[str, Any]) -> list[Tensor | None]:

@@ -63,7 +63,7 @@ class StepArgs(NamedTuple):
 # * weight: ``p + c`` before the step.
 # * update: the intended one, ``lr_weight_decay * weight + upd`` of :mod:`.reference`.
 # * effective: the change of ``p`` plus the change of ``c``, as the step stores them.
-# * plain: the change of a weight without correction: ``p - update``, rounded to nearest, less ``p``.
+# * plain: the change of a weight without correction, ``p - update`` rounded to nearest.
 PRECISION_SUMS = (
     "elements",
     "corrected",  # elements with a correction
@@ -250,8 +250,12 @@ class FusedAdamW:
             copies = [None if x is None else x.contiguous() for x in tensors]
             table = self._table_of([(*copies, step)], [self._groups[i]])  # type: ignore[list-item]
             own_args = args._replace(grads=[args.grads[i].contiguous()])
-            pairs = zip(tensors, copies, strict=True)
-            yield table, own_args, [(x, y) for x, y in pairs if y is not None and y is not x]
+            copied = [
+                (original, copy)
+                for original, copy in zip(tensors, copies, strict=True)
+                if original is not None and copy is not None and copy is not original
+            ]
+            yield table, own_args, copied
 
 
 def adamw_bf16_(

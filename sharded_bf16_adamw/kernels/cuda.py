@@ -110,7 +110,8 @@ class TritonTable:
         for dtype in (torch.bfloat16, torch.float32):
             # by group, so that the programs of a group are consecutive
             indices = sorted(
-                (i for i, p in enumerate(tensors.params) if p.dtype == dtype), key=groups.__getitem__
+                (i for i, p in enumerate(tensors.params) if p.dtype == dtype),
+                key=groups.__getitem__,
             )
             if indices:
                 own_rows, own_groups = [rows[i] for i in indices], [groups[i] for i in indices]

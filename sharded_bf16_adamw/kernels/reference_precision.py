@@ -1,4 +1,4 @@
-"""The sums of ``precision_stats`` in plain PyTorch. The fused kernels of other back ends match them.
+"""The sums of ``precision_stats`` in plain PyTorch. The fused kernels match them.
 
 The reference takes the step on copies of a chunk, so the *effective* change is that of the very
 bits that a step stores. See ``PRECISION_SUMS`` in ``backend.py`` for the terms.
@@ -29,14 +29,16 @@ def add_sums(
         grad_scale: see :class:`.backend.StepArgs`.
     """
     *tensors, step = row
-    s = step_scalars(int(step.item()) + 1, hyper)
+    s = step_scalars(int((step + 1).item()), hyper)
     scale = (-1.0 if hyper.maximize else 1.0) * (1.0 if grad_scale is None else grad_scale.item())
-    flat: list[Any] = [x.as_strided((x.numel(),), (1,)).split(CHUNK) for x in (g, *tensors) if x is not None]
-    for g_part, p, *moments, c in zip(*flat, *[repeat(None)] * (5 - len(flat)), strict=False):
-        new = [None if x is None else x.clone() for x in (p, *moments, c)]
-        table = ReferenceTable(TensorLists(*[[x] for x in (*new, step.clone())]))
+    flat: list[Any] = [
+        x.as_strided((x.numel(),), (1,)).split(CHUNK) for x in (g, *tensors) if x is not None
+    ]
+    for g_part, p, m, v, c in zip(*flat, *[repeat(None)] * (5 - len(flat)), strict=False):
+        new: list[Any] = [None if x is None else x.clone() for x in (p, m, v, c, step)]
+        table = ReferenceTable(TensorLists(*([x] for x in new)))
         table.update_(StepArgs([g_part], [hyper], grad_scale))
-        m, v, upd = _moments(g_part.float() * scale, *[x.float() for x in moments], s)
+        mn, vn, upd = _moments(g_part.float() * scale, m.float(), v.float(), s)
         p32 = p.float()
         weight = p32 if c is None else p32 + c.float()
         update = s.lr_weight_decay * weight + upd
@@ -45,7 +47,7 @@ def add_sums(
         if c is not None:
             # both changes are exact unless they are large, unlike the change of p + c
             effective += new[3].float() - c.float()
-        total += _sums(p, c, weight, update, effective, plain, m, v).to(total.device)
+        total += _sums(p, c, weight, update, effective, plain, mn, vn).to(total.device)
 
 
 def _sums(
