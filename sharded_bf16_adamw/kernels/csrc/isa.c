@@ -54,7 +54,7 @@
 
 /* The values of an element that are added up for precision_stats, in the order of the sums from SBA_WEIGHT_SQ on. */
 enum { WEIGHT, UPDATE, EFFECTIVE, PLAIN, CORRECTION, FIRST, SECOND, VALUES };
-#define SBA_VALUES 512
+#define SBA_VALUES 256
 typedef struct {
     float value[VALUES][SBA_VALUES] __attribute__((aligned(64)));
 } sba_values;
