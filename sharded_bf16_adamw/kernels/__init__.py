@@ -4,8 +4,8 @@
 back end  device                             source
 ========= ================================== ====================================================
 native    CPU                                ``cpu.py`` over the C library of ``csrc/``
-triton    CUDA and ROCm                      ``cuda.py``, ``triton_adamw.py``, ``triton_norm.py``
-reference any; it specifies the others       ``reference.py``
+triton    CUDA and ROCm                      ``cuda.py``, ``triton_*.py``
+reference any; it specifies the others       ``reference.py``, ``reference_precision.py``
 ========= ================================== ====================================================
 
 ``backend.py`` chooses among them.

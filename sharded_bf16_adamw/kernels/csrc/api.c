@@ -1,4 +1,4 @@
-/* The exported functions: a step of many tensors and the sum of squares of many tensors. See cpu.py. */
+/* The exported functions: a step of many tensors, the sums of what it would change, and the sum of squares of many tensors. See cpu.py. */
 #include "native.h"
 
 #include <math.h>
