@@ -291,7 +291,8 @@ INLINE F NAME(in_64_ulps)(F p, F c) {
 }
 
 INLINE void NAME(lane_values)(sba_values *to, int64_t i, const NAME(lane) *l, F change, F p, F c, F plain) {
-    NAME(store_values)(to, i, (F[VALUES]){l->p + l->c, change, (p - l->p) + (c - l->c), plain - l->p, NAME(in_64_ulps)(l->p, l->c), l->m, l->v});
+    F effective = (p - l->p) + (c - l->c), in_64_ulps = NAME(in_64_ulps)(l->p, l->c);
+    NAME(store_values)(to, i, (F[VALUES]){l->p + l->c, change, effective, plain - l->p, in_64_ulps, l->m, l->v});
 }
 
 INLINE void NAME(lane_values_f32)(sba_values *to, int64_t i, const NAME(lane_f32) *l) {
