@@ -18,19 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import (
-    cuda,
-    reference,
-    triton_adamw,
-    triton_norm,
-    triton_precision,
-)
+from sharded_bf16_adamw.kernels import cuda, reference, triton_adamw, triton_norm
 
 from . import ptx_emulator, ptx_memory, triton_checks, triton_offline
 
 KERNELS = (
     (triton_adamw, "adamw_kernel"),
-    (triton_precision, "precision_kernel"),
     (triton_norm, "norm_kernel"),
     (triton_norm, "clip_kernel"),
 )
@@ -106,11 +99,6 @@ def emulated(target: str, by_warp: bool = False) -> Iterator[None]:
 def differences(name: str, target: str, by_warp: bool = False) -> list[str]:
     with emulated(target, by_warp):
         return triton_checks.differences(name)
-
-
-def precision_differences(name: str, target: str) -> list[str]:
-    with emulated(target):
-        return triton_checks.precision_differences(name)
 
 
 def differences_beyond_32_bits(target: str) -> list[str]:
