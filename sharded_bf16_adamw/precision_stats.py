@@ -1,45 +1,26 @@
 """Statistics of what bfloat16 costs in one step: lost updates, effective descent quality, norms.
 
-The next step is tried on copies of a few thousand elements at a time. The optimizer's own kernel
-updates the copies, so stochastic rounding gives the bits that :meth:`.AdamW_BF16.step` will store.
-Tensor operations compare them with the update in float32, and add up in float64. No tensor of the
-optimizer changes, and nothing waits for the device.
+The kernels compute the next step without storing it: with the same stochastic rounding, so that the
+bits are those that :meth:`.AdamW_BF16.step` will store, and they add up in float64. No tensor of
+the optimizer changes, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grad_norm import GradNorm, shared_replica_groups
 from .gradients import GroupGrads, wrong_numel
-from .kernels import FusedAdamW, Hyperparams, StepArgs, double_device
+from .kernels import PRECISION_SUMS, FusedAdamW, Hyperparams, StepArgs, double_device
 from .sharding.base import Sharding
 from .sharding.dtensor import to_local
 from .state import STATE_KEYS, check_state
 from .validation import param_names
-
-CPU_CHUNK = 1 << 16  # elements: fewer cost more in calls, more leave the processor's cache
-DEVICE_CHUNK = 1 << 20  # elements: enough to fill an accelerator
-
-SUMS = (  # what is added up, over chunks and over ranks
-    "elements",
-    "corrected",  # elements with a correction
-    "updates",  # elements whose update is not zero
-    "lost",
-    "carried",
-    "weight_sq",
-    "update_sq",
-    "descent",  # dot product of the effective and the intended update
-    "plain_descent",
-    "correction_sq",  # in units of the weight's last place
-    "first_sq",  # of exp_avg
-    "second_sq",  # of exp_avg_sq
-)
 
 
 @dataclass(frozen=True)
@@ -135,12 +116,13 @@ def compute_precision_stats(
     infos = grad_norm.group_infos(group_grads)
     names = param_names([group for group, _, _ in group_grads])
     devices = {key: param.device for info in infos for key, param in info.param_of_key.items()}
-    shape = (len(group_grads), len(SUMS))
+    shape = (len(group_grads), len(PRECISION_SUMS))
     sums = {
         key: torch.zeros(shape, dtype=torch.float64, device=double_device(device))
         for key, device in (devices or {(False, ()): torch.device("cpu")}).items()
     }
-    trials = TrialSteps(backend, grad_scale)
+    # by device: the key and the index of the group, the tensors and the gradient of each parameter
+    rows: defaultdict[torch.device, list[tuple[Any, list[Any], Tensor]]] = defaultdict(list)
     for index, (info, (_, params, _)) in enumerate(zip(infos, group_grads, strict=True)):
         key_of = dict(zip(map(id, info.params), info.keys, strict=True))
         for param, grad in zip(params, sharding.local_grads(params), strict=True):
@@ -150,16 +132,39 @@ def compute_precision_stats(
             shard = to_local(sharding.shard(param))
             if grad.numel() != shard.numel():
                 raise wrong_numel(names[param], grad.numel(), shard.numel())
-            trials.add_sums(sums[key_of[id(param)]][index], shard, grad, state, hyperparams[index])
+            tensors = [shard, *_states_of(shard, state)]
+            rows[shard.device].append(((key_of[id(param)], index), tensors, grad))
+    for device, of_device in rows.items():
+        slots = {slot: number for number, slot in enumerate(dict.fromkeys(x[0] for x in of_device))}
+        tensor_rows = [tensors for _, tensors, _ in of_device]
+        p, m, v, c, steps = (list(column) for column in zip(*tensor_rows, strict=True))
+        groups = [slots[slot] for slot, _, _ in of_device]
+        table = FusedAdamW(p, m, v, c, steps, groups, backend)
+        args = StepArgs(
+            [grad for _, _, grad in of_device],
+            [hyperparams[index] for _, index in slots],
+            None if grad_scale is None else grad_scale.to(device),
+        )
+        for (key, index), row in zip(slots, table.precision_sums(args), strict=True):
+            sums[key][index] += row.to(sums[key].device)
     total, mismatch = grad_norm.all_reduce(sums, shared_replica_groups(infos))
     total = torch.where((mismatch > 0).any(), torch.nan, total)
-    groups = tuple(map(_stats_of, total))
-    return replace(_stats_of(total.sum(0)), groups=groups)
+    return replace(_stats_of(total.sum(0)), groups=tuple(map(_stats_of, total)))
+
+
+def _states_of(shard: Tensor, state: dict[str, Any]) -> list[Tensor | None]:
+    """Return exp_avg, exp_avg_sq, correction and step; zeros before the first step."""
+    if state:
+        step, m, v, *c = (to_local(state[key]) for key in STATE_KEYS if key in state)
+    else:
+        m = v = torch.zeros_like(shard)
+        step, c = torch.zeros((), dtype=torch.float32, device=shard.device), [m]
+    return [m, v, c[0] if shard.dtype == torch.bfloat16 else None, step]
 
 
 def _stats_of(sums: Tensor) -> PrecisionStats:
-    """Return the statistics that follow from one row of :data:`SUMS`."""
-    named = dict(zip(SUMS, sums.unbind(), strict=True))
+    """Return the statistics that follow from one row of ``PRECISION_SUMS``."""
+    named = dict(zip(PRECISION_SUMS, sums.unbind(), strict=True))
     weight_norm, update_norm = named["weight_sq"].sqrt(), named["update_sq"].sqrt()
     return PrecisionStats(
         elements=named["elements"],
@@ -175,156 +180,3 @@ def _stats_of(sums: Tensor) -> PrecisionStats:
         exp_avg_norm=named["first_sq"].sqrt(),
         exp_avg_sq_norm=named["second_sq"].sqrt(),
     )
-
-
-class Elements(NamedTuple):
-    """The stored tensors of some elements, all flat."""
-
-    p: Tensor
-    m: Tensor
-    v: Tensor
-    g: Tensor
-    c: Tensor | None = None  # only a bfloat16 parameter has one
-
-
-class Scalars(NamedTuple):
-    """Scalars of one step: Python floats, and 0-dim tensors if they depend on the step's number."""
-
-    grad_scale: Tensor | float
-    hyper: Hyperparams
-    step_size: Tensor
-    inv_sqrt_bias_correction2: Tensor
-    lr_weight_decay: Tensor | float
-
-
-class TrialSteps:
-    """The next step of one parameter after the other, taken on copies of a chunk at a time.
-
-    Args:
-        backend: see :class:`.kernels.FusedAdamW`.
-        grad_scale: 0-dim float32 factor of the gradients, or None.
-    """
-
-    def __init__(self, backend: str | None, grad_scale: Tensor | None) -> None:
-        self._backend = backend
-        self._grad_scale = grad_scale
-        # Copies of a chunk and of its step, by device and dtypes; the tables also by their size.
-        self._memory: dict[Any, tuple[list[Tensor], Tensor]] = {}
-        self._tables: dict[Any, FusedAdamW] = {}
-
-    def add_sums(
-        self, total: Tensor, p: Tensor, g: Tensor, state: dict[str, Any], hyper: Hyperparams
-    ) -> None:
-        """Add the sums of one parameter to ``total``, in the order of :data:`SUMS`.
-
-        Args:
-            total: one row of sums.
-            p: the local shard of the parameter.
-            g: the local shard of its gradient.
-            state: its state; empty before its first step.
-            hyper: hyperparameters of its group.
-        """
-        if p.numel() == 0:
-            return
-        is_bf16 = p.dtype == torch.bfloat16
-        zeros = p.new_zeros(()).expand(p.shape)  # takes no memory
-        missing = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-        step, m, v, c = (to_local(state.get(key, missing.get(key, zeros))) for key in STATE_KEYS)
-        total[0] += p.numel()
-        total[1] += p.numel() if is_bf16 else 0
-        chunk = CPU_CHUNK if p.device.type == "cpu" else DEVICE_CHUNK
-        flat = [
-            x.detach().reshape(-1).split(chunk) for x in (p, m, v, g, *([c] if is_bf16 else []))
-        ]
-        scalars = self._scalars(step, hyper)
-        for old in itertools.starmap(Elements, zip(*flat, strict=True)):
-            new = self._step(old, step, hyper, chunk)
-            total[2:] += _sums_of(old, new, scalars).to(total.device)
-
-    def _scalars(self, step: Tensor, hyper: Hyperparams) -> Scalars:
-        device = step.device
-        t = step.reshape(()).to(double_device(device), torch.float64) + 1.0
-        lr = hyper.lr.reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
-        sign = -1.0 if hyper.maximize else 1.0
-        return Scalars(
-            sign if self._grad_scale is None else sign * self._grad_scale.to(device),
-            hyper,
-            (lr / (1.0 - hyper.beta1**t)).float(),
-            (1.0 - hyper.beta2**t).rsqrt().float(),
-            lr * hyper.weight_decay,
-        )
-
-    def _step(self, old: Elements, step: Tensor, hyper: Hyperparams, chunk: int) -> Elements:
-        """Take the step on copies; return them, valid until the next call."""
-        numel, device = old.p.numel(), old.p.device
-        tensors = [x for x in old if x is not None]
-        key = (device, old.p.dtype, old.g.dtype)
-        if key not in self._memory:
-            self._memory[key] = ([x.new_empty(chunk) for x in tensors], torch.empty_like(step))
-        copies, step_copy = self._memory[key]
-        new = Elements(*[copy[:numel].copy_(x) for copy, x in zip(copies, tensors, strict=True)])
-        step_copy.copy_(step)
-        table_key = (*key, numel)
-        table = self._tables.get(table_key)
-        if table is None:
-            table = FusedAdamW(
-                [new.p], [new.m], [new.v], [new.c], [step_copy], backend=self._backend
-            )
-            self._tables[table_key] = table
-        scale = None if self._grad_scale is None else self._grad_scale.to(device)
-        table.update_(StepArgs([new.g], [hyper], scale))
-        return new
-
-
-def _sums_of(old: Elements, new: Elements, s: Scalars) -> Tensor:
-    """Return the sums of a chunk from its stored tensors before and after the step.
-
-    The intended update is that of :mod:`.kernels.reference`, not rounded to the stored dtypes.
-    """
-    hyper, dtype = s.hyper, old.p.dtype
-    p = old.p.float()
-    weight = p if old.c is None else p + old.c.float()
-    g = old.g.float() * s.grad_scale
-    m = (g * (1.0 - hyper.beta1)).add_(old.m.float(), alpha=hyper.beta1)
-    v = (g * g).mul_(1.0 - hyper.beta2).add_(old.v.float(), alpha=hyper.beta2)
-    update = m * s.step_size
-    update.div_(v.sqrt().mul_(s.inv_sqrt_bias_correction2).add_(hyper.eps))
-    update.add_(weight * s.lr_weight_decay)
-    plain = (p - update).to(dtype).float().sub_(p)
-    effective = new.p.float().sub_(p)
-    if old.c is not None and new.c is not None:
-        c = old.c.float()
-        # Both changes are exact, unlike the change of p + correction.
-        effective.add_(new.c.float().sub_(c))
-        in_ulps = c.div_(_ulps(old.p))
-    else:
-        in_ulps = torch.zeros_like(p)
-    is_lost = (plain == 0).logical_and_(update != 0)
-    counts = [update.count_nonzero(), is_lost.sum(), is_lost.logical_and_(effective != 0).sum()]
-    dots = [
-        _dot(weight, weight),
-        _dot(update, update),
-        -_dot(update, effective),
-        -_dot(update, plain),
-        _dot(in_ulps, in_ulps),
-        _dot(m, m),
-        _dot(v, v),
-    ]
-    device = double_device(p.device)
-    return torch.stack([x.to(device, torch.float64) for x in (*counts, *dots)])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the dot product, 0-dim float64: float32 would not hold squares of second moments."""
-    device = double_device(a.device)
-    wide = a.to(device, torch.float64)
-    return torch.dot(wide, wide if a is b else b.to(device, torch.float64))
-
-
-def _ulps(p: Tensor) -> Tensor:
-    """Return the distance to the next bfloat16 number away from zero, float32.
-
-    For a subnormal number it is that of the smallest normal one: the same.
-    """
-    power_of_two = (p.view(torch.int16) & 0x7F80).view(torch.bfloat16).float()
-    return power_of_two.clamp_(min=torch.finfo(torch.bfloat16).tiny).mul_(2.0**-7)

@@ -8,7 +8,8 @@ import torch
 from small_optimizers import BF16, equal, give_gradients, param, snapshot, train
 from torch import nn
 
-from sharded_bf16_adamw import LR, AdamW_BF16, precision_stats
+from sharded_bf16_adamw import LR, AdamW_BF16
+from sharded_bf16_adamw.kernels import reference_precision
 
 NAMES = (
     "elements",
@@ -102,7 +103,7 @@ class TestAgainstFloat64:
     @pytest.mark.parametrize("steps", [0, 3])
     @pytest.mark.parametrize("clip", [False, True])
     def test_matches_the_step_that_is_then_taken(self, monkeypatch, backend, steps, clip):
-        monkeypatch.setattr(precision_stats, "CPU_CHUNK", 64)
+        monkeypatch.setattr(reference_precision, "CHUNK", 64)
         optimizer = mixed_optimizer(LR(lr=1e-3, preheat_steps=10))
         optimizer.backend = backend
         train(optimizer, steps)

@@ -102,6 +102,8 @@ def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
             label = f"AdamW_BF16 ({isa})"
             rows.append(variant(f"ours-{isa}", label, make, ceiling=f"ceiling-{isa}"))
     rows.append(variant("ours-clip", "AdamW_BF16, clip_grad_norm_ + step", _make_clipped))
+    label = "AdamW_BF16, precision_stats + step"
+    rows.append(variant("ours-precision", label, _make_measured))
     if isas:
         label = "AdamW_BF16, a loop that reads the gradients + step"
         rows.append(Contender("ours-reading", label, _make_reading, 0, runs_on="ours"))
@@ -129,6 +131,14 @@ def _make_clipped(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
         ours.step()
 
     return Runner(clip_and_step, _select_isa(None, device))
+
+
+def _make_measured(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
+    def measure_and_step() -> None:
+        ours.precision_stats()
+        ours.step()
+
+    return Runner(measure_and_step, _select_isa(None, device))
 
 
 def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:

@@ -4,14 +4,15 @@
 back end  device                             source
 ========= ================================== ====================================================
 native    CPU                                ``cpu.py`` over the C library of ``csrc/``
-triton    CUDA and ROCm                      ``cuda.py``, ``triton_adamw.py``, ``triton_norm.py``
-reference any; it specifies the others       ``reference.py``
+triton    CUDA and ROCm                      ``cuda.py``, ``triton_*.py``
+reference any; it specifies the others       ``reference.py``, ``reference_precision.py``
 ========= ================================== ====================================================
 
 ``backend.py`` chooses among them.
 """
 
 from .backend import BACKENDS as BACKENDS
+from .backend import PRECISION_SUMS as PRECISION_SUMS
 from .backend import FusedAdamW as FusedAdamW
 from .backend import Hyperparams as Hyperparams
 from .backend import StepArgs as StepArgs

@@ -57,6 +57,28 @@ class StepArgs(NamedTuple):
     found_inf: Tensor | None = None
 
 
+# What ``precision_sums`` of a table adds up, in this order (also in csrc/native.h and
+# triton_precision.py). The float32 values of an element:
+#
+# * weight: ``p + c`` before the step.
+# * update: the intended one, ``lr_weight_decay * weight + upd`` of :mod:`.reference`.
+# * effective: the change of ``p`` plus the change of ``c``, as the step stores them.
+# * plain: the change of a weight without correction, ``p - update`` rounded to nearest.
+PRECISION_SUMS = (
+    "elements",
+    "corrected",  # elements with a correction
+    "updates",  # elements whose update is not zero
+    "lost",  # those of them whose plain change is zero
+    "carried",  # those of the lost whose effective change is not zero
+    "weight_sq",
+    "update_sq",
+    "descent",  # minus the dot product of update and effective change
+    "plain_descent",
+    "correction_sq",  # in units of the weight's last place
+    "first_sq",  # of exp_avg after the step, before it is rounded
+    "second_sq",  # of exp_avg_sq, likewise
+)
+
 ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
@@ -94,6 +116,9 @@ class BackendTable(Protocol):
 
     def update_(self, args: StepArgs) -> None:
         """Take one step in place. Every gradient has the strides of its parameter."""
+
+    def precision_sums(self, args: StepArgs) -> Tensor:
+        """Return :data:`PRECISION_SUMS` of the step; see :meth:`FusedAdamW.precision_sums`."""
 
 
 class FusedAdamW:
@@ -166,6 +191,30 @@ class FusedAdamW:
         # weights.
         torch.autograd.graph.increment_version(self._params)
 
+    def precision_sums(self, args: StepArgs) -> Tensor:
+        """Add up :data:`PRECISION_SUMS` of the step with these arguments. Changes nothing.
+
+        Products and sums are float64, and their order depends only on the tensors' layout. So equal
+        tensors give equal bits on one machine.
+
+        Args:
+            args: see :meth:`update_`; ``found_inf`` is ignored.
+
+        Returns:
+            float64 ``[len(args.hypers), len(PRECISION_SUMS)]``, a row for each group, on the
+            parameters' device, or on the CPU if that has no float64.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        if is_capturing(self._params[0].device):
+            raise RuntimeError(
+                "a CUDA graph captures precision_stats(), which uploads new addresses at each "
+                "call; call it outside of the capture"
+            )
+        parts = [table.precision_sums(own_args) for table, own_args, _ in self._parts(args)]
+        return torch.stack(parts).sum(0)
+
     @property
     def captured(self) -> bool:
         """True if a CUDA graph has captured a step. Its replays read this object's table."""
@@ -181,18 +230,32 @@ class FusedAdamW:
 
     def _update_any_strides(self, args: StepArgs) -> None:
         """Take one step if some tensor is not contiguous."""
+        for table, own_args, copied in self._parts(args):
+            table.update_(own_args)
+            for original, copy in copied:
+                original.copy_(copy)
+
+    def _parts(
+        self, args: StepArgs
+    ) -> Iterator[tuple[BackendTable, StepArgs, list[tuple[Tensor, Tensor]]]]:
+        """Yield tables of all parameters, with gradients of their strides.
+
+        Each comes with pairs of an original tensor and the contiguous copy in the table.
+        """
         if self._table is not None:
             grads = [_with_strides_of(self._params[i], args.grads[i]) for i in self._dense]
-            self._table.update_(args._replace(grads=grads))
+            yield self._table, args._replace(grads=grads), []
         for i in self._strided:
-            p, m, v, c, step = self._rows[i]
-            own_c = None if c is None else c.contiguous()
-            copies = p.contiguous(), m.contiguous(), v.contiguous(), own_c
-            table = self._table_of([(*copies, step)], [self._groups[i]])
-            table.update_(args._replace(grads=[args.grads[i].contiguous()]))
-            for original, copy in zip((p, m, v, c), copies, strict=True):
-                if original is not None and copy is not None and copy is not original:
-                    original.copy_(copy)
+            *tensors, step = self._rows[i]
+            copies = [None if x is None else x.contiguous() for x in tensors]
+            table = self._table_of([(*copies, step)], [self._groups[i]])  # type: ignore[list-item]
+            own_args = args._replace(grads=[args.grads[i].contiguous()])
+            copied = [
+                (original, copy)
+                for original, copy in zip(tensors, copies, strict=True)
+                if original is not None and copy is not None and copy is not original
+            ]
+            yield table, own_args, copied
 
 
 def adamw_bf16_(

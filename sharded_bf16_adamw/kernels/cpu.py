@@ -17,19 +17,20 @@ import weakref
 from array import array
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import StepArgs, TensorLists
+from .backend import PRECISION_SUMS, StepArgs, TensorLists
 from .device_memory import NormScratch
 
 # in the order of csrc/native.h; every processor of the architecture has the baseline
 ISAS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
 _HYPER = struct.Struct("6d")
@@ -127,7 +128,25 @@ class NativeTable:
                 hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
-        grads, hypers, grad_scale, found_inf = args
+        if args.found_inf is not None and args.found_inf.item() != 0:
+            return
+        self._library.sba_table_update(*self._arguments(args))
+
+    def precision_sums(self, args: StepArgs) -> Tensor:
+        """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
+
+        They depend on the instruction set in the last bits, but not on the number of threads.
+        """
+        sums = torch.zeros(
+            (len(args.hypers), len(PRECISION_SUMS)), dtype=torch.float64, device="cpu"
+        )
+        if self._library.sba_table_precision_sums(*self._arguments(args), sums.data_ptr()):
+            raise MemoryError("no memory for the partial sums of precision_stats")
+        return sums
+
+    def _arguments(self, args: StepArgs) -> tuple[Any, ...]:
+        """Return the arguments of a step for the library."""
+        grads, hypers, grad_scale, _ = args
         if len(grads) != len(self._grad_address):
             raise ValueError(
                 f"update_ needs one gradient for each of the {len(self._grad_address)} parameters, "
@@ -137,8 +156,6 @@ class NativeTable:
             raise ValueError(
                 f"update_ needs hyper-parameters for {self._groups} groups, but got {len(hypers)}"
             )
-        if found_inf is not None and found_inf.item() != 0:
-            return
         dtypes = list(map(_dtype_of, grads))
         if dtypes != self._grad_dtypes:
             self._grad_is_f32[:] = list(_float32_flags(dtypes))
@@ -150,7 +167,7 @@ class NativeTable:
             signed = -scale if maximize else scale
             at = i * _HYPER.size
             _HYPER.pack_into(self._hypers, at, float(lr), beta1, beta2, eps, weight_decay, signed)
-        self._library.sba_table_update(
+        return (
             self._handle,
             self._grad_address,
             self._grad_is_f32,
@@ -238,6 +255,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "sba_table_new": ([int64, pointer, pointer, pointer, pointer], pointer),
         "sba_table_free": ([pointer], None),
         "sba_table_update": ([pointer, pointer, pointer, pointer, int32, int32], None),
+        "sba_table_precision_sums": (
+            [pointer, pointer, pointer, pointer, int32, int32, pointer],
+            int32,
+        ),
         "sba_sum_sq": ([int64, pointer, pointer, pointer, int32, int32], ctypes.c_double),
         "sba_isa_supported": ([int32], int32),
         "sba_abi_version": ([], int32),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import Hyperparams, ParamTensors, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Hyperparams, ParamTensors, StepArgs, TensorLists
 from .device_memory import (
     ALIGNMENT,
     WARM_UP,
@@ -107,7 +108,11 @@ class TritonTable:
         self._hypers = DeviceArray((self._group_count, HYPER_WIDTH.value), self.device)
         self._by_dtype = []
         for dtype in (torch.bfloat16, torch.float32):
-            indices = [i for i, p in enumerate(tensors.params) if p.dtype == dtype]
+            # by group, so that the programs of a group are consecutive
+            indices = sorted(
+                (i for i, p in enumerate(tensors.params) if p.dtype == dtype),
+                key=groups.__getitem__,
+            )
             if indices:
                 own_rows, own_groups = [rows[i] for i in indices], [groups[i] for i in indices]
                 self._by_dtype.append(_Rows(indices, own_rows, own_groups))
@@ -131,6 +136,20 @@ class TritonTable:
             table = self._hypers.upload_if_changed(values)
             for rows in self._by_dtype:
                 rows.launch(args, table)
+
+    def precision_sums(self, args: StepArgs) -> Tensor:
+        """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
+
+        One launch for each variant, as in :meth:`update_`, and a sum over programs for each group.
+        """
+        shape = len(args.hypers), len(PRECISION_SUMS)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        with on_device_of(self.device):
+            hypers = args.hypers[: self._group_count]
+            table = self._hypers.upload_if_changed([_hyper_values(h, self.device) for h in hypers])
+            for rows in self._by_dtype:
+                rows.add_precision_sums(total, args, table)
+        return total
 
     @property
     def captured(self) -> bool:
@@ -212,6 +231,7 @@ class _Rows:
         from . import triton_adamw as kernels
 
         self.indices = indices
+        self.groups = groups
         device = rows[0][0].device
         self.fp32 = rows[0][0].dtype == torch.float32
         table = [
@@ -234,14 +254,11 @@ class _Rows:
         self.grads = GradientAddresses([unaligned if x else 0 for x in unaligned_rows], device)
 
     def launch(self, args: StepArgs, hypers: Tensor) -> None:
-        from . import triton_adamw as kernels
+        from .triton_adamw import adamw_kernel
 
-        table, variants = self.grads.on_device([args.grads[i] for i in self.indices])
-        chunks_of = (
-            {variants[0]: self.chunks} if len(variants) == 1 else self._chunks_by_variant(variants)
-        )
+        table, chunks_of = self._gradients(args)
         for variant, chunks in chunks_of.items():
-            kernels.adamw_kernel[(chunks.shape[0],)](
+            adamw_kernel[(chunks.shape[0],)](
                 self.rows,
                 table,
                 hypers,
@@ -252,12 +269,53 @@ class _Rows:
                 args.grad_scale,
                 args.found_inf,
                 variant=variant,
-                fp32_param=self.fp32,
-                hardware_cast=not interpreted(),
-                flushing_sqrt=torch.version.hip is not None,
-                num_warps=warps(kernels.THREADS, self.rows.device),
-                enable_fp_fusion=False,
+                **self._options(),
             )
+
+    def add_precision_sums(self, total: Tensor, args: StepArgs, hypers: Tensor) -> None:
+        """Add the sums of all rows to ``total``, a row for each group."""
+        from .triton_precision import precision_kernel
+
+        table, chunks_of = self._gradients(args)
+        group_of_program = torch.tensor(self.groups, device="cpu")[self._all_chunks[:, 0]]
+        variant_of_program = torch.tensor(self.grads.variants, device="cpu")[self._all_chunks[:, 0]]
+        for variant, chunks in chunks_of.items():
+            shape = chunks.shape[0], total.shape[1]
+            partials = torch.empty(shape, dtype=torch.float64, device=total.device)
+            precision_kernel[(chunks.shape[0],)](
+                self.rows,
+                table,
+                hypers,
+                chunks,
+                partials,
+                len(self.indices),
+                self.chunk,
+                args.grad_scale,
+                variant=variant,
+                **self._options(),
+            )
+            own = group_of_program[variant_of_program == variant]
+            groups, programs = (x.tolist() for x in own.unique_consecutive(return_counts=True))
+            for group, of_group in zip(groups, partials.split(programs), strict=True):
+                total[group] += of_group.sum(0)
+
+    def _gradients(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the gradients' addresses on the device, and the chunks of each variant."""
+        table, variants = self.grads.on_device([args.grads[i] for i in self.indices])
+        if len(variants) == 1:
+            return table, {variants[0]: self.chunks}
+        return table, self._chunks_by_variant(variants)
+
+    def _options(self) -> dict[str, Any]:
+        from .triton_adamw import THREADS
+
+        return {
+            "fp32_param": self.fp32,
+            "hardware_cast": not interpreted(),
+            "flushing_sqrt": torch.version.hip is not None,
+            "num_warps": warps(THREADS, self.rows.device),
+            "enable_fp_fusion": False,
+        }
 
     def _chunks_by_variant(self, variants: list[int]) -> dict[int, Tensor]:
         """Return the chunks of each variant's rows: a launch has programs only for its own rows."""

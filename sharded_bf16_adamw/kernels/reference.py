@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import Hyperparams, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Hyperparams, StepArgs, TensorLists
 from .device_memory import NormScratch
 
 CHUNK = 1 << 16  # elements per pass: its temporaries stay in a CPU's second-level cache
@@ -120,6 +120,18 @@ class ReferenceTable:
             signed_scale = -scale if hypers[group].maximize else scale
             for chunk in zip(*[x.split(CHUNK) for x in flat], strict=True):
                 update(*chunk, scale=signed_scale, s=scalars[t, group])  # type: ignore[misc]
+
+    @torch.no_grad()
+    def precision_sums(self, args: StepArgs) -> Tensor:
+        """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`."""
+        from .reference_precision import add_sums
+
+        device = double_device(args.grads[0].device)
+        shape = len(args.hypers), len(PRECISION_SUMS)
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        for (row, group), g in zip(self._rows, args.grads, strict=True):
+            add_sums(total[group], row, g, args.hypers[group], args.grad_scale)
+        return total
 
 
 make_table = ReferenceTable

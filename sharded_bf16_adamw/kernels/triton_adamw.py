@@ -132,29 +132,8 @@ def _update_chunk(
     program = tl.program_id(0)
     row = tl.load(chunks + 2 * program)
     if tl.load(grads + n_rows + row) == variant:
-        scale = tl.full((), 1.0, tl.float32)
-        if grad_scale is not None:
-            scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
-        this_row = rows + row * ROW_WIDTH
-        hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
-        # a product: 0 - x loses the sign of zero
-        scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)
-        step = tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32)))
-        t = (step + 1.0).to(tl.int32)
-        scalars = _step_scalars(t, hyper)
-        key = _lowbias32(t.to(tl.uint32))
-        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk
-        n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
-        g = _pointer(
-            tl.load(grads + row), start, (FP32_GRAD & variant) != 0, (UNALIGNED_GRAD & variant) == 0
-        )
-        aligned: tl.constexpr = (UNALIGNED_ROW & variant) == 0
-        p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
-        m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
-        v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
-        c = p  # a float32 parameter has no correction
-        if not fp32_param:
-            c = _pointer(tl.load(this_row + ROW_CORRECTION), start, fp32_param, aligned)
+        scale, key, scalars = _row_scalars(rows + row * ROW_WIDTH, hypers, grad_scale)
+        g, p, m, v, c, n = _chunk_pointers(rows, grads, chunks, row, chunk, variant, fp32_param)
         offsets = tl.arange(0, BLOCK)
         full = n - n % BLOCK
         for i in range(0, full, BLOCK):
@@ -191,6 +170,41 @@ def _update_chunk(
                 hardware_cast,
                 flushing_sqrt,
             )
+
+
+@triton.jit
+def _row_scalars(this_row, hypers, grad_scale):
+    """Return the factor of the gradients, the hash of the step and its scalars."""
+    scale = tl.full((), 1.0, tl.float32)
+    if grad_scale is not None:
+        scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
+    hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
+    # a product: 0 - x loses the sign of zero
+    scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)
+    step = tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32)))
+    t = (step + 1.0).to(tl.int32)
+    return scale, _lowbias32(t.to(tl.uint32)), _step_scalars(t, hyper)
+
+
+@triton.jit
+def _chunk_pointers(
+    rows, grads, chunks, row, chunk, variant: tl.constexpr, fp32_param: tl.constexpr
+):
+    """Return pointers to the first elements of this program's chunk, and their number."""
+    this_row = rows + row * ROW_WIDTH
+    start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk
+    n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
+    g = _pointer(
+        tl.load(grads + row), start, (FP32_GRAD & variant) != 0, (UNALIGNED_GRAD & variant) == 0
+    )
+    aligned: tl.constexpr = (UNALIGNED_ROW & variant) == 0
+    p = _pointer(tl.load(this_row + ROW_PARAM), start, fp32_param, aligned)
+    m = _pointer(tl.load(this_row + ROW_EXP_AVG), start, fp32_param, aligned)
+    v = _pointer(tl.load(this_row + ROW_EXP_AVG_SQ), start, fp32_param, aligned)
+    c = p  # a float32 parameter has no correction
+    if not fp32_param:
+        c = _pointer(tl.load(this_row + ROW_CORRECTION), start, fp32_param, aligned)
+    return g, p, m, v, c, n
 
 
 @triton.jit
@@ -262,6 +276,34 @@ def _update_bf16(
     hardware_cast: tl.constexpr,
     flushing_sqrt: tl.constexpr,
 ):
+    _, _, pn, cn, mn, vn, _, random = _new_bf16(
+        g, p, m, v, c, mask, scale, key, scalars, hardware_cast, flushing_sqrt
+    )
+    tl.store(p, pn, mask=mask)
+    tl.store(v, _stochastic_round(vn, random), mask=mask)
+    tl.store(m, _stochastic_round(mn, random * DRAW_M), mask=mask)
+    tl.store(c, _stochastic_round(cn, random * DRAW_C), mask=mask)
+
+
+@triton.jit
+def _new_bf16(
+    g,
+    p,
+    m,
+    v,
+    c,
+    mask,
+    scale,
+    key,
+    scalars,
+    hardware_cast: tl.constexpr,
+    flushing_sqrt: tl.constexpr,
+):
+    """Return what the step makes of some elements.
+
+    In this order: the bits of the old p and c; those of the new p; new c, m and v, not yet rounded;
+    the change of p + c with its sign reversed; and random bits for v.
+    """
     g_bits = tl.load(g, mask=mask)
     p16 = tl.load(p, mask=mask).to(tl.uint32)
     m16 = tl.load(m, mask=mask).to(tl.uint32)
@@ -273,26 +315,31 @@ def _update_bf16(
     mn, vn, upd = _moments(
         _gradient(g_bits) * scale, _widen(m16), _widen(v16), scalars, flushing_sqrt
     )
-    d = c32 - (scalars[6] * (p32 + c32) + upd)
+    change = scalars[6] * (p32 + c32) + upd
+    d = c32 - change
     pn = _round_nearest(p32 + d, hardware_cast)
     cn = (p32 - _widen(pn.to(tl.uint32))) + d
-    tl.store(p, pn, mask=mask)
-    tl.store(v, _stochastic_round(vn, random), mask=mask)
-    tl.store(m, _stochastic_round(mn, random * DRAW_M), mask=mask)
-    tl.store(c, _stochastic_round(cn, random * DRAW_C), mask=mask)
+    return p16, c16, pn, cn, mn, vn, change, random
 
 
 @triton.jit
 def _update_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
+    p32, mn, vn, change = _new_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt)
+    tl.store(p, (p32 - change).to(tl.uint32, bitcast=True), mask=mask)
+    tl.store(v, vn.to(tl.uint32, bitcast=True), mask=mask)
+    tl.store(m, mn.to(tl.uint32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _new_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
+    """Return the old p, the new m and v, and the change of p with its sign reversed."""
     p32 = tl.load(p, mask=mask).to(tl.float32, bitcast=True)
     m32 = tl.load(m, mask=mask).to(tl.float32, bitcast=True)
     v32 = tl.load(v, mask=mask).to(tl.float32, bitcast=True)
     mn, vn, upd = _moments(
         _gradient(tl.load(g, mask=mask)) * scale, m32, v32, scalars, flushing_sqrt
     )
-    tl.store(p, (p32 - (scalars[6] * p32 + upd)).to(tl.uint32, bitcast=True), mask=mask)
-    tl.store(v, vn.to(tl.uint32, bitcast=True), mask=mask)
-    tl.store(m, mn.to(tl.uint32, bitcast=True), mask=mask)
+    return p32, mn, vn, scalars[6] * p32 + upd
 
 
 @triton.jit

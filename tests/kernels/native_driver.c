@@ -1,4 +1,4 @@
-/* Run the native library without Python. Read the tensors of one step, take the step and the sum of squares on every instruction set of
+/* Run the native library without Python. Read the tensors of one step, take the step and both kinds of sums on every instruction set of
  * this machine with several concurrent callers, and write all results. test_cpu_driver.py builds this program, also with sanitizers and
  * for other processors, and describes the files.
  *
@@ -17,10 +17,11 @@ typedef struct {
 void *sba_table_new(int64_t, const int64_t *, const int64_t *, const unsigned char *, const int64_t *);
 void sba_table_free(void *);
 void sba_table_update(void *, const int64_t *, const unsigned char *, const hyper *, int, int);
+int sba_table_precision_sums(void *, const int64_t *, const unsigned char *, const hyper *, int, int, double *);
 double sba_sum_sq(int64_t, const int64_t *, const int64_t *, const unsigned char *, int, int);
 int sba_isa_supported(int);
 
-enum { MOST = 256, COLUMNS = 5 }; /* g, p, m, v, c */
+enum { MOST = 256, COLUMNS = 5 /* g, p, m, v, c */, SUMS = 12, GROUPS = 2 };
 
 typedef struct {
     int64_t p_is_f32, g_is_f32, numel, offset; /* offset: elements between an aligned address and the tensor */
@@ -41,7 +42,7 @@ typedef struct {
     int isa;
     char *memory[MOST][COLUMNS]; /* allocated to the byte, so that a sanitizer detects any overrun */
     float *step;
-    double sum_sq;
+    double sum_sq, sums[GROUPS * SUMS];
     pthread_t thread;
 } caller;
 
@@ -66,13 +67,14 @@ static void *run(void *argument) {
         c->step[i] = (float)s->step;
         states[4 * tensors + i] = (int64_t)&c->step[i];
         numel[i] = s->numel;
-        group[i] = i % 2; /* two groups with the same hyper-parameters */
+        group[i] = i % GROUPS; /* groups with the same hyper-parameters */
         p_is_f32[i] = s->p_is_f32;
         g_is_f32[i] = s->g_is_f32;
     }
     c->sum_sq = sba_sum_sq(tensors, grads, numel, g_is_f32, threads, c->isa);
     void *table = sba_table_new(tensors, states, numel, p_is_f32, group);
-    const hyper hypers[2] = {arguments, arguments};
+    const hyper hypers[GROUPS] = {arguments, arguments};
+    if (sba_table_precision_sums(table, grads, g_is_f32, hypers, threads, c->isa, c->sums)) exit(2);
     sba_table_update(table, grads, g_is_f32, hypers, threads, c->isa);
     sba_table_free(table);
     return NULL;
@@ -113,6 +115,7 @@ int main(int argc, char **argv) {
             caller *c = &all[j];
             pthread_join(c->thread, NULL);
             fwrite(&c->sum_sq, sizeof c->sum_sq, 1, out);
+            fwrite(c->sums, sizeof c->sums, 1, out);
             for (int i = 0; i < tensors; i++) {
                 fwrite(&c->step[i], sizeof c->step[i], 1, out);
                 for (int k = 0; k < COLUMNS; k++) {

@@ -3,7 +3,8 @@
 The driver reads a file: tensors (int64); lr, beta1, beta2, eps, weight_decay, grad_scale (double);
 then for each tensor p_is_f32, g_is_f32, numel, offset (int64), step (double) and the elements of g,
 p, m, v and, for bf16 parameters, c. It writes a file, for each instruction set and each caller: the
-sum of squares (double), then for each tensor the step (float32) and its elements.
+sum of squares and the precision sums of two groups (double), then for each tensor the step
+(float32) and its elements.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ from bits import assert_same_bits, random_bits
 from torch import Tensor
 
 import sharded_bf16_adamw.kernels as kernels
-from sharded_bf16_adamw.kernels import reference
+from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, reference
 
+from .precision_checks import mismatches
 from .tables import table_of, take_step
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -103,18 +106,27 @@ def run_and_compare_cases(
     assert done.returncode == 0 and done.stderr == "", done.stderr[-4000:]
 
     sum_sq = reference.grad_sum_sq([case.columns[0] for case in all_cases]).item()
+    columns = [
+        [x[i] if i < len(x) else None for x in (c.columns for c in all_cases)] for i in range(5)
+    ]
+    states: list[Any] = [*columns[1:], [case.step for case in all_cases]]
+    groups = [i % 2 for i in range(len(all_cases))]
+    args = StepArgs(columns[0], [Hyperparams(**HYPER)] * 2, torch.tensor(SCALE))  # type: ignore[arg-type]
+    sums = table_of(reference, *states, groups=groups).precision_sums(args)
     for case in all_cases:
         g, p, m, v, *c = case.columns
         table = table_of(reference, [p], [m], [v], c or [None], [case.step])
         take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE))
     written = target.read_bytes()
-    one = 8 + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
+    one = 8 + sums.nbytes + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
     assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0
     for start in range(0, len(written), one):
         assert struct.unpack_from("=d", written, start)[0] == pytest.approx(
             sum_sq, rel=1e-12, nan_ok=True
         )
-        at = start + 8
+        at = start + 8 + sums.nbytes
+        found = torch.frombuffer(bytearray(written[start + 8 : at]), dtype=torch.float64)
+        assert mismatches(found.reshape(sums.shape), sums) == []
         for case in all_cases:
             assert struct.unpack_from("=f", written, at)[0] == case.step.item()
             at += 4

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.kernels import cuda, reference
 from sharded_bf16_adamw.kernels.device_memory import NormScratch
 
@@ -83,6 +84,31 @@ class Model:
 @pytest.mark.parametrize("name", triton_checks.CASES)
 def test_same_bits_as_the_reference(name: str) -> None:
     assert triton_checks.differences(name, "cuda") == []
+
+
+@pytest.mark.parametrize("name", triton_checks.PRECISION_CASES)
+def test_precision_sums_are_those_of_the_reference(name: str) -> None:
+    assert triton_checks.precision_differences(name, "cuda") == []
+
+
+def test_precision_stats_do_not_wait_for_the_device_and_refuse_a_capture() -> None:
+    params = [torch.nn.Parameter(p) for p in random_grads(0)]
+    optimizer = AdamW_BF16(params, lr=1e-3)
+    for step in range(3):
+        for p, grad in zip(params, random_grads(step), strict=True):
+            p.grad = grad
+        optimizer.clip_grad_norm_(1.0)
+        if step == 1:
+            with no_host_sync():
+                optimizer.precision_stats()
+        optimizer.step()
+    for p, grad in zip(params, random_grads(3), strict=True):
+        p.grad = grad
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(RuntimeError, match="call it outside of the capture"),
+    ):
+        optimizer.precision_stats()
 
 
 def test_norm_and_clip() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
 from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
+from .precision_checks import mismatches
 from .tables import split, table_of, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -192,6 +193,56 @@ CASES = {
         MIXED, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}
     ),
 }
+
+
+# The sums of a NaN are NaN, so these cases are finite.
+PRECISION_CASES = {
+    **{name: CASES[name] for name in ("several updates", "mixed", "maximize", "grad_scale")},
+    **{name: CASES[name] for name in ("zeros", "lr tensor", "lr without an fp32 equal")},
+    **{
+        name: replace(CASES[name], finite=True)
+        for name in (
+            "bf16, fp32 gradients",
+            "fp32, bf16 gradients",
+            "unaligned",
+            "unaligned fp32 gradients",
+            "unaligned fp32",
+            "borders",
+            "borders, fp32",
+        )
+    },
+}
+
+
+def precision_differences(name: str, device: str = "cpu") -> list[str]:
+    """Compare the sums of a model of two groups with the reference's.
+
+    Returns:
+        A line for each sum that differs, and for each tensor that has changed.
+    """
+    case = PRECISION_CASES[name]
+    columns = model(case)
+    generator = torch.Generator().manual_seed(4)
+    grads = [
+        patterns(n, d, generator, case.grad_offset, finite=True)
+        for n, d in zip(case.sizes, case.grads, strict=True)
+    ]
+    hyper, flags = split(case.hyper)
+    groups = [i // 2 % 2 for i in range(len(case.sizes))]
+    wanted = table_of(reference, **columns, groups=groups).precision_sums(  # type: ignore[arg-type]
+        StepArgs(grads, [hyper, OTHER_GROUP], **flags)
+    )
+    own = {name: [copied(x, device) for x in column] for name, column in columns.items()}
+    own_grads: list[Any] = [copied(g, device) for g in grads]
+    hyper, flags = split(
+        {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
+    )
+    args = StepArgs(own_grads, [hyper, OTHER_GROUP], **flags)
+    table = table_of(cuda, **own, groups=groups)
+    found = [table.precision_sums(args) for _ in range(2)]
+    lines = [] if torch.equal(*found) else ["two calls differ"]
+    lines += mismatches(found[0].cpu(), wanted)
+    return lines + [line for x in own for line in differing(x, own[x], columns[x])]
 
 
 def differences_beyond_32_bits() -> list[str]:
@@ -528,7 +579,7 @@ def square_roots(scaled: bool) -> dict[str, int]:
 
 def signatures(target: str) -> list[tuple[str, str]]:
     """Compile the kernels of a few calls through the launcher, for a simulated device."""
-    from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
+    from sharded_bf16_adamw.kernels import triton_adamw, triton_norm, triton_precision
 
     from .triton_offline import pretend
 
@@ -545,6 +596,7 @@ def signatures(target: str) -> list[tuple[str, str]]:
 
     pretend(target)
     triton_adamw.adamw_kernel = Warmed(triton_adamw.adamw_kernel)
+    triton_precision.precision_kernel = Warmed(triton_precision.precision_kernel)
     triton_norm.norm_kernel = Warmed(triton_norm.norm_kernel)
     triton_norm.clip_kernel = Warmed(triton_norm.clip_kernel)
     for n in (1, 16, 100):  # 1 and multiples of 16 are special to Triton
@@ -560,6 +612,7 @@ def signatures(target: str) -> list[tuple[str, str]]:
                 found_inf=torch.ones(4)[(n + 1) % 4],
                 maximize=n == 1,
             )
+        table.precision_sums(StepArgs(rows, [Hyperparams(**HYPER)]))
         cuda.grad_norm_clip(rows, float(n))
         cuda.clip_coefficient(cuda.grad_sum_sq(rows), 1.0)
     return [(x.metadata.name, x.hash) for x in compiled]

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from sharded_bf16_adamw.kernels import triton_adamw, triton_norm
+from sharded_bf16_adamw.kernels import triton_adamw, triton_norm, triton_precision
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,6 +36,8 @@ ADAMW_ARGUMENTS: dict[str, str] = {
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
 }
+PRECISION_ARGUMENTS = {name: t for name, t in ADAMW_ARGUMENTS.items() if name != "finished"}
+PRECISION_ARGUMENTS["partials"] = "*fp64"
 NORM_ARGUMENTS: dict[str, str] = {
     "numels": "*i64",
     "grads": "*i64",
@@ -67,6 +69,26 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "fp32": (
         triton_adamw.adamw_kernel,
         ADAMW_ARGUMENTS,
+        _FULL_ADAMW | {"variant": 1, "fp32_param": True},
+    ),
+    "precision": (
+        triton_precision.precision_kernel,
+        PRECISION_ARGUMENTS,
+        _FULL_ADAMW | {"variant": 0},
+    ),
+    "precision, unaligned gradient": (
+        triton_precision.precision_kernel,
+        PRECISION_ARGUMENTS,
+        _FULL_ADAMW | {"variant": 2},
+    ),
+    "precision, unaligned": (
+        triton_precision.precision_kernel,
+        PRECISION_ARGUMENTS,
+        _FULL_ADAMW | {"variant": 6},
+    ),
+    "precision, fp32": (
+        triton_precision.precision_kernel,
+        PRECISION_ARGUMENTS,
         _FULL_ADAMW | {"variant": 1, "fp32_param": True},
     ),
     "norm": (triton_norm.norm_kernel, NORM_ARGUMENTS, {}),

@@ -1,4 +1,4 @@
-/* The exported functions: a step of many tensors and the sum of squares of many tensors. See cpu.py. */
+/* The exported functions: a step of many tensors, the sums of what it would change, and the sum of squares of many tensors. See cpu.py. */
 #include "native.h"
 
 #include <math.h>
@@ -51,6 +51,7 @@ typedef struct {
     int64_t *scalars_of;  /* per tensor: index into scalars */
     const sba_kernels *kernels;
     const unsigned char *g_is_f32;
+    double *sums; /* SBA_SUMS per block; NULL to take the step */
 } sba_table;
 
 SBA_EXPORT void sba_table_free(sba_table *t) {
@@ -132,13 +133,14 @@ static sba_scalars scalars_of_step(double step, const sba_hyper *h) {
     };
 }
 
-/* Increment the step count of every tensor and compute its scalars. Most tensors of a group share them. */
-static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *grads, const sba_hyper *hypers) {
+/* Compute the scalars of every tensor's next step, and increment its step count if it is taken. Most tensors of a group share them. */
+static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *grads, const sba_hyper *hypers, int taken) {
     int64_t used = 0, last_group = 0;
     float last = 0;
     for (int64_t i = 0; i < t->tensors; i++) {
         if (i + STEPS_AHEAD < t->tensors) __builtin_prefetch(t->step[i + STEPS_AHEAD], 1);
-        float step = *t->step[i] += 1.0f;
+        float step = *t->step[i] + 1.0f;
+        if (taken) *t->step[i] = step;
         if (!used || step != last || t->group[i] != last_group) t->scalars[used++] = scalars_of_step(step, &hypers[t->group[i]]);
         last = step;
         last_group = t->group[i];
@@ -159,7 +161,7 @@ static void prefetch_block(const sba_table *t, const sba_block *block) {
     __builtin_prefetch(run->g + block->begin * (t->g_is_f32[block->tensor] ? 4 : 2));
 }
 
-static void update_chunk(void *context, int64_t chunk) {
+static void step_chunk(void *context, int64_t chunk) {
     const sba_table *t = context;
     fp_mode old = enter_ieee();
     int64_t end = t->plan.chunk[chunk + 1];
@@ -172,20 +174,48 @@ static void update_chunk(void *context, int64_t chunk) {
         char *g = whole->g + block->begin * (g_is_f32 ? 4 : 2);
         sba_run run = {whole->p + at, g, whole->m + at, whole->v + at, p_is_f32 ? NULL : whole->c + at, block->count};
         const sba_scalars *s = &t->scalars[t->scalars_of[block->tensor]];
-        t->kernels->update[p_is_f32][g_is_f32][s->grad_scale != 1.0f](&run, s);
+        if (t->sums)
+            t->kernels->precision[p_is_f32][g_is_f32][s->grad_scale != 1.0f](&run, s, t->sums + k * SBA_SUMS);
+        else
+            t->kernels->update[p_is_f32][g_is_f32][s->grad_scale != 1.0f](&run, s);
     }
     leave_ieee(old);
+}
+
+static __attribute__((noinline)) void add_blocks(const sba_table *t, const double *of_blocks, double *sums) {
+    for (int64_t k = 0; k < t->plan.blocks; k++)
+        for (int i = 0; i < SBA_SUMS; i++) sums[t->group[t->plan.block[k].tensor] * SBA_SUMS + i] += of_blocks[k * SBA_SUMS + i];
+}
+
+static void run_step(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers, int threads, int isa,
+                     double *sums) {
+    fp_mode old = enter_ieee();
+    begin_step(t, grads, hypers, !sums);
+    leave_ieee(old);
+    t->kernels = sba_kernels_of(isa);
+    t->g_is_f32 = g_is_f32;
+    t->sums = sums;
+    sba_parallel(step_chunk, t, t->plan.chunks, t->numel < SMALL ? 1 : threads);
 }
 
 /* Take one step. `grads` (addresses) and `g_is_f32` have one entry a tensor, `hypers` one a group. A table serves one call at a time. */
 SBA_EXPORT void sba_table_update(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers,
                                  int threads, int isa) {
+    run_step(t, grads, g_is_f32, hypers, threads, isa, NULL);
+}
+
+/* Add to `sums`, SBA_SUMS a group, what that step would change, with the same bits for any number of threads. Return 0, or -1 if memory
+ * is short. */
+SBA_EXPORT int sba_table_precision_sums(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers,
+                                        int threads, int isa, double *sums) {
+    double *of_blocks = malloc((t->plan.blocks + 1) * SBA_SUMS * sizeof *of_blocks);
+    if (!of_blocks) return -1;
+    run_step(t, grads, g_is_f32, hypers, threads, isa, of_blocks);
     fp_mode old = enter_ieee();
-    begin_step(t, grads, hypers);
+    add_blocks(t, of_blocks, sums);
     leave_ieee(old);
-    t->kernels = sba_kernels_of(isa);
-    t->g_is_f32 = g_is_f32;
-    sba_parallel(update_chunk, t, t->plan.chunks, t->numel < SMALL ? 1 : threads);
+    free(of_blocks);
+    return 0;
 }
 
 /* ---- sum of squares ---- */
@@ -240,4 +270,4 @@ SBA_EXPORT double sba_sum_sq(int64_t tensors, const int64_t *address, const int6
 SBA_EXPORT int sba_isa_supported(int isa) { return sba_kernels_of(isa) != 0; }
 
 /* Increment this whenever the update rule or an exported function changes: cpu.py refuses a library of another version. */
-SBA_EXPORT int sba_abi_version(void) { return 4; }
+SBA_EXPORT int sba_abi_version(void) { return 5; }

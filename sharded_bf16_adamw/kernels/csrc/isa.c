@@ -43,14 +43,21 @@
 
 #define AHEAD 2048 /* bytes. Hardware prefetchers stop at each page: alone they leave 20 % of the memory bandwidth unused */
 #define STREAMS 8  /* of a sum of squares: 40 % faster than one stream for gradients that are not in a cache */
-#define PREFETCH(r, i) \
+#define PREFETCH(r, i, write) \
     do { \
-        __builtin_prefetch((r)->p + 2 * (i) + AHEAD, 1); \
-        __builtin_prefetch((r)->m + 2 * (i) + AHEAD, 1); \
-        __builtin_prefetch((r)->v + 2 * (i) + AHEAD, 1); \
-        __builtin_prefetch((r)->c + 2 * (i) + AHEAD, 1); \
+        __builtin_prefetch((r)->p + 2 * (i) + AHEAD, write); \
+        __builtin_prefetch((r)->m + 2 * (i) + AHEAD, write); \
+        __builtin_prefetch((r)->v + 2 * (i) + AHEAD, write); \
+        __builtin_prefetch((r)->c + 2 * (i) + AHEAD, write); \
         __builtin_prefetch((r)->g + 2 * (i) + AHEAD); \
     } while (0)
+
+/* The values of an element that are added up for precision_stats, in the order of the sums from SBA_WEIGHT_SQ on. */
+enum { WEIGHT, UPDATE, EFFECTIVE, PLAIN, CORRECTION, FIRST, SECOND, VALUES };
+#define SBA_VALUES 256
+typedef struct {
+    float value[VALUES][SBA_VALUES] __attribute__((aligned(64)));
+} sba_values;
 
 /* Baseline: instructions that every processor of the target has.
  *
@@ -61,7 +68,7 @@
  * RTNE, SR       words of bf16 rounded from two vectors of float32 bits. SR rounds up where the low half exceeds the 16 random bits,
  *                that is where adding their complement carries
  * WIDEN          float to double
- * ADD_SQUARE     add x * x
+ * ADD_PRODUCT    add x * y
  * KEEP           keep a vector in a register, instead of rebuilding it from immediates in every iteration */
 #define ISA baseline
 #define TARGET
@@ -74,7 +81,7 @@
 #define RTNE(even, odd) PACK(NEAREST(even), NEAREST(odd))
 #define SR(even, odd, random) PACK((even) + (~(random) & 0xffffu), (odd) + (~(random) >> 16))
 #define WIDEN(x) __builtin_convertvector(x, NAME(d))
-#define ADD_SQUARE(sum, x) ((sum) + (x) * (x))
+#define ADD_PRODUCT(sum, x, y) ((sum) + (x) * (y))
 #define KEEP(x)
 typedef struct {
     char unused;
@@ -108,7 +115,7 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #undef MULTIPLY_HIGH
 #undef PACK
 #undef WIDEN
-#undef ADD_SQUARE
+#undef ADD_PRODUCT
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define W 8
@@ -119,7 +126,7 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #define MULTIPLY_HIGH(x, y) ((avx2_h)_mm256_mulhi_epu16((__m256i)(x), (__m256i)(y)))
 #define PACK(even, odd) ((avx2_u)_mm256_blend_epi16((__m256i)((even) >> 16), (__m256i)(odd), 0xaa))
 #define WIDEN(x) ((avx2_d)_mm256_cvtps_pd((__m128)(x)))
-#define ADD_SQUARE(sum, x) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(x), (__m256d)(sum)))
+#define ADD_PRODUCT(sum, x, y) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(y), (__m256d)(sum)))
 #include "simd_kernels.inc.h"
 
 /* With 512 bits only two ports compute, and shifts, roots and quotients all need the same one. Byte shuffles use the other, so they
@@ -137,7 +144,7 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #undef RTNE
 #undef SR
 #undef WIDEN
-#undef ADD_SQUARE
+#undef ADD_PRODUCT
 #undef KEEP
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
@@ -195,7 +202,7 @@ static inline __attribute__((always_inline)) TARGET __m512i avx512_rtne(__m512i 
 #define SR(even, odd, random) ((avx512_u)avx512_sr((__m512i)(even), (__m512i)(odd), (__m512i)(random), &k->shuffles))
 #define RTNE(even, odd) ((avx512_u)avx512_rtne((__m512i)(even), (__m512i)(odd), &k->shuffles))
 #define WIDEN(x) ((avx512_d)_mm512_cvtps_pd((__m256)(x)))
-#define ADD_SQUARE(sum, x) ((avx512_d)_mm512_fmadd_pd((__m512d)(x), (__m512d)(x), (__m512d)(sum)))
+#define ADD_PRODUCT(sum, x, y) ((avx512_d)_mm512_fmadd_pd((__m512d)(x), (__m512d)(y), (__m512d)(sum)))
 #include "simd_kernels.inc.h"
 #endif
 

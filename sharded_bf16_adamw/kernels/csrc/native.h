@@ -49,10 +49,28 @@ typedef struct {
     int64_t count;
 } sba_run;
 
+/* What a step would change, added up for precision_stats; PRECISION_SUMS in backend.py describes each. */
+enum {
+    SBA_ELEMENTS,
+    SBA_CORRECTED,
+    SBA_UPDATES,
+    SBA_LOST,
+    SBA_CARRIED,
+    SBA_WEIGHT_SQ,
+    SBA_UPDATE_SQ,
+    SBA_DESCENT,
+    SBA_PLAIN_DESCENT,
+    SBA_CORRECTION_SQ,
+    SBA_FIRST_SQ,
+    SBA_SECOND_SQ,
+    SBA_SUMS
+};
+
 /* The kernels of one instruction set. */
 typedef struct {
     /* [parameter is float32][gradient is float32][multiply it by grad_scale] */
     void (*update[2][2][2])(const sba_run *, const sba_scalars *);
+    void (*precision[2][2][2])(const sba_run *, const sba_scalars *, double *sums); /* stores SBA_SUMS; at most SBA_BLOCK elements */
     double (*sum_sq[2])(const char *, int64_t); /* [float32]; at most SBA_BLOCK elements */
 } sba_kernels;
 

@@ -324,15 +324,20 @@ def test_contender_fails_if_the_owner_of_its_tensors_failed() -> None:
     assert result["batches"][0].keys() == {"ours", "fine"}
 
 
-def test_clipping_contender_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("key", "first"), [("ours-clip", "clip_grad_norm_"), ("ours-precision", "precision_stats")]
+)
+def test_contender_calls_before_its_step(
+    monkeypatch: pytest.MonkeyPatch, key: str, first: str
+) -> None:
     ours = runner_of_ours().optimizer
     calls: list[str] = []
-    for name in ("clip_grad_norm_", "step"):
+    for name in (first, "step"):
         monkeypatch.setattr(
             optimizers.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name)
         )
-    contender("ours-clip").make([(4,)], CPU, ours).step()
-    assert calls == ["clip_grad_norm_", "step"]
+    contender(key).make([(4,)], CPU, ours).step()
+    assert calls == [first, "step"]
 
 
 def test_reading_contender_reads_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

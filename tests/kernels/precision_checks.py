@@ -1,0 +1,24 @@
+"""Comparison of the sums that ``precision_sums`` of two back ends return."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from sharded_bf16_adamw.kernels import PRECISION_SUMS
+
+
+def mismatches(found: Tensor, wanted: Tensor) -> list[str]:
+    """Return a line for each sum that differs by more than the order of the summation explains.
+
+    Counts must be equal.
+    """
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return [f"{found.dtype} {tuple(found.shape)}"]
+    lines = []
+    for group, (row, wanted_row) in enumerate(zip(found.tolist(), wanted.tolist(), strict=True)):
+        for i, (name, x, y) in enumerate(zip(PRECISION_SUMS, row, wanted_row, strict=True)):
+            is_count = i < PRECISION_SUMS.index("weight_sq")
+            if x != (y if is_count else pytest.approx(y, rel=1e-12, abs=0, nan_ok=True)):
+                lines.append(f"{name} of group {group}: {x!r} instead of {y!r}")
+    return lines

@@ -1,0 +1,121 @@
+"""The sums behind precision_stats: native kernels against the reference, layouts, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharded_bf16_adamw import kernels
+from sharded_bf16_adamw.kernels import PRECISION_SUMS, FusedAdamW, StepArgs, backend, cpu, reference
+
+from .backends import cpu_backends
+from .precision_checks import mismatches
+from .tables import split, table_of
+from .test_cpu import BF16, DTYPES, F32, HYPER, LENGTHS, Problem, assert_same_bits, settings
+
+__all__ = ["settings"]  # a fixture
+
+
+def sums_of(back_end: object, problem: Problem, **arguments: object) -> Tensor:
+    """Return the sums of two groups; the second ascends."""
+    hyper, flags = split(HYPER | arguments)
+    grads, *states = problem.columns
+    groups = [i % 2 for i in range(len(grads))]
+    table = table_of(back_end, *states, problem.steps, groups=groups)  # type: ignore[arg-type]
+    args = StepArgs(grads, [hyper, hyper._replace(maximize=True)], **flags)  # type: ignore[arg-type]
+    return table.precision_sums(args)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"grad_scale": torch.tensor(0.3), "lr": 1e-8}], ids=["plain", "clipped"]
+)
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+def test_native_sums_are_those_of_the_reference(
+    isa: str, p_dtype: torch.dtype, g_dtype: torch.dtype, arguments: dict[str, object]
+) -> None:
+    cpu.select_isa(isa)
+    problem = Problem(LENGTHS, p_dtype, g_dtype, wild=False)
+    before = problem.copy()
+    found = sums_of(cpu, problem, **arguments)
+    assert mismatches(found, sums_of(reference, problem, **arguments)) == []
+    assert_same_bits(problem.tensors(), before.tensors())
+    counts = dict(zip(PRECISION_SUMS, found[0].tolist(), strict=True))
+    assert counts["updates"] > 0 and (p_dtype == F32 or 0 < counts["carried"] <= counts["lost"])
+    assert p_dtype == F32 or not arguments or counts["carried"] < counts["lost"]
+
+
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+@pytest.mark.parametrize("length", [1, 31, 33, 1000])
+def test_padding_is_not_counted(isa: str, length: int) -> None:
+    """An update of the padding's zeros would be 0 / 0."""
+    cpu.select_isa(isa)
+    for p_dtype, g_dtype in DTYPES:
+        problem = Problem([length, 0], p_dtype, g_dtype, wild=False)
+        found = sums_of(cpu, problem, eps=0.0)
+        assert found.isfinite().all() and found[0, 0] == length and found[1].eq(0).all()
+        assert mismatches(found, sums_of(reference, problem, eps=0.0)) == []
+
+
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+def test_any_weight_and_correction(isa: str) -> None:
+    """All 65536 patterns as the parameter: its last place has a size for each exponent."""
+    cpu.select_isa(isa)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    every = every[every.isfinite()]
+    problem = Problem([len(every)], BF16, BF16, wild=False)
+    problem.columns[1] = [every]
+    problem.columns[4] = [(every.float() * 2.0**-9).bfloat16()]
+    assert mismatches(sums_of(cpu, problem), sums_of(reference, problem)) == []
+
+
+def test_sums_do_not_depend_on_threads() -> None:
+    problem = Problem([300_001, *[7] * 300, 1000, 100_000], BF16, BF16, wild=False)
+    found = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append(sums_of(cpu, problem))
+    assert all(torch.equal(x, found[0]) for x in found)
+    assert mismatches(found[0], sums_of(reference, problem)) == []
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_only_the_group_of_a_nonfinite_gradient_is_nan(value: float) -> None:
+    problem = Problem([1000, 50], BF16, BF16, wild=False)
+    problem.columns[0][0][7] = value  # type: ignore[index]
+    found = sums_of(cpu, problem)
+    assert mismatches(found, sums_of(reference, problem)) == []
+    assert found[0].isnan().any() and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("back_end", cpu_backends())
+def test_layouts_of_memory(back_end: str) -> None:
+    """Gaps and unlike strides are read through copies. Everything is as with contiguous tensors."""
+    columns = Problem([4000, 600, 70], BF16, BF16, wild=False).columns
+    steps = [torch.tensor(float(i)) for i in range(3)]
+    plain: list[list[Tensor]] = [[x.reshape(10, -1) for x in c] for c in columns]  # type: ignore
+    strided = [
+        [x.t().contiguous().t() for x in plain[0]],  # the gradients
+        [torch.stack([x, x], dim=2)[:, :, 0] for x in plain[1]],
+        *plain[2:],
+    ]
+    hypers = [kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1)] * 2
+    found = []
+    for grads, *states in (plain, strided):
+        table = FusedAdamW(*states, steps, groups=[0, 1, 0], backend=back_end)  # type: ignore
+        found.append(table.precision_sums(StepArgs(grads, hypers)))
+    assert mismatches(found[1], found[0]) == []
+    assert [float(x) for x in steps] == [0.0, 1.0, 2.0]
+
+
+def test_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = [torch.zeros(3)]
+    table = FusedAdamW(p, p, p, [None], [torch.zeros(())])
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    with pytest.raises(
+        RuntimeError, match=r"captures precision_stats\(\), .*outside of the capture"
+    ):
+        table.precision_sums(StepArgs(p, [kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1)]))
