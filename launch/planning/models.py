@@ -63,9 +63,7 @@ def from_config(path: Path) -> Shape:
         raise UsageError(f"{path} cannot be read as JSON ({error}): give a config.json.") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds no JSON object: give a config.json.")
-    dim, ffn, layers, heads, vocabulary = (
-        _size(path, config, key) for key in (*KEYS, "vocab_size")
-    )
+    dim, ffn, layers, heads, vocabulary = (_size(path, config, key) for key in SIZES)
     kv_heads = _size(path, {"num_key_value_heads": heads, **config}, "num_key_value_heads")
     experts = config.get("num_local_experts") or config.get("num_experts")
     biases = config.get("attention_bias") or config.get("mlp_bias")
