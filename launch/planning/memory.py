@@ -250,20 +250,27 @@ def zero2_buffers(job: Job, done: int) -> int:
     output is a shard, or as long as the input on gloo, where ranks sum what an all-to-all brings.
     """
     begin, end = job.complete(done), job.complete(done + 1)
-    output = 1 / job.ranks if job.is_cuda else 1
-    summing = 0 if job.is_cuda else 2 * FP32 * min(SUM_BLOCK_NUMEL, job.shard)
-    most, start = 0.0, 0
     buckets = _buckets(job)
+    most, start = 0, 0
     for index, numel in enumerate(buckets):
         stop = start + numel
         if start < end and stop > begin:
             in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
-            most = max(most, numel + (1 + output) * sum(in_flight))
-            if stop <= end:  # is launched
+            most = max(most, FP32 * numel + _in_flight(job, in_flight))
+            if stop <= end:  # it is launched
                 in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
-                most = max(most, (1 + output) * sum(in_flight))
+                most = max(most, _in_flight(job, in_flight))
         start = stop
-    return int(FP32 * most) + summing
+    return most
+
+
+def _in_flight(job: Job, buckets: list[int]) -> int:
+    if not buckets:
+        return 0
+    inputs = FP32 * sum(buckets)
+    if job.is_cuda:
+        return inputs + inputs // job.ranks
+    return 2 * inputs + 2 * FP32 * min(SUM_BLOCK_NUMEL, job.shard)
 
 
 def _buckets(job: Job) -> list[int]:

@@ -64,10 +64,12 @@ def from_config(path: Path) -> Shape:
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds no JSON object: give a config.json.")
     dim, ffn, layers, heads, vocabulary = (_size(path, config, key) for key in SIZES)
-    kv_heads = _size(path, {"num_key_value_heads": heads, **config}, "num_key_value_heads")
-    experts = config.get("num_local_experts") or config.get("num_experts")
-    biases = config.get("attention_bias") or config.get("mlp_bias")
-    if experts or biases or config.get("head_dim", dim // heads) * heads != dim or dim % heads:
+    key = "num_key_value_heads"  # null or missing without grouped queries
+    kv_heads = _size(path, {key: config.get(key) or heads}, key)
+    has_experts = config.get("num_local_experts") or config.get("num_experts")
+    has_biases = config.get("attention_bias") or config.get("mlp_bias")
+    head_dim = config.get("head_dim") or dim // heads
+    if has_experts or has_biases or head_dim * heads != dim or heads % kv_heads:
         raise UsageError(
             f"{path} describes experts, biases or heads that do not make up the width: "
             "only models with the layers of Llama can be planned."
