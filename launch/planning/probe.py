@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from training.model import GPT
 from training.tensor_parallel import parallelize
@@ -95,7 +95,7 @@ def probe(
         models = [build(shape, layers, dtype) for layers in (1, 2)]
         for model in models:
             _shard(model, tensor_ranks)
-        with _KernelsOf(device):
+        with _kernels_of(device):
             (one, one_wire), (two, two_wire) = (_run(each, tokens, recompute) for each in models)
         local = [p.to_local() if isinstance(p, DTensor) else p for p in models[0].parameters()]
         in_block = set(map(id, models[0].blocks[0].parameters()))
@@ -146,10 +146,7 @@ def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]
     weights = {id(p): p for p in model.parameters()}.values()
     locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
     with LiveBytes() as live:
-        # Not Tensor.backward, under which modes do not see what a checkpoint recomputes.
-        torch.autograd.backward(
-            F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
-        )
+        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
         end_part()
     return [peak - sum(p.nbytes for p in locals_) for peak in peaks], live.wire
 
@@ -158,30 +155,31 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: checkpoint(forward, *args, use_reentrant=False)
 
 
-class _KernelsOf(TorchFunctionMode):
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
     """Run the kernels that a device would run, where those of the meta device save other tensors.
 
-    Both devices run flash attention. CUDA also has a kernel for RMSNorm.
+    Both devices run flash attention. CUDA also has a kernel for RMSNorm. A TorchFunctionMode would
+    not see what a checkpoint recomputes.
     """
+    aten = torch.ops.aten
+    flash = (
+        aten._scaled_dot_product_flash_attention
+        if device == "cuda"
+        else aten._scaled_dot_product_flash_attention_for_cpu
+    )
 
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        aten = torch.ops.aten
-        self._flash = (
-            aten._scaled_dot_product_flash_attention
-            if device == "cuda"
-            else aten._scaled_dot_product_flash_attention_for_cpu
-        )
-        self._fuses_norm = device == "cuda"
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        return flash(q, k, v, 0.0, is_causal)[0]
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return self._flash(*args, 0.0, True)[0]
-        if function is F.rms_norm and self._fuses_norm:
-            return torch.ops.aten._fused_rms_norm(*args, kwargs["weight"], kwargs["eps"])[0]
-        return function(*args, **(kwargs or {}))
+    def norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+        return aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "rms_norm", norm if device == "cuda" else F.rms_norm),
+    ):
+        yield
 
 
 @contextmanager
