@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 from unittest import mock
 
@@ -115,6 +117,12 @@ def test_plan_is_what_ranks_measure(tmp_path, strategy, optimizer, accumulation,
     expected = planned(ranks, *case)
     largest = {key: max(each[key] for each in found) for key in expected}
     assert largest == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["live", "memory", "models", "planner", "probe", "wire"])
+def test_examples_run(name):
+    found = doctest.testmod(importlib.import_module(f"planning.{name}"))
+    assert found.attempted and not found.failed
 
 
 def test_parameters_of_llama_are_counted():
