@@ -164,6 +164,10 @@ def phases(job: Job) -> Iterator[Phase]:
     for done in sorted({0, min(1, layers - 1), max(0, layers - 2), layers - 1, layers}):
         used = probe.block(layers - done) if done < layers else probe.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
+    if job.is_fsdp and not job.is_cuda:
+        for done in sorted({0, layers - 1}):
+            used = round(probe.block.slope) * (layers - 1 - done)
+            yield Phase("reduce", gradients(job, done), gloo_buffers(job, done), used)
     yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
 
@@ -184,8 +188,6 @@ def gradients(job: Job, done: int) -> int:
         reduced = job.shard if done > job.layers else finished * job.block.shard
         left = 0 if done > job.layers else job.numel - finished * job.block.numel
         kept = 0 if job.in_backward else job.weight_bytes * reduced
-        # HSDP keeps the float32 input of each all-reduce over replicas until the end.
-        kept += FP32 * reduced if job.strategy == "hsdp" else 0
         return kept + accumulates * left * (job.weight_bytes if job.strategy == "fsdp1" else FP32)
     if accumulates:
         return job.weight_bytes * job.numel
@@ -221,7 +223,24 @@ def backward_buffers(job: Job, done: int) -> int:
     unsharded = job.root.numel + min(2, job.layers - done) * job.block.numel
     head = job.head if job.micro_batches == 1 else 0  # else among the accumulated gradients
     reducing = FP32 * job.block.numel if done and job.strategy != "fsdp1" else 0
-    return job.weight_bytes * (unsharded + head) + reducing
+    return job.weight_bytes * (unsharded + head) + reducing + _all_reduced(job, done)
+
+
+def _all_reduced(job: Job, done: int) -> int:
+    """Return the bytes of float32 all-reduce inputs, which HSDP keeps until the backward's end."""
+    return done * FP32 * job.block.shard if job.strategy == "hsdp" else 0
+
+
+def gloo_buffers(job: Job, done: int) -> int:
+    """Return the bytes of buffers while FSDP reduces the gradients of a layer on gloo.
+
+    The layer is sharded again by then, but gloo reduces a copy of the reduce-scatter input.
+    """
+    unsharded = job.root.numel + min(1, job.layers - done - 1) * job.block.numel
+    head = job.head if job.micro_batches == 1 else 0
+    unreduced = job.block.numel if job.strategy == "fsdp1" else 0
+    reducing = FP32 * (2 * job.block.numel + job.block.shard)
+    return job.weight_bytes * (unsharded + head + unreduced) + reducing + _all_reduced(job, done)
 
 
 def end_buffers(job: Job) -> int:
@@ -234,10 +253,12 @@ def end_buffers(job: Job) -> int:
         return zero2_buffers(job, job.layers)
     if not job.is_fsdp:
         return 0
-    scattered = FP32 * (job.root.numel + job.root.shard)
+    copies = 1 if job.is_cuda else 2  # see gloo_buffers
+    scattered = FP32 * (copies * job.root.numel + job.root.shard)
     if job.strategy != "fsdp1":
         accumulated = FP32 if job.micro_batches > 1 else job.weight_bytes
-        return accumulated * job.root.numel + scattered
+        copying = (accumulated + FP32) * job.root.numel
+        return max(copying, scattered) + _all_reduced(job, job.layers)
     grads = job.weight_bytes * job.root.numel
     # Float32 gradients are the reduce-scatter input themselves.
     return max(3 * grads, scattered + (grads if job.weight_bytes != FP32 else 0))
