@@ -31,7 +31,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 DOCS_OPTIONS = Options(recompute=True)
 DOCS_COMMAND = (
-    "Repeat with `python launch/plan.py --docs`: as many sequences of 4,096 tokens in a step as "
+    "Repeat with `python launch/plan.py --docs`: as many sequences of 4,096 tokens in a step as\n"
     "there are GPUs, one at a time on each, with `--recompute`."
 )
 

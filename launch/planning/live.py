@@ -94,7 +94,8 @@ def _ranks(args: tuple[Any, ...]) -> int:
     """Return the size of the process group among the arguments of a collective."""
     for arg in reversed(args):
         if isinstance(arg, str) and arg.lower() not in ("sum", "avg", "max", "min", "product"):
-            return dist.distributed_c10d._resolve_process_group(arg).size()
+            name: Any = arg
+            return dist.distributed_c10d._resolve_process_group(name).size()
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg).size()
     raise AssertionError(f"no process group among {args}")
