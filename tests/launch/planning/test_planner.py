@@ -63,7 +63,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
                     run.optimizer._sharding.reduce_grads()
                     grads = run.optimizer._sharding.local_grads(params)
                 else:
-                    grads = [param.grad for param in params]
+                    grads = [param.grad for param in params if param.grad is not None]
                 gradient_bytes = nbytes(grads)
                 del grads
                 train.update(run, loss)
