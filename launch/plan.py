@@ -1,0 +1,142 @@
+"""Tell whether a run fits before it is queued: memory and traffic of each rank, by strategy.
+
+    python launch/plan.py --preset 8b --world-size 64 --memory 72
+    python launch/plan.py --config config.json --world-size 1024 --strategy fsdp2 hsdp --recompute
+
+Nothing is trained and no memory is taken. ``--config`` is that of a Llama-like Hugging Face model.
+Prints bytes in GB (10^9) for each strategy at the moment of a step that takes most memory. With
+``--memory``, names the strategy that sends least among those that fit, and exits with code 1 if
+none does. A usage error ends it with exit code 2 and one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from bench.markers import write_between_markers
+from planning.models import Shape, from_config, from_preset
+from planning.planner import Options, cheapest, plan_all
+from planning.report import GB, docs, plot, table
+from training.build import WEIGHT_DTYPES
+from training.errors import UsageError
+from training.model import PRESETS
+from training.options import DEFAULT_PRESET, Parser, positive
+from training.strategies import STRATEGIES
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
+DOCS_OPTIONS = Options(recompute=True)
+DOCS_COMMAND = (
+    "Repeat with `python launch/plan.py --docs`: as many sequences of 4,096 tokens in a step as\n"
+    "there are GPUs, one at a time on each, with `--recompute`."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_args(argv)
+        if args.docs:
+            write_docs()
+            return 0
+        return print_plans(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULT_PRESET,
+        help="model of train.py (default: %(default)s)",
+    )
+    model.add_argument("--config", type=Path, metavar="JSON", help="config.json of another model")
+    add("--world-size", type=positive, default=8, metavar="N", help="ranks (default: %(default)s)")
+    add(
+        "--strategy",
+        choices=STRATEGIES,
+        nargs="+",
+        default=list(STRATEGIES),
+        help="as for train.py (default: all)",
+    )
+    add("--optimizer", choices=WEIGHT_DTYPES, default="bf16", help="default: %(default)s")
+    add("--seq-len", type=positive, help="tokens (default: of the preset, or 4096)")
+    add(
+        "--micro-batch",
+        type=positive,
+        default=1,
+        help="sequences that a rank computes at a time (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        help="sequences in a step, over all ranks and micro-batches (default: a micro-batch for "
+        "each rank)",
+    )
+    add("--recompute", action="store_true", help="activation checkpointing of each layer")
+    add(
+        "--step-in-backward",
+        action="store_true",
+        help="AdamW_BF16(step_in_backward=True), which train.py does not have",
+    )
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    add("--memory", type=float, metavar="GB", help="what a rank may take")
+    add("--docs", action="store_true", help="write the tables and the plot of docs/planning.md")
+    args = parser.parse_args(argv)
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise UsageError(f"--memory {args.memory:g} is not a positive number; see --help.")
+    return args
+
+
+def print_plans(args: argparse.Namespace) -> int:
+    shape: Shape = from_config(args.config) if args.config else from_preset(args.preset)
+    options = Options(
+        args.optimizer,
+        args.batch_size,
+        args.micro_batch,
+        args.seq_len or shape.seq_len,
+        args.recompute,
+        args.step_in_backward,
+        args.device,
+    )
+    plans, refused = plan_all(shape, args.world_size, args.strategy, options)
+    if not plans:
+        raise UsageError("; ".join(dict.fromkeys(refused.values())))
+    memory = args.memory and args.memory * GB
+    print(table(plans, memory))
+    for strategy, reason in refused.items():
+        print(f"no {strategy}: {reason}")
+    if not memory:
+        return 0
+    best = cheapest(plans, memory)
+    if best is None:
+        least = min(plans, key=lambda each: each.total)
+        print(
+            f"nothing fits into {args.memory:g} GB: {least.strategy} takes least, "
+            f"{least.total / GB:.3g} GB"
+        )
+        return 1
+    accumulation = f" --grad-accum {best.micro_batches}" if best.micro_batches > 1 else ""
+    print(f"sends least and fits: --strategy {best.strategy}{accumulation}")
+    return 0
+
+
+def write_docs() -> None:
+    text = f"{docs(DOCS_OPTIONS)}\n\n{DOCS_COMMAND}"
+    write_between_markers(DOCS / "planning.md", BEGIN, END, text)
+    fp32 = replace(DOCS_OPTIONS, optimizer="torch-fp32")
+    plot({"AdamW_BF16": DOCS_OPTIONS, "fp32 AdamW": fp32}, DOCS / "img" / "planning.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

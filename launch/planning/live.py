@@ -1,0 +1,101 @@
+"""Bytes that are live, and bytes that travel, while a piece of a training step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+# How often a rank sends (n - 1) / n of a tensor in a ring of n ranks, and the argument that is this
+# tensor. The functional all-gather has no output argument; its input is an n-th of the tensor.
+COLLECTIVES = {
+    "c10d.allreduce_": (2, 0),
+    "c10d.broadcast_": (1, 0),
+    "c10d.allgather_": (1, 0),
+    "c10d._allgather_base_": (1, 0),
+    "c10d._reduce_scatter_base_": (1, 1),
+    "c10d.alltoall_base_": (1, 1),
+    "_c10d_functional.all_reduce": (2, 0),
+    "_c10d_functional.all_gather_into_tensor": (1, 0),
+    "_c10d_functional.reduce_scatter_tensor": (1, 0),
+    "_c10d_functional.all_to_all_single": (1, 0),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counter of live storages and of collectives; also counts tensors on the meta device.
+
+    Storages that exist before are seen once an operation uses them.
+
+    Attributes:
+        peak: most live bytes after an operation since :meth:`reset_peak`.
+        wire: bytes that this rank has sent, of the ring algorithms that send least.
+
+    Examples:
+        >>> with LiveBytes() as live:
+        ...     x = torch.ones(1024, device="meta")
+        ...     y = x * 2
+        >>> live.peak
+        8192
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: Any = WeakIdKeyDictionary()
+        self.peak = 0
+        self.wire = 0.0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
+            return NotImplemented  # they call operations on the tensors that they wrap
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors((args, kwargs, result)):
+            self._storages[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, self.live)
+        name = str(function).rpartition(".")[0]
+        if name in COLLECTIVES:
+            self.wire += _sent(name, args)
+        return result
+
+    @property
+    def live(self) -> int:
+        """Bytes of the storages that exist now."""
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def reset_peak(self) -> None:
+        self.peak = self.live
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if type(leaf) in (Tensor, Parameter))
+
+
+def _sent(name: str, args: tuple[Any, ...]) -> float:
+    times, position = COLLECTIVES[name]
+    nbytes = sum(tensor.nbytes for tensor in _tensors(args[position]))
+    ranks = _ranks(args)
+    if name == "_c10d_functional.all_gather_into_tensor":
+        nbytes *= ranks
+    return times * (ranks - 1) / ranks * nbytes
+
+
+def _ranks(args: tuple[Any, ...]) -> int:
+    """Return the size of the process group among the arguments of a collective."""
+    for arg in reversed(args):
+        if isinstance(arg, str) and arg.lower() not in ("sum", "avg", "max", "min", "product"):
+            name: Any = arg
+            return dist.distributed_c10d._resolve_process_group(name).size()
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return dist.ProcessGroup.unbox(arg).size()
+    raise AssertionError(f"no process group among {args}")

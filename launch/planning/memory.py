@@ -1,0 +1,327 @@
+"""Bytes per rank of each strategy of ``train.py``: one function for each part, with its reason.
+
+Weights and states are there all the time. Gradients, buffers and activations come and go, so they
+are counted in each *phase* of a step, and the largest sum counts:
+
+* *loss*: all activations and the logits;
+* *head*: from the gradient of the logits to that of the last layer's output;
+* *backward*: the backward pass of a layer, and of the embedding. Each layer that is done has freed
+  as many activations and left as many gradients, so the two first and the two last layers suffice;
+* *end*: the last gradients are reduced;
+* *update*: the optimizer's step.
+
+``numel`` counts elements, all other quantities are bytes. A rank's shard is that of the rank that
+has most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from planning.probe import Probe
+from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import SUM_BLOCK_NUMEL
+
+FP32 = 4
+BUCKET_BYTES = 25 * 2**20  # ZeRO's default, of weights
+MAX_IN_FLIGHT = 2  # ZeRO's default
+IN_BACKWARD_BYTES = 2**20  # of gradients that step_in_backward collects before it updates
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that a strategy shards or reduces together.
+
+    Attributes:
+        numel: elements, after tensor parallelism.
+        shard: elements of the largest shard.
+        tensors: number of parameters.
+    """
+
+    numel: int
+    shard: int
+    tensors: int
+
+    @classmethod
+    def of(cls, shapes: Iterable[torch.Size], ranks: int) -> Part:
+        """Shard each parameter over its first dimension with an index for every rank.
+
+        So does ZeRO. FSDP2 takes dimension 0, which is another one only for more ranks than rows.
+        FSDP1 cuts a layer's elements evenly, a few less for each parameter.
+
+        Examples:
+            >>> Part.of([torch.Size([5, 2])], ranks=4)
+            Part(numel=10, shard=4, tensors=1)
+        """
+        shapes = list(shapes)
+        shard = sum(_shard_numel(shape, ranks) for shape in shapes)
+        return cls(sum(map(prod, shapes)), shard, len(shapes))
+
+
+def _shard_numel(shape: torch.Size, ranks: int) -> int:
+    dim = choose_shard_dim(shape, ranks)
+    assert dim is not None
+    return -(-shape[dim] // ranks) * prod(shape[:dim]) * prod(shape[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the formulas depend on.
+
+    Attributes:
+        strategy: a name in ``STRATEGIES``.
+        layers: number of layers.
+        ranks: over which weights or states are sharded; 1 if they are not.
+        data_ranks: over which gradients are averaged.
+        block: parameters of one layer.
+        root: all other parameters.
+        head: elements of those whose gradients come before any layer's: last norm and head.
+        probe: activations.
+        weight_bytes: of an element of a weight.
+        is_ours: AdamW_BF16 and not torch's AdamW.
+        micro_batches: of a step.
+        in_backward: AdamW_BF16 updates inside the backward pass.
+        is_cuda: kernels and process group of GPUs, not of CPUs.
+    """
+
+    strategy: str
+    layers: int
+    ranks: int
+    data_ranks: int
+    block: Part
+    root: Part
+    head: int
+    probe: Probe
+    weight_bytes: int
+    is_ours: bool = True
+    micro_batches: int = 1
+    in_backward: bool = False
+    is_cuda: bool = True
+
+    @property
+    def numel(self) -> int:
+        return self.layers * self.block.numel + self.root.numel
+
+    @property
+    def shard(self) -> int:
+        return self.layers * self.block.shard + self.root.shard
+
+    def complete(self, done: int) -> int:
+        """Return the elements whose gradients are complete, once ``done`` layers are.
+
+        -1 stands for the time before those of the head, and one more than all layers for the end.
+        """
+        if done < 0:
+            return 0
+        return self.numel if done > self.layers else self.head + done * self.block.numel
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self.strategy in ("fsdp1", "fsdp2", "hsdp", "fsdp2+tp")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of a moment of a step, beyond weights and states."""
+
+    name: str
+    gradients: int
+    buffers: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers + self.activations
+
+
+def weights(job: Job) -> int:
+    """Return the bytes of weights: FSDP shards them, all others need them whole."""
+    return job.weight_bytes * (job.shard if job.is_fsdp else job.numel)
+
+
+def states(job: Job) -> int:
+    """Return the bytes of optimizer states, which have the dtype of the weights.
+
+    AdamW_BF16 has two moments and a correction, torch's AdamW two moments. Both have one float32
+    step for each parameter. ZeRO shards them too.
+    """
+    tensors = job.layers * job.block.tensors + job.root.tensors
+    return (3 if job.is_ours else 2) * job.weight_bytes * job.shard + FP32 * tensors
+
+
+def phases(job: Job) -> Iterator[Phase]:
+    """Yield the phases of a step that may take most memory, and the time before the first step."""
+    probe, layers = job.probe, job.layers
+    if job.strategy == "fsdp1":  # shards a model that it takes in full, before there are states
+        built = job.weight_bytes * (job.numel + job.block.numel)
+        yield Phase("build", 0, built - weights(job) - states(job), 0)
+    yield Phase("loss", gradients(job, -1), loss_buffers(job), probe.loss(layers))
+    yield Phase("head", gradients(job, -1), head_buffers(job), probe.head(layers))
+    for done in sorted({0, min(1, layers - 1), max(0, layers - 2), layers - 1, layers}):
+        used = probe.block(layers - done) if done < layers else probe.embedding
+        yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
+    if job.is_fsdp and not job.is_cuda:
+        for done in sorted({0, layers - 1}):
+            used = round(probe.block.slope) * (layers - 1 - done)
+            yield Phase("reduce", gradients(job, done), gloo_buffers(job, done), used)
+    yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
+    yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
+
+
+def gradients(job: Job, done: int) -> int:
+    """Return the bytes of gradients that are kept, with ``done`` layers as in ``Job.complete``.
+
+    Gradients that a strategy has yet to reduce count as buffers, unless earlier micro-batches left
+    them: those are unsharded, in the dtypes that docs/strategies.md lists.
+    """
+    complete, accumulates = job.complete(done), job.micro_batches > 1
+    if job.strategy in ("ddp", "zero1"):
+        return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
+    if job.strategy == "zero2":
+        return FP32 * (complete // job.ranks + accumulates * (job.numel - complete))
+    if job.is_fsdp:  # the root's gradients are reduced last
+        finished = min(max(done, 0), job.layers)
+        reduced = job.shard if done > job.layers else finished * job.block.shard
+        left = 0 if done > job.layers else job.numel - finished * job.block.numel
+        kept = 0 if job.in_backward else job.weight_bytes * reduced
+        return kept + accumulates * left * (job.weight_bytes if job.strategy == "fsdp1" else FP32)
+    if accumulates:
+        return job.weight_bytes * job.numel
+    kept = job.weight_bytes * complete
+    return min(kept, IN_BACKWARD_BYTES) if job.in_backward else kept
+
+
+def loss_buffers(job: Job) -> int:
+    """Return the bytes of buffers while the loss is computed.
+
+    FSDP1 leaves the root unsharded after the forward pass; FSDP2 does not, as train.py asks it.
+    """
+    return job.weight_bytes * job.root.numel if job.strategy == "fsdp1" else 0
+
+
+def head_buffers(job: Job) -> int:
+    """Return the bytes of buffers of FSDP: the root unsharded, and the last layer prefetched."""
+    if job.strategy == "zero2":
+        return zero2_buffers(job, -1)
+    return job.weight_bytes * (job.root.numel + job.block.numel) if job.is_fsdp else 0
+
+
+def backward_buffers(job: Job, done: int) -> int:
+    """Return the bytes of buffers during the backward pass of a layer, or of the embedding.
+
+    FSDP has the root and the layer unsharded, the next layer prefetched, the unreduced gradients of
+    the head, and FSDP2 also the float32 reduce-scatter input of the layer before.
+    """
+    if job.strategy == "zero2":
+        return zero2_buffers(job, done)
+    if not job.is_fsdp:
+        return 0
+    unsharded = job.root.numel + min(2, job.layers - done) * job.block.numel
+    head = job.head if job.micro_batches == 1 else 0  # else among the accumulated gradients
+    reducing = FP32 * job.block.numel if done and job.strategy != "fsdp1" else 0
+    return job.weight_bytes * (unsharded + head) + reducing + _all_reduced(job, done)
+
+
+def _all_reduced(job: Job, done: int) -> int:
+    """Return the bytes of float32 all-reduce inputs, which HSDP keeps until the backward's end."""
+    return done * FP32 * job.block.shard if job.strategy == "hsdp" else 0
+
+
+def gloo_buffers(job: Job, done: int) -> int:
+    """Return the bytes of buffers while FSDP reduces the gradients of a layer on gloo.
+
+    The layer is sharded again by then, but gloo reduces a copy of the reduce-scatter input.
+    """
+    unsharded = job.root.numel + min(1, job.layers - done - 1) * job.block.numel
+    head = job.head if job.micro_batches == 1 else 0
+    unreduced = job.block.numel if job.strategy == "fsdp1" else 0
+    reducing = FP32 * (2 * job.block.numel + job.block.shard)
+    return job.weight_bytes * (unsharded + head + unreduced) + reducing + _all_reduced(job, done)
+
+
+def end_buffers(job: Job) -> int:
+    """Return the bytes of buffers when the last gradients are reduced.
+
+    FSDP copies the root's gradients into a float32 reduce-scatter input. FSDP1 first concatenates
+    them, while the root is unsharded.
+    """
+    if job.strategy == "zero2":
+        return zero2_buffers(job, job.layers)
+    if not job.is_fsdp:
+        return 0
+    copies = 1 if job.is_cuda else 2  # see gloo_buffers
+    scattered = FP32 * (copies * job.root.numel + job.root.shard)
+    if job.strategy != "fsdp1":
+        accumulated = FP32 if job.micro_batches > 1 else job.weight_bytes
+        copying = (accumulated + FP32) * job.root.numel
+        return max(copying, scattered) + _all_reduced(job, job.layers)
+    grads = job.weight_bytes * job.root.numel
+    # Float32 gradients are the reduce-scatter input themselves.
+    return max(3 * grads, scattered + (grads if job.weight_bytes != FP32 else 0))
+
+
+def zero2_buffers(job: Job, done: int) -> int:
+    """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
+
+    One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
+    output is a shard, or as long as the input on gloo, where ranks sum what an all-to-all brings.
+    """
+    begin, end = job.complete(done), job.complete(done + 1)
+    buckets = _buckets(job)
+    most, start = 0, 0
+    for index, numel in enumerate(buckets):
+        stop = start + numel
+        if start < end and stop > begin:
+            in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
+            most = max(most, FP32 * numel + _in_flight(job, in_flight))
+            if stop <= end:  # it is launched
+                in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
+                most = max(most, _in_flight(job, in_flight))
+        start = stop
+    return most
+
+
+def _in_flight(job: Job, buckets: list[int]) -> int:
+    if not buckets:
+        return 0
+    inputs = FP32 * sum(buckets)
+    if job.is_cuda:
+        return inputs + inputs // job.ranks
+    return 2 * inputs + 2 * FP32 * min(SUM_BLOCK_NUMEL, job.shard)
+
+
+def _buckets(job: Job) -> list[int]:
+    """Return the elements of ZeRO's buckets, in the order in which gradients arrive.
+
+    A bucket holds at least one parameter.
+    """
+    limit = BUCKET_BYTES // job.weight_bytes
+    embedding, *head = job.probe.root_shapes
+    buckets = [0]
+    for shape in (*head[::-1], *job.probe.block_shapes[::-1] * job.layers, embedding):
+        if buckets[-1] and buckets[-1] + prod(shape) > limit:
+            buckets.append(0)
+        buckets[-1] += prod(shape)
+    return buckets
+
+
+def update_buffers(job: Job) -> int:
+    """Return the bytes of buffers of the optimizer's step.
+
+    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. Torch's
+    AdamW takes the root of all second moments at once on CUDA, and of one on a CPU, in two tensors.
+    """
+    if not job.is_ours:
+        shapes = [*job.probe.root_shapes, *job.probe.block_shapes]
+        largest = max(_shard_numel(shape, job.ranks) for shape in shapes)
+        return job.weight_bytes * (job.shard if job.is_cuda else 2 * largest)
+    if job.strategy not in ("zero1", "zero2"):
+        return 0
+    limit = BUCKET_BYTES // job.weight_bytes
+    largest = max((bucket for bucket in _buckets(job) if bucket <= limit), default=0)
+    count = min(MAX_IN_FLIGHT, len(_buckets(job)))
+    return int(count * largest * (1 + 1 / job.ranks) * job.weight_bytes)

@@ -1,0 +1,173 @@
+"""Plans of a run: memory and traffic of each strategy, and the cheapest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from training.build import WEIGHT_DTYPES
+from training.errors import UsageError
+from training.strategies import STRATEGIES
+
+from planning.memory import Job, Part, Phase, phases, states, weights
+from planning.models import Shape
+from planning.probe import probe
+from planning.wire import wire
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan depends on besides model, ranks and strategy.
+
+    Attributes:
+        optimizer: as ``train.py --optimizer``.
+        batch_size: sequences of a step, over all ranks; None for one micro-batch on each rank.
+        micro_batch: sequences of a forward pass on a rank.
+        seq_len: tokens of a sequence.
+        recompute: checkpoint the activations of each layer.
+        in_backward: AdamW_BF16's ``step_in_backward``.
+        device: "cuda" or "cpu".
+    """
+
+    optimizer: str = "bf16"
+    batch_size: int | None = None
+    micro_batch: int = 1
+    seq_len: int = 4096
+    recompute: bool = False
+    in_backward: bool = False
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a rank.
+
+    Attributes:
+        strategy: a name in ``STRATEGIES``.
+        micro_batches: of a step: ``train.py --grad-accum``.
+        weights: all the time.
+        states: all the time.
+        peak: the phase of a step that takes most memory.
+        wire: bytes that a rank sends in a step.
+    """
+
+    strategy: str
+    micro_batches: int
+    weights: int
+    states: int
+    peak: Phase
+    wire: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.peak.total
+
+
+def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan:
+    """Plan a run; no process group may be initialized.
+
+    Raises:
+        UsageError: the strategy does not run so: a size does not divide, or the optimizer differs.
+
+    Examples:
+        >>> from planning.models import LLAMA_8B
+        >>> plan(LLAMA_8B, 8, "fsdp2", Options()).states  # 6 bytes a parameter, 8 ranks
+        6022697100
+    """
+    job = make_job(shape, world_size, strategy, options)
+    peak = max(phases(job), key=lambda phase: phase.total)
+    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, wire(job))
+
+
+def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
+    """Return what the formulas take; see :func:`plan`."""
+    mesh_shape = STRATEGIES[strategy].mesh_shape(world_size)
+    tensor_ranks = mesh_shape.get("tensor", 1)
+    data_ranks = world_size // tensor_ranks
+    _check(shape, world_size, strategy, tensor_ranks, options)
+    batch_size = options.batch_size or world_size * options.micro_batch
+    if batch_size % (data_ranks * options.micro_batch):
+        raise UsageError(
+            f"--batch-size {batch_size} does not divide into {data_ranks} rank(s) x "
+            f"--micro-batch {options.micro_batch}: use a multiple of their product."
+        )
+    dtype = WEIGHT_DTYPES[options.optimizer]
+    measured = probe(
+        shape,
+        dtype,
+        options.micro_batch,
+        options.seq_len,
+        tensor_ranks,
+        options.recompute,
+        options.device,
+    )
+    sharded = prod(n for name, n in mesh_shape.items() if name not in ("replicate", "tensor"))
+    ranks = 1 if strategy in ("single", "ddp", "tp") else sharded
+    before_layers = measured.root_shapes[0 if shape.is_tied else 1 :]  # all but the embedding
+    return Job(
+        strategy=strategy,
+        layers=shape.layers,
+        ranks=ranks,
+        data_ranks=data_ranks,
+        block=Part.of(measured.block_shapes, ranks),
+        root=Part.of(measured.root_shapes, ranks),
+        head=sum(map(prod, before_layers)),
+        probe=measured,
+        weight_bytes=dtype.itemsize,
+        is_ours=options.optimizer == "bf16",
+        micro_batches=batch_size // (data_ranks * options.micro_batch),
+        in_backward=options.in_backward,
+        is_cuda=options.device == "cuda",
+    )
+
+
+def _check(
+    shape: Shape, world_size: int, strategy: str, tensor_ranks: int, options: Options
+) -> None:
+    if strategy == "single" and world_size > 1:
+        raise UsageError(f"--strategy single runs on one process, not {world_size}.")
+    if strategy in ("zero1", "zero2") and options.optimizer != "bf16":
+        raise UsageError(
+            f"--strategy {strategy} shards --optimizer bf16 only, not {options.optimizer}."
+        )
+    if options.in_backward and (
+        strategy in ("ddp", "fsdp1", "zero1", "zero2") or options.optimizer != "bf16"
+    ):
+        raise UsageError(
+            f"--step-in-backward does not work with --strategy {strategy} "
+            f"--optimizer {options.optimizer}: docs/step_in_backward.md lists what it works with."
+        )
+    for what, number in (
+        ("heads", shape.heads),
+        ("key-value heads", shape.kv_heads),
+        ("hidden units", shape.ffn),
+        ("vocabulary entries", shape.vocabulary),
+        ("positions of a sequence", options.seq_len),
+    ):
+        if number % tensor_ranks:
+            raise UsageError(
+                f"the {number} {what} do not divide into {tensor_ranks} tensor-parallel ranks."
+            )
+
+
+def plan_all(
+    shape: Shape, world_size: int, strategies: Iterable[str], options: Options
+) -> tuple[list[Plan], dict[str, str]]:
+    """Return the plans of the strategies that run, and why the others do not."""
+    plans, refused = [], {}
+    for strategy in strategies:
+        try:
+            plans.append(plan(shape, world_size, strategy, options))
+        except UsageError as error:
+            refused[strategy] = str(error)
+    return plans, refused
+
+
+def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
+    """Return the plan that sends least among those that take at most ``memory`` bytes, if any.
+
+    Among equals the one that takes least memory.
+    """
+    fitting = [each for each in plans if each.total <= memory]
+    return min(fitting, key=lambda each: (each.wire, each.total), default=None)

@@ -1,0 +1,199 @@
+"""Activations and tensor-parallel traffic, measured on the meta device.
+
+A step of the same model with one and with two layers runs forward and backward on tensors without
+memory. Each further layer adds as much as the second, since all layers are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.utils.checkpoint import checkpoint
+from training.model import GPT
+from training.tensor_parallel import parallelize
+
+from planning.live import LiveBytes
+from planning.models import Shape, build
+
+Shapes = tuple[torch.Size, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number of bytes that grows linearly with the number of layers."""
+
+    at_one: float
+    slope: float
+
+    def __call__(self, layers: int) -> int:
+        return round(self.at_one + self.slope * (layers - 1))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one micro-batch takes on a rank, beyond weights and the gradients of earlier parts.
+
+    Attributes:
+        block_shapes: local shapes of the parameters of a layer.
+        root_shapes: local shapes of the other parameters: embedding, last norm, head.
+        loss: bytes live at most until the gradient of the logits is known, by number of layers.
+        head: the same from then on, until that of the last layer's output is known.
+        block: the same during the backward pass of the last layer, gradients of it included.
+        embedding: the same after the backward pass of the first layer, its gradient included.
+        wire: bytes that tensor parallelism sends.
+    """
+
+    block_shapes: Shapes
+    root_shapes: Shapes
+    loss: Line
+    head: Line
+    block: Line
+    embedding: int
+    wire: Line
+
+
+@cache
+def probe(
+    shape: Shape,
+    dtype: torch.dtype,
+    batch: int,
+    seq_len: int,
+    tensor_ranks: int = 1,
+    recompute: bool = False,
+    device: str = "cuda",
+) -> Probe:
+    """Measure a micro-batch of ``batch`` sequences of ``seq_len`` tokens.
+
+    Args:
+        shape: of the model.
+        dtype: of the weights.
+        batch: sequences of the micro-batch.
+        seq_len: tokens of a sequence.
+        tensor_ranks: ranks over which each layer is sharded.
+        recompute: checkpoint the activations of each layer.
+        device: whose kernels save what they need for the backward pass: "cuda" or "cpu".
+
+    Examples:
+        >>> from planning.models import from_preset
+        >>> nano = probe(from_preset("nano"), torch.bfloat16, batch=2, seq_len=128)
+        >>> nano.block(10) - nano.block(9) == nano.block(2) - nano.block(1)
+        True
+    """
+    tokens = torch.empty(batch, seq_len, dtype=torch.int64, device="meta")
+    with _fake_ranks(tensor_ranks):
+        models = [build(shape, layers, dtype) for layers in (1, 2)]
+        for model in models:
+            _shard(model, tensor_ranks)
+        with _kernels_of(device):
+            (one, one_wire), (two, two_wire) = (_run(each, tokens, recompute) for each in models)
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in models[0].parameters()]
+        in_block = set(map(id, models[0].blocks[0].parameters()))
+        is_block = [id(p) in in_block for p in models[0].parameters()]
+    lines = [Line(a, b - a) for a, b in zip(one[:3], two[:3], strict=True)]
+    return Probe(
+        tuple(p.shape for p, yes in zip(local, is_block, strict=True) if yes),
+        tuple(p.shape for p, yes in zip(local, is_block, strict=True) if not yes),
+        *lines,
+        two[-1],
+        Line(one_wire, two_wire - one_wire),
+    )
+
+
+def _shard(model: GPT, tensor_ranks: int) -> None:
+    if tensor_ranks > 1:
+        is_tied = model.head.weight is model.embedding.weight
+        parallelize(model, init_device_mesh("cpu", (tensor_ranks,)))
+        if is_tied:  # each module got shards of its own
+            model.head.weight = model.embedding.weight
+
+
+def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]:
+    """Return the peaks of the parts of a step, and the bytes that it sends.
+
+    The parts end where the gradients of the logits, of each layer's output from the last to the
+    first, and of the first layer's input are known. Each part frees its gradients of weights.
+    """
+    peaks: list[int] = []
+
+    def end_part(grad: Tensor | None = None) -> None:
+        peaks.append(live.peak)
+        model.zero_grad()
+        live.reset_peak()
+
+    def on_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.register_hook(end_part)
+
+    def on_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(end_part)
+
+    model.blocks[0].register_forward_pre_hook(on_input)
+    for module in (*model.blocks, model):
+        module.register_forward_hook(on_output)
+    if recompute:
+        for block in model.blocks:
+            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+    weights = {id(p): p for p in model.parameters()}.values()
+    locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
+    with LiveBytes() as live:
+        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+        end_part()
+    return [peak - sum(p.nbytes for p in locals_) for peak in peaks], live.wire
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    """Run the kernels that a device would run, where those of the meta device save other tensors.
+
+    Both devices run flash attention. CUDA also has a kernel for RMSNorm. A TorchFunctionMode would
+    not see what a checkpoint recomputes.
+    """
+    aten = torch.ops.aten
+    flash = (
+        aten._scaled_dot_product_flash_attention
+        if device == "cuda"
+        else aten._scaled_dot_product_flash_attention_for_cpu
+    )
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        return flash(q, k, v, 0.0, is_causal)[0]
+
+    def norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+        return aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "rms_norm", norm if device == "cuda" else F.rms_norm),
+    ):
+        yield
+
+
+@contextmanager
+def _fake_ranks(ranks: int) -> Iterator[None]:
+    """Make this process rank 0 of a group whose collectives do nothing, if it needs one."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it keeps meshes whose groups are destroyed

@@ -1,0 +1,218 @@
+"""``launch/plan.py`` against what real ranks hold and send, for every strategy of ``train.py``."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+from unittest import mock
+
+import distributed
+import plan as command
+import pytest
+import torch
+import train
+import training.model
+from planning.live import LiveBytes
+from planning.memory import gradients, phases, states, weights
+from planning.models import LLAMA_8B, LLAMA_70B, from_preset
+from planning.planner import Options, Plan, cheapest, make_job, plan
+from planning.wire import wire
+from torch.distributed.tensor import DTensor
+from training.model import PRESETS, Config
+from training.options import parse_args
+
+LAYERS = 4
+PRESET = Config(LAYERS, 128, 4, 352, 64, 8, 3, 1e-3)
+RANKS = {"single": 1, "hsdp": 4, "fsdp2+tp": 4}  # else 2
+# Activations take most memory in the first, and weights, gradients and buffers in the second.
+SEQ_LENS = (64, 8)
+TOLERANCE = 0.05
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def nbytes(tensors):
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation):
+    """Return the bytes that this rank holds and sends in its third step.
+
+    The first two steps create states, and find the order of gradients.
+    """
+    options = f"--strategy {strategy} --optimizer {optimizer} --grad-accum {accumulation}"
+    paths = f"--data {directory}/text --out {directory}/{seq_len}"
+    fixed = f"--device cpu --preset planned --no-progress --seq-len {seq_len}"
+    with (
+        mock.patch.dict(PRESETS, planned=PRESET),
+        mock.patch.object(training.model, "has_fast_bf16", return_value=True),
+    ):
+        run = train.set_up(parse_args(f"{options} {paths} {fixed}".split()))
+        params = list(run.module.parameters())
+        live = LiveBytes()
+        for step in range(3):
+            run.step = step
+            with live:
+                live.wire = 0
+                live.reset_peak()
+                loss = float(train.backward(run))
+                if strategy == "zero2":
+                    run.optimizer._sharding.reduce_grads()
+                    grads = run.optimizer._sharding.local_grads(params)
+                else:
+                    grads = [param.grad for param in params if param.grad is not None]
+                gradient_bytes = nbytes(grads)
+                del grads
+                train.update(run, loss)
+    return {
+        "weights": nbytes(params),
+        "gradients": gradient_bytes,
+        "states": nbytes(x for state in run.optimizer.state.values() for x in state.values()),
+        "wire": live.wire,
+        "peak": live.peak,
+    }
+
+
+def planned(world_size, strategy, optimizer, seq_len, accumulation):
+    data_ranks = {"tp": 1, "fsdp2+tp": world_size // 2}.get(strategy, world_size)
+    micro_batch = PRESET.batch_size // data_ranks // accumulation
+    options = Options(optimizer, PRESET.batch_size, micro_batch, seq_len, device="cpu")
+    with mock.patch.dict(PRESETS, planned=PRESET):
+        job = make_job(from_preset("planned"), world_size, strategy, options)
+    base = weights(job) + states(job)
+    return {
+        "weights": weights(job),
+        "gradients": gradients(job, LAYERS + 1),
+        "states": states(job),
+        "wire": wire(job),
+        "peak": base + max(phase.total for phase in phases(job)),
+    }
+
+
+@pytest.mark.parametrize("seq_len", SEQ_LENS)
+@pytest.mark.parametrize(
+    ("strategy", "optimizer", "accumulation"),
+    [
+        ("single", "bf16", 1),
+        ("ddp", "bf16", 1),
+        ("fsdp1", "bf16", 1),
+        ("fsdp2", "bf16", 1),
+        ("hsdp", "bf16", 1),
+        ("tp", "bf16", 1),
+        ("fsdp2+tp", "bf16", 1),
+        ("zero1", "bf16", 1),
+        ("zero2", "bf16", 1),
+        ("fsdp2", "torch-fp32", 1),
+        ("fsdp2", "bf16", 2),
+    ],
+)
+def test_plan_is_what_ranks_measure(tmp_path, strategy, optimizer, accumulation, seq_len):
+    (tmp_path / "text").write_text("to be or not to be, " * 500)
+    ranks = RANKS.get(strategy, 2)
+    case = (strategy, optimizer, seq_len, accumulation)
+    found = distributed.run_ranks(ranks, measure, str(tmp_path), *case)
+    expected = planned(ranks, *case)
+    largest = {key: max(each[key] for each in found) for key in expected}
+    assert largest == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["live", "memory", "models", "planner", "probe", "wire"])
+def test_examples_run(name):
+    found = doctest.testmod(importlib.import_module(f"planning.{name}"))
+    assert found.attempted and not found.failed
+
+
+def test_parameters_of_llama_are_counted():
+    options = Options(seq_len=8)
+    for shape, parameters in ((LLAMA_8B, 8_030_261_248), (LLAMA_70B, 70_553_706_496)):
+        assert plan(shape, 1, "single", options).weights == 2 * parameters
+
+
+def test_recomputing_leaves_the_inputs_of_layers():
+    kept, recomputed = (
+        make_job(from_preset("8b"), 8, "fsdp2", Options(recompute=recompute)).probe.block.slope
+        for recompute in (False, True)
+    )
+    assert recomputed == 4096 * 4096 * 2 < kept / 10
+
+
+def test_step_in_backward_keeps_no_gradients():
+    job = make_job(from_preset("8b"), 8, "fsdp2", Options(in_backward=True))
+    assert gradients(job, job.layers + 1) == 0
+
+
+def test_cheapest_sends_least_of_those_that_fit():
+    def of(strategy, total, sent):
+        return Plan(strategy, 1, total, 0, mock.Mock(total=0), sent)
+
+    plans = [of("a", 10, 1), of("b", 5, 3), of("c", 4, 2), of("d", 3, 2)]
+    assert [cheapest(plans, memory).strategy for memory in (10, 9)] == ["a", "d"]
+    assert cheapest(plans, 2) is None
+
+
+def write_config(path, **changes):
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    }
+    path.write_text(json.dumps({**config, **changes}))
+
+
+def test_config_of_hugging_face_is_planned(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    write_config(path)
+    arguments = f"--config {path} --world-size 2 --seq-len 16 --memory"
+    assert command.main([*arguments.split(), "1"]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == "sends least and fits: --strategy tp --grad-accum 2"
+    assert "no single: --strategy single runs on one process, not 2." in output
+    assert command.main([*arguments.split(), "1e-6"]) == 1
+    assert "nothing fits into 1e-06 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--world-size 0", "0 is not a positive number"),
+        ("--memory nan", "--memory nan is not a positive number"),
+        ("--preset nano --strategy tp --world-size 3", "the 2 heads do not divide into 3"),
+        ("--strategy hsdp --world-size 3", "but there are 3: start an even number"),
+        ("--strategy ddp --world-size 4 --batch-size 6", "--batch-size 6 does not divide into 4"),
+        ("--strategy zero2 --optimizer torch-fp32", "shards --optimizer bf16 only"),
+        ("--strategy ddp --step-in-backward", "--step-in-backward does not work with"),
+        ("--config missing.json", "missing.json cannot be read"),
+        ("--config {config}", "has vocab_size = None, not a positive integer"),
+    ],
+)
+def test_errors_of_use_are_one_sentence_and_code_2(tmp_path, capsys, arguments, message):
+    config = tmp_path / "config.json"
+    write_config(config, vocab_size=None)
+    assert command.main(arguments.format(config=config).split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_experts_are_refused(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    write_config(path, num_local_experts=8)
+    assert command.main(["--config", str(path)]) == 2
+    assert "only models with the layers of Llama can be planned" in capsys.readouterr().err
+
+
+def test_live_bytes_follow_allocation_and_release():
+    with LiveBytes() as live:
+        x = torch.ones(1000)
+        y = x.view(10, 100) + 1
+        assert live.live == live.peak == 8000
+        del y
+        assert (live.live, live.peak) == (4000, 8000)
+        x.untyped_storage().resize_(0)
+        assert live.live == 0
