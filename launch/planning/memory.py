@@ -165,9 +165,12 @@ def phases(job: Job) -> Iterator[Phase]:
         used = probe.block(layers - done) if done < layers else probe.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
     if job.is_fsdp and not job.is_cuda:
+        # FSDP2 has copied what earlier micro-batches accumulated into the reduce-scatter input.
+        copied = job.micro_batches > 1 and job.strategy != "fsdp1"
         for done in sorted({0, layers - 1}):
             used = round(probe.block.slope) * (layers - 1 - done)
-            yield Phase("reduce", gradients(job, done), gloo_buffers(job, done), used)
+            kept = gradients(job, done) - copied * FP32 * job.block.numel
+            yield Phase("reduce", kept, gloo_buffers(job, done), used)
     yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
 

@@ -100,11 +100,13 @@ def probe(
         local = [p.to_local() if isinstance(p, DTensor) else p for p in models[0].parameters()]
         in_block = set(map(id, models[0].blocks[0].parameters()))
         is_block = [id(p) in in_block for p in models[0].parameters()]
-    lines = [Line(a, b - a) for a, b in zip(one[:3], two[:3], strict=True)]
+    loss, head, block = (Line(a, b - a) for a, b in zip(one[:3], two[:3], strict=True))
     return Probe(
         tuple(p.shape for p, yes in zip(local, is_block, strict=True) if yes),
         tuple(p.shape for p, yes in zip(local, is_block, strict=True) if not yes),
-        *lines,
+        loss,
+        head,
+        block,
         two[-1],
         Line(one_wire, two_wire - one_wire),
     )
@@ -142,7 +144,7 @@ def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]
         module.register_forward_hook(on_output)
     if recompute:
         for block in model.blocks:
-            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+            block.forward = _checkpointed(block.forward)
     weights = {id(p): p for p in model.parameters()}.values()
     locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
     with LiveBytes() as live:
