@@ -14,6 +14,7 @@ from .checkpoint import (
     verify,
     wait_for_save,
 )
+from .ema import EMA
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
 from .precision_stats import PrecisionStats
@@ -24,6 +25,7 @@ from .sharding.zero.config import ZeRO
 
 __version__ = "0.1.0"
 __all__ = [
+    "EMA",
     "LR",
     "WSD",
     "AdamW_BF16",

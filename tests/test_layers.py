@@ -14,7 +14,9 @@ ALLOWED = {
     "profiling": set(),
     "schedule": set(),
     "names": set(),
+    "pair": set(),
     "param_groups": {"names"},
+    "conversion": {"names", "pair", "param_groups", "sharding"},
     "kernels": {"profiling"},
     "sharding": {"profiling"},
     "validation": set(),
@@ -26,10 +28,19 @@ ALLOWED = {
     "step_in_backward": {"gradients", "kernels", "schedule", "sharding", "state", "step_plan"}
     | {"validation"},
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
-    "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
+    "optimizer": {
+        "conversion",
+        "profiling",
+        "gradients",
+        "grad_norm",
+        "kernels",
+        "schedule",
+        "serialization",
+    }
     | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"},
+    "ema": {"kernels", "optimizer", "precision_stats", "sharding"},
     "env": {"kernels"},
-    "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
+    "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},
 }
 
 
