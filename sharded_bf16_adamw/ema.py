@@ -110,8 +110,8 @@ class EMA:
                     "a CUDA graph captures ema.update(), whose random bits depend on a count on "
                     "the host; call it outside of the graph, after each replay"
                 )
-            for chunk in _chunks(local):
-                _average_(*chunk, weight=weight, key=key)
+            for e, p, c in _chunks(local):
+                _average_(e, p, c, weight=weight, key=key)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -185,8 +185,10 @@ class EMA:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-            elif isinstance(module, FullyShardedDataParallel) and module._handle is not None:
-                _reshard(module, module._handle, free_unsharded_flat_param=True)
+            elif isinstance(module, FullyShardedDataParallel):
+                handle, has_run = module._handle, module._is_root is not None
+                if handle is not None and handle.uses_sharded_strategy and has_run:
+                    _reshard(module, handle, free_unsharded_flat_param=True)
 
     def _check_not_swapped(self, what: str) -> None:
         if self._is_swapped:

@@ -112,7 +112,7 @@ def check_max_lr(max_lr: float, weight_decay: float) -> None:
             f"weight_decay={weight_decay} with decouple_lr=True takes {weight_decay:.2%} off each "
             "weight in every step at the peak of the learning rate; the usual values are those of "
             "a coupled weight_decay times the peak, such as 1e-5",
-            stacklevel=4,
+            stacklevel=5,  # the caller of the constructor
         )
 
 

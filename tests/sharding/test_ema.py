@@ -38,6 +38,8 @@ def train(wrapped):
     """
     optimizer = make_optimizer(wrapped)
     ema = EMA(wrapped.module, optimizer, decay=0.8)
+    with ema.swapped():  # before any forward pass
+        pass
     losses = []
     for step in range(6):
         backward(wrapped, make_batch(step))
