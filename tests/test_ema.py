@@ -66,6 +66,23 @@ def test_one_draw_in_all_positions_moves_the_right_share_of_elements():
         assert int((down == 1 - 2.0**-8).sum()) == share * n == n - int((down == 1).sum())
 
 
+def test_changes_below_the_resolution_of_float32_move_the_right_share():
+    n, x = 1 << 16, torch.full((1 << 16,), 1.5)
+    lowest = torch.arange(n, dtype=torch.int32)  # draws below 2^-16
+    highest = lowest | -(1 << 16)
+    for share in (0.25, 0.75):
+        delta = torch.full((n,), share * 2.0**-23)  # 2^-16 of a bf16 step
+        for sign in (1.0, -1.0):
+            assert (
+                int((stochastic_sum(sign * x, sign * delta, lowest) != sign * x).sum()) == share * n
+            )
+            moved = stochastic_sum(sign * x, -sign * delta, highest) != sign * x
+            assert int(moved.sum()) == share * n
+            assert torch.equal(
+                stochastic_sum(sign * x, sign * delta, highest), (sign * x).bfloat16()
+            )
+
+
 def test_inf_and_nan_stay():
     nan, inf = torch.nan, torch.inf
     x, delta = torch.tensor([inf, -inf, nan, 0.0]), torch.tensor([0.0, 1.0, 0.0, nan])
