@@ -1,5 +1,6 @@
 """from_fp32 over ranks: the bits of a single process, for models sharded in float32."""
 
+import copy
 import functools
 
 import pytest
@@ -45,7 +46,7 @@ def build(name, world):
 
 
 def train(wrapped, optimizer):
-    start = collect(wrapped.module, optimizer)
+    start = copy.deepcopy(collect(wrapped.module, optimizer))  # or it may be the live states
     for step in range(3):
         backward(wrapped, make_batch(step))
         optimizer.step(zero_grad=True)
