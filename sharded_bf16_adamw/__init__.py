@@ -15,6 +15,7 @@ from .checkpoint import (
     wait_for_save,
 )
 from .clip_in_backward import ClipInBackward
+from .ema import EMA
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
 from .precision_stats import PrecisionStats
@@ -25,6 +26,7 @@ from .sharding.zero.config import ZeRO
 
 __version__ = "0.1.0"
 __all__ = [
+    "EMA",
     "LR",
     "WSD",
     "AdamW_BF16",

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .clip_in_backward import ClipInBackward, previous_sum_sq
+from .conversion import to_bf16_
 from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import backend_for, check_backend
 from .precision_stats import PrecisionStats, compute_precision_stats
 from .profiling import profiler_range
-from .schedule import Schedule, apply_lrs, lr_at, resolve_lr, scheduled_lrs
+from .schedule import Schedule, apply_lrs, lr_at, peak_lr, resolve_lr, scheduled_lrs
 from .serialization import SerializableOptimizer, describe
 from .sharding.build import build_sharding
 from .sharding.dtensor import to_local
@@ -33,7 +34,7 @@ from .state import (
 )
 from .step_in_backward import StepInBackward, check_options
 from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
-from .validation import check_group, check_hyperparams, param_name, to_betas
+from .validation import check_group, check_hyperparams, check_max_lr, param_name, to_betas
 
 
 class AdamW_BF16(SerializableOptimizer):
@@ -55,12 +56,17 @@ class AdamW_BF16(SerializableOptimizer):
         lr: constant learning rate, a float or one-element tensor; torch's schedulers may change it.
         betas: decay rates of the running averages of the gradient and of its square.
         eps: added to the denominator.
-        weight_decay: decoupled weight decay, scaled by the learning rate.
+        weight_decay: decoupled weight decay, scaled by the learning rate; see ``decouple_lr``.
         lr_function: a schedule: a callable from the 0-based step to the learning rate, such as
             :class:`LR`. Each step writes its value to ``group["lr"]``, unless other code has
             changed ``group["lr"]`` since the last step. ``LR()`` if neither this nor ``lr`` is
             given. A group with its own ``lr`` keeps it.
         maximize: ascend instead of descend.
+        decouple_lr: scale the weight decay by ``lr / max_lr`` instead of ``lr``, so that it follows
+            the schedule but not the size of the learning rate. ``weight_decay`` is then the share
+            of a weight that a step at the peak takes off, such as 1e-5.
+        max_lr: peak of the learning rate, for ``decouple_lr``. By default ``lr``, or the peak of
+            an :class:`LR` or :class:`WSD`.
         capturable: allow a CUDA graph to capture a step. ``lr`` must then be a float32 or float64
             tensor on the parameters' device, since a graph would replay any other value unchanged.
         skip_nonfinite: if any rank's gradient holds inf or NaN, change no parameter, state or step
@@ -110,6 +116,8 @@ class AdamW_BF16(SerializableOptimizer):
         *,
         lr_function: Schedule | None = None,
         maximize: bool = False,
+        decouple_lr: bool = False,
+        max_lr: float | None = None,
         capturable: bool = False,
         skip_nonfinite: bool = False,
         step_in_backward: bool = False,
@@ -133,12 +141,72 @@ class AdamW_BF16(SerializableOptimizer):
         self._init_caches()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "capturable": capturable}
+        defaults |= {"decouple_lr": decouple_lr, "max_lr": max_lr}
         defaults |= {"schedule_step": 0, "scheduled_lr": None}  # see :mod:`.schedule`
         super().__init__(params, defaults)
         self._is_built = True
         self._in_backward = StepInBackward(self, clip_in_backward) if step_in_backward else None
         log_params(self._all_params(), self._sharding)
         warn_if_all_float32(self._all_params())
+
+    @classmethod
+    @torch.no_grad()
+    def from_fp32(
+        cls,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        keep_fp32: str | None = None,
+        **options: Any,
+    ) -> AdamW_BF16:
+        r"""Convert a float32 model to bfloat16 in place, and return an optimizer for it.
+
+        ``model.bfloat16()`` drops what the rounding of each weight leaves. Here that remainder
+        becomes the ``correction``, so that ``p + correction`` is the float32 weight up to 2^-17 of
+        it. All floating-point parameters and buffers become bfloat16; parameters stay the same
+        objects, and gradients are dropped. A parameter that is frozen or not in ``params`` is
+        rounded without a correction.
+
+        Args:
+            model: the module, plain or sharded by ``fully_shard`` or tensor parallelism, before its
+                first forward pass. Call this before DistributedDataParallel.
+            params: as in the constructor; None for ``model.parameters()``.
+            keep_fp32: a regular expression. Parameters and buffers in whose name
+                :func:`re.search` finds it keep their dtype.
+            options: arguments of the constructor, by keyword.
+
+        Raises:
+            ValueError, TypeError: as in the constructor, when the model is converted already; or
+                the model cannot be converted, or ``keep_fp32`` matches nothing. Then nothing has
+                changed.
+
+        Examples:
+            >>> import torch
+            >>> from sharded_bf16_adamw import AdamW_BF16
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+            >>> weight = model[0].weight.detach().clone()
+            >>> optimizer = AdamW_BF16.from_fp32(model, keep_fp32=r"^1\.", lr=1e-3)
+            >>> model[0].weight.dtype, model[1].weight.dtype
+            (torch.bfloat16, torch.float32)
+            >>> true_weight = dict(optimizer.true_weights())[model[0].weight]
+            >>> bool(((true_weight - weight).abs() <= 2**-17 * weight.abs()).all())
+            True
+        """
+        zero = options.get("sharding")
+        if zero is not None and zero.broadcast_initial:
+            raise ValueError(
+                "ZeRO(broadcast_initial=True) copies the weights of the first rank but not what "
+                "their rounding leaves; build the same float32 model on every rank, or broadcast "
+                "it before from_fp32()"
+            )
+        corrections = to_bf16_(model, keep_fp32)
+        optimizer = cls(model.parameters() if params is None else params, **options)
+        optimizer.init_state()
+        for param, correction in corrections.items():
+            if param in optimizer.state:
+                shard = optimizer._sharding.shard_state(param, correction, "the correction")
+                to_local(optimizer.state[param]["correction"]).copy_(to_local(shard))
+        return optimizer
 
     def _init_caches(self) -> None:
         self._clip = PendingClip()
@@ -169,6 +237,11 @@ class AdamW_BF16(SerializableOptimizer):
             if self.lr_function is not None and not has_own_lr:
                 lr = lr_at(self.lr_function, group["schedule_step"])
                 group["lr"] = group["scheduled_lr"] = lr
+            if group["decouple_lr"]:
+                if group["max_lr"] is None:
+                    schedule = None if has_own_lr else self.lr_function
+                    group["max_lr"] = peak_lr(schedule, group["lr"])
+                check_max_lr(group["max_lr"], group["weight_decay"])
             names = [param_name(group, index) for index in range(len(group["params"]))]
             self._sharding.add_params(group["params"], names)
             if self._in_backward is not None:

@@ -92,7 +92,7 @@ def param_groups(
         [0.0, 0.1]
     """
     names = _names_of_params(model)
-    patterns = [_compile(pattern) for pattern in options]
+    patterns = [compile_pattern(pattern) for pattern in options]
     members: list[list[Tensor]] = [[] for _ in range(len(patterns) + 1)]
     for param, own in names.items():
         members[_first_match(patterns, own)].append(param)
@@ -125,7 +125,8 @@ def _names_of_params(model: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression. Raise ValueError if it is none."""
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -179,6 +179,22 @@ def lr_at(schedule: Schedule, step: int) -> float:
     return float(lr)  # a NumPy number would not load with weights_only=True
 
 
+def peak_lr(schedule: Schedule | None, lr: float | Tensor) -> float:
+    """Return the default of ``max_lr``: the peak of a schedule of this module, else ``lr``.
+
+    Raises:
+        ValueError: the peak of another schedule is unknown.
+    """
+    if schedule is None:
+        return float(lr)
+    if not isinstance(schedule, (LR, WSD)):
+        raise ValueError(
+            f"decouple_lr=True needs the peak of the learning rate, which lr_function={schedule!r} "
+            "does not tell; pass max_lr="
+        )
+    return float(schedule.lr)
+
+
 def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
     """Return each group's next lr, or None if other code has overwritten it, which then stands.
 

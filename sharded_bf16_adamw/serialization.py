@@ -102,6 +102,8 @@ def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:
     for group in loaded["param_groups"]:
         group.setdefault("maximize", False)
         group.setdefault("capturable", False)
+        group.setdefault("decouple_lr", False)
+        group.setdefault("max_lr", None)
         group.setdefault("schedule_step", schedule_step)
         group.setdefault("scheduled_lr", None)
         for index, param in enumerate(group["params"]):

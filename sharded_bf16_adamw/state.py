@@ -18,6 +18,7 @@ from .sharding.replicas import Replica
 from .validation import param_names
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
+ALL_STATE_KEYS = (*STATE_KEYS, "ema")  # "ema" only with :class:`.ema.EMA`
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -47,6 +48,8 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Shard
     dtypes = {"step": torch.float32, "exp_avg": param.dtype, "exp_avg_sq": param.dtype}
     if param.dtype == torch.bfloat16:
         dtypes["correction"] = torch.bfloat16
+    if "ema" in state:
+        dtypes["ema"] = param.dtype
     for key, dtype in dtypes.items():
         value = state.get(key)
         if not isinstance(value, Tensor):
@@ -92,7 +95,7 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
                 f"the loaded state of parameter {name} has no {key!r}; it must be a state of "
                 "AdamW_BF16 or torch.optim.AdamW"
             )
-    for key in ("exp_avg", "exp_avg_sq", "correction"):
+    for key in ("exp_avg", "exp_avg_sq", "correction", "ema"):
         if key not in state:
             continue
         if state[key].shape != param.shape:
@@ -110,7 +113,7 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
     else:
         state.pop("correction", None)
     # The same order on every rank: torch's FSDP1 code gathers a state in the order of each dict.
-    for key in (key for key in STATE_KEYS if key in state):
+    for key in (key for key in ALL_STATE_KEYS if key in state):
         state[key] = state.pop(key)
 
 
@@ -192,7 +195,7 @@ def _replicas(
     if weight_groups:
         yield Replica(f"parameter {name}", to_local(param), weight_groups)
     if state_groups:
-        for key in STATE_KEYS:  # the same on every rank, whatever the order of its dict
+        for key in ALL_STATE_KEYS:  # the same on every rank, whatever the order of its dict
             value = to_local(state.get(key, torch.empty(0, device=param.device)))
             yield Replica(f"{key} of parameter {name}", value, state_groups)
 

@@ -250,11 +250,16 @@ class StepPlanCache:
 
 
 def hyperparams_of(group: dict[str, Any]) -> Hyperparams:
-    """Return the hyperparameters of a parameter group."""
+    """Return the hyperparameters of a parameter group.
+
+    The update multiplies the weight decay by ``lr``. With ``decouple_lr`` the product is
+    ``lr / max_lr * weight_decay``, also for an ``lr`` on a device that the host never reads.
+    """
     beta1, beta2 = group["betas"]
-    return Hyperparams(
-        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"]
-    )
+    weight_decay = group["weight_decay"]
+    if group["decouple_lr"]:
+        weight_decay /= group["max_lr"]
+    return Hyperparams(group["lr"], beta1, beta2, group["eps"], weight_decay, group["maximize"])
 
 
 def next_hyperparams(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[Hyperparams]:

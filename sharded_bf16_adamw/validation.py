@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
+LARGE_DECAY = 1e-3  # of a step: the weights would halve in 700 steps
 
 
 def param_name(group: dict[str, Any], index: int) -> str:
@@ -96,6 +98,22 @@ def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
         f"capturable=True needs lr as a float32 or float64 tensor on {device}, where a graph reads "
         f"it, but it is {found}; pass lr=torch.tensor(..., device={str(device)!r})"
     )
+
+
+def check_max_lr(max_lr: float, weight_decay: float) -> None:
+    """Raise ValueError if ``max_lr`` cannot scale the weight decay; warn if that is a large one."""
+    if not 0.0 < max_lr < math.inf:
+        raise ValueError(
+            f"Invalid max_lr: {max_lr}; with decouple_lr=True it must be the peak of the learning "
+            "rate, positive and finite"
+        )
+    if weight_decay > LARGE_DECAY:
+        warnings.warn(
+            f"weight_decay={weight_decay} with decouple_lr=True takes {weight_decay:.2%} off each "
+            "weight in every step at the peak of the learning rate; the usual values are those of "
+            "a coupled weight_decay times the peak, such as 1e-5",
+            stacklevel=5,  # the caller of the constructor
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ ALLOWED = {
     "profiling": set(),
     "schedule": set(),
     "names": set(),
+    "pair": set(),
     "param_groups": {"names"},
+    "conversion": {"names", "pair", "param_groups", "sharding"},
     "kernels": {"profiling"},
     "sharding": {"profiling"},
     "validation": set(),
@@ -29,9 +31,10 @@ ALLOWED = {
     "serialization": {"sharding", "state", "step_in_backward", "validation"},
     "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
     | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"}
-    | {"clip_in_backward"},
+    | {"clip_in_backward", "conversion"},
+    "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
-    "checkpoint": {"profiling", "kernels", "names", "optimizer", "sharding", "state"},
+    "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},
 }
 
 

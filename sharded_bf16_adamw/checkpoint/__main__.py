@@ -131,8 +131,9 @@ def _export(args: argparse.Namespace) -> int:
     weights = [info for key, info in reader.infos.items() if key.startswith(MODEL)]
     total = sum(info.nbytes * (2 if info.dtype == widened else 1) for info in weights)
     with _progress_bar("export", total) as progress:
-        export_fp32(reader.path, args.out, DTYPES[args.dtype], args.max_shard_size, progress)
-    print(f"{args.out}: weights of {reader.path} in {args.dtype}")
+        dtype, size = DTYPES[args.dtype], args.max_shard_size
+        export_fp32(reader.path, args.out, dtype, size, progress, ema=args.ema)
+    print(f"{args.out}: {'average' if args.ema else 'weights'} of {reader.path} in {args.dtype}")
     return 0
 
 
@@ -331,6 +332,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="float32",
         help="float32: p + correction; bfloat16: p alone",
     )
+    add("--ema", action="store_true", help="write the average of EMA instead of the weights")
     add(
         "--max-shard-size",
         type=_size,

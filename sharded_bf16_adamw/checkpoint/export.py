@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..pair import join
 from .async_save import wait_for_own_saves
 from .directory import sync_folder
 from .extra_state import PART
@@ -32,18 +33,6 @@ from .state_dict import MODEL, STATE
 Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a float32 tensor into ``(p, correction)``, both bfloat16."""
-    p = x.bfloat16()
-    remainder = torch.where(p.isfinite(), x - p.float(), 0.0)
-    return p, remainder.bfloat16()
-
-
-def join(p: Tensor, correction: Tensor) -> Tensor:
-    """Return the float32 value of a pair. Inverse of :func:`split`, up to the bound above."""
-    return p.float() + correction.float()
-
-
 def export_fp32(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -51,6 +40,8 @@ def export_fp32(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
     group: Group = None,
+    *,
+    ema: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint as safetensors files with an index, as Hugging Face does.
 
@@ -70,6 +61,8 @@ def export_fp32(
             file to itself.
         progress: called on rank 0 with the number of bytes of each tensor written.
         group: process group whose first rank writes; None for all ranks.
+        ema: write the average of :class:`EMA` instead of the weights. A tensor without one, such as
+            a buffer, is written as it is.
 
     Returns:
         ``out``.
@@ -77,8 +70,8 @@ def export_fp32(
     Raises:
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: the checkpoint is damaged, an argument is invalid, or safetensors cannot hold a
-            tensor. Nothing is written.
+        ValueError: the checkpoint is damaged or has no average, an argument is invalid, or
+            safetensors cannot hold a tensor. Nothing is written.
         OSError: ``out`` cannot be written; on the other ranks this is a RuntimeError.
         RuntimeError: an asynchronous save in flight failed, or the rank that writes has not called
             within the timeout of the process group.
@@ -96,7 +89,7 @@ def export_fp32(
     check_group(group)
 
     def export() -> str:
-        _export(path, out, dtype, max_shard_bytes, progress)
+        _export(path, out, dtype, max_shard_bytes, progress, ema)
         return str(out)
 
     return Path(call_on_rank_0_via_store("export_fp32", out, export, group))
@@ -108,6 +101,7 @@ def _export(
     dtype: torch.dtype,
     max_shard_bytes: int,
     progress: Progress | None,
+    ema: bool,
 ) -> None:
     wait_for_own_saves()  # the root would stand for the previous checkpoint otherwise
     if dtype not in (torch.float32, torch.bfloat16):
@@ -120,7 +114,14 @@ def _export(
         raise FileExistsError(f"{out} exists already; give the name of a new directory")
     reader = CheckpointReader(path)
     reader.verify()
-    corrections = _correction_keys(reader) if dtype == torch.float32 else {}
+    widened = torch.bfloat16 if dtype == torch.float32 else None
+    corrections = _state_keys(reader, "correction") if widened else {}
+    averages = _state_keys(reader, "ema") if ema else {}
+    if ema and not any(averages.values()):
+        raise ValueError(
+            f"the checkpoint {reader.path} has no average of the weights; build EMA(model, "
+            "optimizer) before you train and save, or export without ema"
+        )
     infos = {}
     for key, info in reader.infos.items():
         if not key.startswith(MODEL):
@@ -136,13 +137,15 @@ def _export(
             raise ValueError(
                 f"{name} is {info.dtype}, which safetensors files cannot hold; export without it"
             )
-        infos[name] = info._replace(dtype=torch.float32) if key in corrections else info
+        infos[name] = info._replace(dtype=torch.float32) if info.dtype == widened else info
 
     def get_tensor(name: str) -> Tensor:
-        tensor = reader.read(MODEL + name)
-        if MODEL + name in corrections:
-            correction = corrections[MODEL + name]
-            tensor = tensor.float() if correction is None else join(tensor, reader.read(correction))
+        key = MODEL + name
+        average = averages.get(key)
+        tensor = reader.read(average or key)
+        if tensor.dtype == widened:
+            correction = None if average else corrections.get(key)
+            tensor = join(tensor, reader.read(correction)) if correction else tensor.float()
         if progress is not None:
             progress(tensor.nbytes)
         return tensor
@@ -160,13 +163,13 @@ def _export(
         raise
 
 
-def _correction_keys(reader: CheckpointReader) -> dict[str, str | None]:
-    """Map each bfloat16 weight to its correction's key, or to None if it was never updated."""
+def _state_keys(reader: CheckpointReader, name: str) -> dict[str, str | None]:
+    """Map each weight to the key of its state ``name``, or to None if it has no such state."""
     keys: dict[str, str | None] = {}
-    for key, info in reader.infos.items():
-        if key.startswith(MODEL) and info.dtype == torch.bfloat16:
-            correction = f"{STATE}{key.removeprefix(MODEL)}.correction"
-            keys[key] = correction if correction in reader.infos else None
+    for key in reader.infos:
+        if key.startswith(MODEL):
+            state = f"{STATE}{key.removeprefix(MODEL)}.{name}"
+            keys[key] = state if state in reader.infos else None
     if reader.manifest.ties is None:
         return _infer_ties(reader, keys)
     for names in reader.manifest.ties:  # tied names share one state, saved under one of them
@@ -183,11 +186,11 @@ def _infer_ties(reader: CheckpointReader, keys: dict[str, str | None]) -> dict[s
     A constant (all ones, all zeros) proves nothing.
     """
     for key in [key for key, correction in keys.items() if correction is None]:
-        shape = reader.infos[key].shape
+        info = reader.infos[key]
         candidates = [
             other
             for other, correction in keys.items()
-            if correction is not None and reader.infos[other].shape == shape
+            if correction is not None and reader.infos[other] == info
         ]
         if candidates:
             weight = reader.read(key)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..kernels.reference import lowbias32, stochastic_round
 from ..names import has_fsdp1
 from ..optimizer import AdamW_BF16
+from ..pair import split
 from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
 from .directory import latest
-from .export import Progress, split
+from .export import Progress
 from .extra_state import is_wrapper_subclass
 from .groups import match_groups
 from .import_formats import WeightsSource, open_optimizer_state, open_weights
@@ -171,6 +172,8 @@ def import_fp32(
             for state_name, tensor in state.items():
                 if state_name == "correction":
                     _fill_correction(tensor, weights, source_name[name])
+                elif state_name == "ema":  # starts at the new weights
+                    _fill_weight(tensor, weights, source_name[name])
                 else:
                     _fill_state(tensor, imported_state.get(name, {}).get(state_name))
                 _report(progress, tensor)
@@ -310,6 +313,9 @@ def _set_hyperparams(live: dict[str, Any], imported: dict[str, Any], step: int) 
                 live[key].copy_(as_tensor(value))  # a captured graph reads lr from this memory
             else:
                 live[key] = float(value) if isinstance(value, Tensor) else value
+    if "weight_decay" in imported:  # torch's AdamW scales it by lr
+        live["decouple_lr"] = imported.get("decouple_lr", False)
+        live["max_lr"] = imported.get("max_lr")
     live["schedule_step"] = step
     if live["scheduled_lr"] is not None:
         live["scheduled_lr"] = live["lr"]

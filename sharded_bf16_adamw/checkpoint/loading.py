@@ -24,6 +24,7 @@ from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
 from .optimizer_state import (
     check_model_and_optimizer,
+    drop_averages,
     init_frozen_states,
     init_state,
     rollback_new_state,
@@ -40,8 +41,18 @@ from .rank_errors import (
     world_size,
 )
 from .rank_names import RankNames
-from .state_dict import MODEL, fqn_of, get_rng_state, get_state, set_rng_state, set_state
+from .state_dict import (
+    MODEL,
+    fqn_of,
+    get_rng_state,
+    get_state,
+    param_of_state,
+    set_rng_state,
+    set_state,
+)
 from .ties import align_ties
+
+EMA = ".ema"  # the end of the keys of averages
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,8 @@ def load(
     with raise_on_all_ranks(f"the model may be partly loaded from {folder}", group):
         set_state(model, optimizer, merge_loaded(state, comparison, tensors), names)
         set_rng_state(rng_state)
+        missing = {param_of_state(key) for key in comparison.missing_states if key.endswith(EMA)}
+        drop_averages(model, optimizer, missing, names.to_saved)
     mismatches = [] if strict else comparison.mismatches
     return LoadResult(manifest.extra, folder, manifest.step, mismatches)
 
@@ -301,6 +314,9 @@ def _mismatch_message(folder: Path, differences: list[str], by_rank: bool) -> st
     hint = (
         " (names with @pp or @ep load in the layout that saved them: see ModelParallel)"
         if by_rank
+        else " (build EMA(model, optimizer) before the load if the checkpoint has an average, "
+        "after it otherwise)"
+        if any(EMA in difference for difference in differences)
         else ""
     )
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,35 @@ def init_frozen_states(
         return
     saved, saved_in_groups = set(saved), set(saved_in_groups)
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
+    init(
+        param
+        for param, own in _stored_names(model, stored).items()
+        if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
+    )
+
+
+def drop_averages(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    missing: Collection[str | None],
+    stored: Callable[[str], str],
+) -> None:
+    """Drop averages that a checkpoint lacks, so that :class:`EMA` starts them at the new weights.
+
+    Args:
+        model: the module, wrapped or not.
+        optimizer: its optimizer.
+        missing: names of the parameters whose average was not saved.
+        stored: maps an FQN to its name in ``missing``.
+    """
+    if missing:
+        for param, own in _stored_names(model, stored).items():
+            if not set(missing).isdisjoint(own) and param in optimizer.state:
+                optimizer.state[param].pop("ema", None)
+
+
+def _stored_names(model: nn.Module, stored: Callable[[str], str]) -> dict[Any, list[str]]:
+    """Map each parameter to its names in a checkpoint: several if it is tied or flat."""
     names: dict[Any, list[str]] = {}
     for name, param in unwrap(model).named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(stored(clean_fqn(model, name)))
@@ -123,11 +152,7 @@ def init_frozen_states(
             names[flat_param] = [
                 stored(clean_fqn(model, prefix + name)) for name in flat_param._fqns
             ]
-    init(
-        param
-        for param, own in names.items()
-        if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
-    )
+    return names
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from sharded_bf16_adamw import save
 from sharded_bf16_adamw.checkpoint import export
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.export import export_fp32, join
+from sharded_bf16_adamw.checkpoint.export import export_fp32
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
+from sharded_bf16_adamw.pair import join
 
 from .layouts import LAYOUTS, everything, train
 from .trainings import read_folder, trained, true_values

@@ -1,0 +1,261 @@
+"""An exponential moving average (EMA) of the true weights, in the optimizer's own numerics.
+
+The average of a parameter is the entry ``"ema"`` of its optimizer state. So it is sharded, saved,
+loaded and resharded like the moments.
+
+A bfloat16 average rounds stochastically, since with round-to-nearest ``(1 - decay) * (w - ema)`` is
+almost always too small to count. The random bits are a hash of the element's stored bits and the
+number of updates, as in :mod:`.kernels.reference`, so they do not depend on sharding or device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from .kernels import is_capturing
+from .kernels.reference import lowbias32, step_key
+from .optimizer import AdamW_BF16
+from .sharding.dtensor import DTensor, to_local
+
+CPU_CHUNK = 1 << 16  # elements: fewer cost more in calls, more leave the processor's cache
+DEVICE_CHUNK = 1 << 20  # elements: enough to fill an accelerator
+
+UPDATES = "ema_updates"  # the option of a parameter group that counts updates
+SPREAD = 0x2C1B3C6D  # odd multiplier of the average's bits
+
+
+class EMA:
+    """Exponential moving average of the true weights ``p + correction``, for evaluation.
+
+    Takes 2 bytes for each element of a bfloat16 parameter, 4 for float32, sharded like the
+    optimizer's state. It is kept in that state, as ``optimizer.state[param]["ema"]``: :func:`save`,
+    :func:`load` and ``optimizer.state_dict()`` include it. Build it before you load a checkpoint
+    that has it. It starts at the weights that the model has then. Buffers are not averaged.
+
+    ``decay`` may be changed at any time, for a warm-up of the average.
+
+    Args:
+        model: the module, wrapped or not.
+        optimizer: the optimizer of its parameters.
+        decay: weight of the old average in an update, from 0 to 1.
+
+    Raises:
+        TypeError: the optimizer is not an :class:`AdamW_BF16`.
+        ValueError: ``decay`` is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from sharded_bf16_adamw import EMA, AdamW_BF16
+        >>> model = torch.nn.Linear(4, 2, bias=False).bfloat16()
+        >>> optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
+        >>> ema = EMA(model, optimizer, decay=0.999)
+        >>> for _ in range(3):
+        ...     model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        ...     optimizer.step(zero_grad=True)
+        ...     ema.update()
+        >>> with ema.swapped():
+        ...     loss = model(torch.ones(1, 4, dtype=torch.bfloat16)).sum()
+    """
+
+    def __init__(self, model: nn.Module, optimizer: AdamW_BF16, decay: float = 0.999) -> None:
+        if not isinstance(optimizer, AdamW_BF16):
+            raise TypeError(
+                f"EMA averages the weights of an AdamW_BF16, but the optimizer is of type "
+                f"{type(optimizer).__name__}; use torch.optim.swa_utils.AveragedModel with float32 "
+                "weights"
+            )
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"Invalid decay: {decay}; it must be from 0 to 1")
+        self._model = model
+        self._optimizer = optimizer
+        self._is_swapped = False
+        self.decay = decay
+        optimizer.init_state()
+        for _, state, weight in self._states():
+            state.setdefault("ema", weight.clone())
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average to ``decay * ema + (1 - decay) * weight``. Call it after each step.
+
+        Needs no communication and does not wait for the device. A parameter whose loaded state has
+        no average starts one at its weight.
+
+        Raises:
+            RuntimeError: the weights are swapped, a backward pass has updated a part of them, or a
+                CUDA graph captures the call, which would replay the same random bits.
+        """
+        self._check_not_swapped("ema.update()")
+        self._optimizer._check_between_steps("ema.update()")
+        groups = self._optimizer.param_groups
+        count = max((group.get(UPDATES, 0) for group in groups), default=0) + 1
+        for group in groups:
+            group[UPDATES] = count
+        key, weight = step_key(count), float(np.float32(1.0 - self.decay))
+        for _, state, shard in self._states():
+            if "ema" not in state:
+                state["ema"] = shard.clone()
+                continue
+            local = [to_local(x) for x in (state["ema"], shard, state.get("correction", shard))]
+            if is_capturing(local[0].device):
+                raise RuntimeError(
+                    "a CUDA graph captures ema.update(), whose random bits depend on a count on "
+                    "the host; call it outside of the graph, after each replay"
+                )
+            for e, p, c in _chunks(local):
+                _average_(e, p, c, weight=weight, key=key)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Return a context in which the model has the average as its weights.
+
+        On exit, also by an error, all weights and corrections are restored bit for bit. Takes no
+        memory beyond a copy of the largest local tensor. Collective with FSDP1 and ZeRO: every rank
+        calls it. In the context ``model.state_dict()`` and ``optimizer.true_weights()`` are those
+        of the average, and the optimizer cannot be stepped, saved or loaded.
+
+        Raises:
+            RuntimeError: the weights are swapped already, or a backward pass has updated a part of
+                them.
+        """
+        self._check_not_swapped("ema.swapped()")
+        optimizer = self._optimizer
+        optimizer._check_between_steps("ema.swapped()")
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(
+                "the model holds its average inside ema.swapped(), so the optimizer cannot be "
+                "stepped, saved or loaded; do that outside"
+            )
+
+        hooks = [
+            optimizer.register_step_pre_hook(refuse),
+            optimizer.register_state_dict_pre_hook(refuse),
+            optimizer.register_load_state_dict_pre_hook(refuse),
+        ]
+        swapped = [(param, state) for param, state, _ in self._states() if "ema" in state]
+        states = [dict(state) for _, state in swapped]
+        pairs = [(param, state["ema"]) for param, state in swapped]
+        self._swap(pairs)
+        self._is_swapped = True
+        for _, state in swapped:  # they are not those of the average
+            state.pop("correction", None)
+            del state["ema"]
+        try:
+            yield
+        finally:
+            self._swap(pairs)
+            for (_, state), original in zip(swapped, states, strict=True):
+                state.clear()
+                state.update(original)
+            self._is_swapped = False
+            for hook in hooks:
+                hook.remove()
+
+    def _states(self) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+        """Yield each parameter that has a state, with the state and the shard of its weight."""
+        for param in self._optimizer._all_params():
+            state = self._optimizer.state.get(param)
+            if state:
+                yield param, state, self._optimizer._sharding.shard(param).detach()
+
+    @torch.no_grad()
+    def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Exchange the values of each parameter with those of its average."""
+        self._free_gathered_weights()
+        for param, average in pairs:
+            shard = self._optimizer._sharding.shard(param).detach()
+            weight, local = to_local(shard), to_local(average)
+            kept = weight.clone()
+            weight.copy_(local)
+            local.copy_(kept)
+            if isinstance(shard, DTensor) and not isinstance(param, DTensor):  # ZeRO
+                param.copy_(shard.full_tensor())
+
+    def _free_gathered_weights(self) -> None:
+        """Make FSDP all-gather the weights anew: after an evaluation its root still holds them."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+            elif isinstance(module, FullyShardedDataParallel):
+                handle, has_run = module._handle, module._is_root is not None
+                if handle is not None and handle.uses_sharded_strategy and has_run:
+                    _reshard(module, handle, free_unsharded_flat_param=True)
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._is_swapped:
+            raise RuntimeError(f"{what} is called inside ema.swapped(); call it outside")
+
+
+def _chunks(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors of one shape into parts, as views, whose temporaries are small."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        size = CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK
+        yield from zip(*[x.view(-1).split(size) for x in tensors], strict=True)
+    else:  # such as a shard of columns
+        yield tuple(tensors)
+
+
+def _average_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> None:
+    """Update a chunk of an average in place: ``e += weight * (p + c - e)``.
+
+    Each fp32 operation is rounded by itself, so that every device gives the same bits.
+
+    Args:
+        e: the average, bfloat16 or float32.
+        p: the weights, like ``e``.
+        c: the corrections, bfloat16; not read if ``e`` is float32.
+        weight: ``1 - decay``, exact in float32.
+        key: 32 random bits of this update.
+    """
+    if e.dtype == torch.float32:
+        e.add_((p - e) * weight)
+        return
+    old = e.float()
+    delta = ((p.float() + c.float()) - old) * weight
+    pattern = _pattern(p) << 16 | _pattern(c)
+    signed_key = key - (1 << 32) if key >> 31 else key
+    bits = lowbias32(pattern ^ _pattern(e) * SPREAD ^ signed_key)
+    e.copy_(stochastic_sum(old, delta, bits))
+
+
+def stochastic_sum(x: Tensor, delta: Tensor, r: Tensor) -> Tensor:
+    """Return ``x + delta`` rounded stochastically to bfloat16.
+
+    The fp32 sum alone would lose a ``delta`` below 2^-17 of a bfloat16 step, as it is with a decay
+    near 1. So the error of the sum counts too, and the probability of rounding up has 32 bits.
+
+    Args:
+        x: float32, any shape; holds bfloat16 values.
+        delta: float32 of the same shape.
+        r: int32 of the same shape, uniform on all 32 bits.
+
+    Returns:
+        bfloat16. Infinity stays infinity and NaN stays NaN.
+    """
+    total = x + delta
+    error = delta - (total - x)
+    # Truncate the sum, so that the part to round is positive in units of its last place.
+    bits = total.view(torch.int32) - (error * total.sign() < 0).to(torch.int32)
+    error = delta - (bits.view(torch.float32) - x)
+    ulp = (bits & 0x7F800000).view(torch.float32) * 2.0**-23
+    high, low = r >> 16 & 0xFFFF, r & 0xFFFF
+    surplus = ((bits & 0xFFFF) - high).float() + error.abs() / ulp
+    rounds_up = surplus > (low.float() + 0.5) * 2.0**-16
+    rounded = ((bits >> 16) + rounds_up).to(torch.int16).view(torch.bfloat16)
+    return torch.where(total.isnan(), math.nan, rounded)
+
+
+def _pattern(x: Tensor) -> Tensor:
+    """Return the 16 stored bits of a bfloat16 tensor as int32."""
+    return x.view(torch.int16).to(torch.int32) & 0xFFFF

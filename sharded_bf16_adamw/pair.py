@@ -1,0 +1,21 @@
+"""The pair ``(p, correction)``, two bfloat16 tensors whose sum is a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a float32 tensor into ``(p, correction)``, both bfloat16."""
+    p = x.bfloat16()
+    remainder = torch.where(p.isfinite(), x - p.float(), 0.0)
+    return p, remainder.bfloat16()
+
+
+def join(p: Tensor, correction: Tensor) -> Tensor:
+    """Return the float32 value of a pair. Inverse of :func:`split`, up to 2^-17 of the value.
+
+    :mod:`.checkpoint.export` has the exact bound.
+    """
+    return p.float() + correction.float()
