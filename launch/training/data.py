@@ -86,11 +86,10 @@ class Tokens:
         parts = []
         index = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            end = int(self._ends[index])
+            begin, end = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
             mapped = _map(self._paths[index], self._dtype)
-            first = start - (end - len(mapped))
-            parts.append(mapped[first : first + stop - start])
-            start, index = min(end, stop), index + 1
+            parts.append(mapped[start - begin : min(end, stop) - begin])
+            start, index = end, index + 1
         return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
 
 

@@ -82,7 +82,7 @@ def true_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
 
 
 def train_worker(rank: int, world: int, runs: dict[str, str], stop_at: int) -> None:
@@ -108,8 +108,8 @@ def test_weights_are_split_and_compute_what_transformers_computes(folder, option
         assert torch.equal(weights[name], join(*split(value))), name
         assert not torch.equal(value, value.bfloat16().float()) or "norm" in name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
-    ids.append(0)  # "<end>"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     cut = len(ids) - len(ids) // 10
     starts = [cut + int(i * (len(ids) - cut - 17) / 3) for i in range(4)]
     batch = torch.tensor([ids[start : start + 17] for start in starts])
@@ -140,7 +140,7 @@ def test_stopped_on_two_ranks_resumed_on_one_exported_and_loaded_back(folder, op
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, reader.read(f"model.{name}")), name
     tokenizer = transformers.AutoTokenizer.from_pretrained(stopped / "hf/latest")
-    assert tokenizer.decode(tokenizer("lazy dog")["input_ids"]) == "lazy dog"
+    assert tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
 def test_strategies_and_optimizers_train_alike(options, tmp_path):

@@ -44,8 +44,8 @@ def test_checkpoint_gives_weights_and_corrections_to_a_new_run(tmp_path, first, 
 def test_moments_are_taken_if_asked_for_and_the_schedule_starts_anew(
     tmp_path, first, option, steps
 ):
-    options = f"--steps 8 --warmup 4 --lr 1e-3 --init-from {first} {option}"
-    run("--out", tmp_path / "new", NANO, options.replace("--steps 8", "--steps 1"))
+    options = f"--steps 1 --warmup 4 --lr 1e-3 --init-from {first} {option}"
+    assert run("--out", tmp_path / "new", NANO, options) == 0
     assert {int(step) for step in read(tmp_path / "new", ".step").values()} == {steps}
     (line,) = [line for line in curve(tmp_path / "new") if "lr" in line]
     assert line["lr"] == pytest.approx(1e-3 / 4), "the warm-up of the new run"
@@ -68,7 +68,7 @@ def test_imported_and_exported_weights_start_a_run(tmp_path, first):
     for name, source in cases.items():
         options = f"--steps 1 --init-from {tmp_path}/{source}"
         assert run("--out", tmp_path / name, NANO, options) == 0
-        assert held_out(curve(tmp_path / name))[0] == pytest.approx(expected, rel=1e-6), name
+        assert held_out(curve(tmp_path / name))[0] == pytest.approx(expected, rel=1e-3), name
 
 
 def test_resume_continues_the_run_and_does_not_start_again(tmp_path, first):
