@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from training.errors import UsageError
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model", "tekken.json", "*.tiktoken")
+
 
 def _transformers() -> Any:
     try:
@@ -87,10 +89,11 @@ class FolderTokenizer:
     """
 
     def __init__(self, folder: str) -> None:
+        auto = _transformers().AutoTokenizer
         try:
-            self._tokenizer = _transformers().AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
-            )
+            if not any(match for name in TOKENIZER_FILES for match in Path(folder).glob(name)):
+                raise FileNotFoundError("no file of one")  # transformers may make an empty one
+            self._tokenizer = auto.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # of many types
             raise UsageError(
                 f"--model {folder} has no tokenizer that transformers reads ({_line(error)}): "

@@ -113,10 +113,11 @@ def test_verify_all_of_one_checkpoint_verifies_that_one(tmp_path, capsys):
 
 
 def test_inspect_orders_names_with_their_numbers(tmp_path, capsys):
-    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(11))).bfloat16()
+    names = ("b", "a10", "a9")
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names}).bfloat16()
     save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.125))
     path = tmp_path / "step-00000001"
-    expected = [f"{index}.weight" for index in range(11)]
+    expected = ["a9.weight", "a10.weight", "b.weight"]
     out = run(capsys, "inspect", path)[1]
     assert [line.split()[0] for line in out.partition("\n\n")[2].splitlines()[1:]] == expected
 
