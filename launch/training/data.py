@@ -53,10 +53,10 @@ class ByteTokenizer:
     """UTF-8 bytes as token ids; byte 0, which no text has, ends each text."""
 
     vocabulary = 256
-    end = 0
+    end: int | None = 0
     key = "bytes"
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, texts: list[str]) -> Sequence[Any]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
 
@@ -263,8 +263,10 @@ def _tokenize_once(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], fol
 
     try:  # the other ranks wait without a timeout
         return Path(call_on_rank_0_via_store("tokenize", folder, tokenize))
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
+        raise UsageError(f"--data {files.name}: {error}") from error
 
 
 def _tokenize(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], path: Path) -> None:

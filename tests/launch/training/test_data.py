@@ -183,8 +183,8 @@ def load_worker(rank: int, world_size: int, path: str, cache: str) -> tuple[list
 def test_rank_0_writes_the_token_ids_and_its_error_is_that_of_all(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
     results = distributed.run_ranks(2, load_worker, str(path), str(tmp_path))
-    assert results[0] == results[1] and bytes(results[0][0]).startswith(b"one\ntwo\0")
-    assert "line 1 of" in results[0][1] and "bad-0" in results[0][1]
+    assert results[0][0] == results[1][0] and bytes(results[0][0]).startswith(b"one\ntwo\0")
+    assert all("line 1 of" in error and "bad-0" in error for _, error in results)
 
 
 BAD_LINES = ["{", "[]", '"text"', '{"txt": "a"}', '{"text": 3}', '{"text": "\\ud800"}', "\\"]
