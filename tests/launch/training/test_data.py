@@ -113,9 +113,9 @@ def test_bin_files_hold_token_ids(tmp_path, vocabulary, given, written):
 
 def test_token_outside_the_vocabulary_is_an_error(tmp_path):
     np.array([0] * 99 + [300], "<u2").tofile(tmp_path / "data.bin")
-    text = load(tmp_path / "data.bin", seq_len=9)
+    text = load(tmp_path / "data.bin", seq_len=9, vocabulary=300)
     text.batch(0, 0, 4)
-    with pytest.raises(UsageError, match=r"data.bin has the token id 300, but .* end at 255: give"):
+    with pytest.raises(UsageError, match=r"data.bin has the token id 300, but .* end at 299: give"):
         text.held_out_batch(0, 1, 4)
     assert (
         load(tmp_path / "data.bin", seq_len=9, vocabulary=301).held_out_batch(0, 1, 4).max() == 300
