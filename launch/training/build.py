@@ -62,10 +62,11 @@ def build_model(
         UsageError: ``--strategy`` or transformers cannot shard or build the model.
     """
     dtype = WEIGHT_DTYPES[args.optimizer]
+    mesh_shape = strategy.mesh_shape(world.size)
     if args.model is None:
         with torch.device("meta"):
             model: nn.Module = GPT(config).to(dtype)
-    elif world.tp_size > 1:
+    elif "tensor" in mesh_shape:
         raise UsageError(
             f"--strategy {args.strategy} shards the presets only, not --model: use --strategy "
             "fsdp2."
@@ -80,7 +81,7 @@ def build_model(
             f"on {world.size} x {world.device.type}",
             flush=True,
         )
-    mesh = world.mesh(strategy.mesh_shape(world.size))
+    mesh = world.mesh(mesh_shape)
     strategy.shard(model, mesh)
     _allocate(model, world.device)
     if isinstance(model, GPT):
