@@ -88,6 +88,9 @@ def build_model(
         if is_announced:
             print(f"initializing the weights on {world.device.type}", flush=True)
         model.init_weights(args.seed)
+    else:
+        for param in model.parameters():  # ZeRO compares the weights of ranks before they are read
+            param.detach().zero_()
     return model, strategy.wrap(model, mesh), parameters
 
 
