@@ -14,7 +14,9 @@ from typing import Any
 import distributed
 import pytest
 import torch
+from training.build import _allocate
 from training.data import Text
+from training.hugging_face import build, read_config
 
 from sharded_bf16_adamw import latest
 from sharded_bf16_adamw.checkpoint.export import join
@@ -116,6 +118,17 @@ def test_weights_are_split_and_compute_what_transformers_computes(folder, option
     with torch.no_grad():
         loss = model(batch, labels=batch).loss.item()
     assert held_out(curve(tmp_path / "out"))[0] == pytest.approx(loss, rel=1e-3)
+
+
+def test_buffers_that_no_file_has_keep_their_values(folder):
+    config = read_config(str(folder), 8)
+    model = build(str(folder), config, torch.bfloat16)
+    _allocate(model, torch.device("cpu"))
+    expected = dict(transformers.LlamaForCausalLM(config).named_buffers())
+    found = dict(model.named_buffers())
+    assert expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "cpu")}
 
 
 def test_stopped_on_two_ranks_resumed_on_one_exported_and_loaded_back(folder, options, tmp_path):
