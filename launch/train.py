@@ -1,4 +1,4 @@
-"""Train a small byte-level GPT with bf16 weights.
+"""Train a GPT with bf16 weights.
 
     python launch/train.py
     torchrun --nproc-per-node 2 launch/train.py
@@ -26,12 +26,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
-from training.build import Schedule, build_model, make_optimizer, make_schedule, set_seeds
-from training.data import Text, load_text
+from training.build import (
+    Schedule,
+    build_model,
+    make_optimizer,
+    make_schedule,
+    model_config,
+    set_seeds,
+)
+from training.data import Text, find_files, load_text
 from training.errors import UsageError
+from training.export import export_hf
+from training.hugging_face import FolderTokenizer
+from training.initial import init_from
 from training.metrics import Metrics, optimizer_state_bytes, plot_losses, summary
-from training.model import GPT, PRESETS
-from training.options import parse_args
+from training.options import model_name, parse_args
 from training.resume import find_checkpoint, suggest_undamaged
 from training.signals import StopRequest, stop_requests
 from training.strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks
@@ -51,6 +60,7 @@ class Run:
     """State of the training loop.
 
     Attributes:
+        parameters: their number in the full model.
         module: ``model`` as its strategy wraps it: the module to call.
         step: optimizer steps taken.
         step_seconds: duration of each optimizer step of this process.
@@ -66,10 +76,11 @@ class Run:
     world: World
     text: Text
     strategy: Strategy
-    model: GPT
+    model: nn.Module
     module: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    parameters: int
     step: int = 0
     step_seconds: list[float] = field(default_factory=list)
     saved: Path | None = None
@@ -205,7 +216,7 @@ def print_summary(run: Run, stopped: bool) -> None:
         summary(
             held_out_loss=loss,
             state_bytes=state_bytes,
-            parameters=PRESETS[run.args.preset].parameters,
+            parameters=run.parameters,
             world_size=run.world.size,
             # The median, since the first steps also compile and load kernels.
             step_seconds=statistics.median(run.step_seconds or [0.0]),
@@ -216,7 +227,7 @@ def print_summary(run: Run, stopped: bool) -> None:
         )
     )
     plot = run.out_dir / "loss.png"
-    title = f"{run.args.preset}, --optimizer {run.args.optimizer}"
+    title = f"{model_name(run.args)}, --optimizer {run.args.optimizer}"
     if plot_losses(run.out_dir / "metrics.jsonl", plot, title):
         print(f"{'plot':22}{plot}")
     else:
@@ -245,7 +256,7 @@ def backward(run: Run) -> Tensor:
 
 
 def compute_loss(module: nn.Module, batch: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats per byte of an int64 ``(B, T + 1)`` batch, in fp32."""
+    """Return the mean cross-entropy in nats per token of an int64 ``(B, T + 1)`` batch, in fp32."""
     return F.cross_entropy(module(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
 
 
@@ -384,8 +395,11 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
     extra = {"step": run.step, "nonfinite_steps": run.nonfinite_steps, "config": vars(run.args)}
     keep = run.args.keep if run.last_is_finite else None
     root = run.out_dir / "checkpoints"
+    in_background = in_background and run.args.export_hf is None
     run.saved = save(root, run.step, run.module, run.optimizer, extra, keep, in_background)
     run.saved_step = run.step
+    if run.args.export_hf is not None:
+        export_hf(run.args, run.saved)
 
 
 @torch.no_grad()
@@ -449,20 +463,31 @@ def set_up(args: argparse.Namespace) -> Run:
     world = replace(world, tp_size=mesh_shape.get("tensor", 1))
     check_world(args, world)
     set_seeds(args)
-    text = on_all_ranks(load_text, args.data, args.seq_len)
+    config = on_all_ranks(model_config, args)
+    files = on_all_ranks(find_files, args.data)
+    tokenizer = None
+    if args.model is not None and files.kind != ".bin":
+        tokenizer = on_all_ranks(FolderTokenizer, args.model)
     on_all_ranks(make_out_dir, args)
+    text = on_all_ranks(
+        lambda: load_text(
+            files, args.seq_len, config.vocab_size, tokenizer, args.token_dtype, args.out
+        )
+    )
     strategy = STRATEGIES[args.strategy]
-    model, module = build_model(args, world, strategy)
+    model, module, parameters = build_model(args, config, world, strategy)
     schedule = make_schedule(args)
     optimizer = make_optimizer(args, model, schedule)
-    run = Run(args, world, text, strategy, model, module, optimizer, schedule)
+    run = Run(args, world, text, strategy, model, module, optimizer, schedule, parameters)
     resume(run)
+    if run.saved is None:
+        init_from(args, module, optimizer)
     if world.rank == 0:
         print(
-            f"{args.preset} ({PRESETS[args.preset].parameters:,} parameters), "
+            f"{model_name(args)} ({parameters:,} parameters), "
             f"--optimizer {args.optimizer}, --strategy {args.strategy} "
             f"on {world.size} x {world.device.type}, "
-            f"{len(text.train):,} training bytes, steps {run.step} to {args.steps}",
+            f"{text.cut:,} training tokens, steps {run.step} to {args.steps}",
             flush=True,
         )
     return run

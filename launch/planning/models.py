@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from training.errors import UsageError
-from training.model import GPT, PRESETS, VOCABULARY, Config, Linear
+from training.model import GPT, PRESETS, Config, Linear
 
 SIZES = (
     "hidden_size",
@@ -48,7 +47,9 @@ def from_preset(name: str) -> Shape:
     """
     config = PRESETS[name]
     heads, seq_len = config.heads, config.seq_len
-    return Shape(config.layers, config.dim, config.ffn, heads, heads, VOCABULARY, seq_len=seq_len)
+    return Shape(
+        config.layers, config.dim, config.ffn, heads, heads, config.vocab_size, seq_len=seq_len
+    )
 
 
 def from_config(path: Path) -> Shape:
@@ -96,9 +97,8 @@ def build(shape: Shape, layers: int, dtype: torch.dtype) -> GPT:
         8030261248
     """
     with torch.device("meta"):
-        model = GPT(Config(layers, shape.dim, shape.heads, shape.ffn, 0, 0, 0, 0.0))
-        model.embedding.weight = nn.Parameter(torch.empty(shape.vocabulary, shape.dim))
-        model.head = Linear(shape.dim, shape.vocabulary)
+        config = Config(layers, shape.dim, shape.heads, shape.ffn, 0, 0, 0, 0.0, shape.vocabulary)
+        model = GPT(config)
         width = shape.kv_heads * shape.dim // shape.heads
         for block in model.blocks:
             block.attention.key = Linear(shape.dim, width)  # type: ignore[union-attr]

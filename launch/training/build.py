@@ -7,6 +7,7 @@ import math
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
+from training import hugging_face
 from training.errors import UsageError
-from training.model import GPT, PRESETS, RMSNorm
+from training.model import GPT, PRESETS, Config
 from training.optimizers import OPTIMIZERS
+from training.options import model_name
 from training.strategies import STRATEGIES, Strategy, World
 
 WEIGHT_DTYPES = {name: spec.weight_dtype for name, spec in OPTIMIZERS.items()}
+ANNOUNCED = 500_000_000  # parameters of a model that takes a while to build
 Schedule = Callable[[int], float]
 
 
@@ -36,36 +40,98 @@ def set_seeds(args: argparse.Namespace) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def build_model(
-    args: argparse.Namespace, world: World, strategy: Strategy
-) -> tuple[GPT, nn.Module]:
-    """Return the model and the module to call.
+def model_config(args: argparse.Namespace) -> Any:
+    """Return the config of ``--preset``, or of ``--model``; both have a ``vocab_size``.
 
-    Memory is allocated after sharding, so that each rank allocates only its own shards.
+    Raises:
+        UsageError: ``--model`` is not a folder that ``transformers`` can use.
     """
-    with torch.device("meta"):
-        model = GPT(PRESETS[args.preset]).to(WEIGHT_DTYPES[args.optimizer])
-    mesh = world.mesh(strategy.mesh_shape(world.size))
+    if args.model is not None:
+        return hugging_face.read_config(args.model, args.seq_len)
+    return replace(PRESETS[args.preset], vocab_size=args.vocab_size or Config.vocab_size)
+
+
+def build_model(
+    args: argparse.Namespace, config: Any, world: World, strategy: Strategy
+) -> tuple[nn.Module, nn.Module, int]:
+    """Return the model, the module to call, and the number of parameters.
+
+    Memory is allocated after sharding, so that each rank allocates only its own shards. The weights
+    of ``--model`` are read later.
+
+    Raises:
+        UsageError: ``--strategy`` or transformers cannot shard or build the model.
+    """
+    dtype = WEIGHT_DTYPES[args.optimizer]
+    mesh_shape = strategy.mesh_shape(world.size)
+    if args.model is None:
+        with torch.device("meta"):
+            model: nn.Module = GPT(config).to(dtype)
+    elif "tensor" in mesh_shape:
+        raise UsageError(
+            f"--strategy {args.strategy} shards the presets only, not --model: use --strategy "
+            "fsdp2."
+        )
+    else:
+        model = hugging_face.build(args.model, config, dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    is_announced = world.rank == 0 and parameters >= ANNOUNCED
+    if is_announced:
+        print(
+            f"building {model_name(args)}: {parameters:,} parameters, --strategy {args.strategy} "
+            f"on {world.size} x {world.device.type}",
+            flush=True,
+        )
+    mesh = world.mesh(mesh_shape)
     strategy.shard(model, mesh)
-    model.to_empty(device=world.device)
-    model.init_weights(args.seed)
-    return model, strategy.wrap(model, mesh)
+    _allocate(model, world.device)
+    if isinstance(model, GPT):
+        if is_announced:
+            print(f"initializing the weights on {world.device.type}", flush=True)
+        model.init_weights(args.seed)
+    else:
+        for param in model.parameters():  # ZeRO compares the weights of ranks before they are read
+            param.detach().zero_()
+    return model, strategy.wrap(model, mesh), parameters
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Replace meta parameters by uninitialized ones on the device; keep ties, move buffers there.
+
+    Done after sharding, when ``to_empty`` allocates this rank's shards only.
+    """
+    ties = [
+        (module, name, param)
+        for module in model.modules()
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    first: dict[nn.Parameter, nn.Parameter] = {}
+    for module, name, param in ties:
+        setattr(module, name, first.setdefault(param, getattr(module, name)))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def make_optimizer(
-    args: argparse.Namespace, model: GPT, schedule: Schedule
+    args: argparse.Namespace, model: nn.Module, schedule: Schedule
 ) -> torch.optim.Optimizer:
-    """Build an AdamW that applies weight decay to matrices, but not to the gains of norms.
+    """Build an AdamW that applies weight decay to matrices, not to gains of norms or biases.
 
     Raises:
         UsageError: the strategy shards AdamW_BF16 only, or a hyperparameter is invalid.
     """
-    # By module and not by ndim, since FSDP1 flattens matrices.
-    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
-    gains = {id(p) for norm in norms for p in norm.parameters()}
+    # By name and not by ndim, since FSDP1 flattens matrices.
+    vectors = {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if name == "bias" or "Norm" in type(module).__name__
+    }
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if id(p) not in gains]},
-        {"params": [p for p in model.parameters() if id(p) in gains], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in vectors]},
+        {"params": [p for p in model.parameters() if id(p) in vectors], "weight_decay": 0.0},
     ]
     common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
     device = next(model.parameters()).device

@@ -1,35 +1,120 @@
-"""Byte-level training text: a file, a directory, or the sources of Python's standard library.
+"""Training data: text files, ``.jsonl`` files, ``.bin`` files of token ids, or folders of one kind.
 
 A batch is a pure function of the seed and the step. So a checkpoint's data position is its step, a
 resumed run sees the batches of an uninterrupted one, and the global batch does not depend on the
 number of ranks.
+
+Files are memory-mapped. Text that needs a tokenizer, and ``.jsonl`` files, are first written to a
+``.bin`` file of token ids, once and by rank 0.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sharded_bf16_adamw.checkpoint.rank_errors import call_on_rank_0_via_store
 from training.errors import UsageError
 
-HELD_OUT = 10  # one part in so many, at the end of the text, is held out
+HELD_OUT = 10  # one part in so many, at the end of the data, is held out
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+PIECE = 1 << 20  # bytes of text that are tokenized at once
+
+
+class Tokenizer(Protocol):
+    """Text to token ids.
+
+    Attributes:
+        vocabulary: number of token ids.
+        end: token id after each text, or None.
+        key: identifies the tokenizer.
+    """
+
+    vocabulary: int
+    end: int | None
+    key: str
+
+    def encode(self, texts: list[str]) -> Sequence[Any]:
+        """Return the token ids of each text."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as token ids; byte 0, which no text has, ends each text."""
+
+    vocabulary = 256
+    end: int | None = 0
+    key = "bytes"
+
+    def encode(self, texts: list[str]) -> Sequence[Any]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one kind: "text", ".jsonl" or ".bin"; ``name`` is what errors call them."""
+
+    name: str
+    kind: str
+    paths: list[Path]
+
+
+class Tokens:
+    """Token ids of several files, one after another, read on demand."""
+
+    def __init__(self, paths: list[Path], dtype: np.dtype[Any]) -> None:
+        sizes = [(path, path.stat().st_size // dtype.itemsize) for path in paths]
+        self._paths = [path for path, size in sizes if size]  # mmap rejects an empty file
+        self._ends = np.cumsum([size for _, size in sizes if size], dtype=np.int64)
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(len(self))
+        parts = []
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            begin, end = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
+            mapped = _map(self._paths[index], self._dtype)
+            parts.append(mapped[start - begin : min(end, stop) - begin])
+            start, index = end, index + 1
+        return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+
+
+@functools.lru_cache(maxsize=64)  # each one holds a file descriptor
+def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
 
 
 @dataclass(frozen=True)
 class Text:
-    """Training and held-out text, both one-dimensional uint8 arrays, and the sequence length."""
+    """Token ids, the first ``cut`` for training and the rest held out.
 
-    train: np.ndarray
-    held_out: np.ndarray
+    Attributes:
+        tokens: all token ids: an array, or what has its length and slices.
+        cut: number of token ids for training.
+        seq_len: tokens in a sequence.
+        vocabulary: number of token ids that the model knows.
+        name: what an error calls the data.
+    """
+
+    tokens: Tokens | np.ndarray
+    cut: int
     seq_len: int
+    vocabulary: int = ByteTokenizer.vocabulary
+    name: str = ""
 
     def batch(self, seed: int, step: int, size: int) -> Tensor:
         """Return the global batch of a step, int64 ``(size, seq_len + 1)``.
@@ -37,63 +122,72 @@ class Text:
         Inputs are all columns but the last, targets all but the first.
         """
         generator = np.random.default_rng((seed, step))
-        return self._windows(
-            self.train, generator.integers(0, len(self.train) - self.seq_len, size)
-        )
+        return self._windows(generator.integers(0, self.cut - self.seq_len, size))
 
     def held_out_batch(self, index: int, batches: int, size: int) -> Tensor:
-        """Return batch ``index`` of ``batches`` that cover the held-out text evenly.
+        """Return batch ``index`` of ``batches`` that cover the held-out data evenly.
 
         It is shaped as in :meth:`batch`, and always the same.
         """
-        last = len(self.held_out) - self.seq_len - 1
-        starts = np.linspace(0, last, batches * size).astype(np.int64)
-        return self._windows(self.held_out, starts[index * size : (index + 1) * size])
+        last = len(self.tokens) - self.cut - self.seq_len - 1
+        starts = self.cut + np.linspace(0, last, batches * size).astype(np.int64)
+        return self._windows(starts[index * size : (index + 1) * size])
 
-    def _windows(self, source: np.ndarray, starts: np.ndarray) -> Tensor:
-        windows = np.stack([source[s : s + self.seq_len + 1] for s in starts])
+    def _windows(self, starts: np.ndarray) -> Tensor:
+        windows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts])
+        largest = int(windows.max())
+        if largest >= self.vocabulary:
+            raise UsageError(
+                f"--data {self.name} has the token id {largest}, but the model's ids end at "
+                f"{self.vocabulary - 1}: give data of the model's tokenizer, or --token-dtype if "
+                "the integers of the file have another size."
+            )
         return torch.from_numpy(windows.astype(np.int64))
 
 
-def load_text(path: str | None, seq_len: int) -> Text:
-    """Read a file, all visible files below a directory, or (None) the standard library's sources.
+# ------------------------------------------------------------------------------------------ files
+
+
+def find_files(path: str | None) -> Files:
+    """Find a file, all visible files below a folder, or (None) the standard library's sources.
 
     Raises:
-        UsageError: ``path`` is missing, unreadable, or too short for one sequence in each part.
+        UsageError: ``path`` is missing or unreadable, holds nothing, several kinds of files, or
+            binaries of another format.
     """
-    name = path or "the standard library's sources"
+    if path is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        sources = [p for p in _walk(root, SKIPPED_DIRS) if p.suffix == ".py"]
+        return Files("the standard library's sources", "text", sources)
+    if not path:
+        raise UsageError("--data is empty: give a file or a folder.")
     try:
-        data = _standard_library() if path is None else _read(Path(path))
+        is_folder = Path(path).is_dir()
+        paths = list(_walk(Path(path), {"__pycache__"})) if is_folder else [Path(path)]
+        if not paths:
+            raise UsageError(f"--data {path} holds no visible files: give another folder.")
+        kinds = sorted({p.suffix if p.suffix in (".bin", ".jsonl") else "text" for p in paths})
+        if len(kinds) > 1:
+            raise UsageError(
+                f"--data {path} holds {' and '.join(kinds)} files: give a file, or a folder of one "
+                "kind."
+            )
+        for p in paths:
+            with p.open("rb") as file:
+                if kinds != [".bin"] and b"\0" in file.read(8192):
+                    raise UsageError(
+                        f"--data {path} holds a binary file, not text ({p}): give text, .jsonl or "
+                        ".bin (token ids) files."
+                    )
     except OSError as error:
-        culprit = error.filename or name
         raise UsageError(
-            f"--data {name} cannot be read ({error.strerror}: {culprit}): "
+            f"--data {path} cannot be read ({error.strerror}: {error.filename or path}): "
             "check the path and its permissions."
         ) from None
-    cut = len(data) - len(data) // HELD_OUT
-    if len(data) - cut <= seq_len:
-        needed = HELD_OUT * (seq_len + 1)
-        raise UsageError(
-            f"--data {name} holds {len(data)} bytes, too few for --seq-len {seq_len}: "
-            f"give at least {needed} or shorten --seq-len."
-        )
-    return Text(data[:cut], data[cut:], seq_len)
+    return Files(path, kinds[0], paths)
 
 
-def _standard_library() -> np.ndarray:
-    root = Path(sysconfig.get_path("stdlib"))
-    return _concatenate(p for p in _files(root, SKIPPED_DIRS) if p.suffix == ".py")
-
-
-def _read(path: Path) -> np.ndarray:
-    if path.is_dir():
-        return _concatenate(_files(path, set()))
-    if path.stat().st_size == 0:  # mmap rejects an empty file
-        return np.zeros(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def _files(root: Path, skipped: set[str]) -> Iterator[Path]:
+def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
     """Yield all visible files below ``root``, in an order that no file system changes."""
 
     def fail(error: OSError) -> None:
@@ -104,5 +198,127 @@ def _files(root: Path, skipped: set[str]) -> Iterator[Path]:
         yield from (Path(directory, n) for n in sorted(names) if not n.startswith("."))
 
 
-def _concatenate(paths: Iterable[Path]) -> np.ndarray:
-    return np.frombuffer(b"".join(p.read_bytes() for p in paths), dtype=np.uint8)
+def load_text(
+    files: Files,
+    seq_len: int,
+    vocabulary: int = ByteTokenizer.vocabulary,
+    tokenizer: Tokenizer | None = None,
+    token_dtype: str | None = None,
+    cache: str | os.PathLike[str] = ".",
+) -> Text:
+    """Open the data; first write its token ids to a file if it has none.
+
+    In a distributed run every rank calls it, and rank 0 writes.
+
+    Args:
+        files: the result of :func:`find_files`.
+        seq_len: tokens in a sequence.
+        vocabulary: number of token ids that the model knows.
+        tokenizer: for text; None for its bytes.
+        token_dtype: "uint16" or "uint32", the integers of ``.bin`` files; None for the smallest
+            that holds the vocabulary.
+        cache: folder for the file of token ids, which is reused.
+
+    Raises:
+        UsageError: the data is malformed, or too short for one sequence in each part.
+    """
+    paths, unit = files.paths, "tokens"
+    dtype = np.dtype(token_dtype or ("uint16" if vocabulary <= 1 << 16 else "uint32"))
+    if files.kind == "text" and tokenizer is None:
+        dtype, unit = np.dtype("uint8"), "bytes"
+    elif files.kind != ".bin":
+        chosen = tokenizer or ByteTokenizer()
+        dtype = np.dtype("uint16" if chosen.vocabulary <= 1 << 16 else "uint32")
+        paths = [_tokenize_once(files, chosen, dtype, Path(cache))]
+    odd = next((p for p in paths if p.stat().st_size % dtype.itemsize), None)
+    if odd is not None:
+        raise UsageError(
+            f"--data {files.name} is not of {dtype} token ids ({odd} has {odd.stat().st_size} "
+            "bytes): give --token-dtype, or another file."
+        )
+    tokens = Tokens(paths, dtype)
+    cut = len(tokens) - len(tokens) // HELD_OUT
+    if len(tokens) - cut <= seq_len:
+        raise UsageError(
+            f"--data {files.name} holds {len(tokens)} {unit}, too few for --seq-len {seq_len}: "
+            f"give at least {HELD_OUT * (seq_len + 1)} or shorten --seq-len."
+        )
+    return Text(tokens, cut, seq_len, vocabulary, files.name)
+
+
+# ---------------------------------------------------------------------------------------- tokens
+
+
+def _tokenize_once(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], folder: Path) -> Path:
+    def tokenize() -> str:
+        stats = [(str(p.absolute()), p.stat()) for p in files.paths]
+        source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        path = folder / f"tokens-{zlib.crc32(repr((tokenizer.key, source)).encode()):08x}.bin"
+        if not path.exists():
+            print(f"writing the token ids of {files.name} to {path}", flush=True)
+            partial = path.with_suffix(".partial")
+            _tokenize(files, tokenizer, dtype, partial)
+            partial.rename(path)
+        return str(path)
+
+    try:  # the other ranks wait without a timeout
+        return Path(call_on_rank_0_via_store("tokenize", folder, tokenize))
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--data {files.name}: {error}") from error
+
+
+def _tokenize(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], path: Path) -> None:
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    with path.open("wb") as out:
+        for pieces in _batches(_pieces(files)):
+            for ids, (_, is_end) in zip(
+                tokenizer.encode([text for text, _ in pieces]), pieces, strict=True
+            ):
+                out.write(np.asarray(ids, dtype).tobytes())
+                out.write(np.asarray(end if is_end else [], dtype).tobytes())
+
+
+def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Yield pieces in lists of about ``PIECE`` characters, for tokenizers with threads."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(files: Files) -> Iterator[tuple[str, bool]]:
+    """Yield parts of texts, and whether each is the last of its text. A part ends with a line."""
+    for path in files.paths:
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                if files.kind == ".jsonl":
+                    for number, line in enumerate(file, 1):
+                        if line.strip():
+                            yield _text_field(files.name, path, number, line), True
+                else:
+                    while lines := file.readlines(PIECE):
+                        yield "".join(lines), False
+                    yield "", True
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--data {files.name} has a file that is not UTF-8 text ({path}): convert it."
+            ) from error
+
+
+def _text_field(name: str, path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # lone surrogates are no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(
+            f'--data {name}: line {number} of {path} is not a JSON object with a string "text": '
+            "correct or remove it."
+        ) from None
+    return text

@@ -22,7 +22,7 @@ class Metrics:
     ``{step, held_out_loss}`` for each evaluation. With ``--precision-stats`` some steps also have a
     line of ``step`` and the fields of :class:`sharded_bf16_adamw.PrecisionStats`. ``step`` counts
     the steps taken, ``nonfinite_steps`` those of them whose loss or gradient norm was not finite.
-    Losses are in nats per byte. A non-finite value, which JSON lacks, is ``null``.
+    Losses are in nats per token. A non-finite value, which JSON lacks, is ``null``.
 
     Args:
         path: the file. Lines of steps after ``start`` are dropped: a resumed run repeats them.
@@ -120,7 +120,7 @@ def plot_losses(metrics: Path, plot: Path, title: str) -> bool:
     ):
         points = read_curve(metrics, key)
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(plot, dpi=120)
@@ -166,7 +166,7 @@ def summary(
     local, total = state_bytes
     return "\n".join(
         (
-            f"held-out loss         {held_out_loss:.4f} nats per byte",
+            f"held-out loss         {held_out_loss:.4f} nats per token",
             f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
             f"{total / parameters:.2f} per parameter",
             f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",

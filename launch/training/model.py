@@ -1,7 +1,7 @@
-"""A small modern GPT over bytes: RMSNorm, rotary embeddings, SwiGLU, untied embeddings.
+"""A small modern GPT: RMSNorm, rotary embeddings, SwiGLU, untied embeddings.
 
 Shapes use ``B`` sequences, ``T`` tokens, model width ``D``, ``H`` heads of size ``D / H``, and
-``V = 256`` byte values.
+``V`` token ids, by default the 256 values of a byte.
 
 Weights may have any dtype; activations are bfloat16. Each weight is cast where it is used. That is
 free for bfloat16 weights, and lets fp32 master weights run a bf16 forward without autocast.
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-VOCABULARY = 256
 COMPUTE_DTYPE = torch.bfloat16
 INIT_STD = 0.02
 
@@ -35,12 +34,13 @@ class Config:
     batch_size: int
     steps: int
     lr: float
+    vocab_size: int = 256
 
     @property
     def parameters(self) -> int:
         """Number of parameters, computed from the shapes."""
         block = 4 * self.dim**2 + 3 * self.dim * self.ffn + 2 * self.dim
-        return self.layers * block + 2 * VOCABULARY * self.dim + self.dim
+        return self.layers * block + 2 * self.vocab_size * self.dim + self.dim
 
 
 # layers, dim, heads, ffn, seq_len, batch_size, steps, lr
@@ -89,10 +89,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Byte embedding, cast to the compute dtype."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(VOCABULARY, dim)
+    """Token embedding, cast to the compute dtype."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight.to(COMPUTE_DTYPE))
@@ -149,7 +146,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Byte-level GPT: int64 tokens ``(B, T)`` to bfloat16 logits ``(B, T, V)``.
+    """Decoder: int64 tokens ``(B, T)`` to bfloat16 logits ``(B, T, V)``.
 
     Build it under ``torch.device("meta")``, shard it, call ``to_empty(device=...)``, then
     ``init_weights``. So no rank allocates more than its own shards and one full parameter.
@@ -158,10 +155,10 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.dim)
+        self.embedding = Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
-        self.head = Linear(config.dim, VOCABULARY)
+        self.head = Linear(config.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         rotation = rotations(tokens.shape[1], self.config.dim // self.config.heads, tokens.device)

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from training.errors import UsageError
@@ -14,6 +16,8 @@ from training.optimizers import OPTIMIZERS
 from training.strategies import STRATEGIES
 
 DEFAULT_PRESET = "tiny"
+# of --model, which is trained further
+MODEL_DEFAULTS = SimpleNamespace(seq_len=1024, batch_size=16, steps=1000, lr=1e-5)
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,14 +61,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(
         prog="train.py",
-        description="Train a byte-level GPT with bf16 weights, on one process or under torchrun.",
+        description="Train a GPT with bf16 weights, on one process or under torchrun.",
     )
-    _add_model_and_data(parser.add_argument_group("model and data").add_argument)
+    model_and_data = parser.add_argument_group("model and data")
+    _add_model(model_and_data.add_mutually_exclusive_group().add_argument)
+    _add_data(model_and_data.add_argument)
     _add_parallelism(parser.add_argument_group("parallelism").add_argument)
     _add_optimizer(parser.add_argument_group("optimizer").add_argument)
     _add_run(parser.add_argument_group("run").add_argument)
     args = parser.parse_args(argv)
-    preset = PRESETS[args.preset]
+    if args.model is not None:
+        args.preset = None
+    if args.export_hf and args.model is None:
+        parser.error("--export-hf needs --model, since presets are no Hugging Face models")
+    preset = MODEL_DEFAULTS if args.model is not None else PRESETS[args.preset]
     for name in ("seq_len", "batch_size", "steps", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
@@ -74,11 +84,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 12)
     args.final_lr = args.lr / 1000 if args.final_lr is None else args.final_lr
-    args.out = args.out or f"runs/{args.preset}-{args.optimizer}"
+    args.out = args.out or f"runs/{model_name(args)}-{args.optimizer}"
     return args
 
 
-def _add_model_and_data(add: Callable[..., Any]) -> None:
+def model_name(args: argparse.Namespace) -> str:
+    """Return the preset, or the name of the model's folder."""
+    return args.preset or Path(args.model).resolve().name
+
+
+def _add_model(add: Callable[..., Any]) -> None:
     add(
         "--preset",
         choices=PRESETS,
@@ -86,11 +101,46 @@ def _add_model_and_data(add: Callable[..., Any]) -> None:
         help="model size; its defaults are in launch/training/model.py (default: %(default)s)",
     )
     add(
+        "--model",
+        metavar="FOLDER",
+        help="a causal language model of Hugging Face with safetensors, through transformers; its "
+        "tokenizer is used for text (default: a model of --preset)",
+    )
+
+
+def _add_data(add: Callable[..., Any]) -> None:
+    add(
+        "--init-from",
+        metavar="PATH",
+        help="start a new run from these weights: a checkpoint, a run, or a folder or file of "
+        "safetensors (default: random ones, or those of --model)",
+    )
+    add(
+        "--init-moments",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="from a checkpoint, also take AdamW's moments and their step counts; the schedule "
+        "starts at 0 (default: --no-init-moments)",
+    )
+    add(
         "--data",
         metavar="PATH",
-        help="text: a file or a directory (default: Python's standard library sources)",
+        help='a file or a folder: text, .jsonl (the text under "text" of each line) or .bin (token '
+        "ids); without --model the bytes of text are its tokens (default: the sources of Python's "
+        "standard library)",
     )
-    add("--seq-len", type=positive, help=f"bytes in a sequence ({preset_default('seq_len')})")
+    add(
+        "--token-dtype",
+        choices=("uint16", "uint32"),
+        help="integers in .bin files (default: uint16 if that holds the vocabulary)",
+    )
+    add(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help="token ids of a preset, for .bin files (default: 256, the values of a byte)",
+    )
+    add("--seq-len", type=positive, help=f"tokens in a sequence ({preset_default('seq_len')})")
     add(
         "--batch-size",
         type=positive,
@@ -188,7 +238,7 @@ def _add_run(add: Callable[..., Any]) -> None:
         metavar="N",
         help="batches of held-out text (default: %(default)s)",
     )
-    add("--out", metavar="DIR", help="default: runs/<preset>-<optimizer>")
+    add("--out", metavar="DIR", help="default: runs/<preset or model>-<optimizer>")
     add(
         "--save-every",
         type=count,
@@ -227,6 +277,12 @@ def _add_run(add: Callable[..., Any]) -> None:
         help="newest checkpoints to keep (default: %(default)s)",
     )
     add(
+        "--export-hf",
+        choices=("float32", "bfloat16"),
+        help="at each save, which is then blocking, also write --model with the new weights to "
+        "<out>/hf/step-*, for from_pretrained(); <out>/hf/latest is the newest (default: never)",
+    )
+    add(
         "--resume",
         metavar="auto|newest-good|PATH",
         help="auto: from the newest checkpoint in --out, if any; newest-good: from the newest "
@@ -247,6 +303,8 @@ def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
                 f"--{name.replace('_', '-')} {value} has no effect with "
                 f"--optimizer {args.optimizer}, only with bf16"
             )
+    if args.vocab_size is not None and args.model is not None:
+        yield f"--vocab-size {args.vocab_size} has no effect with --model, only with --preset"
     if args.final_lr is not None and args.schedule != "cosine":
         yield (
             f"--final-lr {args.final_lr:g} has no effect with --schedule {args.schedule}, "

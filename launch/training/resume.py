@@ -78,6 +78,12 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
             f"the checkpoint {path} was not saved by train.py: give --resume one that was."
         )
     saved, given = extra["config"], vars(args)
+    if (saved.get("model") is None) != (given["model"] is None):
+        name = "preset" if saved.get("model") is None else "model"
+        raise UsageError(
+            f"the checkpoint {path} was trained with --{name} {saved[name]}: give that option, or "
+            "another --out to start from scratch."
+        )
     for name in ("preset", "optimizer"):
         if saved.get(name, given[name]) != given[name]:
             raise UsageError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from training.errors import UsageError
-from training.model import GPT, Block
+from training.model import GPT
 from training.tensor_parallel import parallelize
 
 
@@ -40,18 +40,24 @@ class Strategy:
             along "tensor" get the same sequences of a batch, all others get different ones.
     """
 
-    shard: Callable[[GPT, DeviceMesh], None]
-    wrap: Callable[[GPT, DeviceMesh], nn.Module]
+    shard: Callable[[Any, DeviceMesh], None]
+    wrap: Callable[[nn.Module, DeviceMesh], nn.Module]
     no_sync: Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[None]]
     sharding: Callable[[DeviceMesh], ZeRO | None] = lambda mesh: None
     mesh_shape: Callable[[int], dict[str, int]] = lambda world_size: {"data": world_size}
 
 
-def _no_shard(model: GPT, mesh: DeviceMesh) -> None:
+def _layers(model: nn.Module) -> Iterable[nn.Module]:
+    """Return the units that FSDP shards: the modules of the model's outermost list."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(lists, ())
+
+
+def _no_shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Replicate all parameters."""
 
 
-def _no_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+def _no_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
@@ -68,17 +74,17 @@ def _module_no_sync(
     return module.no_sync()  # type: ignore[operator]
 
 
-def _ddp_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+def _ddp_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     return ddp(model, device_mesh=mesh, gradient_as_bucket_view=True)
 
 
-def _fsdp2_shard(model: GPT, mesh: DeviceMesh) -> None:
+def _fsdp2_shard(model: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # bf16 sums over many ranks and micro-batches would lose bits.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for module in (*model.blocks, model):
+    for module in (*_layers(model), model):
         # By default the root would stay unsharded after an evaluation, and torch's checkpoint
         # code would not recognize its parameters.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -111,7 +117,7 @@ def _zero2_no_sync(
     return optimizer.no_sync()
 
 
-def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
+def _fsdp1_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -123,7 +129,7 @@ def _fsdp1_wrap(model: GPT, mesh: DeviceMesh) -> nn.Module:
         warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # one process
         return FullyShardedDataParallel(
             model,
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in _layers(model)}),
             mixed_precision=MixedPrecision(reduce_dtype=torch.float32),  # as in _fsdp2_shard
             device_mesh=mesh,
             device_id=device,
@@ -256,3 +262,14 @@ def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
         if found is not None:
             raise UsageError(found)
     return result
+
+
+def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)`` of rank 0 on every rank; raise its UsageError on all. Collective.
+
+    Other ranks may see an older state of a network file system.
+    """
+    is_first = dist.get_rank() == 0
+    result = [on_all_ranks(function, *args) if is_first else on_all_ranks(lambda: None)]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]

@@ -21,21 +21,21 @@ from torch.distributed.tensor.parallel import (
 )
 
 from training.errors import UsageError
-from training.model import GPT, VOCABULARY
+from training.model import GPT
 
 
 def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     """Shard all parameters but the norms' gains over a one-dimensional mesh.
 
     Raises:
-        UsageError: heads, hidden units, byte values or (at the first batch) sequence positions do
+        UsageError: heads, hidden units, token ids or (at the first batch) sequence positions do
             not divide into the mesh's ranks.
     """
     ranks = mesh.size()
     for what, number in (
         ("heads", model.config.heads),
         ("hidden units", model.config.ffn),
-        ("byte values", VOCABULARY),
+        ("token ids", model.config.vocab_size),
     ):
         if number % ranks:
             raise UsageError(

@@ -23,6 +23,7 @@ import torch
 from .directory import (
     complete_checkpoints,
     find_checkpoint,
+    find_root,
     incomplete_checkpoints,
     no_checkpoint,
     remove,
@@ -110,9 +111,10 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     """Compare every file with its checksum, with ``--all`` of all checkpoints of a run."""
     latest = find_checkpoint(args.path)
-    root = Path(args.path)
-    paths = complete_checkpoints(root) if args.all else [latest] if latest else []
-    incomplete = incomplete_checkpoints(root) if args.all else []
+    is_run = args.all and latest != Path(args.path)
+    root = find_root(args.path)
+    paths = complete_checkpoints(root) if is_run else [latest] if latest else []
+    incomplete = incomplete_checkpoints(root) if is_run else []
     if not paths and not incomplete:
         raise no_checkpoint(args.path)
     _report_incomplete(incomplete)
@@ -131,9 +133,17 @@ def _export(args: argparse.Namespace) -> int:
     weights = [info for key, info in reader.infos.items() if key.startswith(MODEL)]
     total = sum(info.nbytes * (2 if info.dtype == widened else 1) for info in weights)
     with _progress_bar("export", total) as progress:
-        dtype, size = DTYPES[args.dtype], args.max_shard_size
-        export_fp32(reader.path, args.out, dtype, size, progress, ema=args.ema)
-    print(f"{args.out}: {'average' if args.ema else 'weights'} of {reader.path} in {args.dtype}")
+        export_fp32(
+            reader.path,
+            args.out,
+            DTYPES[args.dtype],
+            args.max_shard_size,
+            progress,
+            ema=args.ema,
+            config_from=args.config_from,
+        )
+    what = "average" if args.ema else "weights"
+    print(f"{args.out}: {what} of {reader.path} in {args.dtype}")
     return 0
 
 
@@ -165,7 +175,7 @@ def _prune(args: argparse.Namespace) -> int:
     Directories without a manifest are named and left alone: their age is unknown, and a copy to one
     may be under way.
     """
-    root = Path(args.root)
+    root = find_root(args.root)
     _report_incomplete(incomplete_checkpoints(root))
     checkpoints = complete_checkpoints(root)
     if not checkpoints:
@@ -313,7 +323,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.set_defaults(run=run)
         return command.add_argument
 
-    path_help = "a checkpoint's directory, or that of a run's checkpoints, for the latest"
+    path_help = "a checkpoint's directory, or that of a run or its checkpoints, for the latest"
     patterns: dict[str, object] = {"action": "append", "default": [], "metavar": "PATTERN"}
 
     add = add_command("inspect", _inspect, "print what a checkpoint holds")
@@ -341,6 +351,12 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="maximum size of a file (default: 5GB)",
     )
 
+    add(
+        "--config-from",
+        metavar="FOLDER",
+        help="a Hugging Face model: copy its config, tokenizer and code, for from_pretrained()",
+    )
+
     add = add_command("import", _import, "write a checkpoint from weights of another training")
     add("source", help="a safetensors file, a directory of them with an index, or a torch file")
     add("out", help="directory for the checkpoints of a new run")
@@ -353,7 +369,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=float)
 
     add = add_command("prune", _prune, "remove old checkpoints, never one of the newest whole ones")
-    add("root", help="directory of a run's checkpoints")
+    add("root", help="directory of a run, or of its checkpoints")
     add(
         "--keep",
         type=_positive_int,

@@ -68,9 +68,17 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint at ``path`` (or the latest one if it is a root), or None."""
+    """Return the checkpoint at ``path``, or the latest of a run, or None."""
     path = Path(path)
-    return path if _has_manifest(path) else latest(path)
+    return path if _has_manifest(path) else latest(find_root(path))
+
+
+def find_root(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a run's checkpoints: ``path``, or its subfolder ``checkpoints``."""
+    path = Path(path)
+    nested = path / "checkpoints"
+    is_nested = not _named_as_checkpoints(path) and _named_as_checkpoints(nested)
+    return nested if is_nested else path
 
 
 def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:

@@ -13,9 +13,11 @@ The second term is half the smallest bfloat16 subnormal. A value beyond the larg
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,13 +25,23 @@ from torch import Tensor
 
 from ..pair import join
 from .async_save import wait_for_own_saves
-from .directory import sync_folder
+from .directory import find_checkpoint, no_checkpoint, sync_folder
 from .extra_state import PART
-from .rank_errors import Group, call_on_rank_0_via_store, check_group
+from .rank_errors import (
+    Group,
+    call_on_rank_0,
+    call_on_rank_0_via_store,
+    check_group,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from .reader import CheckpointReader
-from .safetensors_io import DTYPE_NAMES, write_sharded
+from .safetensors_io import DTYPE_NAMES, TensorInfo, write_sharded
 from .state_dict import MODEL, STATE
 
+# of a Hugging Face model's config, tokenizer and code
+CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
@@ -42,6 +54,8 @@ def export_fp32(
     group: Group = None,
     *,
     ema: bool = False,
+    config_from: str | os.PathLike[str] | None = None,
+    parallel: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint as safetensors files with an index, as Hugging Face does.
 
@@ -50,7 +64,8 @@ def export_fp32(
     of this process is waited for.
 
     In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits
-    for no other rank. The others return once it is done, and raise if it failed.
+    for no other rank. The others return once it is done, and raise if it failed. With ``parallel``
+    it is collective, and each rank reads and writes its share of the files.
 
     Args:
         path: a checkpoint's directory, or the root of a run, which stands for its latest.
@@ -59,22 +74,27 @@ def export_fp32(
             writes ``p``. Tensors of other dtypes (float32 parameters, buffers) keep theirs.
         max_shard_bytes: maximum size of a file in bytes, without its header. A larger tensor has a
             file to itself.
-        progress: called on rank 0 with the number of bytes of each tensor written.
-        group: process group whose first rank writes; None for all ranks.
+        progress: called with the number of bytes of each tensor that this rank has written.
+        group: process group whose first rank writes, or all with ``parallel``; None for all ranks.
         ema: write the average of :class:`EMA` instead of the weights. A tensor without one, such as
             a buffer, is written as it is.
+        config_from: folder of a Hugging Face model whose config, tokenizer and code are copied to
+            ``out``, so that ``from_pretrained(out)`` loads it. The dtype in ``config.json`` becomes
+            that of the weights.
+        parallel: write on all ranks; every rank must see ``out``.
 
     Returns:
         ``out``.
 
     Raises:
         FileExistsError: ``out`` exists.
-        FileNotFoundError: there is no checkpoint at ``path``.
+        FileNotFoundError: there is no checkpoint at ``path``, or no config.json at ``config_from``.
         ValueError: the checkpoint is damaged or has no average, an argument is invalid, or
             safetensors cannot hold a tensor. Nothing is written.
         OSError: ``out`` cannot be written; on the other ranks this is a RuntimeError.
         RuntimeError: an asynchronous save in flight failed, or the rank that writes has not called
-            within the timeout of the process group.
+            within the timeout of the process group. With ``parallel``, any of the above but
+            ValueError, on all ranks.
 
     Examples:
         >>> import torch
@@ -89,9 +109,11 @@ def export_fp32(
     check_group(group)
 
     def export() -> str:
-        _export(path, out, dtype, max_shard_bytes, progress, ema)
+        _export(path, out, dtype, max_shard_bytes, progress, group, ema, config_from, parallel)
         return str(out)
 
+    if parallel:
+        return Path(export())
     return Path(call_on_rank_0_via_store("export_fp32", out, export, group))
 
 
@@ -101,27 +123,103 @@ def _export(
     dtype: torch.dtype,
     max_shard_bytes: int,
     progress: Progress | None,
+    group: Group,
     ema: bool,
+    config_from: str | os.PathLike[str] | None,
+    parallel: bool,
 ) -> None:
-    wait_for_own_saves()  # the root would stand for the previous checkpoint otherwise
+    partial = out.with_name(f".exporting-{out.name}")  # not a name that saves clean up
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        with raise_on_all_ranks(f"cannot export to {out}", group) if parallel else nullcontext():
+            try:
+                yield
+            except OSError as error:  # its file is temporary: name the user's
+                is_ours = error.filename is None or str(partial) in str(error.filename)
+                if error.errno is not None and is_ours:
+                    raise OSError(error.errno, error.strerror, str(out)) from error
+                raise
+
+    with together():
+        wait_for_own_saves()  # the root would stand for the previous checkpoint otherwise
+        _check_arguments(dtype, max_shard_bytes)
+        checkpoint = _find(path)
+    if parallel:  # other ranks may see an older state of a network file system
+        checkpoint = call_on_rank_0("cannot export", lambda: checkpoint, group)
+    is_first = rank(group) == 0
+    with together():
+        if is_first and out.exists():
+            raise FileExistsError(f"{out} exists already; give the name of a new directory")
+        reader = CheckpointReader(checkpoint)
+        reader.verify(rank(group), world_size(group))
+        widened = torch.bfloat16 if dtype == torch.float32 else None
+        corrections = _state_keys(reader, "correction") if widened else {}
+        averages = _average_keys(reader) if ema else {}
+        infos = _exported_infos(reader, widened)
+
+    def get_tensor(name: str) -> Tensor:
+        key = MODEL + name
+        average = averages.get(key)
+        tensor = reader.read(average or key)
+        if tensor.dtype == widened:
+            correction = None if average else corrections.get(key)
+            tensor = join(tensor, reader.read(correction)) if correction else tensor.float()
+        if progress is not None:
+            progress(tensor.nbytes)
+        return tensor
+
+    try:
+        with together():
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
+                partial.mkdir(parents=True)
+                if config_from is not None:
+                    _copy_config(Path(config_from), partial, dtype)
+
+        with together():
+            share = (rank(group), world_size(group))
+            write_sharded(partial, infos, get_tensor, max_shard_bytes, *share)
+        with together():
+            if is_first:
+                sync_folder(partial)
+                partial.rename(out)
+                sync_folder(out.parent)
+    except BaseException:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise no_checkpoint(path)
+    return checkpoint
+
+
+def _check_arguments(dtype: torch.dtype, max_shard_bytes: int) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"Invalid dtype: {dtype}; choose torch.float32 (p + correction) or torch.bfloat16 (p)"
         )
     if max_shard_bytes < 1:
         raise ValueError(f"Invalid max_shard_bytes: {max_shard_bytes}; it must be positive")
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; give the name of a new directory")
-    reader = CheckpointReader(path)
-    reader.verify()
-    widened = torch.bfloat16 if dtype == torch.float32 else None
-    corrections = _state_keys(reader, "correction") if widened else {}
-    averages = _state_keys(reader, "ema") if ema else {}
-    if ema and not any(averages.values()):
+
+
+def _average_keys(reader: CheckpointReader) -> dict[str, str | None]:
+    """Map each weight to the key of its average; raise ValueError if there is none at all."""
+    averages = _state_keys(reader, "ema")
+    if not any(averages.values()):
         raise ValueError(
             f"the checkpoint {reader.path} has no average of the weights; build EMA(model, "
             "optimizer) before you train and save, or export without ema"
         )
+    return averages
+
+
+def _exported_infos(reader: CheckpointReader, widened: torch.dtype | None) -> dict[str, TensorInfo]:
+    """Return shape and dtype of each tensor to write; raise ValueError if one cannot be written."""
     infos = {}
     for key, info in reader.infos.items():
         if not key.startswith(MODEL):
@@ -138,29 +236,22 @@ def _export(
                 f"{name} is {info.dtype}, which safetensors files cannot hold; export without it"
             )
         infos[name] = info._replace(dtype=torch.float32) if info.dtype == widened else info
+    return infos
 
-    def get_tensor(name: str) -> Tensor:
-        key = MODEL + name
-        average = averages.get(key)
-        tensor = reader.read(average or key)
-        if tensor.dtype == widened:
-            correction = None if average else corrections.get(key)
-            tensor = join(tensor, reader.read(correction)) if correction else tensor.float()
-        if progress is not None:
-            progress(tensor.nbytes)
-        return tensor
 
-    partial = out.with_name(f".exporting-{out.name}")  # not a name that saves clean up
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
-    partial.mkdir(parents=True)
-    try:
-        write_sharded(partial, infos, get_tensor, max_shard_bytes)
-        sync_folder(partial)
-        partial.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _copy_config(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Copy what ``from_pretrained`` needs besides weights, and set the dtype of the config."""
+    config = source / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no {config}; give the folder of a Hugging Face model")
+    for file in sorted(source.iterdir()):
+        is_index = file.name.endswith(".index.json")
+        if file.suffix in CONFIG_SUFFIXES and not is_index and file.is_file():
+            shutil.copyfile(file, out / file.name)
+    content = json.loads(config.read_text())
+    for key in {"dtype", "torch_dtype"} & content.keys():  # the name before transformers 4.56
+        content[key] = str(dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _state_keys(reader: CheckpointReader, name: str) -> dict[str, str | None]:

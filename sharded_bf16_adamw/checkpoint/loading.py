@@ -116,7 +116,8 @@ def load(
     (each rank reads its share), and names, shapes and dtypes are compared with the model's.
 
     Args:
-        path: a checkpoint's folder, or the ``root`` of a run to load its latest checkpoint.
+        path: a checkpoint's folder, or the ``root`` of a run (or the folder of its ``checkpoints``)
+            to load its latest checkpoint.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
         strict: raise on missing keys, unexpected keys, mismatches in shape or dtype, and names that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from .manifest import MANIFEST, decode, find_damage, read_manifest
 from .safetensors_io import TensorInfo
 
 
+def _natural_order(item: tuple[str, Any]) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
+
+
 class CheckpointReader:
     """An open checkpoint that :func:`sharded_bf16_adamw.save` wrote.
 
@@ -26,7 +31,8 @@ class CheckpointReader:
     Attributes:
         path: the checkpoint's directory.
         manifest: its manifest.
-        infos: shape and dtype of each tensor by key, such as ``model.layer.weight``.
+        infos: shape and dtype of each tensor by key, such as ``model.layer.weight``, ordered by
+            key with numbers as numbers (the order in the metadata depends on the ranks).
         blocks: the parts of each tensor on disk, which show how it was sharded.
 
     Raises:
@@ -45,7 +51,7 @@ class CheckpointReader:
         metadata = read_metadata(self.path, self.manifest.files[METADATA])
         self.infos: dict[str, TensorInfo] = {}
         self.blocks: dict[str, list[Block]] = {}
-        for key, entry in metadata.state_dict_metadata.items():
+        for key, entry in sorted(metadata.state_dict_metadata.items(), key=_natural_order):
             if isinstance(entry, TensorStorageMetadata):
                 self.infos[key] = TensorInfo(tuple(entry.size), entry.properties.dtype)
                 self.blocks[key] = [
@@ -53,13 +59,14 @@ class CheckpointReader:
                 ]
         self._storage = metadata.storage_data
 
-    def verify(self) -> None:
-        """Compare every file with its checksum.
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compare every file with its checksum, or one rank's share of the files.
 
         Raises:
             ValueError: a file is damaged or missing; the message names it.
         """
-        damage = find_damage(self.path, self.manifest.files)
+        share = dict(list(self.manifest.files.items())[rank::world_size])
+        damage = find_damage(self.path, share)
         if damage:
             raise self._error("; ".join(damage))
 

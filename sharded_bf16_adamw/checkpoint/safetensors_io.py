@@ -179,17 +179,24 @@ def write_sharded(
     infos: Mapping[str, TensorInfo],
     get_tensor: Callable[[str], Tensor],
     max_shard_bytes: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
     """Write files of at most ``max_shard_bytes`` of tensors and their index into ``directory``.
 
-    A larger tensor has a file to itself.
+    A larger tensor has a file to itself. Each of several ranks writes its share of the files, which
+    then are small enough that every rank has one, and rank 0 writes the index.
     """
-    shards = _split_into_shards(infos, max_shard_bytes)
+    share = -(-_total_bytes(infos.values()) // world_size)
+    shards = _split_into_shards(infos, min(max_shard_bytes, share))
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / file_name, shard, get_tensor)
+        if number % world_size == rank:
+            write_file(directory / file_name, shard, get_tensor)
         weight_map.update(dict.fromkeys(shard, file_name))
+    if rank != 0:
+        return
     index = {"metadata": {"total_size": _total_bytes(infos.values())}, "weight_map": weight_map}
     with (directory / INDEX).open("w") as file:
         json.dump(index, file, indent=2)

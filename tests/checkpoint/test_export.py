@@ -13,7 +13,7 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 
 from sharded_bf16_adamw import save
-from sharded_bf16_adamw.checkpoint import export
+from sharded_bf16_adamw.checkpoint import export, safetensors_io
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.export import export_fp32
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
@@ -80,6 +80,41 @@ def test_export_joins_tensors_sharded_over_two_mesh_dimensions(tmp_path):
         correction = values.get(f"{name}.correction")
         expected = values[name].float() if correction is None else join(values[name], correction)
         assert torch.equal(found, expected), name
+
+
+def parallel_worker(rank: int, world: int, root: str, out: str) -> tuple[list[str], str]:
+    written = []
+    write_file = safetensors_io.write_file
+
+    def write(path, *args):
+        written.append(path.name)
+        write_file(path, *args)
+
+    safetensors_io.write_file = write
+    try:
+        export_fp32(root, out, parallel=True)
+    finally:
+        safetensors_io.write_file = write_file
+    with pytest.raises(RuntimeError) as caught:
+        export_fp32(root, out, parallel=True)
+    return written, str(caught.value)
+
+
+def test_parallel_export_is_that_of_one_process_written_by_all_ranks(tmp_path):
+    module, optimizer = trained()
+    save(tmp_path / "run", 3, module, optimizer)
+    results = run_ranks(3, parallel_worker, str(tmp_path / "run"), str(tmp_path / "out"))
+    found, expected = read_folder(tmp_path / "out"), true_values(module, optimizer)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    files = [file for written, _ in results for file in written]
+    assert all(written for written, _ in results) and len(files) == len(set(files))
+    assert sorted([*files, INDEX]) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert {error for _, error in results} == {
+        f"cannot export to {tmp_path}/out: on rank 0, FileExistsError: {tmp_path}/out exists "
+        "already; give the name of a new directory"
+    }
+    assert not list(tmp_path.glob(".exporting-*"))
 
 
 def test_export_holds_one_tensor_at_a_time(tmp_path, monkeypatch):

@@ -95,6 +95,59 @@ def test_verify_names_damaged_files(tmp_path, capsys):
     assert run(capsys, "verify", tmp_path / "step-00000002")[0] == 1
 
 
+def test_commands_take_the_directory_of_a_run(tmp_path, capsys):
+    root = tmp_path / "checkpoints"
+    make_run(root, (1, 2))
+    assert "step-00000002" in run(capsys, "inspect", tmp_path)[1].splitlines()[0]
+    both = f"{root}/step-00000001: ok\n{root}/step-00000002: ok\n"
+    assert run(capsys, "verify", "--all", tmp_path) == (0, both, "")
+    assert run(capsys, "export", tmp_path, tmp_path / "out")[0] == 0
+    assert run(capsys, "prune", tmp_path, "--keep", 1)[0] == 0 and steps_left(root) == [2]
+
+
+def test_verify_all_of_one_checkpoint_verifies_that_one(tmp_path, capsys):
+    make_run(tmp_path, (1, 2))
+    damage(tmp_path / "step-00000002")
+    path = tmp_path / "step-00000001"
+    assert run(capsys, "verify", "--all", path) == (0, f"{path}: ok\n", "")
+
+
+def test_inspect_orders_names_with_their_numbers(tmp_path, capsys):
+    names = ("b", "a10", "a9")
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names}).bfloat16()
+    save(tmp_path, 1, model, AdamW_BF16(model.parameters(), lr=0.125))
+    path = tmp_path / "step-00000001"
+    expected = ["a9.weight", "a10.weight", "b.weight"]
+    out = run(capsys, "inspect", path)[1]
+    assert [line.split()[0] for line in out.partition("\n\n")[2].splitlines()[1:]] == expected
+
+
+def test_export_copies_the_config_and_names_the_given_path_in_errors(tmp_path, capsys):
+    make_run(tmp_path / "run")
+    source = tmp_path / "llama"
+    source.mkdir()
+    for name in ("tokenizer.json", "vocab.txt", "model.safetensors.index.json", "model.bin"):
+        (source / name).write_text("{}")
+    export = ("export", tmp_path / "run", tmp_path / "out", "--config-from", source)
+    assert run(capsys, *export) == (
+        2,
+        "",
+        f"error: there is no {source}/config.json; give the folder of a Hugging Face model\n",
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "run"]
+    (source / "config.json").write_text('{"torch_dtype": "float16", "vocab_size": 3}')
+    assert run(capsys, *export, "--dtype", "bfloat16")[0] == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == {"torch_dtype": "bfloat16", "vocab_size": 3}
+    others = {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors.index.json"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == others | {"model-00001-of-00001.safetensors"}
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"], "that of the export, not the copied model's"
+    code, _, err = run(capsys, "export", tmp_path / "run", source / "vocab.txt" / "new")
+    assert code == 2 and err == f"error: [Errno 20] Not a directory: '{source}/vocab.txt/new'\n"
+
+
 def test_export_and_import_keep_the_weights(tmp_path, capsys):
     _, optimizer = make_run(tmp_path / "run")
     code, out, err = run(

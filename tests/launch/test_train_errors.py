@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import distributed
@@ -36,6 +37,8 @@ ERRORS = {
         lambda t: f"--data {write(t / 'short', 20)}",
         "short holds 20 bytes, too few for --seq-len 16: give at least 170",
     ),
+    "empty data": (lambda t: "--data=", "--data is empty: give a file or a folder"),
+    "binary data": (lambda t: f"--data {sys.executable}", "holds a binary file, not text"),
     "missing checkpoint": (
         lambda t: f"--resume {t / 'none'}",
         "--resume .*/none is neither a checkpoint nor a directory with one",

@@ -1,24 +1,31 @@
-"""training/data.py: reading and splitting of text, and batches as a function of seed and step."""
+"""training/data.py: kinds of data, their tokens, and batches as a function of seed and step."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import distributed
 import numpy as np
 import pytest
 import torch
-from training.data import Text, load_text
+from training import data
+from training.data import Text, Tokens, find_files, load_text
 from training.errors import UsageError
 
 
 @pytest.fixture
 def text() -> Text:
-    return Text(
-        train=np.arange(200, dtype=np.uint8),
-        held_out=np.arange(200, 256, dtype=np.uint8),
-        seq_len=8,
-    )
+    return Text(np.arange(256, dtype=np.uint8), cut=200, seq_len=8)
+
+
+def load(path: object, seq_len: int = 4, **options: object) -> Text:
+    return load_text(find_files(None if path is None else str(path)), seq_len, **options)
+
+
+def ids(text: Text) -> list[int]:
+    return text.tokens[:].tolist()
 
 
 def test_batch_depends_only_on_seed_and_step(text):
@@ -55,41 +62,195 @@ def test_directory_is_read_in_sorted_order_without_hidden_files(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    text = load_text(str(tmp_path), seq_len=4)
-    assert bytes(text.train) + bytes(text.held_out) == b"1" * 30 + b"3" * 40 + b"2" * 30
-    assert len(text.held_out) == 10, "the last tenth"
+    text = load(tmp_path)
+    assert bytes(text.tokens[:]) == b"1" * 30 + b"3" * 40 + b"2" * 30
+    assert text.cut == 90, "the last tenth is held out"
 
 
 def test_file_is_read_unchanged(tmp_path):
-    (tmp_path / "text").write_bytes(bytes(range(100)))
-    text = load_text(str(tmp_path / "text"), seq_len=4)
-    assert bytes(text.train) + bytes(text.held_out) == bytes(range(100))
+    (tmp_path / "text").write_bytes(bytes(range(1, 101)))
+    assert bytes(load(tmp_path / "text").tokens[:]) == bytes(range(1, 101))
 
 
 def test_default_is_the_standard_library_without_its_tests():
-    text = load_text(None, seq_len=128)
-    assert len(text.train) > 5_000_000
-    everything = text.train.tobytes() + text.held_out.tobytes()
+    text = load(None)
+    assert text.cut > 5_000_000
+    everything = text.tokens[:].tobytes()
     assert b"class OrderedDict(dict):" in everything
     assert b"class TestOrderedDict" not in everything
+
+
+def test_tokens_are_those_of_the_concatenated_files_for_every_window(tmp_path):
+    parts = [[1, 2, 3], [], [4], [], [5, 6, 7, 8], []]
+    for number, part in enumerate(parts):
+        np.array(part, "<u2").tofile(tmp_path / f"{number}.bin")
+    tokens = Tokens(sorted(tmp_path.iterdir()), np.dtype("uint16"))
+    assert len(tokens) == 8 and len(Tokens([], np.dtype("uint16"))) == 0
+    for start in range(9):
+        for stop in range(start, 9):
+            assert tokens[start:stop].tolist() == list(range(start + 1, stop + 1))
+
+
+def test_files_are_mapped_and_not_read(tmp_path, monkeypatch):
+    """A batch touches its windows only: in a sparse file of 1 TB, too."""
+    path = tmp_path / "huge.bin"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    text = load(path, seq_len=16)
+    assert text.batch(0, 0, 4).shape == (4, 17) and len(text.tokens) == 1 << 39
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "given", "written"),
+    [(256, None, "<u2"), (65536, None, "<u2"), (65537, None, "<u4"), (300, "uint32", "<u4")],
+)
+def test_bin_files_hold_token_ids(tmp_path, vocabulary, given, written):
+    expected = np.random.default_rng(0).integers(0, min(vocabulary, 60000), 400)
+    expected.astype(written).tofile(tmp_path / "data.bin")
+    text = load(tmp_path / "data.bin", vocabulary=vocabulary, token_dtype=given)
+    assert ids(text) == expected.tolist()
+
+
+def test_token_outside_the_vocabulary_is_an_error(tmp_path):
+    np.array([0] * 99 + [300], "<u2").tofile(tmp_path / "data.bin")
+    text = load(tmp_path / "data.bin", seq_len=9, vocabulary=300)
+    text.batch(0, 0, 4)
+    with pytest.raises(UsageError, match=r"data.bin has the token id 300, but .* end at 299: give"):
+        text.held_out_batch(0, 1, 4)
+    assert (
+        load(tmp_path / "data.bin", seq_len=9, vocabulary=301).held_out_batch(0, 1, 4).max() == 300
+    )
+
+
+TEXTS = ["one\ntwo", "", "gr\u00fcn \U0001f600", "x" * 40]
+
+
+def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in texts))
+    return path
+
+
+class Words:
+    """A tokenizer with an id for each word, and a space or newline."""
+
+    vocabulary, end, key = 70_000, 69_999, "words"
+
+    def encode(self, texts):
+        return [[len(word) for word in text.replace("\n", " \n ").split(" ")] for text in texts]
+
+
+def test_jsonl_without_a_tokenizer_is_bytes_with_zero_after_each_text(tmp_path):
+    text = load(write_jsonl(tmp_path / "a.jsonl"), cache=tmp_path)
+    assert bytes(ids(text)) == b"".join(text.encode() + b"\0" for text in TEXTS)
+    (written,) = tmp_path.glob("tokens-*.bin")
+    assert ids(load(written)) == ids(text), "the file that was written is data, too"
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+def test_tokenizer_sees_lines_and_ends_each_text(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(data, "PIECE", piece)
+    (tmp_path / "texts").mkdir()
+    for name, content in (("a", "on tw\nxyz\n"), ("b", "word " * 40)):
+        (tmp_path / "texts" / name).write_text(content)
+    text = load(tmp_path / "texts", 2, tokenizer=Words(), vocabulary=70_000, cache=tmp_path)
+    end = Words.end
+    tokens = [token for token in ids(text) if token]
+    assert tokens == [2, 2, 1, 3, 1, end, *[4] * 40, end]
+    assert len(list(tmp_path.glob("tokens-*"))) == 1
+
+
+def test_token_ids_are_written_once_for_the_same_files_and_tokenizer(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", ["a b"] * 20)
+    for _ in range(2):
+        load(path, cache=tmp_path)
+    load(path, 1, tokenizer=Words(), vocabulary=70_000, cache=tmp_path)
+    assert capsys.readouterr().out.count("writing the token ids") == 2
+    before = path.stat()
+    write_jsonl(path, [*["a b"] * 20, "more"])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert bytes(ids(load(path, cache=tmp_path))).endswith(b"more\0")
+
+
+def load_worker(rank: int, world_size: int, path: str, cache: str) -> tuple[list[int], str]:
+    text = load(path, cache=cache)
+    try:
+        load(write_jsonl(Path(cache, f"bad-{rank}.jsonl"), [1]), cache=cache)  # type: ignore[list-item]
+    except UsageError as error:
+        return ids(text), str(error)
+    raise AssertionError
+
+
+def test_rank_0_writes_the_token_ids_and_its_error_is_that_of_all(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    results = distributed.run_ranks(2, load_worker, str(path), str(tmp_path))
+    assert results[0][0] == results[1][0] and bytes(results[0][0]).startswith(b"one\ntwo\0")
+    assert all("line 1 of" in error and "bad-0" in error for _, error in results)
+
+
+BAD_LINES = ["{", "[]", '"text"', '{"txt": "a"}', '{"text": 3}', '{"text": "\\ud800"}', "\\"]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_line_that_is_not_an_object_with_text_is_an_error(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(UsageError, match=r'line 2 of .*a.jsonl is not a JSON object .* "text": c'):
+        load(tmp_path / "a.jsonl", cache=tmp_path)
+    assert not list(tmp_path.glob("tokens-*.bin"))
+
+
+def test_text_for_a_tokenizer_must_be_utf_8(tmp_path):
+    (tmp_path / "latin").write_bytes("gr\u00fcn".encode("latin-1") * 50)
+    with pytest.raises(UsageError, match=r"not UTF-8 text .*latin"):
+        load(tmp_path / "latin", tokenizer=Words(), cache=tmp_path)
+    assert len(ids(load(tmp_path / "latin"))) == 200, "bytes need no encoding"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no visible files: give"),
+        ({".hidden": b"x" * 500}, "holds no visible files: give"),
+        ({"a.bin": b"xx", "b.jsonl": b"", "c.txt": b""}, "holds .bin and .jsonl and text files: g"),
+        ({"a.txt": b"x" * 500, "b.png": b"x\0"}, r"holds a binary file, not text \(.*/b.png\): g"),
+        ({"a.jsonl": b"\x1f\0"}, r"holds a binary file, not text \(.*/a.jsonl\): give"),
+        ({"a.bin": b"xxx"}, r"is not of uint16 token ids \(.*/a.bin has 3 bytes\): give"),
+    ],
+)
+def test_folder_that_is_no_data_is_an_error(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"--data {tmp_path} {message}"):
+        load(tmp_path)
+
+
+def test_empty_path_is_not_the_current_directory():
+    with pytest.raises(UsageError, match="--data is empty: give a file or a folder"):
+        find_files("")
+
+
+def test_caches_of_python_are_no_text(tmp_path):
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").write_bytes(b"\0" * 100)
+    (tmp_path / "a.py").write_bytes(b"a" * 100)
+    assert len(ids(load(tmp_path))) == 100
 
 
 def test_error_names_missing_data():
     message = r"--data /no/such/text cannot be read \(No such file or directory"
     with pytest.raises(UsageError, match=message):
-        load_text("/no/such/text", seq_len=8)
+        find_files("/no/such/text")
 
 
 def test_error_names_an_unreadable_file_in_a_directory(tmp_path, monkeypatch):
     (tmp_path / "secret").write_bytes(b"x" * 500)
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     message = rf"--data {tmp_path} cannot be read \(Permission denied: {tmp_path}/secret\)"
     with pytest.raises(UsageError, match=message):
-        load_text(str(tmp_path), seq_len=8)
+        find_files(str(tmp_path))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -98,7 +259,7 @@ def test_error_names_an_unreadable_file(tmp_path):
     path.write_bytes(b"x" * 500)
     path.chmod(0)
     with pytest.raises(UsageError, match=rf"--data {path} cannot be read \(Permission denied"):
-        load_text(str(path), seq_len=8)
+        find_files(str(path))
 
 
 @pytest.mark.parametrize("size", [0, 89])
@@ -106,6 +267,6 @@ def test_error_about_too_little_data_says_how_much_is_needed(tmp_path, size):
     (tmp_path / "short").write_bytes(b"x" * size)
     message = f"short holds {size} bytes, too few for --seq-len 8: give at least 90"
     with pytest.raises(UsageError, match=message):
-        load_text(str(tmp_path / "short"), seq_len=8)
+        load(tmp_path / "short", seq_len=8)
     (tmp_path / "short").write_bytes(b"x" * 90)
-    load_text(str(tmp_path / "short"), seq_len=8)
+    load(tmp_path / "short", seq_len=8)

@@ -1,0 +1,121 @@
+"""Causal language models and tokenizers in Hugging Face folders, through ``transformers``."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from training.errors import UsageError
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model", "tekken.json", "*.tiktoken")
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")  # which mypy would follow for minutes
+    except ImportError:
+        raise UsageError(
+            "--model needs the transformers package: install it with pip install transformers."
+        ) from None
+
+
+def read_config(folder: str, seq_len: int) -> Any:
+    """Return the ``PretrainedConfig`` of a folder.
+
+    Raises:
+        UsageError: transformers is not installed, the folder is of no model that it knows, or the
+            model has no ``seq_len`` positions.
+    """
+    auto = _transformers().AutoConfig
+    if not Path(folder, "config.json").is_file():
+        raise UsageError(
+            f"--model {folder} has no config.json: give the folder of a Hugging Face model."
+        )
+    try:
+        config = auto.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(folder, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise UsageError(
+            f"--seq-len {seq_len} is longer than the {positions} positions of --model {folder}: "
+            "shorten it."
+        )
+    return config
+
+
+def build(folder: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build the causal language model of a config, from int64 tokens ``(B, T)`` to their logits.
+
+    Its parameters are of ``dtype`` and on the meta device. Buffers that are not in checkpoints,
+    such as rotary frequencies, have their values. Float32 parameters compute in bfloat16.
+    """
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> Any:  # as the stub has it
+        if param.is_meta:
+            return None  # a tied one again
+        meta = torch.empty_like(param, dtype=dtype, device="meta")
+        return nn.Parameter(meta, param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        model = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, ImportError) as error:
+        raise _unusable(folder, error) from error
+    finally:
+        handle.remove()
+    forward = model.forward
+
+    def logits(tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == torch.float32):
+            return forward(input_ids=tokens, use_cache=False).logits
+
+    model.forward = logits  # a wrapper module would prefix the names in checkpoints
+    return model
+
+
+class FolderTokenizer:
+    """The tokenizer in a model's folder; its end-of-text token, if any, ends each text.
+
+    Raises:
+        UsageError: the folder has none that transformers can read.
+    """
+
+    def __init__(self, folder: str) -> None:
+        auto = _transformers().AutoTokenizer
+        try:
+            if not any(match for name in TOKENIZER_FILES for match in Path(folder).glob(name)):
+                raise FileNotFoundError("no file of one")  # transformers may make an empty one
+            self._tokenizer = auto.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of many types
+            raise UsageError(
+                f"--model {folder} has no tokenizer that transformers reads ({_line(error)}): "
+                "give --data .bin files of token ids."
+            ) from error
+        self.vocabulary = len(self._tokenizer)
+        self.end = self._tokenizer.eos_token_id
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        content = folder if fast is None else fast.to_str()
+        self.key = f"{zlib.crc32(content.encode()):08x}-{self.end}"
+
+    def encode(self, texts: list[str]) -> Sequence[Any]:
+        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)
+        return encoded["input_ids"]
+
+
+def _unusable(folder: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"--model {folder} is no causal language model that transformers can build "
+        f"({_line(error)}): give another folder."
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,116 @@
+"""``train.py --init-from``: a new run from the weights, and the moments, of another."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from sharded_bf16_adamw import convert_fp32, export_fp32, latest
+from sharded_bf16_adamw.checkpoint.export import join
+from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
+
+from ..train_runs import curve, held_out, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NANO = "--preset nano --eval-every 9 --save-every 0"
+
+
+@pytest.fixture
+def first(tmp_path):
+    """Return the folder of a run of three steps."""
+    assert run("--out", tmp_path / "first", NANO, "--steps 3") == 0
+    return tmp_path / "first"
+
+
+def read(out, suffix):
+    reader = CheckpointReader(out)
+    return {key: reader.read(key) for key in reader.infos if key.endswith(suffix)}
+
+
+def true_weights(out):
+    weights, corrections = read(out, ".weight"), read(out, ".correction")
+    assert len(weights) == len(corrections) > 10
+    pairs = zip(weights.values(), corrections.values(), strict=True)  # in the order of names
+    return dict(zip(weights, itertools.starmap(join, pairs), strict=True))
+
+
+def test_checkpoint_gives_weights_and_corrections_to_a_new_run(tmp_path, first, capsys):
+    assert run("--out", tmp_path / "new", NANO, "--steps 1 --lr 0 --init-from", first) == 0
+    assert "steps 0 to 1" in capsys.readouterr().out
+    assert held_out(curve(tmp_path / "new"))[0] == held_out(curve(first))[-1]
+    # A step with lr 0 keeps p + correction but for rounding; without corrections p is off by 2**-9.
+    old, new = true_weights(first), true_weights(tmp_path / "new")
+    for name, weight in old.items():
+        torch.testing.assert_close(new[name], weight, rtol=2.0**-14, atol=1e-6)
+    assert {int(step) for step in read(tmp_path / "new", ".step").values()} == {1}
+
+
+@pytest.mark.parametrize(("option", "steps"), [("", 1), ("--init-moments", 4)])
+def test_moments_are_taken_if_asked_for_and_the_schedule_starts_anew(
+    tmp_path, first, option, steps
+):
+    options = f"--steps 1 --warmup 4 --lr 1e-3 --init-from {first} {option}"
+    assert run("--out", tmp_path / "new", NANO, options) == 0
+    assert {int(step) for step in read(tmp_path / "new", ".step").values()} == {steps}
+    (line,) = [line for line in curve(tmp_path / "new") if "lr" in line]
+    assert line["lr"] == pytest.approx(1e-3 / 4), "the warm-up of the new run"
+    moments = read(tmp_path / "new", ".exp_avg_sq")
+    old = read(first, ".exp_avg_sq")
+    grown = sum(float(m.float().sum()) for m in moments.values())
+    before = sum(float(m.float().sum()) for m in old.values())
+    assert (grown > before) == (steps == 4)
+
+
+def test_imported_and_exported_weights_start_a_run(tmp_path, first):
+    export_fp32(first, tmp_path / "exported")
+    convert_fp32(tmp_path / "exported", tmp_path / "imported")
+    expected = held_out(curve(first))[-1]
+    cases = {
+        "folder": "exported",
+        "imported": "imported",
+        "fp32": "exported --optimizer torch-fp32",
+    }
+    for name, source in cases.items():
+        options = f"--steps 1 --init-from {tmp_path}/{source}"
+        assert run("--out", tmp_path / name, NANO, options) == 0
+        assert held_out(curve(tmp_path / name))[0] == pytest.approx(expected, rel=1e-3), name
+
+
+def test_resume_continues_the_run_and_does_not_start_again(tmp_path, first):
+    options = f"{NANO} --init-from {first} --resume auto"
+    assert run("--out", tmp_path / "new", options, "--steps 2") == 0
+    assert run("--out", tmp_path / "new", options, "--steps 4") == 0
+    assert [line["step"] for line in curve(tmp_path / "new") if "loss" in line] == [1, 2, 3, 4]
+    assert latest(tmp_path / "new/checkpoints").name == "step-00000004"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "none",
+            "there is no .*none/model.safetensors|there is no .*none; give a safetensors file",
+        ),
+        ("other", "is of another model or optimizer: "),
+    ],
+)
+def test_unusable_weights_are_one_sentence(tmp_path, capsys, source, message):
+    assert run("--out", tmp_path / "other", "--preset nano --vocab-size 300 --steps 1") == 0
+    capsys.readouterr()
+    arguments = (NANO, "--steps 1 --init-from", tmp_path / source)
+    assert run("--out", tmp_path / "new", *arguments) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(rf"error: [^\n]*({message})[^\n]*\n", err), err
+
+
+def test_large_models_say_what_they_do_while_they_are_built(tmp_path, capsys, monkeypatch):
+    from training import build
+
+    monkeypatch.setattr(build, "ANNOUNCED", 1000)
+    assert run("--out", tmp_path, NANO, "--steps 1") == 0
+    out = capsys.readouterr().out
+    assert re.match(r"building nano: [\d,]+ parameters, .*\ninitializing the weights on cpu\n", out)
