@@ -341,6 +341,7 @@ class Stage2(Stage):
     # ---------------------------------------------------------------------------------- in a step
 
     def reduce_grads(self) -> None:
+        self._all_gather.wait()  # the update changes weights that may still be in flight
         # A gradient that was set by hand after clip_grad_norm_ has run no hook.
         if not self._is_reduced or any(param.grad is not None for param in self._zero_params):
             self._finish_reduction(discard=False)
