@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -81,8 +82,8 @@ def layers(count=6):
     return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count)]).bfloat16()
 
 
-def optimizer_of(model, params=None, **options):
-    sharding = zero(**{"overlap_gather": True, "model": model, **options})
+def optimizer_of(model, params=None, overlap=True, **options):
+    sharding = zero(overlap_gather=overlap, model=model if overlap else None, **options)
     return AdamW_BF16(params or model.named_parameters(), lr=1e-2, sharding=sharding)
 
 
@@ -144,6 +145,44 @@ def test_a_layer_waits_for_its_own_bucket_only(shape):
         for i in range(6):
             expected += [("wait", i)] + [("launch", i + 2)] * (i < 4) + [("forward", i)]
         assert in_forward == expected
+
+
+def side_buffer_worker(rank, world):
+    """All-gathers that have arrived, but that nobody has waited for."""
+    model, optimizer = steady(bucket_size_mb=SMALL / 8, max_in_flight=6)
+    optimizer.wait()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    one_step(model, optimizer)
+    for pending in optimizer._sharding._all_gather._in_flight.values():
+        while not pending._work.is_completed():
+            time.sleep(1e-3)
+    other = slice(4 * (1 - rank), 4 * (1 - rank) + 4)  # the rows that the other rank updates
+    assert all(
+        torch.equal(a[other], b[other]) for a, b in zip(before, model.parameters(), strict=True)
+    )
+    optimizer.wait()
+    assert not any(
+        torch.equal(a[other], b[other]) for a, b in zip(before, model.parameters(), strict=True)
+    )
+
+
+def test_weights_change_only_while_somebody_waits():
+    run_ranks(2, side_buffer_worker)
+
+
+def skipped_worker(rank, world):
+    """A layer is not called, but its weight may be read after the forward pass."""
+    with late_network() as network:
+        model, optimizer = steady()
+        assert network.in_flight
+        model[5] = nn.Identity()
+        model(batch())
+        assert not network.in_flight
+    optimizer.wait()
+
+
+def test_nothing_is_in_flight_after_the_forward_pass():
+    run_ranks(2, skipped_worker)
 
 
 # ------------------------------------------------------------------------------------------- bits
@@ -229,8 +268,7 @@ def bits_worker(rank, world, index, stage):
     results = []
     for overlap in (False, True):
         model = MODELS[index]().bfloat16()
-        options = {} if overlap else {"overlap_gather": False, "model": None}
-        optimizer = optimizer_of(model, stage=stage, **options)
+        optimizer = optimizer_of(model, overlap=overlap, stage=stage)
         module = DistributedDataParallel(model) if stage == 1 else model
         with late_network() as network:
             for step in range(5):
@@ -254,8 +292,7 @@ def compiled_worker(rank, world, how):
     results = []
     for overlap in (False, True):
         model = layers()
-        options = {} if overlap else {"overlap_gather": False, "model": None}
-        optimizer = optimizer_of(model, **options)
+        optimizer = optimizer_of(model, overlap=overlap)
         module = model
         with late_network() as network:
             for step in range(6):
@@ -321,8 +358,7 @@ def divergent_worker(rank, world):
     results = []
     for overlap in (False, True):
         model = layers()
-        options = {} if overlap else {"overlap_gather": False, "model": None}
-        optimizer = optimizer_of(model, **options)
+        optimizer = optimizer_of(model, overlap=overlap)
         with late_network():
             for step in range(6):
                 leave_out = step == 1 and rank == 1
@@ -347,8 +383,7 @@ def exchanges_worker(rank, world, static_graph):
     counts = []
     for overlap in (False, True):
         model = layers()
-        options = {} if overlap else {"overlap_gather": False, "model": None}
-        optimizer = optimizer_of(model, static_graph=static_graph, **options)
+        optimizer = optimizer_of(model, overlap=overlap, static_graph=static_graph)
         for step in range(4):
             with consensus_calls() as calls:
                 one_step(model, optimizer, step)
