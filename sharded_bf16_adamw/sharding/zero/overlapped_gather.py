@@ -261,8 +261,11 @@ class OverlappedGather(AllGather):
         if module is self._model:
             self._in_forward = True
             recorder = self._recorder
-            # A compiled module would be traced anew while it is recorded.
-            if recorder and not recorder.reads and may_overlap and not self._is_compiled():
+            if recorder is not None or self._pending:
+                # Its modules may have been compiled since the step. If recorded, those would be
+                # traced anew.
+                may_overlap = may_overlap and not self._is_compiled()
+            if recorder is not None and not recorder.reads and may_overlap:
                 recorder.start()
         if not self._pending:
             return
