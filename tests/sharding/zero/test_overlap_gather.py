@@ -488,7 +488,6 @@ def test_readers_of_weights_see_the_new_ones(tmp_path):
 
 def evaluation_worker(rank, world):
     """In eval mode torch's encoder layer reads its children's weights; a child may be called."""
-
     x = batch()[None]  # torch's fast path is for three dimensions
 
     def in_eval_mode(model):
