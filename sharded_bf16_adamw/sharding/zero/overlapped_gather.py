@@ -242,7 +242,7 @@ class OverlappedGather(AllGather):
     def _hook_modules(self) -> None:
         """Register hooks on the model's modules that have none."""
         for module in self._model.modules():
-            if module not in self._hooked:
+            if module not in self._hooked and not isinstance(module, torch.jit.ScriptModule):
                 self._hooked.add(module)
                 self._handles += [
                     module.register_forward_pre_hook(

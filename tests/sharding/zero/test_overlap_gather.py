@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import time
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -310,7 +311,11 @@ def compiled_worker(rank, world, how):
         with late_network() as network:
             for step in range(6):
                 if step == (3 if how == "a layer, later" else 0):
-                    if how == "the model":
+                    if how == "scripted":
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # torch.jit is deprecated
+                            model[2] = torch.jit.script(model[2])
+                    elif how == "the model":
                         module = torch.compile(model, backend="eager", fullgraph=True)
                     else:
                         model[2].compile(backend="eager", fullgraph=True)
@@ -320,7 +325,7 @@ def compiled_worker(rank, world, how):
     return results
 
 
-@pytest.mark.parametrize("how", ["the model", "a layer", "a layer, later"])
+@pytest.mark.parametrize("how", ["the model", "a layer", "a layer, later", "scripted"])
 def test_compiled_modules_find_all_weights(how):
     for without, with_it in run_ranks(2, compiled_worker, how):
         assert_same_bits(with_it, without)
@@ -486,27 +491,39 @@ def test_readers_of_weights_see_the_new_ones(tmp_path):
     run_ranks(2, readers_worker, str(tmp_path))
 
 
-def evaluation_worker(rank, world):
-    """In eval mode torch's encoder layer reads its children's weights; a child may be called."""
-    x = batch()[None]  # torch's fast path is for three dimensions
+class Fused(nn.Module):
+    """A module that in evaluation reads its children's weights without calling them."""
 
+    def __init__(self):
+        super().__init__()
+        self.body = layers(3)
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            return self.body(x)
+        for layer in self.body:
+            x = linear(x, layer.weight)
+        return x
+
+
+def evaluation_worker(rank, world):
     def in_eval_mode(model):
-        return model.eval()(x)
+        return model.eval()(batch())
 
     def without_gradients(model):
         with torch.no_grad():
-            return model(x)
+            return model(batch())
 
     def in_inference_mode(model):
         with torch.inference_mode():
-            return model.eval()(x)
+            return model.eval()(batch())
 
-    def encoder_only(model):
-        return model.encoder(x)
+    def of_a_child(model):
+        return model.body[1](batch())
 
-    for evaluate in (in_eval_mode, without_gradients, in_inference_mode, encoder_only):
+    for evaluate in (in_eval_mode, without_gradients, in_inference_mode, of_a_child):
         with late_network() as network:
-            model, optimizer = steady(Attention().bfloat16())
+            model, optimizer = steady(Fused())
             assert network.in_flight
             early = evaluate(model)
             assert not network.in_flight
