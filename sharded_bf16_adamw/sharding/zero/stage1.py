@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import STATIC_GRAPH_ADVICE, changed_grads_problem, find_differing
+from .checks import find_differing
 from .stage import Stage
+from .static_graph import STATIC_GRAPH_ADVICE, changed_grads_problem
 
 if TYPE_CHECKING:
     from .config import ZeRO
