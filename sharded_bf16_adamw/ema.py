@@ -131,6 +131,7 @@ class EMA:
         self._check_not_swapped("ema.swapped()")
         optimizer = self._optimizer
         optimizer._check_between_steps("ema.swapped()")
+        optimizer.wait()  # weights that ZeRO still gathers would overwrite the average
 
         def refuse(*_: Any) -> None:
             raise RuntimeError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from .clip_in_backward import ClipInBackward, previous_sum_sq
 from .conversion import to_bf16_
@@ -226,6 +227,7 @@ class AdamW_BF16(SerializableOptimizer):
             ValueError, TypeError: as in the constructor; the optimizer is unchanged.
         """
         self._check_between_steps("add_param_group()")
+        self.wait()
         has_own_lr = isinstance(param_group, dict) and "lr" in param_group
         if self.param_groups and isinstance(param_group, dict):
             # A late group joins the schedule at the position of the others.
@@ -345,12 +347,28 @@ class AdamW_BF16(SerializableOptimizer):
                 hyperparams = list(map(hyperparams_of, self.param_groups))
                 plan.update_(local_grads, hyperparams, self._clip.grad_scale, found_inf)
         self._sharding.all_gather_params()
+        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+            self.wait()  # they may read weights
         self._clip.clear()
         if in_backward is not None:
             in_backward.end_step()
         if zero_grad:
             self.zero_grad()
         return loss
+
+    def wait(self) -> None:
+        """Wait until the weights that the last :meth:`step` has updated are in the parameters.
+
+        Does nothing without ``ZeRO(overlap_gather=True)``. With it, call this after a step before
+        code outside the model's forward pass reads or writes weights. Forward passes,
+        ``state_dict``, ``load_state_dict`` and this package's functions wait by themselves.
+        Collective: every rank waits, or runs the next forward pass.
+
+        Raises:
+            RuntimeError: another rank has died or hangs, or a weight was changed meanwhile. This
+                rank's weights are then partly old ones: load a checkpoint.
+        """
+        self._sharding.wait_for_params()
 
     # Gradient norm #
 
@@ -447,6 +465,7 @@ class AdamW_BF16(SerializableOptimizer):
         ZeRO like its state. For averages of weights, export and evaluation.
         """
         self._check_between_steps("true_weights()")
+        self.wait()
         for param in self._all_params():
             weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)
             correction = self.state[param].get("correction") if param in self.state else None
@@ -482,6 +501,7 @@ class AdamW_BF16(SerializableOptimizer):
             RuntimeError: replicas differ; raised on every rank, with a tensor's name and the ranks.
         """
         self._check_between_steps("check_replicas()")
+        self.wait()
         check_replicas(*collect_replicas(self, self._sharding, self.model_parallel))
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:

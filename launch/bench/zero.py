@@ -5,6 +5,11 @@
 Both train the same bf16 layers. A step is forward, backward and optimizer, so that communication
 may overlap. Bytes are the minimum that a rank sends (in a ring): ``(n - 1) / n`` of the tensor for
 a reduce-scatter, all-gather, all-to-all or broadcast, and twice that for an all-reduce.
+
+``delayed`` shows what ``overlap_gather`` is worth on slow networks: every collective is given a
+delay, one after another. ``ratio`` is the time of a step by max(compute, wire), its lower bound.
+Compute is a step without delay, wire the delays of its collectives, and ``uncovered_ms`` the part
+of the wire's time that is not hidden behind compute.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training.strategies import init_world
 
 from bench.measure import synchronize
+from bench.slow_network import SlowNetwork
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
 # How often (n - 1) / n of a tensor is sent, and the position of that argument.
@@ -39,6 +45,8 @@ COLLECTIVES = {
     "all_gather_into_tensor": (1, 0),
     "all_reduce": (2, 0),
 }
+
+STEPS_IN_A_ROW = 3  # with a delay, since a step with overlap_gather ends in the next one
 
 
 class SentBytes:
@@ -88,10 +96,21 @@ def make_ddp(
     return lambda x: train_step(module, optimizer, x)
 
 
-def make_zero(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
+def make_zero(
+    args: argparse.Namespace, device: torch.device, overlap: bool | None = None
+) -> Callable[[Tensor], None]:
+    """Return a step of ZeRO; with a bucket for each layer, if ``overlap`` is given."""
     module = layers(args, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sharding = ZeRO(mesh, bucket_size_mb=args.bucket_size_mb)
+    if overlap is not None:
+        sharding = ZeRO(
+            mesh,
+            bucket_size_mb=2 * args.width**2 / 2**20,
+            static_graph=True,
+            overlap_gather=overlap,
+            model=module if overlap else None,
+        )
     optimizer = AdamW_BF16(module.parameters(), lr=1e-3, sharding=sharding)
     return lambda x: train_step(module, optimizer, x)
 
@@ -132,6 +151,53 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare steps with and without ``overlap_gather`` for each delay, interleaved."""
+    world = init_world(args.device)
+    contenders = {
+        name: make_zero(args, world.device, overlap)
+        for name, overlap in (("zero2", False), ("zero2_overlap_gather", True))
+    }
+    x = torch.randn(args.delayed_batch_size, args.width, device=world.device).bfloat16()
+    network = SlowNetwork()
+    delays = [0.0, *args.delays_ms]
+    seconds: dict[tuple[str, float], list[float]] = {
+        (name, delay): [] for delay in delays for name in contenders
+    }
+    wire: dict[tuple[str, float], float] = {}
+    for step in contenders.values():  # find the order of gradients and of reads
+        for _ in range(3):
+            step(x)
+    for turn in range(args.repeats):
+        for name, delay in list(seconds)[:: 1 if turn % 2 else -1]:
+            step = contenders[name]
+            dist.barrier()
+            network.delay = delay / 1e3
+            step(x)  # leaves as much in flight as those that are measured
+            synchronize(world.device)
+            start, carried = time.perf_counter(), network.carried
+            for _ in range(STEPS_IN_A_ROW):
+                step(x)
+            synchronize(world.device)
+            seconds[name, delay].append((time.perf_counter() - start) / STEPS_IN_A_ROW)
+            wire[name, delay] = delay * (network.carried - carried) / STEPS_IN_A_ROW
+    network.stop()
+    median = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
+    return {
+        f"{delay:g} ms": {
+            name: {
+                "compute_ms": median[name, 0.0],
+                "wire_ms": wire[name, delay],
+                "step_ms": median[name, delay],
+                "ratio": median[name, delay] / max(median[name, 0.0], wire[name, delay]),
+                "uncovered_ms": median[name, delay] - median[name, 0.0],
+            }
+            for name in contenders
+        }
+        for delay in args.delays_ms
+    }
+
+
 def count_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
     """Return the bytes sent in the third step: the first two find the order of gradients."""
     step(x)
@@ -152,6 +218,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16, help="rows on each rank")
     parser.add_argument("--bucket-size-mb", type=float, default=25.0)
+    parser.add_argument("--delays-ms", type=float, nargs="*", default=[1.0, 5.0])
+    parser.add_argument("--delayed-batch-size", type=int, default=64, help="rows with delays")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of each rank, on a CPU")
@@ -160,6 +228,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     result = measure(args)
+    result["delayed"] = measure_delayed(args)
     if dist.get_rank() == 0:
         print(json.dumps(result, indent=1))
         if args.json:

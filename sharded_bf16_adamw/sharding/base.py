@@ -40,7 +40,13 @@ class Sharding(Protocol):
         """Return the local shard of each parameter's gradient; every parameter has one."""
 
     def all_gather_params(self) -> None:
-        """Make the updated weights known to the ranks that need them. Ends a step."""
+        """Make the updated weights known to the ranks that need them. Ends a step.
+
+        They may arrive later, but before the forward pass uses them.
+        """
+
+    def wait_for_params(self) -> None:
+        """Wait until the updated weights have arrived. Collective."""
 
     def clear_grads(self) -> None:
         """Discard the gradients that the strategy itself holds."""

@@ -42,6 +42,29 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
         ValueError: a rank is listed twice or does not exist, or this rank is missing.
         RuntimeError: another rank has died or hangs.
     """
+    return _new_group(ranks, dist.Backend.GLOO, timeout)
+
+
+def new_group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Create a process group of the same ranks, timeout, and back end for ``device``.
+
+    Collective over them; see :func:`new_cpu_group`. If the default group is bound to a GPU
+    (``device_id`` of ``init_process_group``), NCCL splits it, so all of its ranks have to create
+    such a group.
+    """
+    ranks, backend = dist.get_process_group_ranks(group), group._get_backend(device).name()
+    return _new_group(ranks, backend, timeout_of(group, device))
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return the group's own timeout, or None if it does not tell.
+
+    A wait for a dead rank then ends no later than the user asked for.
+    """
+    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+
+
+def _new_group(ranks: Sequence[int], backend: str, timeout: timedelta | None) -> dist.ProcessGroup:
     members, world = tuple(sorted(ranks)), dist.get_world_size()
     if len(set(members)) != len(members) or not set(members) <= set(range(world)):
         raise ValueError(f"Invalid ranks: {list(ranks)}; list distinct global ranks below {world}")
@@ -60,7 +83,7 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
         len(members),
         members.index(dist.get_rank()),
         list(members),
-        dist.Backend.GLOO,
+        backend,
         c10d._get_default_store(),
         name,
         timeout=timeout or c10d.default_pg_timeout,

@@ -43,6 +43,9 @@ class ExpertsApart:
     def all_gather_params(self) -> None:
         self.dense.all_gather_params()
 
+    def wait_for_params(self) -> None:
+        self.dense.wait_for_params()
+
     def clear_grads(self) -> None:
         self.dense.clear_grads()
 

@@ -31,6 +31,9 @@ class TorchManaged:
     def all_gather_params(self) -> None:
         """Do nothing: the model's wrapper all-gathers weights when it needs them."""
 
+    def wait_for_params(self) -> None:
+        """Do nothing: the model's wrapper waits for them."""
+
     def clear_grads(self) -> None:
         """Do nothing: no gradients are held."""
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -227,6 +227,29 @@ def zero2(model: nn.Module, world: int) -> Wrapped:
     return over_all_ranks(model, sharding=ZeRO(init_device_mesh("cpu", (world,)), stage=2))
 
 
+def zero1_overlapped(model: nn.Module, world: int) -> Wrapped:
+    return over_all_ranks(
+        DistributedDataParallel(model),
+        sharding=overlapped(model, init_device_mesh("cpu", (world,)), 1),
+    )
+
+
+def zero2_overlapped(model: nn.Module, world: int) -> Wrapped:
+    mesh = init_device_mesh("cpu", (world,))
+    return over_all_ranks(model, sharding=overlapped(model, mesh, 2))
+
+
+def zero2_overlapped_hybrid(model: nn.Module, world: int) -> Wrapped:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    return over_all_ranks(model, sharding=overlapped(model, mesh, 2))
+
+
+def overlapped(model: nn.Module, mesh: DeviceMesh, stage: int) -> ZeRO:
+    """Return a sharding with a bucket for each layer or two."""
+    options = {"bucket_size_mb": 200 / 2**20, "overlap_gather": True, "model": model}
+    return ZeRO(mesh, stage=stage, **options)
+
+
 ANY = (1, 2, 3, 4)
 CASES = [
     Case("DDP", ANY, ddp),
@@ -256,6 +279,9 @@ CASES = [
     Case("FSDP2 + tensor parallel (2 x 2)", (4,), fsdp2_tensor_parallel),
     Case("ZeRO-1 beside DDP", ANY, zero1),
     Case("ZeRO-2", ANY, zero2),
+    Case("ZeRO-1 overlap_gather", ANY, zero1_overlapped),
+    Case("ZeRO-2 overlap_gather", ANY, zero2_overlapped),
+    Case("ZeRO-2 overlap_gather (2 x 2)", (4,), zero2_overlapped_hybrid),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

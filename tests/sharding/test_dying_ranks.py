@@ -37,7 +37,11 @@ def build(strategy):
         optimizer = AdamW_BF16(
             model.parameters(),
             lr=1e-2,
-            sharding=zero(int(strategy[-1]), static_graph="static" in strategy),
+            sharding=zero(
+                int(strategy[-1]),
+                static_graph="static" in strategy,
+                **({"overlap_gather": True, "model": model} if "overlap" in strategy else {}),
+            ),
             skip_nonfinite=True,
         )
         return (DistributedDataParallel(model) if strategy[-1] == "1" else model), optimizer
@@ -53,6 +57,8 @@ def arrange_death(moment, model, optimizer):
     if moment == "backward":
         # The last gradient, when others are in flight.
         next(model.parameters()).register_post_accumulate_grad_hook(die)
+    elif moment == "forward":
+        next(model.children()).register_forward_pre_hook(die)
     elif moment == "agreement":
         optimizer._sharding.reduce_grads = die
     elif moment == "norm":
@@ -73,16 +79,21 @@ def one_step(model, optimizer, clip):
     optimizer.step(zero_grad=True)
 
 
+def last_step(model, optimizer, clip):
+    one_step(model, optimizer, clip)
+    optimizer.wait()
+
+
 def dying_worker(rank, world, folder, strategy, moment, clip):
     """Rank 1 dies in a step after the first; rank 0 saves its error."""
     model, optimizer = build(strategy)
-    for _ in range(2 if "static" in strategy else 1):
+    for _ in range(2 if "-static" in strategy or "-overlap" in strategy else 1):
         one_step(model, optimizer, clip)
     if rank == 1:
         arrange_death(moment, model, optimizer)
     before = memory_of(model, optimizer)
     with pytest.raises(RuntimeError) as caught:
-        one_step(model, optimizer, clip)
+        last_step(model, optimizer, clip)
     unchanged = [
         torch.equal(a, b) for a, b in zip(before, memory_of(model, optimizer), strict=True)
     ]
@@ -90,6 +101,7 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
 
 
 AVERAGING = "averaging gradients"
+OVERLAPPED = r"gathering the updated weights \(every rank takes part, .*\)"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +116,8 @@ AVERAGING = "averaging gradients"
         ("ZeRO-static-2", "backward", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "agreement", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "gather", False, "gathering the updated weights", False),
+        ("ZeRO-overlap-2", "forward", False, OVERLAPPED, False),
+        ("ZeRO-overlap-1", "gather", False, OVERLAPPED, False),
         ("ZeRO-1", "agreement", False, "agreeing on what to exchange", True),
         ("ZeRO-1", "gather", False, "gathering the updated weights", False),
         ("ZeRO-static-1", "agreement", False, "summing the gradient norm", True),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm_errors import CheckedWork
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce, all_reduce_mean
 
@@ -142,61 +140,6 @@ class _ReplicatedReduce(PendingReduce):
     def wait(self) -> Tensor:
         assert self._mean is not None
         return self._mean
-
-
-def all_gather_buckets(
-    buckets: list[list[ZeroParam]], mesh: DeviceMesh, max_in_flight: int
-) -> None:
-    """All-gather the updated local shards into the parameters, bucket by bucket."""
-    axis = mesh.ndim - 1
-    ranks, group = mesh.size(axis), mesh.get_group(axis)
-    if ranks == 1:
-        return
-    in_flight: list[tuple[list[ZeroParam], Tensor | None, CheckedWork]] = []
-    for bucket in buckets:
-        if len(in_flight) == max_in_flight:
-            _finish_all_gather(*in_flight.pop(0))
-        first = bucket[0].param.detach()
-        if len(bucket) == 1 and bucket[0].is_even:
-            shard = bucket[0].local_shard(first).reshape(-1)
-            in_flight.append((bucket, None, _launch_all_gather(first.view(-1), shard, group)))
-            continue
-        numel = sum(zero_param.padded_shard_numel for zero_param in bucket)
-        shard = torch.empty(numel, dtype=first.dtype, device=first.device)
-        _copy_in_shards(bucket, shard)
-        output = torch.empty(ranks, numel, dtype=shard.dtype, device=shard.device)
-        in_flight.append((bucket, output, _launch_all_gather(output.view(-1), shard, group)))
-    for item in in_flight:
-        _finish_all_gather(*item)
-
-
-def _launch_all_gather(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -> CheckedWork:
-    # Named all_gather_into_tensor before torch 2.13.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return CheckedWork("gathering the updated weights", all_gather, output, shard, group=group)
-
-
-def _copy_in_shards(bucket: list[ZeroParam], shard: Tensor) -> None:
-    """Copy the local shards into this rank's shard of the bucket, in a few launches on a GPU."""
-    shards = shard.split([zero_param.padded_shard_numel for zero_param in bucket])
-    pairs = list(zip(bucket, shards, strict=True))
-    torch._foreach_copy_(
-        [zero_param.unpack_shard(part) for zero_param, part in pairs],
-        [zero_param.local_shard(zero_param.param.detach()) for zero_param, _ in pairs],
-    )
-    padding = [zero_param.padding(part) for zero_param, part in pairs]
-    if padding := [part for part in padding if part.numel()]:
-        torch._foreach_zero_(padding)
-
-
-def _finish_all_gather(bucket: list[ZeroParam], output: Tensor | None, work: CheckedWork) -> None:
-    work.wait()
-    if output is None:  # the parameter's own memory was the output
-        torch.autograd.graph.increment_version([zero_param.param for zero_param in bucket])
-        return
-    numels = [zero_param.padded_shard_numel for zero_param in bucket]
-    for zero_param, padded in zip(bucket, output.split(numels, 1), strict=True):
-        zero_param.copy_out(padded, zero_param.param.detach())
 
 
 def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[list[ZeroParam]]:

@@ -17,12 +17,6 @@ from ..fsdp1 import is_flattened
 from .consensus import Consensus
 from .param import ParamSpec, ZeroParam
 
-STATIC_GRAPH_ADVICE = (
-    "with ZeRO(static_graph=True) every step must repeat the one before, on every rank, and the "
-    "other ranks now wait for this one: restart all ranks from the last checkpoint, without "
-    "static_graph if the model needs it"
-)
-
 
 def param_problem(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
     """Return why ZeRO cannot shard the parameter, or None."""
@@ -61,18 +55,6 @@ def grad_problem(grad: Tensor) -> str | None:
         return "is sparse, which AdamW_BF16 does not support; build its layer with sparse=False"
     if grad.dtype not in (torch.bfloat16, torch.float32):
         return f"is {grad.dtype}; it must be bfloat16 or float32"
-    return None
-
-
-def changed_grads_problem(
-    zero_params: Iterable[ZeroParam], before: list[bool], now: list[bool]
-) -> str | None:
-    """Return which parameter has a gradient now but had none before, or reversely, or None."""
-    for zero_param, had, has in zip(zero_params, before, now, strict=True):
-        if has and not had:
-            return f"parameter {zero_param.name} has a gradient, but had none in the step before"
-        if had and not has:
-            return f"parameter {zero_param.name} has no gradient, but had one in the step before"
     return None
 
 

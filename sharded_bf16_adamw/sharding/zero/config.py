@@ -7,9 +7,10 @@ arXiv:2006.15704.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..base import Sharding
@@ -24,6 +25,10 @@ class ZeRO:
     and keeps only this rank's shards of them: ``param.grad`` is None after the backward pass, so
     only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. In either stage ``step``
     updates this rank's shards and all-gathers the updated weights.
+
+    With ``overlap_gather`` the all-gathers continue behind the next forward pass of ``model``.
+    A module waits only for the weights that it reads. Before other code reads or writes weights
+    (averages of weights, a forward pass on one rank only), call ``optimizer.wait()`` on every rank.
 
     Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass
     and its step, are collective: every rank calls them, in the same order.
@@ -46,9 +51,13 @@ class ZeRO:
             get gradients in it, in as many backward passes. After the first few steps ranks then
             exchange nothing but gradients, weights and norms. A rank that breaks the promise
             raises RuntimeError, and the others once they have waited for it.
+        overlap_gather: whether ``step`` returns while updated weights are still gathered, into
+            buffers of ``max_in_flight`` buckets.
+        model: the module whose forward pass uses the parameters; for ``overlap_gather``.
 
     Raises:
-        ValueError: an argument is out of range, or this rank is not in the mesh.
+        ValueError: an argument is out of range, this rank is not in the mesh, or only one of
+            ``overlap_gather`` and ``model`` is given.
 
     Examples:
         >>> import torch
@@ -74,6 +83,8 @@ class ZeRO:
     broadcast_initial: bool = False
     max_in_flight: int = 2
     static_graph: bool = False
+    overlap_gather: bool = False
+    model: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):
@@ -113,6 +124,12 @@ class ZeRO:
             raise ValueError(
                 "reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and "
                 "accumulates the gradients"
+            )
+        if self.overlap_gather != isinstance(self.model, nn.Module):
+            raise ValueError(
+                f"Invalid overlap_gather: {self.overlap_gather} with model: "
+                f"{type(self.model).__name__}; give ZeRO(mesh, overlap_gather=True, model=model) "
+                "the module that you call in each step, or neither"
             )
 
     @property

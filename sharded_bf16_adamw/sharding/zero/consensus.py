@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...profiling import profiler_range
-from ..collectives import new_cpu_group
+from ..collectives import new_cpu_group, timeout_of
 from ..comm_errors import CheckedWork, comm_errors
 
 OPERATION = "agreeing on what to exchange"  # for messages
@@ -32,7 +31,7 @@ class Consensus:
         self.ranks: list[int] = sorted(mesh.mesh.flatten().tolist())
         self._first = int(mesh.mesh.flatten()[0])
         self._is_single = len(self.ranks) == 1
-        timeout = _timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
+        timeout = timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
         with comm_errors(OPERATION, self.ranks):
             self._group = new_cpu_group(self.ranks, timeout)
 
@@ -116,11 +115,3 @@ class Consensus:
         of_ranks = torch.empty_like(to_ranks)
         CheckedWork(OPERATION, dist.all_to_all_single, of_ranks, to_ranks, group=self._group).wait()
         return of_ranks.amax(0).tolist()
-
-
-def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """Return the group's own timeout, or None if it does not tell.
-
-    A wait for a dead rank then ends no later than the user asked for.
-    """
-    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)

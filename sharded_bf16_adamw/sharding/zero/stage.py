@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ...profiling import profiler_range
 from ..comm_errors import comm_errors
-from .bucket import all_gather_buckets, split_by_size
+from .all_gather import AllGather
 from .checks import (
     ParamOwners,
     changed_spec_problem,
@@ -21,6 +22,7 @@ from .checks import (
     param_problem,
 )
 from .consensus import Consensus
+from .overlapped_gather import OverlappedGather, wait_for_all_gathers
 from .param import ZeroParam
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ class Stage:
         self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
         self._owners = ParamOwners([])
         self._with_grad: list[ZeroParam] = []  # have a gradient on some rank; same on all ranks
-        self._gather_buckets: list[list[ZeroParam]] = []
-        self._gather_buckets_of: list[ZeroParam] = []  # the _with_grad that they were built for
+        self._all_gather = AllGather(policy)
+        if policy.overlap_gather:
+            self._all_gather = overlapped = OverlappedGather(policy, self._consensus)
+            weakref.finalize(self, overlapped.release)
         self._is_reduced = False  # reduce_grads() has run for the next step
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
@@ -57,6 +61,7 @@ class Stage:
                 "the same"
             )
         check_same_parameters(self._consensus, params, names)
+        wait_for_all_gathers(params)
         if self._policy.broadcast_initial:
             self._broadcast_weights(params)
         elif params:
@@ -67,19 +72,19 @@ class Stage:
                         "model from the same seed or checkpoint on every rank, or give ZeRO "
                         "broadcast_initial=True"
                     )
-        self._zero_params |= {param: ZeroParam(param, self._mesh, name) for param, name in named}
+        new = {param: ZeroParam(param, self._mesh, name) for param, name in named}
+        self._zero_params |= new
+        self._all_gather.add_params(list(new.values()))
         self._owners = ParamOwners(self._zero_params.values())
 
     @torch.no_grad()
     def all_gather_params(self) -> None:
-        if self._gather_buckets_of is not self._with_grad:
-            if self._gather_buckets_of != self._with_grad:
-                sharded = [each for each in self._with_grad if not each.is_replicated]
-                self._gather_buckets = split_by_size(sharded, self._policy.bucket_bytes)
-            self._gather_buckets_of = self._with_grad
         with profiler_range("ZeRO::all_gather_params"):
-            all_gather_buckets(self._gather_buckets, self._mesh, self._policy.max_in_flight)
+            self._all_gather.start(self._with_grad)
         self._is_reduced = False
+
+    def wait_for_params(self) -> None:
+        self._all_gather.wait()
 
     def shard(self, param: Tensor) -> Tensor:
         zero_param = self._zero_param(param)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import STATIC_GRAPH_ADVICE, changed_grads_problem, find_differing
+from .checks import find_differing
 from .stage import Stage
+from .static_graph import STATIC_GRAPH_ADVICE, changed_grads_problem
 
 if TYPE_CHECKING:
     from .config import ZeRO
@@ -30,6 +31,7 @@ class Stage1(Stage):
 
     @torch.no_grad()
     def reduce_grads(self) -> None:
+        self._all_gather.wait()  # the update changes weights that may still be in flight
         zero_params = list(self._zero_params.values())
         has_grad = [zero_param.param.grad is not None for zero_param in zero_params]
         # A backward pass may have followed clip_grad_norm_, on all ranks alike.

@@ -27,35 +27,28 @@ rank alone, which has launched no bucket more often than the others have.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum, IntEnum, auto
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...profiling import profiler_range
-from .bucket import Bucket, ReplicatedBucket, split_by_size
-from .checks import (
-    STATIC_GRAPH_ADVICE,
-    changed_grads_problem,
-    changed_spec_problem,
-    grad_problem,
-    is_wrapped_by_ddp,
-)
+from .bucket import Bucket
+from .bucket_order import BucketOrder
+from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
 from .stage import Stage
+from .static_graph import STATIC_GRAPH_ADVICE, StaticGraph
 
 if TYPE_CHECKING:
     from .config import ZeRO
-
-logger = logging.getLogger("sharded_bf16_adamw")
 
 BACKPRESSURE_TIMEOUT_S = 1.0
 STALE_GRADS_ERROR = (
@@ -73,34 +66,6 @@ _grad_owner: Any = WeakIdKeyDictionary()
 _owner_changes = 0
 
 
-class GradState(IntEnum):
-    """The state of the gradients that stage 2 holds, with respect to ``step()``.
-
-    Ranks exchange it, and take the maximum.
-
-    - ``UNUSED``: no step has used them yet. New gradients are accumulated onto them.
-    - ``USED``: a step has used them. The next step may use them again if there are no new ones.
-    - ``STALE``: some rank has accumulated new gradients onto used ones. Only ``clear_grads()``
-      leaves this state.
-    """
-
-    UNUSED = 0
-    USED = 1
-    STALE = 2
-
-
-class Keeps(IntEnum):
-    """The gradients that a rank keeps for a step; ``zero_grad()`` discards them (``NONE``).
-
-    Ranks exchange it, and take the maximum. With :class:`GradState` it tells whether only some
-    ranks have called ``zero_grad()`` since the last step.
-    """
-
-    NONE = 0
-    USED_OR_STALE = 1
-    UNUSED = 2
-
-
 class Backpressure(Enum):
     """The way a backward pass waits when ``max_in_flight`` reductions are in flight.
 
@@ -113,74 +78,6 @@ class Backpressure(Enum):
     HOST = auto()
     DEVICE = auto()
     OFF = auto()
-
-
-class BucketOrder(Enum):
-    """The source of the order in which parameters fill buckets.
-
-    - ``GUESSED``: reverse order of construction. Hooks record the order of gradients meanwhile.
-    - ``RECORDED``: still the guess, but ranks have agreed that some rank has recorded an order.
-    - ``FIXED``: the order that the first rank has recorded.
-    """
-
-    GUESSED = auto()
-    RECORDED = auto()
-    FIXED = auto()
-
-
-class GradReport(NamedTuple):
-    """One rank's report on its gradients, or the element-wise maximum of all ranks' reports.
-
-    In the maximum, a flag is set if any rank has set it.
-    """
-
-    launches: list[int]  # per bucket, since the last consensus; a pending one counts
-    has_grad: list[bool]  # per parameter
-    lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
-    has_recorded_order: bool
-    discards: bool  # the rank is in zero_grad()
-    keeps: Keeps
-    grad_state: GradState
-
-    @property
-    def is_stale(self) -> bool:
-        """Return True if some rank has accumulated gradients onto used ones."""
-        return self.grad_state is GradState.STALE or (
-            self.grad_state is GradState.USED and any(self.launches)
-        )
-
-    @property
-    def is_cleared_on_some_ranks(self) -> bool:
-        """Return True if only some ranks have cleared the gradients that the last step used."""
-        return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
-
-    def flatten(self) -> list[int]:
-        """Concatenate the fields, for an all-reduce."""
-        return [*self.launches, *self.has_grad, *self.lacks_grad, *self[3:]]
-
-    def unflatten(self, values: list[int]) -> GradReport:
-        """Invert :meth:`flatten`, with the lengths of this report's lists."""
-        rest = iter(values)
-        launches = list(islice(rest, len(self.launches)))
-        has_grad = list(map(bool, islice(rest, len(self.has_grad))))
-        lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
-        has_recorded_order, discards, keeps, grad_state = rest
-        return GradReport(
-            launches,
-            has_grad,
-            lacks_grad,
-            bool(has_recorded_order),
-            bool(discards),
-            Keeps(keeps),
-            GradState(grad_state),
-        )
-
-
-class StaticGraph(NamedTuple):
-    """The last exchange, which the next reductions repeat under ``static_graph``."""
-
-    own: GradReport
-    agreed: GradReport
 
 
 class Stage2(Stage):
@@ -205,20 +102,8 @@ class Stage2(Stage):
         self._checked_ddp = False
 
         # - Buckets
-        self._buckets: list[Bucket] = []
-        # The first _num_active buckets hold parameters that recently had gradients, and launch
-        # during the backward pass. The others launch only in reduce_grads().
-        self._num_active = 0
-        self._next_bucket = 0  # index of the active bucket to launch next
-        self._bucket_of: dict[ZeroParam, Bucket] = {}
+        self._order = BucketOrder(policy)
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
-
-        # - Assignment of parameters to buckets
-        self._order: list[ZeroParam] = []
-        self._order_state = BucketOrder.GUESSED
-        self._recorded_order: dict[ZeroParam, None] = {}
-        self._buckets_built_for: list[ZeroParam] = []
-        self._last_with_grad: list[ZeroParam] = []
 
         # - Static graph
         self._last_exchange: StaticGraph | None = None  # of these buckets
@@ -231,10 +116,8 @@ class Stage2(Stage):
         super().add_params(params, names)
         self._is_reduced = False
         self._register_hooks()
-        # Gradients become ready in roughly the reverse order of construction.
-        self._order = list(reversed(self._zero_params.values()))
-        self._order_state, self._recorded_order = BucketOrder.GUESSED, {}
-        self._assign_buckets(self._order)
+        self._order.reset(self._zero_params.values())
+        self._last_exchange = self._static_graph = None
 
     # ------------------------------------------------------------------ during the backward pass
 
@@ -262,8 +145,7 @@ class Stage2(Stage):
         if grad is None or grad_problem(grad) or changed_spec_problem(zero_param):
             return  # reduce_grads() raises on all ranks
         if self._require_grad_sync:
-            if self._order_state is not BucketOrder.FIXED:
-                self._recorded_order.setdefault(zero_param)
+            self._order.record(zero_param)
             self._add_to_bucket(zero_param)
             self._launch_complete()
         elif self._policy.accumulate_dtype is not None:
@@ -282,26 +164,20 @@ class Stage2(Stage):
         unsharded_grad = grad if total is None else total
         assert unsharded_grad is not None
         self._has_grad.add(zero_param)
-        if zero_param in self._bucket_of:  # an empty parameter has no bucket
-            self._bucket_of[zero_param].add_grad(zero_param, unsharded_grad)
+        if bucket := self._order.bucket_of.get(zero_param):  # an empty parameter has none
+            bucket.add_grad(zero_param, unsharded_grad)
         param.grad = None
 
     def _launch_complete(self) -> None:
         """Launch active buckets in order, up to the first incomplete one."""
-        while (
-            self._num_active
-            and self._buckets[self._next_bucket].is_complete
-            and self._may_launch(self._next_bucket)
-        ):
+        while complete := self._order.next_complete():
+            index, bucket = complete
+            static_graph = self._static_graph
+            if static_graph is not None and bucket.launches >= static_graph.agreed.launches[index]:
+                return  # as promised, the other ranks do not launch it again
             self._apply_backpressure()
-            self._launch(self._buckets[self._next_bucket])
-            self._next_bucket = (self._next_bucket + 1) % self._num_active
-
-    def _may_launch(self, index: int) -> bool:
-        """Return False if ``static_graph`` promises that the other ranks do not launch it again."""
-        if self._static_graph is None:
-            return True
-        return self._buckets[index].launches < self._static_graph.agreed.launches[index]
+            self._launch(bucket)
+            self._order.advance()
 
     def _apply_backpressure(self) -> None:
         """Wait for the oldest reduction if ``max_in_flight`` are in flight."""
@@ -341,6 +217,7 @@ class Stage2(Stage):
     # ---------------------------------------------------------------------------------- in a step
 
     def reduce_grads(self) -> None:
+        self._all_gather.wait()  # the update changes weights that may still be in flight
         # A gradient that was set by hand after clip_grad_norm_ has run no hook.
         if not self._is_reduced or any(param.grad is not None for param in self._zero_params):
             self._finish_reduction(discard=False)
@@ -360,7 +237,7 @@ class Stage2(Stage):
             self._add_unhooked_grads()
         report = self._report(discard)
         if self._static_graph is not None and not discard:
-            self._check_repeats(report, self._static_graph.own, problem)
+            self._check_promise(self._static_graph, report, problem)
             agreed, problems = self._static_graph.agreed, None
         else:
             values, problems = self._consensus.all_reduce_max_and_problems(
@@ -369,13 +246,12 @@ class Stage2(Stage):
             agreed = report.unflatten(values)
             if not discard:
                 self._last_exchange = StaticGraph(report, agreed)
-        self._flush(self._buckets[: self._num_active], agreed.launches[: self._num_active])
-        self._flush(self._buckets[self._num_active :], agreed.launches[self._num_active :])
+        buckets, active = self._order.buckets, self._order.num_active
+        self._flush(buckets[:active], agreed.launches[:active])
+        self._flush(buckets[active:], agreed.launches[active:])
         while self._in_flight:
             self._wait_oldest()
-        for bucket in self._buckets:
-            bucket.launches = 0
-        self._next_bucket = 0
+        self._order.restart()
         # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
         if agreed.is_stale:
             self._grad_state = GradState.STALE
@@ -394,35 +270,22 @@ class Stage2(Stage):
         self._apply(agreed)
         self._is_reduced = True
 
-    def _check_repeats(self, report: GradReport, expected: GradReport, problem: str | None) -> None:
+    def _check_promise(
+        self, static_graph: StaticGraph, report: GradReport, problem: str | None
+    ) -> None:
         """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
-        if problem is None and report == expected:
-            return
         if report.is_stale:
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
-        problem = problem or self._broken_promise(report, expected)
-        raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
-
-    def _broken_promise(self, report: GradReport, expected: GradReport) -> str:
-        """Return how the report differs from the expected one."""
-        problem = changed_grads_problem(
-            self._zero_params.values(), expected.has_grad, report.has_grad
+        problem = problem or static_graph.find_difference(
+            report, self._zero_params.values(), self._order.buckets
         )
         if problem is not None:
-            return problem
-        counts = zip(self._buckets, expected.launches, report.launches, strict=True)
-        for bucket, before, now in counts:
-            if now != before:
-                return (
-                    f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
-                    f"gradients to reduce, but {before} in the step before"
-                )
-        return "optimizer.zero_grad() was not called after the step before"
+            raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
 
     def _add_unhooked_grads(self) -> None:
         """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""
-        for zero_param in self._order:
+        for zero_param in self._order.params:
             if zero_param.param.grad is not None or zero_param.param in self._accumulated_grads:
                 self._add_to_bucket(zero_param)
                 self._launch_complete()
@@ -431,10 +294,10 @@ class Stage2(Stage):
         has_grad = [each in self._has_grad for each in self._zero_params.values()]
         keeps = Keeps.UNUSED if self._grad_state is GradState.UNUSED else Keeps.USED_OR_STALE
         return GradReport(
-            launches=[bucket.launches + bucket.is_pending for bucket in self._buckets],
+            launches=[bucket.launches + bucket.is_pending for bucket in self._order.buckets],
             has_grad=has_grad,
             lacks_grad=[not has for has in has_grad],
-            has_recorded_order=bool(self._recorded_order),
+            has_recorded_order=self._order.has_recorded,
             discards=discard,
             keeps=Keeps.NONE if discard else keeps,
             grad_state=self._grad_state,
@@ -450,7 +313,7 @@ class Stage2(Stage):
         differ = any(some_have and some_lack for some_have, some_lack in both)
         self._backpressure = Backpressure.OFF if differ else Backpressure.DEVICE
         if agreed.has_recorded_order:
-            self._order_state = BucketOrder.RECORDED
+            self._order.agree_that_recorded()
         self._sharded_grads = {each.param: self._sharded_grad(each) for each in self._with_grad}
 
     def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
@@ -505,7 +368,10 @@ class Stage2(Stage):
         # A step without gradients uses none.
         self._grad_state = GradState.USED if self._with_grad else GradState.UNUSED
         self._register_hooks()
-        self._rebuild_buckets()
+        assert not self._in_flight
+        zero_params = list(self._zero_params.values())
+        if self._order.rebuild(zero_params, self._with_grad, self._consensus):
+            self._last_exchange = self._static_graph = None
         if self._policy.static_graph and self._static_graph is None:
             self._start_static_graph()
 
@@ -517,7 +383,7 @@ class Stage2(Stage):
         last = self._last_exchange
         if (
             last is not None
-            and self._with_grad == self._buckets_built_for
+            and self._with_grad == self._order.built_for
             and any(last.agreed.launches)  # not a step without gradients, or with used ones
         ):
             self._static_graph = last
@@ -534,55 +400,8 @@ class Stage2(Stage):
     def _is_busy(self) -> bool:
         """Return whether gradients of this rank are in flight or pending."""
         return bool(self._in_flight) or any(
-            bucket.launches or bucket.is_pending for bucket in self._buckets
+            bucket.launches or bucket.is_pending for bucket in self._order.buckets
         )
-
-    # ------------------------------------------------------------------------------------ buckets
-
-    def _rebuild_buckets(self) -> None:
-        """Rebuild buckets for the first rank's order of gradients, or for other active parameters.
-
-        The latter only if the same parameters had gradients in the last two steps.
-        """
-        if self._order_state is BucketOrder.RECORDED:
-            zero_params = list(self._zero_params.values())
-            index_of = {zero_param: index for index, zero_param in enumerate(zero_params)}
-            order = [*self._recorded_order]
-            order += [each for each in self._order if each not in self._recorded_order]
-            indices = self._consensus.broadcast_from_first([index_of[each] for each in order])
-            self._order = [zero_params[index] for index in indices]
-            self._order_state, self._recorded_order = BucketOrder.FIXED, {}
-            self._assign_buckets(self._with_grad)
-        elif self._with_grad == self._last_with_grad != self._buckets_built_for:
-            self._assign_buckets(self._with_grad)
-        self._last_with_grad = self._with_grad
-
-    def _assign_buckets(self, active: list[ZeroParam]) -> None:
-        """Assign parameters to buckets, with those in ``active`` in the first ones.
-
-        0-dim parameters are never active: their all-reduce would block the backward pass.
-        """
-        assert not self._in_flight and not any(bucket.is_pending for bucket in self._buckets)
-        size = self._policy.bucket_bytes
-        chosen = {zero_param for zero_param in active if not zero_param.is_replicated}
-        nonempty = [zero_param for zero_param in self._order if zero_param.param.numel()]
-        first = split_by_size([each for each in nonempty if each in chosen], size)
-        rest = split_by_size([each for each in nonempty if each not in chosen], size)
-        self._buckets = [self._new_bucket(zero_params) for zero_params in (*first, *rest)]
-        self._bucket_of = {each: bucket for bucket in self._buckets for each in bucket.zero_params}
-        self._num_active, self._next_bucket = len(first), 0
-        self._buckets_built_for = active
-        self._last_exchange = self._static_graph = None
-        logger.debug(
-            "ZeRO stage 2 rebuilt its buckets: %d launched during the backward pass, %d in step()",
-            len(first),
-            len(rest),
-        )
-
-    def _new_bucket(self, zero_params: list[ZeroParam]) -> Bucket:
-        dtype = self._policy.reduce_dtype or zero_params[0].spec.dtype
-        kind = ReplicatedBucket if zero_params[0].is_replicated else Bucket
-        return kind(zero_params, self._mesh, dtype, self._policy.accumulate_dtype or dtype)
 
 
 def _claim_grads(param: Tensor, owner: weakref.ref[Stage2]) -> None:

@@ -147,6 +147,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
     """Return full weights and states by parameter name. Collective."""
+    optimizer.wait()
     result = {}
     for name, param in model.named_parameters():
         result[name] = full(param)

@@ -33,6 +33,8 @@ class Loop:
         self.ranks = ranks
         self.alone = options is None
         self.model = Parameters()
+        if options is not None and options.get("overlap_gather"):
+            options = {**options, "model": self.model}
         self.optimizer = new_optimizer(
             self.model, None if options is None else zero(**options), skip_nonfinite=True
         )
@@ -263,7 +265,11 @@ def scenarios_worker(rank, world, options):
     return results
 
 
-@pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(2, {}), (4, FP32_SUMS), (2, {"overlap_gather": True, "max_in_flight": 1})],
+    ids=str,
+)
 def test_training_loops_match_single_process(world, options):
     found = run_ranks(world, scenarios_worker, options)
     for scenario in SCENARIOS:

@@ -208,6 +208,14 @@ def cubic_mesh(rank, world):
     ZeRO(init_device_mesh("cpu", (2, 1, 1)))
 
 
+def overlap_without_a_model(rank, world):
+    zero(overlap_gather=True)
+
+
+def a_model_without_overlap(rank, world):
+    zero(model=linears())
+
+
 def no_zero(rank, world):
     AdamW_BF16(linears().parameters(), sharding="zero2")
 
@@ -342,6 +350,12 @@ MISUSES = [
     (stage_3, ValueError, "Invalid stage: 3"),
     (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),
     (cubic_mesh, ValueError, "Invalid mesh: it has 3 dimensions"),
+    (overlap_without_a_model, ValueError, "overlap_gather: True with model: NoneType; give ZeRO"),
+    (
+        a_model_without_overlap,
+        ValueError,
+        "overlap_gather: False with model: Sequential; give ZeRO",
+    ),
     (no_zero, ValueError, r"Invalid sharding: 'zero2'; give ZeRO\(mesh\)"),
     (copied, TypeError, "cannot be pickled or deep-copied; save its state"),
     (pickled, TypeError, "cannot be pickled or deep-copied; save its state"),

@@ -1,0 +1,83 @@
+"""The report on its gradients that each rank of stage 2 exchanges with the others."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from itertools import islice
+from typing import NamedTuple
+
+
+class GradState(IntEnum):
+    """The state of the gradients that stage 2 holds, with respect to ``step()``.
+
+    Ranks exchange it, and take the maximum.
+
+    - ``UNUSED``: no step has used them yet. New gradients are accumulated onto them.
+    - ``USED``: a step has used them. The next step may use them again if there are no new ones.
+    - ``STALE``: some rank has accumulated new gradients onto used ones. Only ``clear_grads()``
+      leaves this state.
+    """
+
+    UNUSED = 0
+    USED = 1
+    STALE = 2
+
+
+class Keeps(IntEnum):
+    """The gradients that a rank keeps for a step; ``zero_grad()`` discards them (``NONE``).
+
+    Ranks exchange it, and take the maximum. With :class:`GradState` it tells whether only some
+    ranks have called ``zero_grad()`` since the last step.
+    """
+
+    NONE = 0
+    USED_OR_STALE = 1
+    UNUSED = 2
+
+
+class GradReport(NamedTuple):
+    """One rank's report on its gradients, or the element-wise maximum of all ranks' reports.
+
+    In the maximum, a flag is set if any rank has set it.
+    """
+
+    launches: list[int]  # per bucket, since the last consensus; a pending one counts
+    has_grad: list[bool]  # per parameter
+    lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
+    has_recorded_order: bool
+    discards: bool  # the rank is in zero_grad()
+    keeps: Keeps
+    grad_state: GradState
+
+    @property
+    def is_stale(self) -> bool:
+        """Return True if some rank has accumulated gradients onto used ones."""
+        return self.grad_state is GradState.STALE or (
+            self.grad_state is GradState.USED and any(self.launches)
+        )
+
+    @property
+    def is_cleared_on_some_ranks(self) -> bool:
+        """Return True if only some ranks have cleared the gradients that the last step used."""
+        return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
+
+    def flatten(self) -> list[int]:
+        """Concatenate the fields, for an all-reduce."""
+        return [*self.launches, *self.has_grad, *self.lacks_grad, *self[3:]]
+
+    def unflatten(self, values: list[int]) -> GradReport:
+        """Invert :meth:`flatten`, with the lengths of this report's lists."""
+        rest = iter(values)
+        launches = list(islice(rest, len(self.launches)))
+        has_grad = list(map(bool, islice(rest, len(self.has_grad))))
+        lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
+        has_recorded_order, discards, keeps, grad_state = rest
+        return GradReport(
+            launches,
+            has_grad,
+            lacks_grad,
+            bool(has_recorded_order),
+            bool(discards),
+            Keeps(keeps),
+            GradState(grad_state),
+        )

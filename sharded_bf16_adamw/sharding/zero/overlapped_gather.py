@@ -1,0 +1,342 @@
+"""The all-gather of updated weights behind the next forward pass.
+
+[Note: overlapped all-gather]
+``step()`` launches the buckets in the order in which the forward pass reads them, at most
+``max_in_flight`` at a time, and returns. Each goes into a side buffer, so that a weight is either
+the old or the new one. A pre-hook of each module waits for the buckets that the module reads,
+copies them into the parameters, and launches the next ones. When the model's forward pass ends, all
+have arrived.
+
+A module may read a weight of another one (``MultiheadAttention`` does), so one forward pass after
+the first step is recorded (:class:`.ForwardRecorder`). The ranks agree on its result in the second
+step. Weights that no module was seen to read, new ones among the updated parameters, and models
+with compiled modules, in which hooks do not run, are gathered before ``step()`` returns.
+
+Everything else that reads weights waits for all of them: passes without gradients or in eval mode,
+calls of a submodule, ``state_dict()``, ``load_state_dict()`` and the optimizer's methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import new_group_like
+from .all_gather import AllGather, PendingAllGather
+from .bucket import split_by_size
+from .consensus import Consensus
+from .forward_recorder import ForwardRecorder
+from .param import ZeroParam
+
+if TYPE_CHECKING:
+    from .config import ZeRO
+
+logger = logging.getLogger("sharded_bf16_adamw")
+
+OPERATION = (
+    "gathering the updated weights (every rank takes part, in a forward pass or optimizer.wait())"
+)
+FAILED_ERROR = (
+    "an earlier all-gather of updated weights failed on this rank, so some of its weights are old; "
+    "restart all ranks from the last checkpoint"
+)
+
+# By number, in the order of construction, which is the same on every rank.
+_instances: WeakValueDictionary[int, OverlappedGather] = WeakValueDictionary()
+
+
+def wait_for_all_gathers(params: list[Tensor]) -> None:
+    """Wait for the all-gathers of these parameters, also by optimizers that no longer exist."""
+    for _, gather in sorted(_instances.items()):
+        if any(map(gather.is_pending, params)):
+            gather.wait()
+
+
+class OverlappedGather(AllGather):
+    """The all-gather of ``overlap_gather=True``; see [Note: overlapped all-gather]."""
+
+    def __init__(self, policy: ZeRO, consensus: Consensus) -> None:
+        super().__init__(policy)
+        assert policy.model is not None
+        self._model = policy.model
+        self._consensus = consensus
+        # In a group of its own, its order among the gradients' collectives does not matter.
+        self._group = new_group_like(self._group, torch.device(policy.mesh.device_type))
+
+        # - Uses of parameters in the forward pass
+        self._zero_params: list[ZeroParam] = []
+        self._recorder: ForwardRecorder | None = None  # of the forward pass after the last step
+        self._recording_for: list[ZeroParam] = []
+        # In the order of first use. A parameter that no module was seen to read has no readers.
+        self._readers: dict[ZeroParam, set[nn.Module]] = {}
+
+        # - Buckets; of the first _num_blocking, start() waits for the end
+        self._num_blocking = 0
+        self._buckets_of_module: dict[nn.Module, list[int]] = {}
+        self._bucket_of_param: dict[Tensor, int] = {}
+
+        # - State
+        self._pending: set[int] = set()  # buckets that are not yet copied into the parameters
+        self._in_flight: dict[int, PendingAllGather] = {}
+        self._next_launch = 0
+        self._versions: dict[Tensor, int] = {}  # of the parameters when they were updated
+        self._failure: BaseException | None = None
+        self._in_forward = False  # the model's
+
+        # - Hooks
+        self._hooked: set[nn.Module | Tensor] = set()
+        self._handles: list[Any] = []
+        self._is_released = False
+        _instances[max(_instances, default=0) + 1] = self
+
+    # ------------------------------------------------------------------------------------ in a step
+
+    def add_params(self, zero_params: list[ZeroParam]) -> None:
+        """Add parameters of the optimizer. Every rank adds the same ones."""
+        self._zero_params += zero_params
+        self._hook_params(zero_params)
+
+    def start(self, zero_params: list[ZeroParam]) -> None:
+        """Start to all-gather these parameters, which a step has updated. Collective."""
+        if self._ranks == 1:
+            return
+        if self._recorder is not None and zero_params:
+            self._agree_on_readers(self._recorder)
+        new = [each for each in zero_params if each not in self._readers]
+        if self._buckets_of != zero_params or new:
+            self._assign_buckets(zero_params, is_blocking=bool(new))
+        self._buckets_of = zero_params
+        self._hook_params(zero_params)
+        self._versions = {each.param: each.param._version for each in zero_params}
+        self._pending = set(range(len(self._buckets)))
+        self._next_launch = 0
+        self._guarded(self._launch_more)
+        for index in range(len(self._buckets) if self._is_compiled() else self._num_blocking):
+            self._finish(index)
+        if new:
+            self._recording_for = zero_params
+            self._hook_modules()
+            self._recorder = ForwardRecorder(self._model, [each.param for each in zero_params])
+
+    def wait(self) -> None:
+        """Wait for all buckets, and copy them into the parameters."""
+        for index in sorted(self._pending):
+            self._finish(index)
+
+    def is_pending(self, param: Tensor) -> bool:
+        """Return whether the parameter still has its weights of the step before."""
+        return self._bucket_of_param.get(param) in self._pending
+
+    def release(self) -> None:
+        """Remove the hooks, now or once nothing is pending: the optimizer no longer exists."""
+        self._is_released = True
+        if not self._pending:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def _agree_on_readers(self, recorder: ForwardRecorder) -> None:
+        """Merge what the ranks have recorded. Collective."""
+        self._recorder = None
+        index_of = {each.param: index for index, each in enumerate(self._zero_params)}
+        own = [(index_of[param], sorted(fqns)) for param, fqns in recorder.reads.items()]
+        digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
+        is_same = all(self._consensus.are_equal([int.from_bytes(digest, "big")]))
+        recordings = [own] if is_same else self._consensus.all_gather_object(own)
+        readers: dict[ZeroParam, set[nn.Module]] = {}
+        for index, fqns in (item for recording in recordings for item in recording):
+            zero_param = self._zero_params[index]
+            readers.setdefault(zero_param, self._readers.get(zero_param, set()))
+            readers[zero_param].update(map(self._model.get_submodule, fqns))
+        if not readers:
+            logger.warning(
+                "overlap_gather of ZeRO has no effect: no forward pass in training mode of the "
+                "given model, without compiled modules, was seen after step()"
+            )
+        for module in self._model.modules():
+            for param in module._parameters.values():
+                if param in index_of and (owned := self._zero_params[index_of[param]]) in readers:
+                    readers[owned].add(module)
+        self._readers = readers | {k: v for k, v in self._readers.items() if k not in readers}
+        for zero_param in self._recording_for:
+            self._readers.setdefault(zero_param, set())
+        self._buckets_of = []
+
+    def _assign_buckets(self, zero_params: list[ZeroParam], is_blocking: bool) -> None:
+        sharded = [each for each in zero_params if not each.is_replicated]
+        if is_blocking:
+            unread, read = sharded, []
+        else:
+            unread = [each for each in sharded if not self._readers[each]]
+            updated = set(sharded)
+            read = [each for each, by in self._readers.items() if by and each in updated]
+        first = split_by_size(unread, self._policy.bucket_bytes)
+        self._buckets = first + split_by_size(read, self._policy.bucket_bytes)
+        self._num_blocking = len(first)
+        self._bucket_of_param, self._buckets_of_module = {}, {}
+        for index, bucket in enumerate(self._buckets):
+            for zero_param in bucket:
+                self._bucket_of_param[zero_param.param] = index
+                for module in self._readers.get(zero_param, ()):
+                    indices = self._buckets_of_module.setdefault(module, [])
+                    if index not in indices[-1:]:
+                        indices.append(index)
+
+    def _is_compiled(self) -> bool:
+        """Return whether there is a module in which hooks do not run."""
+        return any(map(_is_compiled, self._model.modules()))
+
+    # -------------------------------------------------------------------------------------- buckets
+
+    def _launch_more(self) -> None:
+        while (
+            self._next_launch < len(self._buckets)
+            and len(self._in_flight) < self._policy.max_in_flight
+        ):
+            bucket = self._buckets[self._next_launch]
+            self._in_flight[self._next_launch] = PendingAllGather(
+                bucket, self._group, OPERATION, in_place=False
+            )
+            self._next_launch += 1
+
+    def _finish(self, index: int) -> None:
+        """Wait for a bucket if it is pending, and launch others in its place."""
+        if index in self._pending:
+            self._guarded(lambda: self._unpack(index))
+        if self._is_released:
+            self.release()
+
+    def _guarded(self, function: Callable[[], None]) -> None:
+        """Call ``function``; once it has failed, weights are mixed, so fail forever after."""
+        if self._failure is not None:
+            raise RuntimeError(FAILED_ERROR) from self._failure
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                function()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _unpack(self, index: int) -> None:
+        while index not in self._in_flight:
+            self._unpack(next(iter(self._in_flight)))
+        for zero_param in self._buckets[index]:
+            if zero_param.param._version != self._versions[zero_param.param]:
+                raise RuntimeError(
+                    f"parameter {zero_param.name} was changed between step() and the forward pass, "
+                    "while ZeRO(overlap_gather=True) still gathered its updated weights; call "
+                    "optimizer.wait() on every rank before you change weights"
+                )
+        self._in_flight.pop(index).finish()
+        self._pending.discard(index)
+        self._launch_more()
+
+    # ---------------------------------------------------------------------------------------- hooks
+
+    def _hook_modules(self) -> None:
+        """Register hooks on the model's modules that have none."""
+        for module in self._model.modules():
+            if module not in self._hooked and not isinstance(module, torch.jit.ScriptModule):
+                self._hooked.add(module)
+                self._handles += [
+                    module.register_forward_pre_hook(
+                        ModuleHook(self, "before_forward"), prepend=True
+                    ),
+                    module.register_state_dict_pre_hook(ModuleHook(self, "before_state_dict")),
+                    module.register_load_state_dict_pre_hook(ModuleHook(self, "before_state_dict")),
+                ]
+                if module is self._model:
+                    hook = ModuleHook(self, "after_forward")
+                    self._handles.append(module.register_forward_hook(hook, always_call=True))
+
+    def before_forward(self, module: nn.Module, *_: Any) -> None:
+        """Wait for the weights that the module reads."""
+        may_overlap = module.training and torch.is_grad_enabled()
+        if module is self._model:
+            self._in_forward = True
+            recorder = self._recorder
+            if recorder is not None or self._pending:
+                # Its modules may have been compiled since the step. If recorded, those would be
+                # traced anew.
+                may_overlap = may_overlap and not self._is_compiled()
+            if recorder is not None and not recorder.reads and may_overlap:
+                recorder.start()
+        if not self._pending:
+            return
+        if self._in_forward and may_overlap:
+            for index in self._buckets_of_module.get(module, ()):
+                self._finish(index)
+        else:
+            self.wait()
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Wait for the rest: the loss may read weights too. ``output`` is None after an error."""
+        self._in_forward = False
+        if self._recorder is not None:
+            self._recorder.stop(is_complete=output is not None)
+        self.wait()
+
+    def before_state_dict(self, *_: Any) -> None:
+        """Wait for all weights, which are about to be read or written."""
+        self.wait()
+
+    def check_copyable(self) -> None:
+        """Raise RuntimeError if a copy of the model would have weights of the step before."""
+        if self._pending:
+            raise RuntimeError(
+                "the model is copied or pickled while ZeRO(overlap_gather=True) still gathers its "
+                "updated weights; call optimizer.wait() on every rank before"
+            )
+
+    def _hook_params(self, zero_params: list[ZeroParam]) -> None:
+        """Register hooks on trainable parameters that have none."""
+        for param in (each.param for each in zero_params):
+            if param.requires_grad and param not in self._hooked:
+                self._hooked.add(param)
+                handle = param.register_post_accumulate_grad_hook(self._on_grad_ready)
+                self._handles.append(handle)
+
+    def _on_grad_ready(self, param: Tensor) -> None:
+        if self.is_pending(param):
+            name = next(each.name for each in self._zero_params if each.param is param)
+            raise RuntimeError(
+                f"parameter {name} got a gradient while ZeRO(overlap_gather=True) still gathered "
+                "its updated weights, so the forward pass has read the old ones; run the forward "
+                "pass by calling the model that you gave to ZeRO, uncompiled, or call "
+                "optimizer.wait() on every rank after each step()"
+            )
+
+
+class ModuleHook:
+    """A hook on a module. Copies of the module get one that does nothing."""
+
+    def __init__(self, gather: OverlappedGather | None, method: str) -> None:
+        self._gather = gather
+        self._method = method
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Call the method, except inside ``torch.compile``, which traces this."""
+        if torch.compiler.is_compiling() or self._gather is None:
+            return
+        getattr(self._gather, self._method)(module, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse to be copied while weights are pending, since the model is copied with it."""
+        if self._gather is not None:
+            self._gather.check_copyable()
+        return ModuleHook, (None, self._method)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        module._compiled_call_impl is not None
+        or isinstance(module, torch.jit.ScriptModule)
+        or type(module).__name__ == "OptimizedModule"  # importing torch._dynamo is slow
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
