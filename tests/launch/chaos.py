@@ -2,9 +2,9 @@
 
     python -m tests.launch.chaos --events 40
 
-An event is the SIGKILL of a worker or of torchrun, SIGTERM or SIGUSR1 to torchrun, or the SIGSTOP of
-a worker for longer than ``--step-timeout``. Then torchrun restarts the workers, or the same command
-starts anew. Runs of a fixed number of processes alternate with runs in which each new torchrun has
+An event is the SIGKILL of a worker or of torchrun, SIGTERM or SIGUSR1 to torchrun, or the SIGSTOP
+of a worker for longer than ``--step-timeout``. Then torchrun restarts the workers, or the same
+command starts anew. Runs of a fixed number of processes alternate with runs in which each new torchrun has
 another one. After each event, the latest checkpoint is not older than before it. At the end of a
 run its ``metrics.jsonl`` has each step once, all checkpoints are complete and undamaged, no partial
 one is left, and the curve is that of an undisturbed run: bit for bit if the number of processes is
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,8 @@ class Job:
 
     def workers(self) -> list[int]:
         assert self.process is not None
-        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
-        return [int(pid) for pid in Path(children).read_text().split()]
+        parents = {pid: stat[1] for pid, stat in stats().items()}
+        return sorted(pid for pid, parent in parents.items() if parent == str(self.process.pid))
 
     def wait_until(self, condition: Any, what: str) -> None:
         deadline = time.monotonic() + self.patience
@@ -115,7 +116,7 @@ class Job:
         process, before = self.process, self.saved_step()
         modified = self.modified()
         # Some steps of this attempt, which rewrites the file when it starts.
-        wanted = self.random.randint(1, 6)
+        wanted = self.random.randint(0, 6)
         seen: set[int] = set()
 
         def has_trained() -> bool:
@@ -132,34 +133,22 @@ class Job:
         victim = self.random.choice(pids)
         if event == "kill worker":
             os.kill(victim, signal.SIGKILL)
-            self.wait_until(lambda: victim not in self.living(pids), "the worker did not die")
+            self.wait_until(lambda: not living(pids), "torchrun did not end the other workers")
         elif event == "SIGSTOP worker":
             os.kill(victim, signal.SIGSTOP)
-            self.wait_until(lambda: not self.living(pids), "the watchdog did not end the workers")
+            self.wait_until(lambda: not living(pids), "the watchdog did not end the workers")
         elif event == "kill torchrun":
             process.kill()
             process.wait()
-            self.wait_until(lambda: not self.living(pids), "orphans are left")
+            self.wait_until(lambda: not living(pids), "orphans are left")
             return self.end(-signal.SIGKILL, {-signal.SIGKILL}, before)
         else:
             process.send_signal(signal.Signals[event])
             self.wait_until(lambda: process.poll() is not None, "the run did not end")
-            assert not self.living(pids), "orphans are left"
+            assert not living(pids), "orphans are left"
             return self.end(process.returncode, {STOPPED, 0}, before)
         assert self.saved_step() >= before, "a checkpoint is lost"
         return True
-
-    def living(self, pids: list[int]) -> list[int]:
-        """Return those processes that are neither dead nor zombies."""
-        living = []
-        for pid in pids:
-            try:
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if state not in "ZX":
-                living.append(pid)
-        return living
 
     def modified(self) -> int:
         """Return the inode of ``metrics.jsonl``, which each attempt replaces."""
@@ -190,6 +179,21 @@ class Job:
         assert all(name == "LATEST" or name.startswith("step-") for name in left), left
         verify = [sys.executable, "-m", "sharded_bf16_adamw.checkpoint", "verify", "--all"]
         subprocess.run([*verify, str(root)], cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+
+
+def stats() -> dict[int, list[str]]:
+    """Return the fields after the name in /proc/PID/stat of all processes: state, parent, ..."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+    return found
+
+
+def living(pids: list[int]) -> list[int]:
+    """Return those processes that are neither dead nor zombies."""
+    known = stats()
+    return [pid for pid in pids if pid in known and known[pid][0] not in "ZX"]
 
 
 def soak(

@@ -61,7 +61,7 @@ def test_stopped_run_resumes_with_the_same_bits(tmp_path, capsys, stop_at, optim
     assert run("--out", tmp_path / "stopped", options) == STOPPED
     assert "stopped at step 5" in capsys.readouterr().out
     assert [line["step"] for line in curve(tmp_path / "stopped")][-1] == 5
-    assert run("--out", tmp_path / "stopped", options, "--resume auto") == 0
+    assert run("--out", tmp_path / "stopped", options) == 0
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
 
@@ -203,21 +203,30 @@ def damage(path: Path, pattern: str) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("pattern", ["*.distcp", "manifest.json", ".metadata"])
-def test_error_about_a_damaged_checkpoint_names_an_undamaged_one(tmp_path, capsys, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "resume"),
+    [
+        ("*.distcp", ""),
+        ("manifest.json", ""),
+        (".metadata", "--resume newest-good"),
+    ],
+)
+def test_damaged_checkpoint_is_an_error_or_replaced_by_an_undamaged_one(
+    tmp_path, capsys, pattern, resume
+):
     options = "--steps 4 --eval-every 2 --save-every 2"
     assert run("--out", tmp_path, options) == 0
     whole = curve(tmp_path)
     good, damaged = tmp_path / "checkpoints/step-00000002", tmp_path / "checkpoints/step-00000004"
     damage(damaged, pattern)
-    for resume, use in (("auto", "newest-good"), (damaged, good)):
+    for given, use in (("auto", "newest-good"), (damaged, good)):
         capsys.readouterr()
-        assert run("--out", tmp_path, options, "--resume", resume) == 2
+        assert run("--out", tmp_path, options, "--resume", given) == 2
         err = capsys.readouterr().err
         start = f"error: the checkpoint {damaged} cannot be used: "
         end = f"; {good} is undamaged: use --resume {use}\n"
         assert re.fullmatch(rf"{start}[^\n]*{end}", err), err
-    assert run("--out", tmp_path, options, "--resume newest-good") == 0
+    assert run("--out", tmp_path, options, resume) == 0
     printed = capsys.readouterr()
     assert "steps 2 to 4" in printed.out
     assert re.search(rf"^note: [^\n]*{damaged} [^\n]*\n", printed.err, re.MULTILINE)
