@@ -4,11 +4,11 @@
 
 An event is the SIGKILL of a worker or of torchrun, SIGTERM or SIGUSR1 to torchrun, or the SIGSTOP
 of a worker for longer than ``--step-timeout``. Then torchrun restarts the workers, or the same
-command starts anew. Runs of a fixed number of processes alternate with runs in which each new torchrun has
-another one. After each event, the latest checkpoint is not older than before it. At the end of a
-run its ``metrics.jsonl`` has each step once, all checkpoints are complete and undamaged, no partial
-one is left, and the curve is that of an undisturbed run: bit for bit if the number of processes is
-fixed, else within 5 % of the last held-out loss.
+command starts anew. Runs of a fixed number of processes alternate with runs in which each new
+torchrun has another one. After each event, the latest checkpoint is not older than before it. At
+the end of a run its ``metrics.jsonl`` has each step once, all checkpoints are complete and
+undamaged, no partial one is left, and the curve is that of an undisturbed run: bit for bit if the
+number of processes is fixed, else within 5 % of the last held-out loss.
 """
 
 from __future__ import annotations
