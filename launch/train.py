@@ -287,10 +287,12 @@ def print_summary(run: Run, stopped: bool) -> None:
     )
     plot = run.out_dir / "loss.png"
     title = f"{run.args.preset}, --optimizer {run.args.optimizer}"
-    if plot_losses(run.out_dir / "metrics.jsonl", plot, title):
-        print(f"{'plot':22}{plot}")
+    try:
+        plotted = plot_losses(run.out_dir / "metrics.jsonl", plot, title)
+    except OSError as error:
+        print(f"no loss.png: {plot} cannot be written ({error.strerror})")
     else:
-        print("no loss.png: matplotlib is not installed")
+        print(f"{'plot':22}{plot}" if plotted else "no loss.png: matplotlib is not installed")
 
 
 # -------------------------------------------------------------------------------------- one step
@@ -309,7 +311,7 @@ def backward(run: Run) -> Tensor:
     batch = run.text.batch(args.seed, run.step, args.batch_size)[world.batch_slice].to(world.device)
     total = torch.zeros((), device=world.device)
     for index, micro_batch in enumerate(batch.chunk(args.grad_accum)):
-        if index > 0 and args.grad_accum > 1:
+        if index > 0:
             stop_if_requested(run)
         run.supervisor.beat(f"micro-batch {index + 1} of step {run.step + 1}")
         is_last = index == args.grad_accum - 1

@@ -57,7 +57,9 @@ class Supervisor:
         self._receiver.settimeout(POLL_S)
         fileno = self._sender.fileno()
         self._wakeup_before = signal.set_wakeup_fd(fileno, warn_on_full_buffer=False)
-        self._handlers_before = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
+        # nohup ignores SIGHUP, and a shell ignores SIGINT for a command in the background.
+        handled = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        self._handlers_before = {s: signal.signal(s, self._handle) for s in handled}
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
         return self

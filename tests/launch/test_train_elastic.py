@@ -179,6 +179,7 @@ HANGING_SAVE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 def save(*_):
     print("saving", flush=True)
     time.sleep(600)
