@@ -167,9 +167,9 @@ def test_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
 
 def test_changed_seed_is_noted_on_resume(tmp_path, capsys):
     assert run("--out", tmp_path, "--steps 2") == 0
-    assert run("--out", tmp_path, "--steps 3 --seed 1 --resume auto") == 0
+    assert run("--out", tmp_path, "--steps 5 --seed 1 --resume auto") == 0
     err = capsys.readouterr().err
-    assert "note: changed since the checkpoint: --seed was 0, now 1; --steps was 2, now 3\n" in err
+    assert "note: changed since the checkpoint: --seed was 0, now 1; --steps was 2, now 5\n" in err
     assert "note: the schedule jumps: the learning rate of the next step is " in err
 
 
