@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import distributed
 import pytest
@@ -28,7 +29,6 @@ from .train_runs import (
     command_line,
     curve,
     finish,
-    kill,
     run,
     start,
     wait_for_step,
@@ -229,7 +229,8 @@ def test_rank_that_hangs_ends_the_job_with_its_number(tmp_path):
     try:
         code, _, err = finish(process)
     finally:
-        kill(process)
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
     assert code == 1
     reason = re.search(r"^error: rank (\d): no progress for --step-timeout 5 s: (.*)$", err, re.M)
     other = 1 - int(reason.group(1))

@@ -180,7 +180,7 @@ def test_resume_restores_the_count_of_nonfinite_steps(tmp_path):
 def test_spike_is_skipped_and_counted_also_by_a_resumed_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(spikes, "WINDOW", 8)
     options = "--preset nano --steps 12 --skip-spikes 20 --save-every 8 --keep 9"
-    # The second spike is far above the first, which is in the window; it is repeated after resuming.
+    # The second spike, which the resumed run repeats, exceeds the first one in the window.
     factors = iter((1e4, 1e8, 1e8))
     with FaultyLoss({6, 10}, lambda loss: loss * next(factors)) as faulty:
         assert run("--out", tmp_path, options) == 0
