@@ -130,7 +130,6 @@ def train(args: argparse.Namespace, supervisor: Supervisor) -> bool:
             train_loop(run, metrics)
         except StopTraining:
             stopped = True
-            run.optimizer.zero_grad()  # of the micro-batches of a step that was not taken
         except DivergedError:
             # A save in flight is good: nothing is saved once a loss is not finite.
             with save_errors():
