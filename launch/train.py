@@ -3,20 +3,23 @@
     python launch/train.py
     torchrun --nproc-per-node 2 launch/train.py
 
-A run writes ``metrics.jsonl``, ``loss.png`` and ``checkpoints/`` to ``--out``. It saves and stops
-on SIGTERM and Ctrl-C, and ``--resume auto`` continues it on any number of processes. A usage error
-ends it with exit code 2, diverged training with exit code 1; both print one sentence to stderr.
+A run writes ``metrics.jsonl``, ``loss.png`` and ``checkpoints/`` to ``--out``. The same command
+continues it, on any number of processes. It saves and stops on SIGTERM, SIGINT, SIGUSR1 and SIGHUP.
+
+Exit codes: 0 done; 75 stopped, run the same command again; 1 failed; 2 wrong usage, in which case
+the same command fails again; 130 aborted by a second Ctrl-C. An error prints one sentence.
+torchrun turns each code but 0 into 1; ``launch/elastic.py`` is a torchrun that passes them on.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +38,21 @@ from training.build import (
     set_seeds,
 )
 from training.data import Text, find_files, load_text
-from training.errors import UsageError
+from training.errors import FAILED, STOPPED, WRONG_USAGE, DivergedError, RunError, UsageError
 from training.export import export_hf
 from training.hugging_face import FolderTokenizer
 from training.initial import init_from
 from training.metrics import Metrics, optimizer_state_bytes, plot_losses, summary
 from training.options import model_name, parse_args
-from training.resume import find_checkpoint, suggest_undamaged
-from training.signals import StopRequest, stop_requests
-from training.strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks
+from training.rendezvous import die_with_torchrun
+from training.resume import find_checkpoint, find_undamaged, lock_out_dir, suggest_undamaged
+from training.spikes import SpikeFilter
+from training.strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks, on_rank_0
+from training.supervisor import USED_GRACE, Supervisor, rank
 
 from sharded_bf16_adamw import (
     AdamW_BF16,
     PrecisionStats,
-    latest,
     load,
     save,
     wait_for_save,
@@ -62,8 +66,14 @@ class Run:
     Attributes:
         parameters: their number in the full model.
         module: ``model`` as its strategy wraps it: the module to call.
+        supervisor: knows whether the run shall stop, and ends a run that hangs.
+        spikes: finds outliers for ``--skip-spikes``.
         step: optimizer steps taken.
+        evaluated_step: the last step after which the model was evaluated, -1 before.
+        held_out_loss: the loss of that evaluation.
         step_seconds: duration of each optimizer step of this process.
+        loop_seconds: duration of each whole step of this process, without evaluations and saves.
+        save_seconds: duration of the last save that training waited for.
         saved: the last checkpoint that was saved or loaded.
         saved_step: its step.
         nonfinite_steps: steps whose loss or gradient norm was not finite.
@@ -81,8 +91,14 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     parameters: int
+    supervisor: Supervisor
+    spikes: SpikeFilter
     step: int = 0
+    evaluated_step: int = -1
+    held_out_loss: float = math.nan
     step_seconds: list[float] = field(default_factory=list)
+    loop_seconds: list[float] = field(default_factory=list)
+    save_seconds: float = 0.0
     saved: Path | None = None
     saved_step: int = -1
     nonfinite_steps: int = 0
@@ -95,69 +111,91 @@ class Run:
         return Path(self.args.out)
 
 
-class DivergedError(Exception):
-    """Training cannot continue: non-finite steps or weights, or replicas that differ.
-
-    Raised on all ranks together.
-    """
+class StopTraining(Exception):  # noqa: N818  # no error
+    """A rank was asked to stop. Raised on all ranks together."""
 
 
 def main(argv: list[str] | None = None) -> int:
     initialized_before = dist.is_initialized()
-    try:
-        args = parse_args(argv)
-        train(args)
-        dist.barrier()  # rank 0 may still be plotting
-        code = 0
-    except (UsageError, DivergedError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    if dist.is_initialized() and not initialized_before:
-        dist.destroy_process_group()
+    die_with_torchrun()
+    with Supervisor() as supervisor:
+        try:
+            args = parse_args(argv)
+            supervisor.grace, supervisor.step_timeout = args.grace, args.step_timeout
+            code = STOPPED if train(args, supervisor) else 0
+            dist.barrier()  # rank 0 may still be plotting
+        except (UsageError, RunError) as error:
+            if rank() == 0:
+                print(f"error: {error}", file=sys.stderr)
+            code = WRONG_USAGE if isinstance(error, UsageError) else FAILED
+        if dist.is_initialized() and not initialized_before:
+            dist.destroy_process_group()
     return code
 
 
-def train(args: argparse.Namespace) -> None:
-    run = set_up(args)
-    with stop_requests() as stop:
-        metrics = None
-        if run.world.rank == 0:
-            path = run.out_dir / "metrics.jsonl"
-            metrics = Metrics(path, run.step, args.steps, args.progress)
+def train(args: argparse.Namespace, supervisor: Supervisor) -> bool:
+    """Train to the last step, or until the run shall stop; return True for the latter."""
+    with set_up(args, supervisor) as run:
+        metrics = on_rank_0(open_metrics, run)
+        stopped = False
         try:
-            stopped = train_loop(run, metrics, stop)
-            save_last_step(run)
+            train_loop(run, metrics)
+        except StopTraining:
+            stopped = True
         except DivergedError:
             # A save in flight is good: nothing is saved once a loss is not finite.
-            wait_for_save()
+            with save_errors():
+                wait_for_save()
             raise
         finally:
             if metrics is not None:
                 metrics.close()
+        save_last_step(run)
         print_summary(run, stopped)
+    return stopped
 
 
-def train_loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
-    """Train to the last step, or until a rank is asked to stop; return True for the latter."""
+def open_metrics(run: Run) -> Metrics:
+    args, path = run.args, run.out_dir / "metrics.jsonl"
+    evaluated = run.evaluated_step == run.step
+    try:
+        return Metrics(path, run.step, args.steps, args.progress, evaluated, args.print_every)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}): make it writable, free space, or give "
+            "another --out."
+        ) from error
+
+
+def train_loop(run: Run, metrics: Metrics | None) -> None:
+    """Train to the last step.
+
+    Raises:
+        StopTraining: a rank was asked to stop.
+    """
     args = run.args
-    if run.step == 0:
+    if run.evaluated_step != run.step and is_evaluation_due(run):
         evaluate(run, metrics)
     while run.step < args.steps:
         start = time.perf_counter()
         rank_loss = backward(run)
+        run.supervisor.beat(f"the update of step {run.step + 1}")
         # One all-reduce a step makes the ranks agree on the loss and on stopping.
-        loss, stopping = all_reduce_mean(run.world, rank_loss, float(stop.requested))
+        requested = float(run.supervisor.requested)
+        loss, stopping = all_reduce_mean(run.world, rank_loss, requested)
         norm = update(run, loss)
         run.step += 1
+        run.loop_seconds.append(time.perf_counter() - start)
         if metrics is not None:
-            tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - start)
+            tokens_per_s = args.batch_size * args.seq_len / run.loop_seconds[-1]
+            spikes = {"spikes": run.spikes.skipped} if args.skip_spikes else {}
             metrics.step(
                 step=run.step,
                 loss=loss,
                 lr=float(run.optimizer.param_groups[0]["lr"]),
                 grad_norm=norm,
                 nonfinite_steps=run.nonfinite_steps,
+                **spikes,
                 tokens_per_s=round(tokens_per_s, 1),
             )
             if run.precision is not None:
@@ -166,8 +204,8 @@ def train_loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
         if args.check_replicas and run.step % args.check_replicas == 0:
             check_replicas(run)
         if stopping:
-            return True
-        if run.step % args.eval_every == 0 or run.step == args.steps:
+            stop_if_requested(run)
+        if is_evaluation_due(run):
             evaluate(run, metrics)
         if args.save_every and run.step % args.save_every == 0:
             if run.last_is_finite:
@@ -177,7 +215,39 @@ def train_loop(run: Run, metrics: Metrics | None, stop: StopRequest) -> bool:
                     f"note: step {run.step} is not saved: its loss or gradient norm is not finite",
                     file=sys.stderr,
                 )
-    return False
+        note_short_grace(run)
+
+
+def is_evaluation_due(run: Run) -> bool:
+    return run.step % run.args.eval_every == 0 or run.step == run.args.steps
+
+
+def stop_if_requested(run: Run) -> None:
+    """Raise StopTraining if a rank was asked to stop. Collective.
+
+    The ranks take over the earliest deadline.
+    """
+    # On the CPU, so that the device is not waited for.
+    seconds_left = torch.tensor(run.supervisor.seconds_left(), dtype=torch.float64)
+    dist.all_reduce(seconds_left, op=dist.ReduceOp.MIN)
+    if math.isfinite(seconds_left.item()):
+        run.supervisor.request(seconds_left.item())
+        raise StopTraining
+
+
+def note_short_grace(run: Run) -> None:
+    """Print a note, once, if a stop signal would end the run before its last save."""
+    steps = 5  # the first ones also compile and load kernels
+    if run.world.rank != 0 or len(run.loop_seconds) != steps:
+        return
+    needed = statistics.median(run.loop_seconds) / run.args.grad_accum + run.save_seconds
+    if needed > USED_GRACE * run.args.grace:
+        print(
+            f"note: --grace {run.args.grace:g} is short: a step and a save take {needed:.1f} s, so "
+            "a stop signal may end the run before its last save; give the scheduler and --grace "
+            "more time (torchrun reads TORCH_ELASTIC_SHUTDOWN_TIMEOUT)",
+            file=sys.stderr,
+        )
 
 
 def check_nonfinite(run: Run) -> None:
@@ -202,19 +272,18 @@ def recovery_hint(run: Run) -> str:
 def print_summary(run: Run, stopped: bool) -> None:
     """Print how the run ended, and plot its losses."""
     state_bytes = optimizer_state_bytes(run.optimizer, run.world.device)
-    loss = math.nan if stopped else held_out_loss(run)
     if run.world.rank != 0:
         return
     assert run.saved is not None
     if stopped:
         print(
-            f"stopped at step {run.step}, saved {run.saved}; "
-            f"continue with --resume auto --out {run.out_dir}"
+            f"stopped at step {run.step}, saved {run.saved}; the same command continues",
+            flush=True,
         )
         return
     print(
         summary(
-            held_out_loss=loss,
+            held_out_loss=run.held_out_loss,
             state_bytes=state_bytes,
             parameters=run.parameters,
             world_size=run.world.size,
@@ -224,14 +293,17 @@ def print_summary(run: Run, stopped: bool) -> None:
             checkpoint=run.saved,
             nonfinite_steps=run.nonfinite_steps,
             skipped=run.args.skip_nonfinite,
+            spikes=run.spikes.skipped if run.args.skip_spikes else None,
         )
     )
     plot = run.out_dir / "loss.png"
     title = f"{model_name(run.args)}, --optimizer {run.args.optimizer}"
-    if plot_losses(run.out_dir / "metrics.jsonl", plot, title):
-        print(f"{'plot':22}{plot}")
+    try:
+        plotted = plot_losses(run.out_dir / "metrics.jsonl", plot, title)
+    except OSError as error:
+        print(f"no loss.png: {plot} cannot be written ({error.strerror})")
     else:
-        print("no loss.png: matplotlib is not installed")
+        print(f"{'plot':22}{plot}" if plotted else "no loss.png: matplotlib is not installed")
 
 
 # -------------------------------------------------------------------------------------- one step
@@ -242,11 +314,17 @@ def backward(run: Run) -> Tensor:
 
     Returns:
         The mean loss of this rank's sequences, a 0-dim fp32 tensor.
+
+    Raises:
+        StopTraining: a rank was asked to stop before the last micro-batch; the step is not taken.
     """
     args, world = run.args, run.world
     batch = run.text.batch(args.seed, run.step, args.batch_size)[world.batch_slice].to(world.device)
     total = torch.zeros((), device=world.device)
     for index, micro_batch in enumerate(batch.chunk(args.grad_accum)):
+        if index > 0:
+            stop_if_requested(run)
+        run.supervisor.beat(f"micro-batch {index + 1} of step {run.step + 1}")
         is_last = index == args.grad_accum - 1
         with nullcontext() if is_last else run.strategy.no_sync(run.module, run.optimizer):
             loss = compute_loss(run.module, micro_batch) / args.grad_accum
@@ -263,7 +341,8 @@ def compute_loss(module: nn.Module, batch: Tensor) -> Tensor:
 def update(run: Run, loss: float) -> float:
     """Clip, step and clear the gradients.
 
-    With ``--skip-nonfinite``, a step whose loss or norm is not finite only advances the schedule.
+    With ``--skip-nonfinite``, a step whose loss or norm is not finite only advances the schedule,
+    and with ``--skip-spikes`` one whose loss or norm is an outlier.
 
     Returns:
         The global gradient norm before clipping.
@@ -282,7 +361,12 @@ def update(run: Run, loss: float) -> float:
         )
     norm_before = float(norm)
     is_finite = on_every_rank(run.world, math.isfinite(loss) and math.isfinite(norm_before))
-    if not is_finite and run.args.skip_nonfinite:
+    # The norm may differ in its last bit between ranks.
+    is_spike = bool(run.args.skip_spikes) and is_finite
+    if is_spike:
+        is_spike = not on_every_rank(run.world, not run.spikes.is_spike(loss, norm_before))
+    run.spikes.skipped += is_spike
+    if is_spike or (not is_finite and run.args.skip_nonfinite):
         optimizer.zero_grad()  # without gradients, step() only advances the schedule
     start += measure_precision(run, is_finite)
     optimizer.step()
@@ -366,6 +450,8 @@ def held_out_loss(run: Run) -> float:
     args, world = run.args, run.world
     total = torch.zeros((), device=world.device)
     for index in range(args.eval_batches):
+        stop_if_requested(run)
+        run.supervisor.beat(f"the evaluation after step {run.step}")
         batch = run.text.held_out_batch(index, args.eval_batches, args.batch_size)
         local = batch[world.batch_slice].to(world.device)
         total += compute_loss(run.module, local) / args.eval_batches
@@ -374,6 +460,7 @@ def held_out_loss(run: Run) -> float:
 
 def evaluate(run: Run, metrics: Metrics | None) -> None:
     loss = held_out_loss(run)
+    run.evaluated_step, run.held_out_loss = run.step, loss
     run.last_is_finite = run.last_is_finite and math.isfinite(loss)
     if metrics is not None:
         metrics.evaluation(run.step, loss)
@@ -386,20 +473,42 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
 
     Raises:
         DivergedError: a weight or an optimizer state is not finite; nothing is saved.
+        RunError: this save or the previous one failed.
     """
+    run.supervisor.beat(f"the save of step {run.step}")
     if not on_every_rank(run.world, state_is_finite(run.optimizer)):
         raise DivergedError(
             f"a weight or an optimizer state is not finite after step {run.step}, "
             f"which is not saved: {recovery_hint(run)}."
         )
-    extra = {"step": run.step, "nonfinite_steps": run.nonfinite_steps, "config": vars(run.args)}
+    extra = {
+        "step": run.step,
+        "evaluated_step": run.evaluated_step,
+        "held_out_loss": run.held_out_loss,
+        "nonfinite_steps": run.nonfinite_steps,
+        "consecutive_nonfinite": run.consecutive_nonfinite,
+        "spikes": run.spikes.state(),
+        "config": vars(run.args),
+    }
     keep = run.args.keep if run.last_is_finite else None
     root = run.out_dir / "checkpoints"
     in_background = in_background and run.args.export_hf is None
-    run.saved = save(root, run.step, run.module, run.optimizer, extra, keep, in_background)
+    start = time.perf_counter()
+    with save_errors():
+        run.saved = save(root, run.step, run.module, run.optimizer, extra, keep, in_background)
+        if run.args.export_hf is not None:
+            export_hf(run.args, run.saved)
     run.saved_step = run.step
-    if run.args.export_hf is not None:
-        export_hf(run.args, run.saved)
+    run.save_seconds = time.perf_counter() - start
+
+
+@contextmanager
+def save_errors() -> Iterator[None]:
+    """Raise the error of a failed save, which is raised on all ranks, as a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(f"{error}.") from error
 
 
 @torch.no_grad()
@@ -419,9 +528,11 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
 
 def save_last_step(run: Run) -> None:
     """Save the last step, even if the previous background save failed; then raise its error."""
+    run.supervisor.beat("the last save")
     try:
-        wait_for_save()
-    except RuntimeError:
+        with save_errors():
+            wait_for_save()
+    except RunError:
         save_checkpoint(run, in_background=False)
         raise
     if run.saved_step != run.step:
@@ -436,22 +547,29 @@ def resume(run: Run) -> None:
     try:
         extra = load(path, run.module, run.optimizer).extra
     except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{error}{suggest_undamaged(run.args, path)}") from error
+        other = find_undamaged(run.args, path)
+        if other is None:
+            raise UsageError(f"{error}{suggest_undamaged(run.args, path)}") from error
+        path, extra = other, load(other, run.module, run.optimizer).extra
     run.step = run.saved_step = extra["step"]
+    run.evaluated_step = extra.get("evaluated_step", -1)
+    run.held_out_loss = extra.get("held_out_loss", math.nan)
     run.nonfinite_steps = extra.get("nonfinite_steps", 0)
+    run.consecutive_nonfinite = extra.get("consecutive_nonfinite", 0)
+    if "spikes" in extra:
+        run.spikes.load(extra["spikes"])
     run.saved = path
-    if run.step > run.args.steps:
-        raise UsageError(
-            f"the checkpoint {path} is at step {run.step}, past --steps {run.args.steps}: "
-            "increase --steps to continue training."
-        )
 
 
 # ----------------------------------------------------------------------------------------- set up
 
 
-def set_up(args: argparse.Namespace) -> Run:
-    """Join the process group, build everything, and resume if asked.
+@contextmanager
+def set_up(args: argparse.Namespace, supervisor: Supervisor) -> Iterator[Run]:
+    """Join the process group, lock ``--out``, build everything, and resume a run.
+
+    Yields:
+        The run; ``--out`` is locked until the context ends.
 
     Raises:
         UsageError: on all ranks, if an argument is wrong on any of them.
@@ -468,17 +586,40 @@ def set_up(args: argparse.Namespace) -> Run:
     tokenizer = None
     if args.model is not None and files.kind != ".bin":
         tokenizer = on_all_ranks(FolderTokenizer, args.model)
-    on_all_ranks(make_out_dir, args)
-    text = on_all_ranks(
-        lambda: load_text(
-            files, args.seq_len, config.vocab_size, tokenizer, args.token_dtype, args.out
+    lock = on_rank_0(lock_out_dir, args)
+    try:
+        text = on_all_ranks(
+            lambda: load_text(
+                files, args.seq_len, config.vocab_size, tokenizer, args.token_dtype, args.out
+            )
         )
-    )
+        yield build_run(args, config, world, text, supervisor)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def build_run(
+    args: argparse.Namespace, config: Any, world: World, text: Text, supervisor: Supervisor
+) -> Run:
     strategy = STRATEGIES[args.strategy]
     model, module, parameters = build_model(args, config, world, strategy)
     schedule = make_schedule(args)
     optimizer = make_optimizer(args, model, schedule)
-    run = Run(args, world, text, strategy, model, module, optimizer, schedule, parameters)
+    spikes = SpikeFilter(args.skip_spikes)
+    run = Run(
+        args,
+        world,
+        text,
+        strategy,
+        model,
+        module,
+        optimizer,
+        schedule,
+        parameters,
+        supervisor,
+        spikes,
+    )
     resume(run)
     if run.saved is None:
         init_from(args, module, optimizer)
@@ -504,23 +645,6 @@ def check_world(args: argparse.Namespace, world: World) -> None:
             f"--batch-size {args.batch_size} does not divide into {world.dp_size} rank(s) "
             f"x --grad-accum {args.grad_accum}: use a multiple of {divisor}."
         )
-
-
-def make_out_dir(args: argparse.Namespace) -> None:
-    """Create ``--out``; refuse one that another run uses, whose files would mix with this run's."""
-    out_dir = Path(args.out)
-    try:
-        if args.resume is None and latest(out_dir / "checkpoints") is not None:
-            raise UsageError(
-                f"--out {out_dir} already holds a run: add --resume auto to continue it, "
-                "or give another --out."
-            )
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out {out_dir} cannot be used ({error.strerror}): "
-            "give a directory that you may read and write."
-        ) from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ FILE = re.compile(r"(?<![\w/.-])[\w./-]+\.(?:py|c|h|sh)\b")
         "README.md",
         "CONTRIBUTING.md",
         *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "checkpoints", "index")),
-        *(f"docs/{name}.md" for name in ("numerics", "quality", "strategies", "zero")),
+        *(f"docs/{name}.md" for name in ("numerics", "quality", "strategies", "training", "zero")),
     ],
 )
 def test_page_names_existing_files(repo, page):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,93 @@ from sharded_bf16_adamw import PrecisionStats
 
 
 class Metrics:
-    """Writer of ``metrics.jsonl``, one JSON object per line, and of the progress bar.
+    """Writer of ``metrics.jsonl``, one JSON object per line, and of the progress on stderr.
 
     A line holds ``{step, loss, lr, grad_norm, nonfinite_steps, tokens_per_s}`` for each step and
     ``{step, held_out_loss}`` for each evaluation. With ``--precision-stats`` some steps also have a
     line of ``step`` and the fields of :class:`sharded_bf16_adamw.PrecisionStats`. ``step`` counts
     the steps taken, ``nonfinite_steps`` those of them whose loss or gradient norm was not finite.
+    With ``--skip-spikes`` a step's line also has ``spikes``, the number of outliers skipped so far.
     Losses are in nats per token. A non-finite value, which JSON lacks, is ``null``.
+
+    A full disk does not end training: lines that cannot be written are lost, with one note.
 
     Args:
         path: the file. Lines of steps after ``start`` are dropped: a resumed run repeats them.
         start: steps taken before this run.
-        steps: steps at the end of the run, for the progress bar.
-        bar: show a progress bar on stderr.
+        steps: steps at the end of the run, for the progress.
+        bar: show progress on stderr: a bar on a terminal, else lines.
+        evaluated: the evaluation of step ``start``, if any, is not repeated.
+        print_every: steps between two lines of progress.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, start: int, steps: int, bar: bool) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= start and start > 0]
-        path.write_text("".join(map(_json_line, kept)))
-        # Buffered by line, so that a killed run leaves complete lines.
-        self.file = path.open("a", buffering=1)
-        self.bar = _progress_bar(start, steps) if bar else None
+    def __init__(
+        self,
+        path: Path,
+        start: int,
+        steps: int,
+        bar: bool,
+        evaluated: bool = True,
+        print_every: int = 1,
+    ) -> None:
+        kept = [
+            line
+            for line in read_metrics(path)
+            if 0 < start >= line["step"] + (not evaluated and "held_out_loss" in line)
+        ]
+        replacement = path.with_name(f".{path.name}.new")
+        replacement.write_text("".join(map(_json_line, kept)))
+        replacement.replace(path)
+        self.file = path.open("ab", buffering=0)
+        self.is_torn = False  # the last line is incomplete
+        self.has_noted = False
+        self.steps, self.print_every = steps, print_every
+        self.bar = _progress_bar(start, steps) if bar and sys.stderr.isatty() else None
+        self.prints = bar and self.bar is None
         self.shown: dict[str, str] = {}
 
     def step(self, **line: Any) -> None:
-        self.file.write(_json_line(line))
+        self._write(line)
+        names = {"loss": "loss", "lr": "lr", "grad_norm": "norm", "tokens_per_s": "tokens_per_s"}
+        self._show(**{shown: line[name] for name, shown in names.items()})
         if self.bar is not None:
-            names = {
-                "loss": "loss",
-                "lr": "lr",
-                "grad_norm": "norm",
-                "tokens_per_s": "tokens_per_s",
-            }
-            self._show(**{shown: line[name] for name, shown in names.items()})
             self.bar.update()
+        elif self.prints and (line["step"] % self.print_every == 0 or line["step"] == self.steps):
+            shown = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+            print(f"step {line['step']}/{self.steps}  {shown}", file=sys.stderr, flush=True)
 
     def evaluation(self, step: int, held_out_loss: float) -> None:
-        self.file.write(_json_line({"step": step, "held_out_loss": held_out_loss}))
-        if self.bar is not None:
-            self._show(held_out=held_out_loss)
+        self._write({"step": step, "held_out_loss": held_out_loss})
+        self._show(held_out=held_out_loss)
 
     def precision(self, step: int, stats: PrecisionStats) -> None:
-        self.file.write(_json_line({"step": step, **stats.as_dict()}))
+        self._write({"step": step, **stats.as_dict()})
 
     def close(self) -> None:
         self.file.close()
         if self.bar is not None:
             self.bar.close()
 
+    def _write(self, line: dict[str, Any]) -> None:
+        text = ("\n" if self.is_torn else "") + _json_line(line)
+        try:
+            self.is_torn = self.file.write(text.encode()) != len(text)
+        except OSError as error:
+            if not self.has_noted:
+                print(
+                    f"\nnote: {self.file.name} cannot be written ({error.strerror}): training "
+                    f"goes on, its lines from step {line['step']} on are lost",
+                    file=sys.stderr,
+                )
+            self.has_noted = True
+
     def _show(self, **values: float) -> None:
-        assert self.bar is not None
         self.shown.update({name: f"{value:.4g}" for name, value in values.items()})
-        self.bar.set_postfix(self.shown, refresh=False)
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
 
 
 def _json_line(line: dict[str, Any]) -> str:
@@ -90,12 +126,15 @@ def _progress_bar(start: int, steps: int) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``, or [] if it does not exist.
 
-    A last line that a killed run left incomplete is skipped.
+    Lines that a killed run or a full disk left incomplete are skipped.
     """
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def read_curve(path: Path, key: str) -> list[tuple[int, float]]:
@@ -161,6 +200,7 @@ def summary(
     checkpoint: Path,
     nonfinite_steps: int,
     skipped: bool,
+    spikes: int | None,
 ) -> str:
     """Return the lines that a finished run prints."""
     local, total = state_bytes
@@ -172,6 +212,7 @@ def summary(
             f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",
             f"non-finite steps      {nonfinite_steps}"
             f"{', skipped' if nonfinite_steps and skipped else ''}",
+            *([] if spikes is None else [f"spikes                {spikes}, skipped"]),
             f"metrics               {out_dir / 'metrics.jsonl'}",
             f"checkpoint            {checkpoint}",
         )

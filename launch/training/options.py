@@ -14,6 +14,7 @@ from training.errors import UsageError
 from training.model import PRESETS
 from training.optimizers import OPTIMIZERS
 from training.strategies import STRATEGIES
+from training.supervisor import DEFAULT_GRACE_S
 
 DEFAULT_PRESET = "tiny"
 # of --model, which is trained further
@@ -83,6 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             print(f"note: {note}", file=sys.stderr)
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 12)
+    args.print_every = args.print_every or max(1, args.steps // 50)
+    if args.grace is None:
+        args.grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", DEFAULT_GRACE_S))
     args.final_lr = args.lr / 1000 if args.final_lr is None else args.final_lr
     args.out = args.out or f"runs/{model_name(args)}-{args.optimizer}"
     return args
@@ -226,6 +230,14 @@ def _add_optimizer(add: Callable[..., Any]) -> None:
         help="exit with code 1 after N consecutive such steps; 0 disables this "
         "(default: %(default)s)",
     )
+    add(
+        "--skip-spikes",
+        type=nonnegative,
+        metavar="SIGMA",
+        default=0.0,
+        help="skip the update of a step whose loss or gradient norm exceeds the mean of the last "
+        "128 steps by more than SIGMA standard deviations, and count it (default: never)",
+    )
 
 
 def _add_run(add: Callable[..., Any]) -> None:
@@ -285,10 +297,33 @@ def _add_run(add: Callable[..., Any]) -> None:
     add(
         "--resume",
         metavar="auto|newest-good|PATH",
-        help="auto: from the newest checkpoint in --out, if any; newest-good: from the newest "
-        "undamaged one (default: start from scratch)",
+        help="default: continue a run of the same configuration in --out, if any, from its newest "
+        "undamaged checkpoint. auto: from the newest checkpoint in --out, also with another "
+        "--lr, --steps or data; newest-good: the same, from the newest undamaged one",
     )
-    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    add(
+        "--grace",
+        type=nonnegative,
+        metavar="SECONDS",
+        help="time to save and end after SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a save that takes "
+        "longer is abandoned (default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else "
+        f"{DEFAULT_GRACE_S:g})",
+    )
+    add(
+        "--step-timeout",
+        type=nonnegative,
+        metavar="SECONDS",
+        default=0.0,
+        help="end the run with exit code 1 when a rank hangs: if a micro-batch, an optimizer step, "
+        "a batch of an evaluation or a save takes longer; 0 disables this (default: %(default)g)",
+    )
+    add(
+        "--print-every",
+        type=positive,
+        metavar="STEPS",
+        help="a line of progress, where stderr is not a terminal (default: a fiftieth of --steps)",
+    )
+    add("--no-progress", dest="progress", action="store_false", help="no progress bar or lines")
 
 
 def options_without_effect(args: argparse.Namespace) -> Iterator[str]:

@@ -1,39 +1,87 @@
-"""Selection of the checkpoint for ``train.py --resume``, and checks that it is of the same run."""
+"""Which checkpoint ``train.py`` continues from, and whether it is of the same run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from sharded_bf16_adamw import newest_good
 from sharded_bf16_adamw.checkpoint import directory
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
+from sharded_bf16_adamw.checkpoint.root_lock import RootLock, lock_if_possible
+from training.build import make_schedule
 from training.errors import UsageError
-from training.strategies import on_all_ranks
+from training.strategies import from_rank_0
+
+# The kernel kills orphans of a torchrun that died, but freeing their memory takes a while.
+LOCK_WAIT_S = 10.0
+# Options that do not change what is trained. All others are the run's configuration.
+OPERATIONAL = {
+    *("strategy", "device", "deterministic", "optimizer_backend", "grad_accum"),
+    *("eval_every", "eval_batches", "out", "save_every", "async_save", "keep", "resume"),
+    *("check_replicas", "precision_stats", "max_nonfinite", "progress", "print_every"),
+    *("grace", "step_timeout", "export_hf"),
+}
+
+
+def lock_out_dir(args: argparse.Namespace) -> RootLock | None:
+    """Create ``--out`` and lock it; None if its file system has no locks.
+
+    Raises:
+        UsageError: another run uses it, or it cannot be written to.
+    """
+    out_dir = Path(args.out)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                return lock_if_possible(out_dir)
+            except RuntimeError as error:
+                if time.monotonic() > deadline:
+                    raise UsageError(f"--out {out_dir} is in use: {error}.") from None
+            time.sleep(0.1)
+    except OSError as error:
+        raise UsageError(
+            f"--out {out_dir} cannot be used ({error.strerror}): "
+            "give a directory that you may read and write."
+        ) from None
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """Return the checkpoint that ``--resume`` selects, or None to start from scratch. Collective.
+    """Return the checkpoint to continue from, or None to start from scratch. Collective.
 
     Rank 0 searches for all ranks: others may see an older state of a network file system.
 
     Raises:
-        UsageError: on all ranks, if there is no such checkpoint or it is of another run.
+        UsageError: on all ranks, if ``--resume`` names no checkpoint, or it is of another run.
     """
-    if args.resume is None:
+    return from_rank_0(_readable, _find, args)
+
+
+def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
+    """Return the newest undamaged checkpoint in place of a damaged one. Collective.
+
+    None if ``--resume`` asks for that one, or if no other is undamaged.
+    """
+    if args.resume is not None:
         return None
-    is_first = dist.get_rank() == 0
-    found = [on_all_ranks(_find_readable, args) if is_first else on_all_ranks(lambda: None)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    found = from_rank_0(_readable, _newest_good, args, damaged.parent)
+    return None if found == damaged else found
 
 
-def _find_readable(args: argparse.Namespace) -> Path | None:
+def suggest_undamaged(args: argparse.Namespace, path: Path) -> str:
+    """Return the part of an error about ``path`` that names an undamaged checkpoint. Collective."""
+    return from_rank_0(_suggest_undamaged, args, path)
+
+
+def _readable(function: Any, *args: Any) -> Any:
     try:
-        return _find(args)
+        return function(*args)
     except OSError as error:
         raise UsageError(
             f"{error.filename} cannot be read ({error.strerror}): "
@@ -43,32 +91,89 @@ def _find_readable(args: argparse.Namespace) -> Path | None:
 
 def _find(args: argparse.Namespace) -> Path | None:
     root = Path(args.out) / "checkpoints"
+    if args.resume is None:
+        return _find_own(args, root)
     if args.resume == "auto":
         path = directory.latest(root)
     elif args.resume == "newest-good":
-        path, skipped = newest_good(root)
-        for reason in skipped:
-            print(f"note: {reason}", file=sys.stderr)
-        if path is None and skipped:
-            raise UsageError(
-                f"no checkpoint in {root} is undamaged: give --resume the path of another one, "
-                "or another --out to start from scratch."
-            )
+        path = _newest_good(args, root)
     else:
-        given = Path(args.resume)
-        path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")
-        if path is None:
-            raise UsageError(
-                f"--resume {given} is neither a checkpoint nor a directory with one: "
-                "check the path, or use --resume auto."
-            )
+        path = _find_given(args, root)
     if path is not None:
-        _check_same_run(path, args)
+        extra = _read_extra(path, args)
+        _check_model(path, args, extra["config"])
+        if extra["step"] > args.steps:
+            raise UsageError(
+                f"the checkpoint {path} is at step {extra['step']}, past --steps {args.steps}: "
+                "increase --steps to continue training."
+            )
+        _note_changes(args, extra)
     return path
 
 
-def _check_same_run(path: Path, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint of another model or optimizer; print a note if the data has changed."""
+def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
+    """Return the latest checkpoint of a run of the same configuration in ``--out``."""
+    path = directory.latest(root)
+    if path is None:
+        if directory.incomplete_checkpoints(root) or (root.parent / "metrics.jsonl").exists():
+            print(f"note: {root} has no checkpoint yet: the run starts again", file=sys.stderr)
+        return None
+    try:
+        read_manifest(path)
+    except ValueError:
+        path = _newest_good(args, root)
+        assert path is not None
+    changed = _changes(args, _read_extra(path, args)["config"])
+    if changed:
+        raise UsageError(
+            f"--out {args.out} holds a run of another configuration "
+            f"({'; '.join(changed)}): give the same options to continue it, add --resume auto to "
+            "continue it with these, or give another --out to start from scratch."
+        )
+    return path
+
+
+def _find_given(args: argparse.Namespace, root: Path) -> Path:
+    """Return the checkpoint at ``--resume PATH``, or a newer one that this command has saved.
+
+    A command that is restarted must not lose what it has trained since.
+    """
+    given = Path(args.resume)
+    path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")
+    if path is None:
+        raise UsageError(
+            f"--resume {given} is neither a checkpoint nor a directory with one: "
+            "check the path, or use --resume auto."
+        )
+    own = directory.latest(root)
+    if own is not None and own != path:
+        try:
+            config = read_manifest(own).extra.get("config", {})
+        except ValueError:
+            return path
+        if config.get("resume") == args.resume and not _changes(args, config):
+            print(
+                f"note: continuing from {own}, which this command has saved after it resumed from "
+                f"{path}; give --resume {own} or another --out to choose",
+                file=sys.stderr,
+            )
+            return own
+    return path
+
+
+def _newest_good(args: argparse.Namespace, root: Path) -> Path | None:
+    path, skipped = newest_good(root)
+    for reason in skipped:
+        print(f"note: {reason}", file=sys.stderr)
+    if path is None and skipped:
+        raise UsageError(
+            f"no checkpoint in {root} is undamaged: give --resume the path of another one, "
+            "or another --out to start from scratch."
+        )
+    return path
+
+
+def _read_extra(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     try:
         extra = read_manifest(path).extra
     except (OSError, ValueError) as error:
@@ -77,7 +182,26 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
         raise UsageError(
             f"the checkpoint {path} was not saved by train.py: give --resume one that was."
         )
-    saved, given = extra["config"], vars(args)
+    return extra
+
+
+def _changes(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
+    """Return the options of the configuration that changed, for a message."""
+    given = json.loads(json.dumps(vars(args)))  # tuples as lists, as in the manifest
+    return [
+        f"{option(name)} was {saved[name]}, now {given[name]}"
+        for name in sorted(given.keys() & saved.keys() - OPERATIONAL)
+        if saved[name] != given[name]
+    ]
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model or optimizer."""
+    given = vars(args)
     if (saved.get("model") is None) != (given["model"] is None):
         name = "preset" if saved.get("model") is None else "model"
         raise UsageError(
@@ -91,21 +215,21 @@ def _check_same_run(path: Path, args: argparse.Namespace) -> None:
                 f"not {given[name]}: give --{name} {saved[name]}, "
                 "or another --out to start from scratch."
             )
-    names = ("data", "seed", "batch_size", "seq_len")
-    changed = [n for n in names if saved.get(n, given[n]) != given[n]]
+
+
+def _note_changes(args: argparse.Namespace, extra: dict[str, Any]) -> None:
+    """Print what changes in a run that is resumed with another configuration."""
+    changed = _changes(args, extra["config"])
     if changed:
+        print(f"note: changed since the checkpoint: {'; '.join(changed)}", file=sys.stderr)
+    before = argparse.Namespace(**{**vars(args), **extra["config"]})
+    lrs = [make_schedule(namespace)(extra["step"]) for namespace in (before, args)]
+    if lrs[0] != lrs[1]:
         print(
-            f"note: {', '.join(changed)} changed since the checkpoint: "
-            "the batches are not those of an uninterrupted run",
+            f"note: the schedule jumps: the learning rate of the next step is {lrs[1]:.4g}, "
+            f"not {lrs[0]:.4g}",
             file=sys.stderr,
         )
-
-
-def suggest_undamaged(args: argparse.Namespace, path: Path) -> str:
-    """Return the part of an error about ``path`` that names an undamaged checkpoint. Collective."""
-    found = [_suggest_undamaged(args, path) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def _suggest_undamaged(args: argparse.Namespace, path: Path) -> str:

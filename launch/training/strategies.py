@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from training.errors import UsageError
 from training.model import GPT
+from training.rendezvous import join_process_group
 from training.tensor_parallel import parallelize
 
 
@@ -239,10 +240,7 @@ def init_world(device: str) -> World:
         torch.cuda.set_device(rank_device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join_process_group(backend)
     return World(dist.get_rank(), dist.get_world_size(), rank_device)
 
 
@@ -265,11 +263,15 @@ def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)`` on rank 0, None on the others; raise as :func:`on_all_ranks`."""
+    return on_all_ranks(*((function, *args) if dist.get_rank() == 0 else (lambda: None,)))
+
+
+def from_rank_0(function: Callable[..., Any], *args: Any) -> Any:
     """Return ``function(*args)`` of rank 0 on every rank; raise its UsageError on all. Collective.
 
     Other ranks may see an older state of a network file system.
     """
-    is_first = dist.get_rank() == 0
-    result = [on_all_ranks(function, *args) if is_first else on_all_ranks(lambda: None)]
+    result = [on_rank_0(function, *args)]
     dist.broadcast_object_list(result, src=0)
     return result[0]

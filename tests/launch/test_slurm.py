@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import train
+from training.errors import STOPPED
 
 from sharded_bf16_adamw import latest
 
 LAUNCH = Path(train.__file__).parent
 
-# srun runs its command in its own process group, whose leader scancel signals. Both, and scontrol,
+# srun, after two options, runs its command in a process group, whose leader scancel signals. All
 # record their calls; scontrol also records that training still runs.
 COMMANDS = {
     "srun": r"""
-shift
+shift 2
 printf "%s\n" "srun $*" >> "$CALLS"
 setsid "$@" &
 echo $! > "$CALLS.pid"
@@ -32,14 +32,16 @@ printf "%s\n" "scancel $*" >> "$CALLS"
 kill -TERM "$(cat "$CALLS.pid")"
 """,
     "scontrol": r"""
-if [ "$1" = show ]; then
+if [ "$1 $2" = "show hostnames" ]; then
     echo localhost; echo other
+elif [ "$1" = show ]; then
+    echo "   JobState=${JOB_STATE:-RUNNING} Reason=None"
 else
     printf "%s\n" "scontrol $*" >> "$CALLS"
 fi
 kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training still runs" >> "$CALLS"
 """,
-    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n',
+    "python": f'exec {sys.executable} "$@"\n',
 }
 SHORT = "--device cpu --no-progress --seq-len 16 --batch-size 4 --eval-batches 1 --preset nano"
 
@@ -50,15 +52,13 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     for name, body in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}")
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     return os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(LAUNCH.parent),
         "CALLS": str(tmp_path / "calls"),
         "NPROC_PER_NODE": "2",
-        "RDZV_PORT": str(port),
+        "SLURM_CPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_JOB_NUM_NODES": "1",
@@ -77,14 +77,13 @@ def test_job_trains_to_the_last_step(slurm, tmp_path):
     assert job.returncode == 0, output
     assert latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
     calls = Path(slurm["CALLS"]).read_text()
-    assert "--nnodes 1 --nproc-per-node 2 --rdzv-id 7" in calls
+    assert "launch/elastic.py --nnodes 1 --nproc-per-node 2 --max-restarts 3 --rdzv-id 7" in calls
     assert "--rdzv-backend c10d --rdzv-endpoint localhost:" in calls
     assert "requeue" not in calls and "scancel" not in calls
 
 
-def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
-    run = tmp_path / "run"
-    job = start(slurm, run, 100_000)
+def stop(job: subprocess.Popen[str], run: Path) -> str:
+    """Send Slurm's signal before the time limit to a job that trains; return its output."""
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
@@ -92,6 +91,14 @@ def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
         time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=200)
+    return output
+
+
+def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
+    run = tmp_path / "run"
+    job = start(slurm, run, 1_000)
+    output = stop(job, run)
+    assert job.returncode == STOPPED
     assert "stopped at step" in output
     saved = latest(run / "checkpoints")
     assert saved is not None
@@ -99,8 +106,22 @@ def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
         "scancel --signal=TERM 7",
         "scontrol requeue 7",
     ]
-    steps = int(saved.name.split("-")[1])
-    again = start(slurm, run, steps + 2)
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
-    assert latest(run / "checkpoints").name == f"step-{steps + 2:08}"
+
+
+def test_cancelled_job_is_not_requeued(slurm, tmp_path):
+    """scancel ends the job at the same time as its time limit: the state decides."""
+    job = start({**slurm, "JOB_STATE": "CANCELLED"}, tmp_path / "run", 1_000)
+    stop(job, tmp_path / "run")
+    assert job.returncode == STOPPED
+    assert "scontrol requeue" not in Path(slurm["CALLS"]).read_text()
+
+
+def test_job_must_be_submitted_from_the_root_of_the_repository(slurm, tmp_path):
+    job = subprocess.run(
+        ["bash", LAUNCH / "slurm.sh"], cwd=tmp_path, env=slurm, capture_output=True, text=True
+    )
+    assert job.returncode == 2
+    assert job.stderr == (
+        f"error: {tmp_path} has no launch/train.py: submit the job from the root of the "
+        "repository.\n"
+    )

@@ -135,7 +135,8 @@ def test_missing_gpu_is_an_error(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "already holds a run: add --resume auto to continue it"),
+        ("--lr 0.01", r"another configuration .*--lr was 0.003, now 0.01.*: give the same options"),
+        ("--preset small", r"another configuration .*--preset was tiny, now small"),
         ("--resume auto --preset small", "was trained with --preset tiny, not small"),
         ("--resume auto --optimizer torch-bf16", "was trained with --optimizer bf16, not torch"),
         ("--resume auto --steps 1", "is at step 2, past --steps 1"),
@@ -169,8 +170,10 @@ def test_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
 
 def test_changed_seed_is_noted_on_resume(tmp_path, capsys):
     assert run("--out", tmp_path, "--steps 2") == 0
-    assert run("--out", tmp_path, "--steps 3 --seed 1 --resume auto") == 0
-    assert "note: seed changed since the checkpoint" in capsys.readouterr().err
+    assert run("--out", tmp_path, "--steps 5 --seed 1 --resume auto") == 0
+    err = capsys.readouterr().err
+    assert "note: changed since the checkpoint: --seed was 0, now 1; --steps was 2, now 5\n" in err
+    assert "note: the schedule jumps: the learning rate of the next step is " in err
 
 
 def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import train
 from torch.distributed.tensor import DTensor
+from training import spikes
 from training.data import Text
 from training.metrics import Metrics, read_metrics
 
@@ -173,6 +175,25 @@ def test_resume_restores_the_count_of_nonfinite_steps(tmp_path):
         assert run("--out", tmp_path, "--steps 3") == 0
     assert run("--out", tmp_path, "--steps 5 --resume auto") == 0
     assert nonfinite_counts(tmp_path) == [0, 1, 1, 1, 1]
+
+
+def test_spike_is_skipped_and_counted_also_by_a_resumed_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(spikes, "WINDOW", 8)
+    options = "--preset nano --steps 12 --skip-spikes 20 --save-every 8 --keep 9"
+    # The second spike, which the resumed run repeats, exceeds the first one in the window.
+    factors = iter((1e4, 1e8, 1e8))
+    with FaultyLoss({6, 10}, lambda loss: loss * next(factors)) as faulty:
+        assert run("--out", tmp_path, options) == 0
+        assert [step for step, moved in enumerate(faulty.moved) if not moved] == [6, 10]
+        assert "spikes                2, skipped" in capsys.readouterr().out
+        counts = [line["spikes"] for line in step_lines(tmp_path)]
+        assert counts == [0] * 6 + [1] * 4 + [2] * 2
+        lines = strict_lines(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoints/step-00000012")
+        assert run("--out", tmp_path, options) == 0
+    assert "steps 8 to 12" in capsys.readouterr().out
+    for new, old in zip(strict_lines(tmp_path), lines, strict=True):
+        assert {**new, "tokens_per_s": 0} == {**old, "tokens_per_s": 0}
 
 
 def weight(run: train.Run) -> torch.Tensor:

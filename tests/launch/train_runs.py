@@ -15,6 +15,7 @@ import train
 from training.metrics import read_metrics
 
 SCRIPT = Path(train.__file__)
+ELASTIC = SCRIPT.with_name("elastic.py")
 OPTIMIZERS = ("bf16", "torch-fp32", "torch-bf16")
 STATE_BYTES = {"bf16": 6.0, "torch-fp32": 8.0, "torch-bf16": 4.0}
 SHORT = "--device cpu --no-progress --seq-len 16 --batch-size 12 --eval-batches 1"
@@ -27,8 +28,8 @@ def command_line(*arguments: object) -> list[str]:
 
 
 def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    """Start a short run of the script, under torchrun for more than one process."""
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    """Start a short run of the script, under elastic.py for more than one process."""
+    launcher = f"{ELASTIC} --standalone --nproc-per-node {processes}".split()
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT)]
     env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE

@@ -21,6 +21,7 @@ from planning.wire import wire
 from torch.distributed.tensor import DTensor
 from training.model import PRESETS, Config
 from training.options import parse_args
+from training.supervisor import Supervisor
 
 LAYERS = 4
 PRESET = Config(LAYERS, 128, 4, 352, 64, 8, 3, 1e-3)
@@ -50,23 +51,24 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
         mock.patch.dict(PRESETS, planned=PRESET),
         mock.patch.object(training.model, "has_fast_bf16", return_value=True),
     ):
-        run = train.set_up(parse_args(f"{options} {paths} {fixed}".split()))
-        params = list(run.module.parameters())
-        live = LiveBytes()
-        for step in range(3):
-            run.step = step
-            with live:
-                live.wire = 0
-                live.reset_peak()
-                loss = float(train.backward(run))
-                if strategy == "zero2":
-                    run.optimizer._sharding.reduce_grads()
-                    grads = run.optimizer._sharding.local_grads(params)
-                else:
-                    grads = [param.grad for param in params if param.grad is not None]
-                gradient_bytes = nbytes(grads)
-                del grads
-                train.update(run, loss)
+        arguments = parse_args(f"{options} {paths} {fixed}".split())
+        with train.set_up(arguments, Supervisor()) as run:
+            params = list(run.module.parameters())
+            live = LiveBytes()
+            for step in range(3):
+                run.step = step
+                with live:
+                    live.wire = 0
+                    live.reset_peak()
+                    loss = float(train.backward(run))
+                    if strategy == "zero2":
+                        run.optimizer._sharding.reduce_grads()
+                        grads = run.optimizer._sharding.local_grads(params)
+                    else:
+                        grads = [param.grad for param in params if param.grad is not None]
+                    gradient_bytes = nbytes(grads)
+                    del grads
+                    train.update(run, loss)
     return {
         "weights": nbytes(params),
         "gradients": gradient_bytes,

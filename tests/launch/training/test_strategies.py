@@ -14,12 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from training.metrics import read_metrics
 from training.model import GPT, PRESETS
 from training.options import parse_args
+from training.supervisor import Supervisor
 
 from sharded_bf16_adamw.sharding.zero.param import ZeroParam
 
@@ -163,14 +166,19 @@ class CountReductions(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
         kinds = ("allreduce", "reduce_scatter", "alltoall")
-        self.count += name.startswith("c10d.") and any(kind in name for kind in kinds)
+        numel = max(
+            (leaf.numel() for leaf in tree_iter(args) if isinstance(leaf, Tensor)), default=0
+        )
+        # Between micro-batches ranks exchange one number: whether to stop.
+        is_gradient = numel > 1 and any(kind in name for kind in kinds)
+        self.count += name.startswith("c10d.") and is_gradient
         return function(*args, **(kwargs or {}))
 
 
 def set_up(out_dir, strategy, options):
-    """Set up a run of 12 sequences per step."""
+    """Return a context with a run of 12 sequences per step."""
     options = f"--out {out_dir} --strategy {strategy} --batch-size 12 {options}"
-    return train.set_up(parse_args(command_line(options)))
+    return train.set_up(parse_args(command_line(options)), Supervisor())
 
 
 def count_reductions(rank, world_size, root, strategy):
@@ -181,11 +189,11 @@ def count_reductions(rank, world_size, root, strategy):
     counts = []
     for micro_batches in (1, 3):
         options = f"--steps 3 --grad-accum {micro_batches}"
-        run = set_up(f"{root}/{micro_batches}", strategy, options)
-        for step in range(3):
-            run.step = step
-            with CountReductions() as reductions:
-                train.update(run, float(train.backward(run)))
+        with set_up(f"{root}/{micro_batches}", strategy, options) as run:
+            for step in range(3):
+                run.step = step
+                with CountReductions() as reductions:
+                    train.update(run, float(train.backward(run)))
         counts.append(reductions.count)
     return counts
 
@@ -231,23 +239,23 @@ def compare_accumulation(rank, world_size, out_dir, strategy, dtype):
 
     It is the mean over ranks, in float32, of the sums of micro-batches in ``dtype``.
     """
-    run = set_up(out_dir, strategy, "--steps 1 --grad-accum 3")
-    args = run.args
-    model = GPT(PRESETS[args.preset]).bfloat16()
-    model.init_weights(args.seed)
-    sums = {}
-    for batch in run.text.batch(args.seed, 0, 12)[run.world.batch_slice].chunk(3):
-        (train.compute_loss(model, batch) / 3).backward()
-        for name, p in model.named_parameters():
-            sums[name] = sums[name] + p.grad.to(dtype) if name in sums else p.grad.to(dtype)
-            p.grad = None
-    train.backward(run)
-    different = []
-    for name, found in full_gradients(run).items():
-        mean = sums[name].float()
-        dist.all_reduce(mean)
-        if not torch.equal(found, (mean / world_size).to(found.dtype)):
-            different.append(name)
+    with set_up(out_dir, strategy, "--steps 1 --grad-accum 3") as run:
+        args = run.args
+        model = GPT(PRESETS[args.preset]).bfloat16()
+        model.init_weights(args.seed)
+        sums = {}
+        for batch in run.text.batch(args.seed, 0, 12)[run.world.batch_slice].chunk(3):
+            (train.compute_loss(model, batch) / 3).backward()
+            for name, p in model.named_parameters():
+                sums[name] = sums[name] + p.grad.to(dtype) if name in sums else p.grad.to(dtype)
+                p.grad = None
+        train.backward(run)
+        different = []
+        for name, found in full_gradients(run).items():
+            mean = sums[name].float()
+            dist.all_reduce(mean)
+            if not torch.equal(found, (mean / world_size).to(found.dtype)):
+                different.append(name)
     return different, len(sums)
 
 

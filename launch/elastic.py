@@ -1,0 +1,41 @@
+"""torchrun for ``train.py`` under a scheduler: it takes the same arguments.
+
+    python launch/elastic.py --nproc-per-node 8 --max-restarts 3 launch/train.py --preset 1b
+
+torchrun exits with code 1 whatever ended its workers. This command exits with theirs: 75 if the run
+was stopped and the same command continues it, and so after a signal to torchrun itself; else that
+of the worker that failed first. It also passes SIGUSR1 on, at which torchrun alone would die.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+from training.errors import FAILED, STOPPED
+
+
+def main(argv: list[str] | None = None) -> int:
+    # torchrun reads the defaults of its options from PET_*
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    try:
+        torchrun(argv)
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}", file=sys.stderr)
+        return STOPPED
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        print(
+            f"local rank {failure.local_rank} (process {failure.pid}) ended with exit code "
+            f"{failure.exitcode}",
+            file=sys.stderr,
+        )
+        return failure.exitcode if failure.exitcode > 0 else FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

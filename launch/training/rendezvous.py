@@ -1,0 +1,70 @@
+"""Joining the processes of a job, also after torchrun has restarted them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import uuid
+
+import torch.distributed as dist
+
+POLL_S = 0.02
+_PR_SET_PDEATHSIG = 1
+
+
+def join_process_group(backend: str) -> None:
+    """Initialize the default process group: torchrun's processes, or this process alone."""
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = store_of_attempt(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def store_of_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Return a view of ``store`` that only the processes of this attempt use. Collective.
+
+    torchrun keeps its store when it restarts the workers, so it still holds the addresses of dead
+    ones, and ``init_process_group`` would wait for them. ``TORCHELASTIC_RESTART_COUNT`` is no
+    common name for an attempt: agents of several nodes count their own restarts only. So rank 0
+    draws a name and tells it to each rank that asks. A question has a token of its own, so no
+    answer is taken for one of an earlier attempt.
+    """
+    if rank != 0:
+        token = uuid.uuid4().hex
+        store.set(f"ask/{rank}", token)
+        name = store.get(f"answer/{token}").decode()
+        store.set(f"{name}/joined/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    missing = set(range(1, size))
+    deadline = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
+    while missing:
+        for other in missing:
+            if store.check([f"ask/{other}"]):  # maybe still the question of a dead process
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"{name}/joined/{other}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"ranks {sorted(missing)} did not join within {store.timeout}: look for the first "  # type: ignore[attr-defined]
+                "error in their logs"
+            )
+        time.sleep(POLL_S)
+    return dist.PrefixStore(name, store)
+
+
+def die_with_torchrun() -> None:
+    """Make the kernel kill this worker when its torchrun dies, which leaves no other trace.
+
+    An orphan would hold its GPU and the lock on ``--out``.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,164 @@
+"""Ends of a run that its training loop does not decide: signals, deadlines, ranks that hang."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from training.errors import FAILED, STOPPED
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+DEFAULT_GRACE_S = 30.0  # torchrun's, and that of Slurm and Kubernetes
+USED_GRACE = 0.9
+ABORTED = 128 + signal.SIGINT
+POLL_S = 0.5
+ROLL_CALL_S = 3.0  # within which ranks whose processes run report that they hang, too
+
+
+class Supervisor:
+    """A thread that acts when the main thread cannot, since it waits for another rank or a disk.
+
+    A stop signal sets :attr:`requested`, which the training loop polls. If the run has not ended
+    when ``grace`` is almost over, the thread ends the process: a save is abandoned, and the last
+    complete checkpoint counts. A second Ctrl-C ends it at once. So does a loop that has not called
+    :meth:`beat` for ``step_timeout`` seconds, because a rank hangs.
+
+    Use it as a context; the signal handlers are restored at its end.
+
+    Attributes:
+        grace: seconds between a stop signal and the end of the process.
+        step_timeout: seconds; 0 disables it.
+        requested: a stop signal has come, to this rank or to one that told it.
+    """
+
+    def __init__(self) -> None:
+        self.grace = DEFAULT_GRACE_S
+        self.step_timeout = 0.0
+        self.requested = False
+        self._deadline = math.inf
+        self._interrupts = 0
+        self._announced = False
+        self._doing = ""  # "" until the first beat
+        self._idle_s = 0.0
+        self._closed = False
+
+    def __enter__(self) -> Supervisor:
+        # A signal handler of Python waits for the main thread; the wake-up socket does not.
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._receiver.settimeout(POLL_S)
+        fileno = self._sender.fileno()
+        self._wakeup_before = signal.set_wakeup_fd(fileno, warn_on_full_buffer=False)
+        # nohup ignores SIGHUP, and a shell ignores SIGINT for a command in the background.
+        handled = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        self._handlers_before = {s: signal.signal(s, self._handle) for s in handled}
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._handlers_before.items():
+            signal.signal(s, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._closed = True
+        self._sender.close()
+        self._thread.join()
+        self._receiver.close()
+
+    def beat(self, doing: str) -> None:
+        """Note progress of the main thread, and what it is about to do."""
+        self._doing = doing
+        self._idle_s = 0.0
+
+    def request(self, seconds_left: float = math.inf) -> None:
+        """Ask the loop to stop, since another rank was asked that has ``seconds_left``."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds_left)
+        self.requested = True
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the process ends; inf without a stop signal."""
+        return self._deadline - time.monotonic()
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        # What is left of the grace is for the interpreter and for torchrun.
+        self.request(USED_GRACE * self.grace)
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._closed:
+            try:
+                signals = self._receiver.recv(64)
+            except TimeoutError:
+                signals = b""
+            for signum in signals:
+                if signum in STOP_SIGNALS:
+                    self._on_signal(signal.Signals(signum))
+            now = time.monotonic()
+            # A process that was suspended as a whole has not been idle meanwhile.
+            self._idle_s += min(now - before, 2 * POLL_S)
+            before = now
+            if self.seconds_left() < 0:
+                end_now(STOPPED, f"--grace {self.grace:g} s is over before the last save")
+            if self._doing and 0 < self.step_timeout < self._idle_s:
+                end_now(FAILED, self._reason_of_timeout())
+
+    def _on_signal(self, signum: signal.Signals) -> None:
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts > 1:
+            end_now(ABORTED, "aborted; the last complete checkpoint counts")
+        self._handle(signum, None)
+        if rank() == 0 and (signum == signal.SIGINT or not self._announced):
+            again = "; Ctrl-C again aborts" if signum == signal.SIGINT else ""
+            print(f"\n{signum.name}: stopping after this step{again}", file=sys.stderr, flush=True)
+            self._announced = True
+
+    def _reason_of_timeout(self) -> str | None:
+        """Return why there is no progress, on one of the ranks that run; None on the others."""
+        reason = f"no progress for --step-timeout {self.step_timeout:g} s: "
+        found: list[str | None] = [f"this rank is in {self._doing}, and the store does not answer"]
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return f"{reason}the process hangs in {self._doing}"
+        thread = threading.Thread(
+            target=lambda: found.__setitem__(0, self._call_roll()), daemon=True
+        )
+        thread.start()
+        thread.join(2 * ROLL_CALL_S)
+        return None if found[0] is None else reason + found[0]
+
+    def _call_roll(self) -> str | None:
+        # a client of its own, since the main thread may hold the other one
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store.set(f"hangs/{rank()}", self._doing)
+        time.sleep(ROLL_CALL_S)
+        ranks = range(dist.get_world_size())
+        doing = {r: store.get(f"hangs/{r}").decode() for r in ranks if store.check([f"hangs/{r}"])}
+        if rank() != min(doing):
+            time.sleep(POLL_S)  # let that rank print before torchrun ends all
+            return None
+        silent = [r for r in ranks if r not in doing]
+        if silent:
+            return (
+                f"rank(s) {', '.join(map(str, silent))} gave no sign of life while the "
+                f"others were in {self._doing}; a process is stopped or its machine hangs"
+            )
+        return "; ".join(f"rank {r} in {place}" for r, place in doing.items())
+
+
+def rank() -> int:
+    """Return the rank that torchrun gave this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def end_now(code: int, reason: str | None) -> NoReturn:
+    """End the process without waiting for any other thread."""
+    if reason is not None:
+        print(f"error: rank {rank()}: {reason}.", file=sys.stderr, flush=True)
+    os._exit(code)

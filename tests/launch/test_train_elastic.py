@@ -1,0 +1,294 @@
+"""launch/train.py that continues by itself, whatever ended it, and ends in time when told to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import distributed
+import pytest
+import torch.distributed as dist
+import train
+from training import resume
+from training.data import Text
+from training.errors import STOPPED
+from training.rendezvous import store_of_attempt
+
+from sharded_bf16_adamw import latest
+from sharded_bf16_adamw.checkpoint.root_lock import RootLock
+
+from . import chaos
+from .train_runs import (
+    SCRIPT,
+    TIMEOUT,
+    command_line,
+    curve,
+    finish,
+    run,
+    start,
+    wait_for_step,
+    workers,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+def test_restarted_command_continues_and_not_from_its_first_checkpoint_again(tmp_path, capsys):
+    """``--resume PATH`` of another run must not lose what the command has trained since."""
+    assert run("--out", tmp_path / "old", "--steps 2") == 0
+    resume_old = f"--steps 4 --save-every 1 --resume {tmp_path}/old"
+    assert run("--out", tmp_path / "new", resume_old) == 0
+    assert "steps 2 to 4" in capsys.readouterr().out
+    assert run("--out", tmp_path / "new", resume_old) == 0
+    printed = capsys.readouterr()
+    assert "steps 4 to 4" in printed.out and "note: continuing from" in printed.err
+    assert run("--out", tmp_path / "new", resume_old, "--lr 0.01") == 0
+    assert "steps 2 to 4" in capsys.readouterr().out, "another command"
+
+
+def test_run_without_a_checkpoint_says_that_it_starts_again(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4}\n')
+    assert run("--out", tmp_path, "--steps 1") == 0
+    message = f"note: {tmp_path}/checkpoints has no checkpoint yet: the run starts again\n"
+    assert capsys.readouterr().err == message
+
+
+def test_second_run_into_one_directory_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.2)
+    lock = RootLock(tmp_path)
+    assert run("--out", tmp_path, "--steps 1") == 2
+    message = f"error: --out {tmp_path} is in use: process {os.getpid()} on "
+    assert re.fullmatch(rf"{message}[^\n]*\n", capsys.readouterr().err)
+    lock.release()
+    assert run("--out", tmp_path, "--steps 1") == 0
+    RootLock(tmp_path).release()
+
+
+def test_attempts_of_one_store_do_not_meet():
+    """A worker that died after it had asked leaves its question in the store."""
+    store = dist.HashStore()
+
+    def attempt(size: int) -> list[dist.Store]:
+        found: list[dist.Store] = [None] * size
+
+        def join(rank: int) -> None:
+            found[rank] = store_of_attempt(store, rank, size)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        return found
+
+    store.set("ask/2", "a dead process")
+    first, second = attempt(3), attempt(2)
+    for number, views in enumerate((first, second)):
+        views[0].set("key", str(number))
+        assert [view.get("key") for view in views] == [str(number).encode()] * len(views)
+    assert first[0].get("key") == b"0"
+
+
+def train_until(rank: int, world_size: int, out_dir: str, options: str, stop_at: int) -> int:
+    """Train; the last rank is told to stop in the (1-based) step ``stop_at``."""
+    real = Text.batch
+
+    def batch(self, seed, step, size):
+        if step + 1 == stop_at and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, seed, step, size)
+
+    Text.batch = batch
+    try:
+        return run("--out", out_dir, options)
+    finally:
+        Text.batch = real
+
+
+def test_run_continues_on_four_three_and_two_ranks(tmp_path):
+    options = "--preset nano --steps 9 --eval-every 3 --save-every 0 --strategy fsdp2"
+    assert run("--out", tmp_path / "whole", options) == 0
+    for world_size, stop_at, code in ((4, 3, STOPPED), (3, 6, STOPPED), (2, 0, 0)):
+        arguments = (str(tmp_path / "run"), options, stop_at)
+        assert distributed.run_ranks(world_size, train_until, *arguments) == [code] * world_size
+    whole, lines = curve(tmp_path / "whole"), curve(tmp_path / "run")
+    assert [line["step"] for line in lines] == [line["step"] for line in whole]
+    for line, expected in zip(lines, whole, strict=True):
+        assert line == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.timeout(600)
+def test_killed_workers_and_torchruns_leave_no_trace_in_the_curve(tmp_path):
+    events = ["kill worker", "kill torchrun"]
+    happened = chaos.soak(tmp_path, events, (2,), 60, 60.0, TIMEOUT, seed=0)
+    assert happened == dict.fromkeys(events, 1)
+
+
+# ------------------------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "zero2"])
+def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypatch, strategy):
+    options = f"--preset nano --strategy {strategy} --grad-accum 3 --steps 4 --eval-every 2"
+    assert run("--out", tmp_path / "whole", options) == 0
+    calls = 0
+    real = train.compute_loss
+
+    def compute_loss(module, batch):
+        nonlocal calls
+        calls += module.training and train.torch.is_grad_enabled()
+        if calls == 8:  # the second of the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(module, batch)
+
+    monkeypatch.setattr(train, "compute_loss", compute_loss)
+    assert run("--out", tmp_path / "stopped", options) == STOPPED
+    assert "stopped at step 2" in capsys.readouterr().out and calls == 8
+    assert run("--out", tmp_path / "stopped", options) == 0
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_stop_in_an_evaluation_is_made_up_for_by_the_resumed_run(tmp_path, monkeypatch, after):
+    options = "--preset nano --steps 4 --eval-every 2 --save-every 2"
+    assert run("--out", tmp_path / "whole", options) == 0
+    real = train.held_out_loss
+
+    def held_out_loss(run):
+        if run.step == after:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return real(run)
+
+    monkeypatch.setattr(train, "held_out_loss", held_out_loss)
+    assert run("--out", tmp_path / "stopped", options) == STOPPED
+    monkeypatch.undo()
+    assert latest(tmp_path / "stopped/checkpoints").name == f"step-{after:08d}"
+    assert run("--out", tmp_path / "stopped", options) == 0
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+HANGING_SAVE = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+def save(*_):
+    print("saving", flush=True)
+    time.sleep(600)
+train.save = save
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "grace", "code", "message"),
+    [
+        ((signal.SIGUSR1,), 2, STOPPED, "--grace 2 s is over before the last save"),
+        ((signal.SIGINT, signal.SIGINT), 600, 130, "aborted; the last complete checkpoint counts"),
+    ],
+)
+def test_run_ends_in_time_although_a_disk_hangs(tmp_path, signals, grace, code, message):
+    arguments = command_line("--preset nano --steps 9 --save-every 1 --no-async-save")
+    command = [sys.executable, "-c", HANGING_SAVE, *arguments, "--out", str(tmp_path)]
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--grace", str(grace)], stdout=pipe, stderr=pipe, text=True, env=env
+    )
+    while process.stdout.readline() != "saving\n":
+        assert process.poll() is None
+    process.send_signal(signals[0])
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith(f"{signals[0].name}: stopping after this step")
+    for each in signals[1:]:
+        process.send_signal(each)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err) == (code, f"error: rank 0: {message}.\n")
+
+
+def test_short_grace_is_noted(tmp_path, capsys):
+    assert run("--out", tmp_path, "--preset nano --steps 6 --grace 1e-6") == 0
+    assert re.fullmatch(r"note: --grace 1e-06 is short: [^\n]*\n", capsys.readouterr().err)
+    assert run("--out", tmp_path / "long", "--preset nano --steps 6") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_rank_that_hangs_ends_the_job_with_its_number(tmp_path):
+    process = start(2, "--out", tmp_path, "--preset nano --steps 100_000 --step-timeout 5")
+    wait_for_step(process, tmp_path, 3)
+    stopped = workers(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        code, _, err = finish(process)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    assert code == 1
+    reason = re.search(r"^error: rank (\d): no progress for --step-timeout 5 s: (.*)$", err, re.M)
+    other = 1 - int(reason.group(1))
+    assert reason.group(2).startswith(f"rank(s) {other} gave no sign of life while the others were")
+
+
+# ---------------------------------------------------------------------------------- outputs
+
+
+def test_unwritable_metrics_are_an_error_at_the_start(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert run("--out", tmp_path, "--steps 2") == 2
+    message = f"error: {tmp_path}/metrics.jsonl cannot be written (Is a directory): make it "
+    assert re.search(rf"^{re.escape(message)}[^\n]*\n\Z", capsys.readouterr().err, re.MULTILINE)
+
+
+class FullDisk:
+    """A file that takes half of its third line, and nothing for three lines after it."""
+
+    name = "metrics.jsonl"
+
+    def __init__(self, file):
+        self.file, self.calls = file, 0
+
+    def write(self, text: bytes) -> int:
+        self.calls += 1
+        if self.calls == 3:
+            return self.file.write(text[: len(text) // 2])
+        if self.calls in (4, 5, 6):
+            raise OSError(28, "No space left on device")
+        return self.file.write(text)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_full_disk_costs_lines_of_metrics_but_no_training(tmp_path, capsys, monkeypatch):
+    real = train.open_metrics
+
+    def open_metrics(run):
+        metrics = real(run)
+        metrics.file = FullDisk(metrics.file)
+        return metrics
+
+    monkeypatch.setattr(train, "open_metrics", open_metrics)
+    options = "--preset nano --steps 8 --eval-every 8"
+    assert run("--out", tmp_path, options) == 0
+    assert [line["step"] for line in curve(tmp_path)] == [0, 1, 6, 7, 8, 8]
+    assert re.fullmatch(
+        r"\nnote: metrics.jsonl cannot be written \(No space left on device\)[^\n]*\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_progress_is_printed_in_lines_where_stderr_is_no_terminal(tmp_path, capsys):
+    options = command_line("--preset nano --steps 5 --print-every 2 --out", tmp_path)
+    options.remove("--no-progress")
+    assert train.main(options) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert all(re.search(r"  loss \d\.\d+  lr \S+  norm ", line) for line in lines)
