@@ -170,7 +170,7 @@ class CountReductions(TorchDispatchMode):
             (leaf.numel() for leaf in tree_iter(args) if isinstance(leaf, Tensor)), default=0
         )
         # Between micro-batches ranks exchange one number: whether to stop.
-        is_gradient = numel > 1 and any(kind in name for kind in kinds)
+        is_gradient = max(sizes, default=0) > 1 and any(kind in name for kind in kinds)
         self.count += name.startswith("c10d.") and is_gradient
         return function(*args, **(kwargs or {}))
 
