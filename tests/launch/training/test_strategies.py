@@ -166,9 +166,7 @@ class CountReductions(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
         kinds = ("allreduce", "reduce_scatter", "alltoall")
-        numel = max(
-            (leaf.numel() for leaf in tree_iter(args) if isinstance(leaf, Tensor)), default=0
-        )
+        sizes = [leaf.numel() for leaf in tree_iter(args) if isinstance(leaf, Tensor)]
         # Between micro-batches ranks exchange one number: whether to stop.
         is_gradient = max(sizes, default=0) > 1 and any(kind in name for kind in kinds)
         self.count += name.startswith("c10d.") and is_gradient
