@@ -16,7 +16,14 @@ from torch import Tensor
 
 from .grad_norm import GradNorm, shared_replica_groups
 from .gradients import GroupGrads, wrong_numel
-from .kernels import PRECISION_SUMS, FusedAdamW, Hyperparams, StepArgs, double_device
+from .kernels import (
+    PRECISION_SUMS,
+    FusedAdamW,
+    Hyperparams,
+    StepArgs,
+    double_device,
+    is_capturing,
+)
 from .sharding.base import Sharding
 from .sharding.dtensor import to_local
 from .state import STATE_KEYS, check_state
@@ -111,8 +118,13 @@ def compute_precision_stats(
         backend: see :class:`.kernels.FusedAdamW`.
 
     Raises:
-        RuntimeError: a state or a gradient does not fit its parameter.
+        RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is captured.
     """
+    if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
+        raise RuntimeError(
+            "a CUDA graph captures precision_stats(), which uploads new addresses at each call; "
+            "call it outside of the capture"
+        )
     infos = grad_norm.group_infos(group_grads)
     names = param_names([group for group, _, _ in group_grads])
     devices = {key: param.device for info in infos for key, param in info.param_of_key.items()}
@@ -124,7 +136,6 @@ def compute_precision_stats(
     # by device: the key and the index of the group, the tensors and the gradient of each parameter
     rows: defaultdict[torch.device, list[tuple[Any, list[Any], Tensor]]] = defaultdict(list)
     for index, (info, (_, params, _)) in enumerate(zip(infos, group_grads, strict=True)):
-        key_of = dict(zip(map(id, info.params), info.keys, strict=True))
         for param, grad in zip(params, sharding.local_grads(params), strict=True):
             state = states.get(param) or {}
             if state:
@@ -133,7 +144,7 @@ def compute_precision_stats(
             if grad.numel() != shard.numel():
                 raise wrong_numel(names[param], grad.numel(), shard.numel())
             tensors = [shard, *_states_of(shard, state)]
-            rows[shard.device].append(((key_of[id(param)], index), tensors, grad))
+            rows[shard.device].append(((info.key_of[id(param)], index), tensors, grad))
     for device, of_device in rows.items():
         slots = {slot: number for number, slot in enumerate(dict.fromkeys(x[0] for x in of_device))}
         tensor_rows = [tensors for _, tensors, _ in of_device]

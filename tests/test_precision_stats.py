@@ -8,7 +8,7 @@ import torch
 from small_optimizers import BF16, equal, give_gradients, param, snapshot, train
 from torch import nn
 
-from sharded_bf16_adamw import LR, AdamW_BF16
+from sharded_bf16_adamw import LR, AdamW_BF16, precision_stats
 from sharded_bf16_adamw.kernels import reference_precision
 
 NAMES = (
@@ -285,3 +285,13 @@ class TestErrors:
         give_gradients([p])
         with pytest.raises(RuntimeError, match="but its exp_avg is"):
             optimizer.precision_stats()
+
+
+def test_capture_by_a_cuda_graph_is_refused(monkeypatch):
+    """Before the table is built: its own message would ask for a step like it before."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = AdamW_BF16([weight], lr=1e-3)
+    weight.grad = torch.ones_like(weight)
+    monkeypatch.setattr(precision_stats, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="call it outside of the capture"):
+        optimizer.precision_stats()

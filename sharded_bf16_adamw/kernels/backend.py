@@ -203,15 +203,7 @@ class FusedAdamW:
         Returns:
             float64 ``[len(args.hypers), len(PRECISION_SUMS)]``, a row for each group, on the
             parameters' device, or on the CPU if that has no float64.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured.
         """
-        if is_capturing(self._params[0].device):
-            raise RuntimeError(
-                "a CUDA graph captures precision_stats(), which uploads new addresses at each "
-                "call; call it outside of the capture"
-            )
         parts = [table.precision_sums(own_args) for table, own_args, _ in self._parts(args)]
         return torch.stack(parts).sum(0)
 
