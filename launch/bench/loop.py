@@ -1,0 +1,335 @@
+"""Compare whole training steps: speed, bytes on the wire and peak memory by part.
+
+    torchrun --nproc-per-node 2 launch/benchmark.py loop --model tiny 60m --docs
+
+Every contender trains the same GPT on the same random tokens: forward, backward, optimizer, without
+clipping. Rounds are interleaved, and each builds the model anew. A ratio is the median over rounds
+of the ratio within a round.
+
+Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
+tokens, so that activations are few. Weights, optimizer states and the most gradients in
+``param.grad`` at once are counted by tensors. The rest of the peak of all live tensors is
+communication buffers, with the gradients in them, and activations. Bytes sent are those of the ring
+algorithms that send least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from planning.live import LiveBytes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn.parallel import DistributedDataParallel
+from training.model import GPT, PRESETS, Config
+from training.strategies import STRATEGIES, World, init_world
+
+from bench.markers import write_between_markers
+from bench.measure import synchronize
+from bench.report import describe, machine
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+
+REPO = Path(__file__).resolve().parents[2]
+# layers, dim, heads, ffn, seq_len, batch_size, steps, lr
+MODELS = {
+    "tiny": PRESETS["tiny"],
+    "60m": Config(10, 704, 11, 1920, 128, 8, 0, 1e-3),
+    "1b": replace(PRESETS["1b"], batch_size=4),  # for a GPU
+}
+BASELINE = "torch-fsdp2"
+PARTS = ("weights", "states", "gradients", "rest")
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train.
+
+    Attributes:
+        label: its name in tables.
+        dtype: of the weights.
+        build: takes the model and the world; returns the module to call and its optimizer.
+    """
+
+    label: str
+    dtype: torch.dtype
+    build: Callable[[GPT, World], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def torch_fsdp2(model: GPT, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=world.mesh(), mp_policy=policy)
+    return model, torch.optim.AdamW(model.parameters(), **OPTIONS)
+
+
+def torch_zero1(model: GPT, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
+    module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, **OPTIONS
+    )
+    return module, optimizer
+
+
+def our_fsdp2(
+    model: GPT, world: World, in_backward: bool = False
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    STRATEGIES["fsdp2"].shard(model, world.mesh())
+    return model, AdamW_BF16(model.parameters(), step_in_backward=in_backward, **OPTIONS)
+
+
+def our_zero(
+    model: GPT, world: World, stage: int, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    mesh: DeviceMesh = world.mesh()
+    module = DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model
+    if options.get("overlap_gather"):
+        options["model"] = module
+    if stage == 2:
+        options["reduce_dtype"] = torch.float32
+    sharding = ZeRO(mesh, stage=stage, **options)
+    return module, AdamW_BF16(module.parameters(), sharding=sharding, **OPTIONS)
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+CONTENDERS = {
+    BASELINE: Contender("torch FSDP2 + AdamW, fp32 weights, bf16 forward", _FP32, torch_fsdp2),
+    "torch-zero1": Contender("DDP + ZeroRedundancyOptimizer(AdamW), fp32", _FP32, torch_zero1),
+    "fsdp2": Contender("ours, FSDP2", _BF16, our_fsdp2),
+    "fsdp2-in-backward": Contender(
+        "ours, FSDP2, step_in_backward", _BF16, partial(our_fsdp2, in_backward=True)
+    ),
+    "zero1": Contender("ours, ZeRO 1", _BF16, partial(our_zero, stage=1)),
+    "zero1-overlap": Contender(
+        "ours, ZeRO 1, overlap_gather", _BF16, partial(our_zero, stage=1, overlap_gather=True)
+    ),
+    "zero2": Contender("ours, ZeRO 2", _BF16, partial(our_zero, stage=2)),
+    "zero2-overlap": Contender(
+        "ours, ZeRO 2, overlap_gather, static_graph",
+        _BF16,
+        partial(our_zero, stage=2, overlap_gather=True, static_graph=True),
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py loop",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["tiny", "60m"])
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps in a round")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the tables and the plot into docs/"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    world = init_world(args.device)
+    names = [BASELINE, *(name for name in args.only if name != BASELINE)]
+    run: dict[str, Any] = {"machine": machine(world.device), "ranks": world.size, "models": {}}
+    for model in args.model:
+        run["models"][model] = measure(MODELS[model], names, world, args.rounds, args.steps)
+        if world.rank == 0:
+            print(table(model, run["models"][model], world.size), flush=True)
+    if world.rank == 0:
+        if args.json:
+            Path(args.json).write_text(json.dumps(run, indent=1))
+        if args.docs:
+            write_docs(run, argv)
+    dist.destroy_process_group()
+    return 0
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Figures:
+    """The figures of one contender: seconds of a step by round; the others in bytes on rank 0."""
+
+    seconds: list[float]
+    wire: float = 0.0
+    weights: int = 0
+    states: int = 0
+    gradients: int = 0
+    rest: int = 0
+
+
+class Training:
+    """A contender that has taken two steps: states, buckets and recorded orders exist."""
+
+    def __init__(self, contender: Contender, config: Config, world: World) -> None:
+        with torch.device("meta"):
+            model = GPT(config).to(contender.dtype)
+        model.to_empty(device=world.device)
+        model.init_weights(0)
+        self.world, self.model = world, model
+        self.module, self.optimizer = contender.build(model, world)
+        generator = torch.Generator().manual_seed(world.rank)
+        size = (max(1, config.batch_size // world.size), config.seq_len + 1)
+        self.batch = torch.randint(256, size, generator=generator).to(world.device)
+        self.tokens = self.batch[:, :-1].numel() * world.size
+        for _ in range(2):
+            self.step(self.batch)
+
+    def step(self, batch: Tensor) -> None:
+        x, y = batch[:, :-1], batch[:, 1:]
+        F.cross_entropy(self.module(x).float().flatten(0, 1), y.flatten()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self, steps: int) -> float:
+        """Return the seconds of a step, of all ranks together."""
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step(self.batch)
+        if isinstance(self.optimizer, AdamW_BF16):
+            self.optimizer.wait()
+        synchronize(self.world.device)
+        dist.barrier()
+        return (time.perf_counter() - start) / steps
+
+    def memory(self) -> dict[str, Any]:
+        """Return the bytes of this rank, by part, and what it sends in a step."""
+        params = list(self.module.parameters())
+        states = [
+            x
+            for state in getattr(self.optimizer, "optim", self.optimizer).state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
+        with live_gradients(params) as gradients, LiveBytes() as live:
+            for tensor in (*params, *states):
+                local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
+            self.step(self.batch[:1, :17])
+        parts = {
+            "weights": sum(local(p).nbytes for p in params),
+            "states": sum(local(x).nbytes for x in states),
+            "gradients": gradients[0],
+        }
+        return {**parts, "rest": live.peak - sum(parts.values()), "wire": live.wire}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
+    """Yield a list of one number: the most bytes of ``param.grad`` at once in the context."""
+    most = [0]
+
+    def on_grad(param: Tensor) -> None:
+        most[0] = max(most[0], sum(local(p.grad).nbytes for p in params if p.grad is not None))
+
+    # the hooks of the optimizer come first, and may have freed this gradient
+    handles = [p.register_post_accumulate_grad_hook(on_grad) for p in params]
+    try:
+        yield most
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(
+    config: Config, names: list[str], world: World, rounds: int, steps: int
+) -> dict[str, Any]:
+    figures = {name: Figures([]) for name in names}
+    tokens = 0
+    order = random.Random(0)  # the same on every rank
+    for index in range(rounds):
+        for name in order.sample(names, len(names)):
+            training = Training(CONTENDERS[name], config, world)
+            figures[name].seconds.append(training.timed(steps))
+            tokens = training.tokens
+            if index == 0:
+                for part, value in training.memory().items():
+                    setattr(figures[name], part, value)
+            del training
+    return {
+        "parameters": config.parameters,
+        "tokens": tokens,
+        "contenders": {name: asdict(each) for name, each in figures.items()},
+    }
+
+
+# --------------------------------------------------------------------------------------- reporting
+
+
+def table(model: str, result: dict[str, Any], ranks: int) -> str:
+    """Return a Markdown table of one model."""
+    parameters, found = result["parameters"], result["contenders"]
+    heads = [f"{part}" for part in PARTS]
+    rows = [
+        f"**{model}**, {parameters / 1e6:.1f} million parameters, {ranks} ranks",
+        "",
+        f"| | tokens/s | time, ratio | sent | {' | '.join(heads)} | peak |",
+        f"|---|--:|--:|--:|{'--:|' * (len(heads) + 1)}",
+    ]
+    base = found[BASELINE]["seconds"]
+    for name, each in found.items():
+        ratio = statistics.median(a / b for a, b in zip(each["seconds"], base, strict=True))
+        speed = result["tokens"] / statistics.median(each["seconds"])
+        parts = [each[part] / parameters for part in PARTS]
+        cells = [CONTENDERS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
+        cells += [f"{value:.2f}" for value in (each["wire"] / parameters, *parts, sum(parts))]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write_docs(run: dict[str, Any], argv: list[str]) -> None:
+    command = " ".join(
+        [f"torchrun --nproc-per-node {run['ranks']} launch/benchmark.py loop", *argv]
+    )
+    tables = [table(model, result, run["ranks"]) for model, result in run["models"].items()]
+    name = f"loop_{run['ranks']}"
+    parts = [f"Measured on: {describe(run['machine'])}.", *tables]
+    parts += [f"![Peak memory by part](img/{name}.png)", f"Repeat with `{command}`."]
+    begin, end = f"<!-- benchmark:{name}:begin -->", f"<!-- benchmark:{name}:end -->"
+    write_between_markers(REPO / "docs" / "benchmarks.md", begin, end, "\n\n".join(parts))
+    plot(run, REPO / "docs" / "img" / f"{name}.png")
+
+
+def plot(run: dict[str, Any], path: Path) -> None:
+    """Draw the peak memory of each contender and model, by part."""
+    from matplotlib.figure import Figure
+
+    models = run["models"]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, (model, result) in zip(all_axes, models.items(), strict=True):
+        labels = [CONTENDERS[name].label for name in result["contenders"]]
+        left = [0.0] * len(labels)
+        for part in PARTS:
+            values = [each[part] / result["parameters"] for each in result["contenders"].values()]
+            axes.barh(labels, values, left=left, label=part)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        title = f"{model}, {run['ranks']} ranks"
+        axes.set(xlabel="bytes per parameter on rank 0", title=title)
+    all_axes[0].invert_yaxis()
+    all_axes[-1].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,48 @@
+"""launch/benchmark.py loop: the bytes that it counts, and its table."""
+
+import distributed
+import pytest
+from bench import loop
+from training.model import Config
+from training.strategies import World
+
+CONFIG = Config(4, 64, 2, 176, 16, 2, 0, 1e-3)
+
+
+def worker(rank, world_size):
+    world = World(rank, world_size, loop.torch.device("cpu"))
+    return loop.measure(CONFIG, list(loop.CONTENDERS), world, rounds=1, steps=1)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return distributed.run_ranks(2, worker)[0]
+
+
+def test_bytes_are_those_of_the_strategies(result):
+    # per parameter and rank, of two: weights, states, gradients, sent
+    expected = {
+        "torch-fsdp2": (2, 4, 2, 4),  # gathers bf16 twice, and reduces float32
+        "torch-zero1": (4, 4, 4, 6),
+        "fsdp2": (1, 3, 1, 4),
+        "fsdp2-in-backward": (1, 3, 0, 4),
+        "zero1": (2, 3, 2, 3),
+        "zero1-overlap": (2, 3, 2, 3),
+        "zero2": (2, 3, 0, 3),
+        "zero2-overlap": (2, 3, 0, 3),
+    }
+    for name, parts in expected.items():
+        each = result["contenders"][name]
+        found = [each[part] / result["parameters"] for part in ("weights", "states", "gradients")]
+        assert found == pytest.approx(parts[:3], rel=0.01, abs=0.001), name
+        assert each["wire"] / result["parameters"] == pytest.approx(parts[3], rel=0.05), name
+        assert each["rest"] > 0, name
+
+
+def test_table_divides_by_the_baseline(result):
+    for seconds, name in ((0.5, "torch-fsdp2"), (0.25, "fsdp2")):
+        result["contenders"][name] |= {"seconds": [seconds], "rest": 0}
+    parts = {name: result["contenders"][name] for name in ("torch-fsdp2", "fsdp2")}
+    lines = loop.table("tiny", {**result, "contenders": parts}, ranks=2).splitlines()
+    assert lines[-1].startswith("| ours, FSDP2 | 128 | 0.50 | 4.0")
+    assert lines[-1].endswith("| 1.00 | 3.00 | 1.00 | 0.00 | 5.00 |")
