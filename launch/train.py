@@ -48,7 +48,7 @@ from training.rendezvous import die_with_torchrun
 from training.resume import find_checkpoint, find_undamaged, lock_out_dir, suggest_undamaged
 from training.spikes import SpikeFilter
 from training.strategies import STRATEGIES, Strategy, World, init_world, on_all_ranks, on_rank_0
-from training.supervisor import USED_GRACE, Supervisor, rank
+from training.supervisor import USABLE_GRACE_FRACTION, Supervisor, rank
 
 from sharded_bf16_adamw import (
     AdamW_BF16,
@@ -241,7 +241,7 @@ def note_short_grace(run: Run) -> None:
     if run.world.rank != 0 or len(run.loop_seconds) != steps:
         return
     needed = statistics.median(run.loop_seconds) / run.args.grad_accum + run.save_seconds
-    if needed > USED_GRACE * run.args.grace:
+    if needed > USABLE_GRACE_FRACTION * run.args.grace:
         print(
             f"note: --grace {run.args.grace:g} is short: a step and a save take {needed:.1f} s, so "
             "a stop signal may end the run before its last save; give the scheduler and --grace "

@@ -1,4 +1,4 @@
-"""Gradient clipping for the step inside the backward pass, which never has all gradients."""
+"""Gradient clipping for ``step_in_backward=True``, where all gradients never exist at once."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 from .grad_norm import GradNorm, SumKey, shared_replica_groups, zero_sums
 from .kernels import clip_coefficient, double_device
 
-# in param_groups, so that it is saved and loaded with them
+# key in param_groups, so that it is saved and loaded with them
 _PREVIOUS = "previous_grad_sum_sq"
 
 
 @dataclass(frozen=True)
 class ClipInBackward:
-    """Clipping under ``AdamW_BF16(..., step_in_backward=True)``.
+    """Configuration of gradient clipping for ``AdamW_BF16(..., step_in_backward=True)``.
 
-    Clipping by the norm of all gradients of the same step is impossible there: the first weights
-    change before the last gradient exists. Two other rules are possible.
+    Clipping by the global norm of the current step is impossible then: the first weights change
+    before the last gradient exists. ``by`` selects one of two other rules.
 
     Args:
         max_norm: upper bound on a 2-norm, as in :func:`torch.nn.utils.clip_grad_norm_`.
         by: ``"previous_step"`` scales all gradients by ``min(1, max_norm / (norm + 1e-6))``, where
-            ``norm`` is the global norm of the step before, over all ranks. A spike is scaled one
-            step late. The first step, and one after a norm that is inf or NaN, is not scaled.
-            ``"param"`` scales each parameter's gradient by its own norm; for parameters that are
-            not sharded.
+            ``norm`` is the global norm of the step before, over all ranks. A spike's own step is
+            not clipped; its norm scales the next step. The first step and a step after an inf or
+            NaN norm are not scaled. ``"param"`` scales each parameter's gradient by its own norm;
+            it requires unsharded parameters.
 
     Raises:
-        ValueError: ``max_norm`` is not positive, or ``by`` is neither of the two.
+        ValueError: ``max_norm`` is not positive, or ``by`` is not one of its two values.
 
     Examples:
         >>> import torch
@@ -57,13 +57,13 @@ class ClipInBackward:
 
 
 class PreviousStepClip:
-    """The gradients of one step, summed up for the next step and scaled for this one.
+    """State of ``by="previous_step"``: this step's scale, and the sums of squares for the next.
 
     Args:
         max_norm: see :class:`ClipInBackward`.
         groups: the optimizer's parameter groups.
-        grad_norm: its global norm.
-        backend: its back end.
+        grad_norm: the optimizer's :class:`.GradNorm`.
+        backend: the optimizer's ``backend``.
     """
 
     def __init__(
@@ -76,14 +76,16 @@ class PreviousStepClip:
         self._max_norm, self._groups = max_norm, groups
         self._grad_norm, self._backend = grad_norm, backend
         self._infos = grad_norm.group_infos([(group, [], []) for group in groups])
-        self._sums: list[tuple[SumKey, Tensor]] = []  # of each batch, on its stream
+        self._sums: list[
+            tuple[SumKey, Tensor]
+        ] = []  # by key and batch, computed on the batch's stream
         self._scales: dict[torch.device, Tensor] = {}
         self._sum_sq: Tensor | None = None  # over all ranks
 
     def scale(self, device: torch.device) -> Tensor | None:
-        """Return the factor of this step's gradients, 0-dim float32 on ``device``, or None for 1.
+        """Return this step's gradient scale, 0-dim float32 on ``device``; None on the first step.
 
-        It is read on several streams, so it is computed once per device.
+        Cached per device, because several streams read it.
         """
         sum_sq = previous_sum_sq(self._groups)
         if sum_sq is not None and device not in self._scales:
@@ -96,15 +98,15 @@ class PreviousStepClip:
         """Add gradients of one group to the norm of this step.
 
         Args:
-            index: of the group.
+            index: the group's index.
             params: some of its parameters.
             local_grads: the local shards of their gradients.
-            batch: a hashable name of these parameters, the same in every step.
+            batch: hashable key for these parameters, the same in every step.
         """
         self._sums += self._grad_norm.sums_by_key(index, params, local_grads, self._backend, batch)
 
-    def reduce(self) -> None:
-        """Add up the sums over all ranks. Collective as ``clip_grad_norm_`` is."""
+    def all_reduce(self) -> None:
+        """All-reduce the sums of squares. Collective, like ``clip_grad_norm_``."""
         sums = zero_sums(self._infos)
         for key, total in self._sums:
             if total.is_cuda:
@@ -121,8 +123,8 @@ class PreviousStepClip:
 
 
 def previous_sum_sq(groups: list[dict[str, Any]]) -> Tensor | None:
-    """Return the sum of squares of the last step's gradients, 0-dim float64, or None."""
+    """Return the sum of squares of the last step's gradients, 0-dim float64, if any."""
     sums = (group.get(_PREVIOUS) for group in groups)
     found = next((total for total in sums if total is not None), None)
-    # a checkpoint holds a number
+    # a number, not a tensor, after a checkpoint was loaded
     return None if found is None else torch.as_tensor(found, dtype=torch.float64)

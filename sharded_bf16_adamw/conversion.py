@@ -1,4 +1,4 @@
-"""Conversion of a model to bfloat16 that keeps what the rounding of the weights drops."""
+"""Conversion of a model to bfloat16 that keeps the rounding errors as corrections."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The average of a parameter is the entry ``"ema"`` of its optimizer state. So it is sharded, saved,
 loaded and resharded like the moments.
 
-A bfloat16 average rounds stochastically, since with round-to-nearest ``(1 - decay) * (w - ema)`` is
-almost always too small to count. The random bits are a hash of the element's stored bits and the
+A bfloat16 average is rounded stochastically: round-to-nearest would lose almost every update
+``(1 - decay) * (w - ema)``. The random bits are a hash of the element's stored bits and the
 number of updates, as in :mod:`.kernels.reference`, so they do not depend on sharding or device.
 """
 
@@ -26,20 +26,21 @@ from .kernels.reference import lowbias32, step_key
 from .optimizer import AdamW_BF16
 from .sharding.dtensor import DTensor, to_local
 
-CPU_CHUNK = 1 << 16  # elements: fewer cost more in calls, more leave the processor's cache
-DEVICE_CHUNK = 1 << 20  # elements: enough to fill an accelerator
+CPU_CHUNK = 1 << 16  # elements: smaller chunks add call overhead, larger ones leave the cache
+DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
-UPDATES = "ema_updates"  # the option of a parameter group that counts updates
+UPDATES = "ema_updates"  # key of each param_group for the number of updates
 SPREAD = 0x2C1B3C6D  # odd multiplier of the average's bits
 
 
 class EMA:
     """Exponential moving average of the true weights ``p + correction``, for evaluation.
 
-    Takes 2 bytes for each element of a bfloat16 parameter, 4 for float32, sharded like the
-    optimizer's state. It is kept in that state, as ``optimizer.state[param]["ema"]``: :func:`save`,
-    :func:`load` and ``optimizer.state_dict()`` include it. Build it before you load a checkpoint
-    that has it. It starts at the weights that the model has then. Buffers are not averaged.
+    The average takes 2 bytes per element of a bfloat16 parameter and 4 of a float32 one. It is part
+    of the optimizer's state, as ``optimizer.state[param]["ema"]``, and sharded like it.
+    :func:`save`, :func:`load` and ``optimizer.state_dict()`` include it. Build the EMA before you
+    load a checkpoint that contains an average. The average starts at the model's weights at
+    construction. Buffers are not averaged.
 
     ``decay`` may be changed at any time, for a warm-up of the average.
 
@@ -88,8 +89,8 @@ class EMA:
     def update(self) -> None:
         """Move the average to ``decay * ema + (1 - decay) * weight``. Call it after each step.
 
-        Needs no communication and does not wait for the device. A parameter whose loaded state has
-        no average starts one at its weight.
+        Needs no communication and does not wait for the device. If a parameter's
+        loaded state has no average, the average starts at its current weight.
 
         Raises:
             RuntimeError: the weights are swapped, a backward pass has updated a part of them, or a
@@ -113,13 +114,13 @@ class EMA:
                     "the host; call it outside of the graph, after each replay"
                 )
             for e, p, c in _chunks(local):
-                _average_(e, p, c, weight=weight, key=key)
+                _update_chunk_(e, p, c, weight=weight, key=key)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Return a context in which the model has the average as its weights.
+        """Use the average as the model's weights within a ``with`` block.
 
-        On exit, also by an error, all weights and corrections are restored bit for bit. Takes no
+        On exit, even after an error, all weights and corrections are restored bit for bit. Takes no
         memory beyond a copy of the largest local tensor. Collective with FSDP1 and ZeRO: every rank
         calls it. In the context ``model.state_dict()`` and ``optimizer.true_weights()`` are those
         of the average, and the optimizer cannot be stepped, saved or loaded.
@@ -131,7 +132,7 @@ class EMA:
         self._check_not_swapped("ema.swapped()")
         optimizer = self._optimizer
         optimizer._check_between_steps("ema.swapped()")
-        optimizer.wait()  # weights that ZeRO still gathers would overwrite the average
+        optimizer.wait()  # a ZeRO all-gather in flight would overwrite the average
 
         def refuse(*_: Any) -> None:
             raise RuntimeError(
@@ -149,7 +150,7 @@ class EMA:
         pairs = [(param, state["ema"]) for param, state in swapped]
         self._swap(pairs)
         self._is_swapped = True
-        for _, state in swapped:  # they are not those of the average
+        for _, state in swapped:  # both belong to the original weights, so hide them until the end
             state.pop("correction", None)
             del state["ema"]
         try:
@@ -173,7 +174,7 @@ class EMA:
     @torch.no_grad()
     def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Exchange the values of each parameter with those of its average."""
-        self._free_gathered_weights()
+        self._reshard_modules()
         for param, average in pairs:
             shard = self._optimizer._sharding.shard(param).detach()
             weight, local = to_local(shard), to_local(average)
@@ -183,8 +184,8 @@ class EMA:
             if isinstance(shard, DTensor) and not isinstance(param, DTensor):  # ZeRO
                 param.copy_(shard.full_tensor())
 
-    def _free_gathered_weights(self) -> None:
-        """Make FSDP all-gather the weights anew: after an evaluation its root still holds them."""
+    def _reshard_modules(self) -> None:
+        """Reshard FSDP's modules: the root may still be unsharded after an evaluation."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -199,7 +200,7 @@ class EMA:
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of one shape into parts, as views, whose temporaries are small."""
+    """Yield matching chunks of same-shaped tensors, as views, to keep temporaries small."""
     if all(map(Tensor.is_contiguous, tensors)):
         size = CPU_CHUNK if tensors[0].device.type == "cpu" else DEVICE_CHUNK
         yield from zip(*[x.view(-1).split(size) for x in tensors], strict=True)
@@ -207,10 +208,11 @@ def _chunks(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensors)
 
 
-def _average_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> None:
+def _update_chunk_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> None:
     """Update a chunk of an average in place: ``e += weight * (p + c - e)``.
 
-    Each fp32 operation is rounded by itself, so that every device gives the same bits.
+    Each fp32 operation is rounded separately (no fused multiply-add), so all devices give the same
+    bits.
 
     Args:
         e: the average, bfloat16 or float32.
@@ -233,8 +235,8 @@ def _average_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> None:
 def stochastic_sum(x: Tensor, delta: Tensor, r: Tensor) -> Tensor:
     """Return ``x + delta`` rounded stochastically to bfloat16.
 
-    The fp32 sum alone would lose a ``delta`` below 2^-17 of a bfloat16 step, as it is with a decay
-    near 1. So the error of the sum counts too, and the probability of rounding up has 32 bits.
+    The fp32 sum loses a ``delta`` below 2^-17 of a bfloat16 ulp, as is usual with a decay near 1.
+    So the rounding also uses the error of that sum, and compares with 32 random bits.
 
     Args:
         x: float32, any shape; holds bfloat16 values.
@@ -246,7 +248,7 @@ def stochastic_sum(x: Tensor, delta: Tensor, r: Tensor) -> Tensor:
     """
     total = x + delta
     error = delta - (total - x)
-    # Truncate the sum, so that the part to round is positive in units of its last place.
+    # Round the fp32 sum toward zero, so that the remainder to round is never negative.
     bits = total.view(torch.int32) - (error * total.sign() < 0).to(torch.int32)
     error = delta - (bits.view(torch.float32) - x)
     ulp = (bits & 0x7F800000).view(torch.float32) * 2.0**-23

@@ -483,7 +483,7 @@ class StepInBackward:
         self._flush()
         self._wait_for_streams()
         if self._round.clip is not None:
-            self._round.clip.reduce()
+            self._round.clip.all_reduce()
         return self._round.lrs, gradients
 
     def end_step(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sharded_bf16_adamw import EMA, AdamW_BF16, save
-from sharded_bf16_adamw.ema import _average_, stochastic_sum
+from sharded_bf16_adamw.ema import _update_chunk_, stochastic_sum
 from sharded_bf16_adamw.kernels.reference import lowbias32
 
 
@@ -135,7 +135,7 @@ def test_gpu_gives_the_bits_of_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
         e, p, c = patterns.to(device, copy=True)
-        _average_(e, p, c, weight=2.0**-10, key=0x9E3779B9)
+        _update_chunk_(e, p, c, weight=2.0**-10, key=0x9E3779B9)
         results.append(e.cpu())
     number = ~results[0].isnan()
     assert torch.equal(number, ~results[1].isnan())

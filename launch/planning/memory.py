@@ -1,17 +1,17 @@
-"""Bytes per rank of each strategy of ``train.py``: one function for each part, with its reason.
+"""Formulas for the bytes per rank of each ``train.py`` strategy.
 
-Weights and states are there all the time. Gradients, buffers and activations come and go, so they
-are counted in each *phase* of a step, and the largest sum counts:
+Weights and states persist. Gradients, buffers and activations do not, so each *phase* of a step has
+its own sum; the peak is the largest:
 
 * *loss*: all activations and the logits;
 * *head*: from the gradient of the logits to that of the last layer's output;
-* *backward*: the backward pass of a layer, and of the embedding. Each layer that is done has freed
-  as many activations and left as many gradients, so the two first and the two last layers suffice;
+* *backward*: the backward pass of a layer, and of the embedding. Every layer frees the same
+  activations and leaves the same gradients, so the peak is at one of the first two or last two;
 * *end*: the last gradients are reduced;
 * *update*: the optimizer's step.
 
-``numel`` counts elements, all other quantities are bytes. A rank's shard is that of the rank that
-has most.
+``numel`` counts elements, all other quantities are bytes. ``shard`` is the largest shard on any
+rank.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Part:
 
     @classmethod
     def of(cls, shapes: Iterable[torch.Size], ranks: int) -> Part:
-        """Shard each parameter over its first dimension with an index for every rank.
+        """Return the part with these shapes, each sharded as ZeRO does (:func:`choose_shard_dim`).
 
-        So does ZeRO. FSDP2 takes dimension 0, which is another one only for more ranks than rows.
-        FSDP1 cuts a layer's elements evenly, a few less for each parameter.
+        FSDP2 shards dimension 0; that differs only if it is smaller than ``ranks``. FSDP1 splits a
+        layer's elements evenly, which gives slightly smaller shards.
 
         Examples:
             >>> Part.of([torch.Size([5, 2])], ranks=4)
@@ -70,22 +70,22 @@ def _shard_numel(shape: torch.Size, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What the formulas depend on.
+    """Inputs of the formulas: a strategy, the model's sizes and the options of a run.
 
     Attributes:
         strategy: a name in ``STRATEGIES``.
         layers: number of layers.
-        ranks: over which weights or states are sharded; 1 if they are not.
-        data_ranks: over which gradients are averaged.
+        ranks: number of ranks over which weights or states are sharded, else 1.
+        data_ranks: number of ranks over which gradients are averaged.
         block: parameters of one layer.
         root: all other parameters.
-        head: elements of those whose gradients come before any layer's: last norm and head.
-        probe: activations.
-        weight_bytes: of an element of a weight.
-        is_ours: AdamW_BF16 and not torch's AdamW.
-        micro_batches: of a step.
-        in_backward: AdamW_BF16 updates inside the backward pass.
-        is_cuda: kernels and process group of GPUs, not of CPUs.
+        head: elements of the last norm and the head (also if tied), whose gradients come first.
+        probe: measured memory of one micro-batch.
+        weight_bytes: bytes per element of a weight.
+        is_ours: whether the optimizer is AdamW_BF16, else torch's AdamW.
+        micro_batches: number per step.
+        in_backward: whether AdamW_BF16 updates inside the backward pass.
+        is_cuda: whether the run uses CUDA and NCCL, else CPUs and gloo.
     """
 
     strategy: str
@@ -111,9 +111,9 @@ class Job:
         return self.layers * self.block.shard + self.root.shard
 
     def complete(self, done: int) -> int:
-        """Return the elements whose gradients are complete, once ``done`` layers are.
+        """Return the number of elements that have gradients once ``done`` layers are complete.
 
-        -1 stands for the time before those of the head, and one more than all layers for the end.
+        ``done`` is -1 before the head's gradients, and ``layers + 1`` at the end.
         """
         if done < 0:
             return 0
@@ -126,7 +126,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of a moment of a step, beyond weights and states."""
+    """Bytes in use during one phase of a step, without weights and states."""
 
     name: str
     gradients: int
@@ -154,9 +154,9 @@ def states(job: Job) -> int:
 
 
 def phases(job: Job) -> Iterator[Phase]:
-    """Yield the phases of a step that may take most memory, and the time before the first step."""
+    """Yield the phases that may have peak memory, for FSDP1 also the model's construction."""
     probe, layers = job.probe, job.layers
-    if job.strategy == "fsdp1":  # shards a model that it takes in full, before there are states
+    if job.strategy == "fsdp1":  # starts from the full model, before there are states
         built = job.weight_bytes * (job.numel + job.block.numel)
         yield Phase("build", 0, built - weights(job) - states(job), 0)
     yield Phase("loss", gradients(job, -1), loss_buffers(job), probe.loss(layers))
@@ -165,7 +165,7 @@ def phases(job: Job) -> Iterator[Phase]:
         used = probe.block(layers - done) if done < layers else probe.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
     if job.is_fsdp and not job.is_cuda:
-        # FSDP2 has copied what earlier micro-batches accumulated into the reduce-scatter input.
+        # By now FSDP2's reduce-scatter input contains the layer's accumulated gradients.
         copied = job.micro_batches > 1 and job.strategy != "fsdp1"
         for done in sorted({0, layers - 1}):
             used = round(probe.block.slope) * (layers - 1 - done)
@@ -201,13 +201,17 @@ def gradients(job: Job, done: int) -> int:
 def loss_buffers(job: Job) -> int:
     """Return the bytes of buffers while the loss is computed.
 
-    FSDP1 leaves the root unsharded after the forward pass; FSDP2 does not, as train.py asks it.
+    FSDP1's root stays unsharded after the forward pass. FSDP2's does not: train.py sets
+    ``reshard_after_forward=True``.
     """
     return job.weight_bytes * job.root.numel if job.strategy == "fsdp1" else 0
 
 
 def head_buffers(job: Job) -> int:
-    """Return the bytes of buffers of FSDP: the root unsharded, and the last layer prefetched."""
+    """Return the bytes of buffers in phase *head*.
+
+    FSDP has the root unsharded and the last layer prefetched.
+    """
     if job.strategy == "zero2":
         return zero2_buffers(job, -1)
     return job.weight_bytes * (job.root.numel + job.block.numel) if job.is_fsdp else 0

@@ -104,7 +104,7 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
     )
     sharded = prod(n for name, n in mesh_shape.items() if name not in ("replicate", "tensor"))
     ranks = 1 if strategy in ("single", "ddp", "tp") else sharded
-    before_layers = measured.root_shapes[0 if shape.is_tied else 1 :]  # all but the embedding
+    head_shapes = measured.root_shapes[0 if shape.is_tied else 1 :]  # all but an untied embedding
     return Job(
         strategy=strategy,
         layers=shape.layers,
@@ -112,7 +112,7 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
         data_ranks=data_ranks,
         block=Part.of(measured.block_shapes, ranks),
         root=Part.of(measured.root_shapes, ranks),
-        head=sum(map(prod, before_layers)),
+        head=sum(map(prod, head_shapes)),
         probe=measured,
         weight_bytes=dtype.itemsize,
         is_ours=options.optimizer == "bf16",

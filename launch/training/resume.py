@@ -1,4 +1,4 @@
-"""Which checkpoint ``train.py`` continues from, and whether it is of the same run."""
+"""Choice of the checkpoint that ``train.py`` resumes from, and checks against its run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.build import make_schedule
 from training.errors import UsageError
 from training.strategies import from_rank_0
 
-# The kernel kills orphans of a torchrun that died, but freeing their memory takes a while.
+# Linux kills the workers of a dead torchrun, but freeing their memory takes a while.
 LOCK_WAIT_S = 10.0
 # Options that do not change what is trained. All others are the run's configuration.
 OPERATIONAL = {
@@ -66,7 +66,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
     """Return the newest undamaged checkpoint in place of a damaged one. Collective.
 
-    None if ``--resume`` asks for that one, or if no other is undamaged.
+    None if ``--resume`` is given, or if no checkpoint is undamaged.
     """
     if args.resume is not None:
         return None
@@ -116,7 +116,9 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
     path = directory.latest(root)
     if path is None:
         if directory.incomplete_checkpoints(root) or (root.parent / "metrics.jsonl").exists():
-            print(f"note: {root} has no checkpoint yet: the run starts again", file=sys.stderr)
+            print(
+                f"note: {root} has no checkpoint yet: the run starts from scratch", file=sys.stderr
+            )
         return None
     try:
         read_manifest(path)
@@ -180,7 +182,7 @@ def _read_extra(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{error}{_suggest_undamaged(args, path)}") from error
     if "step" not in extra or "config" not in extra:
         raise UsageError(
-            f"the checkpoint {path} was not saved by train.py: give --resume one that was."
+            f"the checkpoint {path} was not saved by train.py: give --resume a checkpoint that was."
         )
     return extra
 
@@ -196,11 +198,12 @@ def _changes(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
 
 
 def option(name: str) -> str:
+    """Return the command-line option of an attribute of ``args``."""
     return f"--{name.replace('_', '-')}"
 
 
 def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model or optimizer."""
+    """Raise UsageError if the checkpoint is of another model or optimizer."""
     given = vars(args)
     if (saved.get("model") is None) != (given["model"] is None):
         name = "preset" if saved.get("model") is None else "model"

@@ -17,26 +17,27 @@ from training.errors import FAILED, STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DEFAULT_GRACE_S = 30.0  # torchrun's, and that of Slurm and Kubernetes
-USED_GRACE = 0.9
+USABLE_GRACE_FRACTION = 0.9
 ABORTED = 128 + signal.SIGINT
 POLL_S = 0.5
-ROLL_CALL_S = 3.0  # within which ranks whose processes run report that they hang, too
+HANG_REPORT_S = 3.0  # time for every live rank to report that it hangs too
 
 
 class Supervisor:
-    """A thread that acts when the main thread cannot, since it waits for another rank or a disk.
+    """Watchdog thread that acts while the main thread is blocked on another rank or a disk.
 
     A stop signal sets :attr:`requested`, which the training loop polls. If the run has not ended
-    when ``grace`` is almost over, the thread ends the process: a save is abandoned, and the last
-    complete checkpoint counts. A second Ctrl-C ends it at once. So does a loop that has not called
-    :meth:`beat` for ``step_timeout`` seconds, because a rank hangs.
+    when ``grace`` is almost over, the thread ends the process: a save is abandoned, and a later
+    run resumes from the last complete checkpoint. A second Ctrl-C ends it at once. The thread also
+    ends it when the loop has not called :meth:`beat` for ``step_timeout`` seconds, since then a
+    rank hangs.
 
-    Use it as a context; the signal handlers are restored at its end.
+    Use it as a context manager; on exit it restores the signal handlers.
 
     Attributes:
         grace: seconds between a stop signal and the end of the process.
         step_timeout: seconds; 0 disables it.
-        requested: a stop signal has come, to this rank or to one that told it.
+        requested: whether this rank or another one has received a stop signal.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Supervisor:
         self._closed = False
 
     def __enter__(self) -> Supervisor:
-        # A signal handler of Python waits for the main thread; the wake-up socket does not.
+        # Python runs handlers on the main thread, which may be blocked; the fd works anyway.
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._receiver.settimeout(POLL_S)
@@ -89,7 +90,7 @@ class Supervisor:
 
     def _handle(self, signum: int, frame: Any) -> None:
         # What is left of the grace is for the interpreter and for torchrun.
-        self.request(USED_GRACE * self.grace)
+        self.request(USABLE_GRACE_FRACTION * self.grace)
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -127,17 +128,17 @@ class Supervisor:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return f"{reason}the process hangs in {self._doing}"
         thread = threading.Thread(
-            target=lambda: found.__setitem__(0, self._call_roll()), daemon=True
+            target=lambda: found.__setitem__(0, self._report_hang()), daemon=True
         )
         thread.start()
-        thread.join(2 * ROLL_CALL_S)
+        thread.join(2 * HANG_REPORT_S)
         return None if found[0] is None else reason + found[0]
 
-    def _call_roll(self) -> str | None:
+    def _report_hang(self) -> str | None:
         # a client of its own, since the main thread may hold the other one
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set(f"hangs/{rank()}", self._doing)
-        time.sleep(ROLL_CALL_S)
+        time.sleep(HANG_REPORT_S)
         ranks = range(dist.get_world_size())
         doing = {r: store.get(f"hangs/{r}").decode() for r in ranks if store.check([f"hangs/{r}"])}
         if rank() != min(doing):

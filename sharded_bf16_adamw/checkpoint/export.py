@@ -128,21 +128,21 @@ def _export(
     config_from: str | os.PathLike[str] | None,
     parallel: bool,
 ) -> None:
-    partial = out.with_name(f".exporting-{out.name}")  # not a name that saves clean up
+    partial = out.with_name(f".exporting-{out.name}")  # save() does not clean up this name
 
     @contextmanager
     def together() -> Iterator[None]:
         with raise_on_all_ranks(f"cannot export to {out}", group) if parallel else nullcontext():
             try:
                 yield
-            except OSError as error:  # its file is temporary: name the user's
+            except OSError as error:  # report the user's path, not the temporary one
                 is_ours = error.filename is None or str(partial) in str(error.filename)
                 if error.errno is not None and is_ours:
                     raise OSError(error.errno, error.strerror, str(out)) from error
                 raise
 
     with together():
-        wait_for_own_saves()  # the root would stand for the previous checkpoint otherwise
+        wait_for_own_saves()  # otherwise a root could resolve to the previous checkpoint
         _check_arguments(dtype, max_shard_bytes)
         checkpoint = _find(path)
     if parallel:  # other ranks may see an older state of a network file system
@@ -208,7 +208,7 @@ def _check_arguments(dtype: torch.dtype, max_shard_bytes: int) -> None:
 
 
 def _average_keys(reader: CheckpointReader) -> dict[str, str | None]:
-    """Map each weight to the key of its average; raise ValueError if there is none at all."""
+    """Map each weight to the key of its average; raise ValueError if no weight has one."""
     averages = _state_keys(reader, "ema")
     if not any(averages.values()):
         raise ValueError(
@@ -233,7 +233,8 @@ def _exported_infos(reader: CheckpointReader, widened: torch.dtype | None) -> di
             )
         if info.dtype not in DTYPE_NAMES:
             raise ValueError(
-                f"{name} is {info.dtype}, which safetensors files cannot hold; export without it"
+                f"{name} is {info.dtype}, which safetensors files cannot hold; convert it to "
+                "another dtype in the model, save and export again"
             )
         infos[name] = info._replace(dtype=torch.float32) if info.dtype == widened else info
     return infos
@@ -249,7 +250,7 @@ def _copy_config(source: Path, out: Path, dtype: torch.dtype) -> None:
         if file.suffix in CONFIG_SUFFIXES and not is_index and file.is_file():
             shutil.copyfile(file, out / file.name)
     content = json.loads(config.read_text())
-    for key in {"dtype", "torch_dtype"} & content.keys():  # the name before transformers 4.56
+    for key in {"dtype", "torch_dtype"} & content.keys():  # torch_dtype before 4.56
         content[key] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -271,10 +272,10 @@ def _state_keys(reader: CheckpointReader, name: str) -> dict[str, str | None]:
 
 
 def _infer_ties(reader: CheckpointReader, keys: dict[str, str | None]) -> dict[str, str | None]:
-    """Infer the ties of a checkpoint from before they were recorded.
+    """Infer the tied names of an old checkpoint, whose manifest does not record them.
 
     A weight without a state is taken as tied to one with a state if all their bits are the same.
-    A constant (all ones, all zeros) proves nothing.
+    Constant weights (all ones, all zeros) are skipped: they may be equal without being tied.
     """
     for key in [key for key, correction in keys.items() if correction is None]:
         info = reader.infos[key]

@@ -80,7 +80,7 @@ def _find_handle(param: Tensor) -> Any:
 def _register_handles() -> None:
     """Register every FSDP1 module of the process.
 
-    This walks over all objects, once after a model was wrapped.
+    It scans all Python objects, so it runs only when a parameter's handle is not known yet.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._flat_param import FlatParamHandle

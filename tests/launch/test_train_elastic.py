@@ -57,7 +57,7 @@ def test_restarted_command_continues_and_not_from_its_first_checkpoint_again(tmp
 def test_run_without_a_checkpoint_says_that_it_starts_again(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4}\n')
     assert run("--out", tmp_path, "--steps 1") == 0
-    message = f"note: {tmp_path}/checkpoints has no checkpoint yet: the run starts again\n"
+    message = f"note: {tmp_path}/checkpoints has no checkpoint yet: the run starts from scratch\n"
     assert capsys.readouterr().err == message
 
 

@@ -101,7 +101,7 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
 
 
 AVERAGING = "averaging gradients"
-OVERLAPPED = r"gathering the updated weights \(every rank takes part, .*\)"
+OVERLAPPED = r"all-gathering the updated weights \(collective: .*\)"
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,21 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-# Reading these does not read weights.
+# These read a tensor's metadata, not its values.
 METADATA = frozenset(
     getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")
 ) | {Tensor.dim, Tensor.numel, Tensor.size}
 
 
 class ForwardRecorder(TorchFunctionMode):
-    """A recorder of one forward pass: which modules read each parameter, in order of first use.
+    """Recorder of the modules that read each parameter in one forward pass, by first use.
 
-    The reader is the innermost module whose ``forward`` runs, which need not own the parameter.
+    The reader is the innermost module whose ``forward`` is running; it need not own the parameter.
 
     Args:
-        model: the module whose forward pass to record; :meth:`start` runs in its pre-hook.
+        model: the module whose forward pass to record; call :meth:`start` in one of its forward
+            pre-hooks.
+        params: the parameters whose readers are recorded.
 
     Attributes:
         reads: for each parameter that was read, the FQNs of its readers; empty before a pass has
@@ -40,8 +42,8 @@ class ForwardRecorder(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """Start to record. ``model``'s pre-hooks are running."""
-        if self._handles:  # KeyboardInterrupt ended a pass without its hooks
+        """Start recording. Call it from a forward pre-hook of ``model``."""
+        if self._handles:  # a KeyboardInterrupt skipped the forward hook
             self.stop(False)
         self._running.append("")
         self._handles = [
@@ -51,7 +53,7 @@ class ForwardRecorder(TorchFunctionMode):
         self.__enter__()
 
     def stop(self, is_complete: bool) -> None:
-        """Stop if it has started, and forget a pass that is not complete."""
+        """Stop recording, if started, and discard an incomplete pass."""
         if not self._handles:
             return
         self.__exit__(None, None, None)

@@ -1,18 +1,19 @@
-"""The all-gather of updated weights behind the next forward pass.
+"""All-gather of updated weights that overlaps with the next forward pass.
 
 [Note: overlapped all-gather]
 ``step()`` launches the buckets in the order in which the forward pass reads them, at most
-``max_in_flight`` at a time, and returns. Each goes into a side buffer, so that a weight is either
-the old or the new one. A pre-hook of each module waits for the buckets that the module reads,
-copies them into the parameters, and launches the next ones. When the model's forward pass ends, all
-have arrived.
+``max_in_flight`` at a time, and returns. Each all-gather writes to a temporary buffer, so no
+parameter mixes old and new values. A pre-hook of each module waits for the buckets that the module
+reads, copies them into the parameters, and launches the next ones. At the end of the model's
+forward pass all buckets have been copied.
 
-A module may read a weight of another one (``MultiheadAttention`` does), so one forward pass after
-the first step is recorded (:class:`.ForwardRecorder`). The ranks agree on its result in the second
-step. Weights that no module was seen to read, new ones among the updated parameters, and models
-with compiled modules, in which hooks do not run, are gathered before ``step()`` returns.
+A module may read a weight of another one (``MultiheadAttention`` does), so the first training
+forward pass after the first ``step()`` is recorded (:class:`.ForwardRecorder`). The next ``step()``
+merges the recordings of all ranks. ``step()`` itself waits for weights that no module was seen to
+read. It waits for all weights if one of them is new, or if a module is compiled, since hooks do not
+run there.
 
-Everything else that reads weights waits for all of them: passes without gradients or in eval mode,
+All other readers wait for every bucket: forward passes under ``no_grad`` or in eval mode, direct
 calls of a submodule, ``state_dict()``, ``load_state_dict()`` and the optimizer's methods.
 """
 
@@ -39,20 +40,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
-OPERATION = (
-    "gathering the updated weights (every rank takes part, in a forward pass or optimizer.wait())"
-)
+OPERATION = "all-gathering the updated weights (collective: in a forward pass or optimizer.wait())"
 FAILED_ERROR = (
     "an earlier all-gather of updated weights failed on this rank, so some of its weights are old; "
     "restart all ranks from the last checkpoint"
 )
 
-# By number, in the order of construction, which is the same on every rank.
+# Construction number -> instance. Every rank constructs, and so waits, in the same order.
 _instances: WeakValueDictionary[int, OverlappedGather] = WeakValueDictionary()
 
 
 def wait_for_all_gathers(params: list[Tensor]) -> None:
-    """Wait for the all-gathers of these parameters, also by optimizers that no longer exist."""
+    """Wait for pending all-gathers of these parameters, also those of deleted optimizers."""
     for _, gather in sorted(_instances.items()):
         if any(map(gather.is_pending, params)):
             gather.wait()
@@ -66,17 +65,17 @@ class OverlappedGather(AllGather):
         assert policy.model is not None
         self._model = policy.model
         self._consensus = consensus
-        # In a group of its own, its order among the gradients' collectives does not matter.
+        # Its own process group: the order relative to the gradients' collectives is then free.
         self._group = new_group_like(self._group, torch.device(policy.mesh.device_type))
 
         # - Uses of parameters in the forward pass
         self._zero_params: list[ZeroParam] = []
         self._recorder: ForwardRecorder | None = None  # of the forward pass after the last step
         self._recording_for: list[ZeroParam] = []
-        # In the order of first use. A parameter that no module was seen to read has no readers.
+        # In order of first use. The set is empty if no module was seen to read the parameter.
         self._readers: dict[ZeroParam, set[nn.Module]] = {}
 
-        # - Buckets; of the first _num_blocking, start() waits for the end
+        # - Buckets; start() waits for the first _num_blocking of them
         self._num_blocking = 0
         self._buckets_of_module: dict[nn.Module, list[int]] = {}
         self._bucket_of_param: dict[Tensor, int] = {}
@@ -85,9 +84,9 @@ class OverlappedGather(AllGather):
         self._pending: set[int] = set()  # buckets that are not yet copied into the parameters
         self._in_flight: dict[int, PendingAllGather] = {}
         self._next_launch = 0
-        self._versions: dict[Tensor, int] = {}  # of the parameters when they were updated
+        self._versions: dict[Tensor, int] = {}  # param._version right after step()
         self._failure: BaseException | None = None
-        self._in_forward = False  # the model's
+        self._in_forward = False  # whether the model's forward pass is running
 
         # - Hooks
         self._hooked: set[nn.Module | Tensor] = set()
@@ -286,12 +285,12 @@ class OverlappedGather(AllGather):
         """Wait for all weights, which are about to be read or written."""
         self.wait()
 
-    def check_copyable(self) -> None:
-        """Raise RuntimeError if a copy of the model would have weights of the step before."""
+    def check_picklable(self) -> None:
+        """Raise RuntimeError if a copy of the model would get outdated weights."""
         if self._pending:
             raise RuntimeError(
                 "the model is copied or pickled while ZeRO(overlap_gather=True) still gathers its "
-                "updated weights; call optimizer.wait() on every rank before"
+                "updated weights; call optimizer.wait() on every rank first"
             )
 
     def _hook_params(self, zero_params: list[ZeroParam]) -> None:
@@ -314,22 +313,22 @@ class OverlappedGather(AllGather):
 
 
 class ModuleHook:
-    """A hook on a module. Copies of the module get one that does nothing."""
+    """Module hook that does nothing in copies of the module."""
 
     def __init__(self, gather: OverlappedGather | None, method: str) -> None:
         self._gather = gather
         self._method = method
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        """Call the method, except inside ``torch.compile``, which traces this."""
+        """Call the method, unless ``torch.compile`` is tracing the module."""
         if torch.compiler.is_compiling() or self._gather is None:
             return
         getattr(self._gather, self._method)(module, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Refuse to be copied while weights are pending, since the model is copied with it."""
+        """Return a hook that does nothing, for a copy; raise while weights are pending."""
         if self._gather is not None:
-            self._gather.check_copyable()
+            self._gather.check_picklable()
         return ModuleHook, (None, self._method)
 
 

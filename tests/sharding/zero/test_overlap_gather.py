@@ -622,7 +622,7 @@ def failing_worker(rank, world):
         model, optimizer = steady()
         network.failing = True
         with pytest.raises(
-            RuntimeError, match=r"^gathering the updated weights .* ranks 0, 1 fail"
+            RuntimeError, match=r"^all-gathering the updated weights .* ranks 0, 1 fail"
         ):
             model(batch())
         for again in (lambda: model(batch()), optimizer.step, optimizer.wait, model.state_dict):
