@@ -125,7 +125,8 @@ def test_error_of_rank_0_is_raised_on_all_ranks(tmp_path):
     assert there[:3] + there[4:] == here[:3] + here[4:]
     assert (
         there[3]
-        == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on device: '/new'"
+        == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on "
+        "device: '/new'"
     )
 
 
