@@ -229,7 +229,7 @@ def zero2(model: nn.Module, world: int) -> Wrapped:
 
 def zero1_overlapped(model: nn.Module, world: int) -> Wrapped:
     return over_all_ranks(
-        DistributedDataParallel(model),
+        DistributedDataParallel(model, find_unused_parameters=True),
         sharding=overlapped(model, init_device_mesh("cpu", (world,)), 1),
     )
 
