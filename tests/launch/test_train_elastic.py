@@ -168,7 +168,11 @@ def test_stop_in_an_evaluation_is_made_up_for_by_the_resumed_run(tmp_path, monke
         return real(run)
 
     monkeypatch.setattr(train, "held_out_loss", held_out_loss)
-    assert run("--out", tmp_path / "stopped", options) == STOPPED
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    try:
+        assert run("--out", tmp_path / "stopped", options) == STOPPED
+    finally:
+        signal.signal(signal.SIGHUP, before)
     monkeypatch.undo()
     assert latest(tmp_path / "stopped/checkpoints").name == f"step-{after:08d}"
     assert run("--out", tmp_path / "stopped", options) == 0
