@@ -200,14 +200,18 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def wait(self) -> None:
+        """Wait for weights that ``overlap_gather`` still gathers."""
+        if isinstance(self.optimizer, AdamW_BF16):
+            self.optimizer.wait()
+
     def timed(self, steps: int) -> float:
         """Return the seconds of a step, of all ranks together."""
         dist.barrier()
         start = time.perf_counter()
         for _ in range(steps):
             self.step(self.batch)
-        if isinstance(self.optimizer, AdamW_BF16):
-            self.optimizer.wait()
+        self.wait()
         synchronize(self.world.device)
         dist.barrier()
         return (time.perf_counter() - start) / steps
@@ -225,6 +229,7 @@ class Training:
             for tensor in (*params, *states):
                 local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
             self.step(self.batch[:1, :17])
+            self.wait()
         parts = {
             "weights": sum(local(p).nbytes for p in params),
             "states": sum(local(x).nbytes for x in states),
