@@ -519,9 +519,9 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
         x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
     ]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
-    quantized = [x for x in local if type(x) not in (Tensor, nn.Parameter)]  # torchao's
-    local = [x for x in local if x.numel() and type(x) in (Tensor, nn.Parameter)]
-    local += [x.dequantize() for x in quantized]
+    # torchao's states wrap quantized tensors, and have no norm
+    local = [x.dequantize() if hasattr(x, "__tensor_flatten__") else x for x in local]
+    local = [x for x in local if x.numel()]
     # The largest magnitude is inf or NaN if any element is, and needs no temporary tensor.
     return bool(nn.utils.get_total_norm(local, math.inf).isfinite())
 

@@ -1,4 +1,4 @@
-"""What the examples share: a small bfloat16 model, its data, and comparisons by value."""
+"""A small bfloat16 model for the examples, its data, and comparisons by value."""
 
 from __future__ import annotations
 

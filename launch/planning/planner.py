@@ -18,7 +18,7 @@ from planning.wire import wire
 
 @dataclass(frozen=True)
 class Options:
-    """What a plan depends on besides model, ranks and strategy.
+    """Options of a plan besides model, ranks and strategy.
 
     Attributes:
         optimizer: as ``train.py --optimizer``.

@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one micro-batch takes on a rank, beyond weights and the gradients of earlier parts.
+    """Bytes of one micro-batch on a rank, without weights and the gradients of earlier parts.
 
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
