@@ -149,7 +149,8 @@ def raise_mismatches(problem: str, mismatches: list[str]) -> None:
     """Raise ValueError with the first mismatches, if there are any."""
     if mismatches:
         raise ValueError(
-            f"{problem}: {join_problems(mismatches)}; build the model and optimizer as they were"
+            f"{problem}: {join_problems(mismatches)}; build this model and optimizer like those "
+            "that were saved"
         )
 
 
