@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .clip_in_backward import ClipInBackward, PreviousStepClip
@@ -411,14 +412,23 @@ class StepInBackward:
                 f"{caller} was called after a backward pass that raised before any parameter was "
                 "updated; call zero_grad() and repeat the backward pass"
             )
-        is_fsdp2 = any(isinstance(param, DTensor) for param in self._group_of)
         sentence = (
             f"{caller} was called after a backward pass that raised when {self._round.updated} of "
-            f"{total} parameters were updated, so the weights are a mix of two steps; call "
-            f"{'reset_iter_state() of the root FSDP2 module, ' if is_fsdp2 else ''}"
-            "optimizer.abandon_step(), then load a checkpoint into model and optimizer"
+            f"{total} parameters were updated, so the weights are a mix of two steps; "
         )
-        return sentence
+        if not any(isinstance(param, DTensor) for param in self._group_of):
+            return sentence + (
+                "call optimizer.abandon_step(), then load a checkpoint into model and optimizer"
+            )
+        if not hasattr(FSDPModule, "reset_iter_state"):  # torch 2.11
+            return sentence + (
+                "FSDP2 of this torch cannot go on after that: restart the processes and load a "
+                "checkpoint"
+            )
+        return sentence + (
+            "call reset_iter_state() of the root FSDP2 module, optimizer.abandon_step(), then load "
+            "a checkpoint into model and optimizer"
+        )
 
     def before_zero_grad(self) -> None:
         """Discard gradients that wait in the batch.

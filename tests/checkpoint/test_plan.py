@@ -316,7 +316,8 @@ def test_changed_layout_is_planned_anew(merges, changed):
 def test_failed_plan_is_not_kept(merges):
     invalid = [local(shard("t", (4,), box)) for box in (((0,), (3,)), ((2,), (2,)))]
     for _ in range(2):
-        with pytest.raises(ValueError, match="overlapping chunks"):
+        # torch 2.11 logs what is wrong and raises only that something is
+        with pytest.raises(ValueError, match=r"overlapping chunks|Failed to validate global plan"):
             by_tables(invalid)
     assert save_plan._last_merger == [] and len(merges) == 2
 
