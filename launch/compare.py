@@ -4,8 +4,8 @@
     python launch/compare.py --preset small --budget 10     # on a GPU, in ten minutes
 
 Runs ``train.py`` once per optimizer and seed; runs in ``--out`` that the same arguments finished
-are not repeated. Prints a table. With ``--docs`` also writes it into ``docs/quality.md``, and plots
-losses and memory beside it. Other arguments go to ``train.py``.
+are not repeated. Prints a table. With ``--docs`` also writes it into the section of the preset in
+``docs/quality.md``, and plots losses and memory beside it. Other arguments go to ``train.py``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from bench.markers import write_between_markers
 from tqdm import tqdm
 from training.metrics import read_curve
 from training.optimizers import OPTIMIZERS
+from training.options import DEFAULT_PRESET
 
 REPO = Path(__file__).resolve().parent.parent
 BASELINE = "torch-fp32"
-BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+DOCS = REPO / "docs"
 OWN_OPTIONS = ("--optimizer", "--seed", "--out", "--resume")  # each run gets its own
 CALIBRATION_STEPS = 20
 MIN_STEPS = 50  # fewer say nothing about an optimizer
@@ -68,11 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     results = {name: read_result(folder, name, args.seeds) for name in names}
     options = [*(["--optimizers", *args.optimizers] if args.optimizers else []), *train_args]
     command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *options])
-    text = f"{table(results)}\n\nRepeat with `{command}`."
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    text = f"{table(results)}\n\nRepeat with `{command}`; this was on {device}."
     print(text)
     if args.docs:
-        write_between_markers(REPO / "docs" / "quality.md", BEGIN, END, text)
-        plot(results, REPO / "docs" / "img" / "quality.png")
+        write_docs(DOCS, preset_of(train_args), results, text)
     return 0
 
 
@@ -224,6 +225,21 @@ def table(results: dict[str, Result]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def preset_of(train_args: list[str]) -> str:
+    """Return the ``--preset`` among the arguments for ``train.py``, or its default."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=DEFAULT_PRESET)
+    preset: str = parser.parse_known_args(train_args)[0].preset
+    return preset
+
+
+def write_docs(docs: Path, preset: str, results: dict[str, Result], text: str) -> None:
+    """Write the table and the plot of a preset's runs."""
+    begin, end = (f"<!-- compare {preset}: {edge} -->" for edge in ("begin", "end"))
+    write_between_markers(docs / "quality.md", begin, end, text)
+    plot(results, docs / "img" / f"quality_{preset}.png")
 
 
 def plot(results: dict[str, Result], path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 
 import compare
 import pytest
+from training import options
 
 
 def test_unknown_arguments_go_to_train_py():
@@ -116,5 +117,15 @@ def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
     assert abs(float(gap[1])) < 0.05
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
     results = {name: compare.read_result(folder, name, 1) for name in ("torch-fp32", "bf16")}
-    compare.plot(results, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    page = tmp_path / "quality.md"
+    page.write_text("<!-- compare tiny: begin -->\nkept\n<!-- compare tiny: end -->\n")
+    preset = compare.preset_of(args)
+    compare.write_docs(tmp_path, preset, results, "the table")
+    assert "\nkept\n" in page.read_text()
+    assert "<!-- compare nano: begin -->\nthe table\n<!-- compare nano: end -->" in page.read_text()
+    assert (tmp_path / "img" / "quality_nano.png").stat().st_size > 5000
+
+
+def test_the_section_of_the_docs_is_that_of_the_preset():
+    assert compare.preset_of(["--lr", "1", "--preset=small"]) == "small"
+    assert compare.preset_of(["--lr", "1"]) == options.DEFAULT_PRESET
