@@ -521,7 +521,8 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
     local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
     # torchao's states wrap quantized tensors, and have no norm
     local = [x.dequantize() if hasattr(x, "__tensor_flatten__") else x for x in local]
-    local = [x for x in local if x.numel()]
+    # FlashAdamW keeps integers, of which torch has no norm
+    local = [x for x in local if x.numel() and x.is_floating_point()]
     # The largest magnitude is inf or NaN if any element is, and needs no temporary tensor.
     return bool(nn.utils.get_total_norm(local, math.inf).isfinite())
 
