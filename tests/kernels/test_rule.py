@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sharded_bf16_adamw.kernels.reference import (
 )
 
 from . import rule_checks, rule_long_checks, rule_option_checks, rule_oracle
-from .backends import cpu_backends, update_of
+from .backends import cpu_backends, skip_reason, update_of
 from .rule_checks import bits, from_bits, random_patterns, typical
 from .rule_oracle import (
     Hyperparams,
@@ -31,12 +32,15 @@ from .rule_oracle import (
     to_nearest_even,
 )
 
-CHECKS = [
-    pytest.param(check, id=name)
-    for module in (rule_checks, rule_option_checks, rule_long_checks)
-    for name, check in vars(module).items()
-    if name.startswith("check_")
-]
+
+def checks_in(*modules: ModuleType) -> list:
+    """Return a pytest parameter for each check of some modules."""
+    return [
+        pytest.param(check, id=name)
+        for module in modules
+        for name, check in vars(module).items()
+        if name.startswith("check_")
+    ]
 
 
 @pytest.fixture(params=cpu_backends())
@@ -45,9 +49,15 @@ def update(request: pytest.FixtureRequest):
     return update_of(request.param)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", checks_in(rule_checks, rule_option_checks))
 def test_rule(check, update):
     check(update)
+
+
+@pytest.mark.parametrize("check", checks_in(rule_long_checks))
+def test_rule_over_thousands_of_steps(check):
+    """One back end will do: all have the same bits, and the reference takes minutes."""
+    check(update_of("reference" if skip_reason("native") else "native"))
 
 
 def test_global_generator_untouched(update):
