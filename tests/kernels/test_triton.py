@@ -66,13 +66,13 @@ def test_launches_and_uploads(interpreted: Run) -> None:
     assert results.pop("step of an empty parameter") == 1.0
     # 4 + 2: the row is off a 16-byte boundary. An empty tensor counts as aligned.
     assert results.pop("variants") == [0, 6]
-    # Each launch has programs only for its own rows, one for each chunk of 1024: 5, 1, 1, 1, 8, 20.
+    # Each launch has programs only for its own rows, one for each chunk of 1024: 3, 1, 1, 1, 2, 5.
     assert results.pop("programs") == {
-        "all aligned": [36],
-        "one unaligned": [31, 5],
-        "one unaligned, while a graph is captured": [31, 5],
+        "all aligned": [13],
+        "one unaligned": [10, 3],
+        "one unaligned, while a graph is captured": [10, 3],
     }
-    assert results.pop("programs of a mixture that a graph captures first") == [36, 36]
+    assert results.pop("programs of a mixture that a graph captures first") == [13, 13]
     assert results.pop("counter") == 0
     assert results == {  # (launches, uploads)
         "first": (1, 2),

@@ -22,8 +22,8 @@ from .tables import split, table_of, take_step
 BF16, FP32 = torch.bfloat16, torch.float32
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 OTHER_GROUP = Hyperparams(lr=2e-3, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.0)
-# odd, empty, one, just below a block, exactly two chunks, several chunks and a tail
-SIZES = (5000, 0, 1, 1023, 8192, 20001)
+# not a multiple of a chunk (1024), empty, one, just below a chunk, two chunks, several and a tail
+SIZES = (2500, 0, 1, 1023, 2048, 5001)
 # one element to either side of an iteration of the tail, of a block and of a chunk
 BORDERS = (127, 129, 1025, 1152, 4095, 4097)
 
