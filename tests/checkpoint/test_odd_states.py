@@ -561,7 +561,9 @@ def test_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
         export_fp32(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     gather_full_state_dict(model, optimizer)
-    with pytest.raises(ValueError, match="base is a Quantised; import first, and quantise the model then"):
+    with pytest.raises(
+        ValueError, match="base is a Quantised; import first, and quantise the model then"
+    ):
         import_fp32(
             {
                 "base": torch.ones(4, 4),
