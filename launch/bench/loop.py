@@ -1,4 +1,4 @@
-"""Compare whole training steps: speed, bytes on the wire and peak memory by part.
+"""Compare whole training steps: speed, bytes sent and peak memory by part.
 
     torchrun --nproc-per-node 2 launch/benchmark.py loop --model tiny 60m --docs
 
@@ -170,7 +170,7 @@ class Figures:
     """The figures of one contender: seconds of a step by round; the others in bytes on rank 0."""
 
     seconds: list[float]
-    wire: float = 0.0
+    sent_bytes: float = 0.0
     weights: int = 0
     states: int = 0
     gradients: int = 0
@@ -235,7 +235,7 @@ class Training:
             "states": sum(local(x).nbytes for x in states),
             "gradients": gradients[0],
         }
-        return {**parts, "rest": live.peak - sum(parts.values()), "wire": live.wire}
+        return {**parts, "rest": live.peak - sum(parts.values()), "sent_bytes": live.sent_bytes}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def table(model: str, result: dict[str, Any], ranks: int) -> str:
         speed = result["tokens"] / statistics.median(each["seconds"])
         parts = [each[part] / parameters for part in PARTS]
         cells = [CONTENDERS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
-        cells += [f"{value:.2f}" for value in (each["wire"] / parameters, *parts, sum(parts))]
+        cells += [f"{value:.2f}" for value in (each["sent_bytes"] / parameters, *parts, sum(parts))]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -13,7 +13,7 @@ from training.strategies import STRATEGIES
 from planning.memory import Job, Part, Phase, phases, states, weights
 from planning.models import Shape
 from planning.probe import probe
-from planning.wire import wire
+from planning.traffic import sent_bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
         weights: all the time.
         states: all the time.
         peak: the phase of a step that takes most memory.
-        wire: bytes that a rank sends in a step.
+        sent_bytes: that a rank sends in a step.
     """
 
     strategy: str
@@ -57,7 +57,7 @@ class Plan:
     weights: int
     states: int
     peak: Phase
-    wire: int
+    sent_bytes: int
 
     @property
     def total(self) -> int:
@@ -77,7 +77,7 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
     """
     job = make_job(shape, world_size, strategy, options)
     peak = max(phases(job), key=lambda phase: phase.total)
-    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, wire(job))
+    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, sent_bytes(job))
 
 
 def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
@@ -115,7 +115,7 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
         head=sum(map(prod, head_shapes)),
         probe=measured,
         weight_bytes=dtype.itemsize,
-        is_ours=options.optimizer == "bf16",
+        is_adamw_bf16=options.optimizer == "bf16",
         micro_batches=batch_size // (data_ranks * options.micro_batch),
         in_backward=options.in_backward,
         is_cuda=options.device == "cuda",
@@ -170,4 +170,4 @@ def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
     Among equals the one that takes least memory.
     """
     fitting = [each for each in plans if each.total <= memory]
-    return min(fitting, key=lambda each: (each.wire, each.total), default=None)
+    return min(fitting, key=lambda each: (each.sent_bytes, each.total), default=None)
