@@ -104,20 +104,6 @@ class ModelParallel:
         """The process group of ``edp``; None if not given or of this rank alone."""
         return _group_of(self.edp)
 
-    def check_holds_experts(self, params: Iterable[Tensor]) -> None:
-        """Raise ValueError if a parameter given as an expert is not one of ``params``.
-
-        It would silently be treated as no expert.
-        """
-        known = {id(param) for param in params}
-        for value in self.experts:  # type: ignore[union-attr]
-            if isinstance(value, Tensor) and id(value) not in known:
-                raise ValueError(
-                    f"ModelParallel(experts=...) names a parameter of shape {tuple(value.shape)} "
-                    "that the optimizer does not hold; name its module, or the parameter that "
-                    "replaced it in fully_shard or the like"
-                )
-
     def expert_params(self) -> Iterator[Tensor]:
         """Yield the parameters of the experts, as the modules hold them now."""
         for value in self.experts:  # type: ignore[union-attr]
