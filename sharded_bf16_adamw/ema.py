@@ -89,8 +89,8 @@ class EMA:
     def update(self) -> None:
         """Move the average to ``decay * ema + (1 - decay) * weight``. Call it after each step.
 
-        Needs no communication and does not wait for the device. If a parameter's
-        loaded state has no average, the average starts at its current weight.
+        Needs no communication and does not wait for the device. If the loaded state of a parameter
+        has no average, the average starts at its current weight.
 
         Raises:
             RuntimeError: the weights are swapped, a backward pass has updated a part of them, or a

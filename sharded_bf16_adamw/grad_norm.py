@@ -66,10 +66,10 @@ class PendingClip:
 
 
 class ReplicaGradCheck:
-    """A deferred check that replicas have equal gradients on all of their ranks.
+    """A check that replicas have equal gradients, raised late on an accelerator.
 
-    On the CPU the call that finds a mismatch raises. On an accelerator the next call raises, so
-    that no step waits for its own result. Either way every rank raises.
+    On the CPU the call that finds a mismatch raises. On an accelerator the next call does, so that
+    no step waits for its own result. Either way every rank raises.
     """
 
     def __init__(self) -> None:

@@ -204,7 +204,7 @@ def init_lr(group: dict[str, Any], schedule: Schedule | None) -> None:
 def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
     """Return each group's next lr, or None if other code has overwritten it, which then stands.
 
-    torch's schedulers overwrite ``"lr"``, and torch's checkpoint code, which takes steps at
+    torch's schedulers overwrite ``"lr"``. So does torch's checkpoint code: it takes a step at
     ``lr = 0`` to create the states.
     """
     if schedule is None:

@@ -6,7 +6,7 @@ its own sum; the peak is the largest:
 * *loss*: all activations and the logits;
 * *head*: from the gradient of the logits to that of the last layer's output;
 * *backward*: the backward pass of a layer, and of the embedding. Every layer frees the same
-  activations and leaves the same gradients, so the peak is at one of the first two or last two;
+  activations and leaves the same gradients, so the peak is at one of the first or last two;
 * *end*: the last gradients are reduced;
 * *update*: the optimizer's step.
 
@@ -110,8 +110,8 @@ class Job:
     def shard(self) -> int:
         return self.layers * self.block.shard + self.root.shard
 
-    def complete(self, done: int) -> int:
-        """Return the number of elements that have gradients once ``done`` layers are complete.
+    def numel_with_grad(self, done: int) -> int:
+        """Return the number of elements that have gradients after the backward of ``done`` layers.
 
         ``done`` is -1 before the head's gradients, and ``layers + 1`` at the end.
         """
@@ -176,12 +176,12 @@ def phases(job: Job) -> Iterator[Phase]:
 
 
 def gradients(job: Job, done: int) -> int:
-    """Return the bytes of gradients that are kept, with ``done`` layers as in ``Job.complete``.
+    """Return the bytes of gradients that are kept; ``done`` as in ``Job.numel_with_grad``.
 
     Gradients that a strategy has yet to reduce count as buffers, unless earlier micro-batches left
     them: those are unsharded, in the dtypes that docs/strategies.md lists.
     """
-    complete, accumulates = job.complete(done), job.micro_batches > 1
+    complete, accumulates = job.numel_with_grad(done), job.micro_batches > 1
     if job.strategy in ("ddp", "zero1"):
         return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
     if job.strategy == "zero2":
@@ -277,24 +277,26 @@ def zero2_buffers(job: Job, done: int) -> int:
     """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
 
     One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
-    output is a shard, or as long as the input on gloo, where ranks sum what an all-to-all brings.
+    output is a shard. On gloo it is as long as the input: an all-to-all, whose output each rank
+    sums.
     """
-    begin, end = job.complete(done), job.complete(done + 1)
+    begin, end = job.numel_with_grad(done), job.numel_with_grad(done + 1)
     buckets = _buckets(job)
-    most, start = 0, 0
+    peak, start = 0, 0
     for index, numel in enumerate(buckets):
         stop = start + numel
         if start < end and stop > begin:
             in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
-            most = max(most, FP32_BYTES * numel + _in_flight(job, in_flight))
+            peak = max(peak, FP32_BYTES * numel + _in_flight(job, in_flight))
             if stop <= end:  # it is launched
                 in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
-                most = max(most, _in_flight(job, in_flight))
+                peak = max(peak, _in_flight(job, in_flight))
         start = stop
-    return most
+    return peak
 
 
 def _in_flight(job: Job, buckets: list[int]) -> int:
+    """Return the bytes of the inputs and outputs of buckets in flight."""
     if not buckets:
         return 0
     inputs = FP32_BYTES * sum(buckets)
@@ -321,8 +323,9 @@ def _buckets(job: Job) -> list[int]:
 def update_buffers(job: Job) -> int:
     """Return the bytes of buffers of the optimizer's step.
 
-    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. Torch's
-    AdamW takes the root of all second moments at once on CUDA, and of one on a CPU, in two tensors.
+    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. torch's
+    AdamW allocates the square roots of all second moments at once on CUDA. On a CPU it allocates
+    two tensors for one parameter at a time.
     """
     if not job.is_adamw_bf16:
         shapes = [*job.probe.root_shapes, *job.probe.block_shapes]

@@ -45,9 +45,9 @@ class Plan:
 
     Attributes:
         strategy: a name in ``STRATEGIES``.
-        micro_batches: of a step: ``train.py --grad-accum``.
-        weights: all the time.
-        states: all the time.
+        micro_batches: number per step, ``train.py --grad-accum``.
+        weights: held between steps too.
+        states: likewise.
         peak: the phase of a step that takes most memory.
         sent_bytes: that a rank sends in a step.
     """
@@ -68,7 +68,8 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
     """Plan a run; no process group may be initialized.
 
     Raises:
-        UsageError: the strategy does not run so: a size does not divide, or the optimizer differs.
+        UsageError: the strategy cannot run with this number of ranks, these sizes or this
+            optimizer.
 
     Examples:
         >>> from planning.models import LLAMA_8B
@@ -81,7 +82,7 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
 
 
 def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
-    """Return what the formulas take; see :func:`plan`."""
+    """Return the inputs of the formulas; see :func:`plan`."""
     mesh_shape = STRATEGIES[strategy].mesh_shape(world_size)
     tensor_ranks = mesh_shape.get("tensor", 1)
     data_ranks = world_size // tensor_ranks
@@ -154,7 +155,7 @@ def _check(
 def plan_all(
     shape: Shape, world_size: int, strategies: Iterable[str], options: Options
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Return the plans of the strategies that run, and why the others do not."""
+    """Return the plans of the strategies that can run, and a reason for each of the others."""
     plans, refused = [], {}
     for strategy in strategies:
         try:
@@ -167,7 +168,7 @@ def plan_all(
 def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
     """Return the plan that sends least among those that take at most ``memory`` bytes, if any.
 
-    Among equals the one that takes least memory.
+    If several send the same, return the one that takes least memory.
     """
     fitting = [each for each in plans if each.total <= memory]
     return min(fitting, key=lambda each: (each.sent_bytes, each.total), default=None)

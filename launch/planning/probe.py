@@ -47,10 +47,10 @@ class Probe:
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
         root_shapes: local shapes of the other parameters: embedding, last norm, head.
-        loss: bytes live at most until the gradient of the logits is known, by number of layers.
-        head: the same from then on, until that of the last layer's output is known.
-        block: the same during the backward pass of the last layer, gradients of it included.
-        embedding: the same after the backward pass of the first layer, its gradient included.
+        loss: peak of live bytes before the gradient of the logits is known, by number of layers.
+        head: from then on, before the gradient of the last layer's output is known.
+        block: during the backward pass of the last layer, its gradients included.
+        embedding: after the backward pass of the first layer, the embedding's gradient included.
         sent_bytes: that tensor parallelism sends.
     """
 
@@ -159,10 +159,10 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
-    """Run the kernels that a device would run, where those of the meta device save other tensors.
+    """Use the device's kernels where the meta device's would save other tensors for the backward.
 
     Both devices run flash attention. CUDA also has a kernel for RMSNorm. A TorchFunctionMode would
-    not see what a checkpoint recomputes.
+    not see the operations that a checkpoint recomputes.
     """
     aten = torch.ops.aten
     flash = (
