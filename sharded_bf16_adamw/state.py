@@ -155,8 +155,8 @@ def collect_replicas(
         dp, edp = dist.group.WORLD if dist.is_initialized() else None, None
     else:
         experts = {id(param) for param in parallel.expert_params()}
-        dp, edp = parallel.dp_group, parallel.edp_group
-        own_groups = (parallel.pp_group, parallel.ep_group)
+        dp, edp = parallel.group("dp"), parallel.group("edp")
+        own_groups = (parallel.group("pp"), parallel.group("ep"))
         others |= {group for group in own_groups if group is not None}
     replicas: list[Replica] = []
     for param in params:

@@ -66,25 +66,26 @@ def convert_fp32(
         >>> convert_fp32({"layer.weight": torch.ones(2, 2)}, "checkpoints", lr=1e-3).name
         'step-00000000'
     """
-    arguments = (source, root, optimizer_state, fp32, buffers, progress, hyperparameters)
-    return Path(call_on_rank_0_via_store("convert_fp32", root, lambda: str(_convert(*arguments))))
+
+    def convert() -> str:
+        if latest(root) is not None:
+            raise FileExistsError(f"{root} already has a checkpoint; give another directory")
+        weights = open_weights(source)
+        fp32_patterns = _checked_patterns("fp32", fp32, weights)
+        buffer_patterns = _checked_patterns("buffers", buffers, weights)
+        state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+        model = _build_model(weights, fp32_patterns, buffer_patterns)
+        groups = _build_param_groups(model, state)
+        optimizer = AdamW_BF16(groups, **{"lr": 1e-3, **hyperparameters})
+        import_fp32(source, model, optimizer, state, progress)
+        step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
+        return str(save(root, step, model, optimizer))
+
+    return Path(call_on_rank_0_via_store("convert_fp32", root, convert))
 
 
-def _convert(
-    source: _Path | Mapping[str, Tensor],
-    root: _Path,
-    optimizer_state: _Path | Mapping[str, Any] | None,
-    fp32: Iterable[str],
-    buffers: Iterable[str],
-    progress: Progress | None,
-    hyperparams: dict[str, Any],
-) -> Path:
-    if latest(root) is not None:
-        raise FileExistsError(f"{root} already has a checkpoint; give another directory")
-    weights = open_weights(source)
-    fp32 = _checked_patterns("fp32", fp32, weights)
-    buffers = _checked_patterns("buffers", buffers, weights)
-    state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+def _build_model(weights: WeightsSource, fp32: list[str], buffers: list[str]) -> nn.Module:
+    """Return modules that hold uninitialized parameters and buffers of the names of ``weights``."""
     model = nn.Module()
     params: dict[str, nn.Parameter] = {}  # by the first of several tied names
     first_of = {name: tied[0] for tied in weights.ties for name in tied}
@@ -104,10 +105,7 @@ def _convert(
                 param = nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu"))
             params.setdefault(first_of.get(name, name), param)
             module.register_parameter(leaf, param)
-    optimizer = AdamW_BF16(_build_param_groups(model, state), **{"lr": 1e-3, **hyperparams})
-    import_fp32(source, model, optimizer, state, progress)
-    step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
-    return save(root, step, model, optimizer)
+    return model
 
 
 def _checked_patterns(argument: str, patterns: Iterable[str], weights: WeightsSource) -> list[str]:
