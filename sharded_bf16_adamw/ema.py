@@ -30,7 +30,7 @@ CPU_CHUNK = 1 << 16  # elements: smaller chunks add call overhead, larger ones l
 DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
 UPDATES = "ema_updates"  # key of each param_group for the number of updates
-SPREAD = 0x2C1B3C6D  # odd multiplier of the average's bits
+HASH_MULTIPLIER = 0x2C1B3C6D  # odd, of the average's bits
 
 
 class EMA:
@@ -89,8 +89,8 @@ class EMA:
     def update(self) -> None:
         """Move the average to ``decay * ema + (1 - decay) * weight``. Call it after each step.
 
-        Needs no communication and does not wait for the device. If a parameter's
-        loaded state has no average, the average starts at its current weight.
+        Needs no communication and does not wait for the device. If the loaded state of a parameter
+        has no average, the average starts at its current weight.
 
         Raises:
             RuntimeError: the weights are swapped, a backward pass has updated a part of them, or a
@@ -228,7 +228,7 @@ def _update_chunk_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> 
     delta = ((p.float() + c.float()) - old) * weight
     pattern = _pattern(p) << 16 | _pattern(c)
     signed_key = key - (1 << 32) if key >> 31 else key
-    bits = lowbias32(pattern ^ _pattern(e) * SPREAD ^ signed_key)
+    bits = lowbias32(pattern ^ _pattern(e) * HASH_MULTIPLIER ^ signed_key)
     e.copy_(stochastic_sum(old, delta, bits))
 
 

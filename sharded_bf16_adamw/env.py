@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,10 +99,12 @@ def gather_facts() -> Facts:
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            error = _error_of(gather, facts)
-        facts.problems += [str(warning.message) for warning in caught]
-        if error is not None:
-            facts.problems.append(f"{gather.__name__.removeprefix('_gather_')}: {error}")
+            errors = []
+            try:
+                gather(facts)
+            except Exception as error:
+                errors = [f"{gather.__name__.removeprefix('_gather_')}: {_describe(error)}"]
+        facts.problems += [*(str(warning.message) for warning in caught), *errors]
     return facts
 
 
@@ -357,14 +358,6 @@ def _to_int(text: str | None, default: int) -> int:
 def _rows(values: dict[str, str]) -> list[str]:
     width = max(map(len, values), default=0)
     return [f"{name:{width}}  {value}" for name, value in values.items()]
-
-
-def _error_of(gather: Callable[[Facts], None], facts: Facts) -> str | None:
-    try:
-        gather(facts)
-    except Exception as error:
-        return _describe(error)
-    return None
 
 
 def _describe(error: BaseException) -> str:

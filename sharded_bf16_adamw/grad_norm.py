@@ -66,10 +66,10 @@ class PendingClip:
 
 
 class ReplicaGradCheck:
-    """A deferred check that replicas have equal gradients on all of their ranks.
+    """A check that replicas have equal gradients, raised late on an accelerator.
 
-    On the CPU the call that finds a mismatch raises. On an accelerator the next call raises, so
-    that no step waits for its own result. Either way every rank raises.
+    On the CPU the call that finds a mismatch raises. On an accelerator the next call does, so that
+    no step waits for its own result. Either way every rank raises.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class GradNorm:
         self._sharding = sharding
         self._parallel = parallel
         self._plain_are_replicas = parallel is None or (
-            parallel.pp_group is None and parallel.ep_group is None
+            parallel.group("pp") is None and parallel.group("ep") is None
         )
         self._infos: dict[int, GroupInfo] = {}  # by the group's index
         self._replica_check = ReplicaGradCheck()
@@ -241,7 +241,7 @@ class GradNorm:
             experts = set() if parallel is None else {id(p) for p in parallel.expert_params()}
             replica_groups = {group for p in params for group in sharding.replica_groups(p)}
             if parallel is not None:
-                own_groups = (parallel.dp_group, parallel.edp_group)
+                own_groups = (parallel.group("dp"), parallel.group("edp"))
                 replica_groups |= {group for group in own_groups if group is not None}
             keys = [(id(p) in experts, sharding.shard_groups(p)) for p in params]
             is_plain = not any(isinstance(sharding.shard(p), DTensor) for p in params)

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from .clip_in_backward import ClipInBackward, previous_sum_sq
-from .conversion import to_bf16_
+from .clip_in_backward import ClipInBackward, previous_grad_norm
 from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
-from .kernels import backend_for, check_backend
+from .kernels import check_backend
+from .param_log import ParamLog
 from .precision_stats import PrecisionStats, compute_precision_stats
 from .profiling import profiler_range
-from .schedule import Schedule, apply_lrs, lr_at, peak_lr, resolve_lr, scheduled_lrs
-from .serialization import SerializableOptimizer, describe
+from .schedule import Schedule, apply_lrs, init_lr, resolve_lr, scheduled_lrs
 from .sharding.build import build_sharding
-from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
-from .sharding.replicas import check_replicas
 from .sharding.zero.config import ZeRO
-from .state import (
-    collect_replicas,
-    count_float32,
-    log_params,
-    new_state,
-    warn_if_all_float32,
-    warn_if_converted,
-)
 from .step_in_backward import StepInBackward, check_options
 from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
 from .validation import check_group, check_hyperparams, check_max_lr, param_name, to_betas
+from .weights import WeightAccess
 
 
-class AdamW_BF16(SerializableOptimizer):
+class AdamW_BF16(WeightAccess):
     r"""AdamW with bfloat16 weights and states, at the quality of float32 AdamW.
 
     For each bfloat16 parameter the state holds ``exp_avg``, ``exp_avg_sq`` and ``correction``, all
@@ -71,15 +61,12 @@ class AdamW_BF16(SerializableOptimizer):
         capturable: allow a CUDA graph to capture a step. ``lr`` must then be a float32 or float64
             tensor on the parameters' device, since a graph would replay any other value unchanged.
         skip_nonfinite: if any rank's gradient holds inf or NaN, change no parameter, state or step
-            count on any rank, and count the step in ``skipped_steps``. If
-            :meth:`clip_grad_norm_` was called, the gradients at that call decide: do not modify
-            them before the step.
-        step_in_backward: update each parameter inside the backward pass, as soon as its gradient is
-            final, and free the gradient. :meth:`step` still ends each step; all backward passes of
-            a step but the last run inside :meth:`accumulate`. For plain modules, FSDP2, HSDP and
-            tensor parallelism, without ``skip_nonfinite``; see ``docs/step_in_backward.md``.
-        clip_in_backward: gradient clipping for ``step_in_backward``, which cannot know the norm of
-            all gradients in time; see :class:`ClipInBackward`.
+            count on any rank, and count the step in ``skipped_steps``. The gradients at a call of
+            :meth:`clip_grad_norm_` decide: do not modify them between it and the step.
+        step_in_backward: update each parameter inside the backward pass and free its gradient.
+            :meth:`step` ends each step; all its backward passes but the last run inside
+            :meth:`accumulate`. See ``docs/step_in_backward.md``.
+        clip_in_backward: gradient clipping for ``step_in_backward``; see :class:`ClipInBackward`.
         model_parallel: the process groups over which plain parameters differ, such as pipeline
             stages; see :class:`ModelParallel`. None: plain parameters are replicas on every rank.
         sharding: ``ZeRO(mesh)`` to shard the states of a replicated model; None shards the states
@@ -104,8 +91,6 @@ class AdamW_BF16(SerializableOptimizer):
     """
 
     _PICKLED = ("lr_function", "skip_nonfinite", "backend", "_skipped")
-    _zero: ZeRO | None = None
-    _num_float32: int | None = None  # parameters that were added as float32; None after a step
 
     def __init__(
         self,
@@ -133,12 +118,10 @@ class AdamW_BF16(SerializableOptimizer):
         check_hyperparams(lr, betas, eps, weight_decay)
         check_options(step_in_backward, sharding, skip_nonfinite, clip_in_backward)
         self._sharding = build_sharding(sharding, model_parallel)
-        self._zero = sharding
+        self._zero, self.backend = sharding, backend
         self.skip_nonfinite = skip_nonfinite
-        self.backend = backend
         self.model_parallel = model_parallel
         self._skipped: Tensor | None = None
-        self._num_float32 = 0
         self._init_caches()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "capturable": capturable}
@@ -147,76 +130,14 @@ class AdamW_BF16(SerializableOptimizer):
         super().__init__(params, defaults)
         self._is_built = True
         self._in_backward = StepInBackward(self, clip_in_backward) if step_in_backward else None
-        log_params(self._all_params(), self._sharding)
-        warn_if_all_float32(self._all_params())
-
-    @classmethod
-    @torch.no_grad()
-    def from_fp32(
-        cls,
-        model: nn.Module,
-        params: Iterable[Any] | None = None,
-        *,
-        keep_fp32: str | None = None,
-        **options: Any,
-    ) -> AdamW_BF16:
-        r"""Convert a float32 model to bfloat16 in place, and return an optimizer for it.
-
-        ``model.bfloat16()`` drops what the rounding of each weight leaves. Here that remainder
-        becomes the ``correction``, so that ``p + correction`` is the float32 weight up to 2^-17 of
-        it. All floating-point parameters and buffers become bfloat16; parameters stay the same
-        objects, and gradients are dropped. A parameter that is frozen or not in ``params`` is
-        rounded without a correction.
-
-        Args:
-            model: the module, plain or sharded by ``fully_shard`` or tensor parallelism, before its
-                first forward pass. Call this before DistributedDataParallel.
-            params: as in the constructor; None for ``model.parameters()``.
-            keep_fp32: a regular expression. Parameters and buffers in whose name
-                :func:`re.search` finds it keep their dtype.
-            options: arguments of the constructor, by keyword.
-
-        Raises:
-            ValueError, TypeError: as in the constructor, when the model is converted already; or
-                the model cannot be converted, or ``keep_fp32`` matches nothing. Then nothing has
-                changed.
-
-        Examples:
-            >>> import torch
-            >>> from sharded_bf16_adamw import AdamW_BF16
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-            >>> weight = model[0].weight.detach().clone()
-            >>> optimizer = AdamW_BF16.from_fp32(model, keep_fp32=r"^1\.", lr=1e-3)
-            >>> model[0].weight.dtype, model[1].weight.dtype
-            (torch.bfloat16, torch.float32)
-            >>> true_weight = dict(optimizer.true_weights())[model[0].weight]
-            >>> bool(((true_weight - weight).abs() <= 2**-17 * weight.abs()).all())
-            True
-        """
-        zero = options.get("sharding")
-        if zero is not None and zero.broadcast_initial:
-            raise ValueError(
-                "ZeRO(broadcast_initial=True) copies the weights of the first rank but not what "
-                "their rounding leaves; build the same float32 model on every rank, or broadcast "
-                "it before from_fp32()"
-            )
-        corrections = to_bf16_(model, keep_fp32)
-        optimizer = cls(model.parameters() if params is None else params, **options)
-        optimizer.init_state()
-        for param, correction in corrections.items():
-            if param in optimizer.state:
-                shard = optimizer._sharding.shard_state(param, correction, "the correction")
-                to_local(optimizer.state[param]["correction"]).copy_(to_local(shard))
-        return optimizer
+        self._param_log.start(self._all_params())
 
     def _init_caches(self) -> None:
+        self._param_log = ParamLog(self._sharding)
         self._clip = PendingClip()
         self._step_plans = StepPlanCache(self._sharding)
         self._grad_norm = GradNorm(self._sharding, self.model_parallel)
         self._grads = GradCollector(self._sharding)
-
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
     # torch's conventions #
 
@@ -236,13 +157,8 @@ class AdamW_BF16(SerializableOptimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
-            if self.lr_function is not None and not has_own_lr:
-                lr = lr_at(self.lr_function, group["schedule_step"])
-                group["lr"] = group["scheduled_lr"] = lr
+            init_lr(group, None if has_own_lr else self.lr_function)
             if group["decouple_lr"]:
-                if group["max_lr"] is None:
-                    schedule = None if has_own_lr else self.lr_function
-                    group["max_lr"] = peak_lr(schedule, group["lr"])
                 check_max_lr(group["max_lr"], group["weight_decay"])
             names = [param_name(group, index) for index in range(len(group["params"]))]
             self._sharding.add_params(group["params"], names)
@@ -251,27 +167,11 @@ class AdamW_BF16(SerializableOptimizer):
         except BaseException:  # lr_function may raise anything
             self.param_groups.pop()
             raise
-        if self._num_float32 is not None:
-            self._num_float32 += count_float32(group["params"])
         if self._is_built:  # the constructor logs all of its groups together
-            log_params(group["params"], self._sharding)
-
-    def __repr__(self) -> str:
-        """Return torch's repr, plus the back end, the sharding and this rank's bytes of state.
-
-        Never raises or waits for a device: wrappers and debuggers call it at any time.
-        """
-        try:
-            backends = {backend_for(p.device, self.backend) for p in self._all_params()}
-            return describe(self, backends, self._zero)
-        except Exception:  # half built, or changed by another thread meanwhile
-            return object.__repr__(self)
+            self._param_log.add(group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients and drop the result of a pending :meth:`clip_grad_norm_`.
-
-        See :meth:`torch.optim.Optimizer.zero_grad`.
-        """
+        """Reset all gradients, and drop the result of a pending :meth:`clip_grad_norm_`."""
         if self._in_backward is not None:
             self._in_backward.before_zero_grad()
         super().zero_grad(set_to_none)
@@ -281,15 +181,14 @@ class AdamW_BF16(SerializableOptimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes accumulate gradients without reducing them.
 
-        For ZeRO stage 2. The next backward pass outside the context also reduces what was
-        accumulated.
+        For ZeRO stage 2. The next backward pass outside it also reduces what was accumulated.
 
         Raises:
             RuntimeError: the model's wrapper reduces the gradients; use its own context instead.
         """
         return self._sharding.no_sync()
 
-    # Step #
+    # Step, gradient norm, statistics #
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -307,10 +206,10 @@ class AdamW_BF16(SerializableOptimizer):
             The result of ``closure``, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse or differs in size from its parameter; a state no
-                longer fits its parameter; FSDP wrapped the parameters after the optimizer was
-                built; a CUDA graph captures this step but not its :meth:`clip_grad_norm_`; with
-                ``skip_nonfinite``, any error of :meth:`clip_grad_norm_`; or another rank died.
+            RuntimeError: a gradient is sparse; a gradient or state does not fit its parameter; FSDP
+                wrapped the parameters after the optimizer was built; a CUDA graph captures this
+                step but not its :meth:`clip_grad_norm_`; with ``skip_nonfinite``, any error of
+                :meth:`clip_grad_norm_`; or another rank died.
             TypeError: a gradient is neither bfloat16 nor float32.
             ValueError: ``lr_function`` returned an invalid learning rate.
         """
@@ -321,9 +220,7 @@ class AdamW_BF16(SerializableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._num_float32 is not None:
-            warn_if_converted(self._all_params(), self._num_float32)
-            self._num_float32 = None
+        self._param_log.before_step(self.param_groups)
         self._clip.check_capture()
         self._sharding.reduce_grads()
         group_grads = self._grads.collect(self.param_groups)
@@ -356,22 +253,6 @@ class AdamW_BF16(SerializableOptimizer):
             self.zero_grad()
         return loss
 
-    def wait(self) -> None:
-        """Wait until the weights that the last :meth:`step` has updated are in the parameters.
-
-        Does nothing without ``ZeRO(overlap_gather=True)``. With it, call this after a step before
-        code outside the model's forward pass reads or writes weights. Forward passes,
-        ``state_dict``, ``load_state_dict`` and this package's functions wait by themselves.
-        Collective: every rank waits, or runs the next forward pass.
-
-        Raises:
-            RuntimeError: another rank has died or hangs, or a weight was changed meanwhile. This
-                rank's weights are then partly old ones: load a checkpoint.
-        """
-        self._sharding.wait_for_params()
-
-    # Gradient norm #
-
     @torch._disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -379,8 +260,7 @@ class AdamW_BF16(SerializableOptimizer):
 
         The scale is folded into the update; the gradients themselves stay unchanged. Collective if
         parameters are sharded, replicated on a mesh or named by ``model_parallel``: every rank
-        calls it. ``skip_nonfinite`` does not check the gradients again in :meth:`step`: an inf or
-        NaN written to them between the two calls goes unnoticed.
+        calls it.
 
         Args:
             max_norm: upper bound on the 2-norm of all gradients together.
@@ -411,12 +291,8 @@ class AdamW_BF16(SerializableOptimizer):
 
     @property
     def previous_grad_norm(self) -> Tensor | None:
-        """Global 2-norm of the last step's gradients, 0-dim float32, before clipping.
-
-        Known only with ``ClipInBackward(by="previous_step")``, else None.
-        """
-        sum_sq = previous_sum_sq(self.param_groups)
-        return None if sum_sq is None else sum_sq.sqrt().float()
+        """Gradient norm of the last step with ``ClipInBackward(by="previous_step")``, else None."""
+        return previous_grad_norm(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -429,18 +305,15 @@ class AdamW_BF16(SerializableOptimizer):
         """Measure what bfloat16 costs in the next :meth:`step`; changes nothing.
 
         Call it between :meth:`clip_grad_norm_`, if used, and :meth:`step`. Collective as
-        :meth:`clip_grad_norm_` is. Takes about twice as long as a step on a CPU, without a host
-        sync on a GPU; see ``docs/precision.md``.
+        :meth:`clip_grad_norm_` is. See ``docs/precision.md``.
 
         Returns:
-            The statistics of all ranks together, and of each parameter group. They stay on the
-            device until they are read. NaN if a gradient is not finite, or if ranks have different
-            gradients where they must agree.
+            The statistics of all ranks together, and of each parameter group; NaN if a gradient is
+            not finite, or if replicas have different gradients.
 
         Raises:
             RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
-                fit its parameter; a CUDA graph captures the call; or another rank has died or
-                hangs.
+                fit its parameter; a CUDA graph captures the call; or another rank has died.
         """
         if self._in_backward is not None:
             raise RuntimeError(
@@ -449,69 +322,8 @@ class AdamW_BF16(SerializableOptimizer):
             )
         self._sharding.reduce_grads()
         grads = self._grads.collect(self.param_groups)
-        hyperparams = next_hyperparams(self.lr_function, self.param_groups)
-        clip, backend = self._clip.grad_scale, self.backend
+        hypers = next_hyperparams(self.lr_function, self.param_groups)
+        norm, clip, backend = self._grad_norm, self._clip.grad_scale, self.backend
         return compute_precision_stats(
-            grads, hyperparams, self.state, self._sharding, self._grad_norm, clip, backend
+            grads, hypers, self.state, self._sharding, norm, clip, backend
         )
-
-    # Weights and states #
-
-    @torch.no_grad()
-    def true_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(parameter, weight)`` for every parameter, frozen or not.
-
-        ``weight`` is ``p + correction``, a new float32 tensor, sharded like the parameter, or with
-        ZeRO like its state. For averages of weights, export and evaluation.
-        """
-        self._check_between_steps("true_weights()")
-        self.wait()
-        for param in self._all_params():
-            weight = self._sharding.shard(param).detach().to(torch.float32, copy=True)
-            correction = self.state[param].get("correction") if param in self.state else None
-            yield param, weight if correction is None else weight + correction.float()
-
-    @torch.no_grad()
-    def reset_correction(self, params: Iterable[Tensor] | None = None) -> None:
-        """Zero the correction of ``params`` (default: all) after other code set the weights."""
-        for param in self._all_params() if params is None else params:
-            if param in self.state and "correction" in self.state[param]:
-                to_local(self.state[param]["correction"]).zero_()
-
-    @torch.no_grad()
-    def check_replicas(self) -> None:
-        """Compare weights and states with their replicas on other ranks, to find silent corruption.
-
-        Equal gradients give equal bits, so replicas differ only through a hardware fault or code
-        that changes a single rank. Compares 64-bit checksums: reads all of this rank's weights and
-        states once and exchanges 16 bytes per tensor. Call it every few hundred steps. Collective:
-        every rank calls it at the same step.
-
-        It compares
-
-        * DTensors over the mesh dimensions that replicate them (HSDP, tensor parallelism);
-        * FSDP1's parameters under ``HYBRID_SHARD`` and ``NO_SHARD``;
-        * with ZeRO, weights over all ranks and states over the mesh's replicate dimension;
-        * plain parameters over ``ModelParallel(dp=...)`` and experts over ``edp``, or both over all
-          ranks without ``model_parallel``.
-
-        If several models share a job, give each a ``ModelParallel(dp=...)``.
-
-        Raises:
-            RuntimeError: replicas differ; raised on every rank, with a tensor's name and the ranks.
-        """
-        self._check_between_steps("check_replicas()")
-        self.wait()
-        check_replicas(*collect_replicas(self, self._sharding, self.model_parallel))
-
-    def init_state(self, params: Iterable[Tensor] | None = None) -> None:
-        """Create missing states at step 0 now, before the first gradient, as targets of a load.
-
-        Args:
-            params: the parameters; None for every trainable one.
-        """
-        if params is None:
-            params = [param for param in self._all_params() if param.requires_grad]
-        for param in params:
-            if not self.state.get(param):
-                self.state[param] = new_state(param, self._sharding)

@@ -179,26 +179,32 @@ def lr_at(schedule: Schedule, step: int) -> float:
     return float(lr)  # a NumPy number would not load with weights_only=True
 
 
-def peak_lr(schedule: Schedule | None, lr: float | Tensor) -> float:
-    """Return the default of ``max_lr``: the peak of a schedule of this module, else ``lr``.
+def init_lr(group: dict[str, Any], schedule: Schedule | None) -> None:
+    """Set the first ``"lr"`` of a new group, and ``"max_lr"`` if ``decouple_lr`` needs its default.
+
+    Args:
+        group: a parameter group, changed in place.
+        schedule: the schedule that the group follows; None if it has its own lr.
 
     Raises:
-        ValueError: the peak of another schedule is unknown.
+        ValueError: the schedule returned an invalid learning rate, or its peak is unknown.
     """
-    if schedule is None:
-        return float(lr)
-    if not isinstance(schedule, (LR, WSD)):
+    if schedule is not None:
+        group["lr"] = group["scheduled_lr"] = lr_at(schedule, group["schedule_step"])
+    if not group["decouple_lr"] or group["max_lr"] is not None:
+        return
+    if schedule is not None and not isinstance(schedule, (LR, WSD)):
         raise ValueError(
             f"decouple_lr=True needs the peak of the learning rate, which lr_function={schedule!r} "
             "does not tell; pass max_lr="
         )
-    return float(schedule.lr)
+    group["max_lr"] = float(group["lr"] if schedule is None else schedule.lr)
 
 
 def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
     """Return each group's next lr, or None if other code has overwritten it, which then stands.
 
-    torch's schedulers overwrite ``"lr"``, and torch's checkpoint code, which takes steps at
+    torch's schedulers overwrite ``"lr"``. So does torch's checkpoint code: it takes a step at
     ``lr = 0`` to create the states.
     """
     if schedule is None:

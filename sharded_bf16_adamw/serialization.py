@@ -1,4 +1,4 @@
-"""The state dict and the pickled form of the optimizer."""
+"""The state dict, the pickled form and the ``repr`` of the optimizer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import backend_for
+from .param_log import logger
 from .sharding.base import Sharding
 from .sharding.build import build_sharding
 from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
-from .state import complete_state, hide_ungrouped_states, logger
+from .state import complete_state, hide_ungrouped_states
 from .step_in_backward import StepInBackward, SteppedInBackward
 from .validation import param_name
 
@@ -24,11 +26,48 @@ class SerializableOptimizer(SteppedInBackward):
     _PICKLED: tuple[str, ...] = ()  # attributes to pickle beside torch's
     _is_built = False
     _sharding: Sharding
+    _zero: ZeRO | None = None
     model_parallel: ModelParallel | None
+    backend: str | None
 
     def _init_caches(self) -> None:
         """Create what is neither pickled nor loaded, for ``self._sharding``."""
         raise NotImplementedError
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def __repr__(self) -> str:
+        """Return torch's repr, plus the back end, the sharding and this rank's bytes of state.
+
+        Never raises or waits for a device: wrappers and debuggers call it at any time.
+        """
+        try:
+            return self._describe()
+        except Exception:  # half built, or changed by another thread meanwhile
+            return object.__repr__(self)
+
+    def _describe(self) -> str:
+        states = [state for state in self.state.values() if isinstance(state, dict)]
+        values = chain.from_iterable(state.values() for state in states)
+        nbytes = sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
+        backends = {backend_for(param.device, self.backend) for param in self._all_params()}
+        zero = self._zero
+        sharding = (
+            "torch" if zero is None else f"ZeRO(stage={zero.stage}, mesh={tuple(zero.mesh.shape)})"
+        )
+        text = f"{type(self).__name__} (\n"
+        text += f"backend: {', '.join(sorted(backends))}\n"
+        text += f"sharding: {sharding}\n"
+        text += f"state: {nbytes:,} bytes on this rank\n"
+        for index, group in enumerate(self.param_groups):
+            text += f"\nParameter Group {index}\n"
+            for key in sorted(group.keys() - {"params"}, key=str):
+                value = group[key]
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    value = f"<{value.dtype} on {value.device}>"  # its value would cost a sync
+                text += f"    {key}: {value}\n"
+        return text + ")"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickle and deepcopy. Raise TypeError if it has process groups."""
@@ -126,28 +165,3 @@ def clone_tensors(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: clone_tensors(item) for key, item in value.items()}
     return value
-
-
-def describe(optimizer: torch.optim.Optimizer, backends: set[str], zero: ZeRO | None) -> str:
-    """Return torch's ``repr`` lines after the back end, the sharding and this rank's state bytes.
-
-    A tensor on an accelerator is shown without its value, which would wait for the device.
-    """
-    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
-    values = chain.from_iterable(state.values() for state in states)
-    nbytes = sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
-    sharding = (
-        "torch" if zero is None else f"ZeRO(stage={zero.stage}, mesh={tuple(zero.mesh.shape)})"
-    )
-    text = f"{type(optimizer).__name__} (\n"
-    text += f"backend: {', '.join(sorted(backends))}\n"
-    text += f"sharding: {sharding}\n"
-    text += f"state: {nbytes:,} bytes on this rank\n"
-    for index, group in enumerate(optimizer.param_groups):
-        text += f"\nParameter Group {index}\n"
-        for key in sorted(group.keys() - {"params"}, key=str):
-            value = group[key]
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                value = f"<{value.dtype} on {value.device}>"
-            text += f"    {key}: {value}\n"
-    return text + ")"

@@ -1,8 +1,7 @@
-"""The optimizer state of a parameter: created, checked, completed after a load, and described."""
+"""The optimizer state of a parameter: created, checked, completed after a load, compared."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,6 @@ from .validation import param_names
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
 ALL_STATE_KEYS = (*STATE_KEYS, "ema")  # "ema" only with :class:`.ema.EMA`
-
-logger = logging.getLogger("sharded_bf16_adamw")
 
 
 def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
@@ -158,8 +155,8 @@ def collect_replicas(
         dp, edp = dist.group.WORLD if dist.is_initialized() else None, None
     else:
         experts = {id(param) for param in parallel.expert_params()}
-        dp, edp = parallel.dp_group, parallel.edp_group
-        own_groups = (parallel.pp_group, parallel.ep_group)
+        dp, edp = parallel.group("dp"), parallel.group("edp")
+        own_groups = (parallel.group("pp"), parallel.group("ep"))
         others |= {group for group in own_groups if group is not None}
     replicas: list[Replica] = []
     for param in params:
@@ -198,51 +195,3 @@ def _replicas(
         for key in ALL_STATE_KEYS:  # the same on every rank, whatever the order of its dict
             value = to_local(state.get(key, torch.empty(0, device=param.device)))
             yield Replica(f"{key} of parameter {name}", value, state_groups)
-
-
-def log_params(params: list[Tensor], sharding: Sharding) -> None:
-    """Log at INFO the number of new parameters by dtype, and this rank's bytes."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    bf16 = sum(param.dtype == torch.bfloat16 for param in params)
-    weights = sum(to_local(param).nbytes for param in params)
-    shards = [to_local(sharding.shard(param)) for param in params if param.requires_grad]
-    states = sum((3 if s.dtype == torch.bfloat16 else 2) * s.nbytes + 4 for s in shards)
-    logger.info(
-        "AdamW_BF16 has %d bfloat16 and %d float32 parameters; this rank holds %s bytes of their "
-        "weights, and will hold %s bytes of their states once each trainable one has had a "
-        "gradient",
-        bf16,
-        len(params) - bf16,
-        f"{weights:,}",
-        f"{states:,}",
-    )
-
-
-def warn_if_all_float32(params: list[Tensor]) -> None:
-    """Log a warning if no parameter is bfloat16: most likely the model was not converted."""
-    if params and all(param.dtype == torch.float32 for param in params):
-        logger.warning(
-            "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert "
-            "the model with model.to(torch.bfloat16) before you build the optimizer (under FSDP, "
-            "accelerate converts it back unless mixed_precision='no'), or use torch.optim.AdamW if "
-            "you want float32",
-            len(params),
-        )
-
-
-def count_float32(params: list[Tensor]) -> int:
-    """Return the number of float32 parameters."""
-    return sum(param.dtype == torch.float32 for param in params)
-
-
-def warn_if_converted(params: list[Tensor], num_float32: int) -> None:
-    """Log a warning if more parameters are float32 than the ``num_float32`` of the constructor."""
-    if (converted := count_float32(params) - num_float32) > 0:
-        logger.warning(
-            "%d of the %d parameters of AdamW_BF16 were bfloat16 when it was built and are float32 "
-            "now, so they train in float32 and take 12 bytes each instead of 8; keep other code "
-            "from converting them (under FSDP, accelerate does unless mixed_precision='no')",
-            converted,
-            len(params),
-        )

@@ -25,13 +25,16 @@ ALLOWED = {
     "grad_norm": {"gradients", "kernels", "sharding"},
     "step_plan": {"gradients", "kernels", "schedule", "sharding", "state", "validation"},
     "precision_stats": {"gradients", "grad_norm", "kernels", "sharding", "state", "validation"},
+    "param_log": {"sharding"},
     "clip_in_backward": {"grad_norm", "kernels"},
     "step_in_backward": {"clip_in_backward", "gradients", "kernels", "schedule", "sharding"}
     | {"state", "step_plan", "validation"},
-    "serialization": {"sharding", "state", "step_in_backward", "validation"},
-    "optimizer": {"profiling", "gradients", "grad_norm", "kernels", "schedule", "serialization"}
-    | {"sharding", "state", "step_in_backward", "step_plan", "validation", "precision_stats"}
-    | {"clip_in_backward", "conversion"},
+    "serialization": {"kernels", "param_log", "sharding", "state", "step_in_backward"}
+    | {"validation"},
+    "weights": {"conversion", "serialization", "sharding", "state"},
+    "optimizer": {"clip_in_backward", "gradients", "grad_norm", "kernels", "param_log"}
+    | {"precision_stats", "profiling", "schedule", "sharding", "step_in_backward", "step_plan"}
+    | {"validation", "weights"},
     "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},

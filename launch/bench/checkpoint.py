@@ -4,13 +4,13 @@
     torchrun --nproc-per-node 2 launch/benchmark.py checkpoint --gb 1
     torchrun --nproc-per-node 2 launch/benchmark.py checkpoint --gb 1 --replicated
 
-An asynchronous save costs training the time of its call and then, while a thread writes, what that
-thread uses of the machine: on a CPU its cores and memory. ``hold-up`` is the sum of both: how much
-longer steps took from the call until the checkpoint was on the disk.
+An asynchronous save slows training by its call, and then by its writing thread, which takes CPU
+cores and memory bandwidth. ``hold-up`` is the sum: how much longer steps took from the call until
+the checkpoint was on the disk.
 
-All are measured repeatedly in turn, in one run on one disk, so that a busy machine slows them
-alike; ratios are medians over rounds. ``--replicated`` keeps the full model on every rank, and also
-times the comparison of the replicas that each save makes.
+Saves, loads and plain reads and writes take turns in one run on one disk, so that a busy machine
+slows all of them alike. Ratios are medians over rounds. ``--replicated`` keeps the full model on
+every rank, and also times the comparison of replicas that is part of each save.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ def measure_fsdp2(rounds: int) -> dict[str, Any]:
     """Time each of :data:`CONTENDERS` once per round, in random order.
 
     Returns:
-        ``times``: seconds of the slowest rank by ``<contender> clip`` and ``<contender> step``, and
-        by round; ``clip_ratio``: torch's time of clipping over ours, median over rounds;
-        ``ratios``: each other contender's time of both over ours, median over rounds.
+        ``times``: seconds of the slowest rank by round, for ``<contender> clip`` and ``<contender>
+        step``; ``clip_ratio``: torch's time of clipping over ours, median over rounds; ``ratios``:
+        each other contender's time of clip and step over ours, median over rounds.
     """
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_rank, (directory, rounds), nprocs=RANKS)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 launch/benchmark.py gather
 
-Each rank samples its resident memory in a thread. The figure is the peak above the memory before
-the call; for rank 0 also without the size of the result. ``--with-torch`` also measures torch's
-full state dict. CPU and gloo, Linux.
+Each rank samples its resident memory in a thread. The figure is the peak minus the memory before
+the call; for rank 0 also minus the size of the result. ``--with-torch`` also measures torch's full
+state dict. Runs on CPUs with gloo, on Linux.
 """
 
 from __future__ import annotations

@@ -75,18 +75,18 @@ def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bo
     """Compare an update of random bits with the CPU reference, over dtypes, alignments, options."""
     # Dtypes of parameters and gradients, and their offsets in elements off alignment.
     cases = list(product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3)))
-    options: list[dict[str, Any]] = [
+    option_sets: list[dict[str, Any]] = [
         {},
         {"grad_scale": 0.37},
         {"maximize": True},
         {"found_inf": 1.0},
     ]
     wrong = []
-    for (param, grad, param_offset, grad_offset), option in product(cases, options):
-        found = bits_that_differ(device, sizes, param, grad, param_offset, grad_offset, option)
+    for (param, grad, param_offset, grad_offset), options in product(cases, option_sets):
+        found = bits_that_differ(device, sizes, param, grad, param_offset, grad_offset, options)
         case = f"{param} parameters, {grad} gradients, offsets {param_offset} and {grad_offset}"
-        wrong += [f"{case}, {option}: {line}" for line in found]
-    count = len(cases) * len(options)
+        wrong += [f"{case}, {options}: {line}" for line in found]
+    count = len(cases) * len(option_sets)
     if wrong:
         return False, wrong[0]
     return True, f"{count} cases of {len(sizes)} tensors each, up to {max(sizes)} elements"
@@ -99,7 +99,7 @@ def bits_that_differ(
     grad: torch.dtype,
     param_offset: int,
     grad_offset: int,
-    option: dict[str, Any],
+    options: dict[str, Any],
 ) -> list[str]:
     """Return each tensor that differs from the reference's after one update.
 
@@ -123,12 +123,12 @@ def bits_that_differ(
     }
     grads_on_device = [placed(g, device, grad_offset) for g in grads]
     hypers = [
-        kernels.Hyperparams(lr, 0.9, 0.999, 1e-8, 0.1, maximize=option.get("maximize", False))
+        kernels.Hyperparams(lr, 0.9, 0.999, 1e-8, 0.1, maximize=options.get("maximize", False))
         for lr in (1e-3, 3e-4)
     ]
     flags: dict[str, Any] = {
         key: torch.tensor(x) if isinstance(x, float) else x
-        for key, x in option.items()
+        for key, x in options.items()
         if key != "maximize"
     }
     groups = [i % 2 for i in range(len(sizes))]

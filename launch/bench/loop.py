@@ -1,4 +1,4 @@
-"""Compare whole training steps: speed, bytes on the wire and peak memory by part.
+"""Compare whole training steps: speed, bytes sent and peak memory by part.
 
     torchrun --nproc-per-node 2 launch/benchmark.py loop --model tiny 60m --docs
 
@@ -7,10 +7,10 @@ clipping. Rounds are interleaved, and each builds the model anew. A ratio is the
 of the ratio within a round.
 
 Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
-tokens, so that activations are few. Weights, optimizer states and the most gradients in
-``param.grad`` at once are counted by tensors. The rest of the peak of all live tensors is
-communication buffers, with the gradients in them, and activations. Bytes sent are those of the ring
-algorithms that send least.
+tokens, so that activations are few. Weights, optimizer states and the peak of the gradients in
+``param.grad`` are counted tensor by tensor. The rest of the peak of all live tensors is activations
+and communication buffers, with the gradients in them. Bytes sent are those of ring algorithms, the
+minimum.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train.
+    """A model wrapper and an optimizer to compare.
 
     Attributes:
         label: its name in tables.
@@ -170,7 +170,7 @@ class Figures:
     """The figures of one contender: seconds of a step by round; the others in bytes on rank 0."""
 
     seconds: list[float]
-    wire: float = 0.0
+    sent_bytes: float = 0.0
     weights: int = 0
     states: int = 0
     gradients: int = 0
@@ -235,7 +235,7 @@ class Training:
             "states": sum(local(x).nbytes for x in states),
             "gradients": gradients[0],
         }
-        return {**parts, "rest": live.peak - sum(parts.values()), "wire": live.wire}
+        return {**parts, "rest": live.peak - sum(parts.values()), "sent_bytes": live.sent_bytes}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -244,16 +244,16 @@ def local(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
-    """Yield a list of one number: the most bytes of ``param.grad`` at once in the context."""
-    most = [0]
+    """Yield a list of one number: the peak of the bytes in ``param.grad`` within the context."""
+    peak = [0]
 
     def on_grad(param: Tensor) -> None:
-        most[0] = max(most[0], sum(local(p.grad).nbytes for p in params if p.grad is not None))
+        peak[0] = max(peak[0], sum(local(p.grad).nbytes for p in params if p.grad is not None))
 
     # the hooks of the optimizer come first, and may have freed this gradient
     handles = [p.register_post_accumulate_grad_hook(on_grad) for p in params]
     try:
-        yield most
+        yield peak
     finally:
         for handle in handles:
             handle.remove()
@@ -300,7 +300,7 @@ def table(model: str, result: dict[str, Any], ranks: int) -> str:
         speed = result["tokens"] / statistics.median(each["seconds"])
         parts = [each[part] / parameters for part in PARTS]
         cells = [CONTENDERS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
-        cells += [f"{value:.2f}" for value in (each["wire"] / parameters, *parts, sum(parts))]
+        cells += [f"{value:.2f}" for value in (each["sent_bytes"] / parameters, *parts, sum(parts))]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -22,9 +22,9 @@ from bench.optimizers import Contender, Runner, Shapes
 Times = dict[str, list[float]]  # seconds per step, by contender and round
 MIN_ROUNDS = 5
 MEMORY_SHARE = 0.7  # of the free memory
-LONG_STEP = 0.05  # seconds: such a step reads more memory than caches hold, so none precedes it
-# Seconds before a turn. Threads of an OpenMP pool spin for about that long after a turn, on cores
-# that the next one needs.
+LONG_STEP = 0.05  # seconds: such a step reads more memory than caches hold, so it needs no warm-up
+# Seconds between turns. The threads of an OpenMP pool spin for about that long after a turn, on the
+# cores that the next turn needs.
 SETTLE_S = 0.002
 
 
@@ -115,10 +115,10 @@ def measure_size(
         contenders: ours first.
         shapes: of the parameters.
         device: of the parameters.
-        rounds: stop a batch after so many rounds.
-        seconds: stop a batch after so long, but not before ``MIN_ROUNDS``.
-        turn: a turn takes as many steps as fill so many seconds, and at least one. An untimed step
-            precedes them unless steps are long.
+        rounds: stop a batch after this many rounds.
+        seconds: stop a batch after this time, but not before ``MIN_ROUNDS``.
+        turn: seconds of a turn, which takes as many steps as fit, and at least one. An untimed
+            step precedes them unless steps are long.
         log: called with progress messages.
 
     Returns:

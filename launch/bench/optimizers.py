@@ -41,9 +41,9 @@ class Runner:
     """A contender with its tensors allocated.
 
     Attributes:
-        step: is timed.
-        before: runs ahead of each turn, untimed.
-        optimizer: on whose tensors other contenders may run.
+        step: the function to time.
+        before: runs before each turn, untimed.
+        optimizer: lends its tensors to contenders with ``runs_on``.
     """
 
     step: Callable[[], Any]

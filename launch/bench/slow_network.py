@@ -20,10 +20,10 @@ COLLECTIVES = (
 
 
 class SlowNetwork:
-    """A wire that carries one collective at a time, each for ``delay`` seconds.
+    """A network that carries one collective at a time, each for ``delay`` seconds.
 
     It wraps torch.distributed's Python functions. A collective runs as usual, but counts as
-    completed only once the wire has carried it.
+    completed only once the network has carried it.
 
     Attributes:
         delay: seconds for each collective.

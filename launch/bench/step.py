@@ -5,9 +5,9 @@
 
 Contenders run interleaved, one turn each per round; ratios are taken within rounds. Gradients are
 set once: forward and backward passes are not timed. Packages that are not installed (deepspeed,
-torch-optimi, flashoptim, torchao) are skipped and named. Those that compile their kernels at first
-use need a C++ compiler (deepspeed also ninja). On a GPU, the checks of ``gpu-checks`` run first;
-the exit status is 1 if one of them fails.
+torch-optimi, flashoptim, torchao) are named and skipped. Some compile their kernels at first use
+and need a C++ compiler, deepspeed also ninja. On a GPU, the checks of ``gpu-checks`` run first; the
+exit status is 1 if one of them fails.
 """
 
 from __future__ import annotations

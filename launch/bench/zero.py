@@ -3,13 +3,13 @@
     torchrun --nproc-per-node 2 launch/benchmark.py zero
 
 Both train the same bf16 layers. A step is forward, backward and optimizer, so that communication
-may overlap. Bytes are the minimum that a rank sends (in a ring): ``(n - 1) / n`` of the tensor for
+may overlap. Bytes sent are those of ring algorithms, the minimum: ``(n - 1) / n`` of the tensor for
 a reduce-scatter, all-gather, all-to-all or broadcast, and twice that for an all-reduce.
 
-``delayed`` shows what ``overlap_gather`` is worth on slow networks: every collective is given a
-delay, one after another. ``ratio`` is the time of a step by max(compute, wire), its lower bound.
-Compute is a step without delay, wire the delays of its collectives, and ``uncovered_ms`` the part
-of the wire's time that is not hidden behind compute.
+``delayed`` shows the gain of ``overlap_gather`` on slow networks: collectives run one after
+another, each with a delay. ``compute_ms`` is a step without delays, ``network_ms`` the sum of the
+delays, and ``ratio`` the time of a step over the larger of the two, its lower bound.
+``uncovered_ms`` is the network time that is not hidden behind compute.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from planning.live import LiveBytes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -35,44 +36,7 @@ from bench.measure import synchronize
 from bench.slow_network import SlowNetwork
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
-# How often (n - 1) / n of a tensor is sent, and the position of that argument.
-COLLECTIVES = {
-    "all_to_all_single": (1, 1),
-    "reduce_scatter_single": (1, 1),
-    "reduce_scatter_tensor": (1, 1),
-    "broadcast": (1, 0),
-    "all_gather_single": (1, 0),
-    "all_gather_into_tensor": (1, 0),
-    "all_reduce": (2, 0),
-}
-
 STEPS_IN_A_ROW = 3  # with a delay, since a step with overlap_gather ends in the next one
-
-
-class SentBytes:
-    """Counter of the bytes that this rank sends through torch.distributed's Python functions."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        names = [name for name in COLLECTIVES if hasattr(dist, name)]
-        self._originals = {name: getattr(dist, name) for name in names}
-        for name, function in self._originals.items():
-            setattr(dist, name, self._counted(name, function))
-
-    def stop(self) -> None:
-        for name, function in self._originals.items():
-            setattr(dist, name, function)
-
-    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        times, position = COLLECTIVES[name]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensor = args[position] if len(args) > position else kwargs["tensor"]
-            ranks = dist.get_world_size(kwargs.get("group"))
-            self.total += times * (ranks - 1) / ranks * tensor.nbytes
-            return function(*args, **kwargs)
-
-        return call
 
 
 def layers(args: argparse.Namespace, device: torch.device) -> nn.Sequential:
@@ -81,15 +45,8 @@ def layers(args: argparse.Namespace, device: torch.device) -> nn.Sequential:
     return nn.Sequential(*linear).to(device, torch.bfloat16)
 
 
-def make_ddp(
-    args: argparse.Namespace, device: torch.device, countable: bool = False
-) -> Callable[[Tensor], None]:
-    """Return a step of DDP; ``countable`` calls the all-reduces from Python, not from DDP's C++."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
+def make_ddp(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
     module = DistributedDataParallel(layers(args, device), gradient_as_bucket_view=True)
-    if countable:
-        module.register_comm_hook(dist.group.WORLD, allreduce_hook)
     optimizer = ZeroRedundancyOptimizer(
         module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3
     )
@@ -138,8 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             dist.barrier()
             if turn >= args.warmup:
                 seconds[name].append(time.perf_counter() - start)
-    contenders[ddp] = make_ddp(args, world.device, countable=True)
-    sent = {name: count_bytes(step, x) for name, step in contenders.items()}
+    sent = {name: sent_bytes(step, x) for name, step in contenders.items()}
     ratios = [a / b for a, b in zip(seconds[ours], seconds[ddp], strict=True)]
     return {
         "ranks": world.size,
@@ -164,7 +120,7 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[tuple[str, float], list[float]] = {
         (name, delay): [] for delay in delays for name in contenders
     }
-    wire: dict[tuple[str, float], float] = {}
+    network_ms: dict[tuple[str, float], float] = {}
     for step in contenders.values():  # find the order of gradients and of reads
         for _ in range(3):
             step(x)
@@ -180,16 +136,16 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
                 step(x)
             synchronize(world.device)
             seconds[name, delay].append((time.perf_counter() - start) / STEPS_IN_A_ROW)
-            wire[name, delay] = delay * (network.carried - carried) / STEPS_IN_A_ROW
+            network_ms[name, delay] = delay * (network.carried - carried) / STEPS_IN_A_ROW
     network.stop()
     median = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
     return {
         f"{delay:g} ms": {
             name: {
                 "compute_ms": median[name, 0.0],
-                "wire_ms": wire[name, delay],
+                "network_ms": network_ms[name, delay],
                 "step_ms": median[name, delay],
-                "ratio": median[name, delay] / max(median[name, 0.0], wire[name, delay]),
+                "ratio": median[name, delay] / max(median[name, 0.0], network_ms[name, delay]),
                 "uncovered_ms": median[name, delay] - median[name, 0.0],
             }
             for name in contenders
@@ -198,14 +154,11 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def count_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
-    """Return the bytes sent in the third step: the first two find the order of gradients."""
-    step(x)
-    step(x)
-    sent = SentBytes()
-    step(x)
-    sent.stop()
-    return sent.total
+def sent_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
+    """Return the bytes that a step sends. Earlier steps have found the order of gradients."""
+    with LiveBytes() as live:
+        step(x)
+    return live.sent_bytes
 
 
 def main(argv: list[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,30 +15,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-# How often a rank sends (n - 1) / n of a tensor in a ring of n ranks, and the argument that is this
-# tensor. The functional all-gather has no output argument; its input is an n-th of the tensor.
+# For each operator: the function of torch.distributed that calls it, how often a rank sends
+# (n - 1) / n of a tensor in a ring of n ranks, and the argument that is this tensor. The functional
+# all-gather has no output argument; its input is an n-th of the tensor.
 COLLECTIVES = {
-    "c10d.allreduce_": (2, 0),
-    "c10d.broadcast_": (1, 0),
-    "c10d.allgather_": (1, 0),
-    "c10d._allgather_base_": (1, 0),
-    "c10d._reduce_scatter_base_": (1, 1),
-    "c10d.alltoall_base_": (1, 1),
-    "_c10d_functional.all_reduce": (2, 0),
-    "_c10d_functional.all_gather_into_tensor": (1, 0),
-    "_c10d_functional.reduce_scatter_tensor": (1, 0),
-    "_c10d_functional.all_to_all_single": (1, 0),
+    "c10d.allreduce_": ("all_reduce", 2, 0),
+    "c10d.broadcast_": ("broadcast", 1, 0),
+    "c10d.allgather_": ("all_gather", 1, 0),
+    "c10d._allgather_base_": ("all_gather_single", 1, 0),
+    "c10d._reduce_scatter_base_": ("reduce_scatter_single", 1, 1),
+    "c10d.alltoall_base_": ("all_to_all_single", 1, 1),
+    "_c10d_functional.all_reduce": ("all_reduce", 2, 0),
+    "_c10d_functional.all_gather_into_tensor": ("all_gather_single", 1, 0),
+    "_c10d_functional.reduce_scatter_tensor": ("reduce_scatter_single", 1, 0),
+    "_c10d_functional.all_to_all_single": ("all_to_all_single", 1, 0),
 }
+
+
+class Collective(NamedTuple):
+    """A collective that this rank has called.
+
+    Attributes:
+        name: the function of torch.distributed, by its name since torch 2.13.
+        nbytes: bytes of its tensor.
+        sent: bytes that this rank sends in a ring, the algorithm that sends least. A broadcast
+            counts as the average over ranks.
+        dtype: of its tensor.
+    """
+
+    name: str
+    nbytes: int
+    sent: float
+    dtype: torch.dtype
 
 
 class LiveBytes(TorchDispatchMode):
     """Counter of live storages and of collectives; also counts tensors on the meta device.
 
-    Storages that exist before are seen once an operation uses them.
+    A storage that already exists is counted once an operation uses it.
 
     Attributes:
         peak: most live bytes after an operation since :meth:`reset_peak`.
-        wire: bytes that this rank has sent, of the ring algorithms that send least.
+        collectives: those called so far.
 
     Examples:
         >>> with LiveBytes() as live:
@@ -52,21 +70,30 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._storages: Any = WeakIdKeyDictionary()
         self.peak = 0
-        self.wire = 0.0
+        self.collectives: list[Collective] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
             return NotImplemented  # they call operations on the tensors that they wrap
+        name = str(function).rpartition(".")[0]
+        if name in COLLECTIVES:
+            self.on_collective(_collective(name, args))
         result = function(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, result)):
             self._storages[tensor.untyped_storage()] = None
         self.peak = max(self.peak, self.live)
-        name = str(function).rpartition(".")[0]
-        if name in COLLECTIVES:
-            self.wire += _sent(name, args)
         return result
+
+    def on_collective(self, call: Collective) -> None:
+        """Record a collective before it runs."""
+        self.collectives.append(call)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank has sent."""
+        return sum(call.sent for call in self.collectives)
 
     @property
     def live(self) -> int:
@@ -81,13 +108,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if type(leaf) in (Tensor, Parameter))
 
 
-def _sent(name: str, args: tuple[Any, ...]) -> float:
-    times, position = COLLECTIVES[name]
-    nbytes = sum(tensor.nbytes for tensor in _tensors(args[position]))
-    ranks = _ranks(args)
-    if name == "_c10d_functional.all_gather_into_tensor":
+def _collective(operator: str, args: tuple[Any, ...]) -> Collective:
+    name, times, position = COLLECTIVES[operator]
+    tensors = list(_tensors(args[position]))
+    nbytes, ranks = sum(tensor.nbytes for tensor in tensors), _ranks(args)
+    if operator == "_c10d_functional.all_gather_into_tensor":
         nbytes *= ranks
-    return times * (ranks - 1) / ranks * nbytes
+    return Collective(name, nbytes, times * (ranks - 1) / ranks * nbytes, tensors[0].dtype)
 
 
 def _ranks(args: tuple[Any, ...]) -> int:

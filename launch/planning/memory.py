@@ -6,7 +6,7 @@ its own sum; the peak is the largest:
 * *loss*: all activations and the logits;
 * *head*: from the gradient of the logits to that of the last layer's output;
 * *backward*: the backward pass of a layer, and of the embedding. Every layer frees the same
-  activations and leaves the same gradients, so the peak is at one of the first two or last two;
+  activations and leaves the same gradients, so the peak is at one of the first or last two;
 * *end*: the last gradients are reduced;
 * *update*: the optimizer's step.
 
@@ -26,7 +26,7 @@ from planning.probe import Probe
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import SUM_BLOCK_NUMEL
 
-FP32 = 4
+FP32_BYTES = 4  # per element
 BUCKET_BYTES = 25 * 2**20  # ZeRO's default, of weights
 MAX_IN_FLIGHT = 2  # ZeRO's default
 IN_BACKWARD_BYTES = 2**20  # of gradients that step_in_backward collects before it updates
@@ -82,10 +82,10 @@ class Job:
         head: elements of the last norm and the head (also if tied), whose gradients come first.
         probe: measured memory of one micro-batch.
         weight_bytes: bytes per element of a weight.
-        is_ours: whether the optimizer is AdamW_BF16, else torch's AdamW.
+        is_adamw_bf16: True for AdamW_BF16, False for torch's AdamW.
         micro_batches: number per step.
-        in_backward: whether AdamW_BF16 updates inside the backward pass.
-        is_cuda: whether the run uses CUDA and NCCL, else CPUs and gloo.
+        in_backward: AdamW_BF16's ``step_in_backward``.
+        is_cuda: True for CUDA and NCCL, False for CPUs and gloo.
     """
 
     strategy: str
@@ -97,7 +97,7 @@ class Job:
     head: int
     probe: Probe
     weight_bytes: int
-    is_ours: bool = True
+    is_adamw_bf16: bool = True
     micro_batches: int = 1
     in_backward: bool = False
     is_cuda: bool = True
@@ -110,8 +110,8 @@ class Job:
     def shard(self) -> int:
         return self.layers * self.block.shard + self.root.shard
 
-    def complete(self, done: int) -> int:
-        """Return the number of elements that have gradients once ``done`` layers are complete.
+    def numel_with_grad(self, done: int) -> int:
+        """Return the number of elements that have gradients after the backward of ``done`` layers.
 
         ``done`` is -1 before the head's gradients, and ``layers + 1`` at the end.
         """
@@ -150,7 +150,7 @@ def states(job: Job) -> int:
     step for each parameter. ZeRO shards them too.
     """
     tensors = job.layers * job.block.tensors + job.root.tensors
-    return (3 if job.is_ours else 2) * job.weight_bytes * job.shard + FP32 * tensors
+    return (3 if job.is_adamw_bf16 else 2) * job.weight_bytes * job.shard + FP32_BYTES * tensors
 
 
 def phases(job: Job) -> Iterator[Phase]:
@@ -169,29 +169,31 @@ def phases(job: Job) -> Iterator[Phase]:
         copied = job.micro_batches > 1 and job.strategy != "fsdp1"
         for done in sorted({0, layers - 1}):
             used = round(probe.block.slope) * (layers - 1 - done)
-            kept = gradients(job, done) - copied * FP32 * job.block.numel
+            kept = gradients(job, done) - copied * FP32_BYTES * job.block.numel
             yield Phase("reduce", kept, gloo_buffers(job, done), used)
     yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
 
 
 def gradients(job: Job, done: int) -> int:
-    """Return the bytes of gradients that are kept, with ``done`` layers as in ``Job.complete``.
+    """Return the bytes of gradients that are kept; ``done`` as in ``Job.numel_with_grad``.
 
     Gradients that a strategy has yet to reduce count as buffers, unless earlier micro-batches left
     them: those are unsharded, in the dtypes that docs/strategies.md lists.
     """
-    complete, accumulates = job.complete(done), job.micro_batches > 1
+    complete, accumulates = job.numel_with_grad(done), job.micro_batches > 1
     if job.strategy in ("ddp", "zero1"):
         return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
     if job.strategy == "zero2":
-        return FP32 * (complete // job.ranks + accumulates * (job.numel - complete))
+        return FP32_BYTES * (complete // job.ranks + accumulates * (job.numel - complete))
     if job.is_fsdp:  # the root's gradients are reduced last
         finished = min(max(done, 0), job.layers)
         reduced = job.shard if done > job.layers else finished * job.block.shard
         left = 0 if done > job.layers else job.numel - finished * job.block.numel
         kept = 0 if job.in_backward else job.weight_bytes * reduced
-        return kept + accumulates * left * (job.weight_bytes if job.strategy == "fsdp1" else FP32)
+        return kept + accumulates * left * (
+            job.weight_bytes if job.strategy == "fsdp1" else FP32_BYTES
+        )
     if accumulates:
         return job.weight_bytes * job.numel
     kept = job.weight_bytes * complete
@@ -229,13 +231,13 @@ def backward_buffers(job: Job, done: int) -> int:
         return 0
     unsharded = job.root.numel + min(2, job.layers - done) * job.block.numel
     head = job.head if job.micro_batches == 1 else 0  # else among the accumulated gradients
-    reducing = FP32 * job.block.numel if done and job.strategy != "fsdp1" else 0
+    reducing = FP32_BYTES * job.block.numel if done and job.strategy != "fsdp1" else 0
     return job.weight_bytes * (unsharded + head) + reducing + _all_reduced(job, done)
 
 
 def _all_reduced(job: Job, done: int) -> int:
     """Return the bytes of float32 all-reduce inputs, which HSDP keeps until the backward's end."""
-    return done * FP32 * job.block.shard if job.strategy == "hsdp" else 0
+    return done * FP32_BYTES * job.block.shard if job.strategy == "hsdp" else 0
 
 
 def gloo_buffers(job: Job, done: int) -> int:
@@ -246,7 +248,7 @@ def gloo_buffers(job: Job, done: int) -> int:
     unsharded = job.root.numel + min(1, job.layers - done - 1) * job.block.numel
     head = job.head if job.micro_batches == 1 else 0
     unreduced = job.block.numel if job.strategy == "fsdp1" else 0
-    reducing = FP32 * (2 * job.block.numel + job.block.shard)
+    reducing = FP32_BYTES * (2 * job.block.numel + job.block.shard)
     return job.weight_bytes * (unsharded + head + unreduced) + reducing + _all_reduced(job, done)
 
 
@@ -261,44 +263,46 @@ def end_buffers(job: Job) -> int:
     if not job.is_fsdp:
         return 0
     copies = 1 if job.is_cuda else 2  # see gloo_buffers
-    scattered = FP32 * (copies * job.root.numel + job.root.shard)
+    scattered = FP32_BYTES * (copies * job.root.numel + job.root.shard)
     if job.strategy != "fsdp1":
-        accumulated = FP32 if job.micro_batches > 1 else job.weight_bytes
-        copying = (accumulated + FP32) * job.root.numel
+        accumulated = FP32_BYTES if job.micro_batches > 1 else job.weight_bytes
+        copying = (accumulated + FP32_BYTES) * job.root.numel
         return max(copying, scattered) + _all_reduced(job, job.layers)
     grads = job.weight_bytes * job.root.numel
     # Float32 gradients are the reduce-scatter input themselves.
-    return max(3 * grads, scattered + (grads if job.weight_bytes != FP32 else 0))
+    return max(3 * grads, scattered + (grads if job.weight_bytes != FP32_BYTES else 0))
 
 
 def zero2_buffers(job: Job, done: int) -> int:
     """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
 
     One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
-    output is a shard, or as long as the input on gloo, where ranks sum what an all-to-all brings.
+    output is a shard. On gloo it is as long as the input: an all-to-all, whose output each rank
+    sums.
     """
-    begin, end = job.complete(done), job.complete(done + 1)
+    begin, end = job.numel_with_grad(done), job.numel_with_grad(done + 1)
     buckets = _buckets(job)
-    most, start = 0, 0
+    peak, start = 0, 0
     for index, numel in enumerate(buckets):
         stop = start + numel
         if start < end and stop > begin:
             in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
-            most = max(most, FP32 * numel + _in_flight(job, in_flight))
+            peak = max(peak, FP32_BYTES * numel + _in_flight(job, in_flight))
             if stop <= end:  # it is launched
                 in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
-                most = max(most, _in_flight(job, in_flight))
+                peak = max(peak, _in_flight(job, in_flight))
         start = stop
-    return most
+    return peak
 
 
 def _in_flight(job: Job, buckets: list[int]) -> int:
+    """Return the bytes of the inputs and outputs of buckets in flight."""
     if not buckets:
         return 0
-    inputs = FP32 * sum(buckets)
+    inputs = FP32_BYTES * sum(buckets)
     if job.is_cuda:
         return inputs + inputs // job.ranks
-    return 2 * inputs + 2 * FP32 * min(SUM_BLOCK_NUMEL, job.shard)
+    return 2 * inputs + 2 * FP32_BYTES * min(SUM_BLOCK_NUMEL, job.shard)
 
 
 def _buckets(job: Job) -> list[int]:
@@ -319,10 +323,11 @@ def _buckets(job: Job) -> list[int]:
 def update_buffers(job: Job) -> int:
     """Return the bytes of buffers of the optimizer's step.
 
-    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. Torch's
-    AdamW takes the root of all second moments at once on CUDA, and of one on a CPU, in two tensors.
+    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. torch's
+    AdamW allocates the square roots of all second moments at once on CUDA. On a CPU it allocates
+    two tensors for one parameter at a time.
     """
-    if not job.is_ours:
+    if not job.is_adamw_bf16:
         shapes = [*job.probe.root_shapes, *job.probe.block_shapes]
         largest = max(_shard_numel(shape, job.ranks) for shape in shapes)
         return job.weight_bytes * (job.shard if job.is_cuda else 2 * largest)

@@ -13,7 +13,7 @@ from training.strategies import STRATEGIES
 from planning.memory import Job, Part, Phase, phases, states, weights
 from planning.models import Shape
 from planning.probe import probe
-from planning.wire import wire
+from planning.traffic import sent_bytes
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Plan:
 
     Attributes:
         strategy: a name in ``STRATEGIES``.
-        micro_batches: of a step: ``train.py --grad-accum``.
-        weights: all the time.
-        states: all the time.
+        micro_batches: number per step, ``train.py --grad-accum``.
+        weights: held between steps too.
+        states: likewise.
         peak: the phase of a step that takes most memory.
-        wire: bytes that a rank sends in a step.
+        sent_bytes: that a rank sends in a step.
     """
 
     strategy: str
@@ -57,7 +57,7 @@ class Plan:
     weights: int
     states: int
     peak: Phase
-    wire: int
+    sent_bytes: int
 
     @property
     def total(self) -> int:
@@ -68,7 +68,8 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
     """Plan a run; no process group may be initialized.
 
     Raises:
-        UsageError: the strategy does not run so: a size does not divide, or the optimizer differs.
+        UsageError: the strategy cannot run with this number of ranks, these sizes or this
+            optimizer.
 
     Examples:
         >>> from planning.models import LLAMA_8B
@@ -77,11 +78,11 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
     """
     job = make_job(shape, world_size, strategy, options)
     peak = max(phases(job), key=lambda phase: phase.total)
-    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, wire(job))
+    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, sent_bytes(job))
 
 
 def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
-    """Return what the formulas take; see :func:`plan`."""
+    """Return the inputs of the formulas; see :func:`plan`."""
     mesh_shape = STRATEGIES[strategy].mesh_shape(world_size)
     tensor_ranks = mesh_shape.get("tensor", 1)
     data_ranks = world_size // tensor_ranks
@@ -115,7 +116,7 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
         head=sum(map(prod, head_shapes)),
         probe=measured,
         weight_bytes=dtype.itemsize,
-        is_ours=options.optimizer == "bf16",
+        is_adamw_bf16=options.optimizer == "bf16",
         micro_batches=batch_size // (data_ranks * options.micro_batch),
         in_backward=options.in_backward,
         is_cuda=options.device == "cuda",
@@ -154,7 +155,7 @@ def _check(
 def plan_all(
     shape: Shape, world_size: int, strategies: Iterable[str], options: Options
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Return the plans of the strategies that run, and why the others do not."""
+    """Return the plans of the strategies that can run, and a reason for each of the others."""
     plans, refused = [], {}
     for strategy in strategies:
         try:
@@ -167,7 +168,7 @@ def plan_all(
 def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
     """Return the plan that sends least among those that take at most ``memory`` bytes, if any.
 
-    Among equals the one that takes least memory.
+    If several send the same, return the one that takes least memory.
     """
     fitting = [each for each in plans if each.total <= memory]
-    return min(fitting, key=lambda each: (each.wire, each.total), default=None)
+    return min(fitting, key=lambda each: (each.sent_bytes, each.total), default=None)

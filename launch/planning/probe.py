@@ -47,11 +47,11 @@ class Probe:
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
         root_shapes: local shapes of the other parameters: embedding, last norm, head.
-        loss: bytes live at most until the gradient of the logits is known, by number of layers.
-        head: the same from then on, until that of the last layer's output is known.
-        block: the same during the backward pass of the last layer, gradients of it included.
-        embedding: the same after the backward pass of the first layer, its gradient included.
-        wire: bytes that tensor parallelism sends.
+        loss: peak of live bytes before the gradient of the logits is known, by number of layers.
+        head: from then on, before the gradient of the last layer's output is known.
+        block: during the backward pass of the last layer, its gradients included.
+        embedding: after the backward pass of the first layer, the embedding's gradient included.
+        sent_bytes: that tensor parallelism sends.
     """
 
     block_shapes: Shapes
@@ -60,7 +60,7 @@ class Probe:
     head: Line
     block: Line
     embedding: int
-    wire: Line
+    sent_bytes: Line
 
 
 @cache
@@ -96,7 +96,7 @@ def probe(
         for model in models:
             _shard(model, tensor_ranks)
         with _kernels_of(device):
-            (one, one_wire), (two, two_wire) = (_run(each, tokens, recompute) for each in models)
+            (one, one_sent), (two, two_sent) = (_run(each, tokens, recompute) for each in models)
         local = [p.to_local() if isinstance(p, DTensor) else p for p in models[0].parameters()]
         in_block = set(map(id, models[0].blocks[0].parameters()))
         is_block = [id(p) in in_block for p in models[0].parameters()]
@@ -108,7 +108,7 @@ def probe(
         head,
         block,
         two[-1],
-        Line(one_wire, two_wire - one_wire),
+        Line(one_sent, two_sent - one_sent),
     )
 
 
@@ -150,7 +150,7 @@ def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]
     with LiveBytes() as live:
         F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
         end_part()
-    return [peak - sum(p.nbytes for p in locals_) for peak in peaks], live.wire
+    return [peak - sum(p.nbytes for p in locals_) for peak in peaks], live.sent_bytes
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,10 +159,10 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
-    """Run the kernels that a device would run, where those of the meta device save other tensors.
+    """Use the device's kernels where the meta device's would save other tensors for the backward.
 
     Both devices run flash attention. CUDA also has a kernel for RMSNorm. A TorchFunctionMode would
-    not see what a checkpoint recomputes.
+    not see the operations that a checkpoint recomputes.
     """
     aten = torch.ops.aten
     flash = (

@@ -24,7 +24,11 @@ def table(plans: Iterable[Plan], memory: float | None = None) -> str:
     for each in plans:
         peak = each.peak
         parts = (each.weights, peak.gradients, each.states, peak.buffers, peak.activations)
-        row = [each.strategy, str(each.micro_batches), *map(_gb, (*parts, each.total, each.wire))]
+        row = [
+            each.strategy,
+            str(each.micro_batches),
+            *map(_gb, (*parts, each.total, each.sent_bytes)),
+        ]
         rows.append([*row, *(["yes" if each.total <= memory else "no"] if memory else [])])
     return _markdown(rows)
 
@@ -72,7 +76,7 @@ def _cell(plan: Plan | None) -> str:
     if plan is None:
         return ""
     total = _gb(plan.total)
-    return f"{f'**{total}**' if plan.total <= DEVICE_GB * GB else total} / {_gb(plan.wire)}"
+    return f"{f'**{total}**' if plan.total <= DEVICE_GB * GB else total} / {_gb(plan.sent_bytes)}"
 
 
 def _gb(nbytes: float) -> str:

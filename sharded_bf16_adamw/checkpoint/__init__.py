@@ -15,10 +15,11 @@ Keys within: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>
 """
 
 from .async_save import wait_for_save
+from .convert import convert_fp32
 from .directory import latest, newest_good, prune
 from .export import export_fp32
 from .full_state_dict import gather_full_state_dict, scatter_full_state_dict
-from .importing import convert_fp32, import_fp32
+from .importing import import_fp32
 from .loading import LoadResult, load, verify
 from .saving import save
 

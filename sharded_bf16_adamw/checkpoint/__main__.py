@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import torch
 
+from .convert import convert_fp32
 from .directory import (
     complete_checkpoints,
     find_checkpoint,
@@ -30,7 +31,6 @@ from .directory import (
 )
 from .export import export_fp32
 from .import_formats import open_weights
-from .importing import convert_fp32
 from .manifest import MANIFEST, find_damage, read_manifest
 from .reader import CheckpointReader
 from .state_dict import MODEL, STATE

@@ -12,7 +12,6 @@ import errno
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,16 +24,16 @@ from .directory import (
     readable_checkpoints,
     sync_folder,
     unique_suffix,
+    warn_not_removed,
 )
 from .manifest import FileRecord, Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-# Without a lock, a leftover that has not changed for this time is dead: a save whose ranks hang
+# Without a lock, a leftover that has not changed for this time is dead. A save whose ranks hang
 # fails sooner, because collectives time out.
 DEAD_AFTER_S = 3600
-# Network file systems cache attributes, but ask the server for names that they have not looked up.
-SEEN_WITHIN_S = 10.0
+SEEN_WITHIN_S = 10.0  # network file systems cache folders, so files of other hosts appear late
 UNPUBLISHED = 0  # serial number of a manifest before publish() assigns the next one
 _locks: dict[Path, RootLock | None] = {}  # of this process's saves, by partial folder
 _published: dict[Path, int] = {}  # serial number that this process published last, by root
@@ -136,9 +135,9 @@ def abandon_on_error(begun: list[Path]) -> Iterator[None]:
 
 
 def check_folder_visible(root: Path, folder: Path, rank: int, does: str = "has created") -> None:
-    """Check that this rank sees a folder in ``root`` that rank 0 has just created, or reads.
+    """Check that this rank sees a folder in ``root`` that rank 0 has created, or is to read.
 
-    The name of a new folder is unique, so that no other folder can be mistaken for it.
+    A new folder's name is unique, so no other folder can be mistaken for it.
 
     Raises:
         ValueError: this rank does not see the folder.
@@ -172,9 +171,9 @@ def check_files_visible(partial: Path, files_of_ranks: list[dict[str, FileRecord
 
 
 def _becomes_true(seen: Callable[[], bool], folder: Path) -> bool:
-    """Return whether ``seen`` becomes true soon.
+    """Return True if ``seen`` returns True within ``SEEN_WITHIN_S``.
 
-    Files of another host may appear late, so the folder is listed anew before each try.
+    Lists the folder before each try, which refreshes the cache of a network file system.
     """
     deadline, pause = time.monotonic() + SEEN_WITHIN_S, 0.01
     while not seen():
@@ -200,10 +199,10 @@ def _size(path: Path) -> int | None:
 
 
 def _discard_leftovers(partial: Path) -> None:
-    """Remove leftovers of other saves to the root of ``partial`` that must be dead.
+    """Remove leftovers of dead saves to the root of ``partial``.
 
-    A save is dead if this process holds the lock that it would hold on this machine, or if nothing
-    in its folder has changed for ``DEAD_AFTER_S``.
+    A save of this machine is dead if this process has the root's lock, and any save if nothing in
+    its folder has changed for ``DEAD_AFTER_S``.
     """
     root, locked = partial.parent, _locks[partial] is not None
     now = partial.stat().st_mtime  # by the file system's clock
@@ -216,15 +215,12 @@ def _discard_leftovers(partial: Path) -> None:
             try:
                 if dead or now - _last_change(path) > DEAD_AFTER_S:
                     hidden = root / f"{REMOVED}{name}"
-                    os.rename(path, hidden)  # a save that lives after all fails as a whole
+                    os.rename(path, hidden)  # if its save is alive after all, that fails as a whole
                     discard(hidden)
             except FileNotFoundError:
                 pass  # another process has removed or published it
             except OSError as error:
-                warnings.warn(
-                    f"the leftover {path} could not be removed ({error}); remove it yourself",
-                    stacklevel=2,
-                )
+                warn_not_removed(f"the leftover {path}", error)
 
 
 def _last_change(path: Path) -> float:

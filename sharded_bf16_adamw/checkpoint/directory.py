@@ -1,7 +1,7 @@
 """The folders under a root: find complete checkpoints, and remove old ones.
 
-A name that starts with a dot is temporary: nobody reads it. Everything appears by one rename and
-disappears by one. The content is flushed to the disk before a rename, and the parent folder after.
+A name that starts with a dot is temporary: nobody reads it. A checkpoint appears by one rename and
+disappears by one. Its files are flushed to the disk before a rename, and the parent folder after.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .manifest import MANIFEST, Manifest, crc32_text, find_damage, read_manifest
 
 LATEST = "LATEST"
 REMOVED = ".removed-"
-# not of a user's copy such as step-00000200-best, which is neither counted nor removed
+# A user's copy such as step-00000200-best does not match: it is neither counted nor removed.
 _NAME = re.compile(r"step-(\d{8,})(-\d+)?")
 
 logger = logging.getLogger("sharded_bf16_adamw")
@@ -186,7 +186,8 @@ def complete_checkpoints(root: Path) -> list[Path]:
 def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """Return serial number and folder of each checkpoint that may be read, in the order of saving.
 
-    The age of unreadable checkpoints is unknown, and a save must not fail because of them.
+    Skips checkpoints that cannot be read: their age is unknown, and a save must not fail because of
+    them.
     """
     found = []
     for path in _named_as_checkpoints(root):
@@ -266,10 +267,7 @@ def remove_all(paths: list[Path]) -> list[Path]:
         except FileNotFoundError:
             continue  # another process has removed it
         except OSError as error:
-            warnings.warn(
-                f"the older checkpoint {path} could not be removed ({error}); remove it yourself",
-                stacklevel=2,
-            )
+            warn_not_removed(f"the older checkpoint {path}", error)
             continue
         logger.debug("removed older checkpoint %s", path)
         removed.append(path)
@@ -288,10 +286,12 @@ def discard(path: Path) -> None:
     except FileNotFoundError:
         pass  # another process removes it too
     except OSError as error:
-        warnings.warn(
-            f"the leftover {path} could not be removed ({error}); remove it yourself",
-            stacklevel=2,
-        )
+        warn_not_removed(f"the leftover {path}", error)
+
+
+def warn_not_removed(what: str, error: OSError) -> None:
+    """Warn that a folder is left on the disk."""
+    warnings.warn(f"{what} could not be removed ({error}); remove it yourself", stacklevel=3)
 
 
 def unique_suffix() -> str:

@@ -1,6 +1,6 @@
-"""Find tensors of one name that differ between ranks. A checkpoint would mix them.
+"""Find tensors that differ between ranks although a checkpoint would save them under one name.
 
-Ranks that have a plain tensor of the same name should hold replicas of it. A DTensor belongs to the
+Plain tensors of one name should be replicas on all ranks that have them. A DTensor belongs to the
 ranks of its mesh.
 
 Ranks compare checksums. They exchange only one digest each if all have the same names and plain
@@ -35,9 +35,9 @@ from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 MeshRanks = tuple[int, ...]
 
 # Of a large state, one in SAMPLE_STRIDE runs of SAMPLE_NUMEL elements is compared. That suffices:
-# replicas drift because gradients were not averaged or parameters differ, which affects all parts
-# of a state, and the weights, which are compared in full. Reading all of the states would make the
-# comparison take four times as long.
+# replicas drift if gradients were not averaged or parameters differ. Either affects all parts of a
+# state, and also the weights, which are compared in full. Comparing all of the states would take
+# four times as long.
 SAMPLE_STRIDE = 64
 SAMPLE_NUMEL = 256
 
@@ -104,7 +104,7 @@ def resolve_divergence(
         names: this rank's names; changed in place if stages get names of their own.
         group: the ranks that save.
         on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from those of
-            the first rank that has them. None raises without offering that choice.
+            the first rank that has them. None raises too, but its message leaves out ``"first"``.
 
     Raises:
         ValueError: on every rank, if replicas differ; with their names.
@@ -170,13 +170,13 @@ def find_divergences(
     """
     if world_size(group) == 1:
         return Divergences([], [], None)
-    doing, tensors = "cannot compare tensors between ranks", contents.tensors
+    failure, tensors = "cannot compare tensors between ranks", contents.tensors
     all_ranks = (
         tuple(range(dist.get_world_size()))
         if group is None
         else tuple(dist.get_process_group_ranks(group))
     )
-    with raise_on_all_ranks(doing, group):  # checksums may run out of memory
+    with raise_on_all_ranks(failure, group):  # checksums may run out of memory
         mesh_ranks = {key: _mesh_ranks(value) for key, value in tensors.items()}
         plain = {
             **_fingerprints({k: value for k, value in tensors.items() if mesh_ranks[k] == ()}),
@@ -201,7 +201,7 @@ def find_divergences(
         inventories = [sent[digests.index(digest)] or _Inventory({}, {}, []) for digest in digests]
         unshared = _find_unshared([set(other.params) for other in inventories])
         ambiguous = _held_outside_mesh(inventories)
-        with raise_on_all_ranks(doing, group):
+        with raise_on_all_ranks(failure, group):
             own_shards = _fingerprints(
                 {key: tensors[key] for key in ambiguous if key in tensors and mesh_ranks[key]}
             )
@@ -218,8 +218,8 @@ def find_divergences(
     ]
     within += {
         key: Divergence(key, (first, second))
-        for of_rank in all_gather_object(differing_replicas, group)
-        for key, first, second in of_rank
+        for differing in all_gather_object(differing_replicas, group)
+        for key, first, second in differing
     }.values()
     return Divergences(within, sorted(between), unshared)
 
@@ -316,16 +316,17 @@ def _compare(
     within: dict[tuple[str, int | None], Divergence] = {}
     for index, (fingerprints, stage) in enumerate(zip(fingerprints_of_ranks, stages, strict=True)):
         for key, fingerprint in fingerprints.items():
-            # Compare a DTensor's blocks only with equal blocks: the text before the checksum.
+            # Compare a DTensor's block only with a block at the same offsets, the text before its
+            # checksum.
             blocks = fingerprint.blocks
-            place = blocks.rpartition(" ")[0] if fingerprint.dtype else blocks.partition(" ")[0]
-            earlier, expected = first.setdefault((key, stage, place), (index, fingerprint))
+            offsets = blocks.rpartition(" ")[0] if fingerprint.dtype else blocks.partition(" ")[0]
+            earlier, expected = first.setdefault((key, stage, offsets), (index, fingerprint))
             if expected != fingerprint:
                 within.setdefault((key, stage), Divergence(key, (earlier, index), stage))
             by_stage.setdefault(key, {}).setdefault(stage, set()).add(fingerprint)
     between = {
         key
-        for key, of_stages in by_stage.items()
-        if len(set(map(frozenset, of_stages.values()))) > 1
+        for key, fingerprints_of in by_stage.items()
+        if len(set(map(frozenset, fingerprints_of.values()))) > 1
     }
     return list(within.values()), between

@@ -131,24 +131,24 @@ def _export(
     partial = out.with_name(f".exporting-{out.name}")  # save() does not clean up this name
 
     @contextmanager
-    def together() -> Iterator[None]:
+    def raise_errors() -> Iterator[None]:
         with raise_on_all_ranks(f"cannot export to {out}", group) if parallel else nullcontext():
             try:
                 yield
             except OSError as error:  # report the user's path, not the temporary one
-                is_ours = error.filename is None or str(partial) in str(error.filename)
-                if error.errno is not None and is_ours:
+                is_output = error.filename is None or str(partial) in str(error.filename)
+                if error.errno is not None and is_output:
                     raise OSError(error.errno, error.strerror, str(out)) from error
                 raise
 
-    with together():
+    with raise_errors():
         wait_for_own_saves()  # otherwise a root could resolve to the previous checkpoint
         _check_arguments(dtype, max_shard_bytes)
         checkpoint = _find(path)
     if parallel:  # other ranks may see an older state of a network file system
         checkpoint = call_on_rank_0("cannot export", lambda: checkpoint, group)
     is_first = rank(group) == 0
-    with together():
+    with raise_errors():
         if is_first and out.exists():
             raise FileExistsError(f"{out} exists already; give the name of a new directory")
         reader = CheckpointReader(checkpoint)
@@ -170,17 +170,17 @@ def _export(
         return tensor
 
     try:
-        with together():
+        with raise_errors():
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
                 partial.mkdir(parents=True)
                 if config_from is not None:
                     _copy_config(Path(config_from), partial, dtype)
 
-        with together():
+        with raise_errors():
             share = (rank(group), world_size(group))
             write_sharded(partial, infos, get_tensor, max_shard_bytes, *share)
-        with together():
+        with raise_errors():
             if is_first:
                 sync_folder(partial)
                 partial.rename(out)

@@ -1,8 +1,8 @@
 """Gather the full optimizer state on one rank, and scatter it back, one tensor at a time.
 
 torch's ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every
-tensor on every rank. Here only rank 0 receives: each rank sends its blocks without copying them
-first if it can, and rank 0 receives into the result.
+tensor on every rank. Here only rank 0 receives, directly into the result. A rank sends a block
+without a copy if it is contiguous in CPU memory.
 """
 
 from __future__ import annotations
@@ -97,16 +97,18 @@ def gather_full_state_dict(
         >>> full["param_groups"][0]["params"]
         ['weight']
     """
-    doing = "cannot gather the optimizer state"
-    names = _rank_names(doing, model, optimizer, group)
-    with raise_on_all_ranks(doing, group):
+    failure = "cannot gather the optimizer state"
+    names = _rank_names(failure, model, optimizer, group)
+    with raise_on_all_ranks(failure, group):
         contents = get_optimizer_state(model, optimizer, names)
     contents = resolve_divergence(contents, names, group, None)
-    tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
-    own_groups = [ParamGroup(params, _copy_options(options)) for params, options in contents.groups]
-    groups = merge_param_groups(gather_object(own_groups, group))
+    tensors, infos_of_ranks = _gather_shard_infos(failure, contents, group)
+    groups_of_rank = [
+        ParamGroup(params, _copy_options(options)) for params, options in contents.groups
+    ]
+    groups = merge_param_groups(gather_object(groups_of_rank, group))
     full_tensors = _merge_infos(infos_of_ranks)
-    with raise_on_all_ranks(doing, group):
+    with raise_on_all_ranks(failure, group):
         plan = plan_transfers(infos_of_ranks, full_tensors, replicas=False)
     transfers = scatter_object(plan, group)
     if rank(group) != 0:
@@ -177,20 +179,20 @@ def scatter_full_state_dict(
         >>> fresh.state[model.weight]["step"].item(), fresh.param_groups[0]["lr"]
         (1.0, 0.001)
     """
-    doing = "cannot scatter the full state"
-    names = _rank_names(doing, model, optimizer, group)
-    saved_names, saved_groups = call_on_rank_0(doing, lambda: _names_and_groups(full), group)
+    failure = "cannot scatter the full state"
+    names = _rank_names(failure, model, optimizer, group)
+    saved_names, saved_groups = call_on_rank_0(failure, lambda: _names_and_groups(full), group)
     names.adopt_stages(saved_names)
     with rollback_new_state(optimizer):
-        with raise_on_all_ranks(doing, group):
+        with raise_on_all_ranks(failure, group):
             init_state(optimizer)
             init_frozen_states(model, optimizer, saved_names, saved_names, names.to_saved)
             contents = get_optimizer_state(model, optimizer, names)
-        tensors, infos_of_ranks = _gather_shard_infos(doing, contents, group)
-        own_params = [params for params, _ in contents.groups]
-        params_of_ranks = gather_object(own_params, group)
+        tensors, infos_of_ranks = _gather_shard_infos(failure, contents, group)
+        params_of_groups = [params for params, _ in contents.groups]
+        params_of_ranks = gather_object(params_of_groups, group)
         plan: list[list[Transfer]] = []
-        with raise_on_all_ranks(doing, group):
+        with raise_on_all_ranks(failure, group):
             if rank(group) == 0:
                 assert full is not None
                 infos = _merge_infos(infos_of_ranks)
@@ -211,7 +213,7 @@ def scatter_full_state_dict(
     for key in tensors.keys() - {transfer.key for transfer in transfers}:
         for _, local in local_blocks(tensors[key]):
             local.zero_()
-    matches = match_groups(own_params, [saved["params"] for saved in saved_groups])
+    matches = match_groups(params_of_groups, [saved["params"] for saved in saved_groups])
     options_of = [
         _copy_options(own.options if match is None else saved_groups[match])
         for own, match in zip(contents.groups, matches, strict=True)
@@ -219,7 +221,7 @@ def scatter_full_state_dict(
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
         options.pop("params", None)
         options.pop("param_names", None)
-        # A group that follows a schedule still does after the load, as in load_state_dict().
+        # A group that follows a schedule still follows it afterwards, as in load_state_dict().
         if "scheduled_lr" in live:
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
     if has_fsdp1(model):
@@ -228,7 +230,7 @@ def scatter_full_state_dict(
             state.setdefault(names.to_fqn(fqn), {})[name] = tensor
         groups = [
             {**options, "params": list(map(names.to_fqn, params))}
-            for params, options in zip(own_params, options_of, strict=True)
+            for params, options in zip(params_of_groups, options_of, strict=True)
         ]
         set_sharded_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
         return
@@ -241,11 +243,11 @@ def scatter_full_state_dict(
 
 
 def _rank_names(
-    doing: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+    failure: str, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> RankNames:
     """Check the arguments on all ranks and return this rank's names. Collective."""
     check_group(group)
-    with raise_on_all_ranks(doing, group):
+    with raise_on_all_ranks(failure, group):
         check_model_and_optimizer("(model, optimizer)", model, optimizer)
         names = RankNames(model, optimizer)
     names.number_experts()
@@ -253,10 +255,10 @@ def _rank_names(
 
 
 def _gather_shard_infos(
-    doing: str, contents: CheckpointState, group: Group
+    failure: str, contents: CheckpointState, group: Group
 ) -> tuple[dict[Key, Tensor], list[dict[Key, ShardInfo]]]:
     """Return this rank's states, and on rank 0 what each rank holds of them. Collective."""
-    with raise_on_all_ranks(doing, group):
+    with raise_on_all_ranks(failure, group):
         for key, value in contents.plain.items():
             fqn, name = _split_key(key)
             raise ValueError(

@@ -45,7 +45,7 @@ class RankNames:
         self._is_adamw_bf16 = hasattr(optimizer, "model_parallel")
         if not isinstance(parallel, ModelParallel):
             parallel = ModelParallel()
-        self._pp_group, self._ep_group = parallel.pp_group, parallel.ep_group
+        self._pp_group, self._ep_group = parallel.group("pp"), parallel.group("ep")
         self._expert_modules, self._expert_params = _find_experts(model, parallel)
         self._stage_names: set[str] = set()
         self._stage_lists: set[str] = set()  # prefixes, such as "layers."

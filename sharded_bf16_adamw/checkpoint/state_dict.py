@@ -308,16 +308,10 @@ def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str
     policy = getattr(getattr(sharding, "dense", sharding), "_policy", None)
     parallel = getattr(optimizer, "model_parallel", None)
     if isinstance(parallel, ModelParallel):
-        words += [
-            f"{name} {dist.get_world_size(group)}"
-            for name, group in (("pp", parallel.pp_group), ("ep", parallel.ep_group))
-            if group
-        ]
-    words += (
-        [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)]
-        if isinstance(policy, ZeRO)
-        else []
-    )
+        groups = {name: parallel.group(name) for name in ("pp", "ep")}
+        words += [f"{name} {dist.get_world_size(group)}" for name, group in groups.items() if group]
+    if isinstance(policy, ZeRO):
+        words += [f"ZeRO stage {policy.stage}", _describe_mesh(policy.mesh)]
     return ", ".join(dict.fromkeys(words)) or "not sharded"
 
 

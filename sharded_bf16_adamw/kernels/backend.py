@@ -165,7 +165,8 @@ class FusedAdamW:
         # of memory. Each step works on contiguous copies.
         self._dense = [i for i, row in enumerate(self._rows) if _same_dense_layout(row[:4])]
         self._strided = sorted(set(range(len(self._rows))) - set(self._dense))
-        self._table = self._make_table(self._dense) if self._dense else None
+        dense_rows = [self._rows[i] for i in self._dense]
+        self._table = self._make_table(dense_rows, self._dense) if self._dense else None
 
     def update_(self, args: StepArgs) -> None:
         """Take one step in place, on all parameters together.
@@ -212,11 +213,8 @@ class FusedAdamW:
         """True if a CUDA graph has captured a step. Its replays read this object's table."""
         return getattr(self._table, "captured", False)
 
-    def _make_table(self, indices: list[int]) -> BackendTable:
-        rows = [self._rows[i] for i in indices]
-        return self._table_of(rows, [self._groups[i] for i in indices])
-
-    def _table_of(self, rows: Sequence[ParamTensors], groups: list[int]) -> BackendTable:
+    def _make_table(self, rows: Sequence[ParamTensors], indices: list[int]) -> BackendTable:
+        groups = [self._groups[i] for i in indices]
         columns: list[Any] = list(map(list, zip(*rows, strict=True)))
         return self._backend.make_table(TensorLists(*columns)._replace(groups=groups))
 
@@ -240,7 +238,7 @@ class FusedAdamW:
         for i in self._strided:
             *tensors, step = self._rows[i]
             copies = [None if x is None else x.contiguous() for x in tensors]
-            table = self._table_of([(*copies, step)], [self._groups[i]])  # type: ignore[list-item]
+            table = self._make_table([(*copies, step)], [i])  # type: ignore[list-item]
             own_args = args._replace(grads=[args.grads[i].contiguous()])
             copied = [
                 (original, copy)
@@ -391,7 +389,7 @@ def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, st
 
 
 def _same_dense_layout(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether all tensors can be read in the same order as one range of memory each.
+    """Return True if all tensors can be read in the same order as one range of memory each.
 
     They can if they have the same strides, without gaps or overlaps.
     """
@@ -403,7 +401,7 @@ def _same_dense_layout(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill one range of memory, each once, in any order."""
+    """Return True if the elements fill one range of memory, each once, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

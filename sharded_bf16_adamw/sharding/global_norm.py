@@ -58,7 +58,7 @@ def all_reduce_sums(
     total, mismatch = _sum_over_shards(sums, poison)
     experts, experts_mismatch = _sum_over_shards(expert_sums, poison)
     mismatch = mismatch + experts_mismatch
-    if parallel is not None and (group := parallel.ep_group) is not None:
+    if parallel is not None and (group := parallel.group("ep")) is not None:
         experts, mismatch, first, second = _all_reduce(
             group, experts, mismatch, total, total.square()
         )
@@ -70,7 +70,7 @@ def all_reduce_sums(
         )
         total, mismatch = _compare(total, mismatch, first, second, dist.get_world_size(group))
         total = torch.where(not_finite > 0, torch.nan, total)
-    if parallel is not None and (group := parallel.pp_group) is not None:
+    if parallel is not None and (group := parallel.group("pp")) is not None:
         total, mismatch = _all_reduce(group, total, mismatch)
     return total, mismatch
 

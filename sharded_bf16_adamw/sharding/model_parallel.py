@@ -84,39 +84,15 @@ class ModelParallel:
                 "they differ"
             )
 
-    @property
-    def pp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``pp``; None if not given or of this rank alone."""
-        return _group_of(self.pp)
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """Return the process group of an argument; None if not given or of this rank alone.
 
-    @property
-    def ep_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``ep``; None if not given or of this rank alone."""
-        return _group_of(self.ep)
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``dp``; None if not given or of this rank alone."""
-        return _group_of(self.dp)
-
-    @property
-    def edp_group(self) -> dist.ProcessGroup | None:
-        """The process group of ``edp``; None if not given or of this rank alone."""
-        return _group_of(self.edp)
-
-    def check_holds_experts(self, params: Iterable[Tensor]) -> None:
-        """Raise ValueError if a parameter given as an expert is not one of ``params``.
-
-        It would silently be treated as no expert.
+        Args:
+            name: ``"pp"``, ``"ep"``, ``"dp"`` or ``"edp"``.
         """
-        known = {id(param) for param in params}
-        for value in self.experts:  # type: ignore[union-attr]
-            if isinstance(value, Tensor) and id(value) not in known:
-                raise ValueError(
-                    f"ModelParallel(experts=...) names a parameter of shape {tuple(value.shape)} "
-                    "that the optimizer does not hold; name its module, or the parameter that "
-                    "replaced it in fully_shard or the like"
-                )
+        value: GroupLike | None = getattr(self, name)
+        group = value.get_group() if isinstance(value, DeviceMesh) else value
+        return None if group is None or dist.get_world_size(group) == 1 else group
 
     def expert_params(self) -> Iterator[Tensor]:
         """Yield the parameters of the experts, as the modules hold them now."""
@@ -148,8 +124,3 @@ def _check_group(name: str, value: GroupLike | None) -> None:
         )
     if not is_member:
         raise ValueError(f"Invalid {name}: this rank is not in it; give a group of this rank")
-
-
-def _group_of(value: GroupLike | None) -> dist.ProcessGroup | None:
-    group = value.get_group() if isinstance(value, DeviceMesh) else value
-    return None if group is None or dist.get_world_size(group) == 1 else group

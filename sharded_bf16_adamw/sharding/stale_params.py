@@ -13,14 +13,14 @@ from .fsdp1 import is_flattened
 
 
 def sharded_after_construction(params: list[Tensor]) -> bool:
-    """Return whether sharding the model replaced some of the optimizer's ``params``.
+    """Return True if sharding the model replaced some of the optimizer's ``params``.
 
     ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module,
     ``FullyShardedDataParallel`` (unless with ``use_orig_params=True``) new flat ones. They leave no
     trace on the old parameters, which never receive a gradient again. So the search starts from the
-    new ones. It looks for a parameter that a live module holds and the optimizer does not, that has
-    a gradient, and whose global shape is that of one of ``params`` that has no gradient and is in
-    no module any more.
+    new ones: parameters of a live module that have a gradient and are not the optimizer's. One of
+    them must have the global shape of one of ``params`` that has no gradient and is in no module
+    any more.
     """
     if not _seem_replaced(params):
         return False

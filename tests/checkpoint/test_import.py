@@ -10,8 +10,7 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from sharded_bf16_adamw import load
-from sharded_bf16_adamw.checkpoint.importing import convert_fp32, import_fp32
+from sharded_bf16_adamw import convert_fp32, import_fp32, load
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
@@ -105,7 +104,7 @@ def test_converted_checkpoint_loads_with_the_imported_values(tmp_path):
     for key, value in expected_states(model, optimizer).items():
         assert torch.equal(values[key], value), key
     assert torch.equal(values["table"], torch.arange(3)) and options["precise.weight"]["lr"] == 4e-3
-    with pytest.raises(FileExistsError, match="run has a checkpoint already"):
+    with pytest.raises(FileExistsError, match="run already has a checkpoint"):
         convert_fp32(folder, tmp_path / "run", state)
 
 
@@ -200,7 +199,7 @@ WRONG = {
     ),
     "state of no group": (
         lambda m, s: (m.state_dict(), by_integers(s, {99: {}})),
-        "has a state of 99, which is in none of its groups",
+        "has a state of parameter 99, which is in none of its groups",
     ),
     "unknown state": (
         lambda m, s: (m.state_dict(), {**s, "state": {"x": {}}}),
@@ -216,7 +215,7 @@ WRONG = {
     ),
     "groups": (
         lambda m, s: (m.state_dict(), {"state": {0: {}}, "param_groups": [{"params": [0, 1]}]}),
-        r"has groups of \[2\] parameters but this optimizer has \[\d+, \d+\]",
+        r"has parameter groups of sizes \[2\], but this optimizer has \[\d+, \d+\]",
     ),
     "groups by name": (
         lambda m, s: (m.state_dict(), {**s, "param_groups": s["param_groups"][:1]}),

@@ -31,7 +31,7 @@ from sharded_bf16_adamw import (
 )
 from sharded_bf16_adamw.checkpoint import commit, divergence, saving
 
-from .test_odd_states import LoRA
+from .test_tensor_subclasses import LoRA
 from .trainings import read_folder
 
 

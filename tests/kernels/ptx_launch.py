@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, reference, triton_adamw, triton_norm
 
-from . import ptx_emulator, ptx_memory, triton_checks, triton_offline
+from . import ptx_emulator, ptx_memory, triton_checks, triton_norm_checks, triton_offline
 
 KERNELS = (
     (triton_adamw, "adamw_kernel"),
@@ -108,7 +108,7 @@ def differences_beyond_32_bits(target: str) -> list[str]:
 
 def norms(target: str, by_warp: bool = False) -> dict[str, tuple[Any, Any]]:
     with emulated(target, by_warp):
-        return triton_checks.norms()
+        return triton_norm_checks.norms()
 
 
 def norms_of_one_model(target: str) -> list[float]:

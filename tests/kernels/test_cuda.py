@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
-from . import triton_checks  # noqa: E402 (it imports Triton)
+from . import triton_checks, triton_norm_checks  # noqa: E402 (they import Triton)
 from .tables import table_of, take_step  # noqa: E402
 from .triton_checks import BF16, FP32, HYPER, differing  # noqa: E402
 
@@ -112,7 +112,7 @@ def test_precision_stats_do_not_wait_for_the_device_and_refuse_a_capture() -> No
 
 
 def test_norm_and_clip() -> None:
-    pairs = triton_checks.norms("cuda")
+    pairs = triton_norm_checks.norms("cuda")
     assert {name: found for name, (found, _) in pairs.items()} == {
         name: wanted for name, (_, wanted) in pairs.items()
     }

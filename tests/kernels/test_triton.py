@@ -20,7 +20,12 @@ from sharded_bf16_adamw.kernels import backend, cuda, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 
-from . import triton_checks, triton_offline  # noqa: E402 (they import Triton)
+from . import (  # noqa: E402 (they import Triton)
+    triton_checks,
+    triton_norm_checks,
+    triton_offline,
+    triton_root_checks,
+)
 from .processes import pool  # noqa: E402
 
 Run = Callable[..., Any]
@@ -197,7 +202,7 @@ def test_device_error_does_not_select_another_back_end(
 
 
 def test_norm_and_clip(interpreted: Run) -> None:
-    pairs = interpreted(triton_checks.norms)
+    pairs = interpreted(triton_norm_checks.norms)
     assert {name: found for name, (found, _) in pairs.items()} == {
         name: wanted for name, (_, wanted) in pairs.items()
     }
@@ -207,11 +212,11 @@ def test_norm_and_clip(interpreted: Run) -> None:
 
 
 def test_square_root_that_flushes_subnormals_is_corrected(interpreted: Run) -> None:
-    wrong = interpreted(triton_checks.square_roots, False)
+    wrong = interpreted(triton_root_checks.square_roots, False)
     assert wrong["subnormal"] > 0 and wrong["below 2^-96"] > 0 and wrong["others"] == 0, (
         "the model has no error to correct"
     )
-    assert not any(interpreted(triton_checks.square_roots, True).values())
+    assert not any(interpreted(triton_root_checks.square_roots, True).values())
 
 
 # as older and newer LLVM print them

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bits
-import numpy as np
 import torch
 import triton
 from bits import random_bits
 from torch import Tensor
 
 from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
-from sharded_bf16_adamw.kernels.triton_adamw import _square_root
 
 from .precision_checks import mismatches
 from .tables import split, table_of, take_step
@@ -345,13 +343,6 @@ def host_side() -> dict[str, Any]:
         triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = kernel, upload, upload
 
 
-def integers(
-    n: int, dtype: torch.dtype, offset: int, generator: torch.Generator, device: str
-) -> Tensor:
-    """Return small integers: their squares add up without rounding, in any order."""
-    return torch.randint(-128, 129, (n + offset,), generator=generator).to(device, dtype)[offset:]
-
-
 def graphs() -> dict[str, Any]:
     """Return how an optimizer behaves in simulated captures by CUDA graphs."""
     import gc
@@ -426,155 +417,6 @@ def graphs() -> dict[str, Any]:
         backend.backend_module.cache_clear()
         for module in modules:
             module.is_capturing = truth  # type: ignore[attr-defined]
-
-
-def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
-    """Return pairs (found, wanted)."""
-    from sharded_bf16_adamw.kernels import triton_norm
-
-    generator = torch.Generator().manual_seed(6)
-    sizes = (*SIZES, 2 * triton_norm.MIN_CHUNK + 3)
-    pairs: dict[str, tuple[Any, Any]] = {}
-    for name, dtype, offset in (
-        ("bf16", BF16, 0),
-        ("fp32", FP32, 0),
-        ("unaligned bf16", BF16, 1),
-        ("unaligned fp32", FP32, 1),
-    ):
-        grads = [integers(n, dtype, offset, generator, device) for n in sizes]
-        pairs[name] = (
-            float(cuda.grad_sum_sq(grads)),
-            sum(int((g.long() ** 2).sum()) for g in grads),
-        )
-        pairs[f"{name}, again"] = (float(cuda.grad_sum_sq(grads)), pairs[name][1])
-    mixed = [
-        integers(n, (BF16, FP32)[i % 2], i % 3, generator, device) for i, n in enumerate(sizes)
-    ]
-    table = integers(5000, BF16, 0, generator, device).view(50, 100)
-    strided = [
-        table.t(),
-        table[:, ::3],
-        table[0, :1].expand(2000),
-    ]  # the last has one element of memory
-    pairs["strided"] = (
-        float(cuda.grad_sum_sq(strided)),
-        sum(int((g.long() ** 2).sum()) for g in strided),
-    )
-    pairs["mixed"] = (float(cuda.grad_sum_sq(mixed)), float(reference.grad_sum_sq(mixed)))
-    pairs["empty"] = (float(cuda.grad_sum_sq([torch.zeros(0, device=device)])), 0.0)
-    triton_norm.MAX_PROGRAMS, programs = 2, triton_norm.MAX_PROGRAMS
-    pairs["large chunks"] = (
-        float(cuda.grad_sum_sq([*mixed, torch.ones(1, device=device)])),
-        float(reference.grad_sum_sq(mixed)) + 1,
-    )
-    triton_norm.MAX_PROGRAMS = programs
-    # Only the interpreter allows to change the block; otherwise it is compiled into the kernel.
-    interpreted = triton.knobs.runtime.interpret
-    programs = 9 if interpreted else 2053  # more than one block adds
-    block, triton_norm.BLOCK_PARTIALS = (
-        triton_norm.BLOCK_PARTIALS,
-        4 if interpreted else triton_norm.BLOCK_PARTIALS,
-    )
-    many = [torch.full((1,), 2.0, device=device) for _ in range(programs)]
-    pairs["more programs than one block adds"] = (float(cuda.grad_sum_sq(many)), 4.0 * len(many))
-    triton_norm.BLOCK_PARTIALS = block
-    largest = torch.full((3,), torch.finfo(BF16).max, dtype=BF16, device=device)
-    pairs["largest"] = (float(cuda.grad_sum_sq([largest])), 3 * float(largest[0]) ** 2)
-    for name, value in (
-        ("inf", math.inf),
-        ("nan", math.nan),
-        ("large", 3e38),
-        ("small", 1e-30),
-        ("one", 1.0),
-        ("zero", 0.0),
-    ):
-        g = [
-            torch.tensor([value, 0.0, 2 * value if value < 1 else 0.0], device=device),
-            torch.zeros(3000, device=device),
-        ]
-        total = sum(float(x) ** 2 for x in g[0])
-        norm = math.sqrt(total) if total == total else math.nan
-        wanted = [
-            norm,
-            min(1.0, 0.5 / (norm + 1e-6)) if norm == norm else math.nan,
-            float(not math.isfinite(total)),
-        ]
-        wanted = torch.tensor(wanted, dtype=torch.float64).to(FP32)
-        fused = torch.stack(cuda.grad_norm_clip(g, 0.5)[1:])
-        separate = torch.stack(cuda.clip_coefficient(cuda.grad_sum_sq(g), 0.5))
-        pairs[f"clip {name}"] = (
-            differing("fused", [fused], [wanted]) + differing("separate", [separate], [wanted]),
-            [],
-        )
-        pairs[f"dtypes {name}"] = (
-            [x.dtype for x in cuda.grad_norm_clip(g, 0.5)],
-            [torch.float64, FP32, FP32, FP32],
-        )
-    return pairs
-
-
-@triton.jit
-def root_kernel(x, root):
-    i = triton.language.program_id(0) * 1024 + triton.language.arange(0, 1024)
-    triton.language.store(root + i, _square_root(triton.language.load(x + i), False))
-
-
-@triton.jit
-def scaled_root_kernel(x, root):
-    i = triton.language.program_id(0) * 1024 + triton.language.arange(0, 1024)
-    triton.language.store(root + i, _square_root(triton.language.load(x + i), True))
-
-
-def flushing_root(x: Any) -> Any:
-    """Emulate ``sqrt_rn`` of Triton 3.6 for AMD.
-
-    It refines a reciprocal root that flushes subnormal numbers in two iterations. Each float32
-    operation has one rounding, because numpy's long double holds the products. The hardware's
-    reciprocal root is within one ulp; this one is off by one ulp if the last bit of ``x`` is set.
-    """
-    wide, narrow = np.longdouble, np.float32
-
-    def fma(a: Any, b: Any, c: Any) -> Any:
-        return narrow(wide(a) * wide(b) + wide(c))
-
-    with np.errstate(all="ignore"):
-        flushed = np.where(np.abs(x) < np.finfo(narrow).tiny, np.copysign(narrow(0), x), x)
-        y = narrow(1 / np.sqrt(wide(flushed)))
-        y = np.where(x.view(np.uint32) & 1, np.nextafter(y, narrow(np.inf)), y)
-        s, h = x * y, narrow(0.5) * y
-        d = fma(-h, s, narrow(0.5))
-        h, s = fma(h, d, h), fma(s, d, s)
-        return np.where((x == 0) | (x == np.inf), x, fma(fma(-s, s, x), h, s))
-
-
-def square_roots(scaled: bool) -> dict[str, int]:
-    """Count wrong roots by magnitude if the interpreter uses :func:`flushing_root`."""
-    from triton.runtime import interpreter
-
-    generator = np.random.default_rng(11)
-    bits = generator.integers(0, 0x7F800000, 1 << 18, dtype=np.uint32)
-    edges = [0, 1, 2, 3, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000]
-    edges += [(127 - 96) << 23 | x for x in (0, 1, 2)] + [((127 - 96) << 23) - x for x in (1, 2, 3)]
-    bits[: len(edges)] = edges
-    bits[1000:30000] >>= 8  # mostly subnormal
-    x = bits.view(np.float32)
-    wanted = np.sqrt(x)
-    root = torch.empty(len(x))
-    builder = interpreter.InterpreterBuilder
-    exact, builder.create_precise_sqrt = (
-        builder.create_precise_sqrt,
-        lambda self, arg: self.unary_op(arg, flushing_root),
-    )
-    try:
-        (scaled_root_kernel if scaled else root_kernel)[(len(x) // 1024,)](
-            torch.from_numpy(x), root
-        )
-    finally:
-        builder.create_precise_sqrt = exact
-    wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
-    subnormal, tiny = x < np.finfo(np.float32).tiny, x < 2.0**-96
-    classes = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
-    return {name: int((wrong & of).sum()) for name, of in classes.items()}
 
 
 def signatures(target: str) -> list[tuple[str, str]]:

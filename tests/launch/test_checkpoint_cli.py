@@ -317,7 +317,7 @@ USAGE = {
     ),
     "import exists": (
         ("import", "{root}/weights.pt", "{root}/run"),
-        "{root}/run has a checkpoint already; give another directory",
+        "{root}/run already has a checkpoint; give another directory",
     ),
     "nothing to prune": (
         ("prune", "{root}/none", "--keep", "1"),

@@ -42,13 +42,13 @@ MOE = {
     },
 }
 STACKED = {"router.weight": (4, 6), "moe.w1": (4, 5, 6)}  # all experts in one parameter
-FP32 = ("norm.weight",)
+FP32_PARAMS = ("norm.weight",)
 
 
 def value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     return torch.randn(shape, generator=generator).to(
-        torch.float32 if name in FP32 else torch.bfloat16
+        torch.float32 if name in FP32_PARAMS else torch.bfloat16
     )
 
 
@@ -56,7 +56,9 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
     """Integers times a power of two: sums and means over ranks are exact."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + 1000 * step)
     integers = torch.randint(-3, 4, shape, generator=generator).float()
-    return (integers * 2.0 ** (step % 5 - 2)).to(torch.float32 if name in FP32 else torch.bfloat16)
+    return (integers * 2.0 ** (step % 5 - 2)).to(
+        torch.float32 if name in FP32_PARAMS else torch.bfloat16
+    )
 
 
 @dataclass

@@ -68,8 +68,8 @@ cpu = torch.device("cpu")
 bf16, fp32 = torch.bfloat16, torch.float32
 cases = [(bf16, bf16, 0, 0), (bf16, fp32, 1, 3), (fp32, bf16, 0, 3)]
 for case in cases:
-    for option in ({}, {"grad_scale": 0.37}, {"found_inf": 1.0}):
-        assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *case, option) == [], (case, option)
+    for options in ({}, {"grad_scale": 0.37}, {"found_inf": 1.0}):
+        assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *case, options) == [], (case, options)
 reference.step_key = lambda step: step
 assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *cases[0], {}) != []
 

@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_strategies(result):
         each = result["contenders"][name]
         found = [each[part] / result["parameters"] for part in ("weights", "states", "gradients")]
         assert found == pytest.approx(parts[:3], rel=0.01, abs=0.001), name
-        assert each["wire"] / result["parameters"] == pytest.approx(parts[3], rel=0.05), name
+        assert each["sent_bytes"] / result["parameters"] == pytest.approx(parts[3], rel=0.05), name
         assert each["rest"] > 0, name
 
 

@@ -17,7 +17,7 @@ from planning.live import LiveBytes
 from planning.memory import gradients, phases, states, weights
 from planning.models import LLAMA_8B, LLAMA_70B, from_preset
 from planning.planner import Options, Plan, cheapest, make_job, plan
-from planning.wire import wire
+from planning.traffic import sent_bytes
 from torch.distributed.tensor import DTensor
 from training.model import PRESETS, Config
 from training.options import parse_args
@@ -58,7 +58,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
             for step in range(3):
                 run.step = step
                 with live:
-                    live.wire = 0
+                    live.collectives.clear()
                     live.reset_peak()
                     loss = float(train.backward(run))
                     if strategy == "zero2":
@@ -73,7 +73,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
         "weights": nbytes(params),
         "gradients": gradient_bytes,
         "states": nbytes(x for state in run.optimizer.state.values() for x in state.values()),
-        "wire": live.wire,
+        "sent_bytes": live.sent_bytes,
         "peak": live.peak,
     }
 
@@ -89,7 +89,7 @@ def planned(world_size, strategy, optimizer, seq_len, accumulation):
         "weights": weights(job),
         "gradients": gradients(job, LAYERS + 1),
         "states": states(job),
-        "wire": wire(job),
+        "sent_bytes": sent_bytes(job),
         "peak": base + max(phase.total for phase in phases(job)),
     }
 
@@ -121,7 +121,7 @@ def test_plan_is_what_ranks_measure(tmp_path, strategy, optimizer, accumulation,
     assert largest == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["live", "memory", "models", "planner", "probe", "wire"])
+@pytest.mark.parametrize("name", ["live", "memory", "models", "planner", "probe", "traffic"])
 def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(f"planning.{name}"))
     assert found.attempted and not found.failed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from launch.planning.live import Collective, LiveBytes
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.zero import stage2
 
@@ -166,17 +167,11 @@ class Linears(nn.Sequential):
         self.to(torch.bfloat16)
 
 
-NAMES_NOW = {
-    "all_gather_into_tensor": "all_gather_single",
-    "reduce_scatter_tensor": "reduce_scatter_single",
-}
-
-
 class Calls(list[tuple[str, float, float]]):
     """(name, bytes that a rank sends, bytes of its tensor) of each collective.
 
-    Names are those of torch 2.13, after "consensus." if the tensor has integers: those are the
-    exchanges on the host. ``on_call`` is called with the name.
+    The name starts with "consensus." if the tensor has integers: those are the exchanges on the
+    host. ``on_call`` is called with the name.
     """
 
     on_call: Callable[[str], None] | None = None
@@ -184,45 +179,18 @@ class Calls(list[tuple[str, float, float]]):
 
 @contextmanager
 def traffic() -> Iterator[Calls]:
-    """Record each collective called from Python.
-
-    The bytes sent are the minimum of a ring: ``(n - 1) / n`` of the tensor for a reduce-scatter, an
-    all-gather, an all-to-all and, averaged over ranks, a broadcast; twice that for an all-reduce.
-    """
+    """Record the collectives of this rank; see :class:`launch.planning.live.Collective`."""
     calls = Calls()
-    factors = {
-        "all_to_all_single": (1, 1),
-        "all_gather_single": (1, 0),
-        "all_gather_into_tensor": (1, 0),
-        "reduce_scatter_single": (1, 1),
-        "reduce_scatter_tensor": (1, 1),
-        "all_reduce": (2, 0),
-        "broadcast": (1, 0),
-    }
-    originals = {name: getattr(dist, name) for name in factors if hasattr(dist, name)}
 
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            times, position = factors[name]
-            tensor = args[position] if args else kwargs["tensor"]
-            name_now = NAMES_NOW.get(name, name)
-            if not tensor.is_floating_point():
-                name_now = f"consensus.{name_now}"
-            ranks = dist.get_world_size(kwargs.get("group"))
+    class Recorder(LiveBytes):
+        def on_collective(self, call: Collective) -> None:
+            name = call.name if call.dtype.is_floating_point else f"consensus.{call.name}"
             if calls.on_call is not None:
-                calls.on_call(name_now)
-            calls.append((name_now, times * (ranks - 1) / ranks * tensor.nbytes, tensor.nbytes))
-            return originals[name](*args, **kwargs)
+                calls.on_call(name)
+            calls.append((name, call.sent, call.nbytes))
 
-        return call
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    try:
+    with Recorder():
         yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 @contextmanager
@@ -235,7 +203,7 @@ def backpressure_timeout(seconds: float) -> Iterator[None]:
         stage2.BACKPRESSURE_TIMEOUT_S = before
 
 
-class LiveBytes:
+class NewBytes:
     """Bytes of the tensors created since construction; ``peak`` is the maximum of all looks."""
 
     def __init__(self, model: nn.Module) -> None:

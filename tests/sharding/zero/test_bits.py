@@ -21,7 +21,7 @@ from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 from .cases import (
     STATES,
     Linears,
-    LiveBytes,
+    NewBytes,
     Parameters,
     assert_same_bits,
     backpressure_timeout,
@@ -406,10 +406,10 @@ def memory_worker(rank, world, strategy):
     for _ in range(2):
         module(x).sum().backward()
         optimizer.step(zero_grad=True)
-    live = LiveBytes(model)
+    live = NewBytes(model)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: live.look())
-    with backpressure_timeout(60.0):  # LiveBytes.look() is slow
+    with backpressure_timeout(60.0):  # NewBytes.look() is slow
         module(x).sum().backward()
     live.look()
     optimizer.step(zero_grad=True)

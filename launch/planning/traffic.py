@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planning.memory import FP32, Job
+from planning.memory import FP32_BYTES, Job
 
 
 def gather(nbytes: float, ranks: int) -> float:
-    """Return what a rank sends in an all-gather or a reduce-scatter of a whole of ``nbytes``.
+    """Return the bytes that a rank sends to all-gather or reduce-scatter a tensor of ``nbytes``.
 
     Examples:
         >>> gather(1024, ranks=4)
@@ -16,13 +16,13 @@ def gather(nbytes: float, ranks: int) -> float:
 
 
 def all_reduce(nbytes: float, ranks: int) -> float:
-    """Return what a rank sends in an all-reduce: a reduce-scatter and an all-gather."""
+    """Return the bytes that a rank sends to all-reduce: a reduce-scatter and an all-gather."""
     return 2 * gather(nbytes, ranks)
 
 
-def wire(job: Job) -> int:
-    """Return the bytes of a step. Norms and flags, a few bytes for each parameter, do not count."""
-    tensor_parallel = job.micro_batches * job.probe.wire(job.layers)
+def sent_bytes(job: Job) -> int:
+    """Return the bytes of a step, without norms and flags: those are a few bytes per parameter."""
+    tensor_parallel = job.micro_batches * job.probe.sent_bytes(job.layers)
     return round(tensor_parallel + _data_parallel(job))
 
 
@@ -32,7 +32,7 @@ def _data_parallel(job: Job) -> float:
         return all_reduce(weights, job.data_ranks)
     if job.strategy == "zero1":  # DDP's all-reduce, then the updated weights
         return all_reduce(weights, job.ranks) + gather(weights, job.ranks)
-    reduced = gather(FP32 * job.numel, job.ranks)
+    reduced = gather(FP32_BYTES * job.numel, job.ranks)
     if job.strategy == "zero2":
         return reduced + gather(weights, job.ranks)
     if not job.is_fsdp:
@@ -41,5 +41,5 @@ def _data_parallel(job: Job) -> float:
     # the root in between.
     twice = blocks if job.strategy == "fsdp1" else job.numel
     gathered = gather(job.weight_bytes * (job.numel + twice), job.ranks)
-    replicas = all_reduce(FP32 * job.shard, 2) if job.strategy == "hsdp" else 0.0
+    replicas = all_reduce(FP32_BYTES * job.shard, 2) if job.strategy == "hsdp" else 0.0
     return job.micro_batches * gathered + reduced + replicas

@@ -1,0 +1,151 @@
+"""Convert weights of other trainings to a new checkpoint, without the model's code."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optimizer import AdamW_BF16
+from .directory import latest
+from .export import Progress
+from .import_formats import WeightsSource, open_optimizer_state, open_weights
+from .importing import import_fp32
+from .rank_errors import call_on_rank_0_via_store
+from .saving import save
+
+_Path = str | os.PathLike[str]
+
+
+def convert_fp32(
+    source: _Path | Mapping[str, Tensor],
+    root: _Path,
+    optimizer_state: _Path | Mapping[str, Any] | None = None,
+    *,
+    fp32: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+    progress: Progress | None = None,
+    **hyperparameters: Any,
+) -> Path:
+    """Write a new checkpoint from weights of another training, without the model's code.
+
+    Holds the model in memory. In a distributed run every rank may call it, or rank 0 alone. Rank 0
+    reads and writes, and waits for no other rank. The others return once it is done, and raise if
+    it failed.
+
+    Args:
+        source: as for :func:`import_fp32`.
+        root: directory for the checkpoints of a run, which must not have one yet. The step of the
+            new one is that of ``optimizer_state``.
+        optimizer_state: as for :func:`import_fp32`.
+        fp32: patterns (``["*norm*"]``) of the parameters that are float32 in the model. All others
+            become bfloat16.
+        buffers: patterns of the names that are buffers in the model. They keep their dtype, as do
+            all tensors that are not floating point.
+        progress: as for :func:`import_fp32`.
+        **hyperparameters: lr, betas, eps, weight_decay, unless ``optimizer_state`` has them.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        FileExistsError: there is a checkpoint under ``root``.
+        FileNotFoundError: ``source`` or ``optimizer_state`` does not exist.
+        ValueError: as for :func:`import_fp32`, or a pattern matches no name.
+        RuntimeError: as for :func:`save`; on other ranks than 0 also for every other error of rank
+            0.
+
+    Examples:
+        >>> import torch
+        >>> from sharded_bf16_adamw import convert_fp32
+        >>> convert_fp32({"layer.weight": torch.ones(2, 2)}, "checkpoints", lr=1e-3).name
+        'step-00000000'
+    """
+
+    def convert() -> str:
+        if latest(root) is not None:
+            raise FileExistsError(f"{root} already has a checkpoint; give another directory")
+        weights = open_weights(source)
+        fp32_patterns = _checked_patterns("fp32", fp32, weights)
+        buffer_patterns = _checked_patterns("buffers", buffers, weights)
+        state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
+        model = _build_model(weights, fp32_patterns, buffer_patterns)
+        groups = _build_param_groups(model, state)
+        optimizer = AdamW_BF16(groups, **{"lr": 1e-3, **hyperparameters})
+        import_fp32(source, model, optimizer, state, progress)
+        step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
+        return str(save(root, step, model, optimizer))
+
+    return Path(call_on_rank_0_via_store("convert_fp32", root, convert))
+
+
+def _build_model(weights: WeightsSource, fp32: list[str], buffers: list[str]) -> nn.Module:
+    """Return modules that hold uninitialized parameters and buffers of the names of ``weights``."""
+    model = nn.Module()
+    params: dict[str, nn.Parameter] = {}  # by the first of several tied names
+    first_of = {name: tied[0] for tied in weights.ties for name in tied}
+    for name, info in weights.infos.items():
+        module = model
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        if not info.dtype.is_floating_point or _matches(name, buffers):
+            module.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype, device="cpu"))
+        else:
+            dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
+            param = params.get(first_of.get(name, name))
+            if param is None or param.dtype != dtype:
+                param = nn.Parameter(torch.empty(info.shape, dtype=dtype, device="cpu"))
+            params.setdefault(first_of.get(name, name), param)
+            module.register_parameter(leaf, param)
+    return model
+
+
+def _checked_patterns(argument: str, patterns: Iterable[str], weights: WeightsSource) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"{argument} must be a list of patterns, but it is the string {patterns!r}; write "
+            f"[{patterns!r}]"
+        )
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(_matches(name, [pattern]) for name in weights.infos):
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches no name; names look like "
+                f"{', '.join([*weights.infos][:2])}"
+            )
+    return patterns
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Divide the model's parameters into groups as in the optimizer state.
+
+    Parameters that the state does not name join the first group.
+    """
+    params = dict(model.named_parameters())
+    if state is None:
+        return [{"params": list(params.values())}]
+    groups = [group["params"] for group in state["param_groups"]]
+    if all(isinstance(name, str) for names in groups for name in names):
+        divided = [[params.pop(name) for name in names if name in params] for names in groups]
+        divided[0] += params.values()
+        return [{"params": group} for group in divided]
+    count = sum(map(len, groups))
+    if count != len(params):
+        raise ValueError(
+            f"the optimizer state has {count} parameters, but the weights have {len(params)} that "
+            "are not buffers; list the names of the model's buffers in buffers="
+        )
+    remaining = iter(params.values())
+    return [{"params": [next(remaining) for _ in group]} for group in groups]
