@@ -41,7 +41,12 @@ def consensus_calls():
     """Record each exchange between ranks on the host, by its method."""
     calls = []
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("all_reduce_max_and_problems", "all_gather_object", "broadcast_from_first"):
+        for name in (
+            "all_reduce_max_and_problems",
+            "all_gather_object",
+            "broadcast_from_first",
+            "any_rank",
+        ):
             patched.setattr(Consensus, name, _recorded(name, calls))
         yield calls
 
