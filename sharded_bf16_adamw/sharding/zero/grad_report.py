@@ -81,10 +81,3 @@ class GradReport(NamedTuple):
             Keeps(keeps),
             GradState(grad_state),
         )
-
-
-class Exchange(NamedTuple):
-    """What this rank reported in an exchange, and what the ranks agreed on."""
-
-    own: GradReport
-    agreed: GradReport

@@ -45,9 +45,10 @@ from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
 from .closing_bucket import ClosingBucket
-from .grad_report import Exchange, GradReport, GradState, Keeps
+from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
+from .report_exchange import ReportExchange
 from .stage import Stage
 from .static_graph import STATIC_GRAPH_ADVICE, find_difference
 
@@ -107,23 +108,19 @@ class Stage2(Stage):
 
         # - Buckets
         self._order = BucketOrder(policy)
+        self._exchange = ReportExchange(self._consensus, policy.static_graph)
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
-
-        # - Steady steps
-        self._last_exchange: Exchange | None = None  # of these buckets
-        self._last_two_differ = False  # in what the ranks agreed on
-        self._expected: Exchange | None = None  # the last one, if the next reductions repeat it
         self._held: Bucket | None = None  # the closing bucket, if complete for the last time
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._consensus.all_reduce_max([self._is_busy()])):
-            self._expected = None  # other parameters, other gradients
+            self._exchange.expected = None  # other parameters, other gradients
             self.reduce_grads()  # reductions in flight belong to the old buckets
         super().add_params(params, names)
         self._is_reduced = False
         self._register_hooks()
         self._order.reset(self._zero_params.values())
-        self._last_exchange = self._expected = None
+        self._exchange.reset()
 
     # ------------------------------------------------------------------ during the backward pass
 
@@ -180,7 +177,7 @@ class Stage2(Stage):
         """Launch active buckets in order, up to the first incomplete one."""
         while complete := self._order.next_complete():
             index, bucket = complete
-            if expected := self._expected:
+            if expected := self._exchange.expected:
                 remaining = expected.agreed.launches[index] - bucket.launches
                 if self._policy.static_graph and remaining <= 0:
                     return  # as promised, the other ranks do not launch it again
@@ -250,7 +247,15 @@ class Stage2(Stage):
         problem = self._find_problem()
         if problem is None:
             self._add_unhooked_grads()
-        agreed, problems, closing_reduce = self._agree(self._report(discard), problem)
+        report = self._report(discard)
+        expected = self._exchange.expected
+        if self._policy.static_graph and expected is not None and not discard:
+            self._check_promise(expected.own, report, problem)
+            agreed, problems, closing_reduce = expected.agreed, None, None
+        else:
+            agreed, problems, closing_reduce = self._exchange.agree(
+                report, problem, self._order.closing
+            )
         buckets, active = self._order.buckets, self._order.num_active
         launches = list(agreed.launches)
         if closing_reduce is not None:
@@ -280,43 +285,6 @@ class Stage2(Stage):
             raise RuntimeError(CLEARED_ON_SOME_RANKS_ERROR)
         self._apply(agreed)
         self._is_reduced = True
-
-    def _agree(
-        self, report: GradReport, problem: str | None
-    ) -> tuple[GradReport, str | None, PendingReduce | None]:
-        """Reach consensus, by as small an exchange as possible.
-
-        Returns:
-            What the ranks agree on; all ranks' problems in one sentence; the last reduction of the
-            closing bucket, if it has told that all ranks repeat their reports.
-        """
-        expected = self._expected
-        if expected is not None and self._policy.static_graph and not report.discards:
-            self._check_promise(expected.own, report, problem)
-            return expected.agreed, None, None
-        if expected is not None and not self._policy.static_graph:
-            differs = problem is not None or report != expected.own
-            any_differs, closing_reduce = self._find_any(differs)
-            if not any_differs:
-                return expected.agreed, None, closing_reduce
-            self._expected = None
-        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
-        agreed = report.unflatten(values)
-        last, self._last_exchange = self._last_exchange, Exchange(report, agreed)
-        self._last_two_differ = last is not None and last.agreed != agreed
-        return agreed, problems, None
-
-    def _find_any(self, differs: bool) -> tuple[bool, PendingReduce | None]:
-        """Return whether the report of any rank ``differs`` from its last one.
-
-        If the closing bucket has told that none does, also return its last reduction.
-        """
-        closing = self._order.closing
-        if not isinstance(closing, ClosingBucket):
-            return self._consensus.any_rank(differs), None
-        with profiler_range("ZeRO::reduce_scatter"):
-            closing_reduce = closing.reduce_unless(differs, self._consensus.group)
-        return closing_reduce is None, closing_reduce
 
     def _check_promise(self, expected: GradReport, report: GradReport, problem: str | None) -> None:
         """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
@@ -422,23 +390,9 @@ class Stage2(Stage):
         assert not self._in_flight
         zero_params = list(self._zero_params.values())
         if self._order.rebuild(zero_params, self._with_grad, self._consensus):
-            self._last_exchange = self._expected = None
-        if self._expected is None and self._may_repeat():
-            self._expected = self._last_exchange
-
-    def _may_repeat(self) -> bool:
-        """Return whether the next step may repeat the last exchange, for all that ranks know.
-
-        All ranks decide alike, since what they have agreed on is all that counts.
-        """
-        last = self._last_exchange
-        return (
-            last is not None
-            and self._with_grad == self._order.built_for
-            and any(last.agreed.launches)  # not a step without gradients, or with used ones
-            and not last.agreed.discards
-            and (self._policy.static_graph or not self._last_two_differ)
-        )
+            self._exchange.reset()
+        if self._with_grad == self._order.built_for:
+            self._exchange.expect_repetition()
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()
