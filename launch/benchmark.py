@@ -4,9 +4,9 @@
     python launch/benchmark.py gpu-checks
     python launch/benchmark.py checkpoint --gb 1
     python launch/benchmark.py plan --ranks 1024
+    python launch/benchmark.py exchange --ranks 2 4 8
     torchrun --nproc-per-node 4 launch/benchmark.py gather
     torchrun --nproc-per-node 2 launch/benchmark.py zero
-    torchrun --nproc-per-node 8 launch/benchmark.py exchange
     torchrun --nproc-per-node 2 launch/benchmark.py loop
 
 ``step`` times the optimizer step and is the default; ``gpu-checks`` checks what only a GPU can

@@ -90,7 +90,7 @@ class ReportExchange:
         return Agreement(agreed, problems, None)
 
     def _find_any(self, differs: bool, closing: Bucket | None) -> tuple[bool, PendingReduce | None]:
-        """Return whether any rank ``differs``; if the bucket tells that none does, its reduction."""
+        """Return whether any rank ``differs``; if the bucket tells that none does, its mean too."""
         if not isinstance(closing, ClosingBucket):
             return self._consensus.any_rank(differs), None
         with profiler_range("ZeRO::reduce_scatter"):

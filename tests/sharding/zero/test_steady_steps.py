@@ -25,6 +25,7 @@ from .cases import (
     mean_gradients,
     new_optimizer,
     rank_gradients,
+    traffic,
     zero,
 )
 from .test_loops import ALL, FP32_SUMS, Loop
@@ -217,6 +218,30 @@ def test_ranks_with_other_orders_of_gradients():
     expected = collect(loop.model, loop.optimizer)
     for found in run_ranks(2, reversed_worker):
         assert_same_bits(found, expected)
+
+
+def smallest_worker(rank, world):
+    """Return the bytes of each reduction in a backward pass, and of those in its step."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8), nn.Linear(8, 16)).bfloat16()
+    # A bucket for each weight, the last two of them with a bias.
+    sharding = zero(bucket_size_mb=600 / 2**20, broadcast_initial=True)
+    optimizer = AdamW_BF16(model.parameters(), sharding=sharding)
+    for _ in range(4):
+        with traffic() as in_backward:
+            model(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+        with traffic() as in_step:
+            optimizer.step(zero_grad=True)
+    return [
+        [size for name, _, size in calls if name == "all_to_all_single"]
+        for calls in (in_backward, in_step)
+    ]
+
+
+def test_smallest_bucket_is_sent_in_the_step():
+    """Not the last gradient's, which may be a large embedding: it would wait, and be copied."""
+    for in_backward, in_step in run_ranks(2, smallest_worker):
+        assert max(in_backward) == 2 * 64 * 32, "without a copy, so without a flag"
+        assert len(in_step) == 1 and in_step[0] < min(in_backward)
 
 
 def late_group_worker(rank, world):
