@@ -261,9 +261,13 @@ class Stage2(Stage):
         if closing_reduce is not None:
             launches[active - 1] -= 1
         self._flush(buckets[:active], launches[:active])
-        self._flush(buckets[active:], launches[active:])
         if closing_reduce is not None:
             self._in_flight.append((buckets[active - 1], closing_reduce))
+        # On a 2-D mesh the all-reduces of the active buckets come before any other on every rank,
+        # wherever they are launched.
+        while self._in_flight:
+            self._wait_oldest()
+        self._flush(buckets[active:], launches[active:])
         while self._in_flight:
             self._wait_oldest()
         self._held = None
