@@ -4,6 +4,7 @@
     python launch/benchmark.py gpu-checks
     python launch/benchmark.py checkpoint --gb 1
     python launch/benchmark.py plan --ranks 1024
+    python launch/benchmark.py exchange --ranks 2 4 8
     torchrun --nproc-per-node 4 launch/benchmark.py gather
     torchrun --nproc-per-node 2 launch/benchmark.py zero
     torchrun --nproc-per-node 2 launch/benchmark.py loop
@@ -11,8 +12,9 @@
 ``step`` times the optimizer step and is the default; ``gpu-checks`` checks what only a GPU can
 show; ``checkpoint`` times saving and loading; ``plan`` measures the part of a save and a load that
 grows with the number of ranks, without those ranks; ``gather`` measures the memory of gathering the
-optimizer state; ``zero`` compares ZeRO with torch's; ``loop`` compares whole training steps
-under several strategies. Each has its own ``--help``.
+optimizer state; ``zero`` compares ZeRO with torch's; ``exchange`` times what its ranks exchange
+on the host; ``loop`` compares whole training steps under several strategies. Each has its own
+``--help``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
     sys.path.insert(1, str(REPO))  # for a clone that is not installed
 
-COMMANDS = ("step", "gpu-checks", "checkpoint", "plan", "gather", "zero", "loop")
+COMMANDS = ("step", "gpu-checks", "checkpoint", "plan", "gather", "zero", "exchange", "loop")
 
 
 def main(argv: list[str]) -> int:

@@ -87,7 +87,8 @@ def last_step(model, optimizer, clip):
 def dying_worker(rank, world, folder, strategy, moment, clip):
     """Rank 1 dies in a step after the first; rank 0 saves its error."""
     model, optimizer = build(strategy)
-    for _ in range(2 if "-static" in strategy or "-overlap" in strategy else 1):
+    steps = {"static": 2, "overlap": 2, "steady": 3}
+    for _ in range(next((count for kind, count in steps.items() if kind in strategy), 1)):
         one_step(model, optimizer, clip)
     if rank == 1:
         arrange_death(moment, model, optimizer)
@@ -112,6 +113,11 @@ OVERLAPPED = r"all-gathering the updated weights \(collective: .*\)"
         ("ZeRO-2", "norm", True, "summing the gradient norm", True),
         ("ZeRO-2", "norm", False, "summing the gradient norm", True),
         ("ZeRO-2", "gather", False, "gathering the updated weights", False),
+        # the last bucket tells whether ranks have to agree anew
+        ("ZeRO-steady-2", "backward", True, AVERAGING, True),
+        ("ZeRO-steady-2", "agreement", True, AVERAGING, True),
+        ("ZeRO-steady-2", "norm", False, "summing the gradient norm", True),
+        ("ZeRO-steady-1", "agreement", False, "agreeing on what to exchange", True),
         # without an agreement, what waits for the dead rank first depends on how far it came
         ("ZeRO-static-2", "backward", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "agreement", True, f"({AVERAGING}|summing the gradient norm)", True),
@@ -151,16 +157,26 @@ def hanging_worker(rank, world, moment):
                 AdamW_BF16(model.parameters(), sharding=ZeRO(mesh))
         return
     optimizer = AdamW_BF16(model.parameters(), sharding=ZeRO(mesh, broadcast_initial=True))
-    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    for _ in range(0 if moment == "step" else 4):
+        model(x).sum().backward()
+        optimizer.step(zero_grad=True)
+    if rank == 0 or moment != "failed backward":
+        model(x).sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(x.t()).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
     if rank == 0:
+        what = "agreeing on what to exchange" if moment == "step" else AVERAGING
         with pytest.raises(
-            RuntimeError,
-            match=f"^agreeing on what to exchange between ranks 0, 1 failed on rank 0{ADVICE}$",
+            RuntimeError, match=f"^{what} between ranks 0, 1 failed on rank 0{ADVICE}$"
         ):
             optimizer.step()
+        assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("moment", ["construction", "step"])
+@pytest.mark.parametrize("moment", ["construction", "step", "steady step", "failed backward"])
 def test_hanging_rank_is_an_error_within_the_mesh_timeout(moment):
     run_ranks(2, hanging_worker, moment)
 

@@ -71,22 +71,39 @@ class Bucket:
 
     def launch_reduce(self) -> PendingReduce:
         """Start the reduce-scatter, with zeros for missing gradients, and empty the bucket."""
-        reduce_scatter_input = self._reduce_scatter_input
-        if reduce_scatter_input is None:
-            reduce_scatter_input = self._new_reduce_scatter_input()
-        for zero_param, padded_grad in self._padded_grads_in(reduce_scatter_input).items():
-            if zero_param not in self._padded_grads:
-                padded_grad.zero_()
-        self._reduce_scatter_input = None
-        self._padded_grads = {}
+        reduce_scatter_input = self._fill_missing_grads()
+        self._clear()
         self.launches += 1
         return PendingReduce(reduce_scatter_input, self._mesh, self._result_dtype)
+
+    def launch_zeros(self) -> PendingReduce:
+        """Start a reduce-scatter of zeros only; the bucket keeps its gradients."""
+        kept = self._reduce_scatter_input, self._padded_grads
+        self._clear()
+        try:
+            return self.launch_reduce()
+        finally:
+            self._reduce_scatter_input, self._padded_grads = kept
 
     def local_shards(self, reduced: Tensor) -> Iterator[tuple[ZeroParam, Tensor]]:
         """Yield each parameter's local shard as a view of the reduced shard of the bucket."""
         shards = reduced.split([each.padded_shard_numel for each in self.zero_params])
         for zero_param, shard in zip(self.zero_params, shards, strict=True):
             yield zero_param, zero_param.unpack_shard(shard)
+
+    def _fill_missing_grads(self) -> Tensor:
+        """Return the reduce-scatter input, with zeros for missing gradients."""
+        reduce_scatter_input = self._reduce_scatter_input
+        if reduce_scatter_input is None:
+            reduce_scatter_input = self._new_reduce_scatter_input()
+        for zero_param, padded_grad in self._padded_grads_in(reduce_scatter_input).items():
+            if zero_param not in self._padded_grads:
+                padded_grad.zero_()
+        return reduce_scatter_input
+
+    def _clear(self) -> None:
+        self._reduce_scatter_input = None
+        self._padded_grads = {}
 
     def _new_reduce_scatter_input(self) -> Tensor:
         numel = sum(zero_param.padded_shard_numel for zero_param in self.zero_params)

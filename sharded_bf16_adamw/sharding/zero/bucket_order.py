@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from .bucket import Bucket, ReplicatedBucket, split_by_size
+from .closing_bucket import ClosingBucket, can_carry_flag
 from .consensus import Consensus
 from .param import ZeroParam
 
@@ -34,7 +35,8 @@ class BucketOrder:
     """The buckets of all parameters, in an order that is the same on every rank.
 
     The first ``num_active`` buckets hold parameters that recently had gradients, and launch during
-    the backward pass. The others launch only in ``reduce_grads()``.
+    the backward pass. The others launch only in ``reduce_grads()``. The last active bucket is the
+    *closing* one, the smallest of them; see [Note: Closing bucket].
 
     Attributes:
         buckets: in the order in which they launch.
@@ -45,6 +47,7 @@ class BucketOrder:
 
     def __init__(self, policy: ZeRO) -> None:
         self._policy = policy
+        self._carries_flag = not policy.static_graph and can_carry_flag(policy.mesh)
         self.buckets: list[Bucket] = []
         self.num_active = 0
         self.bucket_of: dict[ZeroParam, Bucket] = {}
@@ -64,6 +67,15 @@ class BucketOrder:
     def has_recorded(self) -> bool:
         """Return True if this rank has recorded an order that is not yet in use."""
         return bool(self._recorded)
+
+    @property
+    def closing(self) -> Bucket | None:
+        """The last active bucket; None if none is active."""
+        return self.buckets[self.num_active - 1] if self.num_active else None
+
+    def is_active(self, bucket: Bucket) -> bool:
+        """Return whether the bucket launches during the backward pass."""
+        return bucket in self.buckets[: self.num_active]
 
     def reset(self, zero_params: Iterable[ZeroParam]) -> None:
         """Build buckets for other parameters, in a guessed order."""
@@ -132,7 +144,12 @@ class BucketOrder:
         nonempty = [zero_param for zero_param in self._order if zero_param.param.numel()]
         first = split_by_size([each for each in nonempty if each in chosen], size)
         rest = split_by_size([each for each in nonempty if each not in chosen], size)
+        if first:
+            smallest = min(reversed(range(len(first))), key=lambda index: _numbytes(first[index]))
+            first.append(first.pop(smallest))
         self.buckets = [self._new_bucket(zero_params) for zero_params in (*first, *rest)]
+        if first and self._carries_flag:
+            self.buckets[len(first) - 1] = self._new_bucket(first[-1], ClosingBucket)
         self.bucket_of = {each: bucket for bucket in self.buckets for each in bucket.zero_params}
         self.num_active, self._next = len(first), 0
         self.built_for = active
@@ -142,8 +159,12 @@ class BucketOrder:
             len(rest),
         )
 
-    def _new_bucket(self, zero_params: list[ZeroParam]) -> Bucket:
+    def _new_bucket(self, zero_params: list[ZeroParam], kind: type[Bucket] | None = None) -> Bucket:
         policy = self._policy
         dtype = policy.reduce_dtype or zero_params[0].spec.dtype
-        kind = ReplicatedBucket if zero_params[0].is_replicated else Bucket
+        kind = kind or (ReplicatedBucket if zero_params[0].is_replicated else Bucket)
         return kind(zero_params, policy.mesh, dtype, policy.accumulate_dtype or dtype)
+
+
+def _numbytes(zero_params: list[ZeroParam]) -> int:
+    return sum(each.param.numel() * each.param.element_size() for each in zero_params)

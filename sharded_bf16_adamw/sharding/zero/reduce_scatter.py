@@ -34,9 +34,16 @@ class PendingReduce:
             the last mesh dimension. It may be overwritten.
         mesh: 1-D, or 2-D (replicate, shard).
         dtype: of the result.
+        group: of the ranks of the last mesh dimension; None for the mesh's own.
     """
 
-    def __init__(self, reduce_scatter_input: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        reduce_scatter_input: Tensor,
+        mesh: DeviceMesh,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self._mesh = mesh
         self._dtype = dtype
         self._input: Tensor | None = reduce_scatter_input  # not to be freed while in flight
@@ -44,7 +51,8 @@ class PendingReduce:
         self._mean: Tensor | None = None
         self._shard_work: CheckedWork | None = None
         self._replicate_work: CheckedWork | None = None
-        group, ranks = mesh.get_group(mesh.ndim - 1), reduce_scatter_input.shape[0]
+        group = group or mesh.get_group(mesh.ndim - 1)
+        ranks = reduce_scatter_input.shape[0]
         self._wait_blocks_host = is_gloo(group, reduce_scatter_input.device)
         if ranks == 1:
             return

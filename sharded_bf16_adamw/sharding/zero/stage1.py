@@ -23,11 +23,11 @@ class Stage1(Stage):
         super().__init__(policy)
         self._checked_averaged = False
         self._last_has_grad: list[bool] = []  # of each parameter, in the last reduce_grads()
-        self._is_static = False  # last_has_grad holds from now on, by the user's promise
+        self._is_steady = False  # last_has_grad may hold in the next step
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         super().add_params(params, names)
-        self._is_static = False
+        self._is_steady = False
 
     @torch.no_grad()
     def reduce_grads(self) -> None:
@@ -38,12 +38,18 @@ class Stage1(Stage):
         if self._is_reduced and has_grad == self._last_has_grad:
             return
         problem = self._find_problem()
-        if self._is_static:
+        if self._is_steady and self._policy.static_graph:
             problem = problem or changed_grads_problem(zero_params, self._last_has_grad, has_grad)
             if problem is not None:
                 raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
             self._is_reduced = True
             return
+        if self._is_steady:
+            differs = problem is not None or has_grad != self._last_has_grad
+            self._is_steady = not self._consensus.any_rank(differs)
+            if self._is_steady:
+                self._is_reduced = True
+                return
         flags = [*has_grad, *[not has for has in has_grad]]
         agreed = self._consensus.all_reduce_max(flags, problem)
         any_has, any_lacks = agreed[: len(has_grad)], agreed[len(has_grad) :]
@@ -55,12 +61,15 @@ class Stage1(Stage):
                     "wrap the model (find_unused_parameters=True if need be), or use "
                     "ZeRO(stage=2) on the plain module"
                 )
+        last = self._with_grad
         self._with_grad = [each for each, some in zip(zero_params, any_has, strict=True) if some]
         self._last_has_grad = has_grad
         if not self._checked_averaged and self._with_grad:
             self._check_averaged()
-        self._is_static = (
-            self._policy.static_graph and self._checked_averaged and bool(self._with_grad)
+        self._is_steady = (
+            self._checked_averaged
+            and bool(self._with_grad)
+            and (self._policy.static_graph or self._with_grad == last)
         )
         self._is_reduced = True
 

@@ -19,10 +19,13 @@ The same exchange tells which parameters have a gradient on any rank, and detect
 disagree on ``zero_grad()``. A rank with an error still launches the reductions that other ranks
 wait for. Then all ranks raise the error together.
 
-With ``static_graph``, the first steps exchange this as well. Once the buckets are final, ``step()``
-exchanges nothing: each rank compares its own report with the one that it sent last, and if they are
-equal, assumes that the others' are too (:class:`StaticGraph`). If they differ, it raises on this
-rank alone, which has launched no bucket more often than the others have.
+Once the buckets are final, each rank compares its own report with the one that it sent last. If
+they are equal on every rank, all ranks know what they would agree on, so only whether they are
+equal has to travel: on gloo with the last bucket (see [Note: Closing bucket]), else as eight bytes.
+
+With ``static_graph`` not even that travels: a rank whose report is the same assumes that the
+others' are too. If it differs, it raises on this rank alone, which has launched no bucket more
+often than the others have.
 """
 
 from __future__ import annotations
@@ -41,11 +44,13 @@ from ...profiling import profiler_range
 from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .closing_bucket import ClosingBucket
 from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
+from .report_exchange import ReportExchange
 from .stage import Stage
-from .static_graph import STATIC_GRAPH_ADVICE, StaticGraph
+from .static_graph import STATIC_GRAPH_ADVICE, find_difference
 
 if TYPE_CHECKING:
     from .config import ZeRO
@@ -103,21 +108,19 @@ class Stage2(Stage):
 
         # - Buckets
         self._order = BucketOrder(policy)
+        self._exchange = ReportExchange(self._consensus, policy.static_graph)
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
-
-        # - Static graph
-        self._last_exchange: StaticGraph | None = None  # of these buckets
-        self._static_graph: StaticGraph | None = None  # the same, once steps exchange nothing
+        self._held: Bucket | None = None  # the closing bucket, if complete for the last time
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if any(self._consensus.all_reduce_max([self._is_busy()])):
-            self._static_graph = None  # other parameters, other gradients
+            self._exchange.expected = None  # other parameters, other gradients
             self.reduce_grads()  # reductions in flight belong to the old buckets
         super().add_params(params, names)
         self._is_reduced = False
         self._register_hooks()
         self._order.reset(self._zero_params.values())
-        self._last_exchange = self._static_graph = None
+        self._exchange.reset()
 
     # ------------------------------------------------------------------ during the backward pass
 
@@ -165,6 +168,8 @@ class Stage2(Stage):
         assert unsharded_grad is not None
         self._has_grad.add(zero_param)
         if bucket := self._order.bucket_of.get(zero_param):  # an empty parameter has none
+            if self._held is not None and self._order.is_active(bucket):
+                self._launch_next(self._held)  # one more backward pass than expected
             bucket.add_grad(zero_param, unsharded_grad)
         param.grad = None
 
@@ -172,12 +177,20 @@ class Stage2(Stage):
         """Launch active buckets in order, up to the first incomplete one."""
         while complete := self._order.next_complete():
             index, bucket = complete
-            static_graph = self._static_graph
-            if static_graph is not None and bucket.launches >= static_graph.agreed.launches[index]:
-                return  # as promised, the other ranks do not launch it again
-            self._apply_backpressure()
-            self._launch(bucket)
-            self._order.advance()
+            if expected := self._exchange.expected:
+                remaining = expected.agreed.launches[index] - bucket.launches
+                if self._policy.static_graph and remaining <= 0:
+                    return  # as promised, the other ranks do not launch it again
+                if isinstance(bucket, ClosingBucket) and remaining == 1:
+                    self._held = bucket
+                    return
+            self._launch_next(bucket)
+
+    def _launch_next(self, bucket: Bucket) -> None:
+        self._held = None
+        self._apply_backpressure()
+        self._launch(bucket)
+        self._order.advance()
 
     def _apply_backpressure(self) -> None:
         """Wait for the oldest reduction if ``max_in_flight`` are in flight."""
@@ -193,11 +206,12 @@ class Stage2(Stage):
         unfinished = [pending for _, pending in self._in_flight if not pending.is_local_finished]
         return unfinished[0] if len(unfinished) >= self._policy.max_in_flight else None
 
-    def _launch(self, bucket: Bucket) -> None:
+    def _launch(self, bucket: Bucket, zeros: bool = False) -> None:
         while self._in_flight and self._in_flight[0][1].is_completed:
             self._wait_oldest()
         with profiler_range("ZeRO::reduce_scatter"):
-            self._in_flight.append((bucket, bucket.launch_reduce()))
+            pending = bucket.launch_zeros() if zeros else bucket.launch_reduce()
+        self._in_flight.append((bucket, pending))
 
     def _wait_oldest(self) -> None:
         """Wait for the oldest reduction, and accumulate its result."""
@@ -226,8 +240,6 @@ class Stage2(Stage):
     def _finish_reduction(self, discard: bool) -> None:
         """Reach consensus, launch missing reductions, and wait for all. Collective.
 
-        A static graph needs no consensus for a step.
-
         Args:
             discard: True in :meth:`clear_grads`, False in a step.
         """
@@ -236,21 +248,29 @@ class Stage2(Stage):
         if problem is None:
             self._add_unhooked_grads()
         report = self._report(discard)
-        if self._static_graph is not None and not discard:
-            self._check_promise(self._static_graph, report, problem)
-            agreed, problems = self._static_graph.agreed, None
+        expected = self._exchange.expected
+        if self._policy.static_graph and expected is not None and not discard:
+            self._check_promise(expected.own, report, problem)
+            agreed, problems, closing_reduce = expected.agreed, None, None
         else:
-            values, problems = self._consensus.all_reduce_max_and_problems(
-                report.flatten(), problem
+            agreed, problems, closing_reduce = self._exchange.agree(
+                report, problem, self._order.closing
             )
-            agreed = report.unflatten(values)
-            if not discard:
-                self._last_exchange = StaticGraph(report, agreed)
         buckets, active = self._order.buckets, self._order.num_active
-        self._flush(buckets[:active], agreed.launches[:active])
-        self._flush(buckets[active:], agreed.launches[active:])
+        launches = list(agreed.launches)
+        if closing_reduce is not None:
+            launches[active - 1] -= 1
+        self._flush(buckets[:active], launches[:active])
+        if closing_reduce is not None:
+            self._in_flight.append((buckets[active - 1], closing_reduce))
+        # On a 2-D mesh the all-reduces of the active buckets come before any other on every rank,
+        # wherever they are launched.
         while self._in_flight:
             self._wait_oldest()
+        self._flush(buckets[active:], launches[active:])
+        while self._in_flight:
+            self._wait_oldest()
+        self._held = None
         self._order.restart()
         # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
         if agreed.is_stale:
@@ -270,15 +290,13 @@ class Stage2(Stage):
         self._apply(agreed)
         self._is_reduced = True
 
-    def _check_promise(
-        self, static_graph: StaticGraph, report: GradReport, problem: str | None
-    ) -> None:
+    def _check_promise(self, expected: GradReport, report: GradReport, problem: str | None) -> None:
         """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
         if report.is_stale:
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
-        problem = problem or static_graph.find_difference(
-            report, self._zero_params.values(), self._order.buckets
+        problem = problem or find_difference(
+            expected, report, self._zero_params.values(), self._order.buckets
         )
         if problem is not None:
             raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
@@ -317,13 +335,18 @@ class Stage2(Stage):
         self._sharded_grads = {each.param: self._sharded_grad(each) for each in self._with_grad}
 
     def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
-        """Launch the buckets that are behind ``launches``, in the same order as the hooks do."""
+        """Launch the buckets that are behind ``launches``, in the same order as the hooks do.
+
+        The closing bucket sends gradients that no launch was due for in its last one, as in a
+        steady step.
+        """
         for turn in range(max(launches, default=0)):
             for bucket, wanted in zip(buckets, launches, strict=True):
                 if bucket.launches <= turn < wanted:
                     if oldest := self._oldest_over_limit():
                         oldest.finish_local()
-                    self._launch(bucket)
+                    is_due = bucket is not self._order.closing or bucket is self._held
+                    self._launch(bucket, zeros=not is_due and turn < wanted - 1)
 
     def _sharded_grad(self, zero_param: ZeroParam) -> Tensor:
         if zero_param.param not in self._sharded_grads:
@@ -371,22 +394,9 @@ class Stage2(Stage):
         assert not self._in_flight
         zero_params = list(self._zero_params.values())
         if self._order.rebuild(zero_params, self._with_grad, self._consensus):
-            self._last_exchange = self._static_graph = None
-        if self._policy.static_graph and self._static_graph is None:
-            self._start_static_graph()
-
-    def _start_static_graph(self) -> None:
-        """Repeat the last exchange from now on, if no rank expects other buckets or gradients.
-
-        All ranks decide alike, since what they have agreed on is all that counts.
-        """
-        last = self._last_exchange
-        if (
-            last is not None
-            and self._with_grad == self._order.built_for
-            and any(last.agreed.launches)  # not a step without gradients, or with used ones
-        ):
-            self._static_graph = last
+            self._exchange.reset()
+        if self._with_grad == self._order.built_for:
+            self._exchange.expect_repetition()
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from .bucket import Bucket
 from .grad_report import GradReport
@@ -16,30 +15,26 @@ STATIC_GRAPH_ADVICE = (
 )
 
 
-class StaticGraph(NamedTuple):
-    """The last exchange of stage 2, which its next reductions repeat."""
-
-    own: GradReport
-    agreed: GradReport
-
-    def find_difference(
-        self, report: GradReport, zero_params: Iterable[ZeroParam], buckets: Iterable[Bucket]
-    ) -> str | None:
-        """Return how this rank's report breaks the promise, or None."""
-        expected = self.own
-        if report == expected:
-            return None
-        problem = changed_grads_problem(zero_params, expected.has_grad, report.has_grad)
-        if problem is not None:
-            return problem
-        counts = zip(buckets, expected.launches, report.launches, strict=True)
-        for bucket, before, now in counts:
-            if now != before:
-                return (
-                    f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
-                    f"gradients to reduce, but {before} in the step before"
-                )
-        return "optimizer.zero_grad() was not called after the step before"
+def find_difference(
+    expected: GradReport,
+    report: GradReport,
+    zero_params: Iterable[ZeroParam],
+    buckets: Iterable[Bucket],
+) -> str | None:
+    """Return how this rank's report breaks the promise to repeat the expected one, or None."""
+    if report == expected:
+        return None
+    problem = changed_grads_problem(zero_params, expected.has_grad, report.has_grad)
+    if problem is not None:
+        return problem
+    counts = zip(buckets, expected.launches, report.launches, strict=True)
+    for bucket, before, now in counts:
+        if now != before:
+            return (
+                f"the backward passes gave parameter {bucket.zero_params[0].name} {now} "
+                f"gradients to reduce, but {before} in the step before"
+            )
+    return "optimizer.zero_grad() was not called after the step before"
 
 
 def changed_grads_problem(

@@ -410,9 +410,8 @@ def exchanges_worker(rank, world, static_graph):
 
 
 @pytest.mark.parametrize("static_graph", [False, True])
-def test_steady_steps_exchange_no_more_on_the_host(static_graph):
-    for without, with_it in run_ranks(2, exchanges_worker, static_graph):
-        assert with_it == without == (not static_graph)
+def test_steady_steps_exchange_nothing_on_the_host(static_graph):
+    assert run_ranks(2, exchanges_worker, static_graph) == [[0, 0]] * 2
 
 
 # -------------------------------------------------------------------- other readers of weights

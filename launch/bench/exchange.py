@@ -1,0 +1,96 @@
+"""Time what ZeRO's ranks exchange on the host beside gradients, weights and norms.
+
+    python launch/benchmark.py exchange --ranks 2 4 8 16 32
+
+``agree`` is an exchange of full reports, as in the first steps and after a change. ``any_rank`` is
+that of a steady step on NCCL, on a two-dimensional mesh and in stage 1. On gloo and one dimension a
+steady step of stage 2 sends a flag with its last bucket: ``bucket`` is its reduce-scatter without,
+``bucket_with_flag`` with it.
+
+Milliseconds on rank 0, in turns, each after a barrier: the median, and the lowest, which other work
+on the machine disturbs least. All ranks are processes of this machine. With more of them than CPUs
+these are times of the CPUs, not of a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sharded_bf16_adamw.sharding.zero.consensus import Consensus
+from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
+
+
+def contenders(args: argparse.Namespace, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
+    consensus = Consensus(mesh)
+    report = [0] * (2 * args.parameters)
+
+    def bucket(flags: int) -> float:
+        rows = torch.zeros(mesh.size(), args.row_numel + flags, dtype=torch.bfloat16)
+        return PendingReduce(rows, mesh, rows.dtype, consensus.group).wait()[-1].item()
+
+    return {
+        "agree": lambda: consensus.all_reduce_max(report),
+        "any_rank": lambda: consensus.any_rank(False),
+        "bucket": lambda: bucket(0),
+        "bucket_with_flag": lambda: bucket(1),
+    }
+
+
+def measure(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> None:
+    """Measure as one of the ranks; rank 0 writes the result to ``folder``."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    functions = contenders(args, init_device_mesh("cpu", (ranks,)))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(args.repeats):
+        for name, function in list(functions.items())[:: 1 if turn % 2 else -1]:
+            dist.barrier()
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    if rank == 0:
+        result = {
+            name: {"median_ms": 1e3 * statistics.median(times), "lowest_ms": 1e3 * min(times)}
+            for name, times in seconds.items()
+        }
+        Path(folder, "result").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py exchange",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--parameters", type=int, default=200, help="in a report")
+    parser.add_argument("--row-numel", type=int, default=1 << 12, help="of a bucket, to each rank")
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+    results = {}
+    for ranks in args.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            # Forked: importing torch in many processes takes longer than the measurement.
+            torch.multiprocessing.start_processes(
+                measure, (ranks, folder, args), nprocs=ranks, start_method="fork"
+            )
+            results[ranks] = json.loads(Path(folder, "result").read_text())
+        print(json.dumps({ranks: results[ranks]}, indent=1), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0

@@ -1,0 +1,98 @@
+"""The exchange of gradient reports in stage 2, as small as what ranks know of each other allows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...profiling import profiler_range
+from .bucket import Bucket
+from .closing_bucket import ClosingBucket
+from .consensus import Consensus
+from .grad_report import GradReport
+from .reduce_scatter import PendingReduce
+
+
+class Exchange(NamedTuple):
+    """What this rank reported in an exchange, and what the ranks agreed on."""
+
+    own: GradReport
+    agreed: GradReport
+
+
+class Agreement(NamedTuple):
+    """The result of :meth:`ReportExchange.agree`.
+
+    Attributes:
+        report: what the ranks agree on.
+        problems: all ranks' problems in one sentence, or None.
+        closing_reduce: the last reduction of the closing bucket, if it has told that all ranks
+            repeat their reports.
+    """
+
+    report: GradReport
+    problems: str | None
+    closing_reduce: PendingReduce | None
+
+
+class ReportExchange:
+    """The exchanges of one optimizer. See [Note: Closing bucket].
+
+    Attributes:
+        expected: the exchange that the next ones probably repeat, or None. It is set and cleared on
+            all ranks alike.
+    """
+
+    def __init__(self, consensus: Consensus, static_graph: bool) -> None:
+        self._consensus = consensus
+        self._static_graph = static_graph
+        self.expected: Exchange | None = None
+        self._last: Exchange | None = None  # of these buckets
+        self._last_two_differ = False  # in what the ranks agreed on
+
+    def reset(self) -> None:
+        """Forget what was exchanged: there are other buckets."""
+        self.expected = self._last = None
+
+    def expect_repetition(self) -> None:
+        """After a step, decide whether the next one may repeat its exchange.
+
+        All ranks decide alike, since what they have agreed on is all that counts.
+        """
+        last = self._last
+        if (
+            self.expected is None
+            and last is not None
+            and any(last.agreed.launches)  # not a step without gradients, or with used ones
+            and not last.agreed.discards
+            and (self._static_graph or not self._last_two_differ)
+        ):
+            self.expected = last
+
+    def agree(self, report: GradReport, problem: str | None, closing: Bucket | None) -> Agreement:
+        """Agree on the gradients of a reduction. Collective.
+
+        Args:
+            report: of this rank.
+            problem: of this rank, or None.
+            closing: the closing bucket, if there is one.
+        """
+        expected = self.expected
+        if expected is not None and not self._static_graph:
+            differs = problem is not None or report != expected.own
+            any_differs, closing_reduce = self._find_any(differs, closing)
+            if not any_differs:
+                return Agreement(expected.agreed, None, closing_reduce)
+            self.expected = None
+        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
+        agreed = report.unflatten(values)
+        last, self._last = self._last, Exchange(report, agreed)
+        self._last_two_differ = last is not None and last.agreed != agreed
+        return Agreement(agreed, problems, None)
+
+    def _find_any(self, differs: bool, closing: Bucket | None) -> tuple[bool, PendingReduce | None]:
+        """Return whether any rank ``differs``; if the bucket tells that none does, its mean too."""
+        if not isinstance(closing, ClosingBucket):
+            return self._consensus.any_rank(differs), None
+        with profiler_range("ZeRO::reduce_scatter"):
+            closing_reduce = closing.reduce_unless(differs, self._consensus.group)
+        return closing_reduce is None, closing_reduce
