@@ -31,7 +31,7 @@ SUBJECTS = {
 }
 # What to do where the message does not say, by a part of the message.
 ADVICE = {
-    "damaged, so it does not count": "`prune` counts undamaged checkpoints only; remove it yourself",
+    "damaged, so it does not count": "`prune` counts undamaged ones only; remove it yourself.",
     "no checkpoint at … is whole": "Keep what is there: a damaged checkpoint may be partly usable.",
     "an asynchronous save failed": "The checkpoint before it is still the latest. The text after "
     "the colon is the reason; save again.",

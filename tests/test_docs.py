@@ -1,5 +1,6 @@
 """The documentation names files that exist, and its Python code runs."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from sharded_bf16_adamw import __version__
+
 REPO = Path(__file__).resolve().parent.parent
 FILE = re.compile(r"(?<![\w/.-])[\w./-]+\.(?:py|c|h|sh)\b")
 # A block of Python; the new side of a diff of Python; a hidden check by value.
 CODE = re.compile(
-    r"^(?P<indent> *)```(?P<kind>python|diff)\n(?P<block>.*?)^ *```|^<!-- check: (?P<check>[^\n]*) -->$",
+    r"^ *```(?P<kind>python|diff)\n(?P<block>.*?)^ *```|^<!-- check: (?P<check>[^\n]*) -->$",
     re.MULTILINE | re.DOTALL,
 )
 PAGES = [
@@ -27,7 +30,9 @@ QUOTING = {
     for name in ("accelerate", "ddp", "hf_trainer", "lightning", "peft", "schedulers")
 } | {f"docs/integrations/{name}.md" for name in ("torch_compile", "torchtitan")}
 # Pages that cannot run, and why.
-EXCLUDED = {"docs/integrations/axolotl.md": "a plugin of axolotl, which needs a GPU; it is compiled"}
+EXCLUDED = {
+    "docs/integrations/axolotl.md": "a plugin of axolotl, which needs a GPU; it is compiled"
+}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,25 @@ def test_code_of_page_runs(page, tmp_path):
 @pytest.mark.parametrize("page", EXCLUDED)
 def test_code_that_cannot_run_compiles(page):
     compile(script(page), page, "exec")
+
+
+def test_blocks_keep_their_lines():
+    """A traceback names the line of the page; only the new side of a diff runs."""
+    for page in ("README.md", "docs/migration.md"):
+        shown = (REPO / page).read_text().splitlines()
+        for line, code in zip(shown, script(page).splitlines(), strict=False):
+            assert code == "" or code in line or line == f"<!-- check: {code[7:]} -->"
+            assert not (code and line.startswith("-"))
+
+
+def test_site_shows_no_roles(repo):
+    spec = importlib.util.spec_from_file_location("hooks", repo / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    html = "such as :class:<code>.LR</code>, :func:<code>~torch.compile</code>, a:b:<code>c</code>"
+    shown = "such as <code>LR</code>, <code>torch.compile</code>, a:b:<code>c</code>"
+    assert hooks.on_page_content(html) == shown
+    assert hooks.on_config({"site_name": "name"})["site_name"] == f"name {__version__}"
 
 
 def test_pages_that_quote_examples_are_those_of_the_integrations():

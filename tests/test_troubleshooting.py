@@ -7,7 +7,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def generator(repo):
-    spec = importlib.util.spec_from_file_location("troubleshooting", repo / "docs/troubleshooting.py")
+    spec = importlib.util.spec_from_file_location(
+        "troubleshooting", repo / "docs/troubleshooting.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
