@@ -41,7 +41,7 @@ EXCLUDED = {
         "README.md",
         "CONTRIBUTING.md",
         *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "checkpoints", "index")),
-        *(f"docs/{name}.md" for name in ("migration", "numerics", "quality", "strategies")),
+        *(f"docs/{name}.md" for name in ("numerics", "quality", "strategies")),
         *(f"docs/{name}.md" for name in ("training", "troubleshooting", "zero")),
     ],
 )
@@ -67,8 +67,7 @@ def script(page: str) -> str:
         else:
             block = textwrap.dedent(match["block"])
             if match["kind"] == "diff":
-                block = re.sub(r"^-.*\n", "", block, flags=re.MULTILINE)
-                block = re.sub(r"^[+ ]", "", block, flags=re.MULTILINE)
+                block = re.sub(r"^-.*|^[+ ]", "", block, flags=re.MULTILINE)
             first = text.count("\n", 0, match.start()) + 1
         lines[first : first + block.count("\n")] = block.splitlines()
     return "\n".join(lines) + "\n"
