@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import matplotlib
@@ -258,11 +258,12 @@ def tables(measured: Measured) -> str:
     return "\n".join(lines)
 
 
-STYLE = {
-    "round to nearest": "C1--",
-    "all-bf16 operations": "C3:",
-    "fp32 master weights": "C7-.",
-    "ours": "C0-",
+STYLE: dict[str, dict[str, Any]] = {
+    "round to nearest": {"color": "C1", "linestyle": "--"},
+    "all-bf16 operations": {"color": "C3", "linestyle": ":"},
+    # wide and pale, as ours lies upon it
+    "fp32 master weights": {"color": "C7", "linewidth": 6, "alpha": 0.45},
+    "ours": {"color": "C0"},
 }
 
 
@@ -273,8 +274,8 @@ def plot_v(v: dict[str, dict[str, Tensor]], path: Path) -> None:
             axis.semilogy(
                 [V_EVERY * (i + 1) for i in range(len(ratio))],
                 ratio.mean(1),
-                STYLE[rule],
                 label=rule,
+                **STYLE[rule],
             )
         axis.set(title=kind, xlabel="step", ylim=(0.5, 300))
     axes[0].set_ylabel("stored v / exact v, mean")
@@ -285,7 +286,7 @@ def plot_v(v: dict[str, dict[str, Tensor]], path: Path) -> None:
 def plot_slope(slope: dict[str, Tensor], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for rule, s in slope.items():
-        axis.semilogx(LR_PER_WEIGHT, s, STYLE[rule], marker=".", label=rule)
+        axis.semilogx(LR_PER_WEIGHT, s, marker=".", label=rule, **STYLE[rule])
     axis.set(xlabel="learning rate / weight", ylabel="displacement / exact displacement")
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)

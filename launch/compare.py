@@ -84,25 +84,30 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --seed would be taken for --seeds
     )
-    parser.add_argument("--seeds", type=int, default=6, help="runs of each optimizer")
+    parser.add_argument("--seeds", type=int, default=6, help="runs of each optimizer (default: 6)")
     parser.add_argument(
         "--optimizers",
         nargs="+",
         choices=OPTIMIZERS,
         metavar="NAME",
-        help=f"of {', '.join(OPTIMIZERS)}; {BASELINE} is always among them (default: all that are "
-        "installed and run on this device)",
+        help=f"optimizers to compare, of {', '.join(OPTIMIZERS)}; {BASELINE} always runs, as the "
+        "gaps are to it (default: all that are installed and run on this device)",
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="MINUTES",
-        help="choose --steps so that all runs together take about this long",
+        help="choose --steps of train.py so that all runs together take about this many minutes",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="concurrent runs, of one thread each if more than one"
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at the same time; if more than one, each has one CPU thread (default: 1)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="of all runs (default: runs/compare)"
+    )
     parser.add_argument(
         "--docs", action="store_true", help="write the table and the plot into docs/"
     )

@@ -60,17 +60,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=DEFAULT_PRESET,
         help="model of train.py (default: %(default)s)",
     )
-    model.add_argument("--config", type=Path, metavar="JSON", help="config.json of another model")
-    add("--world-size", type=positive, default=8, metavar="N", help="ranks (default: %(default)s)")
+    model.add_argument(
+        "--config", type=Path, metavar="JSON", help="config.json of a Llama-like model"
+    )
+    add(
+        "--world-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="number of ranks (default: %(default)s)",
+    )
     add(
         "--strategy",
         choices=STRATEGIES,
         nargs="+",
         default=list(STRATEGIES),
-        help="as for train.py (default: all)",
+        metavar="STRATEGY",
+        help=f"strategies of train.py to compare, of {', '.join(STRATEGIES)} (default: all)",
     )
-    add("--optimizer", choices=WEIGHT_DTYPES, default="bf16", help="default: %(default)s")
-    add("--seq-len", type=positive, help="tokens (default: of the preset, or 4096)")
+    add(
+        "--optimizer",
+        choices=WEIGHT_DTYPES,
+        default="bf16",
+        help="bf16 is AdamW_BF16 (default: bf16)",
+    )
+    add(
+        "--seq-len",
+        type=positive,
+        help="tokens in a sequence (default: the preset's, or 4096 with --config)",
+    )
     add(
         "--micro-batch",
         type=positive,
@@ -83,14 +101,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="sequences in a step, over all ranks and micro-batches (default: a micro-batch for "
         "each rank)",
     )
-    add("--recompute", action="store_true", help="activation checkpointing of each layer")
+    add("--recompute", action="store_true", help="plan with activation checkpointing of each layer")
     add(
         "--step-in-backward",
         action="store_true",
         help="AdamW_BF16(step_in_backward=True), which train.py does not have",
     )
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    add("--memory", type=float, metavar="GB", help="what a rank may take")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="plan for its kernels (default: cuda)",
+    )
+    add("--memory", type=float, metavar="GB", help="what a rank may take; names what fits")
     add("--docs", action="store_true", help="write the tables and the plot of docs/planning.md")
     args = parser.parse_args(argv)
     if args.memory is not None and not 0 < args.memory < math.inf:

@@ -96,7 +96,7 @@ class SerializableOptimizer(SteppedInBackward):
             self._in_backward = StepInBackward(self, *in_backward)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of :class:`AdamW_BF16` or :class:`torch.optim.AdamW`, copying its tensors.
+        """Load a state of AdamW_BF16, torch.optim.AdamW or adamw_bfloat16, copying its tensors.
 
         The correction of a torch.optim.AdamW state is zero. The schedule stays this optimizer's own
         and continues at the loaded position.
@@ -106,7 +106,7 @@ class SerializableOptimizer(SteppedInBackward):
         """
         self._check_between_steps("load_state_dict()")
         follows_schedule = [group["scheduled_lr"] is not None for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        super().load_state_dict(from_adamw_bfloat16(state_dict, self.param_groups))
         for group, follows in zip(self.param_groups, follows_schedule, strict=True):
             group["scheduled_lr"] = group["lr"] if follows else None
         for key, entry in self.state.items():  # torch keeps references to the given tensors
@@ -120,6 +120,27 @@ class SerializableOptimizer(SteppedInBackward):
         self._check_between_steps("state_dict()")
         with hide_ungrouped_states(self):
             return super().state_dict()
+
+
+def from_adamw_bfloat16(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Convert a state dict of the ``adamw_bfloat16`` library; return any other unchanged.
+
+    Its ``shift`` is the correction. Its groups have no ``lr``, for which that of ``groups`` stands.
+    ``accumulated_decay``, decay that a weight has yet to get, starts at a random value, so it is
+    dropped: it is at most half a percent of the weight.
+    """
+    loaded = state_dict["param_groups"]
+    if not loaded or not all("lr_function" in group and "lr" not in group for group in loaded):
+        return state_dict
+    state = {}
+    for key, entry in state_dict["state"].items():
+        state[key] = {k: v for k, v in entry.items() if k not in ("shift", "accumulated_decay")}
+        if "shift" in entry:
+            state[key]["correction"] = entry["shift"]
+    loaded = [{k: v for k, v in group.items() if k != "lr_function"} for group in loaded]
+    for group, own in zip(loaded, groups, strict=False):  # torch compares the numbers of groups
+        group["lr"] = own["lr"]
+    return {**state_dict, "state": state, "param_groups": loaded}
 
 
 def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:

@@ -1,10 +1,38 @@
-"""The documentation names files that exist."""
+"""The documentation names files that exist, and its Python code runs."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
+from sharded_bf16_adamw import __version__
+
+REPO = Path(__file__).resolve().parent.parent
 FILE = re.compile(r"(?<![\w/.-])[\w./-]+\.(?:py|c|h|sh)\b")
+# A block of Python; the new side of a diff of Python; a hidden check by value.
+CODE = re.compile(
+    r"^ *```(?P<kind>python|diff)\n(?P<block>.*?)^ *```|^<!-- check: (?P<check>[^\n]*) -->$",
+    re.MULTILINE | re.DOTALL,
+)
+PAGES = [
+    str(page.relative_to(REPO))
+    for page in (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")))
+    if CODE.search(page.read_text())
+]
+# Pages whose blocks are lines of examples, which tests/test_integrations.py compares and runs.
+QUOTING = {
+    f"docs/integrations/{name}.md"
+    for name in ("accelerate", "ddp", "hf_trainer", "lightning", "peft", "schedulers")
+} | {f"docs/integrations/{name}.md" for name in ("torch_compile", "torchtitan")}
+# Pages that cannot run, and why.
+EXCLUDED = {
+    "docs/integrations/axolotl.md": "a plugin of axolotl, which needs a GPU; it is compiled"
+}
 
 
 @pytest.mark.parametrize(
@@ -13,7 +41,8 @@ FILE = re.compile(r"(?<![\w/.-])[\w./-]+\.(?:py|c|h|sh)\b")
         "README.md",
         "CONTRIBUTING.md",
         *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "checkpoints", "index")),
-        *(f"docs/{name}.md" for name in ("numerics", "quality", "strategies", "training", "zero")),
+        *(f"docs/{name}.md" for name in ("numerics", "quality", "strategies")),
+        *(f"docs/{name}.md" for name in ("training", "troubleshooting", "zero")),
     ],
 )
 def test_page_names_existing_files(repo, page):
@@ -26,3 +55,64 @@ def test_page_names_existing_files(repo, page):
         if not any(path.endswith(f"/{name}") for path in paths)
     }
     assert not missing
+
+
+def script(page: str) -> str:
+    """Return the code of a page as one script, each line at its place in the page."""
+    text = (REPO / page).read_text()
+    lines = [""] * (text.count("\n") + 1)
+    for match in CODE.finditer(text):
+        if match["check"]:
+            block, first = f"assert {match['check']}\n", text.count("\n", 0, match.start())
+        else:
+            block = textwrap.dedent(match["block"])
+            if match["kind"] == "diff":
+                block = re.sub(r"^-.*|^[+ ]", "", block, flags=re.MULTILINE)
+            first = text.count("\n", 0, match.start()) + 1
+        lines[first : first + block.count("\n")] = block.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in QUOTING | {*EXCLUDED}])
+def test_code_of_page_runs(page, tmp_path):
+    """In the order of the page, in one script; on two ranks if it needs a process group."""
+    code = script(page)
+    (tmp_path / "page.py").write_text(code)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *(torchrun if "init_process_group(" in code else []), "page.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("page", EXCLUDED)
+def test_code_that_cannot_run_compiles(page):
+    compile(script(page), page, "exec")
+
+
+def test_blocks_keep_their_lines():
+    """A traceback names the line of the page; only the new side of a diff runs."""
+    for page in ("README.md", "docs/migration.md"):
+        shown = (REPO / page).read_text().splitlines()
+        for line, code in zip(shown, script(page).splitlines(), strict=False):
+            assert code == "" or code in line or line == f"<!-- check: {code[7:]} -->"
+            assert not (code and line.startswith("-"))
+
+
+def test_site_shows_no_roles(repo):
+    spec = importlib.util.spec_from_file_location("hooks", repo / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    html = "such as :class:<code>.LR</code>, :func:<code>~torch.compile</code>, a:b:<code>c</code>"
+    shown = "such as <code>LR</code>, <code>torch.compile</code>, a:b:<code>c</code>"
+    assert hooks.on_page_content(html) == shown
+    assert hooks.on_config({"site_name": "name"})["site_name"] == f"name {__version__}"
+
+
+def test_pages_that_quote_examples_are_those_of_the_integrations():
+    integrations = {page for page in PAGES if page.startswith("docs/integrations/")}
+    assert integrations == QUOTING | {*EXCLUDED} | {"docs/integrations/index.md"}

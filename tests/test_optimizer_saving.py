@@ -83,6 +83,44 @@ class TestSaving:
         train(optimizer, 1)
         assert state["step"].item() == 2
 
+    def test_state_of_adamw_bfloat16_loads_with_its_correction(self):
+        """Its ``state_dict()`` as version 0.2.0 writes it: a step that is a float, ``shift``."""
+        p = param(30)
+        shift = torch.linspace(-1e-3, 1e-3, 30).bfloat16()
+        source = {
+            "state": {
+                0: {
+                    "step": 7.0,
+                    "exp_avg": torch.full((30,), 0.5).bfloat16(),
+                    "exp_avg_sq": torch.full((30,), 0.25).bfloat16(),
+                    "shift": shift,
+                    "accumulated_decay": 0.003,
+                }
+            },
+            "param_groups": [
+                {
+                    "lr_function": LR(lr=0.5),  # stands for the library's own class
+                    "betas": (0.8, 0.99),
+                    "eps": 1e-6,
+                    "weight_decay": 0.0,
+                    "params": [0],
+                }
+            ],
+        }
+        schedule = LR(lr=0.1, preheat_steps=20)
+        optimizer = AdamW_BF16([p], lr_function=schedule)
+        optimizer.load_state_dict(source)
+        state, group = optimizer.state[p], optimizer.param_groups[0]
+        assert list(state) == ["step", "exp_avg", "exp_avg_sq", "correction"]
+        assert torch.equal(state["correction"], shift) and state["step"].item() == 7
+        assert group["betas"] == (0.8, 0.99) and group["weight_decay"] == 0.0
+        assert "lr_function" not in group
+        train(optimizer, 1)
+        assert group["lr"] == schedule(7) and "shift" in source["state"][0]
+        constant = AdamW_BF16([param(30)], lr=0.25)
+        constant.load_state_dict(source)
+        assert constant.param_groups[0]["lr"] == 0.25
+
     def test_size_mismatch_is_rejected_and_changes_nothing(self):
         other = AdamW_BF16([param(5)])
         train(other, 1)

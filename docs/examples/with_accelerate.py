@@ -33,9 +33,12 @@ if not torch.cuda.is_available():  # accelerate itself turns FSDP on for acceler
 def build():
     model = build_model()
     if version == 2:  # accelerate gives the optimizer the sharded parameters
-        return accelerator.prepare(model, AdamW_BF16(model.parameters(), lr=1e-2))
-    model = accelerator.prepare(model)
-    return model, accelerator.prepare(AdamW_BF16(model.parameters(), lr=1e-2))
+        optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        model = accelerator.prepare(model)
+        optimizer = accelerator.prepare(AdamW_BF16(model.parameters(), lr=1e-2))
+    return model, optimizer
 
 
 def train(model, optimizer, steps):

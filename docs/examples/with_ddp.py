@@ -14,7 +14,8 @@ from sharded_bf16_adamw import AdamW_BF16, load, save
 
 def build():
     model = DistributedDataParallel(build_model())
-    return model, AdamW_BF16(model.named_parameters(), lr=1e-2)
+    optimizer = AdamW_BF16(model.named_parameters(), lr=1e-2)
+    return model, optimizer
 
 
 def train(model, optimizer, steps):

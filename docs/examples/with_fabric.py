@@ -15,7 +15,8 @@ fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
 
 def build():
     model = build_model()  # bfloat16 before the optimizer sees it
-    return fabric.setup(model, AdamW_BF16(model.parameters(), lr=1e-2))
+    model, optimizer = fabric.setup(model, AdamW_BF16(model.parameters(), lr=1e-2))
+    return model, optimizer
 
 
 def train(model, optimizer, steps):

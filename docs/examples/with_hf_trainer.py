@@ -32,13 +32,14 @@ def build(folder):
         report_to="none",
         disable_tqdm=True,
     )
-    return Trainer(
+    trainer = Trainer(
         LlamaForCausalLM(config).bfloat16(),
         args,
         train_dataset=dataset,
         # The Trainer passes its groups with weight_decay, but not learning_rate.
         optimizer_cls_and_kwargs=(AdamW_BF16, {"lr": args.learning_rate}),
     )
+    return trainer
 
 
 folder = tempfile.mkdtemp()

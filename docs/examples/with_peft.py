@@ -27,7 +27,8 @@ class Model(nn.Module):
 
 
 def build_optimizer(model):
-    return AdamW_BF16((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    optimizer = AdamW_BF16((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    return optimizer
 
 
 def train(model, optimizer, steps):

@@ -51,16 +51,23 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--gb", type=float, default=1.0, help="size of the checkpoint, over all ranks"
+        "--gb",
+        type=float,
+        default=1.0,
+        help="size of the checkpoint in GB, over all ranks (default: %(default)s)",
     )
     parser.add_argument(
         "--replicated",
         action="store_true",
         help="keep the full model on every rank, as DDP does (default: FSDP2)",
     )
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--folder", help="on the disk to measure (default: the system's temporary directory)"
+        "--rounds", type=int, default=5, help="repetitions of each measurement (default: 5)"
+    )
+    parser.add_argument(
+        "--folder",
+        help="write the checkpoints here, on the disk to measure (default: the system's temporary "
+        "directory)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     args = parser.parse_args(argv)

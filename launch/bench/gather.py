@@ -84,13 +84,15 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument(
+        "--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2", help="default: fsdp2"
+    )
+    parser.add_argument("--layers", type=int, default=12, help="of the model (default: 12)")
+    parser.add_argument("--width", type=int, default=4096, help="of a layer (default: 4096)")
     parser.add_argument(
         "--with-torch",
         action="store_true",
-        help="also measure torch's get_optimizer_state_dict, full, offloaded to CPU",
+        help="also measure torch's get_optimizer_state_dict with full_state_dict and cpu_offload",
     )
     args = parser.parse_args(argv)
     dist.init_process_group("gloo")

@@ -134,11 +134,30 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["tiny", "60m"])
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps in a round")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=MODELS,
+        default=["tiny", "60m"],
+        help="models to train (default: tiny 60m)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"compare {BASELINE} with these only, of {', '.join(CONTENDERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="repetitions of the comparison (default: 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps of each in a round (default: 4)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument(

@@ -66,11 +66,16 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, default=1024, help="ranks to plan for (default: 1024)")
     parser.add_argument(
-        "--tensors", type=int, default=1200, help="of weights and states, five a parameter"
+        "--tensors",
+        type=int,
+        default=1200,
+        help="tensors in the checkpoint, five for each parameter (default: 1200)",
     )
-    parser.add_argument("--metadata", metavar="FILE", help="write the metadata of the save here")
+    parser.add_argument(
+        "--metadata", metavar="FILE", help="write the metadata of the save to this file"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     args = parser.parse_args(argv)
     if args.ranks < 2 or args.tensors < PER_PARAM:

@@ -16,7 +16,7 @@ from bench.optimizers import BYTES_PER_PARAM, Contender
 from sharded_bf16_adamw.kernels import cpu
 
 MIN_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth is meaningless
-MAX_BAR = 8.0  # times as long as ours: longer bars are cut, with their figure beside them
+LIMITS = (0.1, 3000.0)  # of the plot: the time over ours, with room for figures
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def write_section(path: Path, device: str, text: str) -> None:
 
 
 def plot(run: dict[str, Any], path: Path) -> bool:
-    """Plot bars of the time over ours, a panel for each size, at the first number of threads.
+    """Plot the time over ours on a log scale, a panel for each size, at the first thread count.
 
     Returns:
         False if matplotlib is not installed.
@@ -169,19 +169,25 @@ def plot(run: dict[str, Any], path: Path) -> bool:
     own = [result for result in run["results"] if result["threads"] == run["results"][0]["threads"]]
     measured = {row["key"] for result in own for row in result["rows"] if row["ratio"] is not None}
     shown = [row for row in own[0]["rows"] if row["key"] in measured]
-    size = (4.5 + 2.2 * len(own), 1.2 + 0.28 * len(shown))
+    columns, lines = min(3, len(own)), -(-len(own) // 3)
+    size = (3.5 + 2.4 * columns, (0.8 + 0.3 * len(shown)) * lines)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(own), sharey=True, squeeze=False)
-    for axis, result in zip(axes[0], own, strict=True):
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axis in axes.flat[len(own) :]:
+        axis.remove()
+    for axis, result in zip(axes.flat, own, strict=False):
         by_key = {row["key"]: row for row in result["rows"]}
         for at, row in enumerate(shown):
             value = by_key[row["key"]]["ratio"]
             if value is not None:
-                axis.barh(at, min(value, MAX_BAR), color=row["color"])
-                axis.text(min(value, MAX_BAR) + 0.1, at, f"{value:.2f}", va="center", fontsize=7)
+                end = max(value, LIMITS[0])
+                cut = " (bar cut)" if value < LIMITS[0] else ""
+                axis.barh(at, end - 1, left=1, color=row["color"])
+                axis.text(1.15 * max(end, 1), at, f"{value:.2f}{cut}", va="center", fontsize=9)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set(title=result["size"], xlim=(0, MAX_BAR + 1.5), xlabel="time over AdamW_BF16")
-    axes[0][0].set_yticks(range(len(shown)), [row["label"] for row in shown], fontsize=8)
+        axis.set(title=result["size"], xlim=LIMITS, xscale="log", xlabel="time over AdamW_BF16")
+        axis.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axis.set_yticks(range(len(shown)), [row["label"] for row in shown], fontsize=9)
     axes[0][0].invert_yaxis()
     threads = "" if run["machine"]["device"] == "cuda" else f", {own[0]['threads']} thread(s)"
     figure.suptitle(f"{run['machine']['name']}{threads}", fontsize=9)

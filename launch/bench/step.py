@@ -88,44 +88,55 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=default)
-    add("--threads", type=int, nargs="+", help="CPU threads; several are measured in turn")
+    add("--device", choices=["cpu", "cuda"], default=default, help="default: cuda if there is one")
+    add(
+        "--threads",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="number of CPU threads; with several numbers, measure with each (default: torch's)",
+    )
     add(
         "--sizes",
         nargs="+",
-        help="elements (128M; K, M, B are powers of 1024) or tensors x elements (1000x1000)",
+        metavar="SIZE",
+        help="elements of one tensor (128M; K, M, B are powers of 1024), or tensors x elements of "
+        "each (1000x1000); the default is a range of both",
     )
-    add("--rounds", type=int, default=15, help="at most, for each size")
+    add("--rounds", type=int, default=15, metavar="N", help="measure each size in at most N rounds")
     add(
         "--seconds",
         type=float,
         default=30.0,
-        help="stop after so long for each size, but not before 5 rounds",
+        help="start no further round of a size after this time, but run at least 5 "
+        "(default: %(default)s)",
     )
     add(
         "--turn",
         type=float,
-        help="minimum ms of a turn: shorter steps are repeated (default: 5; cuda: 20)",
+        metavar="MS",
+        help="in its turn in a round, repeat an optimizer's step for at least this many "
+        "milliseconds, and take the mean (default: 5; cuda: 20)",
     )
     add(
         "--only",
         nargs="+",
         metavar="KEY",
-        help="only these contenders, beside ours (keys as in the JSON file)",
+        help="compare AdamW_BF16 with these contenders only; a wrong KEY lists them all",
     )
     add(
         "--fsdp2",
         action="store_true",
-        help="also compare clipping on an FSDP2 model over 2 gloo ranks (CPU)",
+        help="also time clipping and step of an FSDP2 model on 2 CPU ranks, against torch's",
     )
-    add("--json", type=Path, metavar="FILE", help="write every round, and the plot beside it")
+    add("--json", type=Path, metavar="FILE", help="write all figures, and a plot beside them")
     add(
         "--docs",
         type=Path,
         nargs="?",
         const=DOCS,
         metavar="FILE",
-        help="write the table into docs/benchmarks.md",
+        help="write tables and plot into the documentation (default: docs/benchmarks.md)",
     )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -167,16 +167,35 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=16, help="rows on each rank")
-    parser.add_argument("--bucket-size-mb", type=float, default=25.0)
-    parser.add_argument("--delays-ms", type=float, nargs="*", default=[1.0, 5.0])
-    parser.add_argument("--delayed-batch-size", type=int, default=64, help="rows with delays")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank, on a CPU")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--layers", type=int, default=8, help="of the model (default: 8)")
+    parser.add_argument("--width", type=int, default=1024, help="of a layer (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=16, help="on each rank (default: 16)")
+    parser.add_argument(
+        "--bucket-size-mb", type=float, default=25.0, help="as of ZeRO (default: 25)"
+    )
+    parser.add_argument(
+        "--delays-ms",
+        type=float,
+        nargs="*",
+        default=[1.0, 5.0],
+        metavar="MS",
+        help="delays to give each collective, measured one after another; none leaves this part "
+        "out (default: 1 5)",
+    )
+    parser.add_argument(
+        "--delayed-batch-size",
+        type=int,
+        default=64,
+        help="batch size on each rank in the part with delays (default: 64)",
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps (default: 15)")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="steps before the timed ones (default: 3)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
