@@ -18,8 +18,8 @@ PAGE = REPO / "docs" / "troubleshooting.md"
 BEGIN, END = "<!-- messages: begin -->", "<!-- messages: end -->"
 # Subjects in the order of the page, with the files that belong to them; the first match counts.
 SUBJECTS = {
-    "Building the optimizer": r"sharded_bf16_adamw/(validation|optimizer|conversion|param_groups|"
-    r"schedule|state|ema)\.py|sharded_bf16_adamw/sharding/build\.py",
+    "Building the optimizer": r"sharded_bf16_adamw/(validation|optimizer|weights|conversion|"
+    r"param_groups|param_log|schedule|state|ema)\.py|sharded_bf16_adamw/sharding/build\.py",
     "The step inside the backward pass": r"sharded_bf16_adamw/(step_in_backward|clip_in_backward)",
     "ZeRO": r"sharded_bf16_adamw/sharding/zero/",
     "Sharded models, ranks and replicas": r"sharded_bf16_adamw/sharding/",
