@@ -1,12 +1,15 @@
-"""Measure what rank 0 computes for all ranks in a save, and each rank in a load.
+"""Measure what grows with the number of ranks in saves and a load, without those ranks.
 
     python launch/benchmark.py plan --ranks 1024 --tensors 1200
 
 One process stands for all ranks of FSDP2. It is rank 0 of a process group of torch's ``fake``
-backend, so that its own plan is real. The plan of another rank is this one with shifted offsets and
-another random state: every shard has as many rows. Nothing travels, and no tensor is written; the
-metadata are those of a real save. CPU seconds of one thread, and the peak of resident memory above
-the memory before (with the plans of all ranks, as rank 0 receives them).
+backend, and runs ``save`` twice and ``load`` once. Messages of the other ranks are made from its
+own: every shard has as many rows, so another rank has other offsets, another random state, and
+files of its own. They are unpickled as if received. Files of other ranks are links to that of this
+rank; the metadata are those of a real save, and ``load`` plans all reads but reads no tensor.
+
+CPU seconds, without the time to make messages, and the peak of resident memory above the memory
+before the first save.
 """
 
 from __future__ import annotations
@@ -14,50 +17,42 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import pickle
 import resource
+import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.fsdp import fully_shard
+from torch.futures import Future
 from torch.utils.serialization import config
 
-from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.checkpoint.dcp_storage import METADATA, ChecksummedWriter, parse_metadata
-from sharded_bf16_adamw.checkpoint.gc_pause import gc_paused
+from sharded_bf16_adamw import AdamW_BF16, wait_for_save
+from sharded_bf16_adamw.checkpoint import async_save, loading, saving
+from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable
+from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, METADATA, PlainReader
 from sharded_bf16_adamw.checkpoint.optimizer_state import init_state
-from sharded_bf16_adamw.checkpoint.rank_names import RankNames
-from sharded_bf16_adamw.checkpoint.save_plan import merge_plans, to_assigned, to_table
-from sharded_bf16_adamw.checkpoint.state_dict import get_rng_state, get_state
+from sharded_bf16_adamw.checkpoint.save_plan import Locations, PlanTable, _Header
 
 PER_PARAM = 5  # tensors of a parameter: the weight, three states and the step
 COLUMNS = 8
 MB = 1e6
-
-
-class Measured(dict[str, float]):
-    """CPU seconds by what was computed, in the order of a save and a load."""
-
-    @contextmanager
-    def seconds(self, name: str) -> Iterator[None]:
-        start = time.process_time()
-        yield
-        self[name] = time.process_time() - start
+CPU = torch.device("cpu")
 
 
 def main(argv: list[str]) -> int:
@@ -73,9 +68,7 @@ def main(argv: list[str]) -> int:
         default=1200,
         help="tensors in the checkpoint, five for each parameter (default: 1200)",
     )
-    parser.add_argument(
-        "--metadata", metavar="FILE", help="write the metadata of the save to this file"
-    )
+    parser.add_argument("--metadata", metavar="FOLDER", help="copy the metadata of the saves here")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     args = parser.parse_args(argv)
     if args.ranks < 2 or args.tensors < PER_PARAM:
@@ -83,18 +76,19 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     start_fake_world(args.ranks)
     try:
-        tensors = state_of(*build(args.ranks, args.tensors))
+        model, optimizer = build(args.ranks, args.tensors)
         with tempfile.TemporaryDirectory() as folder:
-            figures, content = simulate(tensors, args.ranks, Path(folder))
+            figures, paths = simulate(model, optimizer, args.ranks, Path(folder))
+            for path in paths if args.metadata else ():
+                shutil.copy(path / METADATA, Path(args.metadata) / path.name)
     finally:
         dist.destroy_process_group()
     for name, value in figures.items():
-        print(f"{name:44} {value:10.3f}")
-    if args.metadata:
-        Path(args.metadata).write_bytes(content)
+        print(f"{name:52} {value:10.3f}")
     if args.json:
+        tensors = args.tensors // PER_PARAM * PER_PARAM + 1
         Path(args.json).write_text(
-            json.dumps({"ranks": args.ranks, "tensors": len(tensors), "figures": figures}, indent=1)
+            json.dumps({"ranks": args.ranks, "tensors": tensors, "figures": figures}, indent=1)
         )
     return 0
 
@@ -118,90 +112,184 @@ def build(ranks: int, tensors: int) -> tuple[nn.Module, AdamW_BF16]:
     return model, optimizer
 
 
-def state_of(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Any]:
-    names = RankNames(model, optimizer)
-    return {**get_state(model, optimizer, names).tensors, **get_rng_state()}
+def simulate(
+    model: nn.Module, optimizer: AdamW_BF16, ranks: int, folder: Path
+) -> tuple[dict[str, float], list[Path]]:
+    """Return the figures, and the checkpoints that were saved."""
+    figures: dict[str, float] = {}
+    world, paths = World(ranks, folder), []
+    memory = peak_bytes()
+    with world.communicates():
+        for step, which in ((1, "first"), (2, "repeated")):
+            world.sent = 0
+            with (
+                world.timed(saving, "_plan") as plan,
+                world.timed(saving._Save, "run") as rest,
+                world.timed(saving, "save") as call,
+            ):
+                paths.append(saving.save(folder, step, model, optimizer, async_=True))
+                sent = world.sent
+                wait_for_save()
+            figures[f"{which} save: the asynchronous call"] = call[0]
+            figures[f"{which} save: the plan in it"] = plan[0]
+            figures[f"{which} save: bytes sent by a rank in it, MB"] = sent / MB
+            figures[f"{which} save: the rest, in a thread"] = rest[0]
+        figures["saves: peak of memory, MB"] = (peak_bytes() - memory) / MB
+        for name in (METADATA, CHUNKS):
+            if (paths[0] / name).exists():
+                figures[f"saves: {name}, MB"] = (paths[0] / name).stat().st_size / MB
+        with (
+            patch.object(PlainReader, "read_data", read_nothing),
+            world.timed(ChunkTable, "from_bytes") as parse,
+            world.timed(loading, "_read_into") as plan,
+            world.timed(loading, "load") as call,
+        ):
+            loading.load(folder, model, optimizer)
+        figures["load: the call, without reading tensors"] = call[0]
+        figures["load: table and plan of a rank"] = parse[-1] + plan[0]
+    return figures, paths
 
 
-def simulate(tensors: dict[str, Any], ranks: int, folder: Path) -> tuple[Measured, bytes]:
-    """Return the figures of a save and a load, and the metadata that the save writes."""
-    measured = Measured()
-    planner, writer = DefaultSavePlanner(), ChecksummedWriter(folder)
-    with measured.seconds("save: plan of one rank"), gc_paused():
-        planner.set_up_planner(tensors, writer.storage_meta(), is_coordinator=True)
-        writer.set_up_storage_writer(True, rank=0, use_collectives=True)
-        own = writer.prepare_local_plan(planner.create_local_plan())
-        to_table(own)
-    with gc_paused():
-        sent = [pickle.dumps(to_table(plan_of_rank(own, rank))) for rank in range(ranks)]
-    before = peak_bytes()
-    with measured.seconds("save: plan of all ranks"), gc_paused():
-        tables = [pickle.loads(each) for each in sent]
-        assignments, metadata = merge_plans(tables, planner, writer.prepare_global_plan)
-        scattered = [pickle.dumps(assignment) for assignment in assignments]
-    with measured.seconds("save: the same plan again"), gc_paused():
-        tables = [pickle.loads(each) for each in sent]
-        again = merge_plans(tables, planner, writer.prepare_global_plan)
-        scattered = [pickle.dumps(assignment) for assignment in again.assignments]
-    measured["save: peak of memory, MB"] = (peak_bytes() - before) / MB
-    measured["save: bytes from a rank, MB"] = len(sent[0]) / MB
-    measured["save: bytes to a rank, MB"] = max(map(len, scattered)) / MB
-    with gc_paused():
-        results = [
-            pickle.dumps(write(to_assigned(plan_of_rank(own, rank), assignment)))
-            for rank, assignment in enumerate(assignments)
+def read_nothing(*_: Any) -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
+# -------------------------------------------------------------------------------- other ranks
+
+
+@dataclass
+class World:
+    """Ranks of which this process is the first. Collectives return what they would return there.
+
+    Attributes:
+        ranks: their number.
+        root: folder of the checkpoints.
+        sent: bytes of this rank's messages.
+        excluded: CPU seconds that the making of other ranks' messages took, by thread.
+    """
+
+    ranks: int
+    root: Path
+    sent: int = 0
+    excluded: dict[int, float] = field(default_factory=dict)
+    positions: list[np.ndarray] = field(default_factory=list)  # items that each rank writes
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of all its items
+
+    @contextmanager
+    def communicates(self) -> Iterator[None]:
+        with (
+            patch.object(dist, "all_gather_object", self.all_gather_object),
+            patch.object(dist, "gather_object", self.gather_object),
+            patch.object(dist, "scatter_object_list", self.scatter_object_list),
+            patch.object(dist, "broadcast_object_list", self.broadcast_object_list),
+            patch.object(async_save, "borrow_group", lambda group: group),
+        ):
+            yield
+
+    def all_gather_object(self, values: list[Any], value: Any, group: Any = None) -> None:
+        self.sent += len(pickle.dumps(value))
+        with self.excluding():
+            messages = [
+                _object_to_tensor(self.of_rank(value, rank), CPU, group)
+                for rank in range(self.ranks)
+            ]
+        for rank, (tensor, size) in enumerate(messages):
+            values[rank] = _tensor_to_object(tensor, size, group)
+
+    def gather_object(self, value: Any, values: Any, group_dst: int, group: Any = None) -> None:
+        assert group_dst == 0
+        self.all_gather_object(values, value, group)
+
+    def scatter_object_list(
+        self, received: list[Any], values: Any, group_src: int, group: Any = None
+    ) -> None:
+        assert group_src == 0
+        messages = [pickle.dumps(value) for value in values]
+        received[0] = pickle.loads(messages[0])
+        with self.excluding():
+            self.positions = [
+                np.frombuffer(pickle.loads(message)[1].positions, np.int32) for message in messages
+            ]
+
+    def broadcast_object_list(self, values: Any, group_src: int, group: Any = None) -> None:
+        assert group_src == 0
+        values[:] = pickle.loads(pickle.dumps(values))
+
+    def of_rank(self, value: Any, rank: int) -> Any:
+        """Return what another rank sends where this one sends ``value``."""
+        if isinstance(value, PlanTable):
+            if rank == 0:
+                self.lengths = item_lengths(value)
+            return table_of_rank(value, rank)
+        if isinstance(value, tuple) and value and isinstance(value[0], Locations):
+            locations, files = value
+            lengths = self.lengths[self.positions[rank]]
+            places = np.stack([0 * lengths, np.cumsum(lengths) - lengths, lengths])
+            columns = places.tobytes()
+            assert rank or columns == locations.columns
+            name = f"__{rank}_0.distcp"
+            if rank:
+                (partial,) = self.root.glob(".partial-*")
+                os.link(partial / "__0_0.distcp", partial / name)
+            return Locations([name], columns), {name: files["__0_0.distcp"]}
+        return value
+
+    @contextmanager
+    def excluding(self) -> Iterator[None]:
+        start, thread = time.thread_time(), threading.get_ident()
+        yield
+        self.excluded[thread] = self.excluded.get(thread, 0) + time.thread_time() - start
+
+    @contextmanager
+    def timed(self, owner: Any, name: str) -> Iterator[list[float]]:
+        """Time each call of a function in the body: CPU seconds of the thread that calls."""
+        seconds: list[float] = []
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            thread = threading.get_ident()
+            start = time.thread_time() - self.excluded.get(thread, 0)
+            result = function(*args, **kwargs)
+            seconds.append(time.thread_time() - self.excluded.get(thread, 0) - start)
+            return result
+
+        with patch.object(owner, name, call):
+            yield seconds
+
+
+def table_of_rank(table: PlanTable, rank: int) -> PlanTable:
+    """Return rank 0's table as another rank makes it."""
+    shared, own = table.sections
+    header, chunks = _Header(shared.header), np.frombuffer(shared.chunks, np.int64).reshape(2, -1)
+    starts = [start for start, size in zip(header.starts, header.sizes, strict=True) if size]
+    sharded = [start for start in starts if chunks[1, start] != header.shape[start]]
+    chunks = chunks.copy()
+    chunks[0, sharded] = rank * chunks[1, sharded]
+    entries, properties = pickle.loads(own.header)
+    entries = entries.replace("rng.0.", f"rng.{rank}.")
+    return PlanTable(
+        (
+            shared._replace(chunks=chunks.tobytes()),
+            own._replace(header=pickle.dumps((entries, properties))),
+        )
+    )
+
+
+def item_lengths(table: PlanTable) -> np.ndarray:
+    """Return the length in a file of each item in a table."""
+    lengths = []
+    for section in table.sections:
+        header = _Header(section.header)
+        sizes = np.frombuffer(section.chunks, np.int64).reshape(2, -1)[1].tolist()
+        lengths += [
+            saved_bytes(properties.dtype, torch.Size(sizes[start : start + len(size)]))
+            for properties, size, start in zip(
+                header.properties, header.sizes, header.starts, strict=True
+            )
         ]
-    with measured.seconds("save: metadata of all ranks"), gc_paused():
-        writer.finish(metadata(), [pickle.loads(each) for each in results])
-    content = (folder / METADATA).read_bytes()
-    measured["save: metadata file, MB"] = len(content) / MB
-    del tables, assignments, metadata, again, sent, scattered, results
-    with measured.seconds("load: metadata"):
-        saved = parse_metadata(content)
-    load_planner = DefaultLoadPlanner()
-    with measured.seconds("load: plan of one rank"), gc_paused():
-        load_planner.set_up_planner(dict(tensors), saved, True)
-        load_planner.finish_plan(load_planner.create_local_plan())
-    return measured, content
-
-
-def plan_of_rank(plan: SavePlan, rank: int) -> SavePlan:
-    """Return rank 0's plan as another rank makes it."""
-    mappings = {
-        name_on(rank, key): tuple(name_on(rank, part) for part in path)
-        for key, path in plan.planner_data.items()
-    }
-    return replace(
-        plan, items=[item_of_rank(item, rank) for item in plan.items], planner_data=mappings
-    )
-
-
-def item_of_rank(item: WriteItem, rank: int) -> WriteItem:
-    assert item.tensor_data is not None
-    chunk, size = item.tensor_data.chunk, item.tensor_data.size
-    offsets = chunk.offsets
-    if chunk.sizes != size:
-        offsets = torch.Size([rank * chunk.sizes[0], *offsets[1:]])
-    return replace(
-        item,
-        index=MetadataIndex(name_on(rank, item.index.fqn), offsets, item.index.index),
-        tensor_data=replace(item.tensor_data, chunk=replace(chunk, offsets=offsets)),
-    )
-
-
-def name_on(rank: int, key: str) -> str:
-    return key.replace("rng.0.", f"rng.{rank}.") if key.startswith("rng.0.") else key
-
-
-def write(plan: SavePlan) -> list[WriteResult]:
-    """Return what a rank reports that has written its plan."""
-    name, offset, results = f"{plan.storage_data.prefix}0.distcp", 0, []
-    for item in plan.items:
-        assert item.tensor_data is not None
-        length = saved_bytes(item.tensor_data.properties.dtype, item.tensor_data.chunk.sizes)
-        results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
-        offset += length
-    return results
+    return np.array(lengths, np.int64)
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -52,3 +52,18 @@ def local_blocks(tensor: Tensor) -> Iterator[tuple[Block, Tensor]]:
         yield Block(tuple(chunk.offsets), tuple(chunk.sizes)), local
     else:
         yield Block((0,) * local.ndim, tuple(local.shape)), local
+
+
+def local_boxes(tensor: Tensor, known: dict[Any, list[Block]]) -> list[Block]:
+    """Return each non-empty block of ``tensor`` on this rank.
+
+    Args:
+        tensor: the tensor.
+        known: results for DTensors by layout; a weight and its states have one layout.
+    """
+    if not isinstance(tensor, DTensor):
+        return [block for block, _ in local_blocks(tensor)]
+    layout = tensor.device_mesh, tensor.placements, tensor.shape
+    if layout not in known:
+        known[layout] = [block for block, _ in local_blocks(tensor)]
+    return known[layout]

@@ -36,12 +36,16 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from .chunk_table import ChunkTable
 from .gc_pause import gc_paused
 from .manifest import FileRecord, crc32_text
+from .metadata_pickle import dump_metadata
 from .tensor_reader import TensorReader
 from .tensor_writer import TensorWriter, without_crc32
 
 METADATA = ".metadata"
+CHUNKS = ".chunks"  # a checkpoint of many chunks has the same as METADATA in this file
+MANY = 20_000  # chunks from which reading METADATA takes longer than a tenth of a second
 _HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
 
 
@@ -98,6 +102,25 @@ class ChecksummedWriter(FileSystemWriter):
         written.set_result(results)
         return written
 
+    def write_metadata(self, table: ChunkTable) -> None:
+        """Write the metadata, as DCP's ``finish`` does. On rank 0."""
+        rest = Metadata(
+            {}, table.planner_data, {}, self.storage_meta(), version=filesystem.CURRENT_DCP_VERSION
+        )
+        temporary = Path(self.path) / f"{METADATA}.tmp"
+        with self.fs.create_stream(temporary, "wb") as stream:
+            if table.chunks >= MANY:
+                dump_metadata(table, rest, stream)
+            else:
+                whole = table.to_metadata()
+                rest.state_dict_metadata = whole.state_dict_metadata
+                rest.storage_data = whole.storage_data
+                pickle.dump(rest, stream)
+        self.fs.rename(temporary, Path(self.path) / METADATA)
+        if table.chunks >= MANY:
+            with self.fs.create_stream(Path(self.path) / CHUNKS, "wb") as stream:
+                stream.write(table.to_bytes())
+
     def storage_meta(self) -> StorageMeta:
         """Return the metadata without the path of the unfinished folder, a pickled Path."""
         return StorageMeta(save_id=self.save_id)
@@ -132,16 +155,12 @@ class PlainReader(FileSystemReader):
 
     Args:
         path: the checkpoint's folder.
-        metadata: result of :func:`read_metadata`.
+        metadata: result of :meth:`ChunkTable.plan_reads`.
     """
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata that was checked."""
-        return self._metadata
+        self.storage_data = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
         """Read this rank's tensors as DCP does, in file order, small ones by template."""
@@ -165,27 +184,44 @@ class PlainReader(FileSystemReader):
         return done
 
 
-def read_metadata(path: Path, record: FileRecord) -> Metadata:
-    """Read DCP's metadata of the checkpoint at ``path``.
+def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
+    """Return the chunks of the checkpoint at ``path`` as :meth:`ChunkTable.to_bytes` does.
 
-    Only bytes that match ``record`` are unpickled, by :func:`parse_metadata`.
+    Only bytes that match their record are read further.
+
+    Args:
+        path: the checkpoint's folder.
+        files: records of its files, from the manifest.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is damaged, or is not the metadata of tensors.
+        OSError: a file cannot be read.
+        ValueError: a file is missing in ``files`` or damaged, or is not the metadata of tensors.
     """
-    content = (path / METADATA).read_bytes()
-    if FileRecord(len(content), crc32_text(zlib.crc32(content))) != record:
+    unusable = f"the checkpoint {path} cannot be used"
+    if METADATA not in files:
         raise ValueError(
-            f"the checkpoint {path} cannot be used: {METADATA} is not what was written; "
-            "load another checkpoint"
+            f"{unusable}: its manifest does not list {METADATA}; load another checkpoint"
         )
+    name = CHUNKS if CHUNKS in files else METADATA
+    content = (path / name).read_bytes()
+    if FileRecord(len(content), crc32_text(zlib.crc32(content))) != files[name]:
+        raise ValueError(f"{unusable}: {name} is not what was written; load another checkpoint")
     try:
-        return parse_metadata(content)
+        if name == METADATA:
+            with gc_paused():
+                table = ChunkTable.from_metadata(parse_metadata(content))
+                content = table.to_bytes()
+        else:
+            table = ChunkTable.from_bytes(content)
     except ValueError as error:
+        raise ValueError(f"{unusable}: {name}: {error}; load another checkpoint") from error
+    unchecked = set(table.files) - set(files)
+    if unchecked:
         raise ValueError(
-            f"the checkpoint {path} cannot be used: {METADATA}: {error}; load another checkpoint"
-        ) from error
+            f"{unusable}: {name} names {min(unchecked)}, which its manifest does not list; load "
+            "another checkpoint"
+        )
+    return content
 
 
 def parse_metadata(content: bytes) -> Metadata:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
+from .chunk_table import ChunkTable
 from .groups import match_groups
 from .manifest import Manifest, ParamGroup, decode
 from .rank_errors import Group, join_problems, known_on_other_ranks
@@ -38,19 +38,17 @@ class Comparison:
 
 
 def keys_on_other_ranks(
-    metadata: Metadata, manifest: Manifest, current: CheckpointState, group: Group
+    table: ChunkTable, manifest: Manifest, current: CheckpointState, group: Group
 ) -> set[str]:
     """Return the saved keys that only other ranks have (stages, experts). Collective."""
     saved: set[str] = {
-        key
-        for key in (*metadata.state_dict_metadata, *manifest.values)
-        if key.startswith((MODEL, STATE))
+        key for key in (*table.tensors, *manifest.values) if key.startswith((MODEL, STATE))
     }
     return known_on_other_ranks(saved.difference(current.tensors, current.plain), group)
 
 
 def compare(
-    metadata: Metadata,
+    table: ChunkTable,
     manifest: Manifest,
     current: CheckpointState,
     on_other_ranks: Collection[str] = (),
@@ -60,14 +58,14 @@ def compare(
     A parameter without any saved state never had a gradient, which is not a mismatch.
 
     Args:
-        metadata: DCP's metadata of the checkpoint.
+        table: the checkpoint's tensors.
         manifest: its manifest.
         current: the model and optimizer on this rank.
         on_other_ranks: keys that only other ranks have.
     """
     result = Comparison()
-    saved, saved_plain = metadata.state_dict_metadata, manifest.values
-    with_state = params_with_state(metadata, manifest)
+    saved, saved_plain = table.tensors, manifest.values
+    with_state = params_with_state(table.tensors, manifest)
     for key, value in current.tensors.items():
         param = param_of_state(key)
         mismatch = _find_tensor_mismatch(key, saved, value)
@@ -105,13 +103,9 @@ def compare(
     return result
 
 
-def params_with_state(metadata: Metadata, manifest: Manifest) -> set[str]:
-    """Return the parameters that have a state in the checkpoint."""
-    return {
-        fqn
-        for key in chain(metadata.state_dict_metadata, manifest.values)
-        if (fqn := param_of_state(key)) is not None
-    }
+def params_with_state(keys: Iterable[str], manifest: Manifest) -> set[str]:
+    """Return the parameters that have a state among the tensors' keys or in the manifest."""
+    return {fqn for key in chain(keys, manifest.values) if (fqn := param_of_state(key)) is not None}
 
 
 def merge_loaded(

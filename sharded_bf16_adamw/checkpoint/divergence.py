@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..sharding.checksum import checksums
@@ -140,7 +141,7 @@ def resolve_divergence(
         differing = {
             key for key, ranks, stage in within if stage == names.stage and own != ranks[0]
         }
-        left_out = {key for key in differing if _mesh_ranks(contents.tensors.get(key)) == ()}
+        left_out = {key for key in differing if _mesh_ranks(contents.tensors.get(key), {}) == ()}
         left_out |= {key for key, value in contents.tensors.items() if _has_earlier_replica(value)}
         if own == 0:
             warnings.warn(
@@ -177,7 +178,8 @@ def find_divergences(
         else tuple(dist.get_process_group_ranks(group))
     )
     with raise_on_all_ranks(failure, group):  # checksums may run out of memory
-        mesh_ranks = {key: _mesh_ranks(value) for key, value in tensors.items()}
+        known: dict[DeviceMesh, MeshRanks] = {}
+        mesh_ranks = {key: _mesh_ranks(value, known) for key, value in tensors.items()}
         plain = {
             **_fingerprints({k: value for k, value in tensors.items() if mesh_ranks[k] == ()}),
             **_value_fingerprints(contents.plain),
@@ -224,10 +226,18 @@ def find_divergences(
     return Divergences(within, sorted(between), unshared)
 
 
-def _mesh_ranks(value: Any) -> MeshRanks | None:
-    """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None if not compared."""
+def _mesh_ranks(value: Any, known: dict[DeviceMesh, MeshRanks]) -> MeshRanks | None:
+    """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None if not compared.
+
+    Args:
+        value: the tensor.
+        known: results by mesh; changed in place.
+    """
     if isinstance(value, DTensor):
-        return tuple(sorted(value.device_mesh.mesh.flatten().tolist()))
+        mesh = value.device_mesh
+        if mesh not in known:
+            known[mesh] = tuple(sorted(mesh.mesh.flatten().tolist()))
+        return known[mesh]
     is_plain = (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided

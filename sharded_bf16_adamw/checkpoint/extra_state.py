@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..names import clean_fqn, unwrap
 from ..sharding.dtensor import to_local
+from .chunk_table import ChunkTable
 from .manifest import Manifest, decode
 
 MODEL, STATE, ENTRY = "model.", "optimizer.state.", "optimizer.entry."  # prefixes of keys
@@ -118,19 +118,19 @@ def _max_numel(value: Any) -> int:
 
 
 def adopt_saved_specs(
-    tensors: dict[str, Any], plain: dict[str, Any], metadata: Metadata, manifest: Manifest
+    tensors: dict[str, Any], plain: dict[str, Any], table: ChunkTable, manifest: Manifest
 ) -> None:
     """Take kind and size of extra states, and of entries without a parameter, from a checkpoint.
 
     Args:
         tensors: the model's and optimizer's tensors by key; changed in place.
         plain: their values that are not tensors; changed in place.
-        metadata: DCP's metadata of the checkpoint.
+        table: the checkpoint's tensors.
         manifest: its manifest.
     """
     for key in [key for key in (*tensors, *plain) if key.startswith(MODEL) and is_extra_state(key)]:
-        entry = metadata.state_dict_metadata.get(key)
-        if isinstance(entry, TensorStorageMetadata):
+        entry = table.tensors.get(key)
+        if entry is not None:
             plain.pop(key, None)
             tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         elif key in manifest.values:

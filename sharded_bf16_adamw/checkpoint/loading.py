@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
 
 from .async_save import wait_for_own_saves
+from .chunk_table import ChunkTable
 from .commit import check_folder_visible
-from .dcp_storage import METADATA, PlainReader, read_metadata
+from .dcp_storage import PlainReader, read_chunks
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
@@ -164,34 +164,34 @@ def load(
             return None
         raise no_checkpoint(path)
     folder, manifest = found
-    metadata = _check_files(folder, manifest, group)
+    table = _check_files(folder, manifest, group)
     failed = f"cannot load the checkpoint {folder}"
     with rollback_new_state(optimizer):
         with raise_on_all_ranks(failed, group):
             names = RankNames(model, optimizer)
         names.number_experts()
         with raise_on_all_ranks(failed, group):
-            keys = [*metadata.state_dict_metadata, *manifest.values]
+            keys = [*table.tensors, *manifest.values]
             names.adopt_stages(fqn_of(key) for key in keys if key.startswith(MODEL))
-        different_ties = align_ties(folder, metadata, manifest, model, names, group)
+        different_ties = align_ties(folder, table, manifest, model, names, group)
         with raise_on_all_ranks(failed, group):
             init_state(optimizer)
             in_groups = [fqn for saved in manifest.groups for fqn in saved.params]
-            with_state = params_with_state(metadata, manifest)
+            with_state = params_with_state(table.tensors, manifest)
             init_frozen_states(model, optimizer, with_state, in_groups, names.to_saved)
             state = get_state(model, optimizer, names)
-            adopt_saved_specs(state.tensors, state.plain, metadata, manifest)
-        elsewhere = keys_on_other_ranks(metadata, manifest, state, group)
+            adopt_saved_specs(state.tensors, state.plain, table, manifest)
+        elsewhere = keys_on_other_ranks(table, manifest, state, group)
         with raise_on_all_ranks(failed, group):
-            comparison = compare(metadata, manifest, state, elsewhere)
+            comparison = compare(table, manifest, state, elsewhere)
             comparison.mismatches[:0] = different_ties
             if strict and comparison.mismatches:
-                by_rank = any(re.search(r"@(pp|ep)\d", key) for key in metadata.state_dict_metadata)
+                by_rank = any(re.search(r"@(pp|ep)\d", key) for key in table.tensors)
                 raise ValueError(_mismatch_message(folder, comparison.mismatches, by_rank))
         rng_state = {
             key: value
             for key, value in get_rng_state(group, every_device=True).items()
-            if key in metadata.state_dict_metadata
+            if key in table.tensors
         }
     tensors = {**{key: state.tensors[key] for key in comparison.loadable}, **rng_state}
     with raise_on_all_ranks(
@@ -199,7 +199,7 @@ def load(
         "it was checked",
         group,
     ):
-        _read_into(tensors, folder, metadata, group)
+        _read_into(tensors, folder, table, group)
         for key in comparison.missing_states:
             _zero_(state.tensors[key])
     # set_state is collective under FSDP1
@@ -254,49 +254,41 @@ def _find(path: Path) -> tuple[Path, Manifest] | None:
     return None if folder is None else (folder, read_manifest(folder))
 
 
-def _check_files(folder: Path, manifest: Manifest, group: Group) -> Metadata:
-    """Check all files, each rank its share, and return DCP's metadata. Collective.
+def _check_files(folder: Path, manifest: Manifest, group: Group) -> ChunkTable:
+    """Check all files, each rank its share, and return the saved tensors. Collective.
+
+    Rank 0 reads where they lie, and sends it: a read on every rank would load the file system, and
+    parsing DCP's metadata takes seconds if many ranks have saved.
 
     Raises:
         ValueError: a file is damaged or missing.
         RuntimeError: a rank failed otherwise.
     """
-    unusable = f"the checkpoint {folder} cannot be used"
-    with raise_on_all_ranks(f"cannot load the checkpoint {folder}", group):
+    failed = f"cannot load the checkpoint {folder}"
+    with raise_on_all_ranks(failed, group):
         check_folder_visible(folder.parent, folder, rank(group), "reads")
         damage = find_damage(folder, _share(manifest.files, rank(group), world_size(group)))
         if damage:
             raise ValueError(
-                f"{unusable}: {join_problems(damage, 'files')}; load another checkpoint"
+                f"the checkpoint {folder} cannot be used: {join_problems(damage, 'files')}; load "
+                "another checkpoint"
             )
-        if METADATA not in manifest.files:
-            raise ValueError(
-                f"{unusable}: its manifest does not list {METADATA}; load another checkpoint"
-            )
-        metadata = read_metadata(folder, manifest.files[METADATA])
-        unchecked = {info.relative_path for info in metadata.storage_data.values()} - set(
-            manifest.files
-        )
-        if unchecked:
-            raise ValueError(
-                f"{unusable}: {METADATA} names {min(unchecked)}, which its manifest does not "
-                "list; load another checkpoint"
-            )
-    return metadata
+    return ChunkTable.from_bytes(
+        call_on_rank_0(failed, lambda: read_chunks(folder, manifest.files), group)
+    )
 
 
-def _read_into(tensors: dict[str, Any], folder: Path, metadata: Metadata, group: Group) -> None:
+def _read_into(tensors: dict[str, Any], folder: Path, table: ChunkTable, group: Group) -> None:
     """Read this rank's part of each tensor in place.
 
     Each rank plans its own reads, so that no rank blocks on another.
     """
     planner = DefaultLoadPlanner()
-    reader = PlainReader(folder, metadata)
     with gc_paused():
+        plan, metadata = table.plan_reads(tensors)
         planner.set_up_planner(tensors, metadata, rank(group) == 0)
-        reader.set_up_storage_reader(metadata, rank(group) == 0)
-        plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    reader.read_data(plan, planner).wait()
+        plan = planner.finish_plan(plan)
+    PlainReader(folder, metadata).read_data(plan, planner).wait()
 
 
 def _share(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:

@@ -16,13 +16,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from ..sharding.collectives import device_for
 
 Result = TypeVar("Result")
 # None is the default group. Ranks in this module are group ranks.
 Group = dist.ProcessGroup | None
 
+CPU = torch.device("cpu")
 _POLL_S = 0.05  # interval at which the store is polled
 _SHOWN = 3  # problems listed in one error message
 _calls: Counter[str] = Counter()  # of call_on_rank_0_via_store(), by operation, path and ranks
@@ -48,6 +52,8 @@ def raise_on_all_ranks(message: str, group: Group = None) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as caught:  # DCP's is a BaseException
         error = caught
+    if not _is_true_on_any_rank(error is not None, group):
+        return
     packed = None if error is None else _pack_error(error, (ValueError,))
     for failed_rank, outcome in enumerate(all_gather_object(packed, group)):
         if outcome is not None:
@@ -197,6 +203,19 @@ def all_gather_object(value: Result, group: Group = None) -> list[Result]:
     with _explain_failed_collective(group):
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def _is_true_on_any_rank(value: bool, group: Group = None) -> bool:
+    """Return whether any rank's ``value`` is true. Collective.
+
+    With many ranks, one integer costs much less than an object of each rank.
+    """
+    if _is_single_process(group):
+        return value
+    with _explain_failed_collective(group):
+        flag = torch.tensor([value], dtype=torch.int32, device=device_for(group, CPU))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        return bool(flag.item())
 
 
 def gather_object(value: Result, group: Group = None) -> list[Result]:

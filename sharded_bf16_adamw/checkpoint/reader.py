@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from .blocks import Block
-from .dcp_storage import METADATA, read_metadata
+from .chunk_table import ChunkTable
+from .dcp_storage import METADATA, read_chunks
 from .directory import find_checkpoint, no_checkpoint
-from .manifest import MANIFEST, decode, find_damage, read_manifest
+from .manifest import decode, find_damage, read_manifest
 from .safetensors_io import TensorInfo
 
 
@@ -46,18 +46,17 @@ class CheckpointReader:
             raise no_checkpoint(path)
         self.path = checkpoint
         self.manifest = read_manifest(self.path)
-        if METADATA not in self.manifest.files:
-            raise self._error(f"{MANIFEST} does not list {METADATA}")
-        metadata = read_metadata(self.path, self.manifest.files[METADATA])
+        table = ChunkTable.from_bytes(read_chunks(self.path, self.manifest.files))
         self.infos: dict[str, TensorInfo] = {}
         self.blocks: dict[str, list[Block]] = {}
-        for key, entry in sorted(metadata.state_dict_metadata.items(), key=_natural_order):
-            if isinstance(entry, TensorStorageMetadata):
-                self.infos[key] = TensorInfo(tuple(entry.size), entry.properties.dtype)
-                self.blocks[key] = [
-                    Block(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks
-                ]
-        self._storage = metadata.storage_data
+        self._locations: dict[str, list[tuple[str, int, int]]] = {}
+        for key, tensor in sorted(table.tensors.items(), key=_natural_order):
+            self.infos[key] = TensorInfo(tuple(tensor.size), tensor.properties.dtype)
+            self.blocks[key] = tensor.blocks()
+            self._locations[key] = [
+                (table.files[number], offset, length)
+                for number, offset, length in tensor.places.T.tolist()
+            ]
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare every file with its checksum, or one rank's share of the files.
@@ -78,10 +77,10 @@ class CheckpointReader:
         """
         info, blocks = self.infos[key], self.blocks[key]
         if len(blocks) == 1 and blocks[0].sizes == info.shape:
-            return self._read_block(key, blocks[0])
+            return self._read_block(key, 0)
         full_tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
-        for block in blocks:
-            block.view_in(full_tensor).copy_(self._read_block(key, block))
+        for index, block in enumerate(blocks):
+            block.view_in(full_tensor).copy_(self._read_block(key, index))
         return full_tensor
 
     def hyperparams(self) -> dict[str, dict[str, Any]]:
@@ -92,21 +91,18 @@ class CheckpointReader:
             options_by_param.update(dict.fromkeys(group.params, options))
         return options_by_param
 
-    def _read_block(self, key: str, block: Block) -> Tensor:
-        location = self._storage.get(MetadataIndex(key, torch.Size(block.offsets)))
-        if location is None or location.relative_path not in self.manifest.files:
-            raise self._error(f"{METADATA} does not say where {key} is")
-        file_name = location.relative_path
+    def _read_block(self, key: str, index: int) -> Tensor:
+        file_name, offset, length = self._locations[key][index]
         try:
             with (self.path / file_name).open("rb") as file:
-                file.seek(location.offset)
-                content = io.BytesIO(file.read(location.length))
+                file.seek(offset)
+                content = io.BytesIO(file.read(length))
             tensor = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
             raise self._error(
                 f"{key} in {file_name} cannot be read ({type(error).__name__})"
             ) from error
-        expected = TensorInfo(block.sizes, self.infos[key].dtype)
+        expected = TensorInfo(self.blocks[key][index].sizes, self.infos[key].dtype)
         if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != expected:
             raise self._error(f"{key} in {file_name} contradicts {METADATA}")
         return tensor

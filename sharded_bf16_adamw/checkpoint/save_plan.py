@@ -9,7 +9,6 @@ invalid, is given to DCP's planner.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -21,12 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -34,12 +32,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+
+from .chunk_table import ChunkTable, SavedTensor
 
 _OF_ONE_RANK = "rng."  # prefix of the FQNs that no other rank has
 _MAX_INT = 2**62
-# On rank 0: digest and result of the last plan. The tables alone determine the result, so that no
-# error of a save, nor another rank, can make it invalid.
-_last_merger: list[tuple[bytes, _Merger]] = []
 
 
 class PlanTable(NamedTuple):
@@ -78,6 +76,19 @@ class Assignment(NamedTuple):
     storage_data: Any
 
 
+class Locations(NamedTuple):
+    """Where a rank has written the items of its plan.
+
+    Attributes:
+        files: names.
+        columns: int64 of shape (3, items), in the order of the plan: each item's file by its
+            number in ``files``, offset and length.
+    """
+
+    files: list[str]
+    columns: bytes
+
+
 class _NotTabularError(Exception):
     """The tables cannot express a plan, or cannot show that it is valid."""
 
@@ -109,6 +120,18 @@ def to_assigned(plan: SavePlan, assignment: Assignment | SavePlan) -> SavePlan:
         item = plan.items[position]
         items.append(replace(item, index=replace(item.index, index=hint)))
     return replace(plan, items=items, storage_data=assignment.storage_data)
+
+
+def to_locations(plan: SavePlan, results: list[WriteResult]) -> Locations:
+    """Return where the storage writer has written the items of ``plan``."""
+    written = {result.index: result.storage_data for result in results}
+    files: dict[str, int] = {}
+    rows = []
+    for item in plan.items:
+        info = written[item.index]
+        number = files.setdefault(info.relative_path, len(files))
+        rows.append((number, info.offset, info.length))
+    return Locations(list(files), np.array(rows, np.int64).reshape(-1, 3).T.tobytes())
 
 
 def _to_table(plan: SavePlan) -> PlanTable:
@@ -161,11 +184,11 @@ class MergedPlan(NamedTuple):
 
     Attributes:
         assignments: for each rank, what :func:`to_assigned` takes.
-        metadata: builds the metadata, which do not yet say where in the files tensors lie.
+        to_chunks: returns all chunks, from the locations of all ranks.
     """
 
     assignments: list[Assignment | SavePlan]
-    metadata: Callable[[], Metadata]
+    to_chunks: Callable[[list[Locations]], ChunkTable]
 
 
 def merge_plans(
@@ -186,37 +209,26 @@ def merge_plans(
     as_tables = [table for table in tables if isinstance(table, PlanTable)]
     if len(as_tables) == len(tables):
         try:
-            merger = _merger(as_tables)
+            merger = _Merger(as_tables)
             prepared = prepare([SavePlan([])] * len(tables))
             return MergedPlan(
-                merger.assignments([plan.storage_data for plan in prepared]), merger.metadata
+                merger.assignments([plan.storage_data for plan in prepared]), merger.to_chunks
             )
         except _NotTabularError:
             pass
     plans, metadata = planner.create_global_plan(
         [to_plan(table) if isinstance(table, PlanTable) else table for table in tables]
     )
-    return MergedPlan(list(prepare(plans)), lambda: metadata)
 
+    def to_chunks(of_ranks: list[Locations]) -> ChunkTable:
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        for plan, (files, columns) in zip(plans, of_ranks, strict=True):
+            places = np.frombuffer(columns, np.int64).reshape(3, -1).T.tolist()
+            for item, (file, offset, length) in zip(plan.items, places, strict=True):
+                storage[item.index] = _StorageInfo(files[file], offset, length)
+        return ChunkTable.from_metadata(replace(metadata, storage_data=storage))
 
-def _merger(tables: list[PlanTable]) -> _Merger:
-    """Return the last result if the tables are the same, as in a repeated save, or merge them."""
-    digest = _digest(tables)
-    for known, merger in _last_merger:
-        if known == digest:
-            return merger
-    merger = _Merger(tables)
-    _last_merger[:] = [(digest, merger)]
-    return merger
-
-
-def _digest(tables: list[PlanTable]) -> bytes:
-    digest = hashlib.blake2b()
-    for table in tables:
-        for part in (part for section in table.sections for part in section):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.digest()
+    return MergedPlan(list(prepare(plans)), to_chunks)
 
 
 def to_plan(table: PlanTable) -> SavePlan:
@@ -431,10 +443,15 @@ class _Merger:
         self._fqns = list(self._tensors)
 
     def _validate(self) -> None:
-        """Check as DCP does. Errors are found by DCP's planner, with its messages."""
+        """Collect the chunks, and check as DCP does.
+
+        Errors are found by DCP's planner, with its messages.
+        """
+        self._boxes: list[np.ndarray] = []  # of each FQN, in the metadata's order
         for items in self._items:
             size = self._tensors[self._fqns[self._fqn[items[0]]]].size
             chunks = self._chunks(items)
+            self._boxes.append(chunks.transpose(1, 2, 0))
             if len(items) > 1 and not all(
                 self._entries[entry].is_shard for entry in np.unique(self._entry[items])
             ):
@@ -459,14 +476,21 @@ class _Merger:
         return result
 
     def _cut(self) -> None:
-        """Cut positions and hints into parts for each rank, and free what metadata do not need."""
+        """Cut positions and hints into parts for each rank, and free what is not needed later."""
         kept = np.flatnonzero(self._kept)
         starts = np.searchsorted(self._rank[kept], np.arange(self._world + 1))
         columns = [column[kept].astype(np.int32) for column in (self._position, self._hint)]
         self._parts = [
             [column[start:end].tobytes() for column in columns] for start, end in pairwise(starts)
         ]
-        del self._kept, self._rank, self._position, self._hint, self._key
+        number = np.cumsum(self._kept) - 1  # among the items of all assignments
+        self._order = [number[items].astype(np.int32) for items in self._items]
+        self._fqns = [self._fqns[self._fqn[items[0]]] for items in self._items]
+        self._mappings: dict[str, tuple[str]] = {}  # in DCP's order
+        for block in sorted(self._blocks, key=lambda block: (-block.ranks[-1], block.first)):
+            self._mappings.update({fqn: (fqn,) for fqn in block.header.fqns})
+        del self._kept, self._rank, self._position, self._hint, self._key, self._fqn, self._entry
+        del self._row, self._items, self._blocks, self._entries, self._nbytes
 
     def assignments(self, storage_data: list[Any]) -> list[Assignment | SavePlan]:
         return [
@@ -474,20 +498,19 @@ class _Merger:
             for (positions, hints), data in zip(self._parts, storage_data, strict=True)
         ]
 
-    def metadata(self) -> Metadata:
-        tensors: dict[str, Any] = {}
-        for items in self._items:
-            fqn = self._fqns[self._fqn[items[0]]]
-            size, properties = self._tensors[fqn]
-            chunks = [
-                ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                for offsets, sizes in self._chunks(items).tolist()
-            ]
-            tensors[fqn] = TensorStorageMetadata(properties, size, chunks)
-        mappings: dict[str, tuple[str]] = {}
-        for block in sorted(self._blocks, key=lambda block: (-block.ranks[-1], block.first)):
-            mappings.update({fqn: (fqn,) for fqn in block.header.fqns})
-        return Metadata(tensors, planner_data=mappings)
+    def to_chunks(self, of_ranks: list[Locations]) -> ChunkTable:
+        files: dict[str, int] = {}
+        parts = []
+        for names, columns in of_ranks:
+            numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
+            places = np.frombuffer(columns, np.int64).reshape(3, -1)
+            parts.append(np.stack([numbers[places[0]], places[1], places[2]]))
+        places = np.concatenate(parts, axis=1)
+        tensors = {
+            fqn: SavedTensor(*self._tensors[fqn], boxes, places[:, order])
+            for fqn, boxes, order in zip(self._fqns, self._boxes, self._order, strict=True)
+        }
+        return ChunkTable(tensors, list(files), self._mappings)
 
 
 def _are_disjoint(chunks: np.ndarray, size: np.ndarray) -> bool:

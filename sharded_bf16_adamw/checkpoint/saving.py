@@ -6,9 +6,12 @@ import json
 import logging
 import operator
 import os
+import pickle
 import reprlib
 import time
-from collections.abc import Callable, Iterator
+import uuid
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from . import async_save
+from . import async_save, plan_cache
 from .commit import (
     UNPUBLISHED,
     abandon_on_error,
@@ -36,8 +38,10 @@ from .divergence import resolve_divergence
 from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
+from .plan_cache import PlannedSave
 from .rank_errors import (
     Group,
+    all_gather_object,
     as_path,
     call_on_rank_0,
     check_group,
@@ -49,7 +53,14 @@ from .rank_errors import (
     world_size,
 )
 from .rank_names import RankNames
-from .save_plan import Assignment, merge_plans, to_assigned, to_table
+from .save_plan import (
+    Assignment,
+    Locations,
+    merge_plans,
+    to_assigned,
+    to_locations,
+    to_table,
+)
 from .staging import StagedPlanner
 from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
 from .ties import find_ties, merge_ties
@@ -166,7 +177,9 @@ def save(
             own_values, strategy = _encode(state.plain), describe_strategy(model, optimizer)
             ties = find_ties(model, names)
         with gc_paused():
-            of_ranks = gather_object((own_groups, own_values, ties), group)
+            packed = gather_object(pickle.dumps((own_groups, own_values, ties)), group)
+            # Most ranks send the same. A copy of what a lower rank sent changes nothing below.
+            of_ranks = [pickle.loads(each) for each in dict.fromkeys(packed)]
         manifest = None
         if rank(group) == 0:
             groups = merge_param_groups([groups for groups, _, _ in of_ranks])
@@ -180,13 +193,14 @@ def save(
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         with gc_paused():
-            planner, plan, metadata = _plan(
-                {**state.tensors, **get_rng_state(group)}, writer, failed, group
+            planner, planned = _plan(
+                {**state.tensors, **get_rng_state(group)}, optimizer, writer, failed, group
             )
         if async_:
             with raise_on_all_ranks(failed, group):
-                planner = StagedPlanner(planner, plan, optimizer)
-        job = _Save(partial, final, keep, writer, planner, plan, metadata, manifest, started)
+                planner = StagedPlanner(planner, planned.plan, optimizer)
+        owner = weakref.ref(optimizer)
+        job = _Save(partial, final, keep, writer, planner, planned, owner, manifest, started)
         if async_:
             async_save.start(job.run, async_save.borrow_group(group))
         else:
@@ -203,8 +217,8 @@ class _Save:
     keep: int | None
     writer: ChecksummedWriter
     planner: SavePlanner
-    plan: SavePlan
-    metadata: Callable[[], Metadata] | None  # on rank 0
+    planned: PlannedSave
+    optimizer: weakref.ref[torch.optim.Optimizer]
     manifest: Manifest | None  # on rank 0
     started: float  # time.monotonic() when save() was called
 
@@ -218,21 +232,26 @@ class _Save:
         with abandon_on_error([self.partial]):
             try:
                 with raise_on_all_ranks(failed, group):
-                    results = self.writer.write_data(self.plan, self.planner).wait()
+                    plan = self.planned.plan
+                    results = self.writer.write_data(plan, self.planner).wait()
+                    locations = to_locations(plan, results)
             finally:
                 if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
             with gc_paused():  # all ranks have written, so that none waits for another for long
-                of_ranks = gather_object((results, self.writer.files), group)
+                of_ranks = gather_object((locations, self.writer.files), group)
             with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:
-                    self._finish([r for r, _ in of_ranks], [files for _, files in of_ranks])
+                    self._finish([where for where, _ in of_ranks], [files for _, files in of_ranks])
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            plan_cache.keep(optimizer, self.planned)
 
-    def _finish(self, results: list[Any], files: list[dict[str, FileRecord]]) -> None:
-        assert self.metadata is not None and self.manifest is not None
+    def _finish(self, of_ranks: list[Locations], files: list[dict[str, FileRecord]]) -> None:
+        assert self.planned.to_chunks is not None and self.manifest is not None
         check_files_visible(self.partial, files)
         with gc_paused():
-            self.writer.finish(self.metadata(), results)
+            self.writer.write_metadata(self.planned.to_chunks(of_ranks))
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
@@ -248,29 +267,44 @@ class _Save:
 
 
 def _plan(
-    tensors: dict[str, Any], writer: ChecksummedWriter, failed: str, group: Group
-) -> tuple[DefaultSavePlanner, SavePlan, Callable[[], Metadata] | None]:
+    tensors: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    writer: ChecksummedWriter,
+    failed: str,
+    group: Group,
+) -> tuple[DefaultSavePlanner, PlannedSave]:
     """Plan what each rank writes. Replicas are written once, spread over the ranks. Collective.
 
+    If no rank's layout has changed since the optimizer's last save, its plan is used again.
+
     Returns:
-        The planner of ``tensors``, this rank's plan, and on rank 0 a function that builds the
-        metadata, still without the tensors' locations in files.
+        The planner of ``tensors``, and this rank's plan.
     """
     planner = DefaultSavePlanner()
     is_first = rank(group) == 0
     with raise_on_all_ranks(failed, group):
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
+        layout = plan_cache.layout_of(tensors, group)
+        known = plan_cache.take(optimizer, layout)
+    identities = set(all_gather_object(known and known.identity, group))
+    if known is not None and len(identities) == 1:
+        planner.finish_plan(known.plan)
+        return planner, known
+    with raise_on_all_ranks(failed, group):
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
         table = to_table(local_plan)
     tables = gather_object(table, group)
-    assignments: list[Assignment | SavePlan] = []
-    metadata = None
+    to_scatter: list[tuple[str, Assignment | SavePlan]] = []
+    to_chunks = None
     with raise_on_all_ranks(failed, group):
         if is_first:
-            assignments, metadata = merge_plans(tables, planner, writer.prepare_global_plan)
-    plan = to_assigned(local_plan, scatter_object(assignments, group))
-    return planner, planner.finish_plan(plan), metadata
+            assignments, to_chunks = merge_plans(tables, planner, writer.prepare_global_plan)
+            identity = uuid.uuid4().hex
+            to_scatter = [(identity, assignment) for assignment in assignments]
+    identity, assignment = scatter_object(to_scatter, group)
+    plan = planner.finish_plan(to_assigned(local_plan, assignment))
+    return planner, PlannedSave(layout, identity, plan, to_chunks)
 
 
 def _integer(value: Any) -> int:

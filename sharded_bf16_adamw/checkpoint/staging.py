@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 # Training is blocked while staging copies, and one core does not reach the memory's full bandwidth.
 _COPY_THREADS = 4
+_SMALL = 1 << 16  # bytes below which a copy is faster than its way into a thread
 _Buffers = dict[MetadataIndex, Tensor]  # of one rank; pinned if the original is on a GPU
 _spare: weakref.WeakKeyDictionary[Optimizer, _Buffers] = weakref.WeakKeyDictionary()
 _spare_lock = threading.Lock()
@@ -53,6 +54,8 @@ class StagedPlanner(DefaultSavePlanner):
             if original.is_cuda:
                 buffer.copy_(original.detach(), non_blocking=True)
                 gpus.add(original.device)
+            elif original.nbytes < _SMALL:
+                buffer.copy_(original.detach())
             else:
                 on_cpu.append((buffer, original.detach()))
         with ThreadPoolExecutor(_COPY_THREADS) as pool:

@@ -10,16 +10,15 @@ name, and the weight under each. If the model's ties differ from those saved::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 from ..names import clean_fqn, flat_params, named_tensors, unwrap
 from ..sharding.dtensor import to_local
+from .chunk_table import ChunkTable
 from .extra_state import MODEL, STATE, is_wrapper_subclass
 from .manifest import Manifest, ParamGroup
 from .rank_errors import Group, call_on_rank_0, gather_object
@@ -59,17 +58,17 @@ def merge_ties(ties_of_ranks: list[list[list[str]]]) -> list[list[str]]:
 
 def align_ties(
     folder: Path,
-    metadata: Metadata,
+    table: ChunkTable,
     manifest: Manifest,
     model: nn.Module,
     names: RankNames,
     group: Group,
 ) -> list[str]:
-    """Rewrite ``metadata`` and ``manifest`` as if saved with the ties of ``model``. Collective.
+    """Rewrite ``table`` and ``manifest`` as if saved with the ties of ``model``. Collective.
 
     Args:
         folder: the checkpoint's directory.
-        metadata: DCP's metadata of the checkpoint; changed in place.
+        table: the checkpoint's tensors; changed in place.
         manifest: its manifest; changed in place.
         model: the module to load into.
         names: this rank's names in the checkpoint.
@@ -77,10 +76,10 @@ def align_ties(
 
     Returns:
         A sentence without a full stop for each pair of names that are tied in the model but were
-        saved with different values. The rewritten metadata points both to the first name's values.
+        saved with different values. The rewritten table points both to the first name's values.
     """
     ties = find_ties(model, names)
-    saved = _SavedNames(metadata, manifest)
+    saved = _SavedNames(table, manifest)
     ties_of = {name: tied for tied in ties for name in tied}
     affected = {
         id(tied): tied
@@ -119,10 +118,10 @@ class _SavedNames:
         ties_of: maps each tied name to all names that it was tied to when saved.
     """
 
-    def __init__(self, metadata: Metadata, manifest: Manifest) -> None:
-        self._metadata, self._manifest = metadata, manifest
+    def __init__(self, table: ChunkTable, manifest: Manifest) -> None:
+        self._tensors, self._manifest = table.tensors, manifest
         self.ties_of = {name: tied for tied in manifest.ties or [] for name in tied}
-        self._states = _states_by_name(metadata.state_dict_metadata, manifest)
+        self._states = _states_by_name(table.tensors, manifest)
         self._renamed: dict[str, str] = {}  # new key -> key on disk
         self._holders: dict[str, str] = {}  # name in the model -> name on disk with its state
         self._touched: set[str] = set()
@@ -134,7 +133,7 @@ class _SavedNames:
         """
         sources: dict[tuple[str, ...], list[str]] = {}
         for name in names:
-            if MODEL + name in self._metadata.state_dict_metadata:
+            if MODEL + name in self._tensors:
                 tied = self.ties_of.get(name, [name])
                 others = [other for other in tied if other != name]
                 sources.setdefault(tuple(tied), [name, *others])
@@ -157,9 +156,8 @@ class _SavedNames:
                 self._renamed[MODEL + name] = MODEL + sources[0][0]
 
     def rewrite(self) -> None:
-        """Apply the redirections to the metadata and the manifest."""
-        entries, values = self._metadata.state_dict_metadata, self._manifest.values
-        storage = self._metadata.storage_data
+        """Apply the redirections to the table and the manifest."""
+        entries, values = self._tensors, self._manifest.values
         old = {
             f"{STATE}{name}.{state}"
             for name in self._touched
@@ -169,19 +167,11 @@ class _SavedNames:
         new_entries = {key: entries[source] for key, source in renamed if source in entries}
         new_values = {key: values[source] for key, source in renamed if source in values}
         unchanged = {key for key, source in renamed if key == source}
-        locations: dict[str, list[tuple[Any, Any]]] = {}
-        for index, location in storage.items():
-            locations.setdefault(index.fqn, []).append((index, location))
         for key in (old | self._renamed.keys()) - unchanged:
             entries.pop(key, None)
             values.pop(key, None)
-            for index, _ in locations.get(key, []):
-                del storage[index]
         entries.update(new_entries)
         values.update(new_values)
-        for key, source in renamed:
-            for index, location in locations.get(source, []):
-                storage[replace(index, fqn=key)] = location
         self._manifest.groups = [
             ParamGroup(
                 [name for name in group.params if name not in self._touched]

@@ -10,12 +10,15 @@ import re
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from distributed import run_ranks
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from sharded_bf16_adamw import load, save
+from sharded_bf16_adamw.checkpoint import dcp_storage
 
 from .layouts import ANY, BY_NAME, LAYOUTS, everything, loss, train
 
@@ -29,10 +32,19 @@ def folder(root: str, case: Case) -> str:
 
 
 def save_worker(rank: int, world: int, root: str, case: Case) -> None:
+    """Save twice, the second time by the plan of the first; every second case by tables."""
     # every checkpoint holds other bits
     module, optimizer = BY_NAME[case[0]].build(world, seed=CASES.index(case))
-    train(module, optimizer, 3)
-    save(folder(root, case), 3, module, optimizer, extra={"saved by": case[0]})
+    train(module, optimizer, 2)
+    save(folder(root, case), 2, module, optimizer, keep=1)
+    train(module, optimizer, 1)
+    many = 0 if CASES.index(case) % 2 else dcp_storage.MANY
+    with (
+        patch.object(dcp_storage, "MANY", many),
+        patch.object(DefaultSavePlanner, "create_local_plan", side_effect=AssertionError),
+    ):
+        path = save(folder(root, case), 3, module, optimizer, {"saved by": case[0]}, keep=1)
+    assert (path / dcp_storage.CHUNKS).exists() == (many == 0)
     expected = everything(module, optimizer)
     if rank == 0:
         torch.save(expected, folder(root, case) + "/expected.pt")

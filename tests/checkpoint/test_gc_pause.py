@@ -71,9 +71,9 @@ def test_collector_is_paused_in_planning_finishing_and_parsing_only(tmp_path, mo
     for owner, name in (
         (DefaultSavePlanner, "create_local_plan"),
         (ChecksummedWriter, "write_data"),
-        (ChecksummedWriter, "finish"),
+        (ChecksummedWriter, "write_metadata"),
         (dcp_storage._MetadataUnpickler, "find_class"),
-        (DefaultLoadPlanner, "create_local_plan"),
+        (DefaultLoadPlanner, "finish_plan"),
         (dcp_storage.PlainReader, "read_data"),
     ):
         watch(owner, name)
@@ -83,9 +83,9 @@ def test_collector_is_paused_in_planning_finishing_and_parsing_only(tmp_path, mo
     assert seen == {
         "DefaultSavePlanner.create_local_plan": False,
         "ChecksummedWriter.write_data": True,
-        "ChecksummedWriter.finish": False,
+        "ChecksummedWriter.write_metadata": False,
         "_MetadataUnpickler.find_class": False,
-        "DefaultLoadPlanner.create_local_plan": False,
+        "DefaultLoadPlanner.finish_plan": False,
         "PlainReader.read_data": True,
     }
     assert gc.isenabled()

@@ -48,6 +48,8 @@ def check_next_saves(parent: Path) -> None:
         ("synchronous", 2, True),
         ("asynchronous", 2, False),
         ("asynchronous", 2, True),
+        ("repeated", 2, False),
+        ("repeated_asynchronous", 2, True),
         ("same_step_again", 1, True),
         ("pruning", 1, True),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,15 +26,17 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from sharded_bf16_adamw import AdamW_BF16, save
-from sharded_bf16_adamw.checkpoint import save_plan, saving
+from sharded_bf16_adamw.checkpoint import saving
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.save_plan import (
     Assignment,
     PlanTable,
     merge_plans,
     to_assigned,
+    to_locations,
     to_plan,
     to_table,
 )
@@ -67,6 +70,17 @@ def prepare(plans: list[SavePlan]) -> list[SavePlan]:
     return ChecksummedWriter("unused").prepare_global_plan(plans)
 
 
+def write(plans: list[SavePlan]) -> list[list[WriteResult]]:
+    """Return what ranks report that have written their plans, each to two files."""
+    return [
+        [
+            WriteResult(item.index, 3, _StorageInfo(f"__{rank}_{n % 2}.distcp", n // 2 * 3, 3))
+            for n, item in enumerate(plan.items)
+        ]
+        for rank, plan in enumerate(plans)
+    ]
+
+
 def everything(plans: list[SavePlan], metadata: Metadata) -> Any:
     """Return plans and metadata with what == does not compare: hints and the order of dicts."""
     return (
@@ -74,22 +88,28 @@ def everything(plans: list[SavePlan], metadata: Metadata) -> Any:
         [(plan.storage_data, plan.usable) for plan in plans],
         list(metadata.state_dict_metadata.items()),
         list(metadata.planner_data.items()),
+        {key: (key.index, info) for key, info in metadata.storage_data.items()},
     )
 
 
-def by_dcp(plans: list[SavePlan]) -> Any:
+def by_dcp(plans: list[SavePlan], results: list[list[WriteResult]] | None = None) -> Any:
     merged, metadata = DefaultSavePlanner().create_global_plan(plans)
+    of_ranks = write(merged) if results is None else results
+    metadata.storage_data = {
+        result.index: result.storage_data for results in of_ranks for result in results
+    }
     return everything(prepare(merged), metadata)
 
 
 def by_tables(plans: list[SavePlan], on_tables: bool | None = True) -> Any:
     """Merge as rank 0 does; ``on_tables`` is whether DCP's planner must not be needed."""
     tables = [pickle.loads(pickle.dumps(to_table(plan))) for plan in plans]
-    merged, metadata = merge_plans(tables, DefaultSavePlanner(), prepare)
+    merged, to_chunks = merge_plans(tables, DefaultSavePlanner(), prepare)
     if on_tables is not None:
         assert all(isinstance(each, Assignment) == on_tables for each in merged)
     assigned = [to_assigned(plan, each) for plan, each in zip(plans, merged, strict=True)]
-    return everything(assigned, metadata())
+    of_ranks = [to_locations(*each) for each in zip(assigned, write(assigned), strict=True)]
+    return everything(assigned, to_chunks(of_ranks).to_metadata())
 
 
 # ------------------------------------------------------------------------------ made-up layouts
@@ -274,65 +294,6 @@ def test_ranks_of_one_layout_share_a_block(monkeypatch):
     assert by_tables(plans) == by_dcp(plans)
 
 
-@pytest.fixture
-def merges(monkeypatch) -> list[int]:
-    """Return a list that has an element for each plan that was computed."""
-    seen: list[int] = []
-    real = save_plan._Merger._assign
-    monkeypatch.setattr(save_plan._Merger, "_assign", lambda self: (seen.append(1), real(self))[1])
-    monkeypatch.setattr(save_plan, "_last_merger", [])
-    return seen
-
-
-def halves(name: str = "t", first: int = 2, properties: Any = BF16) -> list[SavePlan]:
-    boxes = [((0,), (first,)), ((first,), (4 - first,))]
-    return [local(shard(name, (4,), box, properties)) for box in boxes]
-
-
-def test_unchanged_layout_is_planned_once(merges):
-    for count in range(1, 4):
-        assert by_tables(halves()) == by_dcp(halves())
-        assert len(merges) == 1 and len(save_plan._last_merger) == 1, count
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        halves(first=3),
-        halves("u"),
-        halves(properties=FP32),
-        [local(*halves()[0].items, full("rng.0.cpu", (3,))), halves()[1]],
-        list(reversed(halves())),
-        [*halves(), local()],
-    ],
-    ids=["chunks", "name", "dtype", "more items", "other order", "more ranks"],
-)
-def test_changed_layout_is_planned_anew(merges, changed):
-    by_tables(halves())
-    assert by_tables(changed) == by_dcp(changed)
-    assert len(merges) == 2 and len(save_plan._last_merger) == 1
-
-
-def test_failed_plan_is_not_kept(merges):
-    invalid = [local(shard("t", (4,), box)) for box in (((0,), (3,)), ((2,), (2,)))]
-    for _ in range(2):
-        # torch 2.11 logs what is wrong and raises only that something is
-        with pytest.raises(ValueError, match=r"overlapping chunks|Failed to validate global plan"):
-            by_tables(invalid)
-    assert save_plan._last_merger == [] and len(merges) == 2
-
-
-def test_metadata_of_one_save_are_not_those_of_the_next(tmp_path, merges):
-    """DCP's writer adds to them where in the files tensors lie."""
-    model = torch.nn.Linear(4, 2).bfloat16()
-    optimizer = AdamW_BF16(model.parameters(), lr=1e-3)
-    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2)]
-    first, second = (pickle.loads((path / ".metadata").read_bytes()) for path in paths)
-    assert first.storage_meta.save_id != second.storage_meta.save_id
-    second.storage_meta = first.storage_meta
-    assert first == second and len(merges) == 1
-
-
 # --------------------------------------------------------------------------------- real layouts
 
 
@@ -347,25 +308,29 @@ def layout_worker(rank: int, world: int, name: str, root: str) -> list[Any]:
 
     def record_assigned(plan: SavePlan, assignment: Any) -> SavePlan:
         seen["on tables"] = isinstance(assignment, Assignment)
-        seen["assigned"] = to_assigned(plan, assignment)
-        return seen["assigned"]
+        return to_assigned(plan, assignment)
 
-    saving.to_table, saving.to_assigned = record_table, record_assigned
-    try:
+    def record_written(plan: SavePlan, results: list[WriteResult]) -> Any:
+        seen["assigned"], seen["results"] = plan, results
+        return to_locations(plan, results)
+
+    with (
+        patch.object(saving, "to_table", record_table),
+        patch.object(saving, "to_assigned", record_assigned),
+        patch.object(saving, "to_locations", record_written),
+    ):
         path = save(root, 1, module, optimizer)
-    finally:
-        saving.to_table, saving.to_assigned = save_plan.to_table, save_plan.to_assigned
-    plans: list[Any] = [(seen["local"], seen["assigned"], seen["on tables"])]
+    plans: list[Any] = [(seen["local"], seen["assigned"], seen["on tables"], seen["results"])]
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, plans[0])
         plans = gathered
     metadata = pickle.loads((path / ".metadata").read_bytes())
-    assert all(on_tables for _, _, on_tables in plans)
-    assert everything([assigned for _, assigned, _ in plans], metadata) == by_dcp(
-        [own for own, _, _ in plans]
+    assert all(on_tables for _, _, on_tables, _ in plans)
+    assert everything([assigned for _, assigned, _, _ in plans], metadata) == by_dcp(
+        [own for own, _, _, _ in plans], [results for _, _, _, results in plans]
     )
-    assert [plan.storage_data for _, plan, _ in plans] == [
+    assert [plan.storage_data for _, plan, _, _ in plans] == [
         _StoragePrefix(f"__{number}_") for number in range(world)
     ]
     return []

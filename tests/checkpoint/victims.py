@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from distributed import forkserver
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
 from sharded_bf16_adamw.checkpoint import dcp_storage
@@ -69,6 +70,16 @@ def asynchronous(root: Path, sharded: bool) -> None:
     wait_for_save()
 
 
+def repeated(root: Path, sharded: bool) -> None:
+    """Save by the plan of an earlier save (see :func:`_rank`)."""
+    save(root, 3, *_trained[0], extra={"step": 3}, keep=1)
+
+
+def repeated_asynchronous(root: Path, sharded: bool) -> None:
+    save(root, 3, *_trained[0], extra={"step": 3}, keep=1, async_=True)
+    wait_for_save()
+
+
 def same_step_again(root: Path, sharded: bool) -> None:
     save_step(root, 2, sharded)
 
@@ -99,8 +110,12 @@ def next_saves(parent: Path, sharded: bool) -> None:
 
 ACTIONS: dict[str, Callable[[Path, bool], None]] = {
     action.__name__: action
-    for action in (synchronous, asynchronous, same_step_again, destroying, pruning, next_saves)
+    for action in (
+        *(synchronous, asynchronous, repeated, repeated_asynchronous, same_step_again),
+        *(destroying, pruning, next_saves),
+    )
 }
+_trained: list[tuple[nn.Module, AdamW_BF16]] = []  # what the repeated saves save
 
 
 def run(
@@ -146,6 +161,11 @@ def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> Non
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
         )
+    if action.startswith("repeated"):
+        dcp_storage.MANY = 0
+        _trained.append(make(3, world > 1))
+        save(f"{root}.first", 1, *_trained[0], extra={"step": 1})
+        DefaultSavePlanner.create_local_plan = None  # type: ignore[assignment,method-assign]
     done = _watch_operations(at)
     try:
         ACTIONS[action](root, world > 1)

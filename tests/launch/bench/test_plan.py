@@ -22,23 +22,26 @@ def save_worker(rank: int, world: int, launch: str, root: str) -> None:
         from bench.plan import build
     finally:
         sys.path.remove(launch)
-    save(root, 1, *build(world, TENSORS))
+    model, optimizer = build(world, TENSORS)
+    for step in (1, 2):
+        save(root, step, model, optimizer)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_simulation_has_the_metadata_of_real_ranks(ranks: int, repo: Path, tmp_path: Path) -> None:
     script = repo / "launch" / "benchmark.py"
-    options = f"--ranks {ranks} --tensors {TENSORS} --metadata {tmp_path}/m --json {tmp_path}/j"
+    options = f"--ranks {ranks} --tensors {TENSORS} --metadata {tmp_path} --json {tmp_path}/j"
     subprocess.run([sys.executable, str(script), "plan", *options.split()], check=True)
     run_ranks(ranks, save_worker, str(script.parent), str(tmp_path / "run"))
-    simulated = pickle.loads((tmp_path / "m").read_bytes())
-    real = pickle.loads((tmp_path / "run/step-00000001/.metadata").read_bytes())
-    simulated.storage_meta.save_id = real.storage_meta.save_id
-    assert simulated == real
-    assert list(simulated.state_dict_metadata) == list(real.state_dict_metadata)
-    assert [(key, key.index) for key in simulated.storage_data] == [
-        (key, key.index) for key in real.storage_data
-    ]
+    for name in ("step-00000001", "step-00000002"):
+        simulated = pickle.loads((tmp_path / name).read_bytes())
+        real = pickle.loads((tmp_path / "run" / name / ".metadata").read_bytes())
+        simulated.storage_meta.save_id = real.storage_meta.save_id
+        assert simulated == real
+        assert list(simulated.state_dict_metadata) == list(real.state_dict_metadata)
+        assert [(key, key.index) for key in simulated.storage_data] == [
+            (key, key.index) for key in real.storage_data
+        ]
     figures = json.loads((tmp_path / "j").read_text())
     assert figures["ranks"] == ranks and figures["tensors"] == TENSORS + 1
     assert all(value >= 0 for value in figures["figures"].values()) and figures["figures"]
