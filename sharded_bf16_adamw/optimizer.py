@@ -23,6 +23,7 @@ from .sharding.build import build_sharding
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
 from .step_in_backward import StepInBackward, check_options
+from .step_in_backward_zero import ZeroStepInBackward, check_zero_options
 from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
 from .validation import check_group, check_hyperparams, check_max_lr, param_name, to_betas
 from .weights import WeightAccess
@@ -116,8 +117,10 @@ class AdamW_BF16(WeightAccess):
         lr, self.lr_function = resolve_lr(lr, lr_function, capturable)
         betas = to_betas(betas)
         check_hyperparams(lr, betas, eps, weight_decay)
-        check_options(step_in_backward, sharding, skip_nonfinite, clip_in_backward)
-        self._sharding = build_sharding(sharding, model_parallel)
+        check_options(step_in_backward, skip_nonfinite, clip_in_backward)
+        if step_in_backward and isinstance(sharding, ZeRO):
+            check_zero_options(sharding, model_parallel, clip_in_backward)
+        self._sharding = build_sharding(sharding, model_parallel, step_in_backward)
         self._zero, self.backend = sharding, backend
         self.skip_nonfinite = skip_nonfinite
         self.model_parallel = model_parallel
@@ -129,7 +132,9 @@ class AdamW_BF16(WeightAccess):
         defaults |= {"schedule_step": 0, "scheduled_lr": None}  # see :mod:`.schedule`
         super().__init__(params, defaults)
         self._is_built = True
-        self._in_backward = StepInBackward(self, clip_in_backward) if step_in_backward else None
+        if step_in_backward:
+            cls = StepInBackward if sharding is None else ZeroStepInBackward
+            self._in_backward = cls(self, clip_in_backward)
         self._param_log.start(self._all_params())
 
     def _init_caches(self) -> None:

@@ -63,7 +63,7 @@ class RoundState(Enum):
 
 
 @dataclass
-class _Batch:
+class Batch:
     """Gradients that wait for their update, all on one device and one stream."""
 
     device: torch.device
@@ -74,6 +74,7 @@ class _Batch:
     nbytes: int = 0  # of the storages
 
     def add(self, param: Tensor, grad: Tensor) -> None:
+        """Add one parameter and its local gradient."""
         storage = grad.untyped_storage()
         if storage._cdata not in self.storages:
             self.storages.add(storage._cdata)
@@ -108,7 +109,7 @@ class StepInBackward:
         self._optimizer = weakref.ref(optimizer)
         self.clip = clip
         self._round: _Round | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._is_accumulating = False
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._hooks: Any = WeakIdKeyDictionary()  # parameter -> handle
@@ -140,7 +141,7 @@ class StepInBackward:
             hooks = me()
             owner = _hook_owner.get(param)
             if hooks is not None and (owner is me or owner is None or owner() is None):
-                hooks._on_grad_ready(param)
+                hooks.on_grad_ready(param)
 
         for param in (p for group in self._get_optimizer().param_groups for p in group["params"]):
             if param.requires_grad and param not in self._hooks:
@@ -163,7 +164,8 @@ class StepInBackward:
     # --------------------------------------------------------------------- during the backward pass
 
     @torch.no_grad()
-    def _on_grad_ready(self, param: Tensor) -> None:
+    def on_grad_ready(self, param: Tensor) -> None:
+        """Use ``param.grad``, which is final unless accumulating."""
         grad = param.grad
         if self._is_accumulating or grad is None:
             return
@@ -281,7 +283,7 @@ class StepInBackward:
         if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
             self._flush()
         if self._batch is None:
-            self._batch = _Batch(grad.device, stream)
+            self._batch = Batch(grad.device, stream)
         self._batch.add(param, grad)
         is_last = not is_shared or id(param) in self._storage_ends
         if is_last and self._batch.nbytes >= BATCH_BYTES:
@@ -444,6 +446,10 @@ class StepInBackward:
         """End the round without a step."""
         self._round = self._batch = None
 
+    def abandon_step(self) -> None:
+        """End the round without a step, whatever its state."""
+        self.abandon()
+
     def begin_step(
         self, gradients: list[GroupGrads]
     ) -> tuple[list[float | None], list[GroupGrads]]:
@@ -477,7 +483,20 @@ class StepInBackward:
                         "another gradient in .grad; set that to None, and accumulate gradients "
                         "before the last backward pass of a step"
                     )
-        now = list(map(hyperparams_of, optimizer.param_groups))
+        self._check_hypers()
+        if self.clip is not None:
+            for group, params, _ in gradients:
+                for param in params:
+                    self._take(group, param)
+            gradients = [(group, [], []) for group, _, _ in gradients]
+        self._flush()
+        self._finish_updates()
+        return self._round.lrs, gradients
+
+    def _check_hypers(self) -> None:
+        """Raise RuntimeError if hyper-parameters have changed since the round began."""
+        assert self._round is not None
+        now = list(map(hyperparams_of, self._get_optimizer().param_groups))
         if len(now) != len(self._round.group_hypers) or any(
             map(_differs, now, self._round.group_hypers)
         ):
@@ -485,16 +504,13 @@ class StepInBackward:
                 "hyper-parameters in param_groups were changed between a backward pass that used "
                 "the old ones and step(); restore them, and change them after step()"
             )
-        if self.clip is not None:
-            for group, params, _ in gradients:
-                for param in params:
-                    self._take(group, param)
-            gradients = [(group, [], []) for group, _, _ in gradients]
-        self._flush()
+
+    def _finish_updates(self) -> None:
+        """Wait for all updates of the round, and add up the norm of its gradients."""
+        assert self._round is not None
         self._wait_for_streams()
         if self._round.clip is not None:
             self._round.clip.all_reduce()
-        return self._round.lrs, gradients
 
     def end_step(self) -> None:
         """End the round, and hook parameters that are no longer frozen."""
@@ -521,10 +537,10 @@ class SteppedInBackward(torch.optim.Optimizer):
         """Forget a step whose backward pass has raised under ``step_in_backward=True``.
 
         Its gradients are dropped. Parameters that it has updated stay updated, so load a checkpoint
-        afterwards.
+        afterwards. Collective with ``sharding=ZeRO(...)``: every rank calls it.
         """
         if self._in_backward is not None:
-            self._in_backward.abandon()
+            self._in_backward.abandon_step()
         self.zero_grad()
 
     def _check_between_steps(self, caller: str) -> None:
@@ -533,7 +549,7 @@ class SteppedInBackward(torch.optim.Optimizer):
 
 
 def check_options(
-    step_in_backward: bool, sharding: Any, skip_nonfinite: bool, clip: ClipInBackward | None
+    step_in_backward: bool, skip_nonfinite: bool, clip: ClipInBackward | None
 ) -> None:
     """Raise ValueError if other options are incompatible with ``step_in_backward``."""
     if not step_in_backward:
@@ -543,11 +559,6 @@ def check_options(
                 "optimizer.clip_grad_norm_(max_norm) before step()"
             )
         return
-    if sharding is not None:
-        raise ValueError(
-            "step_in_backward=True and sharding=ZeRO(...) are both given; ZeRO has the gradients "
-            "of all ranks only in step(), so use fully_shard (FSDP2), or leave step_in_backward out"
-        )
     if skip_nonfinite:
         raise ValueError(
             "step_in_backward=True and skip_nonfinite=True are both given; the last gradient can "

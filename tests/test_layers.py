@@ -29,12 +29,13 @@ ALLOWED = {
     "clip_in_backward": {"grad_norm", "kernels"},
     "step_in_backward": {"clip_in_backward", "gradients", "kernels", "schedule", "sharding"}
     | {"state", "step_plan", "validation"},
+    "step_in_backward_zero": {"clip_in_backward", "gradients", "sharding", "step_in_backward"},
     "serialization": {"kernels", "param_log", "sharding", "state", "step_in_backward"}
     | {"validation"},
     "weights": {"conversion", "serialization", "sharding", "state"},
     "optimizer": {"clip_in_backward", "gradients", "grad_norm", "kernels", "param_log"}
     | {"precision_stats", "profiling", "schedule", "sharding", "step_in_backward", "step_plan"}
-    | {"validation", "weights"},
+    | {"step_in_backward_zero", "validation", "weights"},
     "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},

@@ -95,7 +95,7 @@ def our_fsdp2(
 
 
 def our_zero(
-    model: GPT, world: World, stage: int, **options: Any
+    model: GPT, world: World, stage: int, in_backward: bool = False, **options: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     mesh: DeviceMesh = world.mesh()
     module = DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model
@@ -104,7 +104,9 @@ def our_zero(
     if stage == 2:
         options["reduce_dtype"] = torch.float32
     sharding = ZeRO(mesh, stage=stage, **options)
-    return module, AdamW_BF16(module.parameters(), sharding=sharding, **OPTIONS)
+    return module, AdamW_BF16(
+        module.parameters(), sharding=sharding, step_in_backward=in_backward, **OPTIONS
+    )
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
@@ -120,6 +122,9 @@ CONTENDERS = {
         "ours, ZeRO 1, overlap_gather", _BF16, partial(our_zero, stage=1, overlap_gather=True)
     ),
     "zero2": Contender("ours, ZeRO 2", _BF16, partial(our_zero, stage=2)),
+    "zero2-in-backward": Contender(
+        "ours, ZeRO 2, step_in_backward", _BF16, partial(our_zero, stage=2, in_backward=True)
+    ),
     "zero2-overlap": Contender(
         "ours, ZeRO 2, overlap_gather, static_graph",
         _BF16,

@@ -9,8 +9,15 @@ from .torch_managed import TorchManaged
 from .zero.config import ZeRO
 
 
-def build_sharding(zero: ZeRO | None, parallel: ModelParallel | None) -> Sharding:
+def build_sharding(
+    zero: ZeRO | None, parallel: ModelParallel | None, in_backward: bool = False
+) -> Sharding:
     """Return the strategy for the optimizer's ``sharding`` and ``model_parallel``.
+
+    Args:
+        zero: ``sharding`` of the optimizer.
+        parallel: ``model_parallel`` of the optimizer.
+        in_backward: ``step_in_backward`` of the optimizer, for ZeRO stage 2.
 
     Raises:
         ValueError: an argument has another type.
@@ -29,4 +36,4 @@ def build_sharding(zero: ZeRO | None, parallel: ModelParallel | None) -> Shardin
         return TorchManaged()
     if parallel is not None and parallel.experts:
         return ExpertsApart(zero.start(), parallel)
-    return zero.start()
+    return zero.start(in_backward)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import sharded_bf16_adamw
-from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO, step_in_backward
+from sharded_bf16_adamw import LR, AdamW_BF16, step_in_backward
 from sharded_bf16_adamw.sharding.dtensor import to_local
 from sharded_bf16_adamw.step_plan import StepPlan
 
@@ -319,17 +319,6 @@ def fsdp1_worker(rank, world):
         assert not optimizer.state
 
 
-def zero_worker(rank, world):
-    mesh = init_device_mesh("cpu", (world,))
-    for stage in (1, 2):
-        with pytest.raises(ValueError, match=r"step_in_backward=True and sharding=ZeRO\(...\) are"):
-            AdamW_BF16(
-                nn.Linear(4, 4).bfloat16().parameters(),
-                step_in_backward=True,
-                sharding=ZeRO(mesh, stage),
-            )
-
-
-@pytest.mark.parametrize("worker", [ddp_worker, fsdp1_worker, zero_worker])
+@pytest.mark.parametrize("worker", [ddp_worker, fsdp1_worker])
 def test_strategies_that_reduce_gradients_later_are_refused(worker):
     run_ranks(2, worker)

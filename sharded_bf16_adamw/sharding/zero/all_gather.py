@@ -54,6 +54,11 @@ class PendingAllGather:
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         self._work = CheckedWork(operation, all_gather, output, shard, group=group)
 
+    @property
+    def is_completed(self) -> bool:
+        """Return True if :meth:`finish` would not block on other ranks."""
+        return self._work.is_completed()
+
     def finish(self) -> None:
         """Wait for the all-gather, and copy the weights into the parameters."""
         self._work.wait()

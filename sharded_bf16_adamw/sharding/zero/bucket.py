@@ -52,6 +52,11 @@ class Bucket:
             for zero_param in self.zero_params
         )
 
+    @property
+    def has_all_grads(self) -> bool:
+        """Return True if the bucket holds a gradient of every parameter, trainable or not."""
+        return len(self._padded_grads) == len(self.zero_params)
+
     def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
         """Copy a gradient into the bucket, or add it to the one that the bucket already holds."""
         if self._needs_no_copy(zero_param, grad):

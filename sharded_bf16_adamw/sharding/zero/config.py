@@ -137,9 +137,16 @@ class ZeRO:
         """Size of a bucket in bytes of weights."""
         return max(1, int(self.bucket_size_mb * 2**20))
 
-    def start(self) -> Sharding:
-        """Return the sharding state for one optimizer. Collective over the mesh."""
+    def start(self, in_backward: bool = False) -> Sharding:
+        """Return the sharding state for one optimizer. Collective over the mesh.
+
+        Args:
+            in_backward: whether to update weights inside the backward pass; for stage 2.
+        """
+        from .in_backward import Stage2InBackward
         from .stage1 import Stage1
         from .stage2 import Stage2
 
-        return Stage1(self) if self.stage == 1 else Stage2(self)
+        if self.stage == 1:
+            return Stage1(self)
+        return Stage2InBackward(self) if in_backward else Stage2(self)

@@ -122,6 +122,14 @@ class PendingReduce:
             )
         return True
 
+    def finish(self, timeout_s: float, device_may_block: bool = False) -> bool:
+        """Wait until :meth:`wait` would not block this thread; see :meth:`finish_local`."""
+        if not self.finish_local(timeout_s, device_may_block):
+            return False
+        if self._replicate_work is None or (device_may_block and not self._wait_blocks_host):
+            return True
+        return _completes_within(self._replicate_work, timeout_s)
+
     def wait(self) -> Tensor:
         """Return the mean of this rank's shard, 1-D of ``shard numel`` elements."""
         self.finish_local()

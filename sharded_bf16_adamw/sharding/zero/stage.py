@@ -35,6 +35,8 @@ class Stage:
     Its methods are those of :class:`sharded_bf16_adamw.sharding.base.Sharding`.
     """
 
+    STEPS_IN_BACKWARD = False  # see :mod:`.in_backward`
+
     def __init__(self, policy: ZeRO) -> None:
         self._policy = policy
         self._mesh = policy.mesh
@@ -51,15 +53,20 @@ class Stage:
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         named = list(zip(params, names, strict=True))
         problems = [param_problem(param, name, self._mesh) for param, name in named]
-        is_static = self._policy.static_graph
-        some_static, some_dynamic = self._consensus.all_reduce_max(
-            [is_static, not is_static], next(filter(None, problems), None), ValueError
+        options = {
+            "static_graph of ZeRO": self._policy.static_graph,
+            "step_in_backward": self.STEPS_IN_BACKWARD,
+        }
+        flags = self._consensus.all_reduce_max(
+            [*options.values(), *[not value for value in options.values()]],
+            next(filter(None, problems), None),
+            ValueError,
         )
-        if some_static and some_dynamic:
-            raise ValueError(
-                "static_graph of ZeRO is True on some ranks and False on others; give every rank "
-                "the same"
-            )
+        for name, some, others in zip(options, flags[:2], flags[2:], strict=True):
+            if some and others:
+                raise ValueError(
+                    f"{name} is True on some ranks and False on others; give every rank the same"
+                )
         check_same_parameters(self._consensus, params, names)
         wait_for_all_gathers(params)
         if self._policy.broadcast_initial:

@@ -61,6 +61,10 @@ STALE_GRADS_ERROR = (
     "stage 2 holds gradients itself, where model.zero_grad() does not reach them, so call "
     "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
 )
+DISCARDED_ON_SOME_RANKS_ERROR = (
+    "some ranks called zero_grad() between a backward pass and its step, and others did not; run "
+    "the backward pass on every rank, and call zero_grad() on every rank or on none"
+)
 CLEARED_ON_SOME_RANKS_ERROR = (
     "some ranks have called optimizer.zero_grad() since the last step, and others have not; call "
     "it after each step, on every rank"
@@ -100,6 +104,7 @@ class Stage2(Stage):
         self._has_grad: set[ZeroParam] = set()  # on this rank, since clear_grads()
         self._accumulated_grads: dict[Tensor, Tensor] = {}  # unsharded float32, from no_sync()
         self._sharded_grads: dict[Tensor, Tensor] = {}  # local shards of the means over ranks
+        self._updated: set[Tensor] = set()  # in this backward pass; see :mod:`.in_backward`
 
         # - Hooks
         self._hooked: set[Tensor] = set()
@@ -275,20 +280,21 @@ class Stage2(Stage):
         # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
         if agreed.is_stale:
             self._grad_state = GradState.STALE
-        if problems is not None:
-            raise RuntimeError(problems)
-        if self._grad_state is GradState.STALE and not agreed.discards:
-            raise RuntimeError(STALE_GRADS_ERROR)
-        if agreed.discards and agreed.keeps is not Keeps.NONE:
-            raise RuntimeError(
-                "some ranks called zero_grad() between a backward pass and its step, and others "
-                "did not; run the backward pass on every rank, and call zero_grad() on every rank "
-                "or on none"
-            )
-        if agreed.is_cleared_on_some_ranks:
-            raise RuntimeError(CLEARED_ON_SOME_RANKS_ERROR)
+        error = self._find_error(agreed, problems)
+        if error is not None:
+            raise RuntimeError(error)
         self._apply(agreed)
         self._is_reduced = True
+
+    def _find_error(self, agreed: GradReport, problems: str | None) -> str | None:
+        """Return the error that every rank raises after the consensus, or None."""
+        if problems is not None:
+            return problems
+        if self._grad_state is GradState.STALE and not agreed.discards:
+            return STALE_GRADS_ERROR
+        if agreed.discards and agreed.keeps is not Keeps.NONE:
+            return DISCARDED_ON_SOME_RANKS_ERROR
+        return CLEARED_ON_SOME_RANKS_ERROR if agreed.is_cleared_on_some_ranks else None
 
     def _check_promise(self, expected: GradReport, report: GradReport, problem: str | None) -> None:
         """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
@@ -332,7 +338,11 @@ class Stage2(Stage):
         self._backpressure = Backpressure.OFF if differ else Backpressure.DEVICE
         if agreed.has_recorded_order:
             self._order.agree_that_recorded()
-        self._sharded_grads = {each.param: self._sharded_grad(each) for each in self._with_grad}
+        self._sharded_grads = {
+            each.param: self._sharded_grad(each)
+            for each in self._with_grad
+            if each.param not in self._updated
+        }
 
     def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
         """Launch the buckets that are behind ``launches``, in the same order as the hooks do.

@@ -29,6 +29,7 @@ def test_bytes_are_those_of_the_strategies(result):
         "zero1": (2, 3, 2, 3),
         "zero1-overlap": (2, 3, 2, 3),
         "zero2": (2, 3, 0, 3),
+        "zero2-in-backward": (2, 3, 0, 3),
         "zero2-overlap": (2, 3, 0, 3),
     }
     for name, parts in expected.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
 
 from .cases import (
     SHAPES,
@@ -120,14 +121,17 @@ def a_rank_without_any_gradient(loop):
 
 def several_backwards(loop):
     for step in range(4):
-        for micro in range(3):
-            loop.backward(7 * step + micro)
+        with loop.optimizer.accumulate():  # for step_in_backward=True, else without effect
+            loop.backward(7 * step)
+            loop.backward(7 * step + 1)
+        loop.backward(7 * step + 2)
         loop.step()
 
 
 def several_backwards_with_other_uses(loop):
     for step in range(4):
-        loop.backward(7 * step, lambda rank: ALL if rank == 0 else {"even", "conv"})
+        with loop.optimizer.accumulate():
+            loop.backward(7 * step, lambda rank: ALL if rank == 0 else {"even", "conv"})
         loop.backward(
             7 * step + 1, lambda rank: {"uneven", "scalar"} if rank == 0 else ALL - {"conv"}
         )
@@ -281,3 +285,19 @@ def test_training_loops_match_single_process(world, options):
                 assert_same_bits(each[scenario.__name__], expected)
             except AssertionError as error:
                 raise AssertionError(scenario.__name__) from error
+
+
+def late_rank_worker(rank, world):
+    """On a replicate-shard mesh, ranks that fall behind still all-reduce in the order of others."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    loop = Loop(world, {"mesh": mesh})
+    with backpressure_timeout(0.05):
+        unused_on_some_ranks(loop)
+    return collect(loop.model, loop.optimizer)
+
+
+def test_unused_parameters_on_replicate_shard_mesh():
+    loop = Loop(4)
+    unused_on_some_ranks(loop)
+    for found in run_ranks(4, late_rank_worker):
+        assert_same_bits(found, collect(loop.model, loop.optimizer))

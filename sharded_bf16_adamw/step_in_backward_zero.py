@@ -1,0 +1,162 @@
+"""The step inside the backward pass under ZeRO stage 2, which calls for the updates.
+
+See [Note: updates of ZeRO inside the backward pass] in :mod:`.sharding.zero.in_backward`. The round
+is that of :mod:`.step_in_backward`, but its gradients come bucket by bucket from the reductions of
+stage 2, not from hooks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clip_in_backward import ClipInBackward
+from .gradients import GroupGrads
+from .sharding.model_parallel import ModelParallel
+from .sharding.zero.config import ZeRO
+from .sharding.zero.in_backward import LOAD_ADVICE, Stage2InBackward
+from .step_in_backward import Batch, RoundState, StepInBackward
+
+
+class ZeroStepInBackward(StepInBackward):
+    """The round of an optimizer with ``ZeRO(stage=2)``.
+
+    Implements :class:`.sharding.zero.in_backward.Updates`.
+    """
+
+    def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
+        optimizer._sharding.updates = self
+        self._has_failed = False  # on every rank
+        self.has_accumulated = False
+        super().__init__(optimizer, clip)
+
+    @property
+    def _stage(self) -> Stage2InBackward:
+        # Not an attribute: in a reference cycle the optimizer's hooks would outlive it.
+        stage: Stage2InBackward = self._get_optimizer()._sharding
+        return stage
+
+    def _add_hooks(self) -> None:
+        """Do nothing: the stage has its own hooks."""
+
+    @property
+    def state(self) -> RoundState:
+        """The state of the current step."""
+        return RoundState.FAILED if self._has_failed else super().state
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the backward pass runs inside ``accumulate()``."""
+        return self._is_accumulating
+
+    # --------------------------------------------------------------------- during the backward pass
+
+    def _take(self, group: dict[str, Any], param: Tensor) -> None:
+        """Note that the gradient is final. The stage moves it into its bucket."""
+        assert self._round is not None
+        self._round.taken.add(param)
+        if param.is_cuda:
+            self._round.streams.add(torch.cuda.current_stream(param.device))
+
+    def has_taken(self, param: Tensor) -> bool:
+        """Return whether the final gradient of the parameter was ready since the last step."""
+        return self._round is not None and param in self._round.taken
+
+    def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Update this rank's shards; ``grads`` are their gradients."""
+        device = params[0].device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        with self._lock:
+            self._batch = Batch(device, stream)
+            for param, grad in zip(params, grads, strict=True):
+                if param in self._group_of:  # else it was taken out of its group
+                    self._batch.add(param, grad)
+            if self._batch.params:
+                self._flush()
+            self._batch = None
+
+    def forget_plans(self) -> None:
+        """Drop what was prepared for the sets of parameters of earlier updates."""
+        self._plans.clear()
+
+    def reset(self) -> None:
+        """Forget this step, which has updated nothing on any rank."""
+        self.abandon()
+
+    def fail(self) -> None:
+        """Refuse further steps until the user abandons this one: weights are mixed."""
+        self._has_failed = True
+
+    # --------------------------------------------------------------------- at and between the steps
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let backward passes in this context accumulate gradients and update nothing."""
+        with super().accumulate():
+            self.has_accumulated = True
+            yield
+
+    def _failure(self, caller: str) -> str:
+        return f"{caller} was called after a step that has failed; {LOAD_ADVICE}"
+
+    def before_zero_grad(self) -> None:
+        """Raise RuntimeError if some rank may have used gradients of this step."""
+        self.check_between_steps("zero_grad()")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End the round without a step."""
+        super().abandon()
+        self.has_accumulated = False
+
+    def abandon_step(self) -> None:
+        """End the round without a step, whatever its state. Collective."""
+        is_idle = self.state is RoundState.IDLE
+        self._stage.abandon(is_agreed=self._has_failed or is_idle)
+        self._has_failed = False
+        self.abandon()
+
+    def begin_step(
+        self, gradients: list[GroupGrads]
+    ) -> tuple[list[float | None], list[GroupGrads]]:
+        """Update what the backward pass has not; see :meth:`.StepInBackward.begin_step`."""
+        self._check_groups()
+        if self._round is None:
+            self._round = self._start_round(self._get_optimizer()._all_params()[0])
+        self._check_hypers()
+        for params, grads in self._stage.take_grads():
+            self.update(params, grads)
+        self._finish_updates()
+        return self._round.lrs, gradients
+
+
+def check_zero_options(
+    zero: ZeRO, parallel: ModelParallel | None, clip: ClipInBackward | None
+) -> None:
+    """Raise ValueError if other options are incompatible with ``step_in_backward`` and ZeRO."""
+    if zero.stage == 1:
+        raise ValueError(
+            "step_in_backward=True and ZeRO(stage=1) are both given; DDP averages the gradients of "
+            "stage 1 after the hooks of step_in_backward have used them, so use ZeRO(stage=2) on "
+            "the plain module, or leave step_in_backward out"
+        )
+    if zero.overlap_gather:
+        raise ValueError(
+            "step_in_backward=True and ZeRO(overlap_gather=True) are both given; with "
+            "step_in_backward the weights are gathered behind the backward pass already, so leave "
+            "overlap_gather out"
+        )
+    if isinstance(parallel, ModelParallel) and parallel.experts:
+        raise ValueError(
+            "step_in_backward=True, sharding=ZeRO(...) and experts of ModelParallel are all given; "
+            "experts beside ZeRO are updated only in step(), so leave step_in_backward out"
+        )
+    if clip is not None and clip.by == "param":
+        raise ValueError(
+            "ZeRO shards each gradient, so its own norm would take a collective for each "
+            "parameter; use ClipInBackward(max_norm, by='previous_step')"
+        )

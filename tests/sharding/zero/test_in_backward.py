@@ -1,0 +1,631 @@
+"""ZeRO stage 2 with ``step_in_backward=True``: the bits of ``step()``, memory, order and errors."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from bits import same_bits
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import sharded_bf16_adamw
+from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, ModelParallel, ZeRO
+from sharded_bf16_adamw.clip_in_backward import previous_sum_sq
+from sharded_bf16_adamw.kernels import clip_coefficient
+from sharded_bf16_adamw.sharding.zero import in_backward
+
+from ..test_step_in_backward import Failing, Shared
+from . import test_bits as bits
+from . import test_loops as loops
+from .cases import (
+    Linears,
+    Parameters,
+    assert_same_bits,
+    backpressure_timeout,
+    collect,
+    new_optimizer,
+    one_dimensional,
+    rank_gradients,
+    traffic,
+    zero,
+)
+from .test_loops import FP32_SUMS
+
+LAYERS, WIDTH = 8, 16
+LAYER_BYTES = WIDTH * WIDTH * 2
+
+
+def mesh_of(shape):
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def in_backward_optimizer(model, shape, clip=None, **options):
+    return new_optimizer(
+        model, zero(2, mesh_of(shape), **options), step_in_backward=True, clip_in_backward=clip
+    )
+
+
+def layers(world, **options):
+    """Return a model of a layer per bucket and its optimizer, whose hooks wait for the oldest."""
+    model, size = Linears(LAYERS, WIDTH), LAYER_BYTES / 2**20
+    options = {"bucket_size_mb": size, "max_in_flight": 1, "shape": (world,), **options}
+    return model, in_backward_optimizer(model, **options)
+
+
+def make_input(step, rank):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(4, WIDTH, generator=generator).bfloat16().requires_grad_()
+
+
+def backward(model, rank, step):
+    model(make_input(step, rank)).square().mean().backward()
+
+
+@contextmanager
+def updates_of(optimizer):
+    """Yield a list that gets the parameters of each update inside the backward pass."""
+    found, update = [], optimizer._in_backward.update
+
+    def recorded(params, grads):
+        if torch._C._current_graph_task_id() >= 0:
+            found.append(params)
+        update(params, grads)
+
+    optimizer._in_backward.update = recorded
+    try:
+        yield found
+    finally:
+        del optimizer._in_backward.update
+
+
+# ----------------------------------------------------------------------------------------- the bits
+
+
+def bits_worker(rank, world, shape, options):
+    model = Parameters()
+    optimizer = in_backward_optimizer(model, shape, **options)
+    with updates_of(optimizer) as updates:
+        for step in range(5):
+            with backpressure_timeout(60.0):
+                model(rank_gradients(step, rank, world)).backward()
+            optimizer.step()  # zero_grad() is not needed: nothing is kept
+    return collect(model, optimizer), len(updates)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1,), {"static_graph": True}),
+        ((2,), {}),
+        ((3,), {"static_graph": True, "bucket_size_mb": 1e-6, "max_in_flight": 1}),
+        ((2, 2), {"reduce_dtype": torch.float32}),
+        ((2, 1), {}),
+    ],
+    ids=str,
+)
+def test_bits_match_single_process(shape, options):
+    for weights, updates in run_ranks(math.prod(shape), bits_worker, shape, options):
+        assert_same_bits(weights, bits.single_process(5)[0])
+        assert updates > 5, "or nothing happened inside the backward pass"
+
+
+class Loop(loops.Loop):
+    def __init__(self, ranks, options=None):
+        super().__init__(ranks)
+        if options is not None:
+            self.alone = False
+            self.optimizer = in_backward_optimizer(self.model, **options)
+
+
+def used_only_before_the_last_pass(loop):
+    for step in range(4):
+        with loop.optimizer.accumulate():
+            loop.backward(7 * step)
+        loop.backward(7 * step + 1, lambda rank: {"even", "bias", "fp32", "scalar"})
+        loop.step()
+
+
+STATIC_LOOPS = [
+    loops.unused_on_some_ranks,
+    loops.several_backwards,
+    loops.several_backwards_with_other_uses,
+    used_only_before_the_last_pass,
+    loops.no_sync,
+]
+ANY_LOOP = [
+    used_only_before_the_last_pass,
+    loops.unused_on_some_ranks,
+    loops.unused_on_changing_ranks,
+    loops.unused_everywhere_for_a_while,
+    loops.a_rank_without_any_gradient,
+    loops.several_backwards,
+    loops.several_backwards_with_other_uses,
+    loops.no_sync,
+    loops.frozen_and_unfrozen,
+    loops.gradients_set_by_hand,
+    loops.gradients_that_are_views,
+    loops.memory_of_parameters_replaced,
+    loops.state_reloaded,
+    loops.closure,
+]
+
+
+def scenarios_worker(rank, world, options):
+    results = {}
+    for scenario in STATIC_LOOPS if "static_graph" in options else ANY_LOOP:
+        loop = Loop(world, options)
+        try:
+            with backpressure_timeout(0.05):  # in some scenarios another rank cannot keep up
+                scenario(loop)
+        except Exception as error:
+            raise AssertionError(scenario.__name__) from error
+        results[scenario.__name__] = collect(loop.model, loop.optimizer)
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shape": (2,), "max_in_flight": 1},
+        {"shape": (2,), "max_in_flight": 1, "static_graph": True},
+        {"shape": (2, 2), **FP32_SUMS},
+    ],
+    ids=str,
+)
+def test_training_loops_match_single_process(options):
+    world = math.prod(options["shape"])
+    found = run_ranks(world, scenarios_worker, options)
+    for scenario in STATIC_LOOPS if "static_graph" in options else ANY_LOOP:
+        loop = Loop(world)
+        scenario(loop)
+        expected = collect(loop.model, loop.optimizer)
+        for each in found:
+            try:
+                assert_same_bits(each[scenario.__name__], expected)
+            except AssertionError as error:
+                raise AssertionError(scenario.__name__) from error
+
+
+def micro_batches_worker(rank, world, how, static_graph):
+    """Return the number of updates inside the last backward pass, after comparing the bits."""
+    results = []
+    for in_backward_too in (False, True):
+        model, optimizer = layers(world, static_graph=static_graph)
+        if not in_backward_too:
+            model = Linears(LAYERS, WIDTH)
+            optimizer = new_optimizer(model, zero(2))
+        for step in range(5):
+            with optimizer.no_sync() if how == "no_sync" else optimizer.accumulate():
+                before = model[0].weight.detach().clone()
+                for micro in range(2):
+                    backward(model, rank, 3 * step + micro)
+                assert torch.equal(model[0].weight, before)
+            with backpressure_timeout(60.0):
+                if in_backward_too:
+                    with updates_of(optimizer) as updates:
+                        backward(model, rank, 3 * step + 2)
+                else:
+                    backward(model, rank, 3 * step + 2)
+            optimizer.step(zero_grad=True)
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+    return len(updates)
+
+
+@pytest.mark.parametrize(
+    ("how", "static_graph", "expected"),
+    [("no_sync", False, True), ("accumulate", False, False), ("accumulate", True, True)],
+)
+def test_micro_batches(how, static_graph, expected):
+    for updates in run_ranks(2, micro_batches_worker, how, static_graph):
+        assert (updates >= LAYERS - 1) if expected else (updates == 0)
+
+
+def shared_worker(rank, world):
+    results = []
+    for options in ({}, {"step_in_backward": True}):
+        model = Shared().bfloat16()
+        optimizer = new_optimizer(model, zero(2, bucket_size_mb=1e-6), **options)
+        for step in range(4):
+            model(torch.arange(7) + step + rank).square().mean().backward()
+            assert all(param.grad is None for param in model.parameters())
+            optimizer.step(zero_grad=True)
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+
+
+def test_weights_that_are_tied_used_twice_and_checkpointed():
+    run_ranks(2, shared_worker)
+
+
+def added_group_worker(rank, world):
+    results = []
+    for options in ({}, {"step_in_backward": True}):
+        model, late = Linears(LAYERS, WIDTH), Linears(2, WIDTH)
+        optimizer = new_optimizer(model, zero(2, bucket_size_mb=1e-6), **options)
+        for step in range(4):
+            if step == 2:
+                optimizer.add_param_group({"params": list(late.named_parameters())})
+            late(model(make_input(step, rank))).square().mean().backward()
+            optimizer.step(zero_grad=True)
+            late.zero_grad()
+        results.append([*collect(model, optimizer).values(), *collect(late, optimizer).values()])
+    assert all(map(torch.equal, *results))
+
+
+def test_added_group():
+    run_ranks(2, added_group_worker)
+
+
+def clip_worker(rank, world, shape):
+    """Return the sums of squares, after comparing with steps that are scaled by them."""
+    model = Parameters()
+    optimizer = in_backward_optimizer(model, shape, clip=ClipInBackward(0.5))
+    sums = []
+    for step in range(5):
+        model(rank_gradients(step, rank, world)).backward()
+        optimizer.step()
+        sums.append(previous_sum_sq(optimizer.param_groups))
+    weights = collect(model, optimizer)
+    model = Parameters()
+    optimizer = new_optimizer(model, zero(2, mesh_of(shape)))
+    for step in range(5):
+        model(rank_gradients(step, rank, world)).backward()
+        norm = optimizer.clip_grad_norm_(math.inf)
+        assert torch.allclose(sums[step].sqrt().float(), norm, rtol=1e-6)
+        scale = clip_coefficient(sums[step - 1], 0.5)[1] if step else torch.ones(())
+        optimizer._clip.set(scale, torch.zeros(()))
+        optimizer.step(zero_grad=True)
+    assert_same_bits(weights, collect(model, optimizer))
+    return sums
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2)])
+def test_clipping_by_the_norm_of_the_step_before(shape):
+    first, *others = run_ranks(math.prod(shape), clip_worker, shape)
+    assert all(sums == first for sums in others)
+    assert all(total.sqrt() > 0.5 for total in first)
+
+
+# --------------------------------------------------------------------------- memory, order, traffic
+
+
+def memory_worker(rank, world):
+    """Return the most bytes of gradients outside buckets in flight, and of those in flight."""
+    per_bucket = 2
+    model = Linears(LAYERS, WIDTH)
+    most = [0, 0]
+
+    def look(param):
+        stage = optimizer._sharding
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads += [b._reduce_scatter_input for b in stage._order.buckets if b.is_pending]
+        grads += stage._sharded_grads.values()
+        storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in grads}
+        in_flight = sum(p._input.nbytes for _, p in stage._in_flight)
+        most[:] = [max(most[0], sum(storages.values())), max(most[1], in_flight)]
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(look)  # before the optimizer's own
+    optimizer = in_backward_optimizer(
+        model, (world,), bucket_size_mb=per_bucket * LAYER_BYTES / 2**20, max_in_flight=1
+    )
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(look)
+    for step in range(3):
+        with backpressure_timeout(60.0):
+            backward(model, rank, step)
+        optimizer.step()
+    return most
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_live_gradients_are_those_of_a_bucket_and_a_parameter(world):
+    for outside, in_flight in run_ranks(world, memory_worker):
+        padded = -(-WIDTH // world) * world / WIDTH
+        assert LAYER_BYTES < outside < 1.05 * (2 * LAYER_BYTES * padded + LAYER_BYTES)
+        assert in_flight <= 2 * LAYER_BYTES * padded
+
+
+def order_worker(rank, world):
+    """Return the order of events in a backward pass, and the collectives with the option or not."""
+    sent = []
+    for options in ({}, {"step_in_backward": True}):
+        model = Linears(LAYERS, WIDTH)
+        size = LAYER_BYTES / 2**20
+        optimizer = new_optimizer(model, zero(2, bucket_size_mb=size, max_in_flight=1), **options)
+        events = []
+        for step in range(3):
+            events.clear()
+            with traffic() as calls, backpressure_timeout(60.0):
+                calls.on_call = events.append
+                backward(model, rank, step)
+                events.append("end")
+                optimizer.step(zero_grad=True)
+        sent.append(sorted(calls))
+    assert sent[0] == sent[1], "the same bytes"
+    return events
+
+
+def test_weights_are_gathered_while_the_backward_pass_goes_on():
+    for events in run_ranks(2, order_worker):
+        first, end = events.index("all_gather_single"), events.index("end")
+        assert events[:first] == ["all_to_all_single"], "the first bucket, before the second"
+        assert events[:end].count("all_to_all_single") >= LAYERS - 1
+        assert events.count("all_gather_single") == LAYERS
+
+
+def early_reader_worker(rank, world):
+    """Delay what arrives: no parameter may change before its gradient is final."""
+
+    class Late(in_backward.PendingAllGather):
+        is_completed = False
+
+    model, optimizer = layers(world)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(in_backward, "PendingAllGather", Late)
+        changed = []
+
+        def look(param):
+            changed.append(
+                [bool((p != before).any()) for p, before in zip(params, old, strict=True)]
+            )
+
+        params = list(model.parameters())
+        for param in params:
+            param.register_post_accumulate_grad_hook(look)
+        for step in range(2):
+            old = [param.detach().clone() for param in params]
+            changed.clear()
+            with backpressure_timeout(60.0):
+                backward(model, rank, step)
+            for done, flags in enumerate(changed):
+                assert not any(flags[: LAYERS - 1 - done]), "their gradients are yet to come"
+            rows = [(p != before).any(1) for p, before in zip(params, old, strict=True)]
+            share = WIDTH // world
+            for row in rows[1:]:  # all but the bucket that was sent last
+                assert row[rank * share : (rank + 1) * share].all()
+                assert not row[: rank * share].any() and not row[(rank + 1) * share :].any()
+            optimizer.step()
+            assert all((p != before).any(1).all() for p, before in zip(params, old, strict=True))
+    return [param.detach() for param in params]
+
+
+def test_late_weights_are_copied_in_by_step():
+    one, two = run_ranks(2, early_reader_worker)
+    assert all(map(torch.equal, one, two))
+
+
+def late_rank_worker(rank, world):
+    """Rank 1 does not use the last layer, so that it sends everything in ``step()``."""
+    model, optimizer = layers(world)
+    with updates_of(optimizer) as updates, backpressure_timeout(0.05):
+        for step in range(3):
+            nn.Sequential(*list(model)[: LAYERS - rank])(make_input(step, rank)).sum().backward()
+            optimizer.step()
+    return [param.detach() for param in model.parameters()], len(updates)
+
+
+def test_a_rank_that_falls_behind_does_not_block_the_others():
+    (one, first), (two, second) = run_ranks(2, late_rank_worker)
+    assert all(map(torch.equal, one, two))
+    assert (first, second) == (0, 0)
+
+
+def dropped_worker(rank, world):
+    model, optimizer = layers(world)
+    backward(model, rank, 0)
+    optimizer.step()
+    dropped = weakref.ref(optimizer._sharding)
+    gc.disable()
+    del optimizer
+    assert dropped() is None, "without the garbage collector"
+    gc.enable()
+    backward(model, rank, 1)
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_hooks_go_with_the_optimizer():
+    run_ranks(2, dropped_worker)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def fail_in_backward(model, rank, step):
+    """Raise in the middle of a backward pass, after half of the layers."""
+    half = LAYERS // 2
+    hidden = nn.Sequential(*list(model)[:half])(make_input(step, rank))
+    nn.Sequential(*list(model)[half:])(Failing.apply(hidden)).square().mean().backward()
+
+
+def recovery_worker(rank, world, folder, failing):
+    """Fail on some ranks in the middle of a pass, load, and end where an undisturbed run does."""
+    results = []
+    for fails in (False, True):
+        model, optimizer = layers(world)
+        root = f"{folder}/{fails}"
+        with backpressure_timeout(5.0):  # the others wait so long for a rank that has failed
+            for step in range(2):
+                backward(model, rank, step)
+                optimizer.step()
+            sharded_bf16_adamw.save(root, 2, model, optimizer)
+            if fails:
+                if rank in failing:
+                    with pytest.raises(MemoryError):
+                        fail_in_backward(model, rank, 2)
+                else:
+                    backward(model, rank, 2)
+                    with pytest.raises(RuntimeError, match="another rank has dropped this step"):
+                        optimizer.step()
+                for refused in (optimizer.step, optimizer.zero_grad, optimizer.state_dict):
+                    with pytest.raises(
+                        RuntimeError, match=r"optimizer.abandon_step\(\), then load"
+                    ):
+                        refused()
+                optimizer.abandon_step()
+                sharded_bf16_adamw.load(root, model, optimizer)
+            for step in range(2, 4):
+                backward(model, rank, step)
+                optimizer.step()
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("failing", [(0, 1, 2), (1,)])
+def test_a_failed_backward_pass_is_recovered_from_by_load(tmp_path, failing):
+    run_ranks(3, recovery_worker, str(tmp_path), failing)
+
+
+def second_pass(model, optimizer, rank):
+    with pytest.raises(RuntimeError, match=r"got a second gradient before step\(\)"):
+        backward(model, rank, 5)
+
+
+def another_gradient(model, optimizer, rank):
+    if rank == 1:
+        model[3].weight.grad = torch.ones_like(model[3].weight)
+    with pytest.raises(
+        RuntimeError, match=r"on rank 1, parameter '3.weight' had its gradient used"
+    ):
+        optimizer.step()
+
+
+def parameter_replaced(model, optimizer, rank):
+    if rank == 1:
+        model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"on rank 1, .*has been replaced in its module"):
+        optimizer.step()
+
+
+def error_worker(rank, world, error):
+    model, optimizer = layers(world)
+    with backpressure_timeout(60.0):
+        backward(model, rank, 0)
+    error(model, optimizer, rank)
+    with pytest.raises(RuntimeError, match=r"on every rank call optimizer.abandon_step\(\), then"):
+        optimizer.step()
+    optimizer.abandon_step()
+    if error is not parameter_replaced:
+        for param in model.parameters():
+            param.grad = None
+        backward(model, rank, 1)
+        optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("error", [second_pass, another_gradient, parameter_replaced])
+def test_errors_after_updates_are_errors_on_every_rank(error):
+    run_ranks(2, error_worker, error)
+
+
+def harmless_worker(rank, world):
+    """An error before any rank has updated anything leaves weights as they were."""
+    model, optimizer = layers(world)
+    before = [param.detach().clone() for param in model.parameters()]
+    with optimizer.accumulate():
+        backward(model, rank, 0)
+    original, owner = model[3].weight, model[3]
+    if rank == 1:
+        owner.weight = nn.Parameter(original.detach().clone())
+    with pytest.raises(RuntimeError, match=r"has been replaced in its module"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    owner.weight = original
+    optimizer.zero_grad()
+    backward(model, rank, 1)
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_errors_before_any_update():
+    run_ranks(2, harmless_worker)
+
+
+def uneven_worker(rank, world):
+    """Rank 0 runs one more backward pass. Rank 1 updates by what it takes for the last one."""
+    model, optimizer = layers(world)
+    with backpressure_timeout(60.0):
+        if rank == 0:
+            with optimizer.accumulate():
+                backward(model, rank, 0)
+        else:
+            backward(model, rank, 0)
+    with backpressure_timeout(0.05):
+        if rank == 0:
+            backward(model, rank, 1)
+    with pytest.raises(RuntimeError, match="some ranks ran more backward passes than others"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"abandon_step\(\), then load"):
+        optimizer.step()
+
+
+def test_uneven_numbers_of_backward_passes():
+    run_ranks(2, uneven_worker)
+
+
+def between_worker(rank, world):
+    model, optimizer = layers(world)
+    backward(model, rank, 0)
+    for refused in (optimizer.zero_grad, optimizer.state_dict, optimizer.accumulate().__enter__):
+        with pytest.raises(RuntimeError, match=r"call step\(\) first"):
+            refused()
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients"):
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(RuntimeError, match="hyper-parameters in param_groups were changed"):
+        optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.step()
+    with optimizer.accumulate():
+        backward(model, rank, 1)
+    optimizer.zero_grad()  # nothing was updated
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_between_backward_pass_and_step():
+    run_ranks(2, between_worker)
+
+
+REFUSED = [
+    ({"stage": 1}, {}, r"ZeRO\(stage=1\) are both given; DDP averages"),
+    ({"overlap_gather": True}, {}, "weights are gathered behind the backward pass already"),
+    ({}, {"skip_nonfinite": True}, "so a step cannot be skipped as a whole"),
+    ({}, {"clip_in_backward": ClipInBackward(1.0, by="param")}, "use .*by='previous_step'"),
+    ({}, {"model_parallel": True}, "experts beside ZeRO are updated only in step"),
+]
+
+
+def refused_worker(rank, world):
+    for options, more, message in REFUSED:
+        model = Linears(2, 4)
+        if options.get("overlap_gather"):
+            options = {**options, "model": model}
+        if "model_parallel" in more:
+            more = {"model_parallel": ModelParallel(ep=dist.group.WORLD, experts=[model[0].weight])}
+        with pytest.raises(ValueError, match=message):
+            AdamW_BF16(
+                model.parameters(),
+                step_in_backward=True,
+                sharding=ZeRO(one_dimensional(), **options),
+                **more,
+            )
+    with pytest.raises(ValueError, match="step_in_backward is True on some ranks and False on"):
+        AdamW_BF16(
+            Linears(2, 4).parameters(),
+            step_in_backward=rank == 1,
+            sharding=ZeRO(one_dimensional()),
+        )
+
+
+def test_what_is_refused():
+    run_ranks(2, refused_worker)
