@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import fully_shard
 from torch.utils.serialization import config
+from training.command_line import Parser, output_file, positive
+from training.errors import UsageError
 
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.checkpoint.dcp_storage import METADATA, ChecksummedWriter, parse_metadata
@@ -61,25 +63,32 @@ class Measured(dict[str, float]):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, default=1024, help="ranks to plan for (default: 1024)")
+    parser.add_argument(
+        "--ranks", type=positive, default=1024, help="ranks to plan for (default: 1024)"
+    )
     parser.add_argument(
         "--tensors",
-        type=int,
+        type=positive,
         default=1200,
         help="tensors in the checkpoint, five for each parameter (default: 1200)",
     )
     parser.add_argument(
-        "--metadata", metavar="FILE", help="write the metadata of the save to this file"
+        "--metadata",
+        type=output_file,
+        metavar="FILE",
+        help="write the metadata of the save to this file",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
+    )
     args = parser.parse_args(argv)
     if args.ranks < 2 or args.tensors < PER_PARAM:
-        parser.error(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}")
+        raise UsageError(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}.")
     torch.set_num_threads(1)
     start_fake_world(args.ranks)
     try:
