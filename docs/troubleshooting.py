@@ -74,10 +74,12 @@ ADVICE = {
     "the loss or gradient norm was not finite": "[The loss is NaN](#the-loss-is-nan).",
     "is not saved: its loss or gradient norm": "[The loss is NaN](#the-loss-is-nan).",
     "a weight or an optimizer state is not finite": "[The loss is NaN](#the-loss-is-nan).",
-    "training goes on, its lines from step": "Free space in `--out`.",
+    "training goes on, what it gets from step": "The reason is before it, such as a full disk.",
+    "training goes on without it": "The reason is before it; W&B needs `wandb login`.",
     "no progress bar: tqdm": "`pip install tqdm`; training is the same without.",
     "is in use: …": "Another run writes there: stop it, or give another `--out`.",
-    "note: changed since the checkpoint": "As you asked with `--resume auto`.",
+    "note: changed since the checkpoint": "Options that differ from the checkpoint's: as you asked "
+    "with `--resume auto`, or such that do not change what is trained.",
     "the schedule jumps": "The options given differ from those of the checkpoint; see `--lr`.",
     "stopping after this step": "The run saves and ends; the same command continues it.",
     "no progress for --step-timeout": "A rank hangs or is slow; the stacks that follow say where. "

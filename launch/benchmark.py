@@ -14,7 +14,7 @@ show; ``checkpoint`` times saving and loading; ``plan`` measures the part of a s
 grows with the number of ranks, without those ranks; ``gather`` measures the memory of gathering the
 optimizer state; ``zero`` compares ZeRO with torch's; ``exchange`` times what its ranks exchange
 on the host; ``loop`` compares whole training steps under several strategies. Each has its own
-``--help``.
+``--help``. A usage error ends it with exit code 2 and one sentence.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+
+from training.command_line import exit_code
+from training.errors import UsageError
 
 REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
@@ -37,9 +40,12 @@ def main(argv: list[str]) -> int:
     elif argv in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    return exit_code(lambda: run(command, args))
+
+
+def run(command: str, args: list[str]) -> int:
     if command not in COMMANDS:
-        print(f"unknown benchmark {command!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        raise UsageError(f"there is no benchmark {command!r}: use {', '.join(COMMANDS)}.")
     return importlib.import_module(f"bench.{command.replace('-', '_')}").main(args)
 
 

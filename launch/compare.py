@@ -26,9 +26,18 @@ from typing import NamedTuple
 import torch
 from bench.markers import write_between_markers
 from tqdm import tqdm
+from training import options as train_options
+from training.command_line import (
+    Parser,
+    exit_code,
+    is_installed,
+    output_folder,
+    positive,
+    positive_float,
+)
+from training.errors import WRONG_USAGE, RunError, UsageError
 from training.metrics import read_curve
 from training.optimizers import OPTIMIZERS
-from training.options import DEFAULT_PRESET
 
 REPO = Path(__file__).resolve().parent.parent
 BASELINE = "torch-fp32"
@@ -51,21 +60,31 @@ class Result(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, train_args = parse_args(argv)
+    return exit_code(lambda: compare(*parse_args(argv)))
+
+
+def compare(args: argparse.Namespace, train_args: list[str]) -> int:
     names = args.optimizers or [name for name in OPTIMIZERS if is_available(name)]
     names = [BASELINE, *(name for name in names if name != BASELINE)]
     if args.budget is not None:
         runs = math.ceil(len(names) * args.seeds / args.jobs)
         train_args = [*train_args, "--steps", str(steps_in(args, runs, train_args))]
-    folder = args.out / hashlib.sha256("\0".join(train_args).encode()).hexdigest()[:10]
+    # Runs of the same arguments, and of what is in their --config, share a folder.
+    content = "" if args.config is None else Path(args.config).read_text()
+    key = "\0".join([*train_args, content]).encode()
+    folder = args.out / hashlib.sha256(key).hexdigest()[:10]
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
             pool.submit(train, folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
             for seed in range(args.seeds)
             for name in names
         ]
-        for job in tqdm(jobs, unit="run"):
-            job.result()
+        try:
+            for job in tqdm(jobs, unit="run"):
+                job.result()
+        except (UsageError, RunError):
+            pool.shutdown(cancel_futures=True)
+            raise
     results = {name: read_result(folder, name, args.seeds) for name in names}
     options = [*(["--optimizers", *args.optimizers] if args.optimizers else []), *train_args]
     command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *options])
@@ -73,18 +92,20 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{table(results)}\n\nRepeat with `{command}`; this was on {device}."
     print(text)
     if args.docs:
-        write_docs(DOCS, preset_of(train_args), results, text)
+        write_docs(DOCS, args.model, results, text)
     return 0
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the own arguments, and those for ``train.py``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="compare.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --seed would be taken for --seeds
     )
-    parser.add_argument("--seeds", type=int, default=6, help="runs of each optimizer (default: 6)")
+    parser.add_argument(
+        "--seeds", type=positive, default=6, help="runs of each optimizer (default: 6)"
+    )
     parser.add_argument(
         "--optimizers",
         nargs="+",
@@ -95,37 +116,42 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=positive_float,
         metavar="MINUTES",
         help="choose --steps of train.py so that all runs together take about this many minutes",
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=positive,
         default=1,
         help="runs at the same time; if more than one, each has one CPU thread (default: 1)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/compare"), help="of all runs (default: runs/compare)"
+        "--out",
+        type=output_folder,
+        default=Path("runs/compare"),
+        help="of all runs (default: runs/compare)",
     )
     parser.add_argument(
         "--docs", action="store_true", help="write the table and the plot into docs/"
     )
     args, train_args = parser.parse_known_args(argv)
-    for name in ("seeds", "jobs", "budget"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name} must be positive, not {value}")
     given = {argument.split("=")[0] for argument in train_args}
     for option in OWN_OPTIONS:
         if option in given:
-            parser.error(f"{option} is set for each run; see --optimizers, --seeds and --out")
+            raise UsageError(
+                f"{option} is set for each run: use --optimizers, --seeds and --out; see --help."
+            )
     if args.budget is not None and "--steps" in given:
-        parser.error("--budget chooses --steps; give one of them")
+        raise UsageError("--budget chooses --steps: give one of them.")
     for name in args.optimizers or ():
         reason = OPTIMIZERS[name].unavailable_reason(torch.cuda.is_available())
         if reason is not None:
-            parser.error(f"--optimizers {name} {reason}")
+            raise UsageError(f"--optimizers {name} {reason}: leave it out.")
+    if args.docs and not is_installed("matplotlib"):
+        raise UsageError("--docs needs the package matplotlib: install it.")
+    given_to_train = train_options.parse_args(train_args)  # also for its errors
+    args.config, args.model = given_to_train.config, train_options.model_name(given_to_train)
     return args, train_args
 
 
@@ -152,9 +178,9 @@ def steps_in(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
     per_step = max(seconds[1] - seconds[0], 1e-3) / CALIBRATION_STEPS
     steps = int((args.budget * 60 / runs - seconds[0]) / per_step)
     if steps < MIN_STEPS:
-        raise SystemExit(
+        raise UsageError(
             f"--budget {args.budget:g} leaves {max(steps, 0)} steps for each of the runs, but at "
-            f"least {MIN_STEPS} are needed; give more minutes, fewer --seeds or a smaller --preset"
+            f"least {MIN_STEPS} are needed: give more minutes, fewer --seeds or a smaller --preset."
         )
     print(f"{steps} steps in each run", file=sys.stderr)
     return steps
@@ -179,7 +205,10 @@ def train(
     with (path / "log.txt").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
     if code != 0:
-        raise SystemExit(f"{' '.join(command)} failed; see {path / 'log.txt'}")
+        errors = re.findall(r"^error: (.*)$", (path / "log.txt").read_text(), re.MULTILINE)
+        reason = errors[0] if errors else f"train.py ended with exit code {code}"
+        message = f"a run of --optimizer {optimizer} failed: {reason} (log: {path / 'log.txt'})"
+        raise UsageError(message) if code == WRONG_USAGE else RunError(message)
     (path / "finished").touch()
 
 
@@ -232,19 +261,11 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(rows)
 
 
-def preset_of(train_args: list[str]) -> str:
-    """Return the ``--preset`` among the arguments for ``train.py``, or its default."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default=DEFAULT_PRESET)
-    preset: str = parser.parse_known_args(train_args)[0].preset
-    return preset
-
-
-def write_docs(docs: Path, preset: str, results: dict[str, Result], text: str) -> None:
-    """Write the table and the plot of a preset's runs."""
-    begin, end = (f"<!-- compare {preset}: {edge} -->" for edge in ("begin", "end"))
+def write_docs(docs: Path, model: str, results: dict[str, Result], text: str) -> None:
+    """Write the table and the plot of the runs of a model."""
+    begin, end = (f"<!-- compare {model}: {edge} -->" for edge in ("begin", "end"))
     write_between_markers(docs / "quality.md", begin, end, text)
-    plot(results, docs / "img" / f"quality_{preset}.png")
+    plot(results, docs / "img" / f"quality_{model}.png")
 
 
 def plot(results: dict[str, Result], path: Path) -> None:

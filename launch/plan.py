@@ -12,7 +12,6 @@ none does. A usage error ends it with exit code 2 and one sentence.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,10 @@ from planning.models import Shape, from_config, from_preset
 from planning.planner import Options, cheapest, plan_all
 from planning.report import GB, docs, plot, table
 from training.build import WEIGHT_DTYPES
+from training.command_line import Parser, exit_code, positive, positive_float
 from training.errors import UsageError
 from training.model import PRESETS
-from training.options import DEFAULT_PRESET, Parser, positive
+from training.options import DEFAULT_PRESET
 from training.strategies import STRATEGIES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -37,15 +37,14 @@ DOCS_COMMAND = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.docs:
-            write_docs()
-            return 0
-        return print_plans(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.docs:
+        write_docs()
+        return 0
+    return print_plans(args)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -113,11 +112,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="cuda",
         help="plan for its kernels (default: cuda)",
     )
-    add("--memory", type=float, metavar="GB", help="what a rank may take; names what fits")
+    add("--memory", type=positive_float, metavar="GB", help="what a rank may take; names what fits")
     add("--docs", action="store_true", help="write the tables and the plot of docs/planning.md")
     args = parser.parse_args(argv)
-    if args.memory is not None and not 0 < args.memory < math.inf:
-        raise UsageError(f"--memory {args.memory:g} is not a positive number; see --help.")
+    if args.step_in_backward and args.optimizer != "bf16":
+        raise UsageError(
+            f"--step-in-backward works with --optimizer bf16 only, not {args.optimizer}."
+        )
     return args
 
 
@@ -134,7 +135,8 @@ def print_plans(args: argparse.Namespace) -> int:
     )
     plans, refused = plan_all(shape, args.world_size, args.strategy, options)
     if not plans:
-        raise UsageError("; ".join(dict.fromkeys(refused.values())))
+        reasons = [reason.rstrip(".") for reason in dict.fromkeys(refused.values())]
+        raise UsageError(f"{'; '.join(reasons)}.")
     memory = args.memory and args.memory * GB
     print(table(plans, memory))
     for strategy, reason in refused.items():

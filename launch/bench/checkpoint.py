@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training.strategies import init_world
+from training.command_line import Parser, output_folder, positive, positive_float
+from training.world import init_world
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
 from sharded_bf16_adamw.checkpoint.divergence import find_divergences
@@ -45,14 +46,14 @@ ROWS = 64  # of a training step's batch, on each rank
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--gb",
-        type=float,
+        type=positive_float,
         default=1.0,
         help="size of the checkpoint in GB, over all ranks (default: %(default)s)",
     )
@@ -62,14 +63,14 @@ def main(argv: list[str]) -> int:
         help="keep the full model on every rank, as DDP does (default: FSDP2)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="repetitions of each measurement (default: 5)"
+        "--rounds", type=positive, default=5, help="repetitions of each measurement (default: 5)"
     )
     parser.add_argument(
         "--folder",
+        type=output_folder,
         help="write the checkpoints here, on the disk to measure (default: the system's temporary "
         "directory)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     args = parser.parse_args(argv)
     world = init_world("auto")
     root = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"

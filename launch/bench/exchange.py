@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from training.command_line import Parser, output_file, positive
 
 from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
@@ -71,16 +72,18 @@ def measure(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> Non
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py exchange",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--parameters", type=int, default=200, help="in a report")
-    parser.add_argument("--row-numel", type=int, default=1 << 12, help="of a bucket, to each rank")
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--parameters", type=positive, default=200, help="in a report")
+    parser.add_argument(
+        "--row-numel", type=positive, default=1 << 12, help="of a bucket, to each rank"
+    )
+    parser.add_argument("--repeats", type=positive, default=40)
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     args = parser.parse_args(argv)
     results = {}
     for ranks in args.ranks:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from training.command_line import Parser, positive
+from training.rendezvous import join_process_group
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO, gather_full_state_dict, scatter_full_state_dict
 
@@ -79,7 +81,7 @@ def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py gather",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,15 +89,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2", help="default: fsdp2"
     )
-    parser.add_argument("--layers", type=int, default=12, help="of the model (default: 12)")
-    parser.add_argument("--width", type=int, default=4096, help="of a layer (default: 4096)")
+    parser.add_argument("--layers", type=positive, default=12, help="of the model (default: 12)")
+    parser.add_argument("--width", type=positive, default=4096, help="of a layer (default: 4096)")
     parser.add_argument(
         "--with-torch",
         action="store_true",
         help="also measure torch's get_optimizer_state_dict with full_state_dict and cpu_offload",
     )
     args = parser.parse_args(argv)
-    dist.init_process_group("gloo")
+    join_process_group("gloo")
     torch.set_num_threads(1)
     model, optimizer = build(args.strategy, args.layers, args.width)
     tensor, states = 2 * args.width**2, 3 * args.layers

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from training.command_line import Parser
+from training.errors import UsageError
 
 from bench.optimizers import HYPER, Runner, contenders
 from sharded_bf16_adamw import LR, AdamW_BF16, kernels
@@ -357,13 +358,15 @@ def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
 
 
 def main(argv: list[str]) -> int:
-    argparse.ArgumentParser(
+    Parser(
         prog="benchmark.py gpu-checks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     if not torch.cuda.is_available():
-        print("gpu-checks needs a GPU, but torch sees no CUDA or ROCm device", file=sys.stderr)
-        return 2
+        raise UsageError(
+            "gpu-checks needs a GPU, but torch sees no CUDA or ROCm device: run it on a machine "
+            "with one."
+        )
     checks = run_checks(torch.device("cuda", torch.cuda.current_device()))
     return int(not all(check.passed for check in checks))

@@ -37,8 +37,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.nn.parallel import DistributedDataParallel
+from training.command_line import Parser, output_file, positive
 from training.model import GPT, PRESETS, Config
-from training.strategies import STRATEGIES, World, init_world
+from training.strategies import STRATEGIES
+from training.world import World, init_world
 
 from bench.markers import write_between_markers
 from bench.measure import synchronize
@@ -134,7 +136,7 @@ CONTENDERS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py loop",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -155,16 +157,18 @@ def main(argv: list[str]) -> int:
         help=f"compare {BASELINE} with these only, of {', '.join(CONTENDERS)} (default: all)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="repetitions of the comparison (default: 5)"
+        "--rounds", type=positive, default=5, help="repetitions of the comparison (default: 5)"
     )
     parser.add_argument(
-        "--steps", type=int, default=4, help="timed steps of each in a round (default: 4)"
+        "--steps", type=positive, default=4, help="timed steps of each in a round (default: 4)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
+    )
     parser.add_argument(
         "--docs", action="store_true", help="write the tables and the plot into docs/"
     )

@@ -41,6 +41,8 @@ from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_obj
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.utils.serialization import config
+from training.command_line import Parser, output_file, positive
+from training.errors import UsageError
 
 from sharded_bf16_adamw import AdamW_BF16, wait_for_save
 from sharded_bf16_adamw.checkpoint import async_save, loading, saving
@@ -56,23 +58,27 @@ CPU = torch.device("cpu")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, default=1024, help="ranks to plan for (default: 1024)")
+    parser.add_argument(
+        "--ranks", type=positive, default=1024, help="ranks to plan for (default: 1024)"
+    )
     parser.add_argument(
         "--tensors",
-        type=int,
+        type=positive,
         default=1200,
         help="tensors in the checkpoint, five for each parameter (default: 1200)",
     )
     parser.add_argument("--metadata", metavar="FOLDER", help="copy the metadata of the saves here")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
+    )
     args = parser.parse_args(argv)
     if args.ranks < 2 or args.tensors < PER_PARAM:
-        parser.error(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}")
+        raise UsageError(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}.")
     torch.set_num_threads(1)
     start_fake_world(args.ranks)
     try:

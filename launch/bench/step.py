@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training.command_line import Parser, nonnegative, output_file, positive, positive_float
+from training.errors import UsageError
 
 from bench.fsdp2 import measure_fsdp2
 from bench.measure import measure_size, parse_size
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,7 +93,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default=default, help="default: cuda if there is one")
     add(
         "--threads",
-        type=int,
+        type=positive,
         nargs="+",
         metavar="N",
         help="number of CPU threads; with several numbers, measure with each (default: torch's)",
@@ -103,17 +105,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="elements of one tensor (128M; K, M, B are powers of 1024), or tensors x elements of "
         "each (1000x1000); the default is a range of both",
     )
-    add("--rounds", type=int, default=15, metavar="N", help="measure each size in at most N rounds")
+    add(
+        "--rounds",
+        type=positive,
+        default=15,
+        metavar="N",
+        help="measure each size in at most N rounds",
+    )
     add(
         "--seconds",
-        type=float,
+        type=positive_float,
         default=30.0,
         help="start no further round of a size after this time, but run at least 5 "
         "(default: %(default)s)",
     )
     add(
         "--turn",
-        type=float,
+        type=nonnegative,
         metavar="MS",
         help="in its turn in a round, repeat an optimizer's step for at least this many "
         "milliseconds, and take the mean (default: 5; cuda: 20)",
@@ -129,10 +137,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="also time clipping and step of an FSDP2 model on 2 CPU ranks, against torch's",
     )
-    add("--json", type=Path, metavar="FILE", help="write all figures, and a plot beside them")
+    add(
+        "--json", type=output_file, metavar="FILE", help="write all figures, and a plot beside them"
+    )
     add(
         "--docs",
-        type=Path,
+        type=output_file,
         nargs="?",
         const=DOCS,
         metavar="FILE",
@@ -140,10 +150,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA or ROCm device: use --device cpu")
+        raise UsageError("--device cuda, but torch sees no CUDA or ROCm device: use --device cpu.")
     args.threads = args.threads or [torch.get_num_threads()]
-    if min(args.threads) < 1 or args.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
     args.sizes = args.sizes or SIZES[args.device]
     args.turn = args.turn if args.turn is not None else {"cpu": 5.0, "cuda": 20.0}[args.device]
     try:

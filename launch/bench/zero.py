@@ -20,7 +20,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from training.strategies import init_world
+from training.command_line import Parser, nonnegative, output_file, positive, positive_float
+from training.world import init_world
 
 from bench.measure import synchronize
 from bench.slow_network import SlowNetwork
@@ -162,20 +162,22 @@ def sent_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py zero",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--layers", type=int, default=8, help="of the model (default: 8)")
-    parser.add_argument("--width", type=int, default=1024, help="of a layer (default: 1024)")
-    parser.add_argument("--batch-size", type=int, default=16, help="on each rank (default: 16)")
+    parser.add_argument("--layers", type=positive, default=8, help="of the model (default: 8)")
+    parser.add_argument("--width", type=positive, default=1024, help="of a layer (default: 1024)")
     parser.add_argument(
-        "--bucket-size-mb", type=float, default=25.0, help="as of ZeRO (default: 25)"
+        "--batch-size", type=positive, default=16, help="on each rank (default: 16)"
+    )
+    parser.add_argument(
+        "--bucket-size-mb", type=positive_float, default=25.0, help="as of ZeRO (default: 25)"
     )
     parser.add_argument(
         "--delays-ms",
-        type=float,
+        type=nonnegative,
         nargs="*",
         default=[1.0, 5.0],
         metavar="MS",
@@ -184,19 +186,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--delayed-batch-size",
-        type=int,
+        type=positive,
         default=64,
         help="batch size on each rank in the part with delays (default: 64)",
     )
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps (default: 15)")
+    parser.add_argument("--repeats", type=positive, default=15, help="timed steps (default: 15)")
     parser.add_argument(
-        "--warmup", type=int, default=3, help="steps before the timed ones (default: 3)"
+        "--warmup", type=positive, default=3, help="steps before the timed ones (default: 3)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each rank")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     result = measure(args)

@@ -60,10 +60,14 @@ def from_config(path: Path) -> Shape:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON ({error}): give a config.json.") from None
+    except OSError as error:
+        raise UsageError(
+            f"--config {path} cannot be read ({error.strerror}): give a config.json."
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not JSON ({error}): give a config.json.") from None
     if not isinstance(config, dict):
-        raise UsageError(f"{path} holds no JSON object: give a config.json.")
+        raise UsageError(f"--config {path} holds no JSON object: give a config.json.")
     dim, ffn, layers, heads, vocabulary = (_size(path, config, key) for key in SIZES)
     key = "num_key_value_heads"  # null or missing without grouped queries
     kv_heads = _size(path, {key: config.get(key) or heads}, key)
@@ -72,7 +76,7 @@ def from_config(path: Path) -> Shape:
     head_dim = config.get("head_dim") or dim // heads
     if has_experts or has_biases or head_dim * heads != dim or heads % kv_heads:
         raise UsageError(
-            f"{path} describes experts, biases or heads that do not make up the width: "
+            f"--config {path} describes experts, biases or heads that do not make up the width: "
             "only models with the layers of Llama can be planned."
         )
     tied = bool(config.get("tie_word_embeddings", False))
@@ -83,7 +87,7 @@ def _size(path: Path, config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
         raise UsageError(
-            f"{path} has {key} = {value!r}, not a positive integer: "
+            f"--config {path} has {key} = {value!r}, not a positive integer: "
             "give the config.json of a Llama-like model."
         )
     return value

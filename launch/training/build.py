@@ -21,7 +21,8 @@ from training.errors import UsageError
 from training.model import GPT, PRESETS, Config
 from training.optimizers import OPTIMIZERS
 from training.options import model_name
-from training.strategies import STRATEGIES, Strategy, World
+from training.strategies import STRATEGIES, Strategy
+from training.world import World
 
 WEIGHT_DTYPES = {name: spec.weight_dtype for name, spec in OPTIMIZERS.items()}
 ANNOUNCED = 500_000_000  # parameters of a model that takes a while to build

@@ -159,8 +159,6 @@ def find_files(path: str | None) -> Files:
         root = Path(sysconfig.get_path("stdlib"))
         sources = [p for p in _walk(root, SKIPPED_DIRS) if p.suffix == ".py"]
         return Files("the standard library's sources", "text", sources)
-    if not path:
-        raise UsageError("--data is empty: give a file or a folder.")
     try:
         is_folder = Path(path).is_dir()
         paths = list(_walk(Path(path), {"__pycache__"})) if is_folder else [Path(path)]

@@ -12,7 +12,7 @@ from sharded_bf16_adamw import AdamW_BF16, import_fp32, load
 from sharded_bf16_adamw.checkpoint.directory import find_checkpoint
 from training.build import set_seeds
 from training.errors import UsageError
-from training.strategies import from_rank_0
+from training.world import from_rank_0
 
 
 def init_from(
@@ -49,6 +49,11 @@ def init_from(
 
 def _find(source: str) -> Path | None:
     try:
+        if not Path(source).exists():
+            raise UsageError(
+                f"--init-from {source} does not exist: give a checkpoint, a run, or a folder or "
+                "file of safetensors."
+            )
         return find_checkpoint(source)
     except OSError as error:
         raise UsageError(

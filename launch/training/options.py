@@ -8,45 +8,29 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
+from training.command_line import (
+    Parser,
+    count,
+    finite,
+    is_installed,
+    nonempty,
+    nonnegative,
+    positive,
+    seed,
+)
+from training.config import read_config
 from training.errors import UsageError
 from training.model import PRESETS
 from training.optimizers import OPTIMIZERS
+from training.rendezvous import rank
 from training.strategies import STRATEGIES
 from training.supervisor import DEFAULT_GRACE_S
 
 DEFAULT_PRESET = "tiny"
 # of --model, which is trained further
 MODEL_DEFAULTS = SimpleNamespace(seq_len=1024, batch_size=16, steps=1000, lr=1e-5)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors as UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help.")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def nonnegative(text: str) -> float:
-    value = float(text)
-    if not value >= 0.0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
 
 
 def preset_default(name: str) -> str:
@@ -58,11 +42,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and complete the arguments; the result holds plain data, so a checkpoint can store it.
 
     Raises:
-        UsageError: an argument is unknown, malformed or out of range.
+        UsageError: an argument, or a key of ``--config``, is unknown, malformed or out of range.
     """
+    args = _parse(argv)
+    if args.export_hf and args.model is None:
+        raise UsageError(
+            "--export-hf needs --model, since presets are no Hugging Face models; see --help."
+        )
+    if args.init_moments and args.init_from is None:
+        raise UsageError("--init-moments needs --init-from, which names a checkpoint; see --help.")
+    _check_packages(args)
+    preset = MODEL_DEFAULTS if args.model is not None else PRESETS[args.preset]
+    for name in ("seq_len", "batch_size", "steps", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    if rank() == 0:
+        for note in options_without_effect(args):
+            print(f"note: {note}", file=sys.stderr)
+    args.warmup = args.warmup or max(1, args.steps // 20)
+    args.eval_every = args.eval_every or max(1, args.steps // 12)
+    args.print_every = args.print_every or max(1, args.steps // 50)
+    if args.grace is None:
+        args.grace = _default_grace()
+    if args.final_lr is None and args.schedule == "cosine":
+        args.final_lr = args.lr / 1000
+    args.out = args.out or f"runs/{model_name(args)}-{args.optimizer}"
+    return args
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and its ``--config``, whose values options override."""
     parser = Parser(
         prog="train.py",
         description="Train a GPT with bf16 weights, on one process or under torchrun.",
+    )
+    parser.add_argument(
+        "--config",
+        type=nonempty,
+        metavar="TOML",
+        help="a file of options, without the dashes in front of their names, such as the "
+        "config.toml of another run; those of the command line override it (default: none)",
     )
     model_and_data = parser.add_argument_group("model and data")
     _add_model(model_and_data.add_mutually_exclusive_group().add_argument)
@@ -70,26 +89,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _add_parallelism(parser.add_argument_group("parallelism").add_argument)
     _add_optimizer(parser.add_argument_group("optimizer").add_argument)
     _add_run(parser.add_argument_group("run").add_argument)
+    _add_reports(parser.add_argument_group("reports").add_argument)
     args = parser.parse_args(argv)
-    if args.model is not None:
-        args.preset = None
-    if args.export_hf and args.model is None:
-        parser.error("--export-hf needs --model, since presets are no Hugging Face models")
-    preset = MODEL_DEFAULTS if args.model is not None else PRESETS[args.preset]
-    for name in ("seq_len", "batch_size", "steps", "lr"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name))
-    if int(os.environ.get("RANK", 0)) == 0:
-        for note in options_without_effect(args):
-            print(f"note: {note}", file=sys.stderr)
-    args.warmup = args.warmup or max(1, args.steps // 20)
-    args.eval_every = args.eval_every or max(1, args.steps // 12)
-    args.print_every = args.print_every or max(1, args.steps // 50)
-    if args.grace is None:
-        args.grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", DEFAULT_GRACE_S))
-    args.final_lr = args.lr / 1000 if args.final_lr is None else args.final_lr
-    args.out = args.out or f"runs/{model_name(args)}-{args.optimizer}"
+    if args.config is not None:
+        config = read_config(args.config, parser)
+        # argparse sets the default of what a namespace lacks
+        args = parser.parse_args(argv, argparse.Namespace(**config))
+        if args.preset is not None and args.model is not None:
+            setattr(args, "model" if "model" in config else "preset", None)
+    if args.preset is None and args.model is None:
+        args.preset = DEFAULT_PRESET
     return args
+
+
+def _check_packages(args: argparse.Namespace) -> None:
+    asked_for = {"tensorboard": args.tensorboard, "wandb": args.wandb is not None}
+    for package, is_asked_for in asked_for.items():
+        if is_asked_for and not is_installed(package):
+            raise UsageError(
+                f"--{package} needs the package {package}: install it with pip install {package}, "
+                "or leave out the option."
+            )
+
+
+def _default_grace() -> float:
+    variable = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    text = os.environ.get(variable)
+    try:
+        return DEFAULT_GRACE_S if text is None else nonnegative(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UsageError(
+            f"the environment variable {variable} is {text!r}, not a number of seconds: correct "
+            "it, or give --grace."
+        ) from None
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -101,11 +133,12 @@ def _add_model(add: Callable[..., Any]) -> None:
     add(
         "--preset",
         choices=PRESETS,
-        default=DEFAULT_PRESET,
-        help="model size; its defaults are in launch/training/model.py (default: %(default)s)",
+        help="model size; its defaults are in launch/training/model.py "
+        f"(default: {DEFAULT_PRESET})",
     )
     add(
         "--model",
+        type=nonempty,
         metavar="FOLDER",
         help="a causal language model of Hugging Face with safetensors, through transformers; its "
         "tokenizer is used for text (default: a model of --preset)",
@@ -115,6 +148,7 @@ def _add_model(add: Callable[..., Any]) -> None:
 def _add_data(add: Callable[..., Any]) -> None:
     add(
         "--init-from",
+        type=nonempty,
         metavar="PATH",
         help="start a new run from these weights: a checkpoint, a run, or a folder or file of "
         "safetensors (default: random ones, or those of --model)",
@@ -128,6 +162,7 @@ def _add_data(add: Callable[..., Any]) -> None:
     )
     add(
         "--data",
+        type=nonempty,
         metavar="PATH",
         help='a file or a folder: text, .jsonl (the text under "text" of each line) or .bin (token '
         "ids); without --model the bytes of text are its tokens (default: the sources of Python's "
@@ -160,7 +195,7 @@ def _add_data(add: Callable[..., Any]) -> None:
     )
     add(
         "--seed",
-        type=count,
+        type=seed,
         default=0,
         help="of the initial weights and the batches (default: %(default)s)",
     )
@@ -191,6 +226,7 @@ def _add_optimizer(add: Callable[..., Any]) -> None:
     )
     add(
         "--optimizer-backend",
+        type=nonempty,
         metavar="NAME",
         help="kernel back end of AdamW_BF16 (default: by device)",
     )
@@ -207,8 +243,8 @@ def _add_optimizer(add: Callable[..., Any]) -> None:
         type=nonnegative,
         help="of the cosine schedule (default: a thousandth of --lr)",
     )
-    add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999")
-    add("--weight-decay", type=float, default=0.1, help="of the matrices (default: %(default)s)")
+    add("--betas", type=finite, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999")
+    add("--weight-decay", type=finite, default=0.1, help="of the matrices (default: %(default)s)")
     add(
         "--clip",
         type=nonnegative,
@@ -250,7 +286,7 @@ def _add_run(add: Callable[..., Any]) -> None:
         metavar="N",
         help="batches of held-out text (default: %(default)s)",
     )
-    add("--out", metavar="DIR", help="default: runs/<preset or model>-<optimizer>")
+    add("--out", type=nonempty, metavar="DIR", help="default: runs/<preset or model>-<optimizer>")
     add(
         "--save-every",
         type=count,
@@ -296,6 +332,7 @@ def _add_run(add: Callable[..., Any]) -> None:
     )
     add(
         "--resume",
+        type=nonempty,
         metavar="auto|newest-good|PATH",
         help="default: continue a run of the same configuration in --out, if any, from its newest "
         "undamaged checkpoint. auto: from the newest checkpoint in --out, also with another "
@@ -316,6 +353,20 @@ def _add_run(add: Callable[..., Any]) -> None:
         default=0.0,
         help="end the run with exit code 1 when a rank hangs: if a micro-batch, an optimizer step, "
         "a batch of an evaluation or a save takes longer; 0 disables this (default: %(default)g)",
+    )
+
+
+def _add_reports(add: Callable[..., Any]) -> None:
+    add(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="write <out>/tensorboard (default: if the package tensorboard is installed)",
+    )
+    add(
+        "--wandb",
+        type=nonempty,
+        metavar="PROJECT",
+        help="report to this project of W&B, through the package wandb (default: do not)",
     )
     add(
         "--print-every",

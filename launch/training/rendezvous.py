@@ -15,17 +15,27 @@ POLL_S = 0.02
 _PR_SET_PDEATHSIG = 1
 
 
+def rank() -> int:
+    """Return the rank that torchrun gave this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Return the rank among the processes of this machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def join_process_group(backend: str) -> None:
     """Initialize the default process group: torchrun's processes, or this process alone."""
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = store_of_attempt(store, rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    store, own, size = next(dist.rendezvous("env://"))
+    store = store_of_attempt(store, own, size)
+    dist.init_process_group(backend, store=store, rank=own, world_size=size)
 
 
-def store_of_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+def store_of_attempt(store: dist.Store, own: int, size: int) -> dist.Store:
     """Return a view of ``store`` that only the processes of this attempt use. Collective.
 
     torchrun keeps its store when it restarts the workers, so it still holds the addresses of dead
@@ -34,11 +44,11 @@ def store_of_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
     draws a name and tells it to each rank that asks. A question has a token of its own, so no
     answer is taken for one of an earlier attempt.
     """
-    if rank != 0:
+    if own != 0:
         token = uuid.uuid4().hex
-        store.set(f"ask/{rank}", token)
+        store.set(f"ask/{own}", token)
         name = store.get(f"answer/{token}").decode()
-        store.set(f"{name}/joined/{rank}", "")
+        store.set(f"{name}/joined/{own}", "")
         return dist.PrefixStore(name, store)
     name = uuid.uuid4().hex
     missing = set(range(1, size))

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from sharded_bf16_adamw import newest_good
+import torch.distributed as dist
+
+from sharded_bf16_adamw import load, newest_good
 from sharded_bf16_adamw.checkpoint import directory
-from sharded_bf16_adamw.checkpoint.manifest import read_manifest
-from sharded_bf16_adamw.checkpoint.root_lock import RootLock, lock_if_possible
+from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 from training.build import make_schedule
+from training.config import changes
 from training.errors import UsageError
-from training.strategies import from_rank_0
-
-# Linux kills the workers of a dead torchrun, but freeing their memory takes a while.
-LOCK_WAIT_S = 10.0
-# Options that do not change what is trained. All others are the run's configuration.
-OPERATIONAL = {
-    *("strategy", "device", "deterministic", "optimizer_backend", "grad_accum"),
-    *("eval_every", "eval_batches", "out", "save_every", "async_save", "keep", "resume"),
-    *("check_replicas", "precision_stats", "max_nonfinite", "progress", "print_every"),
-    *("grace", "step_timeout", "export_hf"),
-}
+from training.run import Run
+from training.world import from_rank_0
 
 
-def lock_out_dir(args: argparse.Namespace) -> RootLock | None:
-    """Create ``--out`` and lock it; None if its file system has no locks.
-
-    Raises:
-        UsageError: another run uses it, or it cannot be written to.
-    """
-    out_dir = Path(args.out)
-    deadline = time.monotonic() + LOCK_WAIT_S
+def resume(run: Run) -> None:
+    """Load the checkpoint that ``--resume`` selects, if any."""
+    path = find_checkpoint(run.args)
+    if path is None:
+        return
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                return lock_if_possible(out_dir)
-            except RuntimeError as error:
-                if time.monotonic() > deadline:
-                    raise UsageError(f"--out {out_dir} is in use: {error}.") from None
-            time.sleep(0.1)
-    except OSError as error:
-        raise UsageError(
-            f"--out {out_dir} cannot be used ({error.strerror}): "
-            "give a directory that you may read and write."
-        ) from None
+        extra = load(path, run.module, run.optimizer).extra
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        other = find_undamaged(run.args, path)
+        if other is None:
+            raise UsageError(f"{error}{suggest_undamaged(run.args, path)}") from error
+        path, extra = other, load(other, run.module, run.optimizer).extra
+    run.step = run.saved_step = extra["step"]
+    run.evaluated_step = extra.get("evaluated_step", -1)
+    run.held_out_loss = extra.get("held_out_loss", math.nan)
+    run.nonfinite_steps = extra.get("nonfinite_steps", 0)
+    run.consecutive_nonfinite = extra.get("consecutive_nonfinite", 0)
+    if "spikes" in extra:
+        run.spikes.load(extra["spikes"])
+    run.saved = path
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -90,6 +80,13 @@ def _readable(function: Any, *args: Any) -> Any:
 
 
 def _find(args: argparse.Namespace) -> Path | None:
+    path = _select(args)
+    if path is not None:
+        _note_changes(args, _read_manifest(path, args))
+    return path
+
+
+def _select(args: argparse.Namespace) -> Path | None:
     root = Path(args.out) / "checkpoints"
     if args.resume is None:
         return _find_own(args, root)
@@ -100,14 +97,13 @@ def _find(args: argparse.Namespace) -> Path | None:
     else:
         path = _find_given(args, root)
     if path is not None:
-        extra = _read_extra(path, args)
+        extra = _read_manifest(path, args).extra
         _check_model(path, args, extra["config"])
         if extra["step"] > args.steps:
             raise UsageError(
                 f"the checkpoint {path} is at step {extra['step']}, past --steps {args.steps}: "
                 "increase --steps to continue training."
             )
-        _note_changes(args, extra)
     return path
 
 
@@ -125,7 +121,8 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
     except ValueError:
         path = _newest_good(args, root)
         assert path is not None
-    changed = _changes(args, _read_extra(path, args)["config"])
+    saved = _read_manifest(path, args).extra["config"]
+    changed = changes(vars(args), saved, operational=False)
     if changed:
         raise UsageError(
             f"--out {args.out} holds a run of another configuration "
@@ -153,7 +150,8 @@ def _find_given(args: argparse.Namespace, root: Path) -> Path:
             config = read_manifest(own).extra.get("config", {})
         except ValueError:
             return path
-        if config.get("resume") == args.resume and not _changes(args, config):
+        is_same = not changes(vars(args), config, operational=False)
+        if config.get("resume") == args.resume and is_same:
             print(
                 f"note: continuing from {own}, which this command has saved after it resumed from "
                 f"{path}; give --resume {own} or another --out to choose",
@@ -175,31 +173,16 @@ def _newest_good(args: argparse.Namespace, root: Path) -> Path | None:
     return path
 
 
-def _read_extra(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _read_manifest(path: Path, args: argparse.Namespace) -> Manifest:
     try:
-        extra = read_manifest(path).extra
+        manifest = read_manifest(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}{_suggest_undamaged(args, path)}") from error
-    if "step" not in extra or "config" not in extra:
+    if "step" not in manifest.extra or "config" not in manifest.extra:
         raise UsageError(
             f"the checkpoint {path} was not saved by train.py: give --resume a checkpoint that was."
         )
-    return extra
-
-
-def _changes(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
-    """Return the options of the configuration that changed, for a message."""
-    given = json.loads(json.dumps(vars(args)))  # tuples as lists, as in the manifest
-    return [
-        f"{option(name)} was {saved[name]}, now {given[name]}"
-        for name in sorted(given.keys() & saved.keys() - OPERATIONAL)
-        if saved[name] != given[name]
-    ]
-
-
-def option(name: str) -> str:
-    """Return the command-line option of an attribute of ``args``."""
-    return f"--{name.replace('_', '-')}"
+    return manifest
 
 
 def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) -> None:
@@ -220,13 +203,18 @@ def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) ->
             )
 
 
-def _note_changes(args: argparse.Namespace, extra: dict[str, Any]) -> None:
-    """Print what changes in a run that is resumed with another configuration."""
-    changed = _changes(args, extra["config"])
+def _note_changes(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Print how this run differs from the one that saved the checkpoint."""
+    step, saved = manifest.extra["step"], manifest.extra["config"]
+    changed = changes(vars(args), saved, operational=True)
+    if manifest.world_size != dist.get_world_size():
+        changed.append(
+            f"the number of processes was {manifest.world_size}, now {dist.get_world_size()}"
+        )
     if changed:
         print(f"note: changed since the checkpoint: {'; '.join(changed)}", file=sys.stderr)
-    before = argparse.Namespace(**{**vars(args), **extra["config"]})
-    lrs = [make_schedule(namespace)(extra["step"]) for namespace in (before, args)]
+    before = argparse.Namespace(**{**vars(args), **saved})
+    lrs = [make_schedule(namespace)(step) for namespace in (before, args)]
     if lrs[0] != lrs[1]:
         print(
             f"note: the schedule jumps: the learning rate of the next step is {lrs[1]:.4g}, "

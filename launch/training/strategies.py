@@ -7,7 +7,6 @@ Every rank applies the steps of a strategy in this order::
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,14 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from training.errors import UsageError
 from training.model import GPT
-from training.rendezvous import join_process_group
 from training.tensor_parallel import parallelize
 
 
@@ -182,96 +179,3 @@ STRATEGIES = {
     "zero1": Strategy(_no_shard, _ddp_wrap, _module_no_sync, _zero1),
     "zero2": Strategy(_no_shard, _no_wrap, _zero2_no_sync, _zero2),
 }
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together.
-
-    Each group of ``tp_size`` consecutive ranks gets the same sequences of a batch; the
-    ``dp_size`` groups share the batch evenly.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    tp_size: int = 1
-
-    @property
-    def dp_size(self) -> int:
-        return self.size // self.tp_size
-
-    def mesh(self, shape: dict[str, int] | None = None) -> DeviceMesh:
-        """Return a mesh of all ranks with the given ``mesh_shape``; by default one-dimensional."""
-        shape = shape or {"data": self.size}
-        names = tuple(shape)
-        return init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=names)
-
-    @property
-    def batch_slice(self) -> slice:
-        """The sequences of a batch that this rank trains on."""
-        return slice(self.rank // self.tp_size, None, self.dp_size)
-
-
-def init_world(device: str) -> World:
-    """Join the processes that torchrun started, or initialize a world of this process alone.
-
-    NCCL connects GPUs, and gloo connects CPUs.
-
-    Args:
-        device: "cpu", "cuda", or "auto": CUDA if there is a GPU for each process of this machine,
-            else the CPU.
-
-    Raises:
-        UsageError: ``device`` is "cuda" and there are too few GPUs.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus < local_world_size:
-        raise UsageError(
-            f"--device cuda needs a GPU for each of the {local_world_size} processes, "
-            f"but {gpus} were found: start fewer processes or use --device cpu."
-        )
-    if device == "auto":
-        device = "cuda" if gpus >= local_world_size else "cpu"
-    rank_device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-    if device == "cuda":
-        torch.cuda.set_device(rank_device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        join_process_group(backend)
-    return World(dist.get_rank(), dist.get_world_size(), rank_device)
-
-
-def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function(*args)`` on every rank; raise a UsageError of one rank on all. Collective.
-
-    A rank that raised alone would leave the others blocked in the next collective.
-    """
-    result, message = None, None
-    try:
-        result = function(*args)
-    except UsageError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise UsageError(found)
-    return result
-
-
-def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)`` on rank 0, None on the others; raise as :func:`on_all_ranks`."""
-    return on_all_ranks(*((function, *args) if dist.get_rank() == 0 else (lambda: None,)))
-
-
-def from_rank_0(function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)`` of rank 0 on every rank; raise its UsageError on all. Collective.
-
-    Other ranks may see an older state of a network file system.
-    """
-    result = [on_rank_0(function, *args)]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]

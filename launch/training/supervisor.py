@@ -11,9 +11,11 @@ import threading
 import time
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from training.errors import FAILED, STOPPED
+from training.rendezvous import rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DEFAULT_GRACE_S = 30.0  # torchrun's, and that of Slurm and Kubernetes
@@ -21,6 +23,10 @@ USABLE_GRACE_FRACTION = 0.9
 ABORTED = 128 + signal.SIGINT
 POLL_S = 0.5
 HANG_REPORT_S = 3.0  # time for every live rank to report that it hangs too
+
+
+class StopTraining(Exception):  # noqa: N818  # no error
+    """A rank was asked to stop. Raised on all ranks together."""
 
 
 class Supervisor:
@@ -47,7 +53,8 @@ class Supervisor:
         self._deadline = math.inf
         self._interrupts = 0
         self._announced = False
-        self._doing = ""  # "" until the first beat
+        self._doing = "the start"
+        self._is_watched = False
         self._idle_s = 0.0
         self._closed = False
 
@@ -78,11 +85,29 @@ class Supervisor:
         """Note progress of the main thread, and what it is about to do."""
         self._doing = doing
         self._idle_s = 0.0
+        self._is_watched = True
+
+    def rest(self, doing: str) -> None:
+        """Note that the main thread is about to do what may take any time."""
+        self._doing = doing
+        self._is_watched = False
 
     def request(self, seconds_left: float = math.inf) -> None:
         """Ask the loop to stop, since another rank was asked that has ``seconds_left``."""
         self._deadline = min(self._deadline, time.monotonic() + seconds_left)
         self.requested = True
+
+    def stop_if_requested(self) -> None:
+        """Raise StopTraining if a rank was asked to stop. Collective.
+
+        The ranks take over the earliest deadline.
+        """
+        # On the CPU, so that the device is not waited for.
+        seconds_left = torch.tensor(self.seconds_left(), dtype=torch.float64)
+        dist.all_reduce(seconds_left, op=dist.ReduceOp.MIN)
+        if math.isfinite(seconds_left.item()):
+            self.request(seconds_left.item())
+            raise StopTraining
 
     def seconds_left(self) -> float:
         """Return the seconds until the process ends; inf without a stop signal."""
@@ -107,8 +132,8 @@ class Supervisor:
             self._idle_s += min(now - before, 2 * POLL_S)
             before = now
             if self.seconds_left() < 0:
-                end_now(STOPPED, f"--grace {self.grace:g} s is over before the last save")
-            if self._doing and 0 < self.step_timeout < self._idle_s:
+                end_now(STOPPED, f"--grace {self.grace:g} s is over in {self._doing}")
+            if self._is_watched and 0 < self.step_timeout < self._idle_s:
                 end_now(FAILED, self._reason_of_timeout())
 
     def _on_signal(self, signum: signal.Signals) -> None:
@@ -151,11 +176,6 @@ class Supervisor:
                 f"others were in {self._doing}; a process is stopped or its machine hangs"
             )
         return "; ".join(f"rank {r} in {place}" for r, place in doing.items())
-
-
-def rank() -> int:
-    """Return the rank that torchrun gave this process, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
 
 
 def end_now(code: int, reason: str | None) -> NoReturn:

@@ -15,29 +15,36 @@ def test_unknown_arguments_go_to_train_py():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--seeds", "0"], "--seeds must be positive, not 0"),
-        (["--jobs", "-1"], "--jobs must be positive"),
-        (["--budget", "0"], "--budget must be positive"),
-        (["--seed", "3"], "--seed is set for each run; see --optimizers, --seeds and --out"),
+        (["--seeds", "0"], "--seeds: 0 is not a positive number"),
+        (["--jobs", "-1"], "--jobs: -1 is not a positive number"),
+        (["--budget", "0"], "--budget: 0 is not a positive number"),
+        (["--budget", "nan"], "--budget: nan is not a positive number"),
+        (["--stpes", "4"], "unrecognized arguments: --stpes 4"),
+        (["--lr", "-1"], "--lr: -1 is not a number of at least 0"),
+        (
+            ["--out", "/dev/null/x"],
+            "--out: the folder /dev/null/x cannot be made",
+        ),
+        (["--seed", "3"], "--seed is set for each run: use --optimizers, --seeds and --out"),
         (["--seed=3"], "--seed is set for each run"),
         (["--optimizer", "bf16"], "--optimizer is set for each run"),
         (["--resume", "auto"], "--resume is set for each run"),
-        (["--budget", "10", "--steps", "7"], "--budget chooses --steps; give one of them"),
+        (["--budget", "10", "--steps", "7"], "--budget chooses --steps: give one of them"),
         (["--optimizers", "adam"], "invalid choice: 'adam'"),
     ],
 )
-def test_errors_of_use(argv, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        compare.parse_args(argv)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
+def test_errors_of_use(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_optimizer_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        compare.parse_args(["--optimizers", "flashoptim"])
-    assert "--optimizers flashoptim runs on CUDA only" in capsys.readouterr().err
+    assert compare.main(["--optimizers", "flashoptim"]) == 2
+    assert "error: --optimizers flashoptim runs on CUDA only" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -102,11 +109,40 @@ def test_a_budget_chooses_the_steps(tmp_path, fake_runs, monkeypatch):
     assert [args for *_, args in fake_runs[2:]] == 6 * [["--steps", "720"]]
 
 
-def test_a_budget_that_is_too_small_is_an_error(tmp_path, fake_runs, monkeypatch):
+def test_a_budget_that_is_too_small_is_an_error(tmp_path, fake_runs, monkeypatch, capsys):
     clock = iter([0.0, 10.0, 20.0, 32.0])
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
-    with pytest.raises(SystemExit, match="--budget 1 leaves 0 steps"):
-        compare.main(["--out", str(tmp_path), "--seeds", "9", "--budget", "1", *THREE])
+    argv = ["--out", str(tmp_path), "--seeds", "9", "--budget", "1", *THREE]
+    assert compare.main(argv) == 2
+    assert "error: --budget 1 leaves 0 steps" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_error(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Failed:
+        returncode = 1
+
+    def run(command, stdout, stderr, env):
+        calls.append(command)
+        stdout.write("note: x\nerror: the disk is full.\nTraceback\n")
+        return Failed()
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    assert compare.main(["--out", str(tmp_path), "--seeds", "50", *THREE]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    start = "error: a run of --optimizer torch-fp32 failed: the disk is full. (log: "
+    assert error.startswith(start) and error.endswith("-0/log.txt)")
+    assert len(calls) < 10, "the other runs are not started"
+
+
+def test_a_changed_config_is_another_comparison(tmp_path, fake_runs, capsys):
+    config = tmp_path / "run.toml"
+    argv = ["--out", str(tmp_path / "out"), "--seeds", "1", *THREE, "--config", str(config)]
+    for lr in ("1e-3", "1e-3", "2e-3"):
+        config.write_text(f"lr = {lr}")
+        assert compare.main(argv) == 0
+    assert len(fake_runs) == 6
 
 
 def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
@@ -119,13 +155,13 @@ def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
     results = {name: compare.read_result(folder, name, 1) for name in ("torch-fp32", "bf16")}
     page = tmp_path / "quality.md"
     page.write_text("<!-- compare tiny: begin -->\nkept\n<!-- compare tiny: end -->\n")
-    preset = compare.preset_of(args)
-    compare.write_docs(tmp_path, preset, results, "the table")
+    compare.write_docs(tmp_path, compare.parse_args(args)[0].model, results, "the table")
     assert "\nkept\n" in page.read_text()
     assert "<!-- compare nano: begin -->\nthe table\n<!-- compare nano: end -->" in page.read_text()
     assert (tmp_path / "img" / "quality_nano.png").stat().st_size > 5000
 
 
-def test_the_section_of_the_docs_is_that_of_the_preset():
-    assert compare.preset_of(["--lr", "1", "--preset=small"]) == "small"
-    assert compare.preset_of(["--lr", "1"]) == options.DEFAULT_PRESET
+def test_the_section_of_the_docs_is_that_of_the_preset(tmp_path):
+    out = ["--out", str(tmp_path), "--lr", "1"]
+    assert compare.parse_args([*out, "--preset=small"])[0].model == "small"
+    assert compare.parse_args(out)[0].model == options.DEFAULT_PRESET

@@ -34,7 +34,7 @@ def test_one_process(tmp_path, capsys, strategy, optimizer):
     first, middle, last = held_out(lines)
     assert first == pytest.approx(5.55, abs=0.1), "ln 256 before training"
     assert last < middle < first
-    assert (tmp_path / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "metrics.png").stat().st_size > 5000
     out = capsys.readouterr().out
     assert f"held-out loss         {last:.4f}" in out
     assert f"{STATE_BYTES[optimizer]:.2f} per parameter" in out

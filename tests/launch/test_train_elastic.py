@@ -12,11 +12,13 @@ from contextlib import suppress
 
 import distributed
 import pytest
+import torch
 import torch.distributed as dist
 import train
-from training import resume
+from training import evaluation, out_dir, reporters, step
 from training.data import Text
 from training.errors import STOPPED
+from training.metrics import MetricsFile
 from training.rendezvous import store_of_attempt
 
 from sharded_bf16_adamw import latest
@@ -62,7 +64,7 @@ def test_run_without_a_checkpoint_says_that_it_starts_again(tmp_path, capsys):
 
 
 def test_second_run_into_one_directory_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(resume, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(out_dir, "LOCK_WAIT_S", 0.2)
     lock = RootLock(tmp_path)
     assert run("--out", tmp_path, "--steps 1") == 2
     message = f"error: --out {tmp_path} is in use: process {os.getpid()} on "
@@ -140,16 +142,16 @@ def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypa
     options = f"--preset nano --strategy {strategy} --grad-accum 3 --steps 4 --eval-every 2"
     assert run("--out", tmp_path / "whole", options) == 0
     calls = 0
-    real = train.compute_loss
+    real = step.compute_loss
 
     def compute_loss(module, batch):
         nonlocal calls
-        calls += module.training and train.torch.is_grad_enabled()
+        calls += module.training and torch.is_grad_enabled()
         if calls == 8:  # the second of the third step
             os.kill(os.getpid(), signal.SIGTERM)
         return real(module, batch)
 
-    monkeypatch.setattr(train, "compute_loss", compute_loss)
+    monkeypatch.setattr(step, "compute_loss", compute_loss)
     assert run("--out", tmp_path / "stopped", options) == STOPPED
     assert "stopped at step 2" in capsys.readouterr().out and calls == 8
     assert run("--out", tmp_path / "stopped", options) == 0
@@ -160,14 +162,14 @@ def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypa
 def test_stop_in_an_evaluation_is_made_up_for_by_the_resumed_run(tmp_path, monkeypatch, after):
     options = "--preset nano --steps 4 --eval-every 2 --save-every 2"
     assert run("--out", tmp_path / "whole", options) == 0
-    real = train.held_out_loss
+    real = evaluation.held_out_loss
 
     def held_out_loss(run):
         if run.step == after:
             os.kill(os.getpid(), signal.SIGHUP)
         return real(run)
 
-    monkeypatch.setattr(train, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(evaluation, "held_out_loss", held_out_loss)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     try:
         assert run("--out", tmp_path / "stopped", options) == STOPPED
@@ -183,11 +185,12 @@ HANGING_SAVE = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import train
+from training import saving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 def save(*_):
     print("saving", flush=True)
     time.sleep(600)
-train.save = save
+saving.save = save
 sys.exit(train.main())
 """
 
@@ -195,7 +198,7 @@ sys.exit(train.main())
 @pytest.mark.parametrize(
     ("signals", "grace", "code", "message"),
     [
-        ((signal.SIGUSR1,), 2, STOPPED, "--grace 2 s is over before the last save"),
+        ((signal.SIGUSR1,), 2, STOPPED, "--grace 2 s is over in the save of step 1"),
         ((signal.SIGINT, signal.SIGINT), 600, 130, "aborted; the last complete checkpoint counts"),
     ],
 )
@@ -254,8 +257,6 @@ def test_unwritable_metrics_are_an_error_at_the_start(tmp_path, capsys):
 class FullDisk:
     """A file that takes half of its third line, and nothing for three lines after it."""
 
-    name = "metrics.jsonl"
-
     def __init__(self, file):
         self.file, self.calls = file, 0
 
@@ -272,19 +273,18 @@ class FullDisk:
 
 
 def test_full_disk_costs_lines_of_metrics_but_no_training(tmp_path, capsys, monkeypatch):
-    real = train.open_metrics
-
-    def open_metrics(run):
-        metrics = real(run)
+    def open_metrics(*args):
+        metrics = MetricsFile(*args)
         metrics.file = FullDisk(metrics.file)
         return metrics
 
-    monkeypatch.setattr(train, "open_metrics", open_metrics)
+    monkeypatch.setattr(reporters, "MetricsFile", open_metrics)
     options = "--preset nano --steps 8 --eval-every 8"
     assert run("--out", tmp_path, options) == 0
     assert [line["step"] for line in curve(tmp_path)] == [0, 1, 6, 7, 8, 8]
     assert re.fullmatch(
-        r"\nnote: metrics.jsonl cannot be written \(No space left on device\)[^\n]*\n",
+        rf"note: {tmp_path}/metrics.jsonl: No space left on device; training goes on, what it "
+        r"gets from step 2 on may be lost\n",
         capsys.readouterr().err,
     )
 

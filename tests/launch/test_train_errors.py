@@ -13,7 +13,7 @@ import torch.distributed as dist
 import train
 from training.errors import UsageError
 from training.options import parse_args
-from training.strategies import on_all_ranks
+from training.world import on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
 
@@ -27,6 +27,11 @@ def write(path: Path, size: int) -> Path:
     return path
 
 
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
 # Arguments for a temporary directory, and a regular expression of the message.
 ERRORS = {
     "missing data": (
@@ -37,7 +42,7 @@ ERRORS = {
         lambda t: f"--data {write(t / 'short', 20)}",
         "short holds 20 bytes, too few for --seq-len 16: give at least 170",
     ),
-    "empty data": (lambda t: "--data=", "--data is empty: give a file or a folder"),
+    "empty data": (lambda t: "--data=", "--data: the value is empty; see --help."),
     "binary data": (lambda t: f"--data {sys.executable}", "holds a binary file, not text"),
     "missing checkpoint": (
         lambda t: f"--resume {t / 'none'}",
@@ -54,7 +59,7 @@ ERRORS = {
     "unknown option": (lambda t: "--stpes 4", "unrecognized arguments: --stpes 4"),
     "unknown preset": (lambda t: "--preset huge", "invalid choice: 'huge'"),
     "no steps": (lambda t: "--steps 0", "--steps: 0 is not a positive number"),
-    "not a number": (lambda t: "--steps many", "--steps: invalid positive value: 'many'"),
+    "not a number": (lambda t: "--steps many", "--steps: many is not a whole number"),
     "bad beta": (lambda t: "--betas 0.9 1.5", "Invalid beta parameter at index 1: 1.5"),
     "bad weight decay of torch's": (
         lambda t: "--optimizer torch-fp32 --weight-decay -1",
@@ -67,6 +72,21 @@ ERRORS = {
     ),
     "negative clip": (lambda t: "--clip -1", "--clip: -1 is not a number of at least 0"),
     "NaN clip": (lambda t: "--clip nan", "--clip: nan is not a number of at least 0"),
+    "infinite lr": (lambda t: "--lr inf", "--lr: inf is not a number of at least 0"),
+    "abbreviation": (lambda t: "--warm 5", "unrecognized arguments: --warm 5"),
+    "huge seed": (lambda t: f"--seed {1 << 32}", "--seed: 4294967296 is not below 2.32"),
+    "no initial weights": (lambda t: "--init-from=", "--init-from: the value is empty"),
+    "moments of nothing": (lambda t: "--init-moments", "--init-moments needs --init-from"),
+    "export of a preset": (lambda t: "--export-hf float32", "--export-hf needs --model"),
+    "missing config": (lambda t: f"--config {t / 'none'}", "--config .*/none cannot be read"),
+    "unwritable config": (
+        lambda t: f"--out {folder(t / 'out/config.toml').parent}",
+        "out/config.toml cannot be written .Is a directory.",
+    ),
+    "unwritable checkpoints": (
+        lambda t: f"--out {write(folder(t / 'other') / 'checkpoints', 1).parent}",
+        "--out .*/other cannot be used .File exists: .*/other/checkpoints.",
+    ),
     "unknown back end": (lambda t: "--optimizer-backend abacus", "Invalid backend: 'abacus'"),
 }
 
@@ -176,10 +196,45 @@ def test_changed_seed_is_noted_on_resume(tmp_path, capsys):
     assert "note: the schedule jumps: the learning rate of the next step is " in err
 
 
-def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path):
-    code, _, err = finish(start(2, "--data /no/such/text", "--out", tmp_path))
-    assert code != 0
-    assert len(re.findall(r"^error: --data /no/such/text cannot be read", err, re.MULTILINE)) == 1
+def test_operational_changes_are_noted_and_stored_but_not_by_a_refused_run(tmp_path, capsys):
+    stored = tmp_path / "config.toml"
+    assert run("--out", tmp_path, "--steps 2") == 0
+    assert "\nkeep = 2\n" in stored.read_text() and stored.read_text().count("\n") > 30
+    assert f"\noptions, also in {stored}:\n  preset=" in capsys.readouterr().out
+    assert run("--out", tmp_path, "--steps 2 --lr 0.01 --keep 5") == 2
+    assert "\nkeep = 2\n" in stored.read_text()
+    capsys.readouterr()
+    assert run("--out", tmp_path, "--steps 2 --keep 3 --no-async-save") == 0
+    note = (
+        "note: changed since the checkpoint: --async-save was True, now False; --keep was 2, now 3"
+    )
+    assert capsys.readouterr().err == f"{note}\n"
+    assert "\nkeep = 3\n" in stored.read_text()
+
+
+def test_stored_configuration_continues_or_repeats_its_run(tmp_path, capsys):
+    options = "--preset nano --steps 3 --lr 0.002 --betas 0.8 0.9 --save-every 2 --seed 7"
+    assert run("--out", tmp_path / "a", options) == 0
+    config = tmp_path / "a/config.toml"
+    capsys.readouterr()
+    assert train.main(["--config", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert "steps 3 to 3" in printed.out and printed.err == ""
+    assert train.main(["--config", str(config), "--out", str(tmp_path / "b")]) == 0
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data /no/such/text", "--data /no/such/text cannot be read"),
+        ("--config /no/such/file", "--config /no/such/file cannot be read"),
+    ],
+)
+def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path, arguments, message):
+    code, _, err = finish(start(2, arguments, "--out", tmp_path))
+    assert code == 2
+    assert len(re.findall(rf"^error: {message}", err, re.MULTILINE)) == 1
     assert 'launch/train.py", line' not in err, "no stack trace of the script"
 
 

@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 import train
 from torch.distributed.tensor import DTensor
-from training import spikes
+from training import spikes, step
 from training.data import Text
-from training.metrics import Metrics, read_metrics
+from training.metrics import MetricsFile, read_metrics
+from training.run import Run
+from training.saving import state_is_finite
 
-from sharded_bf16_adamw import latest, verify
+from sharded_bf16_adamw import AdamW_BF16, latest, verify
 
 from .train_runs import OPTIMIZERS, run
 
@@ -58,7 +60,7 @@ def saved_steps(out_dir: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in (out_dir / "checkpoints").glob("step-*"))
 
 
-def local_weights(run: train.Run) -> list[torch.Tensor]:
+def local_weights(run: Run) -> list[torch.Tensor]:
     return [
         (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
         for p in run.optimizer.param_groups[0]["params"]
@@ -76,7 +78,7 @@ class FaultyLoss:
         self._steps, self._fault, self._step = steps, fault, -1
         self._patches = [
             mock.patch.object(Text, "batch", self._wrap_batch(Text.batch)),
-            mock.patch.object(train, "compute_loss", self._wrap_loss(train.compute_loss)),
+            mock.patch.object(step, "compute_loss", self._wrap_loss(step.compute_loss)),
             mock.patch.object(train, "update", self._wrap_update(train.update)),
         ]
 
@@ -196,7 +198,7 @@ def test_spike_is_skipped_and_counted_also_by_a_resumed_run(tmp_path, capsys, mo
         assert {**new, "tokens_per_s": 0} == {**old, "tokens_per_s": 0}
 
 
-def weight(run: train.Run) -> torch.Tensor:
+def weight(run: Run) -> torch.Tensor:
     return run.optimizer.param_groups[0]["params"][0]
 
 
@@ -213,7 +215,7 @@ def corrupting_update(step: int, part: str, on_this_rank: bool) -> Any:
     """
     real = train.update
 
-    def update(run: train.Run, loss: float) -> float:
+    def update(run: Run, loss: float) -> float:
         norm = real(run, loss)
         if run.step == step and on_this_rank:
             tensor = PARTS[part](run)
@@ -279,7 +281,7 @@ def test_all_ranks_end_if_one_has_diverged(tmp_path):
 def flip_bit_on_rank_1(rank: int, world_size: int, out_dir: str) -> int:
     real = train.update
 
-    def update(run: train.Run, loss: float) -> float:
+    def update(run: Run, loss: float) -> float:
         norm = real(run, loss)
         if rank == 1 and run.step == 1:  # 0-based: the second step
             next(run.model.parameters()).data.view(-1)[:1].view(torch.int16).bitwise_xor_(1)
@@ -303,23 +305,23 @@ def test_state_is_finite_checks_every_weight_and_state(value, part):
         for shape, dtype in (((0,), torch.bfloat16), ((5, 3), torch.bfloat16))
     ]
     params.append(torch.nn.Parameter(torch.ones(2)))
-    optimizer = train.AdamW_BF16(params, lr=0.1)
+    optimizer = AdamW_BF16(params, lr=0.1)
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
     optimizer.state[params[1]]["counts"] = torch.ones(3, dtype=torch.int64)  # as FlashAdamW
-    assert train.state_is_finite(optimizer)
+    assert state_is_finite(optimizer)
     with torch.no_grad():
         (params[1] if part is None else optimizer.state[params[1]][part])[4, 1] = value
-    assert not train.state_is_finite(optimizer)
+    assert not state_is_finite(optimizer)
 
 
 def test_metrics_rewrites_nonfinite_values_of_an_old_file_as_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN, "lr": 0.1}\n{"step": 1, "held_out_loss": Infinity}\n')
-    metrics = Metrics(path, start=1, steps=5, bar=False)
-    metrics.evaluation(2, -math.inf)
-    metrics.close()
+    metrics = MetricsFile(path, start=1)
+    metrics.log(2, {"held_out_loss": -math.inf})
+    metrics.close(failed=False)
     assert strict_lines(tmp_path) == read_metrics(path)
     assert read_metrics(path) == [
         {"step": 1, "loss": None, "lr": 0.1},

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from training.data import Text
 from training.errors import STOPPED
-from training.metrics import Metrics, read_metrics
+from training.metrics import MetricsFile, read_metrics
 
 from sharded_bf16_adamw import latest, verify
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
@@ -263,9 +263,9 @@ def test_metrics_drops_incomplete_lines_and_steps_that_a_resumed_run_repeats(tmp
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 0, "held_out_loss": 5}\n{"step": 1, "loss": 4}\n{"step": 2, "loss": 3}\n'
-        '{"step": 3, "lo'
+        '[]\n3\n{}\n{"step": 3, "lo'
     )
-    Metrics(path, start=1, steps=5, bar=False).close()
+    MetricsFile(path, start=1).close(failed=False)
     assert [line["step"] for line in read_metrics(path)] == [0, 1]
-    Metrics(path, start=0, steps=5, bar=False).close()
+    MetricsFile(path, start=0).close(failed=False)
     assert read_metrics(path) == [], "a run from scratch begins a new file"

@@ -4,7 +4,7 @@ import distributed
 import pytest
 from bench import loop
 from training.model import Config
-from training.strategies import World
+from training.world import World
 
 CONFIG = Config(4, 64, 2, 176, 16, 2, 0, 1e-3)
 

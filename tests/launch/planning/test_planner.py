@@ -11,7 +11,6 @@ import distributed
 import plan as command
 import pytest
 import torch
-import train
 import training.model
 from planning.live import LiveBytes
 from planning.memory import gradients, phases, states, weights
@@ -21,6 +20,8 @@ from planning.traffic import sent_bytes
 from torch.distributed.tensor import DTensor
 from training.model import PRESETS, Config
 from training.options import parse_args
+from training.setup import set_up
+from training.step import backward, update
 from training.supervisor import Supervisor
 
 LAYERS = 4
@@ -52,7 +53,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
         mock.patch.object(training.model, "has_fast_bf16", return_value=True),
     ):
         arguments = parse_args(f"{options} {paths} {fixed}".split())
-        with train.set_up(arguments, Supervisor()) as run:
+        with set_up(arguments, Supervisor()) as run:
             params = list(run.module.parameters())
             live = LiveBytes()
             for step in range(3):
@@ -60,7 +61,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
                 with live:
                     live.collectives.clear()
                     live.reset_peak()
-                    loss = float(train.backward(run))
+                    loss = float(backward(run))
                     if strategy == "zero2":
                         run.optimizer._sharding.reduce_grads()
                         grads = run.optimizer._sharding.local_grads(params)
@@ -68,7 +69,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
                         grads = [param.grad for param in params if param.grad is not None]
                     gradient_bytes = nbytes(grads)
                     del grads
-                    train.update(run, loss)
+                    update(run, loss)
     return {
         "weights": nbytes(params),
         "gradients": gradient_bytes,
@@ -184,7 +185,7 @@ def test_config_of_hugging_face_is_planned(tmp_path, capsys):
     ("arguments", "message"),
     [
         ("--world-size 0", "0 is not a positive number"),
-        ("--memory nan", "--memory nan is not a positive number"),
+        ("--memory nan", "--memory: nan is not a positive number"),
         ("--preset nano --strategy tp --world-size 3", "the 2 heads do not divide into 3"),
         ("--strategy hsdp --world-size 3", "but there are 3: start an even number"),
         ("--strategy ddp --world-size 4 --batch-size 6", "--batch-size 6 does not divide into 4"),

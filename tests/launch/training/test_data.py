@@ -223,11 +223,6 @@ def test_folder_that_is_no_data_is_an_error(tmp_path, files, message):
         load(tmp_path)
 
 
-def test_empty_path_is_not_the_current_directory():
-    with pytest.raises(UsageError, match="--data is empty: give a file or a folder"):
-        find_files("")
-
-
 def test_caches_of_python_are_no_text(tmp_path):
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_bytes(b"\0" * 100)

@@ -91,15 +91,14 @@ def test_resume_continues_the_run_and_does_not_start_again(tmp_path, first):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
-            "none",
-            "there is no .*none/model.safetensors|there is no .*none; give a safetensors file",
-        ),
+        ("none", "--init-from .*/none does not exist: give a checkpoint, a run, or a folder"),
+        ("other/hf", "there is no .*/other/hf/model.safetensors"),
         ("other", "is of another model or optimizer: "),
     ],
 )
 def test_unusable_weights_are_one_sentence(tmp_path, capsys, source, message):
     assert run("--out", tmp_path / "other", "--preset nano --vocab-size 300 --steps 1") == 0
+    (tmp_path / "other/hf").mkdir()
     capsys.readouterr()
     arguments = (NANO, "--steps 1 --init-from", tmp_path / source)
     assert run("--out", tmp_path / "new", *arguments) == 2

@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from training import setup
 from training.metrics import read_metrics
 from training.model import GPT, PRESETS
 from training.options import parse_args
+from training.step import backward, compute_loss, update
 from training.supervisor import Supervisor
 
 from sharded_bf16_adamw.sharding.zero.param import ZeroParam
@@ -176,7 +178,7 @@ class CountReductions(TorchDispatchMode):
 def set_up(out_dir, strategy, options):
     """Return a context with a run of 12 sequences per step."""
     options = f"--out {out_dir} --strategy {strategy} --batch-size 12 {options}"
-    return train.set_up(parse_args(command_line(options)), Supervisor())
+    return setup.set_up(parse_args(command_line(options)), Supervisor())
 
 
 def count_reductions(rank, world_size, root, strategy):
@@ -191,7 +193,7 @@ def count_reductions(rank, world_size, root, strategy):
             for step in range(3):
                 run.step = step
                 with CountReductions() as reductions:
-                    train.update(run, float(train.backward(run)))
+                    update(run, float(backward(run)))
         counts.append(reductions.count)
     return counts
 
@@ -243,11 +245,11 @@ def compare_accumulation(rank, world_size, out_dir, strategy, dtype):
         model.init_weights(args.seed)
         sums = {}
         for batch in run.text.batch(args.seed, 0, 12)[run.world.batch_slice].chunk(3):
-            (train.compute_loss(model, batch) / 3).backward()
+            (compute_loss(model, batch) / 3).backward()
             for name, p in model.named_parameters():
                 sums[name] = sums[name] + p.grad.to(dtype) if name in sums else p.grad.to(dtype)
                 p.grad = None
-        train.backward(run)
+        backward(run)
         different = []
         for name, found in full_gradients(run).items():
             mean = sums[name].float()

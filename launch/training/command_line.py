@@ -1,0 +1,132 @@
+"""Command lines of ``launch/``: types of arguments, and errors of use in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from training.errors import FAILED, WRONG_USAGE, RunError, UsageError
+from training.rendezvous import local_rank, rank
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises its errors as UsageError, and takes no abbreviations of options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help.")
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Return the exit code of a command; print its error once, not on every rank."""
+    try:
+        return command()
+    except (UsageError, RunError) as error:
+        # Before the ranks have joined, another machine may lack what this one has.
+        if rank() == 0 or (local_rank() == 0 and not dist.is_initialized()):
+            print(f"error: {error}", file=sys.stderr)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+
+
+def positive(text: str) -> int:
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def nonnegative(text: str) -> float:
+    value = _number(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = _number(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def finite(text: str) -> float:
+    value = _number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
+
+
+def seed(text: str) -> int:
+    value = count(text)
+    if value >= 1 << 32:  # numpy's limit
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^32")
+    return value
+
+
+def nonempty(text: str) -> str:
+    """Return a name or path; an unset variable of a shell must not be taken for no option."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("the value is empty" if not text else "it has a NUL byte")
+    return text
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file, so that no long run ends without its output; make its folder."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
+    output_folder(str(path.parent))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written (Permission denied)")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """Return the path of a folder that can be written to; make it if it does not exist."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"the folder {path} cannot be made ({error.strerror})"
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"the folder {path} cannot be written to")
+    return path
+
+
+def is_installed(module: str) -> bool:
+    """Return True if a module can be imported; a folder of its name does not count."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,36 @@
+"""Checks after a step that end a run whose training cannot continue."""
+
+from __future__ import annotations
+
+from sharded_bf16_adamw import AdamW_BF16
+from training.errors import DivergedError
+from training.run import Run
+
+
+def check_nonfinite(run: Run) -> None:
+    """Raise DivergedError after ``--max-nonfinite`` consecutive non-finite steps."""
+    if run.args.max_nonfinite and run.consecutive_nonfinite >= run.args.max_nonfinite:
+        raise DivergedError(
+            f"the loss or gradient norm was not finite in {run.consecutive_nonfinite} consecutive "
+            f"steps, up to step {run.step}: {recovery_hint(run)}."
+        )
+
+
+def check_replicas(run: Run) -> None:
+    """Every ``--check-replicas``: raise DivergedError if weights or states of ranks differ."""
+    every = run.args.check_replicas
+    if every and run.step % every == 0 and isinstance(run.optimizer, AdamW_BF16):
+        try:
+            run.optimizer.check_replicas()
+        except RuntimeError as error:
+            raise DivergedError(f"at step {run.step}, {error}") from error
+
+
+def recovery_hint(run: Run) -> str:
+    """Say how to continue after training has diverged."""
+    if run.saved is None:
+        return "no checkpoint was saved; start again with a lower --lr"
+    return (
+        f"the last good checkpoint is {run.saved}; "
+        f"continue with --resume {run.saved} and a lower --lr"
+    )

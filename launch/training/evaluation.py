@@ -1,0 +1,37 @@
+"""Evaluation on held-out data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from training.reporters import Reporters
+from training.run import Run
+from training.step import compute_loss
+from training.world import all_reduce_mean
+
+
+def is_evaluation_due(run: Run) -> bool:
+    return run.step % run.args.eval_every == 0 or run.step == run.args.steps
+
+
+@torch.no_grad()
+def held_out_loss(run: Run) -> float:
+    """Return the mean loss over the held-out windows, which all ranks share."""
+    args, world = run.args, run.world
+    total = torch.zeros((), device=world.device)
+    for index in range(args.eval_batches):
+        run.supervisor.stop_if_requested()
+        run.supervisor.beat(f"the evaluation after step {run.step}")
+        batch = run.text.held_out_batch(index, args.eval_batches, args.batch_size)
+        local = batch[world.batch_slice].to(world.device)
+        total += compute_loss(run.module, local) / args.eval_batches
+    return all_reduce_mean(world, total)[0]
+
+
+def evaluate(run: Run, reporters: Reporters) -> None:
+    loss = held_out_loss(run)
+    run.evaluated_step, run.held_out_loss = run.step, loss
+    run.last_is_finite = run.last_is_finite and math.isfinite(loss)
+    reporters.log(run.step, {"held_out_loss": loss})

@@ -1,0 +1,63 @@
+"""The folder ``--out``: one run at a time, and its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import time
+from pathlib import Path
+
+from sharded_bf16_adamw.checkpoint.root_lock import RootLock, lock_if_possible
+from training.config import STORED, to_toml
+from training.errors import UsageError
+
+# Linux kills the workers of a dead torchrun, but freeing their memory takes a while.
+LOCK_WAIT_S = 10.0
+
+
+def lock_out_dir(args: argparse.Namespace) -> RootLock | None:
+    """Create ``--out`` and its ``checkpoints``, and lock it; None if its file system has no locks.
+
+    Raises:
+        UsageError: another run uses it, or it cannot be written to.
+    """
+    out_dir = Path(args.out)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    try:
+        checkpoints = out_dir / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if not os.access(checkpoints, os.W_OK):  # not after the first steps
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints))
+        while True:
+            try:
+                return lock_if_possible(out_dir)
+            except RuntimeError as error:
+                if time.monotonic() > deadline:
+                    raise UsageError(f"--out {out_dir} is in use: {error}.") from None
+            time.sleep(0.1)
+    except OSError as error:
+        raise UsageError(
+            f"--out {out_dir} cannot be used ({error.strerror}: {error.filename}): "
+            "give a directory that you may read and write."
+        ) from None
+
+
+def store_config(args: argparse.Namespace) -> Path:
+    """Write the configuration to ``config.toml`` in ``--out``.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    path = Path(args.out) / STORED
+    replacement = path.with_name(f".{path.name}.new")
+    try:
+        # A path that is not UTF-8 cannot be in TOML.
+        replacement.write_text(to_toml(args), encoding="utf-8", errors="replace")
+        replacement.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}): make it writable, free space, or give "
+            "another --out."
+        ) from error
+    return path

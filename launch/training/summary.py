@@ -1,0 +1,94 @@
+"""What a run prints when it ends."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from training.run import Run
+
+
+def print_summary(run: Run, stopped: bool) -> None:
+    """Print how the run ended. Collective."""
+    state_bytes = optimizer_state_bytes(run.optimizer, run.world.device)
+    if run.world.rank != 0:
+        return
+    assert run.saved is not None
+    if stopped:
+        print(
+            f"stopped at step {run.step}, saved {run.saved}; the same command continues",
+            flush=True,
+        )
+        return
+    print(
+        summary(
+            held_out_loss=run.held_out_loss,
+            state_bytes=state_bytes,
+            parameters=run.parameters,
+            world_size=run.world.size,
+            # The median, since the first steps also compile and load kernels.
+            step_seconds=statistics.median(run.step_seconds or [0.0]),
+            out_dir=run.out_dir,
+            checkpoint=run.saved,
+            nonfinite_steps=run.nonfinite_steps,
+            skipped=run.args.skip_nonfinite,
+            spikes=run.spikes.skipped if run.args.skip_spikes else None,
+        )
+    )
+
+
+def optimizer_state_bytes(
+    optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, int]:
+    """Return the bytes of optimizer state on this rank, and their sum over all ranks. Collective.
+
+    A DTensor counts with its local shard, a quantized tensor of torchao with its parts.
+    """
+    # Not every entry of optimizer.state need be a parameter's dict.
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    local_bytes = sum(part.nbytes for x in local for part in parts_of(x))
+    total = torch.tensor(local_bytes, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return local_bytes, int(total)
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a tensor subclass wraps, or the tensor itself."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+
+
+def summary(
+    *,
+    held_out_loss: float,
+    state_bytes: tuple[int, int],
+    parameters: int,
+    world_size: int,
+    step_seconds: float,
+    out_dir: Path,
+    checkpoint: Path,
+    nonfinite_steps: int,
+    skipped: bool,
+    spikes: int | None,
+) -> str:
+    """Return the lines that a finished run prints."""
+    local, total = state_bytes
+    return "\n".join(
+        (
+            f"held-out loss         {held_out_loss:.4f} nats per token",
+            f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
+            f"{total / parameters:.2f} per parameter",
+            f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",
+            f"non-finite steps      {nonfinite_steps}"
+            f"{', skipped' if nonfinite_steps and skipped else ''}",
+            *([] if spikes is None else [f"spikes                {spikes}, skipped"]),
+            f"metrics               {out_dir / 'metrics.jsonl'}",
+            f"checkpoint            {checkpoint}",
+        )
+    )
