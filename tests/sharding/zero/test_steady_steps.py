@@ -490,7 +490,8 @@ def stage_1_worker(rank, world):
             optimizer.step(zero_grad=True)
         exchanges.append([name for name in calls if name in (FULL, "any_rank")])
     steady, full, both = ["any_rank"], [FULL], ["any_rank", FULL]
-    assert exchanges == [full, full, steady, steady, steady, both, full, full, both, full]
+    assert exchanges[0] == full * 2, "also whether somebody averages"
+    assert exchanges[1:] == [full, steady, steady, steady, both, full, full, both, full]
     return collect(model, optimizer)
 
 
