@@ -284,7 +284,7 @@ def test_full_disk_costs_lines_of_metrics_but_no_training(tmp_path, capsys, monk
     assert [line["step"] for line in curve(tmp_path)] == [0, 1, 6, 7, 8, 8]
     assert re.fullmatch(
         rf"note: {tmp_path}/metrics.jsonl: No space left on device; training goes on, what it "
-        r"gets from step 2 on may be lost\n",
+        r"gets from step 3 on may be lost\n",
         capsys.readouterr().err,
     )
 
