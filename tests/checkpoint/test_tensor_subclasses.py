@@ -96,7 +96,7 @@ def test_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
     assert not (tmp_path / "out").exists()
     gather_full_state_dict(model, optimizer)
     with pytest.raises(
-        ValueError, match="base is a Quantised; import first, and quantise the model then"
+        ValueError, match="base is a Quantised; import first, and quantise the model afterwards"
     ):
         import_fp32(
             {
