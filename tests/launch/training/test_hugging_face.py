@@ -222,7 +222,7 @@ ERRORS: dict[str, tuple[Any, str]] = {
     ),
     "export of a preset": (lambda f, t: "--export-hf float32", "--export-hf needs --model"),
     "moments of a folder": (
-        lambda f, t: f"--model {f} --init-moments",
+        lambda f, t: f"--model {f} --init-from {f} --init-moments",
         "--init-moments needs a checkpoint, but --init-from .* is none",
     ),
 }
