@@ -103,6 +103,14 @@ def test_blocks_keep_their_lines():
             assert not (code and line.startswith("-"))
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_pages_beside_the_site_exist(repo, page):
+    """The site's own are checked when it is built."""
+    links = re.findall(r"\]\(([^)#\s]+)", (repo / page).read_text())
+    missing = [link for link in links if "://" not in link and not (repo / link).exists()]
+    assert links and not missing
+
+
 def test_site_shows_no_roles(repo):
     spec = importlib.util.spec_from_file_location("hooks", repo / "docs/hooks.py")
     hooks = importlib.util.module_from_spec(spec)
