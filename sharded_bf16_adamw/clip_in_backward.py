@@ -87,7 +87,7 @@ class PreviousStepClip:
 
         Cached per device, because several streams read it.
         """
-        sum_sq = _previous_sum_sq(self._groups)
+        sum_sq = previous_sum_sq(self._groups)
         if sum_sq is not None and device not in self._scales:
             on_device = sum_sq.to(double_device(device))
             _, scale, found_inf = clip_coefficient(on_device, self._max_norm, self._backend)
@@ -124,11 +124,11 @@ class PreviousStepClip:
 
 def previous_grad_norm(groups: list[dict[str, Any]]) -> Tensor | None:
     """Return the global norm of the last step's gradients, 0-dim float32, if it is known."""
-    sum_sq = _previous_sum_sq(groups)
+    sum_sq = previous_sum_sq(groups)
     return None if sum_sq is None else sum_sq.sqrt().float()
 
 
-def _previous_sum_sq(groups: list[dict[str, Any]]) -> Tensor | None:
+def previous_sum_sq(groups: list[dict[str, Any]]) -> Tensor | None:
     """Return the sum of squares of the last step's gradients, 0-dim float64, if any."""
     sums = (group.get(_PREVIOUS) for group in groups)
     found = next((total for total in sums if total is not None), None)
