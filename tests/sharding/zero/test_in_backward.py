@@ -225,7 +225,9 @@ def micro_batches_worker(rank, world, how, static_graph):
 )
 def test_micro_batches(how, static_graph, expected):
     for updates in run_ranks(2, micro_batches_worker, how, static_graph):
-        assert (updates >= LAYERS - 1) if expected else (updates == 0)
+        # without static_graph, step() reduces and updates the closing bucket
+        least = LAYERS - 1 if static_graph else LAYERS - 2
+        assert (updates >= least) if expected else (updates == 0)
 
 
 def shared_worker(rank, world):
@@ -331,7 +333,8 @@ def test_live_gradients_are_those_of_a_bucket_and_a_parameter(world):
     for outside, in_flight in run_ranks(world, memory_worker):
         padded = -(-WIDTH // world) * world / WIDTH
         assert LAYER_BYTES < outside < 1.05 * (2 * LAYER_BYTES * padded + LAYER_BYTES)
-        assert in_flight <= 2 * LAYER_BYTES * padded
+        flags = 2 * world  # a bf16 element for each rank in the closing bucket
+        assert in_flight <= 2 * LAYER_BYTES * padded + flags
 
 
 def order_worker(rank, world):
