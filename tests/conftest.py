@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 # The launch scripts are not installed, and tests import the helpers of this directory.
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
+# Workers of pytest-xdist run torchrun at the same time: each needs a port of its own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["PET_MASTER_PORT"] = str(29500 + int(worker.removeprefix("gw")))
 
 
 @pytest.fixture(scope="session")
