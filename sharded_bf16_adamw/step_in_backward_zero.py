@@ -50,7 +50,7 @@ class ZeroStepInBackward(StepInBackward):
 
     @property
     def is_accumulating(self) -> bool:
-        """Whether the backward pass runs inside ``accumulate()``."""
+        """Return True if the backward pass runs inside ``accumulate()``."""
         return self._is_accumulating
 
     # --------------------------------------------------------------------- during the backward pass

@@ -1,4 +1,4 @@
-"""What a run needs before its first step."""
+"""Set up a run before its first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints when it ends."""
+"""Print how a run ended."""
 
 from __future__ import annotations
 

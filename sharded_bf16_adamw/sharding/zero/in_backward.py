@@ -64,11 +64,11 @@ class Updates(Protocol):
 
     @property
     def is_accumulating(self) -> bool:
-        """Whether the backward pass runs inside ``accumulate()``."""
+        """Return True if the backward pass runs inside ``accumulate()``."""
 
     @property
     def has_accumulated(self) -> bool:
-        """Whether ``accumulate()`` was entered since the last step."""
+        """Return True if ``accumulate()`` was entered since the last step."""
 
     def on_grad_ready(self, param: Tensor) -> None:
         """Note that ``param.grad`` is final, unless accumulating. Raise for a second one."""
@@ -143,7 +143,7 @@ class Stage2InBackward(Stage2):
 
     @property
     def _promised(self) -> GradReport | None:
-        """What ``static_graph`` promises of this step, once it does."""
+        """Return the report that ``static_graph`` promises of this step; None before it does."""
         expected = self._exchange.expected
         return expected.agreed if self._policy.static_graph and expected is not None else None
 

@@ -13,7 +13,7 @@ from .reduce_scatter import PendingReduce
 
 
 class Exchange(NamedTuple):
-    """What this rank reported in an exchange, and what the ranks agreed on."""
+    """This rank's report in an exchange, and the result that all ranks agreed on."""
 
     own: GradReport
     agreed: GradReport

@@ -1,4 +1,4 @@
-"""What the commands of launch/ have in common: types of arguments, and errors printed once."""
+"""Types of arguments and errors printed once, which all commands of launch/ share."""
 
 from __future__ import annotations
 
