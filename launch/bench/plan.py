@@ -41,7 +41,7 @@ from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_obj
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.utils.serialization import config
-from training.command_line import Parser, output_file, positive
+from training.command_line import Parser, output_file, output_folder, positive
 from training.errors import UsageError
 
 from sharded_bf16_adamw import AdamW_BF16, wait_for_save
@@ -72,7 +72,12 @@ def main(argv: list[str]) -> int:
         default=1200,
         help="tensors in the checkpoint, five for each parameter (default: 1200)",
     )
-    parser.add_argument("--metadata", metavar="FOLDER", help="copy the metadata of the saves here")
+    parser.add_argument(
+        "--metadata",
+        type=output_folder,
+        metavar="FOLDER",
+        help="copy the metadata of the saves here",
+    )
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the figures to this file"
     )
@@ -86,7 +91,7 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             figures, paths = simulate(model, optimizer, args.ranks, Path(folder))
             for path in paths if args.metadata else ():
-                shutil.copy(path / METADATA, Path(args.metadata) / path.name)
+                shutil.copy(path / METADATA, args.metadata / path.name)
     finally:
         dist.destroy_process_group()
     for name, value in figures.items():

@@ -94,6 +94,13 @@ def seed(text: str) -> int:
     return value
 
 
+def vocab_size(text: str) -> int:
+    value = positive(text)
+    if value > 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text} is above 2^32, the values of a uint32 token id")
+    return value
+
+
 def nonempty(text: str) -> str:
     """Return a name or path; an unset variable of a shell must not be taken for no option."""
     if not text or "\0" in text:

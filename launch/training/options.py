@@ -19,6 +19,7 @@ from training.command_line import (
     nonnegative,
     positive,
     seed,
+    vocab_size,
 )
 from training.config import read_config
 from training.errors import UsageError
@@ -175,7 +176,7 @@ def _add_data(add: Callable[..., Any]) -> None:
     )
     add(
         "--vocab-size",
-        type=positive,
+        type=vocab_size,
         metavar="N",
         help="token ids of a preset, for .bin files (default: 256, the values of a byte)",
     )

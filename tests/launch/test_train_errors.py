@@ -75,6 +75,10 @@ ERRORS = {
     "infinite lr": (lambda t: "--lr inf", "--lr: inf is not a number of at least 0"),
     "abbreviation": (lambda t: "--warm 5", "unrecognized arguments: --warm 5"),
     "huge seed": (lambda t: f"--seed {1 << 32}", "--seed: 4294967296 is not below 2.32"),
+    "huge vocabulary": (
+        lambda t: f"--vocab-size {(1 << 32) + 1}",
+        "--vocab-size: 4294967297 is above 2.32, the values of a uint32 token id",
+    ),
     "no initial weights": (lambda t: "--init-from=", "--init-from: the value is empty"),
     "moments of nothing": (lambda t: "--init-moments", "--init-moments needs --init-from"),
     "export of a preset": (lambda t: "--export-hf float32", "--export-hf needs --model"),
