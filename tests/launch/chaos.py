@@ -205,6 +205,7 @@ def soak(
     step_timeout: float,
     patience: float,
     seed: int,
+    events_per_run: int | None = None,
 ) -> Counter[str]:
     """Disturb runs of ``steps`` steps by all ``events``; return how often each happened."""
     source = random.Random(seed)
@@ -220,7 +221,7 @@ def soak(
         job = Job(folder / f"run-{number}", *common)
         job.world_sizes = sizes[:1] if is_fixed else sizes
         job.start()
-        while queue:
+        while queue and job.events.total() != events_per_run:
             count = job.events.total()
             if not job.disturb(queue[0]):
                 break
@@ -242,6 +243,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--events", type=int, default=40, help="default: %(default)s")
+    add(
+        "--events-per-run",
+        type=int,
+        default=10,
+        help="then the run is left to end (default: %(default)s)",
+    )
     add("--steps", type=int, default=200, help="of each run (default: %(default)s)")
     add("--sizes", type=int, nargs="+", default=[4, 3, 2], help="processes (default: 4 3 2)")
     add("--step-timeout", type=float, default=10.0, help="default: %(default)g")
@@ -252,7 +259,8 @@ def main() -> None:
     events = [source.choice(EVENTS) for _ in range(args.events)]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     sizes = tuple(args.sizes)
-    happened = soak(folder, events, sizes, args.steps, args.step_timeout, args.patience, args.seed)
+    limits = args.step_timeout, args.patience
+    happened = soak(folder, events, sizes, args.steps, *limits, args.seed, args.events_per_run)
     shutil.rmtree(folder)  # a failure leaves it for inspection
     print(f"{happened.total()} events, no checkpoint lost: {dict(happened)}")
 
