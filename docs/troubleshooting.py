@@ -20,7 +20,7 @@ BEGIN, END = "<!-- messages: begin -->", "<!-- messages: end -->"
 SUBJECTS = {
     "Building the optimizer": r"sharded_bf16_adamw/(validation|optimizer|weights|conversion|"
     r"param_groups|param_log|schedule|state|ema)\.py|sharded_bf16_adamw/sharding/build\.py",
-    "The step inside the backward pass": r"sharded_bf16_adamw/(step_in_backward|clip_in_backward)",
+    "The step inside the backward pass": r"sharded_bf16_adamw/step_in_backward/",
     "ZeRO": r"sharded_bf16_adamw/sharding/zero/",
     "Sharded models, ranks and replicas": r"sharded_bf16_adamw/sharding/",
     "Kernels and back ends": r"sharded_bf16_adamw/(kernels/|env)",

@@ -14,7 +14,6 @@ from .checkpoint import (
     verify,
     wait_for_save,
 )
-from .clip_in_backward import ClipInBackward
 from .ema import EMA
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
@@ -23,6 +22,7 @@ from .schedule import LR, WSD
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
+from .step_in_backward.clip import ClipInBackward
 
 __version__ = "0.1.0"
 __all__ = [

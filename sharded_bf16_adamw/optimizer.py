@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from .clip_in_backward import ClipInBackward, previous_grad_norm
 from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import check_backend
@@ -22,9 +21,11 @@ from .schedule import Schedule, apply_lrs, init_lr, resolve_lr, scheduled_lrs
 from .sharding.build import build_sharding
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
-from .step_in_backward import StepInBackward, check_options
-from .step_in_backward_zero import ZeroStepInBackward, check_zero_options
-from .step_plan import StepPlanCache, hyperparams_of, next_hyperparams
+from .step_in_backward.checks import check_options, check_zero_options
+from .step_in_backward.clip import ClipInBackward, previous_grad_norm
+from .step_in_backward.step import StepInBackward
+from .step_in_backward.zero import ZeroStepInBackward
+from .step_plan import StepPlanCache, hyperparams_at, hyperparams_of
 from .validation import check_group, check_hyperparams, check_max_lr, param_name, to_betas
 from .weights import WeightAccess
 
@@ -327,7 +328,8 @@ class AdamW_BF16(WeightAccess):
             )
         self._sharding.reduce_grads()
         grads = self._grads.collect(self.param_groups)
-        hypers = next_hyperparams(self.lr_function, self.param_groups)
+        lrs = scheduled_lrs(self.lr_function, self.param_groups)
+        hypers = hyperparams_at(lrs, self.param_groups)
         norm, clip, backend = self._grad_norm, self._clip.grad_scale, self.backend
         return compute_precision_stats(
             grads, hypers, self.state, self._sharding, norm, clip, backend

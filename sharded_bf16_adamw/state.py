@@ -36,6 +36,20 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     return state
 
 
+def states_for(
+    params: list[Tensor], names: list[str], states: dict[Tensor, Any], sharding: Sharding
+) -> list[dict[str, Any]]:
+    """Return each parameter's state from ``states``, or a new one, which is not stored.
+
+    Raises:
+        RuntimeError: a state does not fit its parameter.
+    """
+    for param, name in zip(params, names, strict=True):
+        if states.get(param):
+            check_state(states[param], param, name, sharding)
+    return [states.get(param) or new_state(param, sharding) for param in params]
+
+
 def check_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sharding) -> None:
     """Raise RuntimeError if a state no longer fits its parameter.
 

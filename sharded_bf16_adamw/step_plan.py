@@ -20,10 +20,9 @@ from torch import Tensor
 from .gradients import GroupGrads, wrong_numel
 from .kernels import FusedAdamW, Hyperparams, StepArgs, is_capturing
 from .kernels.device_memory import WARM_UP
-from .schedule import Schedule, scheduled_lrs
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
-from .state import check_state, new_state
+from .state import states_for
 from .validation import param_names
 
 MAX_PLANS = 4  # sets of parameters may take turns: generator and discriminator, experts
@@ -222,15 +221,13 @@ class StepPlanCache:
                 f"a CUDA graph captures a step of these {len(params)} parameters for the first "
                 f"time; {WARM_UP}"
             )
-        names = param_names([group for group, _, _ in group_grads])
-        for param in params:
-            if all_states.get(param):
-                check_state(all_states[param], param, names[param], self._sharding)
-        states = [all_states.get(param) or new_state(param, self._sharding) for param in params]
+        name_of = param_names([group for group, _, _ in group_grads])
+        names = [name_of[param] for param in params]
+        states = states_for(params, names, all_states, self._sharding)
         # Drop plans of parameters that have left the optimizer, since they keep the memory alive.
-        self._drop([p for p in self.plans if p is stale or not all(x in names for x in p.params)])
+        self._drop([p for p in self.plans if p is stale or not all(x in name_of for x in p.params)])
         self._drop(self.plans[: 1 - MAX_PLANS])
-        plan = StepPlan(groups, states, [names[p] for p in params], self._sharding, backend)
+        plan = StepPlan(groups, states, names, self._sharding, backend)
         # Raises if a gradient does not fit, while the new states are not stored yet.
         plan.local_grads([grad for _, _, grads in group_grads for grad in grads])
         all_states.update(zip(params, states, strict=True))
@@ -262,9 +259,8 @@ def hyperparams_of(group: dict[str, Any]) -> Hyperparams:
     return Hyperparams(group["lr"], beta1, beta2, group["eps"], weight_decay, group["maximize"])
 
 
-def next_hyperparams(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[Hyperparams]:
-    """Return the hyperparameters of each group in its next step, without counting the step."""
-    lrs = scheduled_lrs(schedule, groups)
+def hyperparams_at(lrs: list[float | None], groups: list[dict[str, Any]]) -> list[Hyperparams]:
+    """Return the hyperparameters of each group at learning rates of :func:`scheduled_lrs`."""
     return [
         hyperparams_of(group if lr is None else {**group, "lr": lr})
         for group, lr in zip(groups, lrs, strict=True)

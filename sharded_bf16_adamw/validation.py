@@ -22,6 +22,12 @@ def param_name(group: dict[str, Any], index: int) -> str:
     return f"{index} ({'of a lazy module' if is_lazy(param) else f'shape {tuple(param.shape)}'})"
 
 
+def name_in_group(group: dict[str, Any], param: Tensor) -> str:
+    """Return the name for messages of a parameter in ``group``."""
+    index = next(index for index, other in enumerate(group["params"]) if other is param)
+    return param_name(group, index)
+
+
 def param_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
     """Map each parameter to its name for messages."""
     return {

@@ -26,14 +26,14 @@ def repo() -> Path:
 @pytest.fixture(params=(1, 3 * 2 * 16 * 16, 2**20), ids=("1", "1536", "1048576"))
 def batch_bytes(request, monkeypatch) -> int:
     """Update in batches of one parameter, of three weights of step_in_backward_cases, of all."""
-    monkeypatch.setattr("sharded_bf16_adamw.step_in_backward.BATCH_BYTES", request.param)
+    monkeypatch.setattr("sharded_bf16_adamw.step_in_backward.batch.BATCH_BYTES", request.param)
     return request.param
 
 
 @pytest.fixture
 def one_each(monkeypatch) -> None:
     """Update each parameter on its own in the backward pass."""
-    monkeypatch.setattr("sharded_bf16_adamw.step_in_backward.BATCH_BYTES", 1)
+    monkeypatch.setattr("sharded_bf16_adamw.step_in_backward.batch.BATCH_BYTES", 1)
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,16 @@ import torch
 from small_optimizers import BF16, equal, snapshot
 from torch import nn
 
-from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, load, save, step_in_backward
+from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, load, save
 from sharded_bf16_adamw.kernels import clip_coefficient
+from sharded_bf16_adamw.step_in_backward import batch
 
 WIDTH = 16
 
 
 @pytest.fixture(params=[1, 2 * 2 * WIDTH * WIDTH, 2**20], autouse=True)
 def batch_bytes(request, monkeypatch):
-    monkeypatch.setattr(step_in_backward, "BATCH_BYTES", request.param)
+    monkeypatch.setattr(batch, "BATCH_BYTES", request.param)
 
 
 def make_model():

@@ -23,19 +23,16 @@ ALLOWED = {
     "gradients": {"sharding", "validation"},
     "state": {"sharding", "validation"},
     "grad_norm": {"gradients", "kernels", "sharding"},
-    "step_plan": {"gradients", "kernels", "schedule", "sharding", "state", "validation"},
+    "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
     "precision_stats": {"gradients", "grad_norm", "kernels", "sharding", "state", "validation"},
     "param_log": {"sharding"},
-    "clip_in_backward": {"grad_norm", "kernels"},
-    "step_in_backward": {"clip_in_backward", "gradients", "kernels", "schedule", "sharding"}
-    | {"state", "step_plan", "validation"},
-    "step_in_backward_zero": {"clip_in_backward", "gradients", "sharding", "step_in_backward"},
+    "step_in_backward": {"grad_norm", "gradients", "kernels", "schedule", "sharding", "state"}
+    | {"step_plan", "validation"},
     "serialization": {"kernels", "param_log", "sharding", "state", "step_in_backward"}
     | {"validation"},
     "weights": {"conversion", "serialization", "sharding", "state"},
-    "optimizer": {"clip_in_backward", "gradients", "grad_norm", "kernels", "param_log"}
-    | {"precision_stats", "profiling", "schedule", "sharding", "step_in_backward", "step_plan"}
-    | {"step_in_backward_zero", "validation", "weights"},
+    "optimizer": {"gradients", "grad_norm", "kernels", "param_log", "precision_stats", "profiling"}
+    | {"schedule", "sharding", "step_in_backward", "step_plan", "validation", "weights"},
     "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},

@@ -11,7 +11,9 @@ from small_optimizers import BF16, equal, snapshot
 from step_in_backward_cases import MODELS, loss_of, make_input, make_layers, make_optimizer, run
 from torch import nn
 
-from sharded_bf16_adamw import AdamW_BF16, step_in_backward
+from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.step_in_backward import batch
+from sharded_bf16_adamw.step_plan import StepPlan
 
 
 class TestBits:
@@ -101,7 +103,7 @@ class TestMemory:
         model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(32)]).to(BF16)
         params = list(model.parameters())
         size = params[0].nbytes
-        monkeypatch.setattr(step_in_backward, "BATCH_BYTES", weights_a_batch * size)
+        monkeypatch.setattr(batch, "BATCH_BYTES", weights_a_batch * size)
         refs, peaks = [], []
 
         def watch(param):
@@ -125,13 +127,13 @@ class TestMemory:
         model = make_layers(8)
         optimizer = make_optimizer(model.parameters())
         sizes = []
-        update = step_in_backward.StepPlan.update_
+        update = StepPlan.update_
 
         def count(plan, grads, *args, **more):
             sizes.append(len(grads))
             update(plan, grads, *args, **more)
 
-        monkeypatch.setattr(step_in_backward.StepPlan, "update_", count)
+        monkeypatch.setattr(StepPlan, "update_", count)
         for _ in range(2):
             loss_of(model(make_input(0))).backward()
             optimizer.step()

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, ClipInBackward
-from sharded_bf16_adamw.clip_in_backward import previous_sum_sq
 from sharded_bf16_adamw.kernels import clip_coefficient
+from sharded_bf16_adamw.step_in_backward.clip import previous_sum_sq
 
 from .strategy_cases import BY_NAME, Layers, backward, collect, make_batch
 from .test_step_in_backward import RUNS

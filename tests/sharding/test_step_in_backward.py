@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import sharded_bf16_adamw
-from sharded_bf16_adamw import LR, AdamW_BF16, step_in_backward
+from sharded_bf16_adamw import LR, AdamW_BF16
 from sharded_bf16_adamw.sharding.dtensor import to_local
+from sharded_bf16_adamw.step_in_backward import batch
 from sharded_bf16_adamw.step_plan import StepPlan
 
 from .strategy_cases import BY_NAME, CASES, Layers, Wrapped, backward, collect, make_batch
@@ -38,7 +39,7 @@ def make_optimizer(module, in_backward):
 
 
 def train(wrapped, in_backward, exact=True, batch_bytes=2**20):
-    original, step_in_backward.BATCH_BYTES = step_in_backward.BATCH_BYTES, batch_bytes
+    original, batch.BATCH_BYTES = batch.BATCH_BYTES, batch_bytes
     try:
         optimizer = make_optimizer(wrapped.module, in_backward)
         for step in range(STEPS):
@@ -48,7 +49,7 @@ def train(wrapped, in_backward, exact=True, batch_bytes=2**20):
             optimizer.step(zero_grad=True)
         return collect(wrapped.module, optimizer)
     finally:
-        step_in_backward.BATCH_BYTES = original
+        batch.BATCH_BYTES = original
 
 
 def table_worker(rank, world, name):
@@ -184,7 +185,7 @@ def memory_worker(rank, world, batch_groups):
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(watch)
     group = sum(to_local(param).nbytes for param in model[0].parameters())
-    step_in_backward.BATCH_BYTES = batch_groups * group
+    batch.BATCH_BYTES = batch_groups * group
     try:
         optimizer = make_optimizer(model, True)
         for step in range(STEPS):
@@ -193,7 +194,7 @@ def memory_worker(rank, world, batch_groups):
             model(make_input(step, rank)).square().mean().backward()
             optimizer.step()
     finally:
-        step_in_backward.BATCH_BYTES = 2**20
+        batch.BATCH_BYTES = 2**20
         StepPlan.update_ = update
     return group, peaks, updates[-1]
 
@@ -269,7 +270,7 @@ def fail_and_recover(root, model, optimizer, rank):
 def recovery_worker(rank, world, folder):
     """Fail in the middle of a backward pass, load, and end where an undisturbed run does."""
     results = []
-    step_in_backward.BATCH_BYTES = 1
+    batch.BATCH_BYTES = 1
     for fails in (False, True):
         model = chain(world)
         optimizer = make_optimizer(model, True)
@@ -281,7 +282,7 @@ def recovery_worker(rank, world, folder):
                 return
         one_step(model, optimizer, rank, 1)
         results.append(collect(model, optimizer))
-    step_in_backward.BATCH_BYTES = 2**20
+    batch.BATCH_BYTES = 2**20
     assert same_bits(*results)
     model(make_input(0, rank)).square().mean().backward()
     with pytest.raises(RuntimeError, match=r"between a backward pass .* call step\(\) first"):

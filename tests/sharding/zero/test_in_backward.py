@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import sharded_bf16_adamw
 from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, ModelParallel, ZeRO
-from sharded_bf16_adamw.clip_in_backward import previous_sum_sq
 from sharded_bf16_adamw.kernels import clip_coefficient
 from sharded_bf16_adamw.sharding.zero import in_backward
+from sharded_bf16_adamw.step_in_backward.clip import previous_sum_sq
 
 from ..test_step_in_backward import Failing, Shared
 from . import test_bits as bits

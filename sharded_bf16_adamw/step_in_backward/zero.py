@@ -1,8 +1,8 @@
 """The step inside the backward pass under ZeRO stage 2, which calls for the updates.
 
-See [Note: updates of ZeRO inside the backward pass] in :mod:`.sharding.zero.in_backward`. The round
-is that of :mod:`.step_in_backward`, but its gradients come bucket by bucket from the reductions of
-stage 2, not from hooks of its own.
+See [Note: updates of ZeRO inside the backward pass] in
+:mod:`sharded_bf16_adamw.sharding.zero.in_backward`. The round is that of :mod:`.step`, but its
+gradients come bucket by bucket from the reductions of stage 2, not from hooks of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clip_in_backward import ClipInBackward
-from .gradients import GroupGrads
-from .sharding.model_parallel import ModelParallel
-from .sharding.zero.config import ZeRO
-from .sharding.zero.in_backward import LOAD_ADVICE, Stage2InBackward
-from .step_in_backward import Batch, RoundState, StepInBackward
+from ..gradients import GroupGrads
+from ..sharding.zero.in_backward import LOAD_ADVICE, Stage2InBackward
+from . import checks
+from .batch import Batch
+from .clip import ClipInBackward
+from .round import RoundState
+from .step import StepInBackward
 
 
 class ZeroStepInBackward(StepInBackward):
     """The round of an optimizer with ``ZeRO(stage=2)``.
 
-    Implements :class:`.sharding.zero.in_backward.Updates`.
+    Implements :class:`sharded_bf16_adamw.sharding.zero.in_backward.Updates`.
     """
 
     def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
@@ -70,14 +71,13 @@ class ZeroStepInBackward(StepInBackward):
         """Update this rank's shards; ``grads`` are their gradients."""
         device = params[0].device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        batch = Batch(device, stream)
         with self._lock:
-            self._batch = Batch(device, stream)
             for param, grad in zip(params, grads, strict=True):
                 if param in self._group_of:  # else it was taken out of its group
-                    self._batch.add(param, grad)
-            if self._batch.params:
-                self._flush()
-            self._batch = None
+                    batch.add(param, grad)
+            if batch.params and self._round is not None:
+                self._update(batch, self._round)
 
     def forget_plans(self) -> None:
         """Drop what was prepared for the sets of parameters of earlier updates."""
@@ -127,36 +127,8 @@ class ZeroStepInBackward(StepInBackward):
         self._check_groups()
         if self._round is None:
             self._round = self._start_round(self._get_optimizer()._all_params()[0])
-        self._check_hypers()
+        checks.check_hyperparams_kept(self._get_optimizer().param_groups, self._round.group_hypers)
         for params, grads in self._stage.take_grads():
             self.update(params, grads)
         self._finish_updates()
         return self._round.lrs, gradients
-
-
-def check_zero_options(
-    zero: ZeRO, parallel: ModelParallel | None, clip: ClipInBackward | None
-) -> None:
-    """Raise ValueError if other options are incompatible with ``step_in_backward`` and ZeRO."""
-    if zero.stage == 1:
-        raise ValueError(
-            "step_in_backward=True and ZeRO(stage=1) are both given; DDP averages the gradients of "
-            "stage 1 after the hooks of step_in_backward have used them, so use ZeRO(stage=2) on "
-            "the plain module, or leave step_in_backward out"
-        )
-    if zero.overlap_gather:
-        raise ValueError(
-            "step_in_backward=True and ZeRO(overlap_gather=True) are both given; with "
-            "step_in_backward the weights are gathered behind the backward pass already, so leave "
-            "overlap_gather out"
-        )
-    if isinstance(parallel, ModelParallel) and parallel.experts:
-        raise ValueError(
-            "step_in_backward=True, sharding=ZeRO(...) and experts of ModelParallel are all given; "
-            "experts beside ZeRO are updated only in step(), so leave step_in_backward out"
-        )
-    if clip is not None and clip.by == "param":
-        raise ValueError(
-            "ZeRO shards each gradient, so its own norm would take a collective for each "
-            "parameter; use ClipInBackward(max_norm, by='previous_step')"
-        )

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .grad_norm import GradNorm, SumKey, shared_replica_groups, zero_sums
-from .kernels import clip_coefficient, double_device
+from ..grad_norm import GradNorm, SumKey, shared_replica_groups, zero_sums
+from ..kernels import clip_coefficient, double_device
 
 # key in param_groups, so that it is saved and loaded with them
 _PREVIOUS = "previous_grad_sum_sq"
