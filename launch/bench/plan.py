@@ -49,7 +49,7 @@ from sharded_bf16_adamw.checkpoint import async_save, loading, saving
 from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable
 from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, METADATA, PlainReader
 from sharded_bf16_adamw.checkpoint.optimizer_state import init_state
-from sharded_bf16_adamw.checkpoint.save_plan import Locations, PlanTable, _Header
+from sharded_bf16_adamw.checkpoint.plan_table import Locations, PlanTable, SectionHeader
 
 PER_PARAM = 5  # tensors of a parameter: the weight, three states and the step
 COLUMNS = 8
@@ -273,7 +273,10 @@ class World:
 def table_of_rank(table: PlanTable, rank: int) -> PlanTable:
     """Return rank 0's table as another rank makes it."""
     shared, own = table.sections
-    header, chunks = _Header(shared.header), np.frombuffer(shared.chunks, np.int64).reshape(2, -1)
+    header, chunks = (
+        SectionHeader(shared.header),
+        np.frombuffer(shared.chunks, np.int64).reshape(2, -1),
+    )
     starts = [start for start, size in zip(header.starts, header.sizes, strict=True) if size]
     sharded = [start for start in starts if chunks[1, start] != header.shape[start]]
     chunks = chunks.copy()
@@ -292,7 +295,7 @@ def item_lengths(table: PlanTable) -> np.ndarray:
     """Return the length in a file of each item in a table."""
     lengths = []
     for section in table.sections:
-        header = _Header(section.header)
+        header = SectionHeader(section.header)
         sizes = np.frombuffer(section.chunks, np.int64).reshape(2, -1)[1].tolist()
         lengths += [
             saved_bytes(properties.dtype, torch.Size(sizes[start : start + len(size)]))

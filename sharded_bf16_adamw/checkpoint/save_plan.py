@@ -9,8 +9,6 @@ invalid, is given to DCP's planner.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -21,162 +19,20 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan
 
 from .chunk_table import ChunkTable, SavedTensor
+from .plan_table import (
+    Assignment,
+    Locations,
+    NotTabularError,
+    PlanTable,
+    SectionHeader,
+    to_plan,
+)
 
-_OF_ONE_RANK = "rng."  # prefix of the FQNs that no other rank has
 _MAX_INT = 2**62
-
-
-class PlanTable(NamedTuple):
-    """A rank's local plan in two sections, in the order of the plan.
-
-    All ranks that shard a model alike have the first section's header in common.
-    """
-
-    sections: tuple[Section, ...]
-
-
-class Section(NamedTuple):
-    """Write items.
-
-    Attributes:
-        header: FQNs, types, properties and global sizes, as :class:`_Header` reads them.
-        chunks: int64 of shape (2, columns): all offsets, then all sizes. Each item has a column a
-            dimension, a scalar one column (offset 0, size 1).
-    """
-
-    header: bytes
-    chunks: bytes
-
-
-class Assignment(NamedTuple):
-    """The write items of its local plan that a rank is to write.
-
-    Attributes:
-        positions: int32, positions in the local plan.
-        hints: int32, the index of each item's chunk in the metadata.
-        storage_data: of the plan, from the storage writer.
-    """
-
-    positions: bytes
-    hints: bytes
-    storage_data: Any
-
-
-class Locations(NamedTuple):
-    """Where a rank has written the items of its plan.
-
-    Attributes:
-        files: names.
-        columns: int64 of shape (3, items), in the order of the plan: each item's file by its
-            number in ``files``, offset and length.
-    """
-
-    files: list[str]
-    columns: bytes
-
-
-class _NotTabularError(Exception):
-    """The tables cannot express a plan, or cannot show that it is valid."""
-
-
-# ------------------------------------------------------------------------------------- each rank
-
-
-def to_table(plan: SavePlan) -> PlanTable | SavePlan:
-    """Return a local plan as a table if possible, else the plan."""
-    try:
-        return _to_table(plan)
-    except (_NotTabularError, OverflowError):
-        return plan
-
-
-def to_assigned(plan: SavePlan, assignment: Assignment | SavePlan) -> SavePlan:
-    """Return the plan that rank 0 has assigned to this rank.
-
-    Args:
-        plan: this rank's local plan.
-        assignment: its element of the result of :func:`merge_plans`.
-    """
-    if isinstance(assignment, SavePlan):
-        return assignment
-    positions = np.frombuffer(assignment.positions, np.int32).tolist()
-    hints = np.frombuffer(assignment.hints, np.int32).tolist()
-    items = []
-    for position, hint in zip(positions, hints, strict=True):
-        item = plan.items[position]
-        items.append(replace(item, index=replace(item.index, index=hint)))
-    return replace(plan, items=items, storage_data=assignment.storage_data)
-
-
-def to_locations(plan: SavePlan, results: list[WriteResult]) -> Locations:
-    """Return where the storage writer has written the items of ``plan``."""
-    written = {result.index: result.storage_data for result in results}
-    files: dict[str, int] = {}
-    rows = []
-    for item in plan.items:
-        info = written[item.index]
-        number = files.setdefault(info.relative_path, len(files))
-        rows.append((number, info.offset, info.length))
-    return Locations(list(files), np.array(rows, np.int64).reshape(-1, 3).T.tobytes())
-
-
-def _to_table(plan: SavePlan) -> PlanTable:
-    fqns = [item.index.fqn for item in plan.items]
-    if plan.storage_data is not None or not plan.usable:
-        raise _NotTabularError
-    if plan.planner_data != {fqn: (fqn,) for fqn in fqns} or list(plan.planner_data) != list(
-        dict.fromkeys(fqns)
-    ):
-        raise _NotTabularError
-    end = len(fqns)
-    while end and fqns[end - 1].startswith(_OF_ONE_RANK):
-        end -= 1
-    return PlanTable((_to_section(plan.items[:end]), _to_section(plan.items[end:])))
-
-
-def _to_section(items: list[WriteItem]) -> Section:
-    entries, offsets, sizes = [], [], []
-    properties: list[TensorProperties] = []
-    for item in items:
-        data = item.tensor_data
-        if item.type not in (WriteItemType.TENSOR, WriteItemType.SHARD) or data is None:
-            raise _NotTabularError
-        chunk, dims = data.chunk, len(data.size)
-        if (
-            item.index.offset != chunk.offsets
-            or item.index.index is not None
-            or item.bytes_io_data is not None
-            or len(chunk.offsets) != dims
-            or len(chunk.sizes) != dims
-        ):
-            raise _NotTabularError
-        if data.properties not in properties:
-            properties.append(data.properties)
-        is_shard = item.type == WriteItemType.SHARD
-        entries.append(
-            [item.index.fqn, is_shard, properties.index(data.properties), list(data.size)]
-        )
-        offsets += list(chunk.offsets) or [0]
-        sizes += list(chunk.sizes) or [1]
-    header = pickle.dumps((json.dumps(entries), properties))
-    return Section(header, np.array([offsets, sizes], np.int64).tobytes())
-
-
-# ---------------------------------------------------------------------------------------- rank 0
 
 
 class MergedPlan(NamedTuple):
@@ -214,7 +70,7 @@ def merge_plans(
             return MergedPlan(
                 merger.assignments([plan.storage_data for plan in prepared]), merger.to_chunks
             )
-        except _NotTabularError:
+        except NotTabularError:
             pass
     plans, metadata = planner.create_global_plan(
         [to_plan(table) if isinstance(table, PlanTable) else table for table in tables]
@@ -229,40 +85,6 @@ def merge_plans(
         return ChunkTable.from_metadata(replace(metadata, storage_data=storage))
 
     return MergedPlan(list(prepare(plans)), to_chunks)
-
-
-def to_plan(table: PlanTable) -> SavePlan:
-    """Inverse of :func:`to_table`."""
-    items = []
-    for section in table.sections:
-        header = _Header(section.header)
-        offsets, sizes = np.frombuffer(section.chunks, np.int64).reshape(2, -1).tolist()
-        for index, fqn in enumerate(header.fqns):
-            columns = slice(header.starts[index], header.starts[index] + len(header.sizes[index]))
-            chunk = ChunkStorageMetadata(torch.Size(offsets[columns]), torch.Size(sizes[columns]))
-            data = TensorWriteData(chunk, header.properties[index], header.sizes[index])
-            kind = WriteItemType.SHARD if header.is_shard[index] else WriteItemType.TENSOR
-            items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), kind, tensor_data=data))
-    return SavePlan(items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
-
-
-class _Header:
-    """The parsed header of a section: lists with an element a write item.
-
-    Attributes:
-        starts: the first column of each item.
-    """
-
-    def __init__(self, packed: bytes) -> None:
-        text, properties = pickle.loads(packed)
-        entries: list[Any] = json.loads(text)
-        self.fqns: list[str] = [fqn for fqn, _, _, _ in entries]
-        self.is_shard: list[bool] = [is_shard for _, is_shard, _, _ in entries]
-        self.properties: list[TensorProperties] = [properties[i] for _, _, i, _ in entries]
-        self.sizes = [torch.Size(size) for _, _, _, size in entries]
-        widths = [max(1, len(size)) for size in self.sizes]
-        self.starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
-        self.shape = [n for size in self.sizes for n in (size or [1])]  # a column each
 
 
 class _Tensor(NamedTuple):
@@ -281,7 +103,7 @@ class _Block:
         chunks: int64 of shape (ranks, 2, columns), as in :class:`Section`.
     """
 
-    def __init__(self, header: _Header, first: int) -> None:
+    def __init__(self, header: SectionHeader, first: int) -> None:
         self.header, self.first = header, first
         self.ranks: list[int] = []
         self.parts: list[bytes] = []
@@ -318,12 +140,12 @@ class _Merger:
 
     def _read(self, tables: list[PlanTable]) -> None:
         known: dict[tuple[bytes, int], _Block] = {}
-        headers: dict[bytes, _Header] = {}
+        headers: dict[bytes, SectionHeader] = {}
         for rank, table in enumerate(tables):
             first = 0
             for packed, chunks in table.sections:
                 if packed not in headers:
-                    headers[packed] = _Header(packed)
+                    headers[packed] = SectionHeader(packed)
                 header = headers[packed]
                 if header.fqns:
                     block = known.setdefault((packed, first), _Block(header, first))
@@ -342,7 +164,7 @@ class _Merger:
             tensors = map(_Tensor, header.sizes, header.properties)
             for fqn, tensor in zip(header.fqns, tensors, strict=True):
                 if self._tensors.setdefault(fqn, tensor) != tensor:
-                    raise _NotTabularError
+                    raise NotTabularError
         self._numbers = {fqn: number for number, fqn in enumerate(self._tensors)}
         ends = list(accumulate(prod(n + 1 for n in each.size) for each in self._tensors.values()))
         nbytes = [
@@ -350,7 +172,7 @@ class _Merger:
         ]
         items = sum(len(block.ranks) * len(block.header.fqns) for block in self._blocks)
         if max([*ends[-1:], max(nbytes, default=0) * items]) >= _MAX_INT:
-            raise _NotTabularError
+            raise NotTabularError
         self._bases = [0, *ends[:-1]]
         self._nbytes = np.array(nbytes, np.int64)  # of the full tensor, as DCP balances
 
@@ -365,7 +187,7 @@ class _Merger:
             header = block.header
             offsets, sizes, shape = block.chunks[:, 0], block.chunks[:, 1], np.array(header.shape)
             if (offsets < 0).any() or (sizes < 0).any() or (sizes > shape - offsets).any():
-                raise _NotTabularError
+                raise NotTabularError
             weights = [
                 prod(n + 1 for n in size[dim + 1 :])
                 for size in header.sizes
@@ -420,7 +242,7 @@ class _Merger:
             ranks = self._rank[items].tolist()
             holders = set(ranks)
             if len(holders) != len(ranks):
-                raise _NotTabularError
+                raise NotTabularError
             own, nbytes = int(before[items[0]]), int(self._nbytes[self._fqn[items[0]]])
             loads[ranks[0]] += own
             chosen = min(holders, key=loads.__getitem__)  # DCP takes the first in the set's order
@@ -455,14 +277,14 @@ class _Merger:
             if len(items) > 1 and not all(
                 self._entries[entry].is_shard for entry in np.unique(self._entry[items])
             ):
-                raise _NotTabularError
+                raise NotTabularError
             if not size:
                 continue
             volumes = chunks[:, 1].prod(axis=1).tolist()
             if self._world > 1 and sum(volumes) != prod(size):
-                raise _NotTabularError
+                raise NotTabularError
             if len(items) > 1 and not _are_disjoint(chunks, np.array(size)):
-                raise _NotTabularError
+                raise NotTabularError
 
     def _chunks(self, items: np.ndarray) -> np.ndarray:
         """Return offsets and sizes of items of one FQN: (items, 2, dimensions)."""

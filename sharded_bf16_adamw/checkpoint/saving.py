@@ -39,6 +39,7 @@ from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
 from .plan_cache import PlannedSave
+from .plan_table import Assignment, Locations, to_assigned, to_locations, to_table
 from .rank_errors import (
     Group,
     all_gather_object,
@@ -53,14 +54,7 @@ from .rank_errors import (
     world_size,
 )
 from .rank_names import RankNames
-from .save_plan import (
-    Assignment,
-    Locations,
-    merge_plans,
-    to_assigned,
-    to_locations,
-    to_table,
-)
+from .save_plan import merge_plans
 from .staging import StagedPlanner
 from .state_dict import describe_strategy, get_rng_state, get_state, merge_param_groups
 from .ties import find_ties, merge_ties

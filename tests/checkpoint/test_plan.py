@@ -31,15 +31,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sharded_bf16_adamw import AdamW_BF16, save
 from sharded_bf16_adamw.checkpoint import saving
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.save_plan import (
+from sharded_bf16_adamw.checkpoint.plan_table import (
     Assignment,
     PlanTable,
-    merge_plans,
     to_assigned,
     to_locations,
     to_plan,
     to_table,
 )
+from sharded_bf16_adamw.checkpoint.save_plan import merge_plans
 
 from .layouts import BY_NAME, LAYOUTS
 
@@ -281,7 +281,7 @@ def test_full_tensor_beside_its_shard_is_refused_as_by_dcp():
         by_tables(plans)
 
 
-def test_ranks_of_one_layout_share_a_block(monkeypatch):
+def test_ranks_of_one_layout_share_a_block():
     """Random states have names of their own, and must not separate ranks."""
     plans = [
         local(
