@@ -29,7 +29,7 @@ SUBJECTS = {
     "The training script": r"launch/(train|elastic)|launch/training/",
     "The planner, comparisons and benchmarks": r"launch/",
 }
-# What to do where the message does not say, by a part of the message.
+# Advice for messages that give none, by a part of the message.
 ADVICE = {
     "damaged, so it does not count": "`prune` counts undamaged ones only; remove it yourself.",
     "no checkpoint at … is whole": "Keep what is there: a damaged checkpoint may be partly usable.",

@@ -114,7 +114,7 @@ class Supervisor:
         return self._deadline - time.monotonic()
 
     def _handle(self, signum: int, frame: Any) -> None:
-        # What is left of the grace is for the interpreter and for torchrun.
+        # The rest of the grace is for the interpreter and for torchrun.
         self.request(USABLE_GRACE_FRACTION * self.grace)
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""Where each chunk of a checkpoint's tensors lies, in columns of integers.
+"""The places of the chunks of a checkpoint's tensors, in columns of integers.
 
 DCP describes each chunk by four objects. With 1,024 ranks and 1,200 tensors that is a pickle of
 150 MB, which takes seconds to read. A table of the same chunks has 1 MB in a file, and a rank that

@@ -63,7 +63,7 @@ class Assignment(NamedTuple):
 
 
 class Locations(NamedTuple):
-    """Where a rank has written the items of its plan.
+    """The places where a rank has written the items of its plan.
 
     Attributes:
         files: names.

@@ -57,7 +57,7 @@ class StepArgs(NamedTuple):
     found_inf: Tensor | None = None
 
 
-# What ``precision_sums`` of a table adds up, in this order (also in csrc/native.h and
+# The sums of ``precision_sums`` of a table, in this order (also in csrc/native.h and
 # triton_precision.py). The float32 values of an element:
 #
 # * weight: ``p + c`` before the step.

@@ -1,4 +1,4 @@
-"""What docs/migration.md says of a ZeRO state in torch's AdamW; if torch changes, it must."""
+"""Check docs/migration.md on a ZeRO state in torch's AdamW; if torch changes, it must."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a resumed run of train.py says about its changes."""
+"""A resumed run of train.py reports the changes of its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of awkward shapes, gradients with exact means, and counters of bytes."""
+"""A model of awkward shapes, gradients with exact means, and counters of bytes and exchanges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from bits import assert_same_bits as assert_same_bits
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from launch.planning.live import Collective, LiveBytes
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.zero import stage2
+from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 
 SMALL = 300 / 2**20  # bucket size in MiB, for a few of the parameters below
 STATES = ("exp_avg", "exp_avg_sq", "correction")
@@ -110,6 +112,11 @@ def one_dimensional() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """Return a mesh to shard over, of one dimension, or to replicate and shard over, of two."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
 def zero(stage: int = 2, mesh: DeviceMesh | None = None, **options: Any) -> ZeRO:
     return ZeRO(
         one_dimensional() if mesh is None else mesh,
@@ -158,6 +165,28 @@ def collect(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Tensor]:
     return result
 
 
+def train_with_late_group(
+    sharding: ZeRO | None, added_at: int, steps: int
+) -> tuple[list[Tensor], list[str]]:
+    """Add a group between two backward passes of the step ``added_at``.
+
+    Returns:
+        All weights after the last step, and the exchanges in it on the host.
+    """
+    model = Parameters()
+    optimizer = new_optimizer(model, sharding)
+    late = nn.Parameter(torch.linspace(-1, 1, 30).bfloat16().view(10, 3))
+    for step in range(steps):
+        model(rank_gradients(step, 0, 1)).backward()
+        if step == added_at:
+            optimizer.add_param_group({"params": [("late", late)], "weight_decay": 0.5})
+        if step >= added_at:
+            (late * 0.5).sum().backward()
+        with consensus_calls() as exchanges:
+            optimizer.step(zero_grad=True)
+    return [p.detach() for p in (*model.parameters(), late)], exchanges
+
+
 class Linears(nn.Sequential):
     """bfloat16 layers of ``width * width`` parameters each, for counting bytes."""
 
@@ -190,6 +219,27 @@ def traffic() -> Iterator[Calls]:
             calls.append((name, call.sent, call.nbytes))
 
     with Recorder():
+        yield calls
+
+
+@contextmanager
+def consensus_calls() -> Iterator[list[str]]:
+    """Record each exchange between ranks on the host, by its method."""
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        original = getattr(Consensus, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return original(*args, **options)
+
+        return call
+
+    names = ("any_rank", "all_reduce_max_and_problems", "all_gather_object", "broadcast_from_first")
+    with pytest.MonkeyPatch.context() as patched:
+        for name in names:
+            patched.setattr(Consensus, name, recorded(name))
         yield calls
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +25,7 @@ from .cases import (
     assert_same_bits,
     backpressure_timeout,
     collect,
+    mesh_of,
     new_optimizer,
     one_dimensional,
     rank_gradients,
@@ -103,9 +103,8 @@ def test_options_do_not_change_bits(options):
 
 
 def hybrid_worker(rank, world, stage):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = Parameters()
-    optimizer = new_optimizer(model, zero(stage, mesh))
+    optimizer = new_optimizer(model, zero(stage, mesh_of((2, 2))))
     norms = train(model, optimizer, 20, averaged=stage == 1, clip=0.5)
     for p in model.parameters():
         assert optimizer.state[p]["exp_avg"].to_local().numel() == own_numel(p.shape, rank % 2, 2)
@@ -168,9 +167,8 @@ def like_nccl():
 
 def reduce_scatter_worker(rank, world, shape):
     """Train with reduce-scatters, as with NCCL."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = Parameters()
-    optimizer = new_optimizer(model, zero(2, mesh))
+    optimizer = new_optimizer(model, zero(2, mesh_of(shape)))
     with like_nccl(), traffic() as calls:
         train(model, optimizer, 5, averaged=False)
     return collect(model, optimizer), {
@@ -205,7 +203,7 @@ def test_mean_is_rounded_once(world):
 
 def nccl_mean_worker(rank, world, shape):
     """Sums of small integers are exact in bfloat16, so only the division rounds."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    mesh = mesh_of(shape)
     group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
     shards = mesh.get_local_rank(mesh.ndim - 1)
     lines = torch.randint(

@@ -1,4 +1,4 @@
-"""ZeRO stage 2 with ``step_in_backward=True``: the bits of ``step()``, memory, order and errors."""
+"""ZeRO stage 2 with ``step_in_backward=True``: the bits of ``step()``, memory and order."""
 
 from __future__ import annotations
 
@@ -6,66 +6,44 @@ import gc
 import math
 import weakref
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from bits import same_bits
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
-import sharded_bf16_adamw
-from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, ModelParallel, ZeRO
+from sharded_bf16_adamw import ClipInBackward
 from sharded_bf16_adamw.kernels import clip_coefficient
 from sharded_bf16_adamw.sharding.zero import in_backward
 from sharded_bf16_adamw.step_in_backward.clip import previous_sum_sq
 
-from ..test_step_in_backward import Failing, Shared
+from ..test_step_in_backward import Shared
+from . import loop_cases as loops
 from . import test_bits as bits
-from . import test_loops as loops
 from .cases import (
     Linears,
     Parameters,
     assert_same_bits,
     backpressure_timeout,
     collect,
+    mesh_of,
     new_optimizer,
-    one_dimensional,
     rank_gradients,
     traffic,
     zero,
 )
-from .test_loops import FP32_SUMS
-
-LAYERS, WIDTH = 8, 16
-LAYER_BYTES = WIDTH * WIDTH * 2
-
-
-def mesh_of(shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def in_backward_optimizer(model, shape, clip=None, **options):
-    return new_optimizer(
-        model, zero(2, mesh_of(shape), **options), step_in_backward=True, clip_in_backward=clip
-    )
-
-
-def layers(world, **options):
-    """Return a model of a layer per bucket and its optimizer, whose hooks wait for the oldest."""
-    model, size = Linears(LAYERS, WIDTH), LAYER_BYTES / 2**20
-    options = {"bucket_size_mb": size, "max_in_flight": 1, "shape": (world,), **options}
-    return model, in_backward_optimizer(model, **options)
-
-
-def make_input(step, rank):
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    return torch.randn(4, WIDTH, generator=generator).bfloat16().requires_grad_()
-
-
-def backward(model, rank, step):
-    model(make_input(step, rank)).square().mean().backward()
+from .in_backward_cases import (
+    LAYER_BYTES,
+    LAYERS,
+    WIDTH,
+    backward,
+    in_backward_optimizer,
+    layers,
+    make_input,
+)
+from .loop_cases import FP32_SUMS, assert_loops_match, run_loops
 
 
 @contextmanager
@@ -157,17 +135,13 @@ ANY_LOOP = [
 ]
 
 
+def scenarios_of(options):
+    return STATIC_LOOPS if "static_graph" in options else ANY_LOOP
+
+
 def scenarios_worker(rank, world, options):
-    results = {}
-    for scenario in STATIC_LOOPS if "static_graph" in options else ANY_LOOP:
-        loop = Loop(world, options)
-        try:
-            with backpressure_timeout(0.05):  # in some scenarios another rank cannot keep up
-                scenario(loop)
-        except Exception as error:
-            raise AssertionError(scenario.__name__) from error
-        results[scenario.__name__] = collect(loop.model, loop.optimizer)
-    return results
+    with backpressure_timeout(0.05):  # in some scenarios another rank cannot keep up
+        return run_loops(scenarios_of(options), partial(Loop, world, options))
 
 
 @pytest.mark.parametrize(
@@ -181,16 +155,8 @@ def scenarios_worker(rank, world, options):
 )
 def test_training_loops_match_single_process(options):
     world = math.prod(options["shape"])
-    found = run_ranks(world, scenarios_worker, options)
-    for scenario in STATIC_LOOPS if "static_graph" in options else ANY_LOOP:
-        loop = Loop(world)
-        scenario(loop)
-        expected = collect(loop.model, loop.optimizer)
-        for each in found:
-            try:
-                assert_same_bits(each[scenario.__name__], expected)
-            except AssertionError as error:
-                raise AssertionError(scenario.__name__) from error
+    expected = run_loops(scenarios_of(options), partial(Loop, world))
+    assert_loops_match(run_ranks(world, scenarios_worker, options), expected)
 
 
 def micro_batches_worker(rank, world, how, static_graph):
@@ -437,198 +403,3 @@ def dropped_worker(rank, world):
 
 def test_hooks_go_with_the_optimizer():
     run_ranks(2, dropped_worker)
-
-
-# ------------------------------------------------------------------------------------------- errors
-
-
-def fail_in_backward(model, rank, step):
-    """Raise in the middle of a backward pass, after half of the layers."""
-    half = LAYERS // 2
-    hidden = nn.Sequential(*list(model)[:half])(make_input(step, rank))
-    nn.Sequential(*list(model)[half:])(Failing.apply(hidden)).square().mean().backward()
-
-
-def recovery_worker(rank, world, folder, failing):
-    """Fail on some ranks in the middle of a pass, load, and end where an undisturbed run does."""
-    results = []
-    for fails in (False, True):
-        model, optimizer = layers(world)
-        root = f"{folder}/{fails}"
-        with backpressure_timeout(5.0):  # the others wait so long for a rank that has failed
-            for step in range(2):
-                backward(model, rank, step)
-                optimizer.step()
-            sharded_bf16_adamw.save(root, 2, model, optimizer)
-            if fails:
-                if rank in failing:
-                    with pytest.raises(MemoryError):
-                        fail_in_backward(model, rank, 2)
-                else:
-                    backward(model, rank, 2)
-                    with pytest.raises(RuntimeError, match="another rank has dropped this step"):
-                        optimizer.step()
-                for refused in (optimizer.step, optimizer.zero_grad, optimizer.state_dict):
-                    with pytest.raises(
-                        RuntimeError, match=r"optimizer.abandon_step\(\), then load"
-                    ):
-                        refused()
-                optimizer.abandon_step()
-                sharded_bf16_adamw.load(root, model, optimizer)
-            for step in range(2, 4):
-                backward(model, rank, step)
-                optimizer.step()
-        results.append(collect(model, optimizer))
-    assert same_bits(*results)
-
-
-@pytest.mark.parametrize("failing", [(0, 1, 2), (1,)])
-def test_a_failed_backward_pass_is_recovered_from_by_load(tmp_path, failing):
-    run_ranks(3, recovery_worker, str(tmp_path), failing)
-
-
-def second_pass(model, optimizer, rank):
-    with pytest.raises(RuntimeError, match=r"got a second gradient before step\(\)"):
-        backward(model, rank, 5)
-
-
-def another_gradient(model, optimizer, rank):
-    if rank == 1:
-        model[3].weight.grad = torch.ones_like(model[3].weight)
-    with pytest.raises(
-        RuntimeError, match=r"on rank 1, parameter '3.weight' had its gradient used"
-    ):
-        optimizer.step()
-
-
-def parameter_replaced(model, optimizer, rank):
-    if rank == 1:
-        model[3].weight = nn.Parameter(model[3].weight.detach().clone())
-    with pytest.raises(RuntimeError, match=r"on rank 1, .*has been replaced in its module"):
-        optimizer.step()
-
-
-def error_worker(rank, world, error):
-    model, optimizer = layers(world)
-    with backpressure_timeout(60.0):
-        backward(model, rank, 0)
-    error(model, optimizer, rank)
-    with pytest.raises(RuntimeError, match=r"on every rank call optimizer.abandon_step\(\), then"):
-        optimizer.step()
-    optimizer.abandon_step()
-    if error is not parameter_replaced:
-        for param in model.parameters():
-            param.grad = None
-        backward(model, rank, 1)
-        optimizer.step()
-    return [param.detach() for param in model.parameters()]
-
-
-@pytest.mark.parametrize("error", [second_pass, another_gradient, parameter_replaced])
-def test_errors_after_updates_are_errors_on_every_rank(error):
-    run_ranks(2, error_worker, error)
-
-
-def harmless_worker(rank, world):
-    """An error before any rank has updated anything leaves weights as they were."""
-    model, optimizer = layers(world)
-    before = [param.detach().clone() for param in model.parameters()]
-    with optimizer.accumulate():
-        backward(model, rank, 0)
-    original, owner = model[3].weight, model[3]
-    if rank == 1:
-        owner.weight = nn.Parameter(original.detach().clone())
-    with pytest.raises(RuntimeError, match=r"has been replaced in its module"):
-        optimizer.step()
-    assert all(map(torch.equal, before, model.parameters()))
-    owner.weight = original
-    optimizer.zero_grad()
-    backward(model, rank, 1)
-    optimizer.step()
-    assert not any(map(torch.equal, before, model.parameters()))
-
-
-def test_errors_before_any_update():
-    run_ranks(2, harmless_worker)
-
-
-def uneven_worker(rank, world):
-    """Rank 0 runs one more backward pass. Rank 1 updates by what it takes for the last one."""
-    model, optimizer = layers(world)
-    with backpressure_timeout(60.0):
-        if rank == 0:
-            with optimizer.accumulate():
-                backward(model, rank, 0)
-        else:
-            backward(model, rank, 0)
-    with backpressure_timeout(0.05):
-        if rank == 0:
-            backward(model, rank, 1)
-    with pytest.raises(RuntimeError, match="some ranks ran more backward passes than others"):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match=r"abandon_step\(\), then load"):
-        optimizer.step()
-
-
-def test_uneven_numbers_of_backward_passes():
-    run_ranks(2, uneven_worker)
-
-
-def between_worker(rank, world):
-    model, optimizer = layers(world)
-    backward(model, rank, 0)
-    for refused in (optimizer.zero_grad, optimizer.state_dict, optimizer.accumulate().__enter__):
-        with pytest.raises(RuntimeError, match=r"call step\(\) first"):
-            refused()
-    with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients"):
-        optimizer.clip_grad_norm_(1.0)
-    optimizer.param_groups[0]["weight_decay"] = 0.5
-    with pytest.raises(RuntimeError, match="hyper-parameters in param_groups were changed"):
-        optimizer.step()
-    optimizer.param_groups[0]["weight_decay"] = 0.1
-    optimizer.step()
-    with optimizer.accumulate():
-        backward(model, rank, 1)
-    optimizer.zero_grad()  # nothing was updated
-    before = [param.detach().clone() for param in model.parameters()]
-    optimizer.step()
-    assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_between_backward_pass_and_step():
-    run_ranks(2, between_worker)
-
-
-REFUSED = [
-    ({"stage": 1}, {}, r"ZeRO\(stage=1\) are both given; DDP averages"),
-    ({"overlap_gather": True}, {}, "weights are gathered behind the backward pass already"),
-    ({}, {"skip_nonfinite": True}, "so a step cannot be skipped as a whole"),
-    ({}, {"clip_in_backward": ClipInBackward(1.0, by="param")}, "use .*by='previous_step'"),
-    ({}, {"model_parallel": True}, "experts beside ZeRO are updated only in step"),
-]
-
-
-def refused_worker(rank, world):
-    for options, more, message in REFUSED:
-        model = Linears(2, 4)
-        if options.get("overlap_gather"):
-            options = {**options, "model": model}
-        if "model_parallel" in more:
-            more = {"model_parallel": ModelParallel(ep=dist.group.WORLD, experts=[model[0].weight])}
-        with pytest.raises(ValueError, match=message):
-            AdamW_BF16(
-                model.parameters(),
-                step_in_backward=True,
-                sharding=ZeRO(one_dimensional(), **options),
-                **more,
-            )
-    with pytest.raises(ValueError, match="step_in_backward is True on some ranks and False on"):
-        AdamW_BF16(
-            Linears(2, 4).parameters(),
-            step_in_backward=rank == 1,
-            sharding=ZeRO(one_dimensional()),
-        )
-
-
-def test_what_is_refused():
-    run_ranks(2, refused_worker)

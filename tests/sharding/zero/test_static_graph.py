@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
-from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 
-from . import test_loops as loops
+from . import loop_cases as loops
 from .cases import (
     Linears,
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
+    consensus_calls,
     mean_gradients,
+    mesh_of,
     new_optimizer,
     one_dimensional,
     rank_gradients,
@@ -30,31 +32,10 @@ from .cases import (
     train,
     zero,
 )
-from .test_loops import ALL, FP32_SUMS, Loop
+from .loop_cases import ALL, FP32_SUMS, Loop, assert_loops_match, run_loops
 
 # In the first step the order of gradients is found, and broadcast; the second has final buckets.
 STEPS_WITH_EXCHANGES, BROADCASTS = 2, 1
-
-
-@contextmanager
-def consensus_calls():
-    """Record each exchange between ranks on the host, by its method."""
-    calls = []
-    names = ("any_rank", "all_reduce_max_and_problems", "all_gather_object", "broadcast_from_first")
-    with pytest.MonkeyPatch.context() as patched:
-        for name in names:
-            patched.setattr(Consensus, name, _recorded(name, calls))
-        yield calls
-
-
-def _recorded(name, calls):
-    original = getattr(Consensus, name)
-
-    def call(*args, **options):
-        calls.append(name)
-        return original(*args, **options)
-
-    return call
 
 
 # -------------------------------------------------------------------------------- steady steps
@@ -62,12 +43,16 @@ def _recorded(name, calls):
 
 def steady_worker(rank, world, stage, shape, static_graph):
     """Return (name, bytes of the tensor) of each collective of a steady step."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     width = 16
     model = Linears(6, width)
     optimizer = new_optimizer(
         model,
-        zero(stage, mesh, bucket_size_mb=2 * width**2 * 2 / 2**20, static_graph=static_graph),
+        zero(
+            stage,
+            mesh_of(shape),
+            bucket_size_mb=2 * width**2 * 2 / 2**20,
+            static_graph=static_graph,
+        ),
     )
     seen = []
     for _ in range(5):
@@ -122,33 +107,21 @@ SCENARIOS = [
 
 
 def scenarios_worker(rank, world, options):
-    results = {}
-    for scenario in [*SCENARIOS, loops.discarded_gradients]:
-        loop = Loop(world, {**options, "static_graph": True})
-        try:
-            with loops.backpressure_timeout(0.05), consensus_calls() as exchanges:
-                scenario(loop)
-            reductions = 2 if scenario is SCENARIOS[-1] else 1
-            if scenario is not loops.discarded_gradients:
-                assert len(exchanges) == STEPS_WITH_EXCHANGES * reductions + BROADCASTS, exchanges
-        except Exception as error:
-            raise AssertionError(scenario.__name__) from error
-        results[scenario.__name__] = collect(loop.model, loop.optimizer)
-    return results
+    def run(scenario, loop):
+        with backpressure_timeout(0.05), consensus_calls() as exchanges:
+            scenario(loop)
+        reductions = 2 if scenario is SCENARIOS[-1] else 1
+        if scenario is not loops.discarded_gradients:
+            assert len(exchanges) == STEPS_WITH_EXCHANGES * reductions + BROADCASTS, exchanges
+
+    new_loop = partial(Loop, world, {**options, "static_graph": True})
+    return run_loops([*SCENARIOS, loops.discarded_gradients], new_loop, run)
 
 
 @pytest.mark.parametrize(("world", "options"), [(2, {}), (4, FP32_SUMS)], ids=str)
 def test_loops_that_keep_the_promise_match_single_process(world, options):
-    found = run_ranks(world, scenarios_worker, options)
-    for scenario in [*SCENARIOS, loops.discarded_gradients]:
-        loop = Loop(world)
-        scenario(loop)
-        expected = collect(loop.model, loop.optimizer)
-        for each in found:
-            try:
-                assert_same_bits(each[scenario.__name__], expected)
-            except AssertionError as error:
-                raise AssertionError(scenario.__name__) from error
+    expected = run_loops([*SCENARIOS, loops.discarded_gradients], partial(Loop, world))
+    assert_loops_match(run_ranks(world, scenarios_worker, options), expected)
 
 
 def stage_1_worker(rank, world):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.sharding.zero.closing_bucket import ClosingBucket
@@ -21,14 +21,15 @@ from .cases import (
     assert_same_bits,
     backpressure_timeout,
     collect,
+    consensus_calls,
     mean_gradients,
+    mesh_of,
     new_optimizer,
-    rank_gradients,
     traffic,
+    train_with_late_group,
     zero,
 )
-from .test_loops import ALL, FP32_SUMS, Loop
-from .test_static_graph import consensus_calls
+from .loop_cases import ALL, FP32_SUMS, Loop, assert_loops_match, named, run_loops
 
 FULL = "all_reduce_max_and_problems"
 
@@ -97,7 +98,7 @@ def three_backwards(loop, used):
 
 
 def only_unused_ones_again(loop, used):
-    """What rank 0 adds after the backward pass is in no active bucket."""
+    """Rank 0 adds gradients after the backward pass, which are in no active bucket."""
     loop.backward(10, used)
     loop.backward(11, lambda rank: {"conv"} if rank == 0 else frozenset())
     loop.step()
@@ -165,21 +166,16 @@ def run_change(loop, change, used):
 
 def changes_worker(rank, world, used, shape, options):
     if shape:
-        options |= {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))}
-    steady = ["any_rank"] if shape else []
-    results = {}
-    for change in CHANGES:
-        loop = Loop(world, options)
-        try:
-            with backpressure_timeout(0.05):
-                before, calls, after = run_change(loop, change, used)
-            assert before == after == steady
-            # Nothing changes if both ranks use everything.
-            assert FULL in calls or (change is other_ones and used is everything)
-        except Exception as error:
-            raise AssertionError(change.__name__) from error
-        results[change.__name__] = collect(loop.model, loop.optimizer)
-    return results
+        options |= {"mesh": mesh_of(shape)}
+
+    def run(change, loop):
+        before, calls, after = run_change(loop, change, used)
+        assert before == after == (["any_rank"] if shape else [])
+        # Nothing changes if both ranks use everything.
+        assert FULL in calls or (change is other_ones and used is everything)
+
+    with backpressure_timeout(0.05):
+        return run_loops(CHANGES, partial(Loop, world, options), run)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +188,10 @@ def changes_worker(rank, world, used, shape, options):
     ids=["2", "2, behind", "2x2, behind"],
 )
 def test_changes_after_steady_steps_match_single_process(world, used, shape, options):
-    found = run_ranks(world, changes_worker, used, shape, options)
-    for change in CHANGES:
-        loop = Loop(world)
-        run_change(loop, change, used)
-        expected = collect(loop.model, loop.optimizer)
-        for each in found:
-            try:
-                assert_same_bits(each[change.__name__], expected)
-            except AssertionError as error:
-                raise AssertionError(change.__name__) from error
+    expected = run_loops(
+        CHANGES, partial(Loop, world), lambda change, loop: run_change(loop, change, used)
+    )
+    assert_loops_match(run_ranks(world, changes_worker, used, shape, options), expected)
 
 
 def reversed_worker(rank, world):
@@ -247,23 +237,10 @@ def test_smallest_bucket_is_sent_in_the_step():
 
 def late_group_worker(rank, world):
     """A group is added between two backward passes of a steady step."""
-    results = []
-    for sharding in (zero(), None):
-        model = Parameters()
-        optimizer = new_optimizer(model, sharding)
-        late = nn.Parameter(torch.linspace(-1, 1, 30).bfloat16().view(10, 3))
-        for step in range(10):
-            model(rank_gradients(step, 0, 1)).backward()
-            if step == 5:
-                optimizer.add_param_group({"params": [("late", late)], "weight_decay": 0.5})
-            if step >= 5:
-                (late * 0.5).sum().backward()
-            with consensus_calls() as exchanges:
-                optimizer.step(zero_grad=True)
-            late.grad = None
-        assert not exchanges
-        results.append([p.detach() for p in (*model.parameters(), late)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with_zero, exchanges = train_with_late_group(zero(), added_at=5, steps=10)
+    without, _ = train_with_late_group(None, added_at=5, steps=10)
+    assert not exchanges
+    assert all(map(torch.equal, with_zero, without))
 
 
 def test_added_group():
@@ -349,12 +326,10 @@ def rounding_worker(rank, world):
                 assert not counts
             results.append(collect(model, optimizer))
         (early, late, steady_early, steady_late, static_early, _) = results
-        try:
+        with named(name):
             assert_same_bits(steady_early, early)
             assert_same_bits(static_early, early)
             assert_same_bits(steady_late, late)
-        except AssertionError as error:
-            raise AssertionError(name) from error
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -365,49 +340,45 @@ def test_steady_steps_change_no_bit_when_sums_round(world):
 # ------------------------------------------------------------------- changes that are an error
 
 
-def usual_gradients(step):
-    return mean_gradients(step)
-
-
 def zero_grad_on_a_rank(model, optimizer, rank):
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     if rank == 1:
         optimizer.zero_grad()
     optimizer.step()
 
 
 def stale_on_a_rank(model, optimizer, rank):
-    model(usual_gradients(9)).backward()
+    model(mean_gradients(9)).backward()
     optimizer.step(zero_grad=rank == 0)
     yield
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     optimizer.step()
 
 
 def stale_everywhere(model, optimizer, rank):
-    model(usual_gradients(9)).backward()
+    model(mean_gradients(9)).backward()
     optimizer.step()
     yield
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     optimizer.clip_grad_norm_(1.0)
 
 
 def kept_on_a_rank(model, optimizer, rank):
-    model(usual_gradients(9)).backward()
+    model(mean_gradients(9)).backward()
     optimizer.step(zero_grad=rank == 0)
     yield
     optimizer.step()
 
 
 def cast_on_a_rank(model, optimizer, rank):
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     if rank == 1:
         model.large.data = model.large.data.float()
     optimizer.step()
 
 
 def replaced_on_a_rank(model, optimizer, rank):
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     if rank == 1:
         model.large = nn.Parameter(model.large.detach().clone())
     optimizer.step()
@@ -415,7 +386,7 @@ def replaced_on_a_rank(model, optimizer, rank):
 
 def a_later_optimizer(model, optimizer, rank):
     later = AdamW_BF16(model.named_parameters(), sharding=zero())
-    model(usual_gradients(10)).backward()
+    model(mean_gradients(10)).backward()
     optimizer.step()
     del later
 
@@ -433,14 +404,13 @@ ERRORS = [
 
 def errors_worker(rank, world, shape, number):
     misuse, message = ERRORS[number]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     model = Parameters()
-    optimizer = new_optimizer(model, zero(mesh=mesh))
+    optimizer = new_optimizer(model, zero(mesh=mesh_of(shape)))
 
     def train(first):
         for step in range(first, first + 4):
             with consensus_calls() as calls:
-                model(usual_gradients(step)).backward()
+                model(mean_gradients(step)).backward()
                 optimizer.step(zero_grad=True)
         assert calls == ([] if len(shape) == 1 else ["any_rank"])
 
