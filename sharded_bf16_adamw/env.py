@@ -181,8 +181,8 @@ def _gather_threads(facts: Facts) -> None:
 
 def _gather_native(facts: Facts) -> None:
     try:
-        reason = cpu.unavailable_reason()
         facts.isas = cpu.supported_isas()
+        reason = cpu.unavailable_reason()
         if reason is None:
             facts.isa = cpu.selected_isa()
     except ValueError as error:

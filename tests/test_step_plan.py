@@ -12,7 +12,7 @@ from sharded_bf16_adamw.step_plan import StepPlan
 
 BF16 = torch.bfloat16
 NEEDS_ADDRESSES = pytest.mark.skipif(
-    not cpu.available(),
+    cpu.unavailable_reason() is not None,
     reason=f"only the native library keeps addresses: {cpu.unavailable_reason()}",
 )
 

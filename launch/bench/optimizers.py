@@ -81,7 +81,7 @@ class Contender:
 
 def contenders(device: torch.device) -> list[Contender]:
     """Return all contenders of a device, ours first, also those whose packages are missing."""
-    isas = cpu.supported_isas() if device.type == "cpu" and cpu.available() else []
+    isas = cpu.supported_isas() if device.type == "cpu" and cpu.unavailable_reason() is None else []
     return [*_ours(device, isas), *_torch(), *_others(device), *_ceilings(device, isas)]
 
 

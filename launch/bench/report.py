@@ -22,7 +22,7 @@ LIMITS = (0.1, 3000.0)  # of the plot: the time over ours, with room for figures
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the properties of the machine that the figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    isa = cpu.selected_isa() if device.type == "cpu" and cpu.available() else None
+    isa = cpu.selected_isa() if device.type == "cpu" and cpu.unavailable_reason() is None else None
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return {

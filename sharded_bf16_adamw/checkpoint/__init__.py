@@ -15,27 +15,16 @@ so that they load under any other layout and world size::
 Keys within: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
 """
 
-from .async_save import wait_for_save
-from .convert import convert_fp32
-from .directory import latest, newest_good, prune
-from .export import export_fp32
-from .full_state_dict import gather_full_state_dict, scatter_full_state_dict
-from .importing import import_fp32
-from .loading import LoadResult, load, verify
-from .saving import save
-
-__all__ = [
-    "LoadResult",
-    "convert_fp32",
-    "export_fp32",
-    "gather_full_state_dict",
-    "import_fp32",
-    "latest",
-    "load",
-    "newest_good",
-    "prune",
-    "save",
-    "scatter_full_state_dict",
-    "verify",
-    "wait_for_save",
-]
+from .async_save import wait_for_save as wait_for_save
+from .convert import convert_fp32 as convert_fp32
+from .directory import latest as latest
+from .directory import newest_good as newest_good
+from .directory import prune as prune
+from .export import export_fp32 as export_fp32
+from .full_state_dict import gather_full_state_dict as gather_full_state_dict
+from .full_state_dict import scatter_full_state_dict as scatter_full_state_dict
+from .importing import import_fp32 as import_fp32
+from .loading import LoadResult as LoadResult
+from .loading import load as load
+from .loading import verify as verify
+from .saving import save as save

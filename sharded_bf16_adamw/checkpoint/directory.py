@@ -81,6 +81,14 @@ def find_root(path: str | os.PathLike[str]) -> Path:
     return nested if is_nested else path
 
 
+def existing_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the result of :func:`find_checkpoint`, or raise FileNotFoundError if it is None."""
+    found = find_checkpoint(path)
+    if found is None:
+        raise no_checkpoint(path)
+    return found
+
+
 def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
     """Return the error for a ``path`` at which :func:`find_checkpoint` found nothing."""
     return FileNotFoundError(

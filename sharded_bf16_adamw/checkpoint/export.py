@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..pair import join
 from .async_save import wait_for_own_saves
-from .directory import find_checkpoint, no_checkpoint, sync_folder
+from .directory import existing_checkpoint, sync_folder
 from .extra_state import PART
 from .rank_errors import (
     Group,
@@ -144,7 +144,7 @@ def _export(
     with raise_errors():
         wait_for_own_saves()  # otherwise a root could resolve to the previous checkpoint
         _check_arguments(dtype, max_shard_bytes)
-        checkpoint = _find(path)
+        checkpoint = existing_checkpoint(path)
     if parallel:  # other ranks may see an older state of a network file system
         checkpoint = call_on_rank_0("cannot export", lambda: checkpoint, group)
     is_first = rank(group) == 0
@@ -189,13 +189,6 @@ def _export(
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _find(path: str | os.PathLike[str]) -> Path:
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise no_checkpoint(path)
-    return checkpoint
 
 
 def _check_arguments(dtype: torch.dtype, max_shard_bytes: int) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..names import has_fsdp1
+from ..sharding.dtensor import group_by
 from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
 from .divergence import resolve_divergence
@@ -115,14 +116,12 @@ def gather_full_state_dict(
         for transfer in transfers:
             send(local_block(tensors[transfer.key], transfer, group), 0, group)
         return {}
-    transfers_of: dict[Key, list[Transfer]] = {key: [] for key in full_tensors}
-    for transfer in transfers:
-        transfers_of[transfer.key].append(transfer)
+    transfers_of = group_by(transfers, lambda transfer: transfer.key)
     state: dict[str, dict[str, Tensor]] = {}
     for (fqn, name), info in full_tensors.items():
         full_tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         state.setdefault(fqn, {})[name] = full_tensor
-        for transfer in transfers_of[fqn, name]:
+        for transfer in transfers_of.get((fqn, name), ()):
             (sender,) = transfer.index_on
             view = transfer.block.view_in(full_tensor)
             if sender == 0:

@@ -18,7 +18,7 @@ from .chunk_table import ChunkTable
 from .commit import check_folder_visible
 from .dcp_storage import PlainReader, read_chunks
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
-from .directory import find_checkpoint, no_checkpoint
+from .directory import existing_checkpoint, find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
 from .gc_pause import gc_paused
 from .manifest import FileRecord, Manifest, find_damage, read_manifest
@@ -239,13 +239,10 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         ['.metadata is missing']
     """
     try:
-        found = _find(Path(path))
+        folder = existing_checkpoint(path)
+        return find_damage(folder, read_manifest(folder).files)
     except ValueError as error:
         return [str(error)]
-    if found is None:
-        raise no_checkpoint(path)
-    folder, manifest = found
-    return find_damage(folder, manifest.files)
 
 
 def _find(path: Path) -> tuple[Path, Manifest] | None:

@@ -14,7 +14,6 @@ number that only one stage has would look global to a pipeline that is cut elsew
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import nn
 from ..names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from ..sharding.model_parallel import ModelParallel
 from .extra_state import EXTRA_STATE
+from .rank_errors import all_gather_object
 
 
 class RankNames:
@@ -64,8 +64,7 @@ class RankNames:
         """Exchange how many experts each rank has. Collective over the expert group, if any."""
         self._fqn_of_saved = None
         if self._ep_group is not None:
-            counts: list[Any] = [None] * dist.get_world_size(self._ep_group)
-            dist.all_gather_object(counts, self._expert_modules, group=self._ep_group)
+            counts = all_gather_object(self._expert_modules, self._ep_group)
             for counts_before in counts[: self._ep_rank]:
                 for module in self._expert_modules:
                     self._first_expert[module] += counts_before.get(module) or 0

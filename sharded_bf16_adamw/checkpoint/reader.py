@@ -13,7 +13,7 @@ from torch import Tensor
 from .blocks import Block
 from .chunk_table import ChunkTable
 from .dcp_storage import METADATA, read_chunks
-from .directory import find_checkpoint, no_checkpoint
+from .directory import existing_checkpoint
 from .manifest import decode, find_damage, read_manifest
 from .safetensors_io import TensorInfo
 
@@ -41,10 +41,7 @@ class CheckpointReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        checkpoint = find_checkpoint(path)
-        if checkpoint is None:
-            raise no_checkpoint(path)
-        self.path = checkpoint
+        self.path = existing_checkpoint(path)
         self.manifest = read_manifest(self.path)
         table = ChunkTable.from_bytes(read_chunks(self.path, self.manifest.files))
         self.infos: dict[str, TensorInfo] = {}

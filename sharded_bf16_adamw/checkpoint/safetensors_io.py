@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .blocks import Block
-from .manifest import is_file_name
+from .manifest import is_file_name, write_durably
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -198,10 +198,7 @@ def write_sharded(
     if rank != 0:
         return
     index = {"metadata": {"total_size": _total_bytes(infos.values())}, "weight_map": weight_map}
-    with (directory / INDEX).open("w") as file:
-        json.dump(index, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(directory / INDEX, json.dumps(index, indent=2).encode())
 
 
 def _split_into_shards(

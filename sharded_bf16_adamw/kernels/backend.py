@@ -1,7 +1,7 @@
 """The choice of a back end by device, and the arguments, layouts and checks that all of them share.
 
-A back end is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq``, ``available``
-and ``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if these
+A back end is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq`` and
+``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if these
 are faster than tensor operations.
 """
 
@@ -319,11 +319,10 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(
             f"Invalid backend: {backend!r}; choose one of {', '.join(BACKENDS)} or None"
         )
-    module = _module(backend)
-    if not module.available():
+    reason = _module(backend).unavailable_reason()
+    if reason is not None:
         raise ValueError(
-            f"backend {backend!r} is not available: {module.unavailable_reason()}; use None to "
-            "choose by device"
+            f"backend {backend!r} is not available: {reason}; use None to choose by device"
         )
 
 
@@ -345,11 +344,10 @@ def backend_module(device: torch.device, backend: str | None) -> ModuleType:
     """Return the module of a back end, by default the device's, with a warning if it falls back."""
     if backend is None:
         backend = _BY_DEVICE.get(device.type, "reference")
-        module = _module(backend)
-        if not module.available(device):
+        reason = _module(backend).unavailable_reason(device)
+        if reason is not None:
             warnings.warn(
-                f"AdamW_BF16 uses the slower reference back end on {device.type}: "
-                f"{module.unavailable_reason(device)}",
+                f"AdamW_BF16 uses the slower reference back end on {device.type}: {reason}",
                 stacklevel=2,
             )
             _FALLBACK_DEVICES.add(device)

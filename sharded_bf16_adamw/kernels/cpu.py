@@ -40,22 +40,15 @@ _unavailable_reason: str | None = None
 _isa: int | None = None
 
 
-def available(device: torch.device | None = None) -> bool:
-    """Return whether the library was built and loads.
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """Return in one clause why the library was not built or does not load, or None if it does.
 
     Raises:
         ValueError: ``SHARDED_BF16_ADAMW_ISA`` names an instruction set that is unknown, or that
             this processor lacks.
     """
-    if _load() is None:
-        return False
-    _selected_isa()
-    return True
-
-
-def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return why :func:`available` is False, in one clause, or None if it is True."""
-    _load()
+    if _load() is not None:
+        _selected_isa()
     return _unavailable_reason
 
 
@@ -84,7 +77,7 @@ def selected_isa() -> str:
     """Return the instruction set in use.
 
     Raises:
-        ValueError: see :func:`available`.
+        ValueError: see :func:`unavailable_reason`.
     """
     return ISAS[_selected_isa()]
 

@@ -35,13 +35,11 @@ MAX_CHUNK_MAPS = 4  # mixtures of variants whose chunk maps are kept
 MAX_LAYOUTS = 16  # norm layouts that each scratch keeps
 
 
-def available(device: torch.device | None = None) -> bool:
-    """Return whether this back end supports ``device``, by default the current one."""
-    return unavailable_reason(device) is None
-
-
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return why :func:`available` is False, in one clause, or None if it is True."""
+    """Return in one clause why this back end does not support ``device``, or None if it does.
+
+    None stands for the current device.
+    """
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
     index = None if device is None else device.index

@@ -137,13 +137,8 @@ class ReferenceTable:
 make_table = ReferenceTable
 
 
-def available(device: torch.device | None = None) -> bool:
-    """Return True: the back end is plain torch."""
-    return True
-
-
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return None: the back end is always available."""
+    """Return None: the back end is plain torch, and always available."""
     return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from .dtensor import group_by
 
 # 8-byte words of a large tensor that share a weight: one pass of torch.sum reads at memory speed.
 COLUMNS = 64
@@ -13,6 +16,11 @@ SMALL = 1 << 12  # words up to which each has a weight of its own
 # Words of small tensors in one batch: a GPU takes longer to launch a kernel than to read them.
 BATCH_WORDS = 1 << 18
 _MULTIPLIER = 0x2851F42D4C957F2E  # even, so that multiples of it plus one are odd weights
+
+
+def text_checksum(text: str) -> int:
+    """Return a checksum of a text that fits into an int64 with either sign."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def checksums(tensors: Sequence[Tensor]) -> list[int]:
@@ -28,11 +36,8 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
         tensors: of any dtype, shape and strides, on any device. Only read.
     """
     raws = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    by_device: dict[torch.device, list[int]] = {}
-    for index, raw in enumerate(raws):
-        by_device.setdefault(raw.device, []).append(index)
     result = [0] * len(raws)
-    for indices in by_device.values():
+    for indices in group_by(range(len(raws)), lambda i: raws[i].device).values():
         large = [i for i in indices if _word_count(raws[i]) > SMALL]
         batches = list(_batches([i for i in indices if _word_count(raws[i]) <= SMALL], raws))
         sums = [_checksums_of_small([raws[i] for i in batch]) for batch in batches]

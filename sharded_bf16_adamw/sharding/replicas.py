@@ -6,7 +6,6 @@ only through a hardware fault, or code that changes a single replica.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checksum import checksums
+from .checksum import checksums, text_checksum
 from .collectives import device_for
 from .comm_errors import comm_errors
 
@@ -93,8 +92,7 @@ def find_differences(replicas: Sequence[Replica], numbers: Sequence[int]) -> lis
 
 def _compare(group: dist.ProcessGroup, names: list[str], numbers: list[int]) -> list[Difference]:
     ranks = tuple(dist.get_process_group_ranks(group))
-    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=7).digest()
-    if _unequal(group, [len(names), int.from_bytes(digest, "big")]):
+    if _unequal(group, [len(names), text_checksum("\n".join(names))]):
         return [Difference("the list of parameters", ranks, ())]
     differing = _unequal(group, numbers)
     if not differing:

@@ -2,8 +2,6 @@
 
 ================ ===================================================================
 ``step.py``      a step from its first final gradient to ``step()``
-``round.py``     the state of a step
-``hooks.py``     hooks on parameters and on the end of a backward pass
 ``batch.py``     gradients that are updated together
 ``clip.py``      gradient clipping
 ``zero.py``      the same under ZeRO stage 2

@@ -21,6 +21,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from operator import is_
 from typing import Any
 
@@ -29,17 +31,46 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..gradients import GroupGrads, check_grads
-from ..kernels import clip_coefficient, grad_sum_sq
+from ..kernels import Hyperparams, clip_coefficient, grad_sum_sq
 from ..schedule import scheduled_lrs
 from ..sharding.dtensor import group_by, to_local
+from ..sharding.grad_hooks import GradHooks
 from ..state import states_for
 from ..step_plan import StepPlan, hyperparams_at, hyperparams_of
 from ..validation import DTYPES, name_in_group
 from . import checks
 from .batch import Batch, Batcher
 from .clip import ClipInBackward, PreviousStepClip
-from .hooks import add_grad_hooks, call_at_backward_end
-from .round import Round, RoundState
+
+_hooks = GradHooks(torch._disable_dynamo)
+
+
+class RoundState(Enum):
+    """The progress of the current step."""
+
+    IDLE = auto()  # no parameter was updated since the last step()
+    RUNNING = auto()  # parameters were updated, and step() has yet to end the round
+    FAILED = auto()  # a backward pass has ended early
+
+
+@dataclass
+class Round:
+    """The hyper-parameters of a step, read at its first final gradient, and its progress since."""
+
+    lrs: list[float | None]  # see :func:`sharded_bf16_adamw.schedule.scheduled_lrs`
+    group_hypers: list[Hyperparams]  # as read from the groups
+    hypers: list[Hyperparams]  # the same, but with the learning rates of the schedule
+    clip: PreviousStepClip | None = None
+    taken: set[Tensor] = field(default_factory=set)  # parameters updated or in the batch
+    updated: int = 0
+    backward_passes: set[int] = field(default_factory=set)  # autograd's ids of unfinished passes
+    streams: set[torch.cuda.Stream] = field(default_factory=set)  # that have run updates
+
+    def wait_for_streams(self) -> None:
+        """Make the current stream wait for the updates, which ran on the gradients' streams."""
+        for stream in self.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        self.streams.clear()
 
 
 class StepInBackward:
@@ -57,7 +88,7 @@ class StepInBackward:
         self._batcher = Batcher()
         self._is_accumulating = False
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._hooks: Any = WeakIdKeyDictionary()  # parameter -> handle
+        self._hooked: Any = WeakIdKeyDictionary()
         self._group_of: dict[Tensor, int] = {}
         # by the id of a batch's first parameter
         self._plans: dict[int, tuple[StepPlan, list[dict[str, Any]]]] = {}
@@ -77,7 +108,8 @@ class StepInBackward:
 
     def _add_hooks(self) -> None:
         """Put hooks on parameters that have none: new ones, and those that are no longer frozen."""
-        add_grad_hooks(self, self._get_optimizer()._all_params(), self._hooks)
+        params = self._get_optimizer()._all_params()
+        _hooks.add(self, params, self._hooked, StepInBackward.on_grad_ready)
 
     def _get_optimizer(self) -> Any:
         """Return the optimizer. It is alive because it holds this object."""
@@ -169,6 +201,7 @@ class StepInBackward:
         self._round.backward_passes.add(task)
         round_ = self._round
 
+        @torch._disable_dynamo
         def on_backward_end() -> None:
             with self._lock:
                 if self._round is round_:  # else it was abandoned meanwhile
@@ -176,7 +209,8 @@ class StepInBackward:
                     round_.wait_for_streams()
                     round_.backward_passes.discard(task)
 
-        call_at_backward_end(on_backward_end)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(on_backward_end)
 
     def _flush(self) -> None:
         if self._batcher.batch is not None and self._round is not None:

@@ -19,8 +19,7 @@ from ..sharding.zero.in_backward import LOAD_ADVICE, Stage2InBackward
 from . import checks
 from .batch import Batch
 from .clip import ClipInBackward
-from .round import RoundState
-from .step import StepInBackward
+from .step import RoundState, StepInBackward
 
 
 class ZeroStepInBackward(StepInBackward):

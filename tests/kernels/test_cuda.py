@@ -15,7 +15,8 @@ from sharded_bf16_adamw.kernels import cuda, reference
 from sharded_bf16_adamw.kernels.device_memory import NormScratch
 
 pytestmark = pytest.mark.skipif(
-    not cuda.available(), reason=f"no GPU to test on: {cuda.unavailable_reason()}"
+    cuda.unavailable_reason() is not None,
+    reason=f"no GPU to test on: {cuda.unavailable_reason()}",
 )
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 

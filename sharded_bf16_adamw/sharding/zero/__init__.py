@@ -1,5 +1,1 @@
 """ZeRO: optimizer states (stage 1) and gradients (stage 2) partitioned over data-parallel ranks."""
-
-from .config import ZeRO
-
-__all__ = ["ZeRO"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checksum import checksums
+from ..checksum import checksums, text_checksum
 from ..fsdp1 import is_flattened
 from .consensus import Consensus
 from .param import ParamSpec, ZeroParam
@@ -64,8 +63,7 @@ def check_same_parameters(consensus: Consensus, params: list[Tensor], names: lis
         f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}"
         for name, p in zip(names, params, strict=True)
     ]
-    digest = hashlib.blake2b("\n".join(signatures).encode(), digest_size=7).digest()
-    if all(consensus.are_equal([len(params), int.from_bytes(digest, "big")])):
+    if all(consensus.are_equal([len(params), text_checksum("\n".join(signatures))])):
         return
     first, *others = consensus.all_gather_object(signatures)
     for rank, other in zip(consensus.ranks[1:], others, strict=True):

@@ -19,7 +19,6 @@ calls of a submodule, ``state_dict()``, ``load_state_dict()`` and the optimizer'
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..checksum import text_checksum
 from ..collectives import new_group_like
 from .all_gather import AllGather, PendingAllGather
 from .bucket import split_by_size
@@ -145,8 +145,7 @@ class OverlappedGather(AllGather):
         self._recorder = None
         index_of = {each.param: index for index, each in enumerate(self._zero_params)}
         own = [(index_of[param], sorted(fqns)) for param, fqns in recorder.reads.items()]
-        digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
-        is_same = all(self._consensus.are_equal([int.from_bytes(digest, "big")]))
+        is_same = all(self._consensus.are_equal([text_checksum(repr(own))]))
         recordings = [own] if is_same else self._consensus.all_gather_object(own)
         readers: dict[ZeroParam, set[nn.Module]] = {}
         for index, fqns in (item for recording in recordings for item in recording):

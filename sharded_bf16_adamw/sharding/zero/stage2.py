@@ -30,7 +30,6 @@ often than the others have.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -41,6 +40,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...profiling import profiler_range
+from ..grad_hooks import GradHooks
 from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
@@ -70,9 +70,7 @@ CLEARED_ON_SOME_RANKS_ERROR = (
     "it after each step, on every rank"
 )
 
-# Maps a parameter to the newest Stage2 built with it (weakly). Only that one takes its gradients.
-_grad_owner: Any = WeakIdKeyDictionary()
-_owner_changes = 0
+_hooks = GradHooks()  # of several stages with a parameter, only the newest takes its gradients
 
 
 class Backpressure(Enum):
@@ -107,7 +105,7 @@ class Stage2(Stage):
         self._updated: set[Tensor] = set()  # in this backward pass; see :mod:`.in_backward`
 
         # - Hooks
-        self._hooked: set[Tensor] = set()
+        self._hooked: Any = WeakIdKeyDictionary()
         self._seen_owner_changes = 0
         self._checked_ddp = False
 
@@ -131,20 +129,7 @@ class Stage2(Stage):
 
     def _register_hooks(self) -> None:
         """Register hooks on trainable parameters that have none, such as newly unfrozen ones."""
-        weak_self = weakref.ref(self)
-
-        def on_grad_ready(param: Tensor) -> None:
-            stage = weak_self()
-            owner = _grad_owner.get(param)
-            if stage is not None and (owner is weak_self or owner is None or owner() is None):
-                stage._on_grad_ready(param)
-
-        for param in self._zero_params:
-            if param.requires_grad and param not in self._hooked:
-                self._hooked.add(param)
-                _claim_grads(param, weak_self)
-                handle = param.register_post_accumulate_grad_hook(on_grad_ready)
-                weakref.finalize(self, handle.remove)
+        _hooks.add(self, self._zero_params, self._hooked, type(self)._on_grad_ready)
 
     @torch.no_grad()
     def _on_grad_ready(self, param: Tensor) -> None:
@@ -373,19 +358,19 @@ class Stage2(Stage):
                     "gradients too; use ZeRO stage 2 with the plain module, or ZeRO(stage=1) "
                     "with DDP"
                 )
-        if self._seen_owner_changes != _owner_changes:
+        if self._seen_owner_changes != _hooks.changes:
             if zero_param := self._find_claimed():
                 return (
                     f"the gradients of parameter {zero_param.name} go to a ZeRO stage 2 optimizer "
                     "that was built later; delete that optimizer, or use only that one"
                 )
-            self._seen_owner_changes = _owner_changes
+            self._seen_owner_changes = _hooks.changes
         return super()._find_problem()
 
     def _find_claimed(self) -> ZeroParam | None:
         """Return the first parameter whose gradients another optimizer takes."""
         for param, zero_param in self._zero_params.items():
-            if param in _grad_owner and _grad_owner[param]() not in (None, self):
+            if param in _hooks.owner_of and _hooks.owner_of[param]() not in (None, self):
                 return zero_param
         return None
 
@@ -422,9 +407,3 @@ class Stage2(Stage):
         return bool(self._in_flight) or any(
             bucket.launches or bucket.is_pending for bucket in self._order.buckets
         )
-
-
-def _claim_grads(param: Tensor, owner: weakref.ref[Stage2]) -> None:
-    global _owner_changes
-    _grad_owner[param] = owner
-    _owner_changes += 1
