@@ -98,11 +98,7 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the own arguments, and those for ``train.py``."""
-    parser = Parser(
-        prog="compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("compare.py", __doc__)
     parser.add_argument(
         "--seeds", type=positive, default=6, help="runs of each optimizer (default: 6)"
     )

@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("plan.py", __doc__)
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     model.add_argument(

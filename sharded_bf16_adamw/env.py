@@ -170,7 +170,7 @@ def _gather_versions(facts: Facts) -> None:
 def _gather_platform(facts: Facts) -> None:
     facts.machine = platform.machine()
     facts.platform["system"] = platform.platform()
-    facts.platform["processor"] = f"{_cpu_model()} ({facts.machine})"
+    facts.platform["processor"] = f"{cpu_model()} ({facts.machine})"
     facts.platform["C compiler"] = _compiler()
 
 
@@ -314,7 +314,7 @@ def _slow_variables(facts: Facts) -> list[str]:
     return found
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Return the processor's name, or as much of it as the system tells."""
     info = Path("/proc/cpuinfo")
     if info.exists():

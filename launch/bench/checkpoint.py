@@ -15,7 +15,6 @@ every rank, and also times the comparison of replicas that is part of each save.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -30,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training.command_line import Parser, output_folder, positive, positive_float
+from training.command_line import Parser, output_file, output_folder, positive, positive_float
 from training.world import init_world
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
@@ -46,11 +45,7 @@ ROWS = 64  # of a training step's batch, on each rank
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py checkpoint", __doc__)
     parser.add_argument(
         "--gb",
         type=positive_float,
@@ -70,6 +65,9 @@ def main(argv: list[str]) -> int:
         type=output_folder,
         help="write the checkpoints here, on the disk to measure (default: the system's temporary "
         "directory)",
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
     )
     args = parser.parse_args(argv)
     world = init_world("auto")
@@ -195,15 +193,18 @@ def make_empty(directory: Path) -> None:
 
 def timed(function: Callable[[], object]) -> float:
     """Return the seconds until all ranks are done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    dist.barrier()
+    barrier()
     start = time.perf_counter()
     function()
+    barrier()
+    return time.perf_counter() - start
+
+
+def barrier() -> None:
+    """Wait until the devices of all ranks have done their work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     dist.barrier()
-    return time.perf_counter() - start
 
 
 def write(path: Path, content: bytes) -> None:
@@ -234,7 +235,7 @@ def drop_from_cache(paths: list[Path]) -> None:
     dist.barrier()
 
 
-def report(rounds: list[dict[str, float]], file: str | None) -> None:
+def report(rounds: list[dict[str, float]], file: Path | None) -> None:
     functions: dict[str, Callable[[dict[str, float]], float]] = {
         "throughput of save / plain write": lambda x: x["plain write"] / x["save"],
         "throughput of load / plain read": lambda x: x["plain read"] / x["load"],
@@ -251,4 +252,4 @@ def report(rounds: list[dict[str, float]], file: str | None) -> None:
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")
     if file:
-        Path(file).write_text(json.dumps({"rounds": rounds, "ratios": ratios}, indent=1))
+        file.write_text(json.dumps({"rounds": rounds, "ratios": ratios}, indent=1))

@@ -72,11 +72,7 @@ def measure(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> Non
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py exchange",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py exchange", __doc__)
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
     parser.add_argument("--parameters", type=positive, default=200, help="in a report")
     parser.add_argument(

@@ -9,7 +9,6 @@ state dict. Runs on CPUs with gloo, on Linux.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import resource
@@ -28,6 +27,7 @@ from training.command_line import Parser, positive
 from training.rendezvous import join_process_group
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO, gather_full_state_dict, scatter_full_state_dict
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 MB = 10**6
 PAGE = resource.getpagesize()
@@ -75,17 +75,12 @@ def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16
     for state in optimizer.state.values():
         for key, value in state.items():
             if key != "step":
-                local = value.to_local() if hasattr(value, "to_local") else value
-                local.fill_(dist.get_rank() + 1)
+                to_local(value).fill_(dist.get_rank() + 1)
     return model, optimizer
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py gather",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py gather", __doc__)
     parser.add_argument(
         "--strategy", choices=("fsdp2", "zero2", "ddp"), default="fsdp2", help="default: fsdp2"
     )

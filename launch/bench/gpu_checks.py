@@ -8,7 +8,6 @@ The checks: bits of the CPU reference, launches, host syncs, CUDA graphs and mem
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -358,11 +357,7 @@ def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
 
 
 def main(argv: list[str]) -> int:
-    Parser(
-        prog="benchmark.py gpu-checks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    Parser("benchmark.py gpu-checks", __doc__).parse_args(argv)
     if not torch.cuda.is_available():
         raise UsageError(
             "gpu-checks needs a GPU, but torch sees no CUDA or ROCm device: run it on a machine "

@@ -15,7 +15,6 @@ minimum.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -34,18 +33,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.nn.parallel import DistributedDataParallel
 from training.command_line import Parser, output_file, positive
 from training.model import GPT, PRESETS, Config
 from training.strategies import STRATEGIES
-from training.world import World, init_world
+from training.world import World, init_world, synchronize
 
 from bench.markers import write_between_markers
-from bench.measure import synchronize
 from bench.report import describe, machine
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 REPO = Path(__file__).resolve().parents[2]
 # layers, dim, heads, ffn, seq_len, batch_size, steps, lr
@@ -136,11 +134,7 @@ CONTENDERS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py loop",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py loop", __doc__)
     parser.add_argument(
         "--model",
         nargs="+",
@@ -255,19 +249,15 @@ class Training:
         ]
         with live_gradients(params) as gradients, LiveBytes() as live:
             for tensor in (*params, *states):
-                local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
+                to_local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
             self.step(self.batch[:1, :17])
             self.wait()
         parts = {
-            "weights": sum(local(p).nbytes for p in params),
-            "states": sum(local(x).nbytes for x in states),
+            "weights": sum(to_local(p).nbytes for p in params),
+            "states": sum(to_local(x).nbytes for x in states),
             "gradients": gradients[0],
         }
         return {**parts, "rest": live.peak - sum(parts.values()), "sent_bytes": live.sent_bytes}
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -276,7 +266,7 @@ def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
     peak = [0]
 
     def on_grad(param: Tensor) -> None:
-        peak[0] = max(peak[0], sum(local(p.grad).nbytes for p in params if p.grad is not None))
+        peak[0] = max(peak[0], sum(to_local(p.grad).nbytes for p in params if p.grad is not None))
 
     # the hooks of the optimizer come first, and may have freed this gradient
     handles = [p.register_post_accumulate_grad_hook(on_grad) for p in params]

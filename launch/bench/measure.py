@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from training.world import synchronize
 
 from bench.optimizers import Contender, Runner, Shapes
 
@@ -226,11 +227,6 @@ def _take_turn(runner: Runner, repeats: int, device: torch.device, *, warm: bool
         runner.step()
     synchronize(device)
     return (time.perf_counter() - start) / repeats
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def failure_reason(error: Exception, package: str | None) -> str:

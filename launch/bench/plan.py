@@ -14,7 +14,6 @@ before the first save.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -36,6 +35,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from planning.probe import fake_ranks
 from torch import nn
 from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.fsdp import fully_shard
@@ -58,11 +58,7 @@ CPU = torch.device("cpu")
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py plan", __doc__)
     parser.add_argument(
         "--ranks", type=positive, default=1024, help="ranks to plan for (default: 1024)"
     )
@@ -85,15 +81,11 @@ def main(argv: list[str]) -> int:
     if args.ranks < 2 or args.tensors < PER_PARAM:
         raise UsageError(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}.")
     torch.set_num_threads(1)
-    start_fake_world(args.ranks)
-    try:
+    with fake_ranks(args.ranks), tempfile.TemporaryDirectory() as folder:
         model, optimizer = build(args.ranks, args.tensors)
-        with tempfile.TemporaryDirectory() as folder:
-            figures, paths = simulate(model, optimizer, args.ranks, Path(folder))
-            for path in paths if args.metadata else ():
-                shutil.copy(path / METADATA, args.metadata / path.name)
-    finally:
-        dist.destroy_process_group()
+        figures, paths = simulate(model, optimizer, args.ranks, Path(folder))
+        for path in paths if args.metadata else ():
+            shutil.copy(path / METADATA, args.metadata / path.name)
     for name, value in figures.items():
         print(f"{name:52} {value:10.3f}")
     if args.json:
@@ -102,13 +94,6 @@ def main(argv: list[str]) -> int:
             json.dumps({"ranks": args.ranks, "tensors": tensors, "figures": figures}, indent=1)
         )
     return 0
-
-
-def start_fake_world(ranks: int) -> None:
-    """Make this process rank 0 of a group whose collectives do nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
 def build(ranks: int, tensors: int) -> tuple[nn.Module, AdamW_BF16]:

@@ -13,6 +13,7 @@ import torch
 from bench.markers import write_between_markers
 from bench.measure import ratio, times_of
 from bench.optimizers import BYTES_PER_PARAM, Contender
+from sharded_bf16_adamw.env import cpu_model
 from sharded_bf16_adamw.kernels import cpu
 
 MIN_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth is meaningless
@@ -21,7 +22,7 @@ LIMITS = (0.1, 3000.0)  # of the plot: the time over ours, with room for figures
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the properties of the machine that the figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     isa = cpu.selected_isa() if device.type == "cpu" and cpu.unavailable_reason() is None else None
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
@@ -35,17 +36,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor() or "unknown CPU",
-    )
 
 
 def describe(machine: dict[str, Any]) -> str:

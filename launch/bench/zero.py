@@ -30,9 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training.command_line import Parser, nonnegative, output_file, positive, positive_float
-from training.world import init_world
+from training.world import init_world, synchronize
 
-from bench.measure import synchronize
 from bench.slow_network import SlowNetwork
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
@@ -162,11 +161,7 @@ def sent_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="benchmark.py zero",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("benchmark.py zero", __doc__)
     parser.add_argument("--layers", type=positive, default=8, help="of the model (default: 8)")
     parser.add_argument("--width", type=positive, default=1024, help="of a layer (default: 1024)")
     parser.add_argument(

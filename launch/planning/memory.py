@@ -23,13 +23,14 @@ from math import prod
 import torch
 
 from planning.probe import Probe
+from sharded_bf16_adamw import ZeRO
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import SUM_BLOCK_NUMEL
+from sharded_bf16_adamw.step_in_backward.batch import BATCH_BYTES
 
 FP32_BYTES = 4  # per element
-BUCKET_BYTES = 25 * 2**20  # ZeRO's default, of weights
-MAX_IN_FLIGHT = 2  # ZeRO's default
-IN_BACKWARD_BYTES = 2**20  # of gradients that step_in_backward collects before it updates
+BUCKET_BYTES = int(ZeRO.bucket_size_mb * 2**20)  # of weights, by default
+MAX_IN_FLIGHT = ZeRO.max_in_flight  # by default
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def gradients(job: Job, done: int) -> int:
     if accumulates:
         return job.weight_bytes * job.numel
     kept = job.weight_bytes * complete
-    return min(kept, IN_BACKWARD_BYTES) if job.in_backward else kept
+    return min(kept, BATCH_BYTES) if job.in_backward else kept
 
 
 def loss_buffers(job: Job) -> int:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.utils.checkpoint import checkpoint
 from training.model import GPT
@@ -25,6 +24,7 @@ from training.tensor_parallel import parallelize
 
 from planning.live import LiveBytes
 from planning.models import Shape, build
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 Shapes = tuple[torch.Size, ...]
 
@@ -91,13 +91,13 @@ def probe(
         True
     """
     tokens = torch.empty(batch, seq_len, dtype=torch.int64, device="meta")
-    with _fake_ranks(tensor_ranks):
+    with fake_ranks(tensor_ranks):
         models = [build(shape, layers, dtype) for layers in (1, 2)]
         for model in models:
             _shard(model, tensor_ranks)
         with _kernels_of(device):
             (one, one_sent), (two, two_sent) = (_run(each, tokens, recompute) for each in models)
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in models[0].parameters()]
+        local = list(map(to_local, models[0].parameters()))
         in_block = set(map(id, models[0].blocks[0].parameters()))
         is_block = [id(p) in in_block for p in models[0].parameters()]
     loss, head, block = (Line(a, b - a) for a, b in zip(one[:3], two[:3], strict=True))
@@ -146,7 +146,7 @@ def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]
         for block in model.blocks:
             block.forward = _checkpointed(block.forward)
     weights = {id(p): p for p in model.parameters()}.values()
-    locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
+    locals_ = list(map(to_local, weights))
     with LiveBytes() as live:
         F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
         end_part()
@@ -185,7 +185,7 @@ def _kernels_of(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _fake_ranks(ranks: int) -> Iterator[None]:
+def fake_ranks(ranks: int) -> Iterator[None]:
     """Make this process rank 0 of a group whose collectives do nothing, if it needs one."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend

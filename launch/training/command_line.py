@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -18,10 +18,16 @@ from training.rendezvous import local_rank, rank
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors as UsageError, and takes no abbreviations of options."""
+    """A parser that raises its errors as UsageError, and takes no abbreviations of options.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+    ``--help`` shows the description as it is, such as a module's docstring.
+    """
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog, description=description, formatter_class=formatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help.")

@@ -73,10 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line and its ``--config``, whose values options override."""
-    parser = Parser(
-        prog="train.py",
-        description="Train a GPT with bf16 weights, on one process or under torchrun.",
-    )
+    parser = Parser("train.py", "Train a GPT with bf16 weights, on one process or under torchrun.")
     parser.add_argument(
         "--config",
         type=nonempty,

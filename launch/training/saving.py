@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import save, wait_for_save
+from sharded_bf16_adamw.sharding.dtensor import to_local
 from training.divergence import recovery_hint
 from training.errors import DivergedError, RunError
 from training.export import export_hf
@@ -85,7 +85,7 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
     states = [
         x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
     ]
-    local = [x.to_local() if isinstance(x, DTensor) else x for x in (*params, *states)]
+    local = list(map(to_local, (*params, *states)))
     # torchao's states wrap quantized tensors, and have no norm
     local = [x.dequantize() if hasattr(x, "__tensor_flatten__") else x for x in local]
     # FlashAdamW keeps integers, of which torch has no norm

@@ -55,7 +55,7 @@ def update(run: Run, loss: float) -> float:
     Returns:
         The global gradient norm before clipping.
     """
-    synchronize(run.world)
+    synchronize(run.world.device)
     start = time.perf_counter()
     optimizer, clip = run.optimizer, run.args.clip or math.inf
     if isinstance(optimizer, AdamW_BF16):  # calls the schedule itself
@@ -78,7 +78,7 @@ def update(run: Run, loss: float) -> float:
         optimizer.zero_grad()  # without gradients, step() only advances the schedule
     start += measure_precision(run, is_finite)
     optimizer.step()
-    synchronize(run.world)
+    synchronize(run.world.device)
     run.step_seconds.append(time.perf_counter() - start)
     optimizer.zero_grad()
     run.last_is_finite = is_finite
@@ -116,7 +116,7 @@ def measure_precision(run: Run, is_finite: bool) -> float:
     run.precision = None
     if is_due and is_finite and isinstance(optimizer, AdamW_BF16):
         run.precision = optimizer.precision_stats()
-        synchronize(run.world)
+        synchronize(run.world.device)
     return time.perf_counter() - start
 
 

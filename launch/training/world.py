@@ -122,7 +122,7 @@ def on_every_rank(world: World, condition: bool) -> bool:
     return all_reduce_mean(world, float(not condition)) == [0.0]
 
 
-def synchronize(world: World) -> None:
-    """Wait for the device, so that the optimizer's time excludes earlier work."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a time excludes earlier work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
