@@ -16,7 +16,6 @@ every rank, and also times the comparison of replicas that is part of each save.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import statistics
@@ -29,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training.command_line import Parser, output_file, output_folder, positive, positive_float
+from training.command_line import Parser, output_folder, positive, positive_float, write_json
 from training.world import init_world
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
@@ -66,9 +65,7 @@ def main(argv: list[str]) -> int:
         help="write the checkpoints here, on the disk to measure (default: the system's temporary "
         "directory)",
     )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
-    )
+    parser.add_json()
     args = parser.parse_args(argv)
     world = init_world("auto")
     root = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"
@@ -251,5 +248,4 @@ def report(rounds: list[dict[str, float]], file: Path | None) -> None:
     ratios = {name: [function(x) for x in rounds] for name, function in functions.items()}
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")
-    if file:
-        file.write_text(json.dumps({"rounds": rounds, "ratios": ratios}, indent=1))
+    write_json(file, {"rounds": rounds, "ratios": ratios})

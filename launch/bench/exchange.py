@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from training.command_line import Parser, output_file, positive
+from training.command_line import Parser, positive, write_json
 
 from sharded_bf16_adamw.sharding.zero.consensus import Consensus
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         "--row-numel", type=positive, default=1 << 12, help="of a bucket, to each rank"
     )
     parser.add_argument("--repeats", type=positive, default=40)
-    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
+    parser.add_json()
     args = parser.parse_args(argv)
     results = {}
     for ranks in args.ranks:
@@ -90,6 +90,5 @@ def main(argv: list[str]) -> int:
             )
             results[ranks] = json.loads(Path(folder, "result").read_text())
         print(json.dumps({ranks: results[ranks]}, indent=1), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.json, results)
     return 0

@@ -15,7 +15,6 @@ minimum.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -35,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.nn.parallel import DistributedDataParallel
-from training.command_line import Parser, output_file, positive
+from training.command_line import Parser, positive, write_json
 from training.model import GPT, PRESETS, Config
 from training.strategies import STRATEGIES
 from training.world import World, init_world, synchronize
@@ -160,9 +159,7 @@ def main(argv: list[str]) -> int:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
-    )
+    parser.add_json()
     parser.add_argument(
         "--docs", action="store_true", help="write the tables and the plot into docs/"
     )
@@ -176,8 +173,7 @@ def main(argv: list[str]) -> int:
         if world.rank == 0:
             print(table(model, run["models"][model], world.size), flush=True)
     if world.rank == 0:
-        if args.json:
-            Path(args.json).write_text(json.dumps(run, indent=1))
+        write_json(args.json, run)
         if args.docs:
             write_docs(run, argv)
     dist.destroy_process_group()

@@ -15,7 +15,6 @@ before the first save.
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import resource
@@ -41,7 +40,7 @@ from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_obj
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.utils.serialization import config
-from training.command_line import Parser, output_file, output_folder, positive
+from training.command_line import Parser, output_folder, positive, write_json
 from training.errors import UsageError
 
 from sharded_bf16_adamw import AdamW_BF16, wait_for_save
@@ -74,9 +73,7 @@ def main(argv: list[str]) -> int:
         metavar="FOLDER",
         help="copy the metadata of the saves here",
     )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the figures to this file"
-    )
+    parser.add_json()
     args = parser.parse_args(argv)
     if args.ranks < 2 or args.tensors < PER_PARAM:
         raise UsageError(f"--ranks must be at least 2, and --tensors at least {PER_PARAM}.")
@@ -88,11 +85,8 @@ def main(argv: list[str]) -> int:
             shutil.copy(path / METADATA, args.metadata / path.name)
     for name, value in figures.items():
         print(f"{name:52} {value:10.3f}")
-    if args.json:
-        tensors = args.tensors // PER_PARAM * PER_PARAM + 1
-        Path(args.json).write_text(
-            json.dumps({"ranks": args.ranks, "tensors": tensors, "figures": figures}, indent=1)
-        )
+    tensors = args.tensors // PER_PARAM * PER_PARAM + 1
+    write_json(args.json, {"ranks": args.ranks, "tensors": tensors, "figures": figures})
     return 0
 
 

@@ -13,14 +13,20 @@ exit status is 1 if one of them fails.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
-from training.command_line import Parser, nonnegative, output_file, positive, positive_float
+from training.command_line import (
+    Parser,
+    nonnegative,
+    output_file,
+    positive,
+    positive_float,
+    write_json,
+)
 from training.errors import UsageError
 
 from bench.fsdp2 import measure_fsdp2
@@ -48,7 +54,7 @@ def main(argv: list[str]) -> int:
         from bench.gpu_checks import run_checks
 
         run["gpu_checks"] = [check.as_data() for check in run_checks(device)]
-        write_json(run, args.json)
+        write_json(args.json, run)
     chosen = [
         c for c in contenders(device) if args.only is None or c.key == "ours" or c.key in args.only
     ]
@@ -70,14 +76,14 @@ def main(argv: list[str]) -> int:
             result["rows"] = rows(chosen, result)
             run["results"].append(result)
             print(plain_table(result), flush=True)
-            write_json(run, args.json)
+            write_json(args.json, run)  # an interrupted run loses no finished size
     if args.fsdp2:
         run["fsdp2"] = measure_fsdp2(args.rounds)
     judged = targets(run)
     run["targets"] = as_data(judged)
     lines = [str(target) for target in judged]
     print("\nTargets\n" + "\n".join(lines))
-    write_json(run, args.json)
+    write_json(args.json, run)
     write_docs(run, lines, args)
     return int(any(not check["passed"] for check in run.get("gpu_checks", [])))
 
@@ -175,13 +181,6 @@ def command(argv: list[str]) -> str:
         if not skip:
             words.append(word)
     return shlex.join(["python", "launch/benchmark.py", *words])
-
-
-def write_json(run: dict[str, Any], path: Path | None) -> None:
-    """Write all results so far, so that an interrupted run loses no finished size."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1) + "\n")
 
 
 def write_docs(run: dict[str, Any], targets: list[str], args: argparse.Namespace) -> None:

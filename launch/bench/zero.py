@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from training.command_line import Parser, nonnegative, output_file, positive, positive_float
+from training.command_line import Parser, nonnegative, positive, positive_float, write_json
 from training.world import init_world, synchronize
 
 from bench.slow_network import SlowNetwork
@@ -193,14 +193,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
     )
-    parser.add_argument("--json", type=output_file, help="also write the figures to this file")
+    parser.add_json()
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     result = measure(args)
     result["delayed"] = measure_delayed(args)
     if dist.get_rank() == 0:
         print(json.dumps(result, indent=1))
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     dist.destroy_process_group()
     return 0

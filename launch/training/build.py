@@ -148,7 +148,7 @@ def make_optimizer(
     if reason is not None:
         raise UsageError(f"--optimizer {args.optimizer} {reason}.")
     try:
-        if spec.make is None:
+        if spec.path is None:
             backend = args.optimizer_backend
             return AdamW_BF16(
                 groups, lr_function=schedule, backend=backend, sharding=sharding, **common

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -27,6 +28,12 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog, description=description, formatter_class=formatter, allow_abbrev=False
+        )
+
+    def add_json(self) -> None:
+        """Add ``--json FILE``, for the figures of a benchmark."""
+        self.add_argument(
+            "--json", type=output_file, metavar="FILE", help="write the figures to this file"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -137,6 +144,12 @@ def output_folder(text: str) -> Path:
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"the folder {path} cannot be written to")
     return path
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    """Write figures to the file of ``--json``, if it was given."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def is_installed(module: str) -> bool:

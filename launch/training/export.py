@@ -11,8 +11,6 @@ import torch.distributed as dist
 
 from sharded_bf16_adamw import export_fp32
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
     """Export a checkpoint to ``<out>/hf``, update the link ``latest``, keep ``--keep``. Collective.
@@ -24,7 +22,7 @@ def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
     is_first = dist.get_rank() == 0
     if is_first:  # of a run that has gone back to an earlier step
         shutil.rmtree(out, ignore_errors=True)
-    dtype = DTYPES[args.export_hf]
+    dtype = getattr(torch, args.export_hf)
     export_fp32(checkpoint, out, dtype, config_from=args.model, parallel=True)
     if is_first:
         link = root / ".latest"

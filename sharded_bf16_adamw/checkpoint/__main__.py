@@ -33,7 +33,7 @@ from .export import export_fp32
 from .import_formats import open_weights
 from .manifest import MANIFEST, find_damage, read_manifest
 from .reader import CheckpointReader
-from .state_dict import MODEL, STATE
+from .state_dict import MODEL, STATE, split_state_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -67,7 +67,7 @@ def _inspect(args: argparse.Namespace) -> int:
     state_bytes: dict[str, int] = {}
     for key, info in reader.infos.items():
         if key.startswith(STATE):
-            name = key.removeprefix(STATE).rpartition(".")[0]
+            name, _ = split_state_key(key)
             state_bytes[name] = state_bytes.get(name, 0) + info.nbytes
     rows = [("tensor", "shape", "dtype", "parts", "weight", "state", "step", "lr")]
     for name in names:

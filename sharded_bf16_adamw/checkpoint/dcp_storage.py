@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     WriteItem,
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from ..sharding.dtensor import group_by
 from .chunk_table import ChunkTable
 from .gc_pause import gc_paused
 from .manifest import FileRecord, crc32_text
@@ -164,12 +164,9 @@ class PlainReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
         """Read this rank's tensors as DCP does, in file order, small ones by template."""
-        by_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
-        for item in plan.items:
-            info = self.storage_data[item.storage_index]
-            by_file.setdefault(info.relative_path, []).append((info, item))
+        pairs = [(self.storage_data[item.storage_index], item) for item in plan.items]
         reader = TensorReader()
-        for name, located in by_file.items():
+        for name, located in group_by(pairs, lambda pair: pair[0].relative_path).items():
             with open(Path(self.path) / name, "rb") as file:
                 for info, item in sorted(located, key=lambda pair: pair[0].offset):
                     tensor = reader.read(self._slice_file(file, info), info.length)

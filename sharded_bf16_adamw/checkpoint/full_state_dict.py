@@ -37,7 +37,12 @@ from .rank_errors import (
     scatter_object,
 )
 from .rank_names import RankNames
-from .state_dict import STATE, CheckpointState, get_optimizer_state, merge_param_groups
+from .state_dict import (
+    CheckpointState,
+    get_optimizer_state,
+    merge_param_groups,
+    split_state_key,
+)
 from .torch_state_dict import set_sharded_optimizer_state
 from .transport import (
     Key,
@@ -259,21 +264,15 @@ def _gather_shard_infos(
     """Return this rank's states, and on rank 0 what each rank holds of them. Collective."""
     with raise_on_all_ranks(failure, group):
         for key, value in contents.plain.items():
-            fqn, name = _split_key(key)
+            fqn, name = split_state_key(key)
             raise ValueError(
                 f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only "
                 "tensors can be gathered; remove it from optimizer.state"
             )
-        tensors = {_split_key(key): tensor for key, tensor in contents.tensors.items()}
+        tensors = {split_state_key(key): tensor for key, tensor in contents.tensors.items()}
         infos = shard_infos(tensors)
     init_cpu_group(group)
     return tensors, gather_object(infos, group)
-
-
-def _split_key(key: str) -> Key:
-    """``optimizer.state.layer.weight.exp_avg`` -> ``("layer.weight", "exp_avg")``."""
-    fqn, _, name = key.removeprefix(STATE).rpartition(".")
-    return fqn, name
 
 
 def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:

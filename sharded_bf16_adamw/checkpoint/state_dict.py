@@ -322,9 +322,15 @@ def _describe_mesh(mesh: DeviceMesh) -> str:
 # ------------------------------------------------------------------------------------------ keys
 
 
+def split_state_key(key: str) -> tuple[str, str]:
+    """``optimizer.state.layer.weight.exp_avg`` -> ``("layer.weight", "exp_avg")``."""
+    fqn, _, name = key.removeprefix(STATE).rpartition(".")
+    return fqn, name
+
+
 def param_of_state(key: str) -> str | None:
     """Return ``<fqn>`` of ``optimizer.state.<fqn>.exp_avg``, None for other keys."""
-    return key.removeprefix(STATE).rpartition(".")[0] if key.startswith(STATE) else None
+    return split_state_key(key)[0] if key.startswith(STATE) else None
 
 
 def fqn_of(key: str) -> str:

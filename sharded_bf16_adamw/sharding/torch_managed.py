@@ -41,21 +41,19 @@ class TorchManaged:
         return param
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
-        if isinstance(param, DTensor) and not isinstance(value, DTensor):
+        if not isinstance(value, DTensor):
+            if not isinstance(param, DTensor):
+                return value
             # A plain state_dict: every rank holds the full tensor.
             mesh, placements = param.device_mesh, param.placements
             return distribute_tensor(value, mesh, placements, src_data_rank=None).to(param.device)
-        if isinstance(value, DTensor) and not isinstance(param, DTensor):
+        if not isinstance(param, DTensor):
             raise ValueError(
                 f"{what} is a shard but the parameter is not sharded; load what ZeRO or FSDP "
                 "sharded with sharded_bf16_adamw.load or with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        if (
-            isinstance(value, DTensor)
-            and isinstance(param, DTensor)
-            and not _have_same_sharding(value, param)
-        ):
+        if not _have_same_sharding(value, param):
             raise ValueError(
                 f"{what} is sharded differently from the parameter ({value.placements} and "
                 f"{param.placements}); load it with sharded_bf16_adamw.load or with "

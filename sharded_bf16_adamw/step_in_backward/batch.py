@@ -50,13 +50,7 @@ class Batcher:
         self._storage_ends: set[int] = set()  # ids of the parameters that are last in a storage
 
     def add(self, param: Tensor, grad: Tensor, flush: Callable[[], None]) -> None:
-        """Add one parameter and its local gradient.
-
-        Args:
-            param: the parameter.
-            grad: its gradient.
-            flush: updates the parameters of the batch; called before, after or not at all.
-        """
+        """Add one parameter and its local gradient. ``flush`` updates a batch that is full."""
         storage, batch = grad.untyped_storage(), self.batch
         stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
         is_shared = storage.nbytes() > grad.nbytes

@@ -154,12 +154,7 @@ def _differs(a: Hyperparams, b: Hyperparams) -> bool:
 
 
 def second_gradient_message(name: str, num_passes: int) -> str:
-    """Return the error of a parameter's second gradient in one step.
-
-    Args:
-        name: the parameter's.
-        num_passes: number of unfinished backward passes, including one that has raised.
-    """
+    """Return the error of a second gradient in a step of ``num_passes`` unfinished passes."""
     message = (
         f"parameter {name} got a second gradient before step(), after the first "
         "was used; step_in_backward=True takes one backward pass a step, so run earlier ones "
@@ -172,13 +167,7 @@ def second_gradient_message(name: str, num_passes: int) -> str:
 
 
 def failure_message(caller: str, updated: int, params: Collection[Tensor]) -> str:
-    """Return the error of a call after a backward pass that has raised.
-
-    Args:
-        caller: the function that the user called.
-        updated: number of parameters that were updated before.
-        params: all parameters.
-    """
+    """Return the error of a call after a pass that raised when ``updated`` parameters were new."""
     if not updated:
         return (
             f"{caller} was called after a backward pass that raised before any parameter was "

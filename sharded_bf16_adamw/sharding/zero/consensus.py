@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...profiling import profiler_range
@@ -45,10 +46,7 @@ class Consensus:
         if self._is_single:
             return condition
         result = torch.tensor([condition], dtype=torch.int64, device="cpu")
-        with profiler_range("ZeRO::consensus"):
-            CheckedWork(
-                OPERATION, dist.all_reduce, result, group=self.group, op=dist.ReduceOp.MAX
-            ).wait()
+        self._run(dist.all_reduce, result, op=dist.ReduceOp.MAX)
         return bool(result.item())
 
     def all_reduce_max(
@@ -102,22 +100,20 @@ class Consensus:
         """Return the values of the first rank of the mesh."""
         tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
         if not self._is_single:
-            with profiler_range("ZeRO::consensus"):
-                CheckedWork(
-                    OPERATION, dist.broadcast, tensor, group=self.group, src=self._first
-                ).wait()
+            self._run(dist.broadcast, tensor, src=self._first)
         return tensor.tolist()
+
+    def _run(self, collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> None:
+        with profiler_range("ZeRO::consensus"):
+            CheckedWork(OPERATION, collective, *tensors, group=self.group, **options).wait()
 
     def _all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """Exchange one byte a value, enough for flags; if any overflows, repeat with eight."""
         if self._is_single:
             return list(values)
-        with profiler_range("ZeRO::consensus"):
-            as_bytes = [value if 0 <= value < BYTE_OVERFLOW else BYTE_OVERFLOW for value in values]
-            result = self._all_reduce_max_as(torch.uint8, as_bytes)
-            if BYTE_OVERFLOW in result:
-                return self._all_reduce_max_as(torch.int64, values)
-            return result
+        as_bytes = [value if 0 <= value < BYTE_OVERFLOW else BYTE_OVERFLOW for value in values]
+        result = self._all_reduce_max_as(torch.uint8, as_bytes)
+        return self._all_reduce_max_as(torch.int64, values) if BYTE_OVERFLOW in result else result
 
     def _all_reduce_max_as(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
         """Send the values to every rank at once, and take the maximum locally.
@@ -129,5 +125,5 @@ class Consensus:
         """
         to_ranks = torch.tensor(values, dtype=dtype, device="cpu").repeat(len(self.ranks), 1)
         of_ranks = torch.empty_like(to_ranks)
-        CheckedWork(OPERATION, dist.all_to_all_single, of_ranks, to_ranks, group=self.group).wait()
+        self._run(dist.all_to_all_single, of_ranks, to_ranks)
         return of_ranks.amax(0).tolist()
