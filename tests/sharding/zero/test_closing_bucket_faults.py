@@ -112,8 +112,10 @@ def check(cases):
 
 
 def test_closing_bucket_that_the_last_backward_pass_does_not_use():
-    steps = 7
-    exchanges = check({name: [passes] * steps for name, passes in STEADY.items()})
+    other = ([OTHERS, ALL, {"large"}], [ALL])
+    exchanges = check(
+        {name: [*[passes] * 5, other, *[passes] * 5] for name, passes in STEADY.items()}
+    )
     # Other buckets launch after it, so that the flag travels alone.
     assert all(count > 2 for count in exchanges.values()), exchanges
 
