@@ -69,11 +69,8 @@ def layout_of(tensors: dict[str, Any], group: Group) -> Layout | None:
     for key, tensor in tensors.items():
         if type(tensor) is DTensor:
             local = to_local(tensor)
-            if type(local) not in (
-                Tensor,
-                nn.Parameter,
-            ):  # it may plan its own items, as those of torchrec do
-                return None
+            if type(local) not in (Tensor, nn.Parameter):
+                return None  # it may plan its own items, as torchrec's does
             where = tensor.device_mesh, tensor.placements
             layout.append((key, tensor.shape, where, _properties(local)))
         elif type(tensor) is ShardedTensor:
