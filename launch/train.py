@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     initialized_before = dist.is_initialized()
     die_with_torchrun()
     with Supervisor() as supervisor:
-        code = exit_code(lambda: train(parse_args(argv), supervisor))
+        code = exit_code(lambda: train(parse_args(argv), supervisor), lambda: supervisor.requested)
         if dist.is_initialized() and not initialized_before:
             dist.destroy_process_group()
     return code

@@ -68,9 +68,11 @@ def layout_of(tensors: dict[str, Any], group: Group) -> Layout | None:
     layout: list[Any] = [ranks, rank(group)]
     for key, tensor in tensors.items():
         if type(tensor) is DTensor:
-            mesh = tensor.device_mesh
-            where = mesh, mesh.get_coordinate(), tensor.placements, tensor.stride()
-            layout.append((key, tensor.shape, where, _properties(to_local(tensor))))
+            local = to_local(tensor)
+            if type(local) not in (Tensor, nn.Parameter):
+                return None  # it may plan its own items, as torchrec's does
+            where = tensor.device_mesh, tensor.placements
+            layout.append((key, tensor.shape, where, _properties(local)))
         elif type(tensor) is ShardedTensor:
             whole = tensor.metadata()
             shards = [

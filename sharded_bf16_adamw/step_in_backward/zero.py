@@ -31,6 +31,7 @@ class ZeroStepInBackward(StepInBackward):
     def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
         optimizer._sharding.updates = self
         self._has_failed = False  # on every rank
+        self._was_dropped = False  # by an error that step() has raised on every rank
         self.has_accumulated = False
         super().__init__(optimizer, clip)
 
@@ -54,6 +55,10 @@ class ZeroStepInBackward(StepInBackward):
         return self._is_accumulating
 
     # --------------------------------------------------------------------- during the backward pass
+
+    def _start_round(self, param: Tensor) -> Any:
+        self._was_dropped = False
+        return super()._start_round(param)
 
     def _take(self, group: dict[str, Any], param: Tensor) -> None:
         """Note that the gradient is final. The stage moves it into its bucket."""
@@ -85,6 +90,7 @@ class ZeroStepInBackward(StepInBackward):
     def reset(self) -> None:
         """Forget this step, which has updated nothing on any rank."""
         self.abandon()
+        self._was_dropped = True
 
     def fail(self) -> None:
         """Refuse further steps until the user abandons this one: weights are mixed."""
@@ -96,7 +102,7 @@ class ZeroStepInBackward(StepInBackward):
     def accumulate(self) -> Iterator[None]:
         """Let backward passes in this context accumulate gradients and update nothing."""
         with super().accumulate():
-            self.has_accumulated = True
+            self.has_accumulated, self._was_dropped = True, False
             yield
 
     def _failure(self, caller: str) -> str:
@@ -110,12 +116,12 @@ class ZeroStepInBackward(StepInBackward):
     def abandon(self) -> None:
         """End the round without a step."""
         super().abandon()
-        self.has_accumulated = False
+        self.has_accumulated = self._was_dropped = False
 
     def abandon_step(self) -> None:
         """End the round without a step, whatever its state. Collective."""
-        is_idle = self.state is RoundState.IDLE
-        self._stage.abandon(is_agreed=self._has_failed or is_idle)
+        # A rank that has raised before its first gradient is idle, but others may not be.
+        self._stage.abandon(is_agreed=self._has_failed or self._was_dropped)
         self._has_failed = False
         self.abandon()
 
@@ -127,7 +133,11 @@ class ZeroStepInBackward(StepInBackward):
         if self._round is None:
             self._round = self._start_round(self._get_optimizer()._all_params()[0])
         checks.check_hyperparams_kept(self._get_optimizer().param_groups, self._round.group_hypers)
-        for params, grads in self._stage.take_grads():
-            self.update(params, grads)
+        try:
+            for params, grads in self._stage.take_grads():
+                self.update(params, grads)
+        except BaseException:
+            self.fail()  # the gradients that are left are gone
+            raise
         self._finish_updates()
         return self._round.lrs, gradients

@@ -11,6 +11,11 @@ nothing else. A hook never launches this bucket for the last time in a step: ``r
 cannot be mistaken for another bucket, and waits for no rank that is behind with its buckets. If any
 flag is set, each rank keeps the gradients of its closing bucket, and all ranks agree as in a first
 step. Nothing has been updated by then.
+
+One more gradient than expected makes a hook launch the bucket all the same; that rank then sets the
+flag. But if other buckets launch more often in each step (several backward passes, the last of
+which do not use the parameters of this bucket), such a gradient is an expected one. The flag then
+travels alone.
 """
 
 from __future__ import annotations

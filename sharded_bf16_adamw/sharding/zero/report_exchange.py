@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...profiling import profiler_range
-from .bucket import Bucket
+from .bucket_order import BucketOrder
 from .closing_bucket import ClosingBucket
 from .consensus import Consensus
 from .grad_report import GradReport
@@ -68,18 +68,30 @@ class ReportExchange:
         ):
             self.expected = last
 
-    def agree(self, report: GradReport, problem: str | None, closing: Bucket | None) -> Agreement:
+    def flag_carrier(self, order: BucketOrder) -> ClosingBucket | None:
+        """Return the closing bucket if it carries the flag of this step, else None.
+
+        It does if no other active bucket launches after it. Then a rank whose hooks get one more
+        gradient, and launch it, sees in its report that it has to set the flag.
+        """
+        closing = order.closing
+        if self.expected is None or not isinstance(closing, ClosingBucket):
+            return None
+        launches = self.expected.agreed.launches[: order.num_active]
+        return closing if launches[-1] == max(launches) else None
+
+    def agree(self, report: GradReport, problem: str | None, order: BucketOrder) -> Agreement:
         """Agree on the gradients of a reduction. Collective.
 
         Args:
             report: of this rank.
             problem: of this rank, or None.
-            closing: the closing bucket, if there is one.
+            order: the buckets.
         """
         expected = self.expected
         if expected is not None and not self._static_graph:
             differs = problem is not None or report != expected.own
-            any_differs, closing_reduce = self._find_any(differs, closing)
+            any_differs, closing_reduce = self._find_any(differs, self.flag_carrier(order))
             if not any_differs:
                 return Agreement(expected.agreed, None, closing_reduce)
             self.expected = None
@@ -89,9 +101,11 @@ class ReportExchange:
         self._last_two_differ = last is not None and last.agreed != agreed
         return Agreement(agreed, problems, None)
 
-    def _find_any(self, differs: bool, closing: Bucket | None) -> tuple[bool, PendingReduce | None]:
+    def _find_any(
+        self, differs: bool, closing: ClosingBucket | None
+    ) -> tuple[bool, PendingReduce | None]:
         """Return whether any rank ``differs``; if the bucket tells that none does, its mean too."""
-        if not isinstance(closing, ClosingBucket):
+        if closing is None:
             return self._consensus.any_rank(differs), None
         with profiler_range("ZeRO::reduce_scatter"):
             closing_reduce = closing.reduce_unless(differs, self._consensus.group)

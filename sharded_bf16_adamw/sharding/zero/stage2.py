@@ -44,7 +44,6 @@ from ..grad_hooks import GradHooks
 from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
-from .closing_bucket import ClosingBucket
 from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
@@ -171,7 +170,7 @@ class Stage2(Stage):
                 remaining = expected.agreed.launches[index] - bucket.launches
                 if self._policy.static_graph and remaining <= 0:
                     return  # as promised, the other ranks do not launch it again
-                if isinstance(bucket, ClosingBucket) and remaining == 1:
+                if remaining == 1 and bucket is self._exchange.flag_carrier(self._order):
                     self._held = bucket
                     return
             self._launch_next(bucket)
@@ -243,9 +242,7 @@ class Stage2(Stage):
             self._check_promise(expected.own, report, problem)
             agreed, problems, closing_reduce = expected.agreed, None, None
         else:
-            agreed, problems, closing_reduce = self._exchange.agree(
-                report, problem, self._order.closing
-            )
+            agreed, problems, closing_reduce = self._exchange.agree(report, problem, self._order)
         buckets, active = self._order.buckets, self._order.num_active
         launches = list(agreed.launches)
         if closing_reduce is not None:
