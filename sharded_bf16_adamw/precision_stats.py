@@ -103,9 +103,7 @@ class PrecisionPass:
         grad_norm: the optimizer's gradient norm, for its sums over ranks.
     """
 
-    def __init__(
-        self, sharding: Sharding, step_plans: StepPlanCache, grad_norm: GradNorm
-    ) -> None:
+    def __init__(self, sharding: Sharding, step_plans: StepPlanCache, grad_norm: GradNorm) -> None:
         self._sharding = sharding
         self._step_plans = step_plans
         self._grad_norm = grad_norm

@@ -81,7 +81,6 @@ PRECISION_SUMS = (
 )
 
 
-
 class Runs(NamedTuple):
     """Runs of consecutive elements that ``precision_sums`` adds up; arrays of one int64 a run.
 
@@ -115,7 +114,8 @@ class Runs(NamedTuple):
 
     def select(self, which: np.ndarray) -> Runs:
         """Return the runs that an index or a mask selects."""
-        return Runs(*(column[which] for column in self[:4]), self.n_rows)
+        params, begins, counts, rows = (column[which] for column in self[:4])
+        return Runs(params, begins, counts, rows, self.n_rows)
 
 
 ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -249,7 +249,8 @@ class FusedAdamW:
         parts = [
             table.precision_sums(
                 own_args,
-                runs if runs is None or len(indices) == len(self._params)
+                runs
+                if runs is None or len(indices) == len(self._params)
                 else runs.of_params(indices),
             )
             for table, own_args, indices, _ in self._parts(args)

@@ -112,9 +112,7 @@ class NativeTable:
         self._group = np.array(tensors.group_indices(), np.int64)
         self._groups = int(self._group.max(initial=0)) + 1
         self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
-        self._handle = _new_table(
-            self._library, self._address, numel, self._is_f32, self._group
-        )
+        self._handle = _new_table(self._library, self._address, numel, self._is_f32, self._group)
         weakref.finalize(self, self._library.sba_table_free, self._handle)
 
     def update_(self, args: StepArgs) -> None:
@@ -158,7 +156,9 @@ class NativeTable:
         address[:4] += begins * np.where(is_f32, 4, 2)
         address[3, is_f32 != 0] = 0  # a float32 parameter has no correction
         own_grad_is_f32 = np.frombuffer(grad_is_f32, np.uint8)[params]
-        own_grads = np.frombuffer(grads, np.int64)[params] + begins * np.where(own_grad_is_f32, 4, 2)
+        own_grads = np.frombuffer(grads, np.int64)[params] + begins * np.where(
+            own_grad_is_f32, 4, 2
+        )
         # The library adds up by the index of the hyper-parameters, so each row has its own.
         group_of_row = np.zeros(n_rows, np.int64)
         group_of_row[rows] = self._group[params]
@@ -295,9 +295,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _new_table(
-    library: ctypes.CDLL, address: Any, numel: Any, is_f32: Any, group: Any
-) -> int:
+def _new_table(library: ctypes.CDLL, address: Any, numel: Any, is_f32: Any, group: Any) -> int:
     """Return the handle of ``sba_table_new``, which copies the arrays."""
     pointers = (column.ctypes.data for column in (address, numel, is_f32, group))
     handle = library.sba_table_new(len(numel), *pointers)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,11 +134,12 @@ class ReferenceTable:
             runs = Runs.whole(numels, groups, shape[0])
         for i, begin, count, to in zip(*runs[:4], strict=True):
             (*tensors, step), group = self._rows[i]
-            g, *own = (
+            own: list[Any] = [
                 None if x is None else x.as_strided((x.numel(),), (1,))[begin : begin + count]
-                for x in (args.grads[i], *tensors)
-            )
-            add_sums(total[to], (*own, step), g, args.hypers[group], args.grad_scale)
+                for x in (*tensors, args.grads[i])
+            ]
+            p, m, v, c, g = own
+            add_sums(total[to], (p, m, v, c, step), g, args.hypers[group], args.grad_scale)
         return total
 
 
