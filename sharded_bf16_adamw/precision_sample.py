@@ -25,6 +25,7 @@ from .sharding.dtensor import to_local
 from .sharding.shard_rows import shard_rows
 
 BLOCK = 4096  # elements: reading less at a place would waste prefetched memory
+GOLDEN = 0x9E3779B9  # odd, so that no two of 2^32 steps have equal multiples modulo 2^32
 
 
 class _Strata(NamedTuple):
@@ -59,7 +60,6 @@ class StratifiedSample:
     ) -> None:
         self.one_in = one_in
         self._n_rows = n_rows
-        self._positions = np.array(positions, np.int64)
         self._rows = np.array(rows, np.int64)
         strata, whole = [], []
         for index, shard in enumerate(shards):
@@ -67,27 +67,26 @@ class StratifiedSample:
             strata.append((np.full(len(own_strata[0]), index), *own_strata))
             whole.append((np.full(len(begins), index), begins, ends))
         self._strata = _Strata(*map(np.concatenate, zip(*strata, strict=True)))
+        params, indices = self._strata[:2]
+        self._seeds = _hash(_hash(np.array(positions, np.int64))[params] ^ indices)
         params, begins, ends = map(np.concatenate, zip(*whole, strict=True))
-        self._whole = params, begins, ends - begins
+        self._whole = Runs(params, begins, ends - begins, self._rows[params], 2 * n_rows)
 
-    def draw(self, steps: Sequence[int]) -> Runs:
-        """Return the elements to read, given the number of steps that each parameter has taken."""
-        params, indices, origins, block_numels, first, last = self._strata
-        keys = _hash(_hash(np.array(steps)) ^ self._positions)
-        drawn = _hash(keys[params] ^ indices) * self.one_in >> 32
+    def draw(self, step: int) -> Runs:
+        """Return the elements to read at a step."""
+        params, _, origins, block_numels, first, last = self._strata
+        if not len(params):
+            return self._whole
+        drawn = _hash(self._seeds + step * GOLDEN) * self.one_in >> 32
         begins = origins + drawn * block_numels
         ends = np.minimum(begins + block_numels, last)
         begins = np.maximum(begins, first)
         held = ends > begins
         params, begins, ends = params[held], begins[held], ends[held]
-        whole, whole_begins, whole_counts = self._whole
-        return Runs(
-            np.concatenate([whole, params]),
-            np.concatenate([whole_begins, begins]),
-            np.concatenate([whole_counts, ends - begins]),
-            np.concatenate([self._rows[whole], self._rows[params] + self._n_rows]),
-            2 * self._n_rows,
-        )
+        drawn_runs = params, begins, ends - begins, self._rows[params] + self._n_rows
+        pairs = zip(self._whole[:4], drawn_runs, strict=True)
+        params, begins, counts, rows = map(np.concatenate, pairs)
+        return Runs(params, begins, counts, rows, self._whole.n_rows)
 
     def total(self, sums: Tensor) -> Tensor:
         """Return the estimated sums over all elements, ``[n_rows, ...]``, from those of a draw."""
@@ -98,9 +97,9 @@ class StratifiedSample:
 def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Return the columns of :class:`_Strata` after the first, and the runs that are always read."""
     numel = to_local(shard).numel()
-    rows = shard_rows(shard, BLOCK) if one_in > 1 else None
+    rows = shard_rows(shard, BLOCK) if one_in > 1 and numel else None
     n_strata = 0 if rows is None else rows.n_rows // (one_in * rows.block_rows)
-    if rows is None or n_strata == 0 or numel == 0:
+    if rows is None or n_strata == 0:
         whole = np.array([numel] if numel else [], np.int64)
         return [np.zeros(0, np.int64)] * 5, np.zeros_like(whole), whole
     stratum_rows, width = one_in * rows.block_rows, rows.local_row_numel
@@ -124,5 +123,5 @@ def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray
 
 def _hash(x: np.ndarray) -> np.ndarray:
     """Return 32 random bits of the low 32 bits of each int64."""
-    hashed = lowbias32(torch.from_numpy(x.astype(np.int32)))
+    hashed = lowbias32(torch.from_numpy(x.astype(np.int32)))  # which keeps the low bits
     return hashed.numpy().astype(np.int64) & 0xFFFFFFFF

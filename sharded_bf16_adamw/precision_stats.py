@@ -157,8 +157,7 @@ class PrecisionPass:
             sample = None
             if one_in > 1 or len(keys) > 1:
                 sample = self._sample_of(plan, infos, group_grads, keys, one_in)
-            steps = [group["schedule_step"] for group, params, _ in group_grads for _ in params]
-            runs = None if sample is None else sample.draw(steps)
+            runs = None if sample is None else sample.draw(group_grads[0][0]["schedule_step"])
             for found in plan.precision_sums(grads, hyperparams, grad_scale, runs):
                 total = found if sample is None else sample.total(found)
                 for key, own in zip(keys, total.view(shape), strict=True):

@@ -52,7 +52,7 @@ class TestSample:
     def test_one_block_of_each_stratum_and_the_rest(self, shape, block, one_in):
         numel = math.prod(shape)
         sample = StratifiedSample([torch.zeros(shape)], [0], [0], 1, one_in)
-        (weights,) = weights_of(sample.draw([5]), [numel], one_in)
+        (weights,) = weights_of(sample.draw(5), [numel], one_in)
         stratum = one_in * block
         whole_strata = numel // stratum * stratum
         assert (weights[whole_strata:] == 1).all()
@@ -68,7 +68,7 @@ class TestSample:
         sample = StratifiedSample(shards, [0, 7], [0, 0], 1, one_in)
         draws = []
         for step in range(steps):
-            weights = weights_of(sample.draw([step] * 2), [256, 256], one_in)
+            weights = weights_of(sample.draw(step), [256, 256], one_in)
             drawn = torch.cat(weights).reshape(8, one_in, BLOCK)[:, :, 0].argmax(1)
             draws.append(drawn)
         draws = torch.stack(draws)  # steps, strata
@@ -85,7 +85,7 @@ class TestSample:
 
     def test_small_empty_and_unordered_parameters_are_whole(self):
         shards = [torch.zeros(3 * BLOCK), torch.zeros(0), torch.zeros(40, 20).t()]
-        runs = StratifiedSample(shards, [0, 1, 2], [0, 1, 0], 2, 4).draw([1, 1, 1])
+        runs = StratifiedSample(shards, [0, 1, 2], [0, 1, 0], 2, 4).draw(1)
         assert [column.tolist() for column in runs[:4]] == [[0, 2], [0, 0], [48, 800], [0, 0]]
 
 
@@ -108,7 +108,7 @@ class TestEstimates:
         give_gradients(params, seed=7)
         stats = optimizer.precision_stats(fraction=1 / one_in)
         sample = StratifiedSample(params, range(len(params)), [0] * len(params), 1, one_in)
-        runs = sample.draw([steps] * len(params))
+        runs = sample.draw(steps)
         weights = weights_of(runs, [p.numel() for p in params], one_in)
         in_memory = weights[1].reshape(12, 20)  # of the transposed parameter
         weights[1] = in_memory.t().flatten()

@@ -130,7 +130,7 @@ PLACEMENTS = {
 
 def elements_of_draw(shard):
     """Return the values in the drawn blocks of a shard, and those that are always read."""
-    runs = precision_sample.StratifiedSample([shard], [3], [0], 1, 4).draw([8])
+    runs = precision_sample.StratifiedSample([shard], [3], [0], 1, 4).draw(8)
     flat = to_local(shard).flatten().tolist()
     found = [[], []]
     for _, begin, count, row in zip(*runs[:4], strict=True):
