@@ -15,7 +15,7 @@ from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import check_backend
 from .param_log import ParamLog
-from .precision_stats import PrecisionStats, compute_precision_stats
+from .precision_stats import PrecisionPass, PrecisionStats
 from .profiling import profiler_range
 from .schedule import Schedule, apply_lrs, init_lr, resolve_lr, scheduled_lrs
 from .sharding.build import build_sharding
@@ -144,6 +144,7 @@ class AdamW_BF16(WeightAccess):
         self._step_plans = StepPlanCache(self._sharding)
         self._grad_norm = GradNorm(self._sharding, self.model_parallel)
         self._grads = GradCollector(self._sharding)
+        self._precision = PrecisionPass(self._sharding, self._step_plans, self._grad_norm)
 
     # torch's conventions #
 
@@ -307,17 +308,23 @@ class AdamW_BF16(WeightAccess):
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def precision_stats(self) -> PrecisionStats:
+    def precision_stats(self, fraction: float = 1.0) -> PrecisionStats:
         """Measure what bfloat16 costs in the next :meth:`step`; changes nothing.
 
         Call it between :meth:`clip_grad_norm_`, if used, and :meth:`step`. Collective as
         :meth:`clip_grad_norm_` is. See ``docs/precision.md``.
 
+        Args:
+            fraction: share of the elements to read, rounded to one over a whole number. Below 1 the
+                statistics are estimates from blocks of elements that change with the step, are the
+                same under every sharding, and do not depend on any random state.
+
         Returns:
-            The statistics of all ranks together, and of each parameter group; NaN if a gradient is
-            not finite, or if replicas have different gradients.
+            The statistics of all ranks together, and of each parameter group; NaN if a gradient
+            that was read is not finite, or if replicas have different gradients there.
 
         Raises:
+            ValueError: ``fraction`` is not above 0 and at most 1.
             RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
                 fit its parameter; a CUDA graph captures the call; or another rank has died.
         """
@@ -326,11 +333,12 @@ class AdamW_BF16(WeightAccess):
                 "precision_stats() needs the gradients of the next step(), but "
                 "step_in_backward=True has used and freed them; leave step_in_backward out"
             )
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
         self._sharding.reduce_grads()
         grads = self._grads.collect(self.param_groups)
         lrs = scheduled_lrs(self.lr_function, self.param_groups)
         hypers = hyperparams_at(lrs, self.param_groups)
-        norm, clip, backend = self._grad_norm, self._clip.grad_scale, self.backend
-        return compute_precision_stats(
-            grads, hypers, self.state, self._sharding, norm, clip, backend
+        return self._precision.compute(
+            grads, hypers, self.state, self._clip.grad_scale, self.backend, round(1.0 / fraction)
         )

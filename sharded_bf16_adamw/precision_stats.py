@@ -7,27 +7,26 @@ the optimizer changes, and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import weakref
 from dataclasses import dataclass, fields, replace
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .grad_norm import GradNorm, shared_replica_groups
-from .gradients import GroupGrads, wrong_numel
-from .kernels import (
-    PRECISION_SUMS,
-    FusedAdamW,
-    Hyperparams,
-    StepArgs,
-    double_device,
-    is_capturing,
-)
+from .grad_norm import GradNorm, GroupInfo, SumKey, shared_replica_groups
+from .gradients import GroupGrads
+from .kernels import PRECISION_SUMS, Hyperparams, double_device, is_capturing
+from .precision_sample import StratifiedSample
 from .sharding.base import Sharding
-from .sharding.dtensor import to_local
+from .sharding.dtensor import zeros_like_shard
 from .state import STATE_KEYS, check_state
+from .step_plan import StepPlan, StepPlanCache
 from .validation import param_names
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -95,99 +94,149 @@ class PrecisionStats:
         return dict(zip(names, values, strict=True))
 
 
-def compute_precision_stats(
-    group_grads: list[GroupGrads],
-    hyperparams: list[Hyperparams],
-    states: dict[Tensor, Any],
-    sharding: Sharding,
-    grad_norm: GradNorm,
-    grad_scale: Tensor | None,
-    backend: str | None,
-) -> PrecisionStats:
-    """Compute the statistics of the step with these gradients, without taking it.
-
-    Collective as :meth:`.GradNorm.compute` is, whatever gradients this rank has.
+class PrecisionPass:
+    """The computation of :class:`PrecisionStats`, with what it keeps between calls.
 
     Args:
-        group_grads: one entry for each parameter group.
-        hyperparams: likewise, with the learning rate of this step.
-        states: the optimizer's states; a missing one counts as zeros and is not created.
         sharding: the optimizer's sharding strategy.
+        step_plans: the optimizer's step plans, whose kernel tables it uses.
         grad_norm: the optimizer's gradient norm, for its sums over ranks.
-        grad_scale: 0-dim float32 factor of the gradients, or None.
-        backend: see :class:`.kernels.FusedAdamW`.
-
-    Raises:
-        RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is captured.
     """
-    if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
-        raise RuntimeError(
-            "a CUDA graph captures precision_stats(), which uploads new addresses at each call; "
-            "call it outside of the capture"
-        )
-    infos = grad_norm.group_infos(group_grads)
-    names = param_names([group for group, _, _ in group_grads])
-    devices = {key: param.device for info in infos for key, param in info.param_of_key.items()}
-    shape = (len(group_grads), len(PRECISION_SUMS))
-    sums = {
-        key: torch.zeros(shape, dtype=torch.float64, device=double_device(device))
-        for key, device in (devices or {(False, ()): torch.device("cpu")}).items()
-    }
-    # by device: the key and the index of the group, the tensors and the gradient of each parameter
-    rows: defaultdict[torch.device, list[tuple[Any, list[Any], Tensor]]] = defaultdict(list)
-    for index, (info, (_, params, _)) in enumerate(zip(infos, group_grads, strict=True)):
-        for param, grad in zip(params, sharding.local_grads(params), strict=True):
-            state = states.get(param) or {}
-            if state:
-                check_state(state, param, names[param], sharding)
-            shard = to_local(sharding.shard(param))
-            if grad.numel() != shard.numel():
-                raise wrong_numel(names[param], grad.numel(), shard.numel())
-            tensors = [shard, *_states_of(shard, state)]
-            rows[shard.device].append(((info.key_of[id(param)], index), tensors, grad))
-    for device, of_device in rows.items():
-        slots = {slot: number for number, slot in enumerate(dict.fromkeys(x[0] for x in of_device))}
-        tensor_rows = [tensors for _, tensors, _ in of_device]
-        p, m, v, c, steps = (list(column) for column in zip(*tensor_rows, strict=True))
-        groups = [slots[slot] for slot, _, _ in of_device]
-        table = FusedAdamW(p, m, v, c, steps, groups, backend)
-        args = StepArgs(
-            [grad for _, _, grad in of_device],
-            [hyperparams[index] for _, index in slots],
-            None if grad_scale is None else grad_scale.to(device),
-        )
-        for (key, index), row in zip(slots, table.precision_sums(args), strict=True):
-            sums[key][index] += row.to(sums[key].device)
-    total, mismatch = grad_norm.all_reduce(sums, shared_replica_groups(infos))
-    total = torch.where((mismatch > 0).any(), torch.nan, total)
-    return replace(_stats_of(total.sum(0)), groups=tuple(map(_stats_of, total)))
+
+    def __init__(self, sharding: Sharding, step_plans: StepPlanCache, grad_norm: GradNorm) -> None:
+        self._sharding = sharding
+        self._step_plans = step_plans
+        self._grad_norm = grad_norm
+        # the last sample, and what it was built for
+        self._sample: tuple[weakref.ref[StepPlan], list[GroupInfo], StratifiedSample] | None = None
+
+    def compute(
+        self,
+        group_grads: list[GroupGrads],
+        hyperparams: list[Hyperparams],
+        states: dict[Tensor, Any],
+        grad_scale: Tensor | None,
+        backend: str | None,
+        one_in: int,
+    ) -> PrecisionStats:
+        """Compute the statistics of the step with these gradients, without taking it.
+
+        Collective as :meth:`.GradNorm.compute` is, whatever gradients this rank has.
+
+        Args:
+            group_grads: one entry for each parameter group.
+            hyperparams: likewise, with the learning rate of this step.
+            states: the optimizer's states; a missing one counts as zeros and is not created.
+            grad_scale: 0-dim float32 factor of the gradients, or None.
+            backend: see :class:`.kernels.FusedAdamW`.
+            one_in: blocks of which one is read; see :class:`.StratifiedSample`.
+
+        Raises:
+            RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is
+                captured.
+        """
+        if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
+            raise RuntimeError(
+                "a CUDA graph captures precision_stats(), which uploads new addresses at each "
+                "call; call it outside of the capture"
+            )
+        infos = self._grad_norm.group_infos(group_grads)
+        device_of_key = {key: p.device for info in infos for key, p in info.param_of_key.items()}
+        keys = list(device_of_key) or [(False, ())]
+        # A row for each key and, within it, for each group.
+        shape = (len(keys), len(group_grads), len(PRECISION_SUMS))
+        sums = {
+            key: torch.zeros(
+                shape[1:], dtype=torch.float64, device=double_device(device_of_key.get(key, CPU))
+            )
+            for key in keys
+        }
+        plan = self._plan(group_grads, states, backend)
+        if plan is not None:
+            grads = plan.local_grads([grad for _, _, grads in group_grads for grad in grads])
+            sample = None
+            if one_in > 1 or len(keys) > 1:
+                sample = self._sample_of(plan, infos, group_grads, keys, one_in)
+            runs = None if sample is None else sample.draw(group_grads[0][0]["schedule_step"])
+            for found in plan.precision_sums(grads, hyperparams, grad_scale, runs):
+                total = found if sample is None else sample.total(found)
+                for key, own in zip(keys, total.view(shape), strict=True):
+                    sums[key] += own.to(sums[key].device)
+        total, mismatch = self._grad_norm.all_reduce(sums, shared_replica_groups(infos))
+        total = torch.where((mismatch > 0).any(), torch.nan, total)
+        whole, *groups = _stats_of(torch.cat([total.sum(0, keepdim=True), total]))
+        return replace(whole, groups=tuple(groups))
+
+    def _plan(
+        self, group_grads: list[GroupGrads], states: dict[Tensor, Any], backend: str | None
+    ) -> StepPlan | None:
+        """Return the plan of this step, from the cache or with zeros for the missing states."""
+        groups = [params for _, params, _ in group_grads]
+        if not any(groups):
+            return None
+        plan = self._step_plans.find(groups, states)
+        if plan is not None:
+            return plan
+        names = param_names([group for group, _, _ in group_grads])
+        params = list(chain.from_iterable(groups))
+        for param in params:
+            if states.get(param):
+                check_state(states[param], param, names[param], self._sharding)
+        own = [states.get(param) or _zero_state(param, self._sharding) for param in params]
+        return StepPlan(groups, own, [names[p] for p in params], self._sharding, backend)
+
+    def _sample_of(
+        self,
+        plan: StepPlan,
+        infos: list[GroupInfo],
+        group_grads: list[GroupGrads],
+        keys: list[SumKey],
+        one_in: int,
+    ) -> StratifiedSample:
+        """Return the sample of a plan's parameters, the last one if it was for the same."""
+        if self._sample is not None:
+            of_plan, of_infos, sample = self._sample
+            if of_plan() is plan and sample.one_in == one_in and all(map(is_, infos, of_infos)):
+                return sample
+        position_of = {id(p): i for i, p in enumerate(p for info in infos for p in info.params)}
+        number_of = {key: number for number, key in enumerate(keys)}
+        rows = [
+            number_of[info.key_of[id(param)]] * len(infos) + index
+            for index, (info, (_, params, _)) in enumerate(zip(infos, group_grads, strict=True))
+            for param in params
+        ]
+        shards = [self._sharding.shard(param) for param in plan.params]
+        positions = [position_of[id(param)] for param in plan.params]
+        sample = StratifiedSample(shards, positions, rows, len(keys) * len(infos), one_in)
+        self._sample = weakref.ref(plan), infos, sample
+        return sample
 
 
-def _states_of(shard: Tensor, state: dict[str, Any]) -> list[Tensor | None]:
-    """Return exp_avg, exp_avg_sq, correction and step; zeros before the first step."""
-    if state:
-        step, m, v, *c = (to_local(state[key]) for key in STATE_KEYS if key in state)
-    else:
-        m = v = torch.zeros_like(shard)
-        step, c = torch.zeros((), dtype=torch.float32, device=shard.device), [m]
-    return [m, v, c[0] if shard.dtype == torch.bfloat16 else None, step]
+def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
+    """Return a state of zeros, all of which share one tensor."""
+    zeros = zeros_like_shard(sharding.shard(param), param.dtype)
+    step = torch.zeros((), dtype=torch.float32, device=param.device)
+    keys = STATE_KEYS if param.dtype == torch.bfloat16 else STATE_KEYS[:-1]
+    return dict.fromkeys(keys, zeros) | {"step": step}
 
 
-def _stats_of(sums: Tensor) -> PrecisionStats:
-    """Return the statistics that follow from one row of ``PRECISION_SUMS``."""
-    named = dict(zip(PRECISION_SUMS, sums.unbind(), strict=True))
+def _stats_of(sums: Tensor) -> list[PrecisionStats]:
+    """Return the statistics that follow from each row of ``[rows, PRECISION_SUMS]``."""
+    named = dict(zip(PRECISION_SUMS, sums.unbind(1), strict=True))
     weight_norm, update_norm = named["weight_sq"].sqrt(), named["update_sq"].sqrt()
-    return PrecisionStats(
-        elements=named["elements"],
-        updates=named["updates"],
-        lost_share=named["lost"] / named["updates"],
-        carried_share=named["carried"] / named["updates"],
-        edq=named["descent"] / named["update_sq"],
-        plain_edq=named["plain_descent"] / named["update_sq"],
-        correction_rms=(named["correction_sq"] / named["corrected"]).sqrt(),
-        weight_norm=weight_norm,
-        update_norm=update_norm,
-        update_ratio=update_norm / weight_norm,
-        exp_avg_norm=named["first_sq"].sqrt(),
-        exp_avg_sq_norm=named["second_sq"].sqrt(),
-    )
+    columns = {
+        "elements": named["elements"],
+        "updates": named["updates"],
+        "lost_share": named["lost"] / named["updates"],
+        "carried_share": named["carried"] / named["updates"],
+        "edq": named["descent"] / named["update_sq"],
+        "plain_edq": named["plain_descent"] / named["update_sq"],
+        "correction_rms": (named["correction_sq"] / named["corrected"]).sqrt(),
+        "weight_norm": weight_norm,
+        "update_norm": update_norm,
+        "update_ratio": update_norm / weight_norm,
+        "exp_avg_norm": named["first_sq"].sqrt(),
+        "exp_avg_sq_norm": named["second_sq"].sqrt(),
+    }
+    rows = zip(*(column.unbind() for column in columns.values()), strict=True)
+    return [PrecisionStats(**dict(zip(columns, row, strict=True))) for row in rows]

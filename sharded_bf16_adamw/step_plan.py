@@ -11,6 +11,7 @@ another tensor meanwhile.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from .gradients import GroupGrads, wrong_numel
-from .kernels import FusedAdamW, Hyperparams, StepArgs, is_capturing
+from .kernels import FusedAdamW, Hyperparams, Runs, StepArgs, is_capturing
 from .kernels.device_memory import WARM_UP
 from .sharding.base import Sharding
 from .sharding.dtensor import DTensor, group_by, to_local
@@ -62,7 +63,7 @@ class StepPlan:
         self._layouts = self._read_layouts()
         local_shards = list(map(to_local, shards))
         self._numels = list(map(Tensor.numel, local_shards))
-        self._tables = []
+        self._tables = []  # device, indices of its parameters, kernel table
         group_index = [i for i, size in enumerate(self._sizes) for _ in range(size)]
         for indices in group_by(range(len(params)), lambda i: params[i].device).values():
             columns: dict[str, list[Any]] = {
@@ -128,6 +129,40 @@ class StepPlan:
             grad_scale: 0-dim float32 factor of the gradients, or None.
             found_inf: 0-dim float32; nonzero leaves everything unchanged. None: always update.
         """
+        for args, table, _ in self._per_device(grads, hyperparams, grad_scale, found_inf):
+            table.update_(args)
+
+    def precision_sums(
+        self,
+        grads: list[Tensor],
+        hyperparams: list[Hyperparams],
+        grad_scale: Tensor | None,
+        runs: Runs | None,
+    ) -> list[Tensor]:
+        """Return each device's sums of the step that :meth:`update_` would take.
+
+        Args:
+            grads: see :meth:`update_`, likewise the next two.
+            hyperparams: one entry for each of the optimizer's parameter groups.
+            grad_scale: 0-dim float32 factor of the gradients, or None.
+            runs: see :meth:`.kernels.FusedAdamW.precision_sums`; ``params`` are indices into
+                :attr:`params`.
+        """
+        return [
+            table.precision_sums(
+                args, runs if runs is None or len(self._tables) == 1 else runs.of_params(indices)
+            )
+            for args, table, indices in self._per_device(grads, hyperparams, grad_scale, None)
+        ]
+
+    def _per_device(
+        self,
+        grads: list[Tensor],
+        hyperparams: list[Hyperparams],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Iterator[tuple[StepArgs, FusedAdamW, list[int]]]:
+        """Yield each device's arguments, table and indices of parameters."""
         for device, indices, table in self._tables:
             args = StepArgs(
                 grads if len(self._tables) == 1 else [grads[i] for i in indices],
@@ -135,7 +170,7 @@ class StepPlan:
                 None if grad_scale is None else grad_scale.to(device),
                 None if found_inf is None else found_inf.to(device),
             )
-            table.update_(args)
+            yield args, table, indices
 
     def _read_layouts(self) -> list[Any]:
         """Read the sizes and strides, which ``param.data = param.data.t()`` changes in place."""
@@ -189,10 +224,18 @@ class StepPlanCache:
             return None
         if not self._states_are_seen(states):
             self._drop(self.plans)
-        plan = next((plan for plan in self.plans if plan.matches(groups)), None)
+        plan = self._matching(groups)
         if plan is None or not plan.is_valid():
             plan = self._build(plan, groups, group_grads, states, backend)
         return plan
+
+    def find(self, groups: list[list[Tensor]], states: dict[Tensor, Any]) -> StepPlan | None:
+        """Return the plan that :meth:`get` would return, or None if it would build one."""
+        plan = self._matching(groups) if self._states_are_seen(states) else None
+        return plan if plan is not None and plan.is_valid() else None
+
+    def _matching(self, groups: list[list[Tensor]]) -> StepPlan | None:
+        return next((plan for plan in self.plans if plan.matches(groups)), None)
 
     def _states_are_seen(self, states: dict[Tensor, Any]) -> bool:
         """Return True if the states are the same dicts as when the last plan was built.

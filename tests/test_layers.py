@@ -24,7 +24,9 @@ ALLOWED = {
     "state": {"sharding", "validation"},
     "grad_norm": {"gradients", "kernels", "sharding"},
     "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
-    "precision_stats": {"gradients", "grad_norm", "kernels", "sharding", "state", "validation"},
+    "precision_sample": {"kernels", "sharding"},
+    "precision_stats": {"gradients", "grad_norm", "kernels", "precision_sample", "sharding"}
+    | {"state", "step_plan", "validation"},
     "param_log": {"sharding"},
     "step_in_backward": {"grad_norm", "gradients", "kernels", "schedule", "sharding", "state"}
     | {"step_plan", "validation"},

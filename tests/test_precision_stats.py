@@ -48,10 +48,14 @@ def correction_of(optimizer, p):
     return optimizer.state[p].get("correction", torch.zeros_like(p)).double().flatten()
 
 
-def expected(rows, scale=1.0):
-    """Compute the statistics in float64 from the stored tensors before and after a step."""
-    p, p_new, c, c_new, u, m, v, ulps, plain = ([] for _ in range(9))
-    for group, dtype, step, (p0, g, m0, v0, c0), p1, c1 in rows:
+def expected(rows, scale=1.0, weights=None):
+    """Compute the statistics in float64 from the stored tensors before and after a step.
+
+    ``weights`` say for each row how often each element counts; once by default.
+    """
+    p, p_new, c, c_new, u, m, v, ulps, plain, of_ulps = ([] for _ in range(10))
+    weights = [torch.ones_like(row[4]) for row in rows] if weights is None else weights
+    for (group, dtype, step, (p0, g, m0, v0, c0), p1, c1), w in zip(rows, weights, strict=True):
         beta1, beta2 = group["betas"]
         g = g * scale * (-1 if group["maximize"] else 1)
         m.append(beta1 * m0 + (1 - beta1) * g)
@@ -64,23 +68,29 @@ def expected(rows, scale=1.0):
         if dtype == BF16:
             ulp = torch.tensor([2.0 ** (max(math.frexp(x)[1] - 1, -126) - 7) for x in p0.tolist()])
             ulps.append(c0 / ulp)
+            of_ulps.append(w)
     p, p_new, c, c_new, u, m, v, plain = map(torch.cat, (p, p_new, c, c_new, u, m, v, plain))
+    w, of_ulps, ulps = (torch.cat([*x, torch.zeros(0)]).double() for x in (weights, of_ulps, ulps))
     effective = (p_new - p) + (c_new - c)
     is_lost = (plain == 0) & (u != 0)
-    updates = (u != 0).sum()
+    updates = w @ (u != 0).double()
+
+    def norm(x):
+        return (w @ x.square()).sqrt()
+
     result = {
-        "elements": p.numel(),
+        "elements": w.sum(),
         "updates": updates,
-        "lost_share": is_lost.sum() / updates,
-        "carried_share": (is_lost & (effective != 0)).sum() / updates,
-        "edq": -(u @ effective) / (u @ u),
-        "plain_edq": -(u @ plain) / (u @ u),
-        "correction_rms": torch.cat([*ulps, torch.zeros(0)]).double().square().mean().sqrt(),
-        "weight_norm": (p + c).norm(),
-        "update_norm": u.norm(),
-        "update_ratio": u.norm() / (p + c).norm(),
-        "exp_avg_norm": m.norm(),
-        "exp_avg_sq_norm": v.norm(),
+        "lost_share": w @ is_lost.double() / updates,
+        "carried_share": w @ (is_lost & (effective != 0)).double() / updates,
+        "edq": -(w * u @ effective) / (w * u @ u),
+        "plain_edq": -(w * u @ plain) / (w * u @ u),
+        "correction_rms": (of_ulps @ ulps.square() / of_ulps.sum()).sqrt(),
+        "weight_norm": norm(p + c),
+        "update_norm": norm(u),
+        "update_ratio": norm(u) / norm(p + c),
+        "exp_avg_norm": norm(m),
+        "exp_avg_sq_norm": norm(v),
     }
     return {name: float(value) for name, value in result.items()}
 

@@ -25,6 +25,7 @@ from sharded_bf16_adamw.kernels import cpu
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes all but g, 2 bytes each
+SAMPLE = 1 / 8  # fraction of precision_stats
 BF16, FP32 = torch.bfloat16, torch.float32
 # Colors of bars.
 OURS, FP32_TORCH, BF16_TORCH, OTHER = "tab:blue", "tab:green", "tab:red", "tab:orange"
@@ -104,6 +105,8 @@ def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
     rows.append(variant("ours-clip", "AdamW_BF16, clip_grad_norm_ + step", _make_clipped))
     label = "AdamW_BF16, precision_stats + step"
     rows.append(variant("ours-precision", label, _make_measured))
+    label = f"AdamW_BF16, precision_stats(1/{round(1 / SAMPLE)}) + step"
+    rows.append(variant("ours-precision-sample", label, partial(_make_measured, fraction=SAMPLE)))
     if isas:
         label = "AdamW_BF16, a loop that reads the gradients + step"
         rows.append(Contender("ours-reading", label, _make_reading, 0, runs_on="ours"))
@@ -133,9 +136,11 @@ def _make_clipped(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Run
     return Runner(clip_and_step, _select_isa(None, device))
 
 
-def _make_measured(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
+def _make_measured(
+    shapes: Shapes, device: torch.device, ours: AdamW_BF16, *, fraction: float = 1.0
+) -> Runner:
     def measure_and_step() -> None:
-        ours.precision_stats()
+        ours.precision_stats(fraction)
         ours.step()
 
     return Runner(measure_and_step, _select_isa(None, device))

@@ -21,7 +21,8 @@ WIDTH = 100
 OPERATIONAL = {
     *("strategy", "device", "deterministic", "optimizer_backend", "grad_accum"),
     *("eval_every", "eval_batches", "save_every", "async_save", "keep", "export_hf"),
-    *("check_replicas", "precision_stats", "max_nonfinite", "tensorboard", "wandb"),
+    *("check_replicas", "precision_stats", "precision_fraction", "max_nonfinite"),
+    *("tensorboard", "wandb"),
 }
 # Likewise, and a resumed run does not even mention them.
 UNMENTIONED = {"config", "out", "resume", "progress", "print_every", "grace", "step_timeout"}

@@ -19,6 +19,7 @@ from training.command_line import (
     nonnegative,
     positive,
     seed,
+    share,
     vocab_size,
 )
 from training.config import read_config
@@ -314,6 +315,14 @@ def _add_run(add: Callable[..., Any]) -> None:
         default=0,
         help="every STEPS steps, write what bf16 costs in the step to metrics.jsonl: lost updates, "
         "effective descent quality, norms; docs/precision.md has the keys (default: never)",
+    )
+    add(
+        "--precision-fraction",
+        type=share,
+        metavar="SHARE",
+        default=1.0,
+        help="share of the elements that --precision-stats reads, such as 0.125: an estimate in "
+        "less time (default: 1, all)",
     )
     add(
         "--keep",

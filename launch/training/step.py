@@ -115,7 +115,7 @@ def measure_precision(run: Run, is_finite: bool) -> float:
     is_due = every and (run.step + 1) % every == 0
     run.precision = None
     if is_due and is_finite and isinstance(optimizer, AdamW_BF16):
-        run.precision = optimizer.precision_stats()
+        run.precision = optimizer.precision_stats(run.args.precision_fraction)
         synchronize(run.world.device)
     return time.perf_counter() - start
 

@@ -15,6 +15,7 @@ from .backend import BACKENDS as BACKENDS
 from .backend import PRECISION_SUMS as PRECISION_SUMS
 from .backend import FusedAdamW as FusedAdamW
 from .backend import Hyperparams as Hyperparams
+from .backend import Runs as Runs
 from .backend import StepArgs as StepArgs
 from .backend import TensorLists as TensorLists
 from .backend import adamw_bf16_ as adamw_bf16_
@@ -26,3 +27,4 @@ from .clip import grad_sum_sq as grad_sum_sq
 from .device_memory import NormScratch as NormScratch
 from .device_memory import is_capturing as is_capturing
 from .reference import double_device as double_device
+from .reference import lowbias32 as lowbias32

@@ -16,6 +16,7 @@ from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,6 +80,44 @@ PRECISION_SUMS = (
     "second_sq",  # of exp_avg_sq, likewise
 )
 
+
+class Runs(NamedTuple):
+    """Runs of consecutive elements that ``precision_sums`` adds up; arrays of one int64 a run.
+
+    Attributes:
+        params: index of the run's parameter.
+        begins: first element, in the order of the parameter's memory.
+        counts: number of elements, at least 1.
+        rows: row of the result that the sums are added to. A row's parameters are of one group.
+        n_rows: number of rows of the result.
+    """
+
+    params: np.ndarray
+    begins: np.ndarray
+    counts: np.ndarray
+    rows: np.ndarray
+    n_rows: int
+
+    @classmethod
+    def whole(cls, numels: Sequence[int], rows: Sequence[int], n_rows: int) -> Runs:
+        """Return a run of each parameter's elements."""
+        counts = np.array(numels, np.int64)
+        return cls(np.arange(len(counts)), np.zeros_like(counts), counts, np.array(rows), n_rows)
+
+    def of_params(self, indices: Sequence[int]) -> Runs:
+        """Return the runs of some parameters, renumbered to their positions in ``indices``."""
+        last = max(int(self.params.max(initial=0)), max(indices, default=0))
+        position = np.full(last + 1, -1, np.int64)
+        position[indices] = np.arange(len(indices))
+        params = position[self.params]
+        return self._replace(params=params).select(params >= 0)
+
+    def select(self, which: np.ndarray) -> Runs:
+        """Return the runs that an index or a mask selects."""
+        params, begins, counts, rows = (column[which] for column in self[:4])
+        return Runs(params, begins, counts, rows, self.n_rows)
+
+
 ParamTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
@@ -117,7 +156,7 @@ class BackendTable(Protocol):
     def update_(self, args: StepArgs) -> None:
         """Take one step in place. Every gradient has the strides of its parameter."""
 
-    def precision_sums(self, args: StepArgs) -> Tensor:
+    def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Return :data:`PRECISION_SUMS` of the step; see :meth:`FusedAdamW.precision_sums`."""
 
 
@@ -192,7 +231,7 @@ class FusedAdamW:
         # weights.
         torch.autograd.graph.increment_version(self._params)
 
-    def precision_sums(self, args: StepArgs) -> Tensor:
+    def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up :data:`PRECISION_SUMS` of the step with these arguments. Changes nothing.
 
         Products and sums are float64, and their order depends only on the tensors' layout. So equal
@@ -200,13 +239,23 @@ class FusedAdamW:
 
         Args:
             args: see :meth:`update_`; ``found_inf`` is ignored.
+            runs: elements to add up; None for all, with a row of the result for each group. A
+                parameter that is read through a contiguous copy has the order of the copy.
 
         Returns:
-            float64 ``[len(args.hypers), len(PRECISION_SUMS)]``, a row for each group, on the
-            parameters' device, or on the CPU if that has no float64.
+            float64 ``[rows, len(PRECISION_SUMS)]`` on the parameters' device, or on the CPU if that
+            has no float64.
         """
-        parts = [table.precision_sums(own_args) for table, own_args, _ in self._parts(args)]
-        return torch.stack(parts).sum(0)
+        parts = [
+            table.precision_sums(
+                own_args,
+                runs
+                if runs is None or len(indices) == len(self._params)
+                else runs.of_params(indices),
+            )
+            for table, own_args, indices, _ in self._parts(args)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     @property
     def captured(self) -> bool:
@@ -220,21 +269,24 @@ class FusedAdamW:
 
     def _update_any_strides(self, args: StepArgs) -> None:
         """Take one step if some tensor is not contiguous."""
-        for table, own_args, copied in self._parts(args):
+        for table, own_args, _, copied in self._parts(args):
             table.update_(own_args)
             for original, copy in copied:
                 original.copy_(copy)
 
     def _parts(
         self, args: StepArgs
-    ) -> Iterator[tuple[BackendTable, StepArgs, list[tuple[Tensor, Tensor]]]]:
+    ) -> Iterator[tuple[BackendTable, StepArgs, list[int], list[tuple[Tensor, Tensor]]]]:
         """Yield tables of all parameters, with gradients of their strides.
 
-        Each comes with pairs of an original tensor and the contiguous copy in the table.
+        Each comes with the indices of its parameters and with pairs of an original tensor and the
+        contiguous copy in the table.
         """
         if self._table is not None:
-            grads = [_with_strides_of(self._params[i], args.grads[i]) for i in self._dense]
-            yield self._table, args._replace(grads=grads), []
+            grads = args.grads
+            if not (self._all_contiguous and all(map(Tensor.is_contiguous, grads))):
+                grads = [_with_strides_of(self._params[i], args.grads[i]) for i in self._dense]
+            yield self._table, args._replace(grads=grads), self._dense, []
         for i in self._strided:
             *tensors, step = self._rows[i]
             copies = [None if x is None else x.contiguous() for x in tensors]
@@ -245,7 +297,7 @@ class FusedAdamW:
                 for original, copy in zip(tensors, copies, strict=True)
                 if original is not None and copy is not None and copy is not original
             ]
-            yield table, own_args, copied
+            yield table, own_args, [i], copied
 
 
 def adamw_bf16_(

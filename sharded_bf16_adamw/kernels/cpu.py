@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import PRECISION_SUMS, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Runs, StepArgs, TensorLists
 from .device_memory import NormScratch
 
 # in the order of csrc/native.h; every processor of the architecture has the baseline
@@ -99,16 +99,13 @@ class NativeTable:
         self._grad_address = (ctypes.c_int64 * count)()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
         columns = [[0 if x is None else x.data_ptr() for x in column] for column in tensors[:5]]
-        address = np.array(columns, np.int64)
+        self._address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in tensors.params], np.int64)
-        is_f32 = np.array([p.dtype == torch.float32 for p in tensors.params], np.uint8)
-        group = np.array(tensors.group_indices(), np.int64)
-        self._groups = int(group.max(initial=0)) + 1
+        self._is_f32 = np.array([p.dtype == torch.float32 for p in tensors.params], np.uint8)
+        self._group = np.array(tensors.group_indices(), np.int64)
+        self._groups = int(self._group.max(initial=0)) + 1
         self._hypers = ctypes.create_string_buffer(self._groups * _HYPER.size)
-        pointers = (column.ctypes.data for column in (address, numel, is_f32, group))
-        self._handle = self._library.sba_table_new(count, *pointers)
-        if not self._handle:
-            raise MemoryError("no memory for the pointer table of the optimizer step")
+        self._handle = _new_table(self._library, self._address, numel, self._is_f32, self._group)
         weakref.finalize(self, self._library.sba_table_free, self._handle)
 
     def update_(self, args: StepArgs) -> None:
@@ -125,17 +122,46 @@ class NativeTable:
             return
         self._library.sba_table_update(*self._arguments(args))
 
-    def precision_sums(self, args: StepArgs) -> Tensor:
+    def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
 
         They depend on the instruction set in the last bits, but not on the number of threads.
         """
-        sums = torch.zeros(
-            (len(args.hypers), len(PRECISION_SUMS)), dtype=torch.float64, device="cpu"
-        )
-        if self._library.sba_table_precision_sums(*self._arguments(args), sums.data_ptr()):
-            raise MemoryError("no memory for the partial sums of precision_stats")
+        n_rows = len(args.hypers) if runs is None else runs.n_rows
+        sums = torch.zeros((n_rows, len(PRECISION_SUMS)), dtype=torch.float64, device="cpu")
+        arguments = self._arguments(args)
+        if runs is None:
+            self._add_precision_sums(sums, arguments)
+        elif len(runs.params):
+            self._add_precision_sums_of(runs, sums, arguments)
         return sums
+
+    def _add_precision_sums(self, sums: Tensor, arguments: tuple[Any, ...]) -> None:
+        if self._library.sba_table_precision_sums(*arguments, sums.data_ptr()):
+            raise MemoryError("no memory for the partial sums of precision_stats")
+
+    def _add_precision_sums_of(self, runs: Runs, sums: Tensor, arguments: tuple[Any, ...]) -> None:
+        """Add up runs through a table of their own, in which each is a parameter."""
+        params, begins, counts, rows, n_rows = runs
+        _, grads, grad_is_f32, hypers, threads, isa = arguments
+        is_f32 = self._is_f32[params]
+        address = self._address.take(params, axis=1)  # in C order, unlike an index
+        address[:4] += begins * np.where(is_f32, 4, 2)
+        address[3, is_f32 != 0] = 0  # a float32 parameter has no correction
+        own_grad_is_f32 = np.frombuffer(grad_is_f32, np.uint8)[params]
+        own_grads = np.frombuffer(grads, np.int64)[params] + begins * np.where(
+            own_grad_is_f32, 4, 2
+        )
+        # The library adds up by the index of the hyper-parameters, so each row has its own.
+        group_of_row = np.zeros(n_rows, np.int64)
+        group_of_row[rows] = self._group[params]
+        own_hypers = np.frombuffer(hypers, np.float64).reshape(self._groups, -1)[group_of_row]
+        handle = _new_table(self._library, address, counts, is_f32, rows)
+        try:
+            pointers = (x.ctypes.data for x in (own_grads, own_grad_is_f32, own_hypers))
+            self._add_precision_sums(sums, (handle, *pointers, threads, isa))
+        finally:
+            self._library.sba_table_free(handle)
 
     def _arguments(self, args: StepArgs) -> tuple[Any, ...]:
         """Return the arguments of a step for the library."""
@@ -260,6 +286,15 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
     return library
+
+
+def _new_table(library: ctypes.CDLL, address: Any, numel: Any, is_f32: Any, group: Any) -> int:
+    """Return the handle of ``sba_table_new``, which copies the arrays."""
+    pointers = (column.ctypes.data for column in (address, numel, is_f32, group))
+    handle = library.sba_table_new(len(numel), *pointers)
+    if not handle:
+        raise MemoryError("no memory for the pointer table of the optimizer step")
+    return int(handle)
 
 
 def _required_library() -> ctypes.CDLL:

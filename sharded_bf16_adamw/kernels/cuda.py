@@ -12,10 +12,11 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import PRECISION_SUMS, Hyperparams, ParamTensors, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Hyperparams, ParamTensors, Runs, StepArgs, TensorLists
 from .device_memory import (
     ALIGNMENT,
     WARM_UP,
@@ -23,6 +24,7 @@ from .device_memory import (
     GradientAddresses,
     NormScratch,
     chunk_map,
+    data_pointers,
     double_bits,
     interpreted,
     is_capturing,
@@ -135,18 +137,22 @@ class TritonTable:
             for rows in self._by_dtype:
                 rows.launch(args, table)
 
-    def precision_sums(self, args: StepArgs) -> Tensor:
+    def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
 
-        One launch for each variant, as in :meth:`update_`, and a sum over programs for each group.
+        One launch for each variant, as in :meth:`update_`, and a sum over programs for each row of
+        the result. The addresses of runs are uploaded at each call.
         """
-        shape = len(args.hypers), len(PRECISION_SUMS)
+        shape = len(args.hypers) if runs is None else runs.n_rows, len(PRECISION_SUMS)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         with on_device_of(self.device):
             hypers = args.hypers[: self._group_count]
             table = self._hypers.upload_if_changed([_hyper_values(h, self.device) for h in hypers])
             for rows in self._by_dtype:
-                rows.add_precision_sums(total, args, table)
+                if runs is None:
+                    rows.add_precision_sums(total, args, table)
+                else:
+                    rows.add_precision_sums_of(runs.of_params(rows.indices), total, args, table)
         return total
 
     @property
@@ -240,7 +246,8 @@ class _Rows:
         unaligned_rows = [
             any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table
         ]
-        self.rows = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
+        self._table = np.array(table, np.int64)
+        self.rows = upload(torch.from_numpy(self._table), device)
         numels = [row[0].numel() for row in rows]
         self.chunk = _chunk_of(sum(numels))
         self._all_chunks = chunk_map(numels, self.chunk)
@@ -272,30 +279,98 @@ class _Rows:
 
     def add_precision_sums(self, total: Tensor, args: StepArgs, hypers: Tensor) -> None:
         """Add the sums of all rows to ``total``, a row for each group."""
+        table, chunks_of = self._gradients(args)
+        row_of_program = self._all_chunks[:, 0].numpy()
+        group_of_program = np.array(self.groups)[row_of_program]
+        variant_of_program = np.array(self.grads.variants)[row_of_program]
+        for variant, chunks in chunks_of.items():
+            own = group_of_program[variant_of_program == variant]
+            inputs = self.rows, table, hypers, chunks
+            self._launch_precision(total, inputs, own, self.chunk, args.grad_scale, variant)
+
+    def add_precision_sums_of(
+        self, runs: Runs, total: Tensor, args: StepArgs, hypers: Tensor
+    ) -> None:
+        """Add the sums of some runs to ``total``, each as a row of the kernel's table."""
+        from . import triton_adamw as kernels
+
+        if not len(runs.params):
+            return
+        own_grads = [args.grads[i] for i in self.indices]
+        runs = runs.select(np.argsort(runs.rows, kind="stable"))
+        params, begins, counts, total_rows, _ = runs
+        table = self._table[params]
+        table[:, : kernels.ROW_STEP.value] += begins[:, None] * (4 if self.fp32 else 2)
+        table[:, kernels.ROW_NUMEL.value] = counts
+        if self.fp32:
+            table[:, kernels.ROW_CORRECTION.value] = 0
+        fp32_grad = np.array([g.dtype == torch.float32 for g in own_grads])[params]
+        grads = np.array(data_pointers(own_grads))[params] + begins * np.where(fp32_grad, 4, 2)
+        unaligned_row = (table[:, : kernels.ROW_STEP.value] % ALIGNMENT).any(1)
+        variants = (
+            fp32_grad * kernels.FP32_GRAD.value
+            | unaligned_row * kernels.UNALIGNED_ROW.value
+            | (unaligned_row | (grads % ALIGNMENT != 0)) * kernels.UNALIGNED_GRAD.value
+        )
+        chunk = _chunk_of(int(counts.sum()))
+        chunks = chunk_map(counts, chunk).numpy()
+        run_of_program = chunks[:, 0]
+        for variant in np.unique(variants).tolist():
+            own = variants[run_of_program] == variant
+            # one upload: each part starts at a multiple of 16 bytes
+            parts = table, np.stack([grads, variants]), chunks[own].view(np.int64)
+            packed = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+            on_device = upload(packed, total.device)
+            rows_, grads_, chunks_ = on_device.split([part.size for part in parts])
+            inputs = (
+                rows_.view(table.shape),
+                grads_.view(2, -1),
+                hypers,
+                chunks_.view(torch.int32).view(-1, 2),
+            )
+            of_program = total_rows[run_of_program[own]]
+            self._launch_precision(total, inputs, of_program, chunk, args.grad_scale, variant)
+
+    def _launch_precision(
+        self,
+        total: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        row_of_program: np.ndarray,
+        chunk: int,
+        grad_scale: Tensor | None,
+        variant: int,
+    ) -> None:
+        """Launch the kernel, and add each program's sums to its row of ``total``.
+
+        Args:
+            total: changed in place.
+            inputs: the first four arguments of the kernel.
+            row_of_program: rows of ``total``; equal ones are consecutive.
+            chunk: see the kernel, likewise the next two.
+            grad_scale: factor of the gradients.
+            variant: of the rows.
+        """
         from .triton_precision import precision_kernel
 
-        table, chunks_of = self._gradients(args)
-        group_of_program = torch.tensor(self.groups, device="cpu")[self._all_chunks[:, 0]]
-        variant_of_program = torch.tensor(self.grads.variants, device="cpu")[self._all_chunks[:, 0]]
-        for variant, chunks in chunks_of.items():
-            shape = chunks.shape[0], total.shape[1]
-            partials = torch.empty(shape, dtype=torch.float64, device=total.device)
-            precision_kernel[(chunks.shape[0],)](
-                self.rows,
-                table,
-                hypers,
-                chunks,
-                partials,
-                len(self.indices),
-                self.chunk,
-                args.grad_scale,
-                variant=variant,
-                **self._options(),
-            )
-            own = group_of_program[variant_of_program == variant]
-            groups, programs = (x.tolist() for x in own.unique_consecutive(return_counts=True))
-            for group, of_group in zip(groups, partials.split(programs), strict=True):
-                total[group] += of_group.sum(0)
+        rows, grads, hypers, chunks = inputs
+        shape = chunks.shape[0], total.shape[1]
+        partials = torch.empty(shape, dtype=torch.float64, device=total.device)
+        precision_kernel[(chunks.shape[0],)](
+            rows,
+            grads,
+            hypers,
+            chunks,
+            partials,
+            rows.shape[0],
+            chunk,
+            grad_scale,
+            variant=variant,
+            **self._options(),
+        )
+        starts = np.flatnonzero(np.diff(row_of_program, prepend=-1))
+        programs = np.diff(starts, append=len(row_of_program)).tolist()
+        for row, own in zip(row_of_program[starts].tolist(), partials.split(programs), strict=True):
+            total[row] += own.sum(0)
 
     def _gradients(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the gradients' addresses on the device, and the chunks of each variant."""

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,15 +129,15 @@ class GradientAddresses:
         return array, sorted(set(self.variants))
 
 
-def chunk_map(numels: list[int], chunk: int) -> Tensor:
+def chunk_map(numels: Sequence[int] | np.ndarray, chunk: int) -> Tensor:
     """Return the row and the chunk of each program: int32 ``[programs, 2]`` on the CPU.
 
     An empty row has one program too, which increments its step.
     """
-    counts = torch.tensor([max(1, -(-n // chunk)) for n in numels], dtype=torch.int64, device="cpu")
-    row = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.stack([row, torch.arange(len(row), device="cpu") - first], dim=1).to(torch.int32)
+    counts = np.maximum(-(-np.asarray(numels, np.int64) // chunk), 1)
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = np.repeat(counts.cumsum() - counts, counts)
+    return torch.from_numpy(np.stack([row, np.arange(len(row)) - first], 1).astype(np.int32))
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

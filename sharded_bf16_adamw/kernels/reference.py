@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import PRECISION_SUMS, Hyperparams, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Hyperparams, Runs, StepArgs, TensorLists
 from .device_memory import NormScratch
 
 CHUNK = 1 << 16  # elements per pass: its temporaries stay in a CPU's second-level cache
@@ -122,15 +122,24 @@ class ReferenceTable:
                 update(*chunk, scale=signed_scale, s=scalars[t, group])  # type: ignore[misc]
 
     @torch.no_grad()
-    def precision_sums(self, args: StepArgs) -> Tensor:
+    def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`."""
         from .reference_precision import add_sums
 
         device = double_device(args.grads[0].device)
-        shape = len(args.hypers), len(PRECISION_SUMS)
+        shape = len(args.hypers) if runs is None else runs.n_rows, len(PRECISION_SUMS)
         total = torch.zeros(shape, dtype=torch.float64, device=device)
-        for (row, group), g in zip(self._rows, args.grads, strict=True):
-            add_sums(total[group], row, g, args.hypers[group], args.grad_scale)
+        if runs is None:
+            numels, groups = [g.numel() for g in args.grads], [group for _, group in self._rows]
+            runs = Runs.whole(numels, groups, shape[0])
+        for i, begin, count, to in zip(*runs[:4], strict=True):
+            (*tensors, step), group = self._rows[i]
+            own: list[Any] = [
+                None if x is None else x.as_strided((x.numel(),), (1,))[begin : begin + count]
+                for x in (*tensors, args.grads[i])
+            ]
+            p, m, v, c, g = own
+            add_sums(total[to], (p, m, v, c, step), g, args.hypers[group], args.grad_scale)
         return total
 
 

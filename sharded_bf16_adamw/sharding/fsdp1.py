@@ -13,6 +13,7 @@ import weakref
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -66,6 +67,28 @@ def replica_group(param: Tensor) -> dist.ProcessGroup | None:
         return handle.process_group
     module = _modules.get(handle)
     return None if module is None else getattr(module(), "_inter_node_pg", None)
+
+
+def unsharded_range(param: Tensor) -> tuple[torch.Size, int, int]:
+    """Return where a flattened parameter's local elements lie in the unsharded parameter.
+
+    Returns:
+        The shape of the unsharded parameter, its number of elements (with padding, if it is a flat
+        parameter) and the index of the first local one.
+
+    Raises:
+        RuntimeError: see :func:`shard_group`.
+    """
+    group, handle = shard_group(param), _find_handle(param)
+    flat = handle.flat_param
+    if group is None:
+        return param.shape, param.numel(), 0
+    if param is flat:
+        numel = group.size() * param.numel()
+        return torch.Size([numel]), numel, group.rank() * param.numel()
+    index = next(i for i, each in enumerate(flat._params) if each is param)
+    shape = flat._shapes[index]
+    return shape, shape.numel(), flat._shard_param_infos[index].intra_param_start_idx or 0
 
 
 def _find_handle(param: Tensor) -> Any:

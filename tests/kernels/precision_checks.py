@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import PRECISION_SUMS
+from sharded_bf16_adamw.kernels import PRECISION_SUMS, Runs
+
+
+def some_runs(numels: list[int], groups: list[int]) -> Runs:
+    """Return runs of each parameter: from its start, from odd places, up to its end.
+
+    They have a row of the result for each group, and those past the start another one.
+    """
+    columns: list[tuple[int, int, int, int]] = []
+    for i, (numel, group) in enumerate(zip(numels, groups, strict=True)):
+        for begin, count in ((0, 40), (48, 8), (64, 1500), (1601, 7), (1613, numel)):
+            count = min(count, numel - begin)
+            if count > 0:
+                columns.append((i, begin, count, group + (2 if begin else 0)))
+    return Runs(*np.array(columns, np.int64).reshape(-1, 4).T.copy(), 4)
 
 
 def mismatches(found: Tensor, wanted: Tensor) -> list[str]:

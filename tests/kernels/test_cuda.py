@@ -102,6 +102,7 @@ def test_precision_stats_do_not_wait_for_the_device_and_refuse_a_capture() -> No
         if step == 1:
             with no_host_sync():
                 optimizer.precision_stats()
+                optimizer.precision_stats(fraction=0.25)
         optimizer.step()
     for p, grad in zip(params, random_grads(3), strict=True):
         p.grad = grad

@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 
 from sharded_bf16_adamw import kernels
-from sharded_bf16_adamw.kernels import PRECISION_SUMS, FusedAdamW, StepArgs, cpu, reference
+from sharded_bf16_adamw.kernels import PRECISION_SUMS, FusedAdamW, Runs, StepArgs, cpu, reference
 
 from .backends import cpu_backends
-from .precision_checks import mismatches
+from .precision_checks import mismatches, some_runs
 from .tables import split, table_of
 from .test_cpu import BF16, DTYPES, F32, HYPER, LENGTHS, Problem, assert_same_bits, settings
 
 __all__ = ["settings"]  # a fixture
 
 
-def sums_of(back_end: object, problem: Problem, **arguments: object) -> Tensor:
+def sums_of(
+    back_end: object, problem: Problem, runs: Runs | None = None, **arguments: object
+) -> Tensor:
     """Return the sums of two groups; the second ascends."""
     hyper, flags = split(HYPER | arguments)
     grads, *states = problem.columns
     groups = [i % 2 for i in range(len(grads))]
     table = table_of(back_end, *states, problem.steps, groups=groups)  # type: ignore[arg-type]
     args = StepArgs(grads, [hyper, hyper._replace(maximize=True)], **flags)  # type: ignore[arg-type]
-    return table.precision_sums(args)
+    return table.precision_sums(args, runs)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,36 @@ def test_native_sums_are_those_of_the_reference(
     counts = dict(zip(PRECISION_SUMS, found[0].tolist(), strict=True))
     assert counts["updates"] > 0 and (p_dtype == F32 or 0 < counts["carried"] <= counts["lost"])
     assert p_dtype == F32 or not arguments or counts["carried"] < counts["lost"]
+
+
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+def test_sums_of_runs_are_those_of_the_reference(
+    isa: str, p_dtype: torch.dtype, g_dtype: torch.dtype
+) -> None:
+    cpu.select_isa(isa)
+    problem = Problem(LENGTHS, p_dtype, g_dtype, wild=False)
+    before = problem.copy()
+    groups = [i % 2 for i in range(len(LENGTHS))]
+    runs = some_runs(LENGTHS, groups)
+    found = sums_of(cpu, problem, runs)
+    assert mismatches(found, sums_of(reference, problem, runs)) == []
+    assert found[:, 0].tolist() == [runs.counts[runs.rows == row].sum() for row in range(4)]
+    assert_same_bits(problem.tensors(), before.tensors())
+
+
+@pytest.mark.parametrize("back_end", [cpu, reference], ids=["native", "reference"])
+def test_runs_of_whole_parameters_give_the_bits_of_all_elements(back_end: object) -> None:
+    problem = Problem(LENGTHS, BF16, BF16, wild=False)
+    runs = Runs.whole(LENGTHS, [i % 2 for i in range(len(LENGTHS))], 2)
+    assert torch.equal(sums_of(back_end, problem, runs), sums_of(back_end, problem))
+
+
+def test_no_runs() -> None:
+    problem = Problem([40], BF16, BF16, wild=False)
+    none = some_runs([0], [0])
+    for back_end in (cpu, reference):
+        assert torch.equal(sums_of(back_end, problem, none), torch.zeros(4, 12).double())
 
 
 @pytest.mark.parametrize("isa", cpu.supported_isas())
@@ -103,9 +135,10 @@ def test_layouts_of_memory(back_end: str) -> None:
         *plain[2:],
     ]
     hypers = [kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1)] * 2
-    found = []
-    for grads, *states in (plain, strided):
-        table = FusedAdamW(*states, steps, groups=[0, 1, 0], backend=back_end)  # type: ignore
-        found.append(table.precision_sums(StepArgs(grads, hypers)))
-    assert mismatches(found[1], found[0]) == []
+    for runs in (None, some_runs([4000, 600, 70], [0, 1, 0])):
+        found = []
+        for grads, *states in (plain, strided):
+            table = FusedAdamW(*states, steps, groups=[0, 1, 0], backend=back_end)  # type: ignore
+            found.append(table.precision_sums(StepArgs(grads, hypers), runs))
+        assert mismatches(found[1], found[0]) == []
     assert [float(x) for x in steps] == [0.0, 1.0, 2.0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, cuda, reference
 
-from .precision_checks import mismatches
+from .precision_checks import mismatches, some_runs
 from .tables import split, table_of, take_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -213,7 +213,7 @@ PRECISION_CASES = {
 
 
 def precision_differences(name: str, device: str = "cpu") -> list[str]:
-    """Compare the sums of a model of two groups with the reference's.
+    """Compare the sums of a model of two groups, and of some runs in it, with the reference's.
 
     Returns:
         A line for each sum that differs, and for each tensor that has changed.
@@ -227,9 +227,10 @@ def precision_differences(name: str, device: str = "cpu") -> list[str]:
     ]
     hyper, flags = split(case.hyper)
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
-    wanted = table_of(reference, **columns, groups=groups).precision_sums(  # type: ignore[arg-type]
-        StepArgs(grads, [hyper, OTHER_GROUP], **flags)
-    )
+    args = StepArgs(grads, [hyper, OTHER_GROUP], **flags)  # type: ignore[arg-type]
+    runs = some_runs(list(case.sizes), groups)
+    table = table_of(reference, **columns, groups=groups)
+    wanted = [table.precision_sums(args, own_runs) for own_runs in (None, runs)]
     own = {name: [copied(x, device) for x in column] for name, column in columns.items()}
     own_grads: list[Any] = [copied(g, device) for g in grads]
     hyper, flags = split(
@@ -237,9 +238,11 @@ def precision_differences(name: str, device: str = "cpu") -> list[str]:
     )
     args = StepArgs(own_grads, [hyper, OTHER_GROUP], **flags)
     table = table_of(cuda, **own, groups=groups)
-    found = [table.precision_sums(args) for _ in range(2)]
-    lines = [] if torch.equal(*found) else ["two calls differ"]
-    lines += mismatches(found[0].cpu(), wanted)
+    lines = []
+    for own_runs, wanted_sums in zip((None, runs), wanted, strict=True):
+        found = [table.precision_sums(args, own_runs) for _ in range(2)]
+        lines += [] if torch.equal(*found) else ["two calls differ"]
+        lines += mismatches(found[0].cpu(), wanted_sums)
     return lines + [line for x in own for line in differing(x, own[x], columns[x])]
 
 

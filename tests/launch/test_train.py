@@ -10,6 +10,8 @@ import torch.distributed as dist
 from training.build import make_schedule
 from training.options import parse_args
 
+from sharded_bf16_adamw import precision_sample
+
 from .train_runs import (
     OPTIMIZERS,
     STATE_BYTES,
@@ -130,6 +132,19 @@ def test_clipping_bounds_the_update_and_metrics_have_the_norm_before_it(tmp_path
         assert free[1]["grad_norm"] == clipped[1]["grad_norm"] > 1
         fell, fell_clipped = (held_out(lines)[0] - held_out(lines)[-1] for lines in (free, clipped))
         assert abs(fell_clipped) < 0.1 * fell, "eps outweighs such small gradients"
+
+
+def test_precision_stats_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision_sample, "BLOCK", 16)
+    options = "--steps 2 --save-every 0 --precision-stats 2"
+    assert run("--out", tmp_path / "all", options) == 0
+    assert run("--out", tmp_path / "sample", options, "--precision-fraction 0.25") == 0
+    whole, sample = (
+        next(line for line in curve(tmp_path / name) if "edq" in line) for name in ("all", "sample")
+    )
+    assert sample["elements"] == whole["elements"]
+    assert sample["update_norm"] != whole["update_norm"]
+    assert sample["update_norm"] == pytest.approx(whole["update_norm"], rel=0.1)
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp2"])

@@ -323,19 +323,24 @@ def test_contender_fails_if_the_owner_of_its_tensors_failed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "first"), [("ours-clip", "clip_grad_norm_"), ("ours-precision", "precision_stats")]
+    ("key", "first", "argument"),
+    [
+        ("ours-clip", "clip_grad_norm_", 1.0),
+        ("ours-precision", "precision_stats", 1.0),
+        ("ours-precision-sample", "precision_stats", 0.125),
+    ],
 )
 def test_contender_calls_before_its_step(
-    monkeypatch: pytest.MonkeyPatch, key: str, first: str
+    monkeypatch: pytest.MonkeyPatch, key: str, first: str, argument: float
 ) -> None:
     ours = runner_of_ours().optimizer
-    calls: list[str] = []
+    calls: list[tuple[object, ...]] = []
     for name in (first, "step"):
         monkeypatch.setattr(
-            optimizers.AdamW_BF16, name, lambda self, *args, name=name: calls.append(name)
+            optimizers.AdamW_BF16, name, lambda self, *args, name=name: calls.append((name, *args))
         )
     contender(key).make([(4,)], CPU, ours).step()
-    assert calls == [first, "step"]
+    assert calls == [(first, argument), ("step",)]
 
 
 def test_reading_contender_reads_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def test_rank_waits_for_the_first_one_of_its_machine_to_print(monkeypatch, capsy
         ("seed", {str(2**32 - 1): 2**32 - 1}, {str(2**32): "not below", "-1": "negative"}),
         ("nonnegative", {"0": 0.0}, dict.fromkeys(("-1", "nan", "inf", "x"), "at least 0")),
         ("positive_float", {"1e-3": 1e-3}, dict.fromkeys(("0", "nan", "inf", "x"), "positive")),
+        ("share", {"1": 1.0, "0.125": 0.125}, dict.fromkeys(("0", "1.1", "nan", "x"), "at most 1")),
         ("finite", {"-2": -2.0}, dict.fromkeys(("nan", "-inf", "x"), "not a finite number")),
         ("nonempty", {"a": "a"}, {"": "empty", "a\0b": "NUL"}),
     ],

@@ -96,9 +96,9 @@ EVERY_OPTION = """--preset small --init-from a --init-moments --data b --token-d
     --deterministic --optimizer torch-fp32 --optimizer-backend native --lr 1e-05 --schedule cosine
     --warmup 4 --final-lr 1e-22 --betas 0.1 0.30000000000000004 --weight-decay 0 --clip 2
     --no-skip-nonfinite --max-nonfinite 9 --skip-spikes 6 --steps 11 --eval-every 8 --eval-batches 2
-    --out c --save-every 0 --no-async-save --check-replicas 12 --precision-stats 13 --keep 14
-    --resume auto --grace 15.5 --step-timeout 16 --print-every 17 --no-progress
-    --no-tensorboard"""
+    --out c --save-every 0 --no-async-save --check-replicas 12 --precision-stats 13
+    --precision-fraction 0.3 --keep 14 --resume auto --grace 15.5 --step-timeout 16 --print-every 17
+    --no-progress --no-tensorboard"""
 ODD = 'a "quoted" \\ back\tslash \x7f \x01 ü 🙂 = # [x]'
 
 

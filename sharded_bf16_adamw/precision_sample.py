@@ -1,0 +1,127 @@
+"""The elements that ``precision_stats(fraction=...)`` reads: a stratified random sample.
+
+A parameter is cut into *blocks* of consecutive rows, and every ``one_in`` consecutive blocks are a
+*stratum*, of which one block is drawn. What does not fill a stratum is always read: the end of a
+parameter, and all of a small one. So a sum over the parameter is ``one_in`` times the sum over the
+drawn blocks, plus the sum over the rest: unbiased, since each block is drawn with the same
+probability, and exact for a count of elements.
+
+The draw is a hash of the step, of the parameter's position in the optimizer and of the stratum's in
+the full parameter. So each step draws others, and all ranks draw the same under every sharding: a
+rank reads those parts of the drawn blocks that its shard holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels import Runs, lowbias32
+from .sharding.dtensor import to_local
+from .sharding.shard_rows import shard_rows
+
+BLOCK = 4096  # elements: reading less at a place would waste prefetched memory
+GOLDEN = 0x9E3779B9  # odd, so that no two of 2^32 steps have equal multiples modulo 2^32
+
+
+class _Strata(NamedTuple):
+    """The strata in which a rank has elements, an int64 each per stratum and range of rows."""
+
+    params: np.ndarray
+    indices: np.ndarray  # of the stratum in the full parameter
+    origins: np.ndarray  # local index of the first block's first element; negative if before it
+    block_numels: np.ndarray  # local elements of a block
+    begins: np.ndarray  # local elements of the range
+    ends: np.ndarray
+
+
+class StratifiedSample:
+    """A sample of some parameters' elements, drawn anew at each step.
+
+    Args:
+        shards: the parameters' shards, as :meth:`.sharding.base.Sharding.shard` returns them.
+        positions: the parameters' positions in the optimizer, equal on all ranks.
+        rows: for each parameter the row of the result.
+        n_rows: number of rows of the result. Those of drawn blocks follow it: see :meth:`total`.
+        one_in: blocks of a stratum; 1 to read everything.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Tensor],
+        positions: Sequence[int],
+        rows: Sequence[int],
+        n_rows: int,
+        one_in: int,
+    ) -> None:
+        self.one_in = one_in
+        self._n_rows = n_rows
+        self._rows = np.array(rows, np.int64)
+        strata, whole = [], []
+        for index, shard in enumerate(shards):
+            own_strata, begins, ends = _strata_of(shard, one_in)
+            strata.append((np.full(len(own_strata[0]), index), *own_strata))
+            whole.append((np.full(len(begins), index), begins, ends))
+        self._strata = _Strata(*map(np.concatenate, zip(*strata, strict=True)))
+        params, indices = self._strata[:2]
+        self._seeds = _hash(_hash(np.array(positions, np.int64))[params] ^ indices)
+        params, begins, ends = map(np.concatenate, zip(*whole, strict=True))
+        self._whole = Runs(params, begins, ends - begins, self._rows[params], 2 * n_rows)
+
+    def draw(self, step: int) -> Runs:
+        """Return the elements to read at a step."""
+        params, _, origins, block_numels, first, last = self._strata
+        if not len(params):
+            return self._whole
+        drawn = _hash(self._seeds + step * GOLDEN) * self.one_in >> 32
+        begins = origins + drawn * block_numels
+        ends = np.minimum(begins + block_numels, last)
+        begins = np.maximum(begins, first)
+        held = ends > begins
+        params, begins, ends = params[held], begins[held], ends[held]
+        drawn_runs = params, begins, ends - begins, self._rows[params] + self._n_rows
+        pairs = zip(self._whole[:4], drawn_runs, strict=True)
+        params, begins, counts, rows = map(np.concatenate, pairs)
+        return Runs(params, begins, counts, rows, self._whole.n_rows)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the estimated sums over all elements, ``[n_rows, ...]``, from those of a draw."""
+        whole, drawn = sums.split(self._n_rows)
+        return torch.add(whole, drawn, alpha=self.one_in)
+
+
+def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return the columns of :class:`_Strata` after the first, and the runs that are always read."""
+    numel = to_local(shard).numel()
+    rows = shard_rows(shard, BLOCK) if one_in > 1 and numel else None
+    n_strata = 0 if rows is None else rows.n_rows // (one_in * rows.block_rows)
+    if rows is None or n_strata == 0:
+        whole = np.array([numel] if numel else [], np.int64)
+        return [np.zeros(0, np.int64)] * 5, np.zeros_like(whole), whole
+    stratum_rows, width = one_in * rows.block_rows, rows.local_row_numel
+    starts = rows.starts
+    local = np.arange(len(starts)) * (rows.range_rows * width)  # of each range
+    sampled = np.clip(n_strata * stratum_rows - starts, 0, rows.range_rows)  # rows of each range
+    first = starts // stratum_rows
+    counts = np.where(sampled > 0, (starts + sampled - 1) // stratum_rows - first + 1, 0)
+    of = np.repeat(np.arange(len(starts)), counts)
+    indices = first[of] + np.arange(len(of)) - np.repeat(counts.cumsum() - counts, counts)
+    columns = [
+        indices,
+        local[of] + (indices * stratum_rows - starts[of]) * width,
+        np.full(len(of), rows.block_rows * width),
+        local[of],
+        (local + sampled * width)[of],
+    ]
+    rest = sampled < rows.range_rows
+    return columns, (local + sampled * width)[rest], (local + rows.range_rows * width)[rest]
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """Return 32 random bits of the low 32 bits of each int64."""
+    hashed = lowbias32(torch.from_numpy(x.astype(np.int32)))  # which keeps the low bits
+    return hashed.numpy().astype(np.int64) & 0xFFFFFFFF

@@ -1,0 +1,90 @@
+"""The rows of a full tensor that a rank's shard holds, so that all ranks can agree on elements."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .dtensor import to_local
+from .fsdp1 import is_flattened, unsharded_range
+
+
+class ShardRows(NamedTuple):
+    """Ranges of consecutive rows of a full tensor, in the order of the shard's memory.
+
+    A *row* is the elements along the last dimension; of a 1-D tensor it is one element. A shard
+    holds the same number of elements of each of its rows.
+
+    Attributes:
+        n_rows: rows of the full tensor.
+        block_rows: rows of a block; see :func:`shard_rows`.
+        local_row_numel: elements of a row that the shard holds.
+        starts: first row of each range, int64.
+        range_rows: rows of every range.
+    """
+
+    n_rows: int
+    block_rows: int
+    local_row_numel: int
+    starts: np.ndarray
+    range_rows: int
+
+
+def shard_rows(shard: Tensor, block_numel: int) -> ShardRows | None:
+    """Return the rows of a parameter's shard, and how many of them make a block.
+
+    A block has at least ``block_numel`` elements of the full tensor, and is the same under every
+    sharding. FSDP1 cuts rows anywhere: there each element counts as a row, ``block_rows`` likewise.
+
+    Args:
+        shard: what :meth:`.base.Sharding.shard` returns.
+        block_numel: at least 1.
+
+    Returns:
+        None if the elements lie in memory in another order than that of their indices.
+    """
+    local = to_local(shard)
+    if is_flattened(shard):
+        shape, numel, start = unsharded_range(shard)
+        row_numel = _matrix(tuple(shape))[-1] or 1
+        block_rows = -(-block_numel // row_numel) * row_numel
+        return ShardRows(numel, block_rows, 1, np.array([start]), local.numel())
+    if not (shard.is_contiguous() and _is_in_order(local)):
+        return None
+    offset: tuple[int, ...] = (0,) * shard.ndim
+    if isinstance(shard, DTensor):
+        mesh, placements = shard.device_mesh, shard.placements
+        local_shape, offset = compute_local_shape_and_global_offset(shard.shape, mesh, placements)
+        if tuple(local_shape) != tuple(local.shape):
+            return None
+    *sizes, row_numel = _matrix(tuple(shard.shape))
+    *local_sizes, local_row_numel = _matrix(tuple(local.shape))
+    offsets = (*offset, 0)[: len(sizes)]
+    # Ranges cover the dimensions from the last sharded one on; those before it enumerate them.
+    sharded = [dim for dim, size in enumerate(sizes) if local_sizes[dim] != size]
+    outer = sharded[-1] if sharded else 0
+    inner_rows = math.prod(sizes[outer + 1 :])
+    starts = np.zeros(1, np.int64)
+    for dim in range(outer):
+        indices = offsets[dim] + np.arange(local_sizes[dim])
+        starts = (starts[:, None] * sizes[dim] + indices).reshape(-1)
+    starts = (starts * sizes[outer] + offsets[outer]) * inner_rows
+    block_rows = -(-block_numel // (row_numel or 1))
+    range_rows = local_sizes[outer] * inner_rows
+    return ShardRows(math.prod(sizes), block_rows, local_row_numel, starts, range_rows)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape with at least two dimensions; those that lack have one index."""
+    return shape if len(shape) > 1 else (*shape, 1) if shape else (1, 1)
+
+
+def _is_in_order(tensor: Tensor) -> bool:
+    """Return True if elements with larger indices have larger addresses."""
+    strides = [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    return strides == sorted(strides, reverse=True)
