@@ -23,8 +23,8 @@ from math import prod
 import torch
 
 from planning.probe import Probe
+from sharded_bf16_adamw.sharding.fp32_sum import SUM_BLOCK_NUMEL
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import SUM_BLOCK_NUMEL
 
 FP32_BYTES = 4  # per element
 BUCKET_BYTES = 25 * 2**20  # ZeRO's default, of weights
