@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-2 as a contender of ``benchmark.py loop``: bf16 weights with fp32 masters.
 
-It runs on CPUs too. Then it compiles an operator at its first start, for which it needs ``ninja``.
+It runs on CPUs with gloo too. Then it compiles an operator when it first starts.
 """
 
 from __future__ import annotations

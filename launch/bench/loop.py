@@ -54,7 +54,7 @@ REPO = Path(__file__).resolve().parents[2]
 # layers, dim, heads, ffn, seq_len, batch_size, steps, lr
 MODELS = {
     "tiny": PRESETS["tiny"],
-    "60m": Config(10, 704, 11, 1920, 128, 8, 0, 1e-3),
+    "60m": Config(10, 704, 11, 1920, 128, 4, 0, 1e-3),
     "1b": replace(PRESETS["1b"], batch_size=4),  # for a GPU
 }
 WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)

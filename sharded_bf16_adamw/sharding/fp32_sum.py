@@ -114,7 +114,9 @@ class Fp32SumReduceScatter:
             RuntimeError: another rank has died or hangs.
         """
         if async_op:
-            raise ValueError("Fp32SumReduceScatter got async_op=True; wait is not supported")
+            raise ValueError(
+                "Fp32SumReduceScatter got async_op=True, but is done when it returns; leave it out"
+            )
         divisor = _divisor(op, group.size(), output_tensor.dtype)
         grads = input_tensor.to(WIRE_DTYPE).view(group.size(), -1)
         received = torch.empty_like(grads)
@@ -137,4 +139,6 @@ def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
         return 1.0
     if op == dist.ReduceOp.PREMUL_SUM:
         return 1.0 / op.__getstate__()[1]  # its only accessor
-    raise ValueError(f"Fp32SumReduceScatter sums and averages gradients, but got {op}")
+    raise ValueError(
+        f"Fp32SumReduceScatter got {op}, but sums and averages only; use it for FSDP2 gradients"
+    )
