@@ -20,6 +20,7 @@ from .param_groups import param_groups
 from .precision_stats import PrecisionStats
 from .schedule import LR, WSD
 from .sharding import gloo_shutdown  # noqa: F401  # registers a function that runs at exit
+from .sharding.fp32_sum import Fp32SumReduceScatter
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
 from .step_in_backward.clip import ClipInBackward
@@ -31,6 +32,7 @@ __all__ = [
     "WSD",
     "AdamW_BF16",
     "ClipInBackward",
+    "Fp32SumReduceScatter",
     "ModelParallel",
     "PrecisionStats",
     "ZeRO",

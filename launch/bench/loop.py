@@ -9,8 +9,9 @@ of the ratio within a round.
 Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
 tokens, so that activations are few. Weights, optimizer states and the peak of the gradients in
 ``param.grad`` are counted tensor by tensor. The rest of the peak of all live tensors is activations
-and communication buffers, with the gradients in them. Bytes sent are those of ring algorithms, the
-minimum.
+and communication buffers, with the gradients in them. Beside that count stands the growth of the
+process in the same step: the peak of resident memory, or of what CUDA's allocator gave out, above
+what was in use before the model was built. Bytes sent are those of ring algorithms, the minimum.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ from training.model import GPT, PRESETS, Config
 from training.strategies import STRATEGIES
 from training.world import World, init_world, synchronize
 
+from bench import deepspeed_zero
 from bench.markers import write_between_markers
 from bench.report import describe, machine
+from bench.resident import peak_bytes, used_bytes
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
@@ -48,10 +51,11 @@ REPO = Path(__file__).resolve().parents[2]
 # layers, dim, heads, ffn, seq_len, batch_size, steps, lr
 MODELS = {
     "tiny": PRESETS["tiny"],
-    "60m": Config(10, 704, 11, 1920, 128, 8, 0, 1e-3),
+    "60m": Config(10, 704, 11, 1920, 128, 4, 0, 1e-3),
     "1b": replace(PRESETS["1b"], batch_size=4),  # for a GPU
 }
-BASELINE = "torch-fsdp2"
+WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)
+BASELINE, DEEPSPEED = "torch-fsdp2", "deepspeed-zero2"
 PARTS = ("weights", "states", "gradients", "rest")
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
 
@@ -68,7 +72,7 @@ class Contender:
 
     label: str
     dtype: torch.dtype
-    build: Callable[[GPT, World], tuple[nn.Module, torch.optim.Optimizer]]
+    build: Callable[[GPT, World], tuple[nn.Module, Any]]
 
 
 def torch_fsdp2(model: GPT, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -84,6 +88,10 @@ def torch_zero1(model: GPT, world: World) -> tuple[nn.Module, torch.optim.Optimi
         module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, **OPTIONS
     )
     return module, optimizer
+
+
+def deepspeed_zero2(model: GPT, world: World) -> tuple[nn.Module, deepspeed_zero.EngineStep]:
+    return deepspeed_zero.build(model, OPTIONS)
 
 
 def our_fsdp2(
@@ -112,6 +120,7 @@ _BF16, _FP32 = torch.bfloat16, torch.float32
 CONTENDERS = {
     BASELINE: Contender("torch FSDP2 + AdamW, fp32 weights, bf16 forward", _FP32, torch_fsdp2),
     "torch-zero1": Contender("DDP + ZeroRedundancyOptimizer(AdamW), fp32", _FP32, torch_zero1),
+    DEEPSPEED: Contender("DeepSpeed ZeRO 2, bf16, fp32 masters", _BF16, deepspeed_zero2),
     "fsdp2": Contender("ours, FSDP2", _BF16, our_fsdp2),
     "fsdp2-in-backward": Contender(
         "ours, FSDP2, step_in_backward", _BF16, partial(our_fsdp2, in_backward=True)
@@ -167,6 +176,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     world = init_world(args.device)
     names = [BASELINE, *(name for name in args.only if name != BASELINE)]
+    if DEEPSPEED in names and not deepspeed_zero.is_installed():
+        names.remove(DEEPSPEED)
+        if world.rank == 0:
+            print(f"{DEEPSPEED} is skipped: the package deepspeed is not installed.", flush=True)
     run: dict[str, Any] = {"machine": machine(world.device), "ranks": world.size, "models": {}}
     for model in args.model:
         run["models"][model] = measure(MODELS[model], names, world, args.rounds, args.steps)
@@ -185,7 +198,11 @@ def main(argv: list[str]) -> int:
 
 @dataclass
 class Figures:
-    """The figures of one contender: seconds of a step by round; the others in bytes on rank 0."""
+    """The figures of one contender: seconds of a step by round; the others in bytes on rank 0.
+
+    Attributes:
+        growth: of the process in a step; None if the system does not tell.
+    """
 
     seconds: list[float]
     sent_bytes: float = 0.0
@@ -193,12 +210,14 @@ class Figures:
     states: int = 0
     gradients: int = 0
     rest: int = 0
+    growth: int | None = None
 
 
 class Training:
     """A contender that has taken two steps: states, buckets and recorded orders exist."""
 
     def __init__(self, contender: Contender, config: Config, world: World) -> None:
+        self.used_before = used_bytes(world.device)
         with torch.device("meta"):
             model = GPT(config).to(contender.dtype)
         model.to_empty(device=world.device)
@@ -243,7 +262,11 @@ class Training:
             for x in state.values()
             if isinstance(x, Tensor)
         ]
-        with live_gradients(params) as gradients, LiveBytes() as live:
+        with (
+            peak_bytes(self.world.device) as peak,
+            live_gradients(params) as gradients,
+            LiveBytes() as live,
+        ):
             for tensor in (*params, *states):
                 to_local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
             self.step(self.batch[:1, :17])
@@ -253,7 +276,12 @@ class Training:
             "states": sum(to_local(x).nbytes for x in states),
             "gradients": gradients[0],
         }
-        return {**parts, "rest": live.peak - sum(parts.values()), "sent_bytes": live.sent_bytes}
+        return {
+            **parts,
+            "rest": live.peak - sum(parts.values()),
+            "growth": peak[0] - self.used_before if self.used_before is not None else None,
+            "sent_bytes": live.sent_bytes,
+        }
 
 
 @contextmanager
@@ -276,6 +304,8 @@ def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
 def measure(
     config: Config, names: list[str], world: World, rounds: int, steps: int
 ) -> dict[str, Any]:
+    for name in names:  # libraries that it loads are not its memory
+        Training(CONTENDERS[name], WARM_UP, world)
     figures = {name: Figures([]) for name in names}
     tokens = 0
     order = random.Random(0)  # the same on every rank
@@ -305,8 +335,8 @@ def table(model: str, result: dict[str, Any], ranks: int) -> str:
     rows = [
         f"**{model}**, {parameters / 1e6:.1f} million parameters, {ranks} ranks",
         "",
-        f"| | tokens/s | time, ratio | sent | {' | '.join(heads)} | peak |",
-        f"|---|--:|--:|--:|{'--:|' * (len(heads) + 1)}",
+        f"| | tokens/s | time, ratio | sent | {' | '.join(heads)} | peak | process |",
+        f"|---|--:|--:|--:|{'--:|' * (len(heads) + 2)}",
     ]
     base = found[BASELINE]["seconds"]
     for name, each in found.items():
@@ -315,6 +345,8 @@ def table(model: str, result: dict[str, Any], ranks: int) -> str:
         parts = [each[part] / parameters for part in PARTS]
         cells = [CONTENDERS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
         cells += [f"{value:.2f}" for value in (each["sent_bytes"] / parameters, *parts, sum(parts))]
+        growth = each["growth"]
+        cells.append("unknown" if growth is None else f"{growth / parameters:.2f}")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

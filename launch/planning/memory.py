@@ -24,8 +24,8 @@ import torch
 
 from planning.probe import Probe
 from sharded_bf16_adamw import ZeRO
+from sharded_bf16_adamw.sharding.fp32_sum import SUM_BLOCK_NUMEL
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
-from sharded_bf16_adamw.sharding.zero.reduce_scatter import SUM_BLOCK_NUMEL
 from sharded_bf16_adamw.step_in_backward.batch import BATCH_BYTES
 
 FP32_BYTES = 4  # per element
@@ -172,7 +172,9 @@ def phases(job: Job) -> Iterator[Phase]:
             used = round(probe.block.slope) * (layers - 1 - done)
             kept = gradients(job, done) - copied * FP32_BYTES * job.block.numel
             yield Phase("reduce", kept, gloo_buffers(job, done), used)
-    yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
+    # ZeRO-2's buffers contain what step_in_backward has yet to update.
+    kept = gradients(job, layers if job.strategy == "zero2" and job.in_backward else layers + 1)
+    yield Phase("end", kept, end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
 
 
@@ -186,7 +188,11 @@ def gradients(job: Job, done: int) -> int:
     if job.strategy in ("ddp", "zero1"):
         return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
     if job.strategy == "zero2":
-        return FP32_BYTES * (complete // job.ranks + accumulates * (job.numel - complete))
+        kept = complete
+        if job.in_backward:  # step() updates what is in flight after the backward pass
+            last = MAX_IN_FLIGHT + (not job.is_cuda)  # see _in_flight
+            kept = sum(_buckets(job)[-last:]) if done > job.layers else 0
+        return FP32_BYTES * (kept // job.ranks + accumulates * (job.numel - complete))
     if job.is_fsdp:  # the root's gradients are reduced last
         finished = min(max(done, 0), job.layers)
         reduced = job.shard if done > job.layers else finished * job.block.shard
@@ -277,9 +283,8 @@ def end_buffers(job: Job) -> int:
 def zero2_buffers(job: Job, done: int) -> int:
     """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
 
-    One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
-    output is a shard. On gloo it is as long as the input: an all-to-all, whose output each rank
-    sums.
+    One bucket fills up while others are in flight. With ``step_in_backward`` this assumes a slow
+    network: buckets are received only when too many are in flight.
     """
     begin, end = job.numel_with_grad(done), job.numel_with_grad(done + 1)
     buckets = _buckets(job)
@@ -287,23 +292,36 @@ def zero2_buffers(job: Job, done: int) -> int:
     for index, numel in enumerate(buckets):
         stop = start + numel
         if start < end and stop > begin:
-            in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
-            peak = max(peak, FP32_BYTES * numel + _in_flight(job, in_flight))
+            peak = max(peak, FP32_BYTES * numel + _in_flight(job, buckets, index))
             if stop <= end:  # it is launched
-                in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
-                peak = max(peak, _in_flight(job, in_flight))
+                peak = max(peak, _in_flight(job, buckets, index + 1))
         start = stop
     return peak
 
 
-def _in_flight(job: Job, buckets: list[int]) -> int:
-    """Return the bytes of the inputs and outputs of buckets in flight."""
-    if not buckets:
+def _in_flight(job: Job, buckets: list[int], launched: int) -> int:
+    """Return the bytes of buckets in flight, of which the first ``launched`` were launched.
+
+    Each has a float32 reduce-scatter input. The output is a shard. On gloo it is as long as the
+    input: an all-to-all, whose output each rank sums. The last bucket is then sent in ``step``,
+    whatever is still in flight.
+    """
+    received = max(0, launched - MAX_IN_FLIGHT)
+    if job.in_backward and not job.is_cuda and launched == len(buckets):
+        received = max(0, received - 1)
+    reduced = buckets[received:launched]
+    if not reduced:
         return 0
-    inputs = FP32_BYTES * sum(buckets)
+    inputs = FP32_BYTES * sum(reduced)
     if job.is_cuda:
-        return inputs + inputs // job.ranks
-    return 2 * inputs + 2 * FP32_BYTES * min(SUM_BLOCK_NUMEL, job.shard)
+        buffers = inputs + inputs // job.ranks
+    else:
+        buffers = 2 * inputs + 2 * FP32_BYTES * min(SUM_BLOCK_NUMEL, job.shard)
+    if not job.in_backward:
+        return buffers  # the shards that were received count as gradients
+    updating = FP32_BYTES * (reduced[-1] if launched == len(buckets) else reduced[0]) // job.ranks
+    gathered = sorted(buckets[:received])[-MAX_IN_FLIGHT:]
+    return buffers + updating + round(job.weight_bytes * sum(gathered) * (1 + 1 / job.ranks))
 
 
 def _buckets(job: Job) -> list[int]:

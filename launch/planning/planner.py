@@ -132,8 +132,6 @@ def _check(
         raise UsageError(
             f"--strategy {strategy} shards --optimizer bf16 only, not {options.optimizer}."
         )
-    if options.in_backward and strategy == "zero2":
-        raise UsageError("--step-in-backward with --strategy zero2 has no formulas yet.")
     if options.in_backward and (
         strategy in ("ddp", "fsdp1", "zero1") or options.optimizer != "bf16"
     ):

@@ -39,7 +39,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
+from sharded_bf16_adamw import LR, AdamW_BF16, Fp32SumReduceScatter, ZeRO
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 COLUMNS = ("weights", "exp_avg", "exp_avg_sq", "correction")
@@ -155,12 +155,12 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[nn.Module, int], Wr
     return wrap
 
 
-def fsdp2(**options: Any) -> Callable[[nn.Module, int], Wrapped]:
+def fsdp2(**options: Any) -> Callable[..., Wrapped]:
     """Return a wrap that calls ``fully_shard`` with these options on every layer and the model."""
 
-    def wrap(model: nn.Module, world: int) -> Wrapped:
+    def wrap(model: nn.Module, world: int, **more: Any) -> Wrapped:
         for module in (*model.children(), model):
-            fully_shard(module, mesh=init_device_mesh("cpu", (world,)), **options)
+            fully_shard(module, mesh=init_device_mesh("cpu", (world,)), **options, **more)
         return over_all_ranks(model)
 
     return wrap
@@ -178,11 +178,24 @@ def fsdp2_accumulating(model: nn.Module, world: int) -> Wrapped:
     return over_all_ranks(model, set_gradient_sync=model.set_requires_gradient_sync)
 
 
-def hsdp(model: nn.Module, world: int) -> Wrapped:
+def hsdp(model: nn.Module, world: int, **options: Any) -> Wrapped:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     for module in (*model.children(), model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, **options)
     return over_all_ranks(model)
+
+
+def fp32_sum(
+    wrap: Callable[..., Wrapped], reduce_dtype: torch.dtype | None = torch.float32
+) -> Callable[[nn.Module, int], Wrapped]:
+    """Return a wrap that installs Fp32SumReduceScatter after ``wrap``."""
+
+    def wrap_and_install(model: nn.Module, world: int) -> Wrapped:
+        wrapped = wrap(model, world, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype))
+        Fp32SumReduceScatter.install(model)
+        return wrapped
+
+    return wrap_and_install
 
 
 def parallelize(model: nn.Module, mesh: Any) -> None:
@@ -274,7 +287,9 @@ CASES = [
     ),
     Case("FSDP2 CPUOffloadPolicy", ANY, fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
     Case("FSDP2 two micro-batches", ANY, fsdp2_accumulating),
+    Case("FSDP2 Fp32SumReduceScatter", ANY, fp32_sum(fsdp2())),
     Case("HSDP (FSDP2, 2 x 2)", (4,), hsdp),
+    Case("HSDP Fp32SumReduceScatter (2 x 2)", (4,), fp32_sum(hsdp)),
     Case("tensor parallel", (2, 4), tensor_parallel),
     Case("FSDP2 + tensor parallel (2 x 2)", (4,), fsdp2_tensor_parallel),
     Case("ZeRO-1 beside DDP", ANY, zero1),

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm_errors import CheckedWork, comm_errors
+from ..fp32_sum import sum_over_ranks
 
 OPERATION = "averaging gradients"  # for messages
-SUM_BLOCK_NUMEL = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
 
 
 class PendingReduce:
@@ -112,7 +112,8 @@ class PendingReduce:
         elif self._output.shape[0] == 1:
             mean = self._output[0]
         else:
-            mean = _mean_over_ranks(self._output, dtype)
+            mean = torch.empty(self._output.shape[1], dtype=dtype, device=self._output.device)
+            sum_over_ranks(self._output, mean, divisor=self._output.shape[0])
         self._mean = mean
         self._input = self._shard_work = None
         del self._output
@@ -169,15 +170,3 @@ def _divide(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     # A GPU multiplies by the reciprocal of a Python number, so the divisor is a tensor.
     divisor = torch.full((), float(count), dtype=torch.float32, device=total.device)
     return total.float().div(divisor).to(dtype)
-
-
-def _mean_over_ranks(grads: Tensor, dtype: torch.dtype) -> Tensor:
-    """Average over dimension 0: sum in float32 in the order of ranks, round once."""
-    mean = torch.empty(grads.shape[1], dtype=dtype, device=grads.device)
-    blocks = zip(grads.split(SUM_BLOCK_NUMEL, 1), mean.split(SUM_BLOCK_NUMEL), strict=True)
-    for block, result in blocks:
-        total = block[0].to(torch.float32, copy=True)
-        for grad in block[1:]:
-            total += grad
-        result.copy_(total.div_(grads.shape[0]))
-    return mean

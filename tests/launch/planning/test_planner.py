@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from unittest import mock
 
 import distributed
@@ -12,17 +14,23 @@ import plan as command
 import pytest
 import torch
 import training.model
+from planning import memory
 from planning.live import LiveBytes
 from planning.memory import gradients, phases, states, weights
 from planning.models import LLAMA_8B, LLAMA_70B, from_preset
 from planning.planner import Options, Plan, cheapest, make_job, plan
 from planning.traffic import sent_bytes
 from torch.distributed.tensor import DTensor
+from training import build, strategies
 from training.model import PRESETS, Config
 from training.options import parse_args
 from training.setup import set_up
 from training.step import backward, update
 from training.supervisor import Supervisor
+
+from sharded_bf16_adamw import AdamW_BF16, ZeRO
+from sharded_bf16_adamw.sharding.zero import reduce_scatter
+from sharded_bf16_adamw.sharding.zero.all_gather import PendingAllGather
 
 LAYERS = 4
 PRESET = Config(LAYERS, 128, 4, 352, 64, 8, 3, 1e-3)
@@ -30,6 +38,7 @@ RANKS = {"single": 1, "hsdp": 4, "fsdp2+tp": 4}  # else 2
 # Activations take most memory in the first, and weights, gradients and buffers in the second.
 SEQ_LENS = (64, 8)
 TOLERANCE = 0.05
+BUCKET_BYTES = 200_000  # ten buckets, for updates in the backward pass
 
 
 def local(tensor):
@@ -40,7 +49,25 @@ def nbytes(tensors):
     return sum(local(tensor).nbytes for tensor in tensors)
 
 
-def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation):
+@contextmanager
+def in_backward_on_a_slow_network():
+    """Let train.py step in the backward pass; no collective completes before it is waited for.
+
+    Else what is alive would depend on the machine's load.
+    """
+    completes = reduce_scatter._completes_within
+    with (
+        mock.patch.object(build, "AdamW_BF16", partial(AdamW_BF16, step_in_backward=True)),
+        mock.patch.object(strategies, "ZeRO", partial(ZeRO, bucket_size_mb=BUCKET_BYTES / 2**20)),
+        mock.patch.object(PendingAllGather, "is_completed", False),
+        mock.patch.object(
+            reduce_scatter, "_completes_within", lambda work, s: s > 0 and completes(work, s)
+        ),
+    ):
+        yield
+
+
+def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation, in_backward):
     """Return the bytes that this rank holds and sends in its third step.
 
     The first two steps create states, and find the order of gradients.
@@ -51,6 +78,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
     with (
         mock.patch.dict(PRESETS, planned=PRESET),
         mock.patch.object(training.model, "has_fast_bf16", return_value=True),
+        in_backward_on_a_slow_network() if in_backward else nullcontext(),
     ):
         arguments = parse_args(f"{options} {paths} {fixed}".split())
         with set_up(arguments, Supervisor()) as run:
@@ -64,12 +92,16 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
                     loss = float(backward(run))
                     if strategy == "zero2":
                         run.optimizer._sharding.reduce_grads()
-                        grads = run.optimizer._sharding.local_grads(params)
+                        held = run.optimizer._sharding._sharded_grads
+                        grads = [held[param] for param in params if param in held]
                     else:
                         grads = [param.grad for param in params if param.grad is not None]
                     gradient_bytes = nbytes(grads)
-                    del grads
-                    update(run, loss)
+                    grads = held = None
+                    if in_backward:  # update() clips
+                        run.optimizer.step(zero_grad=True)
+                    else:
+                        update(run, loss)
     return {
         "weights": nbytes(params),
         "gradients": gradient_bytes,
@@ -79,43 +111,54 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
     }
 
 
-def planned(world_size, strategy, optimizer, seq_len, accumulation):
+def planned(world_size, strategy, optimizer, seq_len, accumulation, in_backward):
     data_ranks = {"tp": 1, "fsdp2+tp": world_size // 2}.get(strategy, world_size)
     micro_batch = PRESET.batch_size // data_ranks // accumulation
-    options = Options(optimizer, PRESET.batch_size, micro_batch, seq_len, device="cpu")
-    with mock.patch.dict(PRESETS, planned=PRESET):
+    options = Options(
+        optimizer, PRESET.batch_size, micro_batch, seq_len, in_backward=in_backward, device="cpu"
+    )
+    bucket_bytes = BUCKET_BYTES if in_backward else memory.BUCKET_BYTES
+    with (
+        mock.patch.dict(PRESETS, planned=PRESET),
+        mock.patch.object(memory, "BUCKET_BYTES", bucket_bytes),
+    ):
         job = make_job(from_preset("planned"), world_size, strategy, options)
-    base = weights(job) + states(job)
-    return {
-        "weights": weights(job),
-        "gradients": gradients(job, LAYERS + 1),
-        "states": states(job),
-        "sent_bytes": sent_bytes(job),
-        "peak": base + max(phase.total for phase in phases(job)),
-    }
+        base = weights(job) + states(job)
+        return {
+            "weights": weights(job),
+            "gradients": gradients(job, LAYERS + 1),
+            "states": states(job),
+            "sent_bytes": sent_bytes(job),
+            "peak": base + max(phase.total for phase in phases(job)),
+        }
 
 
 @pytest.mark.parametrize("seq_len", SEQ_LENS)
 @pytest.mark.parametrize(
-    ("strategy", "optimizer", "accumulation"),
+    ("strategy", "optimizer", "accumulation", "in_backward"),
     [
-        ("single", "bf16", 1),
-        ("ddp", "bf16", 1),
-        ("fsdp1", "bf16", 1),
-        ("fsdp2", "bf16", 1),
-        ("hsdp", "bf16", 1),
-        ("tp", "bf16", 1),
-        ("fsdp2+tp", "bf16", 1),
-        ("zero1", "bf16", 1),
-        ("zero2", "bf16", 1),
-        ("fsdp2", "torch-fp32", 1),
-        ("fsdp2", "bf16", 2),
+        ("single", "bf16", 1, False),
+        ("ddp", "bf16", 1, False),
+        ("fsdp1", "bf16", 1, False),
+        ("fsdp2", "bf16", 1, False),
+        ("hsdp", "bf16", 1, False),
+        ("tp", "bf16", 1, False),
+        ("fsdp2+tp", "bf16", 1, False),
+        ("zero1", "bf16", 1, False),
+        ("zero2", "bf16", 1, False),
+        ("zero2", "bf16", 1, True),
+        ("zero2", "bf16", 2, True),
+        ("fsdp2", "torch-fp32", 1, False),
+        ("fsdp2", "bf16", 2, False),
+        ("fsdp2", "bf16", 1, True),
     ],
 )
-def test_plan_is_what_ranks_measure(tmp_path, strategy, optimizer, accumulation, seq_len):
+def test_plan_is_what_ranks_measure(
+    tmp_path, strategy, optimizer, accumulation, in_backward, seq_len
+):
     (tmp_path / "text").write_text("to be or not to be, " * 500)
     ranks = RANKS.get(strategy, 2)
-    case = (strategy, optimizer, seq_len, accumulation)
+    case = (strategy, optimizer, seq_len, accumulation, in_backward)
     found = distributed.run_ranks(ranks, measure, str(tmp_path), *case)
     expected = planned(ranks, *case)
     largest = {key: max(each[key] for each in found) for key in expected}

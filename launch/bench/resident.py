@@ -1,0 +1,91 @@
+"""Memory as the system or CUDA's allocator sees it, to hold against a count of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # to clear_refs: VmHWM starts again at VmRSS
+SAMPLE_S = 0.001
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """Return the bytes in use now: resident memory, or on CUDA what the allocator has given out.
+
+    Gives free memory back to the system first. None if the system does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+        libc.malloc_trim(0)
+    return _status("VmRSS")
+
+
+@contextmanager
+def peak_bytes(device: torch.device) -> Iterator[list[int]]:
+    """Yield a list to which the peak of :func:`used_bytes` within the context is added, if known.
+
+    Linux measures it. Where it does not let this process start its measurement anew, a thread
+    samples the resident memory and may miss a short peak.
+    """
+    peak: list[int] = []
+    resident = used_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.append(torch.cuda.max_memory_allocated(device))
+    elif resident is None:
+        yield peak
+    elif _reset_peak():
+        yield peak
+        peak.append(_status("VmHWM") or 0)
+    else:
+        with _sampled_peak(resident, peak):
+            yield peak
+
+
+def _status(key: str) -> int | None:
+    """Return an entry of the process's status in bytes; None without such a file or entry."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
+
+
+def _reset_peak() -> bool:
+    try:
+        CLEAR_REFS.write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _sampled_peak(resident: int, peak: list[int]) -> Iterator[None]:
+    done = threading.Event()
+    largest = resident
+
+    def sample() -> None:
+        nonlocal largest
+        while not done.wait(SAMPLE_S):
+            largest = max(largest, _status("VmRSS") or 0)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    peak.append(largest)

@@ -1,0 +1,144 @@
+"""Sums of gradients over ranks in float32, and a reduce-scatter for FSDP2 that sums in that way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from .comm_errors import comm_errors
+
+WIRE_DTYPE = torch.bfloat16
+OPERATION = "averaging gradients"  # for messages
+SUM_BLOCK_NUMEL = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
+
+
+def sum_over_ranks(grads: Tensor, output: Tensor, divisor: float) -> None:
+    """Sum over dimension 0 in float32 in the order of ranks, divide, and round once.
+
+    Args:
+        grads: ``(ranks, numel)``.
+        output: ``(numel,)``, of any dtype; overwritten.
+        divisor: of the sum.
+
+    Examples:
+        >>> output = torch.empty(1)
+        >>> sum_over_ranks(torch.tensor([[2.0**24], [1.0], [-(2.0**24)]]), output, 1)
+        >>> output
+        tensor([0.])
+    """
+    # A GPU multiplies by the reciprocal of a Python number, so the divisor is a tensor.
+    by = torch.full((), float(divisor), dtype=torch.float32, device=grads.device)
+    numel = SUM_BLOCK_NUMEL if grads.device.type == "cpu" else max(1, output.numel())
+    for block, result in zip(grads.split(numel, 1), output.split(numel), strict=True):
+        total = block[0].to(torch.float32, copy=True)
+        for grad in block[1:]:
+            total += grad
+        result.copy_(total.div_(by))
+
+
+class Fp32SumReduceScatter:
+    """FSDP2's reduce-scatter with bfloat16 on the wire and a sum in float32.
+
+    An all-to-all sends each gradient to the rank that owns its shard. That rank sums in float32, in
+    the order of ranks, and divides. So as many bytes are sent as by a reduce-scatter in bfloat16,
+    half of those of one in float32, and the result depends neither on the backend nor on the order
+    of arrival.
+
+    The sum is rounded once, to the dtype of the parameters, with
+    ``MixedPrecisionPolicy(reduce_dtype=torch.float32)``. Then gradients that ``no_sync`` of FSDP2
+    (``set_requires_gradient_sync(False)``) accumulates are float32 too, and so is HSDP's all-reduce
+    between replicas. Without it, FSDP2 does both in the dtype of the gradients. A float32 gradient,
+    accumulated or of a float32 forward pass, is rounded to bfloat16 to be sent.
+
+    Examples:
+        >>> from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        >>> policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        >>> model = fully_shard(model, mp_policy=policy)  # doctest: +SKIP
+        >>> Fp32SumReduceScatter.install(model)  # doctest: +SKIP
+    """
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Use it in every FSDP2 module of ``model``, which is already sharded by ``fully_shard``.
+
+        Raises:
+            ValueError: the model has no FSDP2 module, or one that shards its parameters over
+                several meshes, for which torch accepts no reduce-scatter of others.
+        """
+        modules: list[Any] = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        if not modules:
+            raise ValueError(
+                "Fp32SumReduceScatter.install got a model without FSDP2 modules; call fully_shard "
+                "on the model first"
+            )
+        for module in modules:
+            module.set_custom_reduce_scatter(cls())
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate a buffer for FSDP2, which calls this before it sends anything.
+
+        Raises:
+            ValueError: FSDP2 reduces in another dtype than bfloat16 and float32.
+        """
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"Fp32SumReduceScatter sends bfloat16, but FSDP2 reduces gradients in {dtype}; "
+                "give fully_shard MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+            )
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Reduce ``input_tensor``, one row for each rank, to this rank's shard ``output_tensor``.
+
+        Args:
+            output_tensor: 1-D, overwritten.
+            input_tensor: 1-D, ``group.size()`` times as long.
+            group: the ranks that take part.
+            op: AVG, SUM, or PREMUL_SUM, which FSDP2's ``set_gradient_divide_factor`` needs.
+            async_op: False; FSDP2 does not set it.
+
+        Raises:
+            ValueError: another ``op``, or a sum that FSDP2 would round twice.
+            RuntimeError: another rank has died or hangs.
+        """
+        if async_op:
+            raise ValueError(
+                "Fp32SumReduceScatter got async_op=True, but is done when it returns; leave it out"
+            )
+        divisor = _divisor(op, group.size(), output_tensor.dtype)
+        grads = input_tensor.to(WIRE_DTYPE).view(group.size(), -1)
+        received = torch.empty_like(grads)
+        with comm_errors(OPERATION, dist.get_process_group_ranks(group)):
+            dist.all_to_all_single(received, grads, group=group)
+        sum_over_ranks(received, output_tensor, divisor)
+
+
+def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
+    """Return what a reduction divides the sum by."""
+    if op == dist.ReduceOp.AVG:
+        return ranks
+    if op == dist.ReduceOp.SUM:
+        if dtype != torch.float32:
+            raise ValueError(
+                "set_force_sum_reduction_for_comms(True) makes FSDP2 divide a sum that was rounded "
+                f"to {dtype}; leave it out with Fp32SumReduceScatter, or give fully_shard "
+                "MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+            )
+        return 1.0
+    if op == dist.ReduceOp.PREMUL_SUM:
+        return 1.0 / op.__getstate__()[1]  # its only accessor
+    raise ValueError(
+        f"Fp32SumReduceScatter got {op}, but sums and averages only; use it for FSDP2 gradients"
+    )

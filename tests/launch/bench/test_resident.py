@@ -1,0 +1,55 @@
+"""launch/bench/resident.py: the growth of the process, measured by Linux or sampled."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from bench import resident
+
+CPU = torch.device("cpu")
+NBYTES = 256 << 20
+pytestmark = pytest.mark.skipif(not resident.STATUS.exists(), reason="only Linux tells")
+
+
+def growth(while_held=lambda: None):
+    """Return the growth that is measured while a tensor of NBYTES comes and goes."""
+    used = resident.used_bytes(CPU)
+    with resident.peak_bytes(CPU) as peak:
+        held = torch.ones(NBYTES, dtype=torch.uint8)
+        while_held()
+        del held
+    return peak[0] - used
+
+
+def test_linux_measures_what_came_and_went():
+    if not resident._reset_peak():
+        pytest.skip("this process may not reset its peak")
+    torch.ones(2 * NBYTES, dtype=torch.uint8)  # an earlier peak does not count
+    assert growth() == pytest.approx(NBYTES, rel=0.1)
+
+
+def test_memory_is_sampled_where_the_peak_cannot_be_reset(monkeypatch):
+    monkeypatch.setattr(resident, "CLEAR_REFS", Path("/proc/self/none"))
+    sampled, main, status = threading.Semaphore(0), threading.current_thread(), resident._status
+
+    def counted(key):
+        found = status(key)
+        if threading.current_thread() is not main:
+            sampled.release()
+        return found
+
+    monkeypatch.setattr(resident, "_status", counted)
+
+    def two_samples():
+        for _ in range(2):
+            assert sampled.acquire(timeout=60)
+
+    assert growth(two_samples) == pytest.approx(NBYTES, rel=0.1)
+
+
+def test_nothing_is_known_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(resident, "STATUS", Path("/proc/self/none"))
+    with resident.peak_bytes(CPU) as peak:
+        pass
+    assert resident.used_bytes(CPU) is None and not peak
