@@ -56,7 +56,7 @@ ADVICE = {
     "says that … is in …, but it is not": "The index belongs to other files: copy them all again.",
     "uses the slower reference back end": "[A step is slow](#a-step-is-slow).",
     "the CPU back end is not available": "[A step is slow](#a-step-is-slow).",
-    "the native library was not built": "Install a C compiler, then this package again.",
+    "the native library was not built (": "Install a C compiler, then this package again.",
     "the native library … does not load": "Install this package again on this machine.",
     "no memory for": "The host is out of memory.",
     "update_ needs": "Lists of one call belong together: one entry for each parameter or group.",

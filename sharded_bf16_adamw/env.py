@@ -239,6 +239,8 @@ def _slow_on_cpu(facts: Facts) -> list[str]:
     reason = facts.backends.get("native (CPU)")
     if reason is not None and cpu.ISA_VARIABLE in reason:
         found.append(f"Steps on CPU raise an error: {reason}; or unset {cpu.ISA_VARIABLE}.")
+    elif reason is not None and cpu.SOURCE_FOLDER in reason:
+        found.append(f"Steps on CPU use the reference back end, tens of times slower: {reason}.")
     elif reason is not None:
         found.append(
             f"Steps on CPU use the reference back end, tens of times slower: {reason}. Install a C "
@@ -261,7 +263,8 @@ def _slow_on_cpu(facts: Facts) -> list[str]:
     if facts.threads < fair and limits:
         found.append(
             f"A step on CPU uses {facts.threads} of {fair} CPUs: set {' and '.join(limits)} to "
-            f"{fair}. torchrun sets OMP_NUM_THREADS=1 if you do not."
+            f"{fair}, the number of CPUs for each process of a job on this machine. torchrun sets "
+            "OMP_NUM_THREADS=1 if you do not."
         )
     elif facts.threads > fair:
         found.append(

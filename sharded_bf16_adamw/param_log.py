@@ -31,9 +31,10 @@ class ParamLog:
         self._num_float32 = _count_float32(params)
         if params and self._num_float32 == len(params):
             logger.warning(
-                "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32; "
-                "convert the model with model.to(torch.bfloat16) before you build the optimizer "
-                "(under FSDP, accelerate converts it back unless mixed_precision='no'), or use "
+                "none of the %d parameters of AdamW_BF16 is bfloat16, so it trains in float32 and "
+                "takes 12 bytes for each instead of 8; convert the model with "
+                "model.to(torch.bfloat16) before you build the optimizer (under FSDP, "
+                "accelerate converts it back unless mixed_precision='no'), or use "
                 "torch.optim.AdamW if you want float32",
                 len(params),
             )

@@ -213,10 +213,10 @@ def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> li
         is_first_step = group["schedule_step"] == 0 and group["scheduled_lr"] is not None
         if is_first_step and "initial_lr" in group:
             warnings.warn(
-                "a torch learning-rate scheduler was built on an optimizer that follows "
-                f"lr_function={schedule!r}: it starts from that function's first value, "
-                f"{group['initial_lr']:g}, and takes over; pass lr= to give the scheduler its own "
-                "base learning rate",
+                "a torch learning-rate scheduler (the Hugging Face Trainer builds one, too) was "
+                f"built on an optimizer that follows lr_function={schedule!r}: its base learning "
+                f"rate is that function's first value, {group['initial_lr']:g}; pass lr= to the "
+                "optimizer, or leave the scheduler out",
                 stacklevel=2,
             )
             break

@@ -67,6 +67,8 @@ class SerializableOptimizer(SteppedInBackward):
                 value = group[key]
                 if isinstance(value, Tensor) and value.device.type != "cpu":
                     value = f"<{value.dtype} on {value.device}>"  # its value would cost a sync
+                if key == "param_names":
+                    value = f"<{len(value)} names>"
                 text += f"    {key}: {value}\n"
         return text + ")"
 

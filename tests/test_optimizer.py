@@ -348,6 +348,10 @@ class TestRepr:
         ]
         assert torch.optim.Optimizer.__repr__(optimizer).splitlines()[1:] == lines[5:]
 
+    def test_repr_counts_names(self):
+        optimizer = AdamW_BF16([("weight", param(2)), ("bias", param(2))])
+        assert "\n    param_names: <2 names>\n" in repr(optimizer)
+
     def test_repr_of_a_given_backend_names_it(self):
         assert "\nbackend: reference\n" in repr(AdamW_BF16([param(2)], backend="reference"))
 

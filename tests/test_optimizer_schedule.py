@@ -65,7 +65,7 @@ class TestSchedule:
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
         with pytest.warns(
             UserWarning,
-            match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07, and takes over; pass lr=",
+            match=r"lr_function=LR\(lr=0.001.*first value, 3.33333e-07; pass lr=",
         ):
             train(optimizer, 1)
         with warnings.catch_warnings():

@@ -11,13 +11,16 @@ import torch.distributed as dist
 
 from sharded_bf16_adamw import export_fp32
 
+LATEST_EXPORT = Path("hf", "latest")  # in --out
+
 
 def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
     """Export a checkpoint to ``<out>/hf``, update the link ``latest``, keep ``--keep``. Collective.
 
     All ranks write.
     """
-    root = Path(args.out) / "hf"
+    latest = Path(args.out) / LATEST_EXPORT
+    root = latest.parent
     out = root / checkpoint.name
     is_first = dist.get_rank() == 0
     if is_first:  # of a run that has gone back to an earlier step
@@ -28,7 +31,7 @@ def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
         link = root / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(out.name)
-        link.replace(root / "latest")
+        link.replace(latest)
         oldest_first = sorted(root.glob("step-*"), key=lambda path: path.stat().st_mtime)
         for path in oldest_first[: -args.keep]:
             shutil.rmtree(path, ignore_errors=True)

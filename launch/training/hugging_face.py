@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,15 @@ def _transformers() -> Any:
         raise UsageError(
             "--model needs the transformers package: install it with pip install transformers."
         ) from None
+
+
+def max_positions(folder: str) -> int | None:
+    """Return the longest sequence of the model in a folder, None if its config does not tell."""
+    try:
+        value = json.loads(Path(folder, "config.json").read_text())["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # read_config says what is wrong
+    return value if isinstance(value, int) else None
 
 
 def read_config(folder: str, seq_len: int) -> Any:

@@ -24,6 +24,7 @@ from training.command_line import (
 )
 from training.config import read_config
 from training.errors import UsageError
+from training.hugging_face import max_positions
 from training.model import PRESETS
 from training.optimizers import OPTIMIZERS
 from training.rendezvous import rank
@@ -37,7 +38,9 @@ MODEL_DEFAULTS = SimpleNamespace(seq_len=1024, batch_size=16, steps=1000, lr=1e-
 
 def preset_default(name: str) -> str:
     value = getattr(PRESETS[DEFAULT_PRESET], name)
-    return f"default: by --preset, {DEFAULT_PRESET}: {value}"
+    of_model = getattr(MODEL_DEFAULTS, name)
+    at_most = "at most " if name == "seq_len" else ""
+    return f"default: by --preset, {DEFAULT_PRESET}: {value}; with --model {at_most}{of_model}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("seq_len", "batch_size", "steps", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
+            if name == "seq_len" and args.model is not None:
+                args.seq_len = min(args.seq_len, max_positions(args.model) or args.seq_len)
     if rank() == 0:
         for note in options_without_effect(args):
             print(f"note: {note}", file=sys.stderr)

@@ -105,5 +105,6 @@ def check_world(args: argparse.Namespace, world: World) -> None:
     if args.batch_size % divisor:
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world.dp_size} rank(s) "
-            f"x --grad-accum {args.grad_accum}: use a multiple of {divisor}."
+            f"x --grad-accum {args.grad_accum}: use a number of ranks that divides it, or a "
+            f"multiple of {divisor} (with --resume auto, if the run was started with another one)."
         )

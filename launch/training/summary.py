@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from training.export import LATEST_EXPORT
 from training.run import Run
 
 
@@ -37,6 +38,7 @@ def print_summary(run: Run, stopped: bool) -> None:
             nonfinite_steps=run.nonfinite_steps,
             skipped=run.args.skip_nonfinite,
             spikes=run.spikes.skipped if run.args.skip_spikes else None,
+            exported=Path(run.args.out) / LATEST_EXPORT if run.args.export_hf else None,
         )
     )
 
@@ -76,6 +78,7 @@ def summary(
     nonfinite_steps: int,
     skipped: bool,
     spikes: int | None,
+    exported: Path | None,
 ) -> str:
     """Return the lines that a finished run prints."""
     local, total = state_bytes
@@ -90,5 +93,6 @@ def summary(
             *([] if spikes is None else [f"spikes                {spikes}, skipped"]),
             f"metrics               {out_dir / 'metrics.jsonl'}",
             f"checkpoint            {checkpoint}",
+            *([] if exported is None else [f"Hugging Face folder   {exported}"]),
         )
     )

@@ -144,6 +144,8 @@ def _export(args: argparse.Namespace) -> int:
         )
     what = "average" if args.ema else "weights"
     print(f"{args.out}: {what} of {reader.path} in {args.dtype}")
+    if args.config_from is None:
+        print("note: no config.json, which from_pretrained() needs: see --config-from")
     return 0
 
 

@@ -91,6 +91,11 @@ def existing_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
     """Return the error for a ``path`` at which :func:`find_checkpoint` found nothing."""
+    if Path(path, "config.json").is_file():
+        return FileNotFoundError(
+            f"there is no checkpoint at {path}; it is the folder of a Hugging Face model, whose "
+            "weights import_fp32 loads"
+        )
     return FileNotFoundError(
         f"there is no checkpoint at {path}; "
         "give the folder of a checkpoint, or of a run that has saved one"

@@ -42,6 +42,7 @@ from .state_dict import MODEL, STATE
 
 # of a Hugging Face model's config, tokenizer and code
 CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+NOT_CONFIG = (".index.json", "trainer_state.json")  # of the folder's own weights, of its training
 Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
@@ -239,8 +240,8 @@ def _copy_config(source: Path, out: Path, dtype: torch.dtype) -> None:
     if not config.is_file():
         raise FileNotFoundError(f"there is no {config}; give the folder of a Hugging Face model")
     for file in sorted(source.iterdir()):
-        is_index = file.name.endswith(".index.json")
-        if file.suffix in CONFIG_SUFFIXES and not is_index and file.is_file():
+        is_config = file.suffix in CONFIG_SUFFIXES and not file.name.endswith(NOT_CONFIG)
+        if is_config and file.is_file():
             shutil.copyfile(file, out / file.name)
     content = json.loads(config.read_text())
     for key in {"dtype", "torch_dtype"} & content.keys():  # torch_dtype before 4.56

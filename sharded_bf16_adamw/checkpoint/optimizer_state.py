@@ -64,7 +64,8 @@ def _check_params_are_of_model(model: nn.Module, optimizer: torch.optim.Optimize
         raise ValueError(
             f"the optimizer holds parameter {index} (shape {tuple(param.shape)}), which is not a "
             f"parameter of this model{more}; pass the model and the optimizer of its parameters, "
-            "and make every optimized tensor an nn.Parameter of the model"
+            "built after fully_shard or any other wrapper that replaces parameters, and make every "
+            "optimized tensor an nn.Parameter of the model"
         )
 
 

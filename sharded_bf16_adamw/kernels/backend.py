@@ -399,7 +399,8 @@ def backend_module(device: torch.device, backend: str | None) -> ModuleType:
         reason = _module(backend).unavailable_reason(device)
         if reason is not None:
             warnings.warn(
-                f"AdamW_BF16 uses the slower reference back end on {device.type}: {reason}",
+                f"AdamW_BF16 uses the slower reference back end on {device.type}: {reason}; "
+                "see python -m sharded_bf16_adamw.env",
                 stacklevel=2,
             )
             _FALLBACK_DEVICES.add(device)

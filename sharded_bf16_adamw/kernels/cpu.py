@@ -30,6 +30,7 @@ from .device_memory import NormScratch
 ISAS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
+SOURCE_FOLDER = "its source folder"  # in a reason that no compiler mends
 ABI_VERSION = 5
 
 # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
@@ -251,9 +252,18 @@ def _load() -> ctypes.CDLL | None:
     global _library, _unavailable_reason
     if _library is None and _unavailable_reason is None:
         if not LIBRARY.exists():
-            _unavailable_reason = (
-                "the native library was not built (no C compiler when the package was installed?)"
-            )
+            folder = LIBRARY.parents[2]
+            if (folder / "setup.py").is_file():
+                _unavailable_reason = (
+                    f"Python imports the package from {SOURCE_FOLDER} {folder}, where the native "
+                    "library was not built; run from another directory to use an installed "
+                    "package, or build the library there with pip install -e ."
+                )
+            else:
+                _unavailable_reason = (
+                    "the native library was not built (no C compiler when the package was "
+                    "installed?)"
+                )
             return None
         try:
             library = _declare(ctypes.CDLL(str(LIBRARY)))

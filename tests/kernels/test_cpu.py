@@ -389,6 +389,18 @@ def test_missing_library_has_a_reason(
         cpu.grad_sum_sq([torch.ones(1)])
 
 
+def test_source_folder_without_the_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "package" / "kernels" / "_native.so")
+    monkeypatch.setattr(cpu, "_library", None)
+    monkeypatch.setattr(cpu, "_unavailable_reason", None)
+    reason = str(cpu.unavailable_reason())
+    assert f"imports the package from its source folder {tmp_path}" in reason
+    assert "compiler" not in reason
+
+
 def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "ABI_VERSION", cpu.ABI_VERSION + 1)
     monkeypatch.setattr(cpu, "_library", None)

@@ -126,7 +126,8 @@ def test_export_copies_the_config_and_names_the_given_path_in_errors(tmp_path, c
     make_run(tmp_path / "run")
     source = tmp_path / "llama"
     source.mkdir()
-    for name in ("tokenizer.json", "vocab.txt", "model.safetensors.index.json", "model.bin"):
+    of_the_weights = ("model.safetensors.index.json", "model.bin", "trainer_state.json")
+    for name in ("tokenizer.json", "vocab.txt", *of_the_weights):
         (source / name).write_text("{}")
     export = ("export", tmp_path / "run", tmp_path / "out", "--config-from", source)
     assert run(capsys, *export) == (
@@ -136,7 +137,8 @@ def test_export_copies_the_config_and_names_the_given_path_in_errors(tmp_path, c
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "run"]
     (source / "config.json").write_text('{"torch_dtype": "float16", "vocab_size": 3}')
-    assert run(capsys, *export, "--dtype", "bfloat16")[0] == 0
+    code, out, _ = run(capsys, *export, "--dtype", "bfloat16")
+    assert code == 0 and "note" not in out
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == {"torch_dtype": "bfloat16", "vocab_size": 3}
     others = {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors.index.json"}
@@ -154,6 +156,7 @@ def test_export_and_import_keep_the_weights(tmp_path, capsys):
         capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.1KB"
     )
     assert (code, err) == (0, "") and str(tmp_path / "out") in out
+    assert out.endswith("note: no config.json, which from_pretrained() needs: see --config-from\n")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     code, out, err = run(
@@ -285,6 +288,10 @@ USAGE = {
         ("inspect", "{root}/none"),
         "there is no checkpoint at {root}/none; give the folder of a checkpoint",
     ),
+    "folder of a model to export": (
+        ("export", "{root}/model", "{root}/out"),
+        "it is the folder of a Hugging Face model, whose weights import_fp32 loads",
+    ),
     "nothing to verify": (("verify", "{root}/none"), "there is no checkpoint at {root}/none"),
     "nothing to verify at all": (
         ("verify", "--all", "{root}/none"),
@@ -331,6 +338,8 @@ USAGE = {
 def test_wrong_use_exits_with_2_and_one_sentence(case, tmp_path, capsys):
     make_run(tmp_path / "run")
     torch.save(make()[0].state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
     before = sorted(tmp_path.rglob("*"))
     arguments, message = USAGE[case]
     code, out, err = run(capsys, *[argument.format(root=tmp_path) for argument in arguments])

@@ -18,6 +18,7 @@ from training.build import _allocate
 from training.data import Text
 from training.errors import STOPPED
 from training.hugging_face import build, read_config
+from training.options import parse_args
 
 from sharded_bf16_adamw import latest
 from sharded_bf16_adamw.checkpoint.export import join
@@ -119,6 +120,12 @@ def test_weights_are_split_and_compute_what_transformers_computes(folder, option
     with torch.no_grad():
         loss = model(batch, labels=batch).loss.item()
     assert held_out(curve(tmp_path / "out"))[0] == pytest.approx(loss, rel=1e-3)
+
+
+def test_sequences_are_no_longer_than_the_model_allows(folder, tmp_path):
+    assert parse_args(["--model", str(folder)]).seq_len == 32
+    (tmp_path / "config.json").write_text("{}")
+    assert parse_args(["--model", str(tmp_path)]).seq_len == 1024
 
 
 def test_buffers_that_no_file_has_keep_their_values(folder):
