@@ -12,9 +12,12 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 # The launch scripts are not installed, and tests import the helpers of this directory.
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
-# Workers of pytest-xdist run torchrun at the same time: each needs a port of its own.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # They run torchrun at the same time: each needs a port of its own.
     os.environ["PET_MASTER_PORT"] = str(29500 + int(worker.removeprefix("gw")))
+    # They share the cores. OpenMP's threads spin while they wait for one another.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,20 @@ import gc
 import io
 import multiprocessing
 import os
+import runpy
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
@@ -85,20 +89,55 @@ def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any
         Each process's exit code, in the order of ranks; 0 if the function returned.
     """
     with tempfile.TemporaryDirectory() as directory:
-        processes = [
-            forkserver.Process(
-                target=_run, args=(rank, world_size, f"{directory}/store", function, args)
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + TIMEOUT + 20
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
+        of_all = (world_size, f"{directory}/store", function, args)
+        return _fork(_run, [(rank, *of_all) for rank in range(world_size)])
+
+
+def run_script(path: Path, world_size: int | None) -> tuple[list[int], str]:
+    """Run a script in its folder, in a new process or on ``world_size`` ranks as by torchrun.
+
+    It may import what is in the repository. The process has imported torch before.
+
+    Returns:
+        Each process's exit code, and what all have printed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "output"
+        port = get_free_port()
+        ranks = [(path, output, rank, world_size, port) for rank in range(world_size or 1)]
+        return _fork(_run_script, ranks), output.read_text()
+
+
+def _fork(function: Callable[..., Any], of_ranks: list[tuple[Any, ...]]) -> list[int]:
+    processes = [forkserver.Process(target=function, args=args) for args in of_ranks]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT + 20
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
+
+
+def _run_script(path: Path, output: Path, rank: int, world_size: int | None, port: int) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(path.parent)
+    torch.set_num_threads(1)
+    if world_size is not None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+    sys.argv = [str(path)]
+    runpy.run_path(str(path), run_name="__main__")
+    atexit._run_exitfuncs()  # multiprocessing ends a process without them
 
 
 def _start_worker() -> None:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import distributed
 import pytest
 
 from sharded_bf16_adamw import __version__
@@ -78,9 +79,17 @@ def test_code_of_page_runs(page, tmp_path):
     """In the order of the page, in one script; on two ranks if it needs a process group."""
     code = script(page)
     (tmp_path / "page.py").write_text(code)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ranks = 2 if "init_process_group(" in code else None
+    codes, output = distributed.run_script(tmp_path / "page.py", ranks)
+    assert not any(codes), output
+
+
+def test_code_of_the_readme_runs_under_torchrun(tmp_path):
+    """As users start it: nothing has imported torch before."""
+    (tmp_path / "page.py").write_text(script("README.md"))
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 page.py"
     result = subprocess.run(
-        [sys.executable, *(torchrun if "init_process_group(" in code else []), "page.py"],
+        [sys.executable, *torchrun.split()],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
         capture_output=True,

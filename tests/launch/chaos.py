@@ -24,10 +24,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sharded_bf16_adamw import verify
 
 REPO = Path(__file__).resolve().parents[2]
 STOPPED = 75
@@ -167,10 +170,9 @@ class Job:
 
     def finish(self) -> None:
         """Wait for the end, and check what is left."""
-        process = self.process
-        assert process is not None
-        self.wait_until(lambda: process.poll() is not None, "the run did not end")
-        assert process.returncode == 0, f"exit code {process.returncode}: see {self.log}"
+        if (process := self.process) is not None:
+            self.wait_until(lambda: process.poll() is not None, "the run did not end")
+            assert process.returncode == 0, f"exit code {process.returncode}: see {self.log}"
         steps = [line["step"] for line in self.lines() if "loss" in line]
         assert steps == list(range(1, self.steps + 1)), steps
         assert self.saved_step() == self.steps
@@ -178,8 +180,8 @@ class Job:
         left = sorted(path.name for path in root.iterdir())
         # A removal of an old checkpoint may have been the last thing that was interrupted.
         assert all(name.startswith(("LATEST", "step-", ".removed-")) for name in left), left
-        verify = [sys.executable, "-m", "sharded_bf16_adamw.checkpoint", "verify", "--all"]
-        subprocess.run([*verify, str(root)], cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+        for path in root.glob("step-*"):
+            assert verify(path) == [], path
 
 
 def stats() -> dict[int, list[str]]:
@@ -206,12 +208,16 @@ def soak(
     patience: float,
     seed: int,
     events_per_run: int | None = None,
+    undisturbed: Callable[[Job], None] = Job.start,
 ) -> Counter[str]:
-    """Disturb runs of ``steps`` steps by all ``events``; return how often each happened."""
+    """Disturb runs of ``steps`` steps by all ``events``; return how often each happened.
+
+    ``undisturbed`` starts the run that they are compared with.
+    """
     source = random.Random(seed)
     common = (steps, (sizes[0],), step_timeout, patience, source)
     reference = Job(folder / "reference", *common)
-    reference.start()
+    undisturbed(reference)
     reference.finish()
     expected, happened = reference.lines(), Counter[str]()
     queue = list(events)

@@ -43,6 +43,15 @@ kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training still runs" >> "$CA
 """,
     "python": f'exec {sys.executable} "$@"\n',
 }
+# In place of python: a run that takes some steps, and stops as elastic.py does.
+STOPPABLE = f"""#!{sys.executable}
+import pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({STOPPED}))
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+(out / "metrics.jsonl").write_text("{{}}\\n" * 3)
+signal.pause()
+"""
 SHORT = "--device cpu --no-progress --seq-len 16 --batch-size 4 --eval-batches 1 --preset nano"
 
 
@@ -110,8 +119,10 @@ def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
 
 def test_cancelled_job_is_not_requeued(slurm, tmp_path):
     """scancel ends the job at the same time as its time limit: the state decides."""
-    job = start({**slurm, "JOB_STATE": "CANCELLED"}, tmp_path / "run", 1_000)
-    stop(job, tmp_path / "run")
+    (tmp_path / "python").write_text(STOPPABLE)
+    run, changes = tmp_path / "run", {"JOB_STATE": "CANCELLED", "RDZV_PORT": "1"}
+    job = start(slurm | changes, run, 1_000)
+    stop(job, run)
     assert job.returncode == STOPPED
     assert "scontrol requeue" not in Path(slurm["CALLS"]).read_text()
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_one_process(tmp_path, capsys, strategy, optimizer):
     options = f"--strategy {strategy} --optimizer {optimizer} --steps 6 --eval-every 3"
-    assert run("--out", tmp_path, options) == 0
+    assert run("--out", tmp_path, options, is_drawn=True) == 0
     lines = curve(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 3, 6]

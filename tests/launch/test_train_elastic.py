@@ -33,6 +33,7 @@ from .train_runs import (
     finish,
     run,
     start,
+    train_on_ranks,
     wait_for_step,
     workers,
 )
@@ -129,8 +130,13 @@ def test_run_continues_on_four_three_and_two_ranks(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_killed_workers_and_torchruns_leave_no_trace_in_the_curve(tmp_path):
+    def train_undisturbed(job):
+        options = f"{chaos.OPTIONS} --steps {job.steps}"
+        distributed.run_ranks(2, train_on_ranks, str(tmp_path), {job.out.name: options})
+
     events = ["kill worker", "kill torchrun"]
-    happened = chaos.soak(tmp_path, events, (2,), 60, 60.0, TIMEOUT, seed=0)
+    limits = (60, 60.0, TIMEOUT)
+    happened = chaos.soak(tmp_path, events, (2,), *limits, seed=0, undisturbed=train_undisturbed)
     assert happened == dict.fromkeys(events, 1)
 
 

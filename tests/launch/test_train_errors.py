@@ -228,18 +228,18 @@ def test_stored_configuration_continues_or_repeats_its_run(tmp_path, capsys):
     assert curve(tmp_path / "b") == curve(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--data /no/such/text", "--data /no/such/text cannot be read"),
-        ("--config /no/such/file", "--config /no/such/file cannot be read"),
-    ],
-)
-def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path, arguments, message):
-    code, _, err = finish(start(2, arguments, "--out", tmp_path))
+def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path):
+    code, _, err = finish(start(2, "--data /no/such/text", "--out", tmp_path))
     assert code == 2
-    assert len(re.findall(rf"^error: {message}", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^error: --data /no/such/text cannot be read", err, re.MULTILINE)) == 1
     assert 'launch/train.py", line' not in err, "no stack trace of the script"
+
+
+def test_error_before_ranks_have_met_is_printed_by_the_first(tmp_path):
+    arguments = (str(tmp_path), "--config /no/such/file")
+    (code, _, err), other = distributed.run_ranks(2, printed_on_ranks, *arguments)
+    assert code == 2 and other == (2, "", "")
+    assert re.fullmatch(r"error: --config /no/such/file cannot be read[^\n]*\n", err)
 
 
 def fail_on_rank_1(rank: int, world_size: int) -> str:

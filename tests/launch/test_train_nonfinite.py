@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,9 +29,11 @@ from training.saving import state_is_finite
 
 from sharded_bf16_adamw import AdamW_BF16, latest, verify
 
-from .train_runs import OPTIMIZERS, run
+from . import train_runs
+from .train_runs import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+run = partial(train_runs.run, "--preset nano")
 
 DIVERGING = "--lr 1e12 --clip 0 --schedule constant --warmup 1"
 FAULTS = {

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import distributed
@@ -20,21 +21,22 @@ from sharded_bf16_adamw import latest, verify
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
+from . import train_runs
 from .train_runs import (
     OPTIMIZERS,
     curve,
     finish,
-    kill,
     losses,
     printed_on_ranks,
-    run,
     start,
     train_on_ranks,
+    train_until_killed,
     wait_for_step,
     workers,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+run = partial(train_runs.run, "--preset nano")
 
 
 @pytest.fixture
@@ -72,12 +74,11 @@ def test_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_path
 
     A background save of step 8 may still be in flight, but has waited for that of step 4.
     """
-    options = f"--steps 40 --save-every 4 --eval-every 10 {option}"
+    options = f"--preset nano --steps 40 --save-every 4 --eval-every 10 {option}"
     distributed.run_ranks(2, train_on_ranks, str(tmp_path), {"whole": options})
-    killed = start(2, "--out", tmp_path / "killed", options)
-    wait_for_step(killed, tmp_path / "killed", 10)
-    kill(killed)
-    assert finish(killed)[0] == -signal.SIGKILL
+    killed = (str(tmp_path / "killed"), options, 10)
+    codes = distributed.run_ranks_that_die(2, train_until_killed, *killed)
+    assert codes == [-signal.SIGKILL] * 2
     before = curve(tmp_path / "killed")
     (code, out, err), other = distributed.run_ranks(
         2, printed_on_ranks, str(tmp_path / "killed"), f"{options} --resume auto"

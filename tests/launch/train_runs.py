@@ -8,9 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import torch.distributed as dist
 import train
 from training.metrics import read_metrics
 
@@ -87,8 +92,14 @@ def losses(out_dir: Path) -> list[float]:
     return [line["loss"] for line in curve(out_dir) if "loss" in line]
 
 
-def run(*arguments: object) -> int:
-    return train.main(command_line(*arguments))
+def undrawn() -> AbstractContextManager[Any]:
+    """Leave out the picture: matplotlib takes longer than a short training."""
+    return mock.patch("training.picture.draw", return_value=True)
+
+
+def run(*arguments: object, is_drawn: bool = False) -> int:
+    with nullcontext() if is_drawn else undrawn():
+        return train.main(command_line(*arguments))
 
 
 def printed_on_ranks(
@@ -107,3 +118,20 @@ def train_on_ranks(rank: int, world_size: int, root: str, runs: dict[str, str]) 
     """Train each of ``runs``, arguments by name, into the directory of its name."""
     for name, arguments in runs.items():
         assert run("--out", f"{root}/{name}", arguments) == 0
+
+
+def train_until_killed(rank: int, world_size: int, out_dir: str, arguments: str, step: int) -> None:
+    """Train; all ranks are killed at once some time after ``step``."""
+    pids: list[Any] = [None] * world_size
+    dist.all_gather_object(pids, os.getpid())
+
+    def kill_ranks() -> None:
+        path = Path(out_dir) / "metrics.jsonl"
+        while not any(line["step"] >= step for line in read_metrics(path)):
+            time.sleep(0.02)
+        for pid in reversed(pids):  # this process last
+            os.kill(pid, signal.SIGKILL)
+
+    if rank == 0:
+        threading.Thread(target=kill_ranks, daemon=True).start()
+    run("--out", out_dir, arguments)

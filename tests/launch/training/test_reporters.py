@@ -100,7 +100,8 @@ def test_wandb_gets_what_metrics_jsonl_gets_and_one_run_for_a_resumed_training(t
 
 def test_wandb_learns_that_a_training_failed(tmp_path, wandb):
     diverging = "--lr 1e12 --clip 0 --schedule constant --warmup 1 --max-nonfinite 2 --save-every 1"
-    assert run("--out", tmp_path / "out", "--preset nano --steps 9 --wandb p", diverging) == 1
+    options = f"--preset nano --steps 9 --wandb p {diverging}"
+    assert run("--out", tmp_path / "out", options, is_drawn=True) == 1
     assert wandb.runs[0].exit_code == 1
     assert (tmp_path / "out/metrics.png").stat().st_size > 5000, "to look at"
 
@@ -256,7 +257,7 @@ def test_an_error_of_one_reporter_reaches_neither_training_nor_the_others(capsys
 
 def test_a_picture_that_cannot_be_written_is_noted_at_the_end(tmp_path, capsys):
     (tmp_path / "metrics.png").mkdir()
-    assert run("--out", tmp_path, "--preset nano --steps 2") == 0
+    assert run("--out", tmp_path, "--preset nano --steps 2", is_drawn=True) == 0
     printed = capsys.readouterr()
     assert (
         printed.err

@@ -28,6 +28,8 @@ from training.supervisor import Supervisor
 
 from sharded_bf16_adamw.sharding.zero.param import ZeroParam
 
+from ..train_runs import undrawn
+
 SHORT = (
     "--device=cpu --no-progress --preset=nano --seq-len=16 --batch-size=8 --eval-batches=2 "
     "--eval-every=3 --save-every=0"
@@ -54,7 +56,8 @@ def command_line(*arguments: object) -> list[str]:
 
 def train_worker(rank, world_size, *arguments):
     torch.manual_seed(0)
-    return train.main(command_line(*arguments))
+    with undrawn():
+        return train.main(command_line(*arguments))
 
 
 def run(ranks, out_dir, *arguments):
