@@ -37,7 +37,7 @@ OPTIONS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
 
 
 class Start(NamedTuple):
-    """How an optimizer takes over a model with fp32 weights.
+    """A way for an optimizer to take over a model with fp32 weights.
 
     Attributes:
         label: in the table.

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     ``--help`` shows the description as it is, such as a module's docstring.
     """
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    def __init__(self, prog: str | None = None, description: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog, description=description, formatter_class=formatter, allow_abbrev=False
