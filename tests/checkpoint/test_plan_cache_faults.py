@@ -119,12 +119,13 @@ def renumbered_worker(rank: int, world: int, root: str) -> None:
     """Join a new process group under another rank between two saves."""
     model, optimizer = trained()
     save(root, 1, model, optimizer)
-    before = has_plan(optimizer)
+    before, layout = has_plan(optimizer), layout_of({"a": torch.ones(2)}, None)
     assert before is not None
     dist.barrier()
     dist.destroy_process_group()
     store = dist.FileStore(f"{root}/store", world)
     dist.init_process_group("gloo", store=store, rank=world - 1 - rank, world_size=world)
+    assert layout_of({"a": torch.ones(2)}, None) != layout
     take_step(model, optimizer)
     path = save(root, 2, model, optimizer)
     assert has_plan(optimizer) not in (None, before)
