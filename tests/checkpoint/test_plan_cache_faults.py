@@ -192,15 +192,21 @@ class ManyShards(Tensor):
     """A local tensor that plans its own items, as torchrec's ``LocalShardsWrapper`` does."""
 
 
-def local_classes_worker(rank: int, world: int) -> None:
+def dtensor_layouts_worker(rank: int, world: int) -> None:
     tensor = sharded([0, 1], [Shard(0)])
-    assert layout_of({"a": tensor}, None) is not None
+    layout = layout_of({"a": tensor}, None)
+    assert layout is not None
+    assert layout != layout_of({"b": tensor}, None)
+    taller = DTensor.from_local(
+        tensor.to_local(), tensor.device_mesh, [Shard(0)], shape=torch.Size((7, 5)), stride=(5, 1)
+    )
+    assert layout != layout_of({"a": taller}, None)
     tensor._local_tensor = tensor._local_tensor.as_subclass(ManyShards)
     assert layout_of({"a": tensor}, None) is None
 
 
-def test_layout_of_unknown_local_tensors_is_unknown():
-    run_ranks(2, local_classes_worker)
+def test_layout_of_sharded_tensors_has_names_and_shapes_and_knows_their_class():
+    run_ranks(2, dtensor_layouts_worker)
 
 
 def flat_shards(rank: int, cut: int, size: int = 6, dtype: torch.dtype = torch.float32) -> Any:
