@@ -217,10 +217,11 @@ def flat_shards(rank: int, cut: int, size: int = 6, dtype: torch.dtype = torch.f
 
 
 def sharded_tensors_worker(rank: int, world: int) -> None:
-    def layout(*args: Any) -> Any:
-        return layout_of({"a": flat_shards(rank, *args)}, None)
+    def layout(*args: Any, key: str = "a") -> Any:
+        return layout_of({key: flat_shards(rank, *args)}, None)
 
     assert layout(3) == layout(3)
+    assert layout(3) != layout(3, key="b")
     assert layout(3) != layout(4)
     assert layout(3) != layout(3, 6, torch.bfloat16)
     if rank == 0:  # its own shard is the same
@@ -229,5 +230,5 @@ def sharded_tensors_worker(rank: int, world: int) -> None:
         layout(3), layout(3, 7)
 
 
-def test_layout_of_fsdp1_has_sizes_shards_and_properties():
+def test_layout_of_fsdp1_has_names_sizes_shards_and_properties():
     run_ranks(2, sharded_tensors_worker)
