@@ -119,12 +119,13 @@ def renumbered_worker(rank: int, world: int, root: str) -> None:
     """Join a new process group under another rank between two saves."""
     model, optimizer = trained()
     save(root, 1, model, optimizer)
-    before = has_plan(optimizer)
+    before, layout = has_plan(optimizer), layout_of({"a": torch.ones(2)}, None)
     assert before is not None
     dist.barrier()
     dist.destroy_process_group()
     store = dist.FileStore(f"{root}/store", world)
     dist.init_process_group("gloo", store=store, rank=world - 1 - rank, world_size=world)
+    assert layout_of({"a": torch.ones(2)}, None) != layout
     take_step(model, optimizer)
     path = save(root, 2, model, optimizer)
     assert has_plan(optimizer) not in (None, before)
@@ -191,15 +192,21 @@ class ManyShards(Tensor):
     """A local tensor that plans its own items, as torchrec's ``LocalShardsWrapper`` does."""
 
 
-def local_classes_worker(rank: int, world: int) -> None:
+def dtensor_layouts_worker(rank: int, world: int) -> None:
     tensor = sharded([0, 1], [Shard(0)])
-    assert layout_of({"a": tensor}, None) is not None
+    layout = layout_of({"a": tensor}, None)
+    assert layout is not None
+    assert layout != layout_of({"b": tensor}, None)
+    taller = DTensor.from_local(
+        tensor.to_local(), tensor.device_mesh, [Shard(0)], shape=torch.Size((7, 5)), stride=(5, 1)
+    )
+    assert layout != layout_of({"a": taller}, None)
     tensor._local_tensor = tensor._local_tensor.as_subclass(ManyShards)
     assert layout_of({"a": tensor}, None) is None
 
 
-def test_layout_of_unknown_local_tensors_is_unknown():
-    run_ranks(2, local_classes_worker)
+def test_layout_of_sharded_tensors_has_names_and_shapes_and_knows_their_class():
+    run_ranks(2, dtensor_layouts_worker)
 
 
 def flat_shards(rank: int, cut: int, size: int = 6, dtype: torch.dtype = torch.float32) -> Any:
@@ -210,10 +217,11 @@ def flat_shards(rank: int, cut: int, size: int = 6, dtype: torch.dtype = torch.f
 
 
 def sharded_tensors_worker(rank: int, world: int) -> None:
-    def layout(*args: Any) -> Any:
-        return layout_of({"a": flat_shards(rank, *args)}, None)
+    def layout(*args: Any, key: str = "a") -> Any:
+        return layout_of({key: flat_shards(rank, *args)}, None)
 
     assert layout(3) == layout(3)
+    assert layout(3) != layout(3, key="b")
     assert layout(3) != layout(4)
     assert layout(3) != layout(3, 6, torch.bfloat16)
     if rank == 0:  # its own shard is the same
@@ -222,5 +230,5 @@ def sharded_tensors_worker(rank: int, world: int) -> None:
         layout(3), layout(3, 7)
 
 
-def test_layout_of_fsdp1_has_sizes_shards_and_properties():
+def test_layout_of_fsdp1_has_names_sizes_shards_and_properties():
     run_ranks(2, sharded_tensors_worker)
