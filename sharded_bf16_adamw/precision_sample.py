@@ -25,6 +25,7 @@ from .sharding.dtensor import to_local
 from .sharding.shard_rows import shard_rows
 
 BLOCK = 4096  # elements: reading less at a place would waste prefetched memory
+MAX_STRATA = 4096  # about, of a parameter: a large one has larger blocks, to spare the host
 GOLDEN = 0x9E3779B9  # odd, so that no two of 2^32 steps have equal multiples modulo 2^32
 
 
@@ -97,12 +98,16 @@ class StratifiedSample:
 def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Return the columns of :class:`_Strata` after the first, and the runs that are always read."""
     numel = to_local(shard).numel()
-    rows = shard_rows(shard, BLOCK) if one_in > 1 and numel else None
-    n_strata = 0 if rows is None else rows.n_rows // (one_in * rows.block_rows)
+    rows = shard_rows(shard) if one_in > 1 and numel else None
+    n_strata = 0
+    if rows is not None:
+        full_numel = rows.n_rows * rows.row_numel
+        block_rows = rows.block_rows(max(BLOCK, full_numel // (one_in * MAX_STRATA)))
+        n_strata = rows.n_rows // (one_in * block_rows)
     if rows is None or n_strata == 0:
         whole = np.array([numel] if numel else [], np.int64)
         return [np.zeros(0, np.int64)] * 5, np.zeros_like(whole), whole
-    stratum_rows, width = one_in * rows.block_rows, rows.local_row_numel
+    stratum_rows, width = one_in * block_rows, rows.local_row_numel
     starts = rows.starts
     local = np.arange(len(starts)) * (rows.range_rows * width)  # of each range
     sampled = np.clip(n_strata * stratum_rows - starts, 0, rows.range_rows)  # rows of each range
@@ -113,7 +118,7 @@ def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray
     columns = [
         indices,
         local[of] + (indices * stratum_rows - starts[of]) * width,
-        np.full(len(of), rows.block_rows * width),
+        np.full(len(of), block_rows * width),
         local[of],
         (local + sampled * width)[of],
     ]

@@ -61,6 +61,11 @@ class TestSample:
         assert (drawn[:, :, 0].sort(dim=1).values[:, -1] == one_in).all()
         assert drawn.sum() == whole_strata and weights.sum() == numel
 
+    def test_large_parameters_have_larger_blocks(self, monkeypatch):
+        monkeypatch.setattr(precision_sample, "MAX_STRATA", 5)
+        runs = StratifiedSample([torch.zeros(5 * 4 * 100 + 3)], [0], [0], 1, 4).draw(2)
+        assert runs.counts.tolist() == [3, 100, 100, 100, 100, 100]
+
     def test_blocks_are_drawn_equally_often_and_independently(self):
         """In 3000 draws, by step, by position and by stratum."""
         one_in, steps = 4, 750

@@ -51,6 +51,7 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
     found.append(_overhead(run, "ours-kernel", "the kernel call, with cached pointers,", 0.3))
     found.append(_overhead(run, "ours", "the whole step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
+    found += [_precision(run, size, 1) for size in ("16M", "128M")]
     fsdp2 = run.get("fsdp2")
     for key, step in (
         ("torch", "torch.optim.AdamW.step"),
@@ -78,6 +79,7 @@ def _cuda_targets(run: dict[str, Any]) -> list[Target]:
         _times_as_fast(run, "1000x1000", None, key, 5.0, key) for key in ("optimi", "flashoptim")
     ]
     found += [_clip(run, size, None) for size in ("16M", "128M", "1B")]
+    found += [_precision(run, size, None) for size in ("128M", "1B")]
     return found + [
         Target(check["name"], check["detail"], check["passed"])
         for check in run.get("gpu_checks", [])
@@ -149,3 +151,12 @@ def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
     if reading is not None:
         floor = f", where reading the gradients before the step makes {reading:.3f}x"
     return Target(name, f"{found:.3f}x{floor}", found <= 1.15)
+
+
+def _precision(run: dict[str, Any], size: str, threads: int | None) -> Target:
+    suffix = ", one thread" if threads == 1 else ""
+    name = f"precision_stats of a sample + step <= 1.5x the step at {size}{suffix}"
+    found = ratio(_result(run, size, threads), "ours-precision-sample", "ours")
+    if found is None:
+        return Target(name, "", None)
+    return Target(name, f"{found:.2f}x", found <= 1.5)

@@ -102,7 +102,8 @@ class Runs(NamedTuple):
     def whole(cls, numels: Sequence[int], rows: Sequence[int], n_rows: int) -> Runs:
         """Return a run of each parameter's elements."""
         counts = np.array(numels, np.int64)
-        return cls(np.arange(len(counts)), np.zeros_like(counts), counts, np.array(rows), n_rows)
+        begins = np.zeros_like(counts)
+        return cls(np.arange(len(counts)), begins, counts, np.array(rows, np.int64), n_rows)
 
     def of_params(self, indices: Sequence[int]) -> Runs:
         """Return the runs of some parameters, renumbered to their positions in ``indices``."""

@@ -22,38 +22,36 @@ class ShardRows(NamedTuple):
 
     Attributes:
         n_rows: rows of the full tensor.
-        block_rows: rows of a block; see :func:`shard_rows`.
-        local_row_numel: elements of a row that the shard holds.
+        row_numel: elements of a row of the full tensor.
+        local_row_numel: those of them that the shard holds.
         starts: first row of each range, int64.
         range_rows: rows of every range.
+        unit: rows that belong together. FSDP1 cuts rows anywhere, so there an element counts as a
+            row, and ``unit`` elements are a row in truth; else 1.
     """
 
     n_rows: int
-    block_rows: int
+    row_numel: int
     local_row_numel: int
     starts: np.ndarray
     range_rows: int
+    unit: int = 1
+
+    def block_rows(self, numel: int) -> int:
+        """Return the rows of a block of at least ``numel`` elements, equal under any sharding."""
+        return -(-numel // max(self.row_numel * self.unit, 1)) * self.unit
 
 
-def shard_rows(shard: Tensor, block_numel: int) -> ShardRows | None:
-    """Return the rows of a parameter's shard, and how many of them make a block.
+def shard_rows(shard: Tensor) -> ShardRows | None:
+    """Return the rows of a parameter's shard (see :meth:`.base.Sharding.shard`).
 
-    A block has at least ``block_numel`` elements of the full tensor, and is the same under every
-    sharding. FSDP1 cuts rows anywhere: there each element counts as a row, ``block_rows`` likewise.
-
-    Args:
-        shard: what :meth:`.base.Sharding.shard` returns.
-        block_numel: at least 1.
-
-    Returns:
-        None if the elements lie in memory in another order than that of their indices.
+    None if the elements lie in memory in another order than that of their indices.
     """
     local = to_local(shard)
     if is_flattened(shard):
         shape, numel, start = unsharded_range(shard)
-        row_numel = _matrix(tuple(shape))[-1] or 1
-        block_rows = -(-block_numel // row_numel) * row_numel
-        return ShardRows(numel, block_rows, 1, np.array([start]), local.numel())
+        unit = _matrix(tuple(shape))[-1]
+        return ShardRows(numel, 1, 1, np.array([start]), local.numel(), unit)
     if not (shard.is_contiguous() and _is_in_order(local)):
         return None
     offset: tuple[int, ...] = (0,) * shard.ndim
@@ -74,9 +72,8 @@ def shard_rows(shard: Tensor, block_numel: int) -> ShardRows | None:
         indices = offsets[dim] + np.arange(local_sizes[dim])
         starts = (starts[:, None] * sizes[dim] + indices).reshape(-1)
     starts = (starts * sizes[outer] + offsets[outer]) * inner_rows
-    block_rows = -(-block_numel // (row_numel or 1))
     range_rows = local_sizes[outer] * inner_rows
-    return ShardRows(math.prod(sizes), block_rows, local_row_numel, starts, range_rows)
+    return ShardRows(math.prod(sizes), row_numel, local_row_numel, starts, range_rows)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -73,6 +73,11 @@ CASES = [
         result_of("16M", ours=1.0, ours_clip=1.151),
         "clip_grad_norm_ + step <= 1.15x",
     ),
+    (
+        result_of("16M", ours=1.0, ours_precision_sample=1.49),
+        result_of("16M", ours=1.0, ours_precision=1.4, ours_precision_sample=1.51),
+        "precision_stats of a sample + step <= 1.5x",
+    ),
 ]
 
 
@@ -113,7 +118,9 @@ def test_fsdp2_targets() -> None:
 
 def test_gpu_targets() -> None:
     results = [
-        result_of("1B", 16, ours=1.0, ceiling=0.91, torch_fused_fp32_grads=1.9),
+        result_of(
+            "1B", 16, ours=1.0, ceiling=0.91, torch_fused_fp32_grads=1.9, ours_precision_sample=1.4
+        ),
         result_of("1000x1000", 16, ours=1.0, optimi=6.0),
     ]
     checks = [{"name": "bits", "passed": False, "detail": "differ"}]
@@ -124,4 +131,5 @@ def test_gpu_targets() -> None:
     assert met[f">= 2.0x as fast as {copies} at 1B"] is False
     assert met[">= 5.0x as fast as optimi at 1000x1000"] is True
     assert met[">= 5.0x as fast as flashoptim at 1000x1000"] is None
+    assert met["precision_stats of a sample + step <= 1.5x the step at 1B"] is True
     assert met["bits"] is False
