@@ -57,6 +57,10 @@ MODELS = {
 WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)
 BASELINE, DEEPSPEED = "torch-fsdp2", "deepspeed-zero2"
 PARTS = ("weights", "states", "gradients", "rest")
+LEGEND = """\
+*Peak* counts tensors. *Process* is the growth of the process in the same step, which also contains
+what kernels and gloo allocate and what `malloc` keeps: of its resident memory, or on a GPU of what
+CUDA's allocator has given out. In a small model such constant parts dominate."""
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
 
 
@@ -357,7 +361,7 @@ def write_docs(run: dict[str, Any], argv: list[str]) -> None:
     )
     tables = [table(model, result, run["ranks"]) for model, result in run["models"].items()]
     name = f"loop_{run['ranks']}"
-    parts = [f"Measured on: {describe(run['machine'])}.", *tables]
+    parts = [f"Measured on: {describe(run['machine'])}.", LEGEND, *tables]
     parts += [f"![Peak memory by part](img/{name}.png)", f"Repeat with `{command}`."]
     begin, end = f"<!-- benchmark:{name}:begin -->", f"<!-- benchmark:{name}:end -->"
     write_between_markers(REPO / "docs" / "benchmarks.md", begin, end, "\n\n".join(parts))

@@ -162,6 +162,9 @@ def phases(job: Job) -> Iterator[Phase]:
         yield Phase("build", 0, built - weights(job) - states(job), 0)
     yield Phase("loss", gradients(job, -1), loss_buffers(job), probe.loss(layers))
     yield Phase("head", gradients(job, -1), head_buffers(job), probe.head(layers))
+    if job.strategy == "zero2" and job.in_backward:
+        yield from zero2_in_backward(job)
+        return
     for done in sorted({0, min(1, layers - 1), max(0, layers - 2), layers - 1, layers}):
         used = probe.block(layers - done) if done < layers else probe.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
@@ -172,9 +175,7 @@ def phases(job: Job) -> Iterator[Phase]:
             used = round(probe.block.slope) * (layers - 1 - done)
             kept = gradients(job, done) - copied * FP32_BYTES * job.block.numel
             yield Phase("reduce", kept, gloo_buffers(job, done), used)
-    # ZeRO-2's buffers contain what step_in_backward has yet to update.
-    kept = gradients(job, layers if job.strategy == "zero2" and job.in_backward else layers + 1)
-    yield Phase("end", kept, end_buffers(job), 0)
+    yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
 
 
@@ -188,11 +189,11 @@ def gradients(job: Job, done: int) -> int:
     if job.strategy in ("ddp", "zero1"):
         return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
     if job.strategy == "zero2":
-        kept = complete
-        if job.in_backward:  # step() updates what is in flight after the backward pass
-            last = MAX_IN_FLIGHT + (not job.is_cuda)  # see _in_flight
-            kept = sum(_buckets(job)[-last:]) if done > job.layers else 0
-        return FP32_BYTES * (kept // job.ranks + accumulates * (job.numel - complete))
+        reduced = complete
+        if job.in_backward:  # step() updates those that are in flight after the backward pass
+            last = MAX_IN_FLIGHT + (not job.is_cuda)
+            reduced = sum(_buckets(job)[-last:]) if done > job.layers else 0
+        return FP32_BYTES * (reduced // job.ranks + accumulates * (job.numel - complete))
     if job.is_fsdp:  # the root's gradients are reduced last
         finished = min(max(done, 0), job.layers)
         reduced = job.shard if done > job.layers else finished * job.block.shard
@@ -283,8 +284,9 @@ def end_buffers(job: Job) -> int:
 def zero2_buffers(job: Job, done: int) -> int:
     """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
 
-    One bucket fills up while others are in flight. With ``step_in_backward`` this assumes a slow
-    network: buckets are received only when too many are in flight.
+    One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
+    output is a shard. On gloo it is as long as the input: an all-to-all, whose output each rank
+    sums.
     """
     begin, end = job.numel_with_grad(done), job.numel_with_grad(done + 1)
     buckets = _buckets(job)
@@ -292,36 +294,64 @@ def zero2_buffers(job: Job, done: int) -> int:
     for index, numel in enumerate(buckets):
         stop = start + numel
         if start < end and stop > begin:
-            peak = max(peak, FP32_BYTES * numel + _in_flight(job, buckets, index))
+            in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
+            peak = max(peak, FP32_BYTES * numel + _in_flight(job, in_flight))
             if stop <= end:  # it is launched
-                peak = max(peak, _in_flight(job, buckets, index + 1))
+                in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
+                peak = max(peak, _in_flight(job, in_flight))
         start = stop
     return peak
 
 
-def _in_flight(job: Job, buckets: list[int], launched: int) -> int:
-    """Return the bytes of buckets in flight, of which the first ``launched`` were launched.
-
-    Each has a float32 reduce-scatter input. The output is a shard. On gloo it is as long as the
-    input: an all-to-all, whose output each rank sums. The last bucket is then sent in ``step``,
-    whatever is still in flight.
-    """
-    received = max(0, launched - MAX_IN_FLIGHT)
-    if job.in_backward and not job.is_cuda and launched == len(buckets):
-        received = max(0, received - 1)
-    reduced = buckets[received:launched]
-    if not reduced:
+def _in_flight(job: Job, buckets: list[int]) -> int:
+    """Return the bytes of the inputs and outputs of buckets in flight."""
+    if not buckets:
         return 0
-    inputs = FP32_BYTES * sum(reduced)
+    inputs = FP32_BYTES * sum(buckets)
     if job.is_cuda:
-        buffers = inputs + inputs // job.ranks
-    else:
-        buffers = 2 * inputs + 2 * FP32_BYTES * min(SUM_BLOCK_NUMEL, job.shard)
-    if not job.in_backward:
-        return buffers  # the shards that were received count as gradients
-    updating = FP32_BYTES * (reduced[-1] if launched == len(buckets) else reduced[0]) // job.ranks
-    gathered = sorted(buckets[:received])[-MAX_IN_FLIGHT:]
-    return buffers + updating + round(job.weight_bytes * sum(gathered) * (1 + 1 / job.ranks))
+        return inputs + inputs // job.ranks
+    return 2 * inputs + 2 * FP32_BYTES * min(SUM_BLOCK_NUMEL, job.shard)
+
+
+def zero2_in_backward(job: Job) -> Iterator[Phase]:
+    """Yield the phases of ZeRO-2 from the first gradient on, with ``step_in_backward``.
+
+    For a slow network: a bucket is received only when too many are in flight, and two all-gathers
+    of updated weights stay in flight. The activations of a layer shrink as its gradients arrive.
+    Two moments of each bucket count: when it is allocated, and when it is full and waits for the
+    oldest in flight, whose shard is then updated.
+    """
+    buckets = _buckets(job)
+    accumulates = job.micro_batches > 1
+    start = 0
+    in_flight: list[int] = []
+    received: list[int] = []
+    for index, numel in enumerate(buckets):
+        for complete, is_full in ((start, False), (start + numel, True)):
+            kept = FP32_BYTES * accumulates * (job.numel - complete)
+            gathered = sorted(received)[-MAX_IN_FLIGHT:]
+            buffers = round(job.weight_bytes * sum(gathered) * (1 + 1 / job.ranks))
+            buffers += FP32_BYTES * numel + (1 if job.is_cuda else 2) * FP32_BYTES * sum(in_flight)
+            # On gloo, step() sends the last bucket, whatever is in flight.
+            is_sent = index == len(buckets) - 1 and not job.is_cuda
+            buffers += is_sent * is_full * FP32_BYTES * numel
+            summed = numel if is_sent else in_flight[0] if len(in_flight) == MAX_IN_FLIGHT else 0
+            if is_full:
+                shard = summed // job.ranks
+                blocks = 0 if job.is_cuda else min(2 * SUM_BLOCK_NUMEL, shard)
+                buffers += FP32_BYTES * (shard + blocks)
+            yield Phase("backward", kept, buffers, _activations(job, complete))
+        start += numel
+        in_flight.append(numel)
+        received += in_flight[:-MAX_IN_FLIGHT]
+        del in_flight[:-MAX_IN_FLIGHT]
+    yield Phase("update", gradients(job, job.layers + 1), update_buffers(job), 0)
+
+
+def _activations(job: Job, complete: int) -> int:
+    """Return the bytes of activations once ``complete`` elements have gradients."""
+    layers = job.layers - max(0, complete - job.head) / job.block.numel
+    return max(job.probe.embedding, job.probe.block(layers))
 
 
 def _buckets(job: Job) -> list[int]:

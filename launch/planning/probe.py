@@ -36,7 +36,7 @@ class Line:
     at_one: float
     slope: float
 
-    def __call__(self, layers: int) -> int:
+    def __call__(self, layers: float) -> int:
         return round(self.at_one + self.slope * (layers - 1))
 
 

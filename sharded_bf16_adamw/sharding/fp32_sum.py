@@ -56,10 +56,20 @@ class Fp32SumReduceScatter:
     accumulated or of a float32 forward pass, is rounded to bfloat16 to be sent.
 
     Examples:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        >>> from sharded_bf16_adamw import Fp32SumReduceScatter
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
         >>> policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        >>> model = fully_shard(model, mp_policy=policy)  # doctest: +SKIP
-        >>> Fp32SumReduceScatter.install(model)  # doctest: +SKIP
+        >>> model = fully_shard(torch.nn.Linear(4, 2).bfloat16(), mesh=mesh, mp_policy=policy)
+        >>> Fp32SumReduceScatter.install(model)  # after the last fully_shard
+        >>> model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        >>> model.bias.grad.dtype
+        torch.bfloat16
+        >>> dist.destroy_process_group()
     """
 
     @classmethod

@@ -161,7 +161,10 @@ class Stage2InBackward(Stage2):
     def _wait_oldest(self) -> None:
         bucket, pending = self._in_flight[0]
         super()._wait_oldest()
-        if self._is_in_hook and self._final.get(bucket) is pending:
+        is_final = self._final.get(bucket) is pending
+        if is_final:
+            del self._final[bucket]  # it keeps the mean
+        if self._is_in_hook and is_final:
             params = [each.param for each in bucket.zero_params]
             grads = [self._sharded_grads.pop(param) for param in params]
             self._updated.update(params)  # even if the update fails
