@@ -92,7 +92,7 @@ def test_output_file_in_a_folder_without_permission(tmp_path):
 
 
 def test_abbreviations_are_unknown():
-    parser = Parser()
+    parser = Parser("test", None)
     parser.add_argument("--warmup")
     with pytest.raises(UsageError, match="unrecognized arguments: --warm=5; see --help"):
         parser.parse_args(["--warm=5"])
