@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
     A storage that already exists is counted once an operation uses it.
 
     Attributes:
-        peak: most live bytes after an operation that allocates since :meth:`reset_peak`.
+        peak: most live bytes after an operation since :meth:`reset_peak`.
         collectives: those called so far.
 
     Examples:
@@ -81,15 +81,9 @@ class LiveBytes(TorchDispatchMode):
         if name in COLLECTIVES:
             self.on_collective(_collective(name, args))
         result = function(*args, **(kwargs or {}))
-        has_changed = False
         for tensor in _tensors((args, kwargs, result)):
-            storage = tensor.untyped_storage()
-            nbytes = storage.nbytes()
-            if nbytes != self._storages.get(storage):
-                self._storages[storage] = nbytes
-                has_changed = True
-        if has_changed:  # the sum costs more than most operations
-            self.peak = max(self.peak, self.live)
+            self._storages[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, self.live)
         return result
 
     def on_collective(self, call: Collective) -> None:
