@@ -165,7 +165,7 @@ def test_reference_is_used_if_triton_cannot_launch(
         r"Triton cannot launch a kernel on cuda:0 \("
         + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a writable "
-        + r"cache folder$"
+        + r"cache folder; see python -m sharded_bf16_adamw\.env$"
     )
     with pytest.warns(UserWarning, match=sentence):
         assert backend.backend_module(device, None) is reference

@@ -355,7 +355,11 @@ def graphs() -> dict[str, Any]:
     from sharded_bf16_adamw.kernels import backend, device_memory
 
     modules = (backend, step_plan, grad_norm, device_memory, cuda)
-    truth, known, was_available = device_memory.is_capturing, backend._BY_DEVICE, cuda.available
+    truth, known, reason_of = (
+        device_memory.is_capturing,
+        backend._BY_DEVICE,
+        cuda.unavailable_reason,
+    )
 
     def capture(capturing: bool) -> None:
         for module in modules:
@@ -370,7 +374,7 @@ def graphs() -> dict[str, Any]:
             return str(error)
         return "no error"
 
-    backend._BY_DEVICE, cuda.available = {"cpu": "triton"}, lambda device: True
+    backend._BY_DEVICE, cuda.unavailable_reason = {"cpu": "triton"}, lambda device: None
     backend.backend_module.cache_clear()
     try:
         params = [torch.nn.Parameter(torch.ones(n, dtype=BF16)) for n in (8, 5, 3)]
@@ -416,7 +420,7 @@ def graphs() -> dict[str, Any]:
             results[f"clip captured: {clips}, step: {steps}"] = refusal(adamw.step)
         return results
     finally:
-        backend._BY_DEVICE, cuda.available = known, was_available
+        backend._BY_DEVICE, cuda.unavailable_reason = known, reason_of
         backend.backend_module.cache_clear()
         for module in modules:
             module.is_capturing = truth  # type: ignore[attr-defined]
