@@ -108,7 +108,8 @@ def test_float32_model_is_warned_about_once():
         copy.deepcopy(optimizer)
     (message,) = log.lines(logging.WARNING)
     assert re.match(
-        r"none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32; convert the",
+        "none of the 2 parameters of AdamW_BF16 is bfloat16, so it trains in float32 and takes 12 "
+        "bytes for each instead of 8; convert the",
         message,
     )
 
