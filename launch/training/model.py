@@ -47,6 +47,7 @@ class Config:
 PRESETS = {
     "nano": Config(2, 64, 2, 176, 128, 16, 1_500, 1e-3),
     "tiny": Config(4, 128, 4, 352, 128, 24, 600, 3e-3),
+    "mini": Config(6, 256, 4, 704, 256, 8, 2_000, 2e-3),
     "small": Config(8, 512, 8, 1408, 512, 48, 5_000, 1e-3),
     "medium": Config(24, 1024, 16, 2816, 1024, 96, 20_000, 6e-4),
     "1b": Config(16, 2048, 16, 8192, 2048, 240, 50_000, 3e-4),
@@ -58,7 +59,8 @@ PRESETS = {
 def has_fast_bf16(device: torch.device) -> bool:
     """Return True if bfloat16 matrix products run in hardware.
 
-    CPUs without the instructions emulate them ten times slower.
+    CPUs without the instructions emulate them, and the backward pass of attention, ten times
+    slower than fp32.
     """
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
@@ -111,9 +113,10 @@ class Attention(nn.Module):
             f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for f in (self.query, self.key, self.value)
         )
-        y = F.scaled_dot_product_attention(
-            rotate(q, rotation), rotate(k, rotation), v, is_causal=True
-        )
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if not has_fast_bf16(x.device):
+            q, k, v = q.float(), k.float(), v.float()
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).to(x.dtype)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
