@@ -1,10 +1,13 @@
 """Train a tiny model while random events end its processes, and check what is left.
 
     python -m tests.launch.chaos --events 40
+    python -m tests.launch.chaos --events 40 --nodes 2
 
 An event is the SIGKILL of a worker or of torchrun, SIGTERM or SIGUSR1 to torchrun, or the SIGSTOP
 of a worker for longer than ``--step-timeout``. Then torchrun restarts the workers, or the same
-command starts anew. Runs of a fixed number of processes alternate with runs in which each new
+command starts anew. ``--nodes`` starts so many torchruns, which meet as those of several machines
+do; one that is killed or evicted alone is replaced while the others run, as Kubernetes does it.
+Runs of a fixed number of processes alternate with runs in which each new
 torchrun has another one. After each event, the latest checkpoint is not older than before it. At
 the end of a run its ``metrics.jsonl`` has each step once, all checkpoints are complete and
 undamaged, no partial one is left, and the curve is that of an undisturbed run: bit for bit if the
@@ -30,11 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 from sharded_bf16_adamw import verify
 
 REPO = Path(__file__).resolve().parents[2]
 STOPPED = 75
 EVENTS = ("kill worker", "kill torchrun", "SIGTERM", "SIGUSR1", "SIGSTOP worker")
+NODE_EVENTS = (*EVENTS, "SIGTERM to one node")
 OPTIONS = (
     "--device cpu --preset nano --no-progress --seq-len 16 --batch-size 12 --eval-batches 1 "
     "--eval-every 10 --save-every 3 --keep 3"
@@ -46,8 +52,9 @@ class Job:
     """A command that is started again until it is done.
 
     Attributes:
-        world_sizes: numbers of processes; each new torchrun draws one.
+        world_sizes: numbers of processes, multiples of ``nodes``; each new start draws one.
         patience: seconds in which a run must make progress.
+        nodes: number of torchruns.
     """
 
     out: Path
@@ -56,13 +63,22 @@ class Job:
     step_timeout: float
     patience: float
     random: random.Random
-    process: subprocess.Popen[bytes] | None = None
+    nodes: int = 1
+    torchruns: list[subprocess.Popen[bytes]] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
-        """Start torchrun as its user would."""
-        size = self.random.choice(self.world_sizes)
-        launcher = f"launch/elastic.py --nproc-per-node {size} --max-restarts 1000"
+        """Start torchrun on each node as its user would."""
+        size = self.random.choice(self.world_sizes) // self.nodes
+        self.launcher = f"launch/elastic.py --nproc-per-node {size} --max-restarts 1000"
+        if self.nodes > 1:
+            self.launcher += (
+                f" --nnodes {self.nodes} --rdzv-id job --rdzv-backend c10d"
+                f" --rdzv-endpoint localhost:{get_free_port()}"
+            )
+        self.torchruns = [self.start_node() for _ in range(self.nodes)]
+
+    def start_node(self) -> subprocess.Popen[bytes]:
         script = f"launch/train.py {OPTIONS} --steps {self.steps} --out {self.out}"
         options = f"--step-timeout {self.step_timeout}"
         env = {
@@ -72,8 +88,14 @@ class Job:
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(max(5, self.step_timeout))),
         }
         with self.log.open("ab") as log:
-            command = [sys.executable, *f"{launcher} {script} {options}".split()]
-            self.process = subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+            command = [sys.executable, *f"{self.launcher} {script} {options}".split()]
+            return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+
+    def replace_ended_nodes(self) -> None:
+        """Start torchrun anew on each of several nodes where it has failed or was stopped."""
+        for index, torchrun in enumerate(self.torchruns):
+            if self.nodes > 1 and torchrun.poll() not in (None, 0):
+                self.torchruns[index] = self.start_node()
 
     @property
     def log(self) -> Path:
@@ -98,10 +120,10 @@ class Job:
         assert (self.out / "checkpoints" / name / "manifest.json").exists(), name
         return int(name.split("-")[1])
 
-    def workers(self) -> list[int]:
-        assert self.process is not None
+    def workers(self, torchruns: list[subprocess.Popen[bytes]]) -> list[int]:
         parents = {pid: stat[1] for pid, stat in stats().items()}
-        return sorted(pid for pid, parent in parents.items() if parent == str(self.process.pid))
+        own = {str(torchrun.pid) for torchrun in torchruns}
+        return sorted(pid for pid, parent in parents.items() if parent in own)
 
     def wait_until(self, condition: Any, what: str) -> None:
         deadline = time.monotonic() + self.patience
@@ -110,13 +132,15 @@ class Job:
                 raise AssertionError(f"{what} within {self.patience:g} s: see {self.log}")
             time.sleep(0.1)
 
+    def have_ended(self) -> bool:
+        return all(torchrun.poll() is not None for torchrun in self.torchruns)
+
     def disturb(self, event: str) -> bool:
-        """Cause an event, and start the command anew if it has ended.
+        """Cause an event, and start the command anew where it has ended.
 
         Return False if the run is done.
         """
-        assert self.process is not None
-        process, before = self.process, self.saved_step()
+        before = self.saved_step()
         modified = self.modified()
         # Some steps of this attempt, which rewrites the file when it starts.
         wanted = self.random.randint(0, 6)
@@ -125,31 +149,37 @@ class Job:
         def has_trained() -> bool:
             if self.modified() != modified:
                 seen.add(self.last_step())
-            return len(seen) > wanted or process.poll() is not None
+            self.replace_ended_nodes()
+            return len(seen) > wanted or self.have_ended()
 
         self.wait_until(has_trained, "no progress")
         time.sleep(self.random.random() / 5)
-        pids = self.workers() if process.poll() is None else []
+        pids = self.workers(self.torchruns)
         if not pids:
-            return self.end(process.wait(), {0}, before)
+            return self.end({0}, before)
         self.events[event] += 1
         victim = self.random.choice(pids)
-        if event == "kill worker":
-            os.kill(victim, signal.SIGKILL)
-            self.wait_until(lambda: not living(pids), "torchrun did not end the other workers")
-        elif event == "SIGSTOP worker":
-            os.kill(victim, signal.SIGSTOP)
-            self.wait_until(lambda: not living(pids), "the watchdog did not end the workers")
+        node = self.random.choice(self.torchruns)
+        if event in ("kill worker", "SIGSTOP worker"):
+            os.kill(victim, signal.SIGKILL if event == "kill worker" else signal.SIGSTOP)
+            self.wait_until(lambda: not living(pids), "the other workers did not end")
         elif event == "kill torchrun":
-            process.kill()
-            process.wait()
-            self.wait_until(lambda: not living(pids), "orphans are left")
-            return self.end(-signal.SIGKILL, {-signal.SIGKILL}, before)
+            orphans = self.workers([node])
+            node.kill()
+            node.wait()
+            self.wait_until(lambda: not living(orphans), "orphans are left")
+            if self.nodes == 1:
+                return self.end({-signal.SIGKILL}, before)
+        elif event == "SIGTERM to one node":
+            node.send_signal(signal.SIGTERM)
+            self.wait_until(lambda: not living(pids), "the workers did not end")
+            assert node.wait(self.patience) in (STOPPED, 0), f"{node.returncode}: see {self.log}"
         else:
-            process.send_signal(signal.Signals[event])
-            self.wait_until(lambda: process.poll() is not None, "the run did not end")
+            for torchrun in self.torchruns:
+                torchrun.send_signal(signal.Signals[event])
+            self.wait_until(self.have_ended, "the run did not end")
             assert not living(pids), "orphans are left"
-            return self.end(process.returncode, {STOPPED, 0}, before)
+            return self.end({STOPPED, 0}, before)
         assert self.saved_step() >= before, "a checkpoint is lost"
         return True
 
@@ -160,19 +190,27 @@ class Job:
         except FileNotFoundError:
             return -1
 
-    def end(self, code: int, expected: set[int], before: int) -> bool:
-        assert code in expected, f"exit code {code}: see {self.log}"
+    def end(self, expected: set[int], before: int) -> bool:
+        """Check the exit codes; return False if the run is done, else start it anew."""
+        self.wait_until(self.have_ended, "the run did not end")
+        codes = {torchrun.returncode for torchrun in self.torchruns}
+        assert codes <= expected, f"exit codes {codes}: see {self.log}"
         assert self.saved_step() >= before, "a checkpoint is lost"
-        if code == 0:
+        if codes == {0}:
             return False
         self.start()
         return True
 
     def finish(self) -> None:
         """Wait for the end, and check what is left."""
-        if (process := self.process) is not None:
-            self.wait_until(lambda: process.poll() is not None, "the run did not end")
-            assert process.returncode == 0, f"exit code {process.returncode}: see {self.log}"
+
+        def has_ended() -> bool:
+            self.replace_ended_nodes()
+            return self.have_ended()
+
+        self.wait_until(has_ended, "the run did not end")
+        codes = {torchrun.returncode for torchrun in self.torchruns}
+        assert codes <= {0}, f"exit codes {codes}: see {self.log}"
         steps = [line["step"] for line in self.lines() if "loss" in line]
         assert steps == list(range(1, self.steps + 1)), steps
         assert self.saved_step() == self.steps
@@ -208,6 +246,7 @@ def soak(
     patience: float,
     seed: int,
     events_per_run: int | None = None,
+    nodes: int = 1,
     undisturbed: Callable[[Job], None] = Job.start,
 ) -> Counter[str]:
     """Disturb runs of ``steps`` steps by all ``events``; return how often each happened.
@@ -226,6 +265,7 @@ def soak(
         is_fixed = number % 2 == 0
         job = Job(folder / f"run-{number}", *common)
         job.world_sizes = sizes[:1] if is_fixed else sizes
+        job.nodes = nodes
         job.start()
         while queue and job.events.total() != events_per_run:
             count = job.events.total()
@@ -256,17 +296,21 @@ def main() -> None:
         help="then the run is left to end (default: %(default)s)",
     )
     add("--steps", type=int, default=200, help="of each run (default: %(default)s)")
-    add("--sizes", type=int, nargs="+", default=[4, 3, 2], help="processes (default: 4 3 2)")
+    add("--sizes", type=int, nargs="+", help="processes (default: 4 3 2; 4 2 with --nodes 2)")
+    add("--nodes", type=int, default=1, help="torchruns (default: %(default)s)")
     add("--step-timeout", type=float, default=10.0, help="default: %(default)g")
     add("--patience", type=float, default=300.0, help="seconds (default: %(default)g)")
     add("--seed", type=int, default=0, help="of the events (default: %(default)s)")
     args = parser.parse_args()
     source = random.Random(args.seed)
-    events = [source.choice(EVENTS) for _ in range(args.events)]
+    kinds = EVENTS if args.nodes == 1 else NODE_EVENTS
+    events = [source.choice(kinds) for _ in range(args.events)]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    sizes = tuple(args.sizes)
+    sizes = tuple(args.sizes or [size for size in (4, 3, 2) if size % args.nodes == 0])
     limits = args.step_timeout, args.patience
-    happened = soak(folder, events, sizes, args.steps, *limits, args.seed, args.events_per_run)
+    happened = soak(
+        folder, events, sizes, args.steps, *limits, args.seed, args.events_per_run, args.nodes
+    )
     shutil.rmtree(folder)  # a failure leaves it for inspection
     print(f"{happened.total()} events, no checkpoint lost: {dict(happened)}")
 
