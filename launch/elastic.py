@@ -4,23 +4,30 @@
 
 torchrun exits with code 1 whatever ended its workers. This command exits with theirs: 75 if the run
 was stopped and the same command continues it, and so after a signal to torchrun itself; else that
-of the worker that failed first. It also passes SIGUSR1 on, at which torchrun alone would die.
+of the worker that failed first. It also passes SIGUSR1 on, at which torchrun alone would die, and
+ends with 75 too if it gets a signal while it waits for other nodes, before there are workers.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from training.errors import FAILED, STOPPED
 
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
 
 def main(argv: list[str] | None = None) -> int:
     # torchrun reads the defaults of its options from PET_*
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    handled = os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS)
+    for name in handled.split(","):  # torchrun does so only when it starts workers
+        signal.signal(signal.Signals[name.strip()], _stop)
     try:
         torchrun(argv)
     except SignalException as error:
@@ -35,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return failure.exitcode if failure.exitcode > 0 else FAILED
     return 0
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SignalException("stopped", signal.Signals(signum))
 
 
 if __name__ == "__main__":

@@ -325,9 +325,9 @@ def _add_run(add: Callable[..., Any]) -> None:
         "--precision-fraction",
         type=share,
         metavar="SHARE",
-        default=1.0,
-        help="share of the elements that --precision-stats reads, such as 0.125: an estimate in "
-        "less time (default: 1, all)",
+        default=0.125,
+        help="share of the elements that --precision-stats reads for its estimates; 1 reads all, "
+        "exactly (default: %(default)s)",
     )
     add(
         "--keep",

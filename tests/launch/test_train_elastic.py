@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import distributed
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
+from torch.distributed.elastic.utils.distributed import get_free_port
 from training import evaluation, out_dir, reporters, step
 from training.data import Text
 from training.errors import STOPPED
@@ -26,6 +29,7 @@ from sharded_bf16_adamw.checkpoint.root_lock import RootLock
 
 from . import chaos
 from .train_runs import (
+    ELASTIC,
     SCRIPT,
     TIMEOUT,
     command_line,
@@ -225,6 +229,20 @@ def test_run_ends_in_time_although_a_disk_hangs(tmp_path, signals, grace, code, 
         process.send_signal(each)
     _, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (code, f"error: rank 0: {message}.\n")
+
+
+def test_torchrun_that_waits_for_other_nodes_can_be_stopped(tmp_path):
+    port = get_free_port()
+    options = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
+    command = [sys.executable, str(ELASTIC), *options.split(), str(SCRIPT)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + TIMEOUT
+    while socket.socket().connect_ex(("localhost", port)) != 0:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err.splitlines()[-1]) == (STOPPED, "stopped by SIGUSR1")
 
 
 def test_short_grace_is_noted(tmp_path, capsys):
