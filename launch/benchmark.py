@@ -23,8 +23,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from training.command_line import exit_code
-from training.errors import UsageError
+from training.errors import UsageError, exit_code
 
 REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:

@@ -29,13 +29,12 @@ from tqdm import tqdm
 from training import options as train_options
 from training.command_line import (
     Parser,
-    exit_code,
     is_installed,
     output_folder,
     positive,
     positive_float,
 )
-from training.errors import WRONG_USAGE, RunError, UsageError
+from training.errors import WRONG_USAGE, RunError, UsageError, exit_code
 from training.metrics import read_curve
 from training.optimizers import OPTIMIZERS
 

@@ -21,8 +21,8 @@ from planning.models import Shape, from_config, from_preset
 from planning.planner import Options, cheapest, plan_all
 from planning.report import GB, docs, plot, table
 from training.build import WEIGHT_DTYPES
-from training.command_line import Parser, exit_code, positive, positive_float
-from training.errors import UsageError
+from training.command_line import Parser, positive, positive_float
+from training.errors import UsageError, exit_code
 from training.model import PRESETS
 from training.options import DEFAULT_PRESET
 from training.strategies import STRATEGIES

@@ -21,19 +21,18 @@ import sys
 import time
 
 import torch.distributed as dist
-from training.command_line import exit_code
 from training.divergence import check_nonfinite, check_replicas
-from training.errors import STOPPED, DivergedError
+from training.errors import STOPPED, DivergedError, exit_code
 from training.evaluation import evaluate, is_evaluation_due
 from training.options import parse_args
 from training.rendezvous import die_with_torchrun
 from training.reporters import Reporters, open_reporters
-from training.run import Run
+from training.run_state import Run
 from training.saving import is_save_due, save_checkpoint, save_errors, save_last_step
 from training.setup import set_up
+from training.signals_and_watchdog import USABLE_GRACE_FRACTION, StopTraining, Supervisor
 from training.step import backward, step_values, update
 from training.summary import print_summary
-from training.supervisor import USABLE_GRACE_FRACTION, StopTraining, Supervisor
 from training.world import all_reduce_mean
 
 from sharded_bf16_adamw import wait_for_save

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .bf16_split import split
 from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
-from .pair import split
 from .param_groups import compile_pattern
 from .sharding.dtensor import to_local, zeros_like_shard
 

@@ -14,9 +14,9 @@ ALLOWED = {
     "profiling": set(),
     "schedule": set(),
     "names": set(),
-    "pair": set(),
+    "bf16_split": set(),
     "param_groups": {"names"},
-    "conversion": {"names", "pair", "param_groups", "sharding"},
+    "conversion": {"names", "bf16_split", "param_groups", "sharding"},
     "kernels": {"profiling"},
     "sharding": {"profiling"},
     "validation": set(),
@@ -37,7 +37,7 @@ ALLOWED = {
     | {"schedule", "sharding", "step_in_backward", "step_plan", "validation", "weights"},
     "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
-    "checkpoint": {"profiling", "kernels", "names", "optimizer", "pair", "sharding", "state"},
+    "checkpoint": {"profiling", "kernels", "names", "optimizer", "bf16_split", "sharding", "state"},
 }
 
 

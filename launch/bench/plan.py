@@ -34,7 +34,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from planning.probe import fake_ranks
+from planning.activation_memory import fake_ranks
 from torch import nn
 from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.fsdp import fully_shard

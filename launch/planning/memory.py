@@ -22,7 +22,7 @@ from math import prod
 
 import torch
 
-from planning.probe import Probe
+from planning.activation_memory import Probe
 from sharded_bf16_adamw import ZeRO
 from sharded_bf16_adamw.sharding.fp32_sum import SUM_BLOCK_NUMEL
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim

@@ -10,9 +10,9 @@ from training.build import WEIGHT_DTYPES
 from training.errors import UsageError
 from training.strategies import STRATEGIES
 
+from planning.activation_memory import probe
 from planning.memory import Job, Part, Phase, phases, states, weights
 from planning.models import Shape
-from planning.probe import probe
 from planning.traffic import sent_bytes
 
 

@@ -1,4 +1,4 @@
-"""Command lines of ``launch/``: types of arguments, and errors of use in one sentence."""
+"""Command lines of ``launch/``: a parser, types of its arguments, and files that it names."""
 
 from __future__ import annotations
 
@@ -6,20 +6,11 @@ import argparse
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
-from training.errors import FAILED, WRONG_USAGE, RunError, UsageError
-from training.rendezvous import local_rank, rank
-
-REPORT_S = 10.0  # time for the first rank of a machine to print an error that each rank finds
-POLL_S = 0.02
+from training.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,38 +33,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help.")
-
-
-def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambda: False) -> int:
-    """Return the exit code of a command; print its error once, not on every rank.
-
-    Args:
-        command: the command.
-        is_stopped: returns True once this process has handled a stop signal.
-    """
-    try:
-        return command()
-    except (UsageError, RunError) as error:
-        if _is_reporter(is_stopped):
-            print(f"error: {error}", file=sys.stderr)
-        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
-
-
-def _is_reporter(is_stopped: Callable[[], bool]) -> bool:
-    """Return whether this rank prints an error.
-
-    Before the ranks have joined, the first rank of each machine does: another machine may lack what
-    this one has. The others wait for it, because torchrun ends all ranks once one has ended. If it
-    does not end, it has no error.
-    """
-    if rank() == 0 or dist.is_initialized():
-        return rank() == 0
-    end = time.monotonic() + REPORT_S
-    while local_rank() != 0 and time.monotonic() < end:
-        if is_stopped():
-            return False
-        time.sleep(POLL_S)
-    return True
 
 
 def positive(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sharded_bf16_adamw import AdamW_BF16
 from training.errors import DivergedError
-from training.run import Run
+from training.run_state import Run
 
 
 def check_nonfinite(run: Run) -> None:

@@ -1,8 +1,20 @@
-"""Errors that end the training command with one sentence, and its exit codes."""
+"""Errors that end a command of ``launch/`` with one sentence, and the exit codes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from training.rendezvous import local_rank, rank
 
 FAILED = 1
 WRONG_USAGE = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+REPORT_S = 10.0  # time for the first rank of a machine to print an error that each rank finds
+POLL_S = 0.02
 
 
 class UsageError(ValueError):
@@ -15,3 +27,35 @@ class RunError(Exception):
 
 class DivergedError(RunError):
     """Training cannot continue: non-finite steps or weights, or replicas that differ."""
+
+
+def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambda: False) -> int:
+    """Return the exit code of a command; print its error once, not on every rank.
+
+    Args:
+        command: the command.
+        is_stopped: returns True once this process has handled a stop signal.
+    """
+    try:
+        return command()
+    except (UsageError, RunError) as error:
+        if _is_reporter(is_stopped):
+            print(f"error: {error}", file=sys.stderr)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _is_reporter(is_stopped: Callable[[], bool]) -> bool:
+    """Return whether this rank prints an error.
+
+    Before the ranks have joined, the first rank of each machine does: another machine may lack what
+    this one has. The others wait for it, because torchrun ends all ranks once one has ended. If it
+    does not end, it has no error.
+    """
+    if rank() == 0 or dist.is_initialized():
+        return rank() == 0
+    end = time.monotonic() + REPORT_S
+    while local_rank() != 0 and time.monotonic() < end:
+        if is_stopped():
+            return False
+        time.sleep(POLL_S)
+    return True

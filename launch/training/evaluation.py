@@ -7,7 +7,7 @@ import math
 import torch
 
 from training.reporters import Reporters
-from training.run import Run
+from training.run_state import Run
 from training.step import compute_loss
 from training.world import all_reduce_mean
 

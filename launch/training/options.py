@@ -28,8 +28,8 @@ from training.hugging_face import max_positions
 from training.model import PRESETS
 from training.optimizers import OPTIMIZERS
 from training.rendezvous import rank
+from training.signals_and_watchdog import DEFAULT_GRACE_S
 from training.strategies import STRATEGIES
-from training.supervisor import DEFAULT_GRACE_S
 
 DEFAULT_PRESET = "tiny"
 # of --model, which is trained further

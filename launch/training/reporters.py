@@ -17,7 +17,7 @@ from training.errors import UsageError
 from training.metrics import MetricsFile
 from training.options import model_name
 from training.picture import Picture
-from training.run import Run
+from training.run_state import Run
 from training.world import on_rank_0
 
 # Values in the progress, and their names there.

@@ -16,7 +16,7 @@ from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 from training.build import make_schedule
 from training.config import changes
 from training.errors import UsageError
-from training.run import Run
+from training.run_state import Run
 from training.world import from_rank_0
 
 

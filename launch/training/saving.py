@@ -15,8 +15,8 @@ from sharded_bf16_adamw import save, wait_for_save
 from sharded_bf16_adamw.sharding.dtensor import to_local
 from training.divergence import recovery_hint
 from training.errors import DivergedError, RunError
-from training.export import export_hf
-from training.run import Run
+from training.hf_export import export_hf
+from training.run_state import Run
 from training.world import on_every_rank
 
 

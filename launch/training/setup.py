@@ -17,10 +17,10 @@ from training.initial import init_from
 from training.options import model_name
 from training.out_dir import lock_out_dir, store_config
 from training.resume import resume
-from training.run import Run
+from training.run_state import Run
+from training.signals_and_watchdog import Supervisor
 from training.spikes import SpikeFilter
 from training.strategies import STRATEGIES
-from training.supervisor import Supervisor
 from training.world import World, init_world, on_all_ranks, on_rank_0
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from sharded_bf16_adamw import AdamW_BF16
-from training.run import Run
+from training.run_state import Run
 from training.world import on_every_rank, synchronize
 
 

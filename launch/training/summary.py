@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from training.export import LATEST_EXPORT
-from training.run import Run
+from training.hf_export import LATEST_EXPORT
+from training.run_state import Run
 
 
 def print_summary(run: Run, stopped: bool) -> None:

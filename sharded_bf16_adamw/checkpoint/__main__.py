@@ -30,8 +30,9 @@ from .directory import (
     remove,
 )
 from .export import export_fp32
+from .file_checksums import find_damage
 from .import_formats import open_weights
-from .manifest import MANIFEST, find_damage, read_manifest
+from .manifest import MANIFEST, read_manifest
 from .reader import CheckpointReader
 from .state_dict import MODEL, STATE, split_state_key
 

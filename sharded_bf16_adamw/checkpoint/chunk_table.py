@@ -125,7 +125,7 @@ class ChunkTable:
         return cls(tensors, list(files), metadata.planner_data or {})
 
     def plan_reads(self, tensors: dict[str, Any]) -> tuple[LoadPlan, Metadata]:
-        """Plan what this rank reads into its parts of ``tensors``.
+        """Reshard: plan which saved chunks this rank reads into its local shards of ``tensors``.
 
         Returns:
             DCP's plan, and the metadata of the chunks in it.

@@ -26,7 +26,8 @@ from .directory import (
     unique_suffix,
     warn_not_removed,
 )
-from .manifest import FileRecord, Manifest, write_durably, write_manifest
+from .file_checksums import FileRecord
+from .manifest import Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"

@@ -8,13 +8,10 @@ manifest.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import queue
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -37,8 +34,8 @@ from torch.futures import Future as TorchFuture
 
 from ..sharding.dtensor import group_by
 from .chunk_table import ChunkTable
+from .file_checksums import ChecksummedFiles, FileRecord, crc32_text
 from .gc_pause import gc_paused
-from .manifest import FileRecord, crc32_text
 from .metadata_pickle import dump_metadata
 from .tensor_reader import TensorReader
 from .tensor_writer import TensorWriter, without_crc32
@@ -46,7 +43,6 @@ from .tensor_writer import TensorWriter, without_crc32
 METADATA = ".metadata"
 CHUNKS = ".chunks"  # a checkpoint of many chunks has the same as METADATA in this file
 MANY = 20_000  # chunks from which reading METADATA takes longer than a tenth of a second
-_HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
 
 
 class ChecksummedWriter(FileSystemWriter):
@@ -62,7 +58,7 @@ class ChecksummedWriter(FileSystemWriter):
     def __init__(self, path: Path) -> None:
         # no sync_files: DCP calls fsync before the last bytes have left Python's buffer
         super().__init__(path, sync_files=False, overwrite=False)
-        self.fs = _ChecksummedFiles()
+        self.fs = ChecksummedFiles()
         self.files = self.fs.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
@@ -286,83 +282,3 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"it names {module}.{name}, which the metadata of tensors does not need"
         )
-
-
-class _ChecksummedFiles(FileSystem):
-    """DCP's file system, with a checksum of every file that is written."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        assert mode == "wb"
-        with ThreadPoolExecutor(1) as pool, open(path, "xb") as file:
-            stream = _ChecksummedStream(file, pool)
-            try:
-                yield stream
-                stream.close()
-            except Exception:
-                # torch.save reports a full disk as an unexpected position
-                if stream.error is not None:
-                    raise stream.error from None
-                raise
-        self.files[Path(path).name] = FileRecord(stream.count, crc32_text(stream.crc))
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.files[Path(new_path).name] = self.files.pop(Path(path).name)
-
-
-class _ChecksummedStream(io.IOBase):
-    """An append-only file with a CRC-32.
-
-    A large buffer is hashed while it is written: both release the GIL.
-    """
-
-    def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
-        self._file = file
-        self._pool = pool
-        self.count = 0
-        self.crc = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._write(memoryview(data).cast("B"))
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def _write(self, data: memoryview) -> int:
-        hashing = self._hash_in_thread(data) if data.nbytes >= _HASH_IN_THREAD else None
-        try:
-            self._file.write(data)
-        finally:  # the caller may change the buffer after this call
-            self.crc = zlib.crc32(data, self.crc) if hashing is None else hashing.result()
-        self.count += data.nbytes
-        return data.nbytes
-
-    def _hash_in_thread(self, data: memoryview) -> Future[int] | None:
-        try:
-            return self._pool.submit(zlib.crc32, data, self.crc)
-        except RuntimeError:  # Python starts no threads after the main thread has ended
-            return None
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.count
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close, and flush to the disk: an error of that is an error of the save."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        super().close()

@@ -20,7 +20,8 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from .manifest import MANIFEST, Manifest, crc32_text, find_damage, read_manifest
+from .file_checksums import crc32_text, find_damage
+from .manifest import MANIFEST, Manifest, read_manifest
 
 LATEST = "LATEST"
 REMOVED = ".removed-"

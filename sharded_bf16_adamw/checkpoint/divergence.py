@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..sharding.checksum import checksums
 from ..sharding.dtensor import replica_groups, to_local
+from ..sharding.replica_checksum import checksums
 from ..sharding.replicas import Replica, find_differences
 from .blocks import local_blocks
 from .manifest import encode

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pair import join
+from ..bf16_split import join
 from .async_save import wait_for_own_saves
 from .directory import existing_checkpoint, sync_folder
 from .extra_state import PART

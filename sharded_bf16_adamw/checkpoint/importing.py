@@ -1,4 +1,9 @@
-"""Import weights and AdamW states of other trainings into a live model and optimizer."""
+"""Import weights and AdamW states of other trainings into a live model and optimizer.
+
+:mod:`.import_formats` opens the files, and :mod:`.import_matching` matches names, shapes and
+parameter groups. DeepSpeed's checkpoints are not read, but the output of its ``zero_to_fp32.py`` is
+(``docs/migration.md``).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..bf16_split import split
 from ..kernels.reference import lowbias32, stochastic_round
 from ..names import has_fsdp1
 from ..optimizer import AdamW_BF16
-from ..pair import split
 from .blocks import local_blocks
 from .export import Progress
 from .import_formats import WeightsSource, open_optimizer_state, open_weights

@@ -20,8 +20,9 @@ from .dcp_storage import PlainReader, read_chunks
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import existing_checkpoint, find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
+from .file_checksums import FileRecord, find_damage
 from .gc_pause import gc_paused
-from .manifest import FileRecord, Manifest, find_damage, read_manifest
+from .manifest import Manifest, read_manifest
 from .optimizer_state import (
     check_model_and_optimizer,
     drop_averages,

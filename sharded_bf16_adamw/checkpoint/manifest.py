@@ -1,9 +1,4 @@
-"""``manifest.json``: the content of a checkpoint, with a checksum of every file and of itself.
-
-Checksums are CRC-32 (``zlib.crc32``): part of Python's standard library, cheaper than the
-cryptographic hashes there, and certain to detect damage that spans at most 32 bits. Other damage
-passes with a probability of 2^-32. CRC-32 protects from accidents, not from deliberate changes.
-"""
+"""``manifest.json``: the content of a checkpoint, with a checksum of every file and of itself."""
 
 from __future__ import annotations
 
@@ -18,18 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .file_checksums import FileRecord, crc32_text
+
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the folder; 1 had no checksums and stored hyper-parameters as pickles
-BLOCK = 1 << 22  # bytes read at a time
 _UNKNOWN = "0" * 8  # placeholder of the manifest's own checksum while it is computed
 _TUPLE, _TENSOR = "__tuple__", "__tensor__"
-
-
-class FileRecord(NamedTuple):
-    """Size in bytes and CRC-32 (8 hexadecimal digits) of a file."""
-
-    bytes: int
-    crc32: str
 
 
 class ParamGroup(NamedTuple):
@@ -162,39 +151,6 @@ def read_manifest(path: Path) -> Manifest:
         ) from error
 
 
-def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Compare files with their records. Each file is read once, as a stream.
-
-    Returns:
-        A sentence without a full stop for each file that is missing, unreadable or different; an
-        empty list if there is none.
-    """
-    problems = []
-    block = memoryview(bytearray(BLOCK))
-    for name, record in files.items():
-        try:
-            with open(path / name, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != record.bytes:
-                    problems.append(
-                        f"{name} has {size} bytes, not the {record.bytes} that were written"
-                    )
-                    continue
-                crc = 0
-                while count := file.readinto(block):
-                    crc = zlib.crc32(block[:count], crc)
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror or error})")
-        else:
-            if crc32_text(crc) != record.crc32:
-                problems.append(
-                    f"{name} is not what was written (CRC-32 {crc32_text(crc)}, not {record.crc32})"
-                )
-    return problems
-
-
 def is_file_name(name: object) -> bool:
     """Return whether ``name``, read from an untrusted file, stays within a given folder."""
     return (
@@ -203,11 +159,6 @@ def is_file_name(name: object) -> bool:
         and name not in ("", "..")
         and "\0" not in name
     )
-
-
-def crc32_text(crc: int) -> str:
-    """Return a CRC-32 as 8 hexadecimal digits."""
-    return f"{crc:08x}"
 
 
 def _with_checksum(content: bytes, old: str, new: str) -> bytes:

@@ -14,7 +14,8 @@ from .blocks import Block
 from .chunk_table import ChunkTable
 from .dcp_storage import METADATA, read_chunks
 from .directory import existing_checkpoint
-from .manifest import decode, find_damage, read_manifest
+from .file_checksums import find_damage
+from .manifest import decode, read_manifest
 from .safetensors_io import TensorInfo
 
 

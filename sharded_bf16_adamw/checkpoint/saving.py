@@ -1,4 +1,8 @@
-"""Write a checkpoint: plan on all ranks, write in parallel, publish once all files are on disk."""
+"""Write a checkpoint: plan on all ranks, write in parallel, publish once all files are on disk.
+
+If any rank fails, :func:`.rank_errors.raise_on_all_ranks` raises on all of them, and
+:func:`.commit.abandon_on_error` removes the unpublished folder.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,9 @@ from .commit import (
 from .dcp_storage import ChecksummedWriter
 from .directory import remove_older
 from .divergence import resolve_divergence
+from .file_checksums import FileRecord
 from .gc_pause import gc_paused
-from .manifest import FileRecord, Manifest, ParamGroup, encode
+from .manifest import Manifest, ParamGroup, encode
 from .optimizer_state import check_model_and_optimizer
 from .plan_cache import PlannedSave
 from .plan_table import Assignment, Locations, to_assigned, to_locations, to_table

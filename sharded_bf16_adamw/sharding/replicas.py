@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checksum import checksums, text_checksum
 from .collectives import device_for
 from .comm_errors import comm_errors
+from .replica_checksum import checksums, text_checksum
 
 OPERATION = "comparing replicas"  # for messages
 

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, prune, save, verify
-from sharded_bf16_adamw.checkpoint import commit, dcp_storage, directory, root_lock
+from sharded_bf16_adamw.checkpoint import commit, directory, file_checksums, root_lock
 from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 
@@ -265,7 +265,7 @@ class Interleaving:
                 self._observing = False
 
         real_write, real_rename, real_flock = (
-            dcp_storage._ChecksummedStream._write,
+            file_checksums._ChecksummedStream._write,
             os.rename,
             fcntl.flock,
         )
@@ -292,7 +292,7 @@ class Interleaving:
         patches += [mock.patch.object(module, "open", stopping(open)) for module in (builtins, io)]
         patches += [mock.patch.object(module, "machine", machine) for module in (directory, commit)]
         patches += [
-            mock.patch.object(dcp_storage._ChecksummedStream, "_write", write),
+            mock.patch.object(file_checksums._ChecksummedStream, "_write", write),
             mock.patch.object(root_lock.fcntl, "flock", flock),
         ]
         with warnings.catch_warnings():

@@ -21,7 +21,8 @@ from sharded_bf16_adamw import AdamW_BF16, load, save, verify
 from sharded_bf16_adamw.checkpoint import dcp_storage
 from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable, SavedTensor
 from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, MANY, parse_metadata, read_chunks
-from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text, read_manifest
+from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord, crc32_text
+from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 from sharded_bf16_adamw.checkpoint.metadata_pickle import dump_metadata
 
 FILES = ["__0_0.distcp", "__1_0.distcp", "__1_1.distcp"]

@@ -13,12 +13,12 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 
 from sharded_bf16_adamw import save
+from sharded_bf16_adamw.bf16_split import join
 from sharded_bf16_adamw.checkpoint import export, safetensors_io
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
 from sharded_bf16_adamw.checkpoint.export import export_fp32
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 from sharded_bf16_adamw.checkpoint.safetensors_io import INDEX
-from sharded_bf16_adamw.pair import join
 
 from .layouts import LAYOUTS, everything, train
 from .trainings import read_folder, trained, true_values

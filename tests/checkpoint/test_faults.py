@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, save, verify, wait_for_save
-from sharded_bf16_adamw.checkpoint import dcp_storage, manifest
-from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text
+from sharded_bf16_adamw.checkpoint import dcp_storage, file_checksums, manifest
+from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord, crc32_text
 
 FLIPS = 240  # bits flipped, one at a time, over all files
 
@@ -271,7 +271,7 @@ def test_full_disk_leaves_only_the_previous_checkpoint(async_, saved, monkeypatc
             FullDisk(io.FileIO(path, mode)) if mode == "xb" else open(path, mode, *args, **kwargs)
         )
 
-    for module in (manifest, dcp_storage):
+    for module in (manifest, file_checksums):
         monkeypatch.setattr(module, "open", limited_open, raising=False)
     for index in range(20):
         FullDisk.room = (total - 16) * index // 19

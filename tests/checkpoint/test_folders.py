@@ -15,7 +15,8 @@ from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, latest, load, newest_good, prune, save, verify
 from sharded_bf16_adamw.checkpoint import commit, directory
-from sharded_bf16_adamw.checkpoint.manifest import crc32_text, read_manifest
+from sharded_bf16_adamw.checkpoint.file_checksums import crc32_text
+from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 from .victims import assert_holds, make, patch_system_call, save_step
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16, save
+from sharded_bf16_adamw.bf16_split import join, split
 from sharded_bf16_adamw.checkpoint.export import export_fp32
 from sharded_bf16_adamw.checkpoint.importing import import_fp32, round_moment
-from sharded_bf16_adamw.pair import join, split
 
 from .layouts import LAYOUTS, Net
 from .trainings import fp32_training, in_order, read_folder

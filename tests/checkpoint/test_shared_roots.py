@@ -17,7 +17,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import latest, load, prune, save, verify
 from sharded_bf16_adamw.checkpoint import commit, directory, loading, root_lock, saving
-from sharded_bf16_adamw.checkpoint.manifest import FileRecord
+from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord
 from sharded_bf16_adamw.checkpoint.root_lock import LOCK, RootLock
 
 from .victims import assert_holds, make, patch_system_call, save_step

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import DefaultSavePlanner, filesystem
 from torch.utils.serialization import config
 
 from sharded_bf16_adamw import save
-from sharded_bf16_adamw.checkpoint import dcp_storage, tensor_writer
+from sharded_bf16_adamw.checkpoint import dcp_storage, file_checksums, tensor_writer
 from sharded_bf16_adamw.checkpoint.dcp_storage import ChecksummedWriter
-from sharded_bf16_adamw.checkpoint.manifest import find_damage
+from sharded_bf16_adamw.checkpoint.file_checksums import find_damage
 
 from .layouts import BY_NAME, LAYOUTS, train
 
@@ -167,14 +167,14 @@ def test_output_with_data_in_two_places_has_no_template(monkeypatch):
 @pytest.mark.parametrize("room", [0, 5_000, 20_000, 39_000])
 def test_full_disk_is_the_error(tmp_path, monkeypatch, room):
     """In torch.save, while a template is built, and in a write by template."""
-    real = dcp_storage._ChecksummedStream._write
+    real = file_checksums._ChecksummedStream._write
 
     def write_if_room(self, data):
         if self.count + data.nbytes > room:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, data)
 
-    monkeypatch.setattr(dcp_storage._ChecksummedStream, "_write", write_if_room)
+    monkeypatch.setattr(file_checksums._ChecksummedStream, "_write", write_if_room)
     with pytest.raises(OSError, match="No space left on device") as caught:
         write(tmp_path, {str(i): torch.ones(3) for i in range(40)})
     assert caught.value.errno == errno.ENOSPC

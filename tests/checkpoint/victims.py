@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
-from sharded_bf16_adamw.checkpoint import dcp_storage
+from sharded_bf16_adamw.checkpoint import dcp_storage, file_checksums
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 # of os; and every write to a file of tensors
@@ -190,7 +190,7 @@ def _watch_operations(at: int | None) -> list[str]:
 
     for name in OPERATIONS:
         setattr(os, name, watched(name, getattr(os, name)))
-    stream: Any = dcp_storage._ChecksummedStream
+    stream: Any = file_checksums._ChecksummedStream
     stream._write = watched("write", stream._write)
     return done
 

@@ -387,7 +387,8 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
     torch.save({"x": torch.ones(1), "y": Evil()}, tmp_path / "evil.pt")
     import zlib
 
-    from sharded_bf16_adamw.checkpoint.manifest import FileRecord, crc32_text, read_manifest
+    from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord, crc32_text
+    from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
     evil = (tmp_path / "evil.pt").read_bytes()
     commands = [

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from training import spikes, step
 from training.data import Text
 from training.metrics import MetricsFile, read_metrics
-from training.run import Run
+from training.run_state import Run
 from training.saving import state_is_finite
 
 from sharded_bf16_adamw import AdamW_BF16, latest, verify

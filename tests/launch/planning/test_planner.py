@@ -25,8 +25,8 @@ from training import build, strategies
 from training.model import PRESETS, Config
 from training.options import parse_args
 from training.setup import set_up
+from training.signals_and_watchdog import Supervisor
 from training.step import backward, update
-from training.supervisor import Supervisor
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.zero import reduce_scatter
@@ -165,7 +165,9 @@ def test_plan_is_what_ranks_measure(
     assert largest == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["live", "memory", "models", "planner", "probe", "traffic"])
+@pytest.mark.parametrize(
+    "name", ["activation_memory", "live", "memory", "models", "planner", "traffic"]
+)
 def test_examples_run(name):
     found = doctest.testmod(importlib.import_module(f"planning.{name}"))
     assert found.attempted and not found.failed

@@ -1,4 +1,4 @@
-"""Types of arguments and errors printed once, which all commands of launch/ share."""
+"""Types of arguments, which all commands of launch/ share."""
 
 from __future__ import annotations
 
@@ -6,49 +6,9 @@ import argparse
 import os
 
 import pytest
-import torch.distributed as dist
 from training import command_line
-from training.command_line import Parser, exit_code, output_file
-from training.errors import RunError, UsageError
-
-
-def fail(error: Exception) -> int:
-    raise error
-
-
-@pytest.mark.parametrize(
-    ("rank", "local_rank", "has_joined", "prints"),
-    [
-        ("0", "0", False, True),
-        ("1", "1", False, False),
-        ("0", "0", True, True),
-        ("8", "0", False, True),  # of another machine, which may lack what the first one has
-        ("8", "0", True, False),
-        ("9", "1", False, False),  # torchrun stops it
-    ],
-)
-def test_error_is_printed_once(monkeypatch, capsys, rank, local_rank, has_joined, prints):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr(dist, "is_initialized", lambda: has_joined)
-    assert exit_code(lambda: fail(UsageError("no such thing.")), lambda: True) == 2
-    assert exit_code(lambda: fail(RunError("a full disk.")), lambda: True) == 1
-    expected = "error: no such thing.\nerror: a full disk.\n" if prints else ""
-    assert capsys.readouterr().err == expected
-
-
-@pytest.mark.parametrize("ends", [True, False])
-def test_rank_waits_for_the_first_one_of_its_machine_to_print(monkeypatch, capsys, ends):
-    """torchrun stops it once that one has ended; if not, only this rank has an error."""
-    monkeypatch.setenv("RANK", "9")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    slept = []
-    monkeypatch.setattr(command_line.time, "sleep", slept.append)
-    monkeypatch.setattr(command_line.time, "monotonic", lambda: sum(slept))
-    is_stopped = lambda: ends and len(slept) == 3  # noqa: E731
-    assert exit_code(lambda: fail(UsageError("no such thing.")), is_stopped) == 2
-    assert capsys.readouterr().err == ("" if ends else "error: no such thing.\n")
-    assert len(slept) == 3 if ends else sum(slept) >= command_line.REPORT_S
+from training.command_line import Parser, output_file
+from training.errors import UsageError
 
 
 @pytest.mark.parametrize(

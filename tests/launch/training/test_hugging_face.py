@@ -21,9 +21,9 @@ from training.hugging_face import build, read_config
 from training.options import parse_args
 
 from sharded_bf16_adamw import latest
+from sharded_bf16_adamw.bf16_split import split
 from sharded_bf16_adamw.checkpoint.export import join
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
-from sharded_bf16_adamw.pair import split
 
 from ..train_runs import curve, held_out, run
 

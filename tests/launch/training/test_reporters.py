@@ -15,7 +15,7 @@ from training import options, reporters
 from training.command_line import is_installed
 from training.metrics import read_metrics
 from training.reporters import Reporters
-from training.supervisor import Supervisor
+from training.signals_and_watchdog import Supervisor
 
 from ..train_runs import run
 

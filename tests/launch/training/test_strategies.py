@@ -23,8 +23,8 @@ from training import setup
 from training.metrics import read_metrics
 from training.model import GPT, PRESETS
 from training.options import parse_args
+from training.signals_and_watchdog import Supervisor
 from training.step import backward, compute_loss, update
-from training.supervisor import Supervisor
 
 from sharded_bf16_adamw.sharding.zero.param import ZeroParam
 

@@ -13,9 +13,9 @@ from torch import nn
 from sharded_bf16_adamw import PrecisionStats
 from training.build import Schedule
 from training.data import Text
+from training.signals_and_watchdog import Supervisor
 from training.spikes import SpikeFilter
 from training.strategies import Strategy
-from training.supervisor import Supervisor
 from training.world import World
 
 

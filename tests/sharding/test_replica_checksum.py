@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sharded_bf16_adamw.sharding.checksum import COLUMNS, SMALL, checksums
+from sharded_bf16_adamw.sharding.replica_checksum import COLUMNS, SMALL, checksums
 
 LARGE = 8 * (SMALL + 5 * COLUMNS) + 3  # bytes: full rows, and words and bytes beyond them
 
