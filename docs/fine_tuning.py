@@ -25,7 +25,7 @@ from sharded_bf16_adamw import AdamW_BF16
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "launch"))
 from bench.markers import write_between_markers  # noqa: E402
-from training.data import Text, find_files, load_text  # noqa: E402
+from training.data import TokenDataset, find_files, load_dataset  # noqa: E402
 from training.model import GPT, PRESETS, Config  # noqa: E402
 
 BEGIN, END = "<!-- fine-tuning: begin -->", "<!-- fine-tuning: end -->"
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args()
     config = PRESETS[args.preset]
-    data = load_text(find_files(None), config.seq_len)
+    data = load_dataset(find_files(None), config.seq_len)
     results: dict[str, list[Result]] = {start.label: [] for start in STARTS}
     for seed in range(args.seeds):
         pretrained = pretrain(config, data, seed)
@@ -122,7 +122,7 @@ def provenance(preset: str, seeds: int) -> str:
     return f"Repeat with `{command}`; this was on {device}."
 
 
-def pretrain(config: Config, text: Text, seed: int) -> GPT:
+def pretrain(config: Config, text: TokenDataset, seed: int) -> GPT:
     """Return a model trained with fp32 weights, on a cosine schedule."""
     model = GPT(config).to(DEVICE)
     model.init_weights(seed)
@@ -139,7 +139,7 @@ def fine_tune(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
-    text: Text,
+    text: TokenDataset,
     seed: int,
 ) -> None:
     """Train on batches that pre-training has not seen, the same for all."""
@@ -160,7 +160,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, config: Config, text: Text) -> float:
+def held_out_loss(model: nn.Module, config: Config, text: TokenDataset) -> float:
     batches = (
         text.held_out_batch(index, HELD_OUT_BATCHES, config.batch_size)
         for index in range(HELD_OUT_BATCHES)
@@ -175,7 +175,7 @@ def compare(
     expected: nn.Module,
     pretrained: nn.Module,
     config: Config,
-    text: Text,
+    text: TokenDataset,
 ) -> Result:
     """Compare a fine-tuned model with the one that was fine-tuned with fp32 weights."""
     weights = {param: param for param in model.parameters()}

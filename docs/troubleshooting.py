@@ -77,7 +77,6 @@ ADVICE = {
     "training goes on, what it gets from step": "The reason is before it, such as a full disk.",
     "training goes on without it": "The reason is before it; W&B needs `wandb login`.",
     "no progress bar: tqdm": "`pip install tqdm`; training is the same without.",
-    "is in use: …": "Another run writes there: stop it, or give another `--out`.",
     "note: changed since the checkpoint": "Options that differ from the checkpoint's: as you asked "
     "with `--resume auto`, or such that do not change what is trained.",
     "the schedule jumps": "The options given differ from those of the checkpoint; see `--lr`.",

@@ -3,9 +3,9 @@
     python launch/compare.py --seeds 6 --jobs 2
     python launch/compare.py --preset small --budget 10     # on a GPU, in ten minutes
 
-Runs ``train.py`` once per optimizer and seed; runs in ``--out`` that the same arguments finished
-are not repeated. Prints a table. With ``--docs`` also writes it into the section of the preset in
-``docs/quality.md``, and plots losses and memory beside it. Other arguments go to ``train.py``.
+Runs ``train.py`` once per optimizer and seed, and prints a table. Skips runs already finished in
+``--out`` with the same arguments. With ``--docs`` also writes the table into the preset's section
+of ``docs/quality.md``, and plots losses and memory. Other arguments go to ``train.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from training.optimizers import OPTIMIZERS
 REPO = Path(__file__).resolve().parent.parent
 BASELINE = "torch-fp32"
 DOCS = REPO / "docs"
-OWN_OPTIONS = ("--optimizer", "--seed", "--out", "--resume")  # each run gets its own
+PER_RUN_OPTIONS = ("--optimizer", "--seed", "--out", "--resume")  # compare.py sets them
 CALIBRATION_STEPS = 20
 MIN_STEPS = 50  # fewer say nothing about an optimizer
 
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
     Attributes:
         curves: held-out loss by step, in nats per byte.
-        state_bytes: optimizer state per parameter, without the weight.
+        state_bytes: bytes of optimizer state per parameter.
     """
 
     curves: list[dict[int, float]]
@@ -67,14 +67,14 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
     names = [BASELINE, *(name for name in names if name != BASELINE)]
     if args.budget is not None:
         runs = math.ceil(len(names) * args.seeds / args.jobs)
-        train_args = [*train_args, "--steps", str(steps_in(args, runs, train_args))]
-    # Runs of the same arguments, and of what is in their --config, share a folder.
+        train_args = [*train_args, "--steps", str(steps_within_budget(args, runs, train_args))]
+    # Runs with the same arguments and the same content of --config share a folder.
     content = "" if args.config is None else Path(args.config).read_text()
     key = "\0".join([*train_args, content]).encode()
     folder = args.out / hashlib.sha256(key).hexdigest()[:10]
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(train, folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
+            pool.submit(run_train, folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
             for seed in range(args.seeds)
             for name in names
         ]
@@ -91,12 +91,12 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
     text = f"{table(results)}\n\nRepeat with `{command}`; this was on {device}."
     print(text)
     if args.docs:
-        write_docs(DOCS, args.model, results, text)
+        write_docs(DOCS, args.model_name, results, text)
     return 0
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the own arguments, and those for ``train.py``."""
+    """Return this script's arguments, and the remaining ones, for ``train.py``."""
     parser = Parser("compare.py", __doc__)
     parser.add_argument(
         "--seeds", type=positive, default=6, help="runs of each optimizer (default: 6)"
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         choices=OPTIMIZERS,
         metavar="NAME",
         help=f"optimizers to compare, of {', '.join(OPTIMIZERS)}; {BASELINE} always runs, as the "
-        "gaps are to it (default: all that are installed and run on this device)",
+        "baseline (default: all that are installed and run on this device)",
     )
     parser.add_argument(
         "--budget",
@@ -125,14 +125,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--out",
         type=output_folder,
         default=Path("runs/compare"),
-        help="of all runs (default: runs/compare)",
+        help="folder of all runs (default: runs/compare)",
     )
     parser.add_argument(
         "--docs", action="store_true", help="write the table and the plot into docs/"
     )
     args, train_args = parser.parse_known_args(argv)
     given = {argument.split("=")[0] for argument in train_args}
-    for option in OWN_OPTIONS:
+    for option in PER_RUN_OPTIONS:
         if option in given:
             raise UsageError(
                 f"{option} is set for each run: use --optimizers, --seeds and --out; see --help."
@@ -145,30 +145,30 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
             raise UsageError(f"--optimizers {name} {reason}: leave it out.")
     if args.docs and not is_installed("matplotlib"):
         raise UsageError("--docs needs the package matplotlib: install it.")
-    given_to_train = train_options.parse_args(train_args)  # also for its errors
-    args.config, args.model = given_to_train.config, train_options.model_name(given_to_train)
+    parsed = train_options.parse_args(train_args)  # reports wrong options of train.py now
+    args.config, args.model_name = parsed.config, train_options.model_name(parsed)
     return args, train_args
 
 
 def is_available(name: str) -> bool:
-    """Return whether an optimizer can be compared here; say so if not."""
+    """Return True if an optimizer runs on this machine; else print the reason."""
     reason = OPTIMIZERS[name].unavailable_reason(torch.cuda.is_available())
     if reason is not None:
         print(f"without {name}: it {reason}", file=sys.stderr)
     return reason is None
 
 
-def steps_in(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
-    """Return the steps of each of ``runs`` runs one after another within ``--budget``.
+def steps_within_budget(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
+    """Return the steps per run so that ``runs`` consecutive runs fit in ``--budget``.
 
-    Two short runs of the baseline tell the time of a step from that of a start.
+    Two short baseline runs separate the time per step from the start-up time.
     """
     seconds = []
     for steps in (1, 1 + CALIBRATION_STEPS):
         start = time.perf_counter()
         path = args.out / "calibration" / str(steps)
-        more = [*train_args, "--steps", str(steps)]
-        train(path, BASELINE, 0, more, args.jobs > 1, again=True)
+        calibration_args = [*train_args, "--steps", str(steps)]
+        run_train(path, BASELINE, 0, calibration_args, args.jobs > 1, force=True)
         seconds.append(time.perf_counter() - start)
     per_step = max(seconds[1] - seconds[0], 1e-3) / CALIBRATION_STEPS
     steps = int((args.budget * 60 / runs - seconds[0]) / per_step)
@@ -181,22 +181,22 @@ def steps_in(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
     return steps
 
 
-def train(
+def run_train(
     path: Path,
     optimizer: str,
     seed: int,
     train_args: list[str],
-    one_thread: bool,
-    again: bool = False,
+    single_thread: bool,
+    force: bool = False,
 ) -> None:
-    """Run ``train.py`` in one process, unless the run is finished and not to be run again."""
-    if (path / "finished").exists() and not again:
+    """Run ``train.py`` in one process. Skip a finished run unless ``force``."""
+    if (path / "finished").exists() and not force:
         return
     path.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPO / "launch" / "train.py"), "--optimizer", optimizer]
     command += ["--seed", str(seed), "--out", str(path), "--no-progress", "--save-every", "0"]
     command += train_args
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} if one_thread else None
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if single_thread else None
     with (path / "log.txt").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
     if code != 0:
@@ -229,7 +229,7 @@ def with_error(values: list[float], sign: str = "") -> str:
 
 
 def bytes_per_param(name: str, result: Result) -> tuple[int, float]:
-    """Return the bytes of a weight and of its optimizer state."""
+    """Return the bytes per parameter of the weight and of the optimizer state."""
     return OPTIMIZERS[name].weight_dtype.itemsize, result.state_bytes
 
 
@@ -257,7 +257,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def write_docs(docs: Path, model: str, results: dict[str, Result], text: str) -> None:
-    """Write the table and the plot of the runs of a model."""
+    """Write the table and the plot into the model's section of the docs."""
     begin, end = (f"<!-- compare {model}: {edge} -->" for edge in ("begin", "end"))
     write_between_markers(docs / "quality.md", begin, end, text)
     plot(results, docs / "img" / f"quality_{model}.png")

@@ -323,7 +323,7 @@ def measure(
                     setattr(figures[name], part, value)
             del training
     return {
-        "parameters": config.parameters,
+        "parameters": config.num_params,
         "tokens": tokens,
         "contenders": {name: asdict(each) for name, each in figures.items()},
     }

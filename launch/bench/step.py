@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from bench.fsdp2 import measure_fsdp2
 from bench.measure import measure_size, parse_size
 from bench.optimizers import contenders
 from bench.report import describe, machine, markdown, plain_table, plot, rows, write_section
-from bench.targets import as_data, targets
+from bench.targets import targets
 
 SIZES = {
     "cpu": ["1M", "16M", "128M", "1000x1000", "1000x1"],
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         from bench.gpu_checks import run_checks
 
-        run["gpu_checks"] = [check.as_data() for check in run_checks(device)]
+        run["gpu_checks"] = [asdict(check) for check in run_checks(device)]
         write_json(args.json, run)
     chosen = [
         c for c in contenders(device) if args.only is None or c.key == "ours" or c.key in args.only
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     if args.fsdp2:
         run["fsdp2"] = measure_fsdp2(args.rounds)
     judged = targets(run)
-    run["targets"] = as_data(judged)
+    run["targets"] = [asdict(target) for target in judged]
     lines = [str(target) for target in judged]
     print("\nTargets\n" + "\n".join(lines))
     write_json(args.json, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from bench.measure import parse_size, ratio, times_of
@@ -25,10 +25,6 @@ class Target:
 def targets(run: dict[str, Any]) -> list[Target]:
     """Check a run, the dictionary that the benchmark writes as JSON."""
     return _cpu_targets(run) if run["machine"]["device"] == "cpu" else _cuda_targets(run)
-
-
-def as_data(judged: list[Target]) -> list[dict[str, Any]]:
-    return [asdict(target) for target in judged]
 
 
 def _cpu_targets(run: dict[str, Any]) -> list[Target]:

@@ -1,4 +1,4 @@
-"""Bytes that are live, and bytes that travel, while a piece of a training step runs."""
+"""Peak bytes of live tensors, and bytes sent to other ranks, of a region of code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-# For each operator: the function of torch.distributed that calls it, how often a rank sends
-# (n - 1) / n of a tensor in a ring of n ranks, and the argument that is this tensor. The functional
-# all-gather has no output argument; its input is an n-th of the tensor.
+# By operator: its name in torch.distributed, the passes over a ring of n ranks, in each of which a
+# rank sends (n - 1) / n of the tensor, and the index of the argument that is the tensor. The
+# functional all-gather has the input as its argument, 1 / n of the tensor.
 COLLECTIVES = {
     "c10d.allreduce_": ("all_reduce", 2, 0),
     "c10d.broadcast_": ("broadcast", 1, 0),
@@ -38,8 +38,8 @@ class Collective(NamedTuple):
     Attributes:
         name: the function of torch.distributed, by its name since torch 2.13.
         nbytes: bytes of its tensor.
-        sent: bytes that this rank sends in a ring, the algorithm that sends least. A broadcast
-            counts as the average over ranks.
+        sent: bytes that this rank sends in a ring, the algorithm that sends least. For a
+            broadcast: the mean over ranks.
         dtype: of its tensor.
     """
 
@@ -52,11 +52,11 @@ class Collective(NamedTuple):
 class LiveBytes(TorchDispatchMode):
     """Counter of live storages and of collectives; also counts tensors on the meta device.
 
-    A storage that already exists is counted once an operation uses it.
+    A storage that was allocated before is counted from its first use on.
 
     Attributes:
         peak: most live bytes after an operation since :meth:`reset_peak`.
-        collectives: those called so far.
+        collectives: collectives called so far.
 
     Examples:
         >>> with LiveBytes() as live:
@@ -76,14 +76,14 @@ class LiveBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
-            return NotImplemented  # they call operations on the tensors that they wrap
+            return NotImplemented  # counted in their operations on the wrapped tensors
         name = str(function).rpartition(".")[0]
         if name in COLLECTIVES:
             self.on_collective(_collective(name, args))
         result = function(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, result)):
             self._storages[tensor.untyped_storage()] = None
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live_bytes)
         return result
 
     def on_collective(self, call: Collective) -> None:
@@ -96,12 +96,12 @@ class LiveBytes(TorchDispatchMode):
         return sum(call.sent for call in self.collectives)
 
     @property
-    def live(self) -> int:
+    def live_bytes(self) -> int:
         """Bytes of the storages that exist now."""
         return sum(storage.nbytes() for storage in self._storages)
 
     def reset_peak(self) -> None:
-        self.peak = self.live
+        self.peak = self.live_bytes
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -109,18 +109,19 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _collective(operator: str, args: tuple[Any, ...]) -> Collective:
-    name, times, position = COLLECTIVES[operator]
+    name, passes, position = COLLECTIVES[operator]
     tensors = list(_tensors(args[position]))
-    nbytes, ranks = sum(tensor.nbytes for tensor in tensors), _ranks(args)
+    nbytes, ranks = sum(tensor.nbytes for tensor in tensors), _group_size(args)
     if operator == "_c10d_functional.all_gather_into_tensor":
         nbytes *= ranks
-    return Collective(name, nbytes, times * (ranks - 1) / ranks * nbytes, tensors[0].dtype)
+    return Collective(name, nbytes, passes * (ranks - 1) / ranks * nbytes, tensors[0].dtype)
 
 
-def _ranks(args: tuple[Any, ...]) -> int:
+def _group_size(args: tuple[Any, ...]) -> int:
     """Return the size of the process group among the arguments of a collective."""
+    reduce_ops = ("sum", "avg", "max", "min", "product")  # which are strings too
     for arg in reversed(args):
-        if isinstance(arg, str) and arg.lower() not in ("sum", "avg", "max", "min", "product"):
+        if isinstance(arg, str) and arg.lower() not in reduce_ops:
             name: Any = arg
             return dist.distributed_c10d._resolve_process_group(name).size()
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):

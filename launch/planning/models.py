@@ -29,7 +29,7 @@ class Shape:
     ffn: int
     heads: int
     kv_heads: int
-    vocabulary: int
+    vocab_size: int
     is_tied: bool = False
     seq_len: int = 4096
 
@@ -68,7 +68,7 @@ def from_config(path: Path) -> Shape:
         raise UsageError(f"--config {path} is not JSON ({error}): give a config.json.") from None
     if not isinstance(config, dict):
         raise UsageError(f"--config {path} holds no JSON object: give a config.json.")
-    dim, ffn, layers, heads, vocabulary = (_size(path, config, key) for key in SIZES)
+    dim, ffn, layers, heads, vocab_size = (_size(path, config, key) for key in SIZES)
     key = "num_key_value_heads"  # null or missing without grouped queries
     kv_heads = _size(path, {key: config.get(key) or heads}, key)
     has_experts = config.get("num_local_experts") or config.get("num_experts")
@@ -80,7 +80,7 @@ def from_config(path: Path) -> Shape:
             "only models with the layers of Llama can be planned."
         )
     tied = bool(config.get("tie_word_embeddings", False))
-    return Shape(layers, dim, ffn, heads, kv_heads, vocabulary, tied)
+    return Shape(layers, dim, ffn, heads, kv_heads, vocab_size, tied)
 
 
 def _size(path: Path, config: dict[str, Any], key: str) -> int:
@@ -101,7 +101,7 @@ def build(shape: Shape, layers: int, dtype: torch.dtype) -> GPT:
         8030261248
     """
     with torch.device("meta"):
-        config = Config(layers, shape.dim, shape.heads, shape.ffn, 0, 0, 0, 0.0, shape.vocabulary)
+        config = Config(layers, shape.dim, shape.heads, shape.ffn, 0, 0, 0, 0.0, shape.vocab_size)
         model = GPT(config)
         width = shape.kv_heads * shape.dim // shape.heads
         for block in model.blocks:

@@ -88,10 +88,11 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
     data_ranks = world_size // tensor_ranks
     _check(shape, world_size, strategy, tensor_ranks, options)
     batch_size = options.batch_size or world_size * options.micro_batch
-    if batch_size % (data_ranks * options.micro_batch):
+    divisor = data_ranks * options.micro_batch
+    if batch_size % divisor:
         raise UsageError(
-            f"--batch-size {batch_size} does not divide into {data_ranks} rank(s) x "
-            f"--micro-batch {options.micro_batch}: use a multiple of their product."
+            f"--batch-size {batch_size} is not a multiple of {divisor} = {data_ranks} rank(s) x "
+            f"--micro-batch {options.micro_batch}: use a multiple of {divisor}."
         )
     dtype = WEIGHT_DTYPES[options.optimizer]
     measured = probe(
@@ -143,7 +144,7 @@ def _check(
         ("heads", shape.heads),
         ("key-value heads", shape.kv_heads),
         ("hidden units", shape.ffn),
-        ("vocabulary entries", shape.vocabulary),
+        ("vocabulary entries", shape.vocab_size),
         ("positions of a sequence", options.seq_len),
     ):
         if number % tensor_ranks:

@@ -34,7 +34,7 @@ def set_seeds(args: argparse.Namespace) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     if args.deterministic:
-        # cuBLAS is deterministic only with this.
+        # cuBLAS is deterministic only with this variable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Filling uninitialized memory is for debugging, and slow.
@@ -55,7 +55,7 @@ def model_config(args: argparse.Namespace) -> Any:
 def build_model(
     args: argparse.Namespace, config: Any, world: World, strategy: Strategy
 ) -> tuple[nn.Module, nn.Module, int]:
-    """Return the model, the module to call, and the number of parameters.
+    """Return the model, the wrapped model, and the number of elements of all parameters.
 
     Memory is allocated after sharding, so that each rank allocates only its own shards. The weights
     of ``--model`` are read later.
@@ -75,11 +75,11 @@ def build_model(
         )
     else:
         model = hugging_face.build(args.model, config, dtype)
-    parameters = sum(p.numel() for p in model.parameters())
-    is_announced = world.rank == 0 and parameters >= ANNOUNCED
+    num_params = sum(p.numel() for p in model.parameters())
+    is_announced = world.rank == 0 and num_params >= ANNOUNCED
     if is_announced:
         print(
-            f"building {model_name(args)}: {parameters:,} parameters, --strategy {args.strategy} "
+            f"building {model_name(args)}: {num_params:,} parameters, --strategy {args.strategy} "
             f"on {world.size} x {world.device.type}",
             flush=True,
         )
@@ -93,7 +93,7 @@ def build_model(
     else:
         for param in model.parameters():  # ZeRO compares the weights of ranks before they are read
             param.detach().zero_()
-    return model, strategy.wrap(model, mesh), parameters
+    return model, strategy.wrap(model, mesh), num_params
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

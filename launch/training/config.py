@@ -15,7 +15,7 @@ from typing import Any
 from training.command_line import count, nonempty, positive, seed
 from training.errors import UsageError
 
-STORED = "config.toml"
+CONFIG_FILE = "config.toml"
 WIDTH = 100
 # Options that do not change what is trained. All others are the run's configuration.
 OPERATIONAL = {

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,22 +27,22 @@ from torch import Tensor
 from sharded_bf16_adamw.checkpoint.rank_errors import call_on_rank_0_via_store
 from training.errors import UsageError
 
-HELD_OUT = 10  # one part in so many, at the end of the data, is held out
+HELD_OUT_DIVISOR = 10  # the last tenth of the data is held out
 SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-PIECE = 1 << 20  # bytes of text that are tokenized at once
+CHARS_AT_ONCE = 1 << 20  # characters that a tokenizer gets in one call
 
 
 class Tokenizer(Protocol):
     """Text to token ids.
 
     Attributes:
-        vocabulary: number of token ids.
-        end: token id after each text, or None.
+        vocab_size: number of token ids.
+        eos_token_id: token id after each text, or None.
         key: identifies the tokenizer.
     """
 
-    vocabulary: int
-    end: int | None
+    vocab_size: int
+    eos_token_id: int | None
     key: str
 
     def encode(self, texts: list[str]) -> Sequence[Any]:
@@ -50,10 +50,14 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids; byte 0, which no text has, ends each text."""
+    """UTF-8 bytes as token ids; byte 0, which no text has, ends each text.
 
-    vocabulary = 256
-    end: int | None = 0
+    It is for ``.jsonl`` files. Plain text without a tokenizer is memory-mapped as it is, with
+    nothing between files.
+    """
+
+    vocab_size = 256
+    eos_token_id: int | None = 0
     key = "bytes"
 
     def encode(self, texts: list[str]) -> Sequence[Any]:
@@ -61,15 +65,18 @@ class ByteTokenizer:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files of one kind: "text", ".jsonl" or ".bin"; ``name`` is what errors call them."""
+class DataFiles:
+    """Files of one kind: "text", ".jsonl" or ".bin".
+
+    ``name`` is the name of the data in messages.
+    """
 
     name: str
     kind: str
     paths: list[Path]
 
 
-class Tokens:
+class MemmapTokens:
     """Token ids of several files, one after another, read on demand."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype[Any]) -> None:
@@ -87,33 +94,33 @@ class Tokens:
         index = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             begin, end = (int(self._ends[index - 1]) if index else 0), int(self._ends[index])
-            mapped = _map(self._paths[index], self._dtype)
+            mapped = _memmap(self._paths[index], self._dtype)
             parts.append(mapped[start - begin : min(end, stop) - begin])
             start, index = end, index + 1
         return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
 
 
-@functools.lru_cache(maxsize=64)  # each one holds a file descriptor
-def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+@functools.lru_cache(maxsize=64)  # an open memmap holds a file descriptor
+def _memmap(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids, the first ``cut`` for training and the rest held out.
+class TokenDataset:
+    """Token ids, of which the first ``num_train_tokens`` are for training, the rest held out.
 
     Attributes:
-        tokens: all token ids: an array, or what has its length and slices.
-        cut: number of token ids for training.
+        tokens: all token ids: an array or MemmapTokens.
+        num_train_tokens: token ids before the held-out ones.
         seq_len: tokens in a sequence.
-        vocabulary: number of token ids that the model knows.
-        name: what an error calls the data.
+        vocab_size: number of token ids that the model knows.
+        name: name of the data in messages.
     """
 
-    tokens: Tokens | np.ndarray
-    cut: int
+    tokens: MemmapTokens | np.ndarray
+    num_train_tokens: int
     seq_len: int
-    vocabulary: int = ByteTokenizer.vocabulary
+    vocab_size: int = ByteTokenizer.vocab_size
     name: str = ""
 
     def batch(self, seed: int, step: int, size: int) -> Tensor:
@@ -122,24 +129,24 @@ class Text:
         Inputs are all columns but the last, targets all but the first.
         """
         generator = np.random.default_rng((seed, step))
-        return self._windows(generator.integers(0, self.cut - self.seq_len, size))
+        return self._windows(generator.integers(0, self.num_train_tokens - self.seq_len, size))
 
-    def held_out_batch(self, index: int, batches: int, size: int) -> Tensor:
-        """Return batch ``index`` of ``batches`` that cover the held-out data evenly.
+    def held_out_batch(self, index: int, num_batches: int, size: int) -> Tensor:
+        """Return batch ``index`` of ``num_batches`` that cover the held-out data evenly.
 
-        It is shaped as in :meth:`batch`, and always the same.
+        The shape is that of :meth:`batch`; the content is the same in every call.
         """
-        last = len(self.tokens) - self.cut - self.seq_len - 1
-        starts = self.cut + np.linspace(0, last, batches * size).astype(np.int64)
+        last = len(self.tokens) - self.num_train_tokens - self.seq_len - 1
+        starts = np.linspace(0, last, num_batches * size).astype(np.int64) + self.num_train_tokens
         return self._windows(starts[index * size : (index + 1) * size])
 
     def _windows(self, starts: np.ndarray) -> Tensor:
         windows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts])
         largest = int(windows.max())
-        if largest >= self.vocabulary:
+        if largest >= self.vocab_size:
             raise UsageError(
                 f"--data {self.name} has the token id {largest}, but the model's ids end at "
-                f"{self.vocabulary - 1}: give data of the model's tokenizer, or --token-dtype if "
+                f"{self.vocab_size - 1}: give data of the model's tokenizer, or --token-dtype if "
                 "the integers of the file have another size."
             )
         return torch.from_numpy(windows.astype(np.int64))
@@ -148,8 +155,12 @@ class Text:
 # ------------------------------------------------------------------------------------------ files
 
 
-def find_files(path: str | None) -> Files:
-    """Find a file, all visible files below a folder, or (None) the standard library's sources.
+def find_files(path: str | None) -> DataFiles:
+    """List the data files.
+
+    Args:
+        path: a file, a folder, of which all visible files below it are listed, or None for the
+            standard library's sources.
 
     Raises:
         UsageError: ``path`` is missing or unreadable, holds nothing, several kinds of files, or
@@ -158,7 +169,7 @@ def find_files(path: str | None) -> Files:
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         sources = [p for p in _walk(root, SKIPPED_DIRS) if p.suffix == ".py"]
-        return Files("the standard library's sources", "text", sources)
+        return DataFiles("the standard library's sources", "text", sources)
     try:
         is_folder = Path(path).is_dir()
         paths = list(_walk(Path(path), {"__pycache__"})) if is_folder else [Path(path)]
@@ -170,9 +181,10 @@ def find_files(path: str | None) -> Files:
                 f"--data {path} holds {' and '.join(kinds)} files: give a file, or a folder of one "
                 "kind."
             )
+        kind = kinds[0]
         for p in paths:
             with p.open("rb") as file:
-                if kinds != [".bin"] and b"\0" in file.read(8192):
+                if kind != ".bin" and b"\0" in file.read(8192):
                     raise UsageError(
                         f"--data {path} holds a binary file, not text ({p}): give text, .jsonl or "
                         ".bin (token ids) files."
@@ -182,11 +194,11 @@ def find_files(path: str | None) -> Files:
             f"--data {path} cannot be read ({error.strerror}: {error.filename or path}): "
             "check the path and its permissions."
         ) from None
-    return Files(path, kinds[0], paths)
+    return DataFiles(path, kind, paths)
 
 
 def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
-    """Yield all visible files below ``root``, in an order that no file system changes."""
+    """Yield all visible files below ``root`` in sorted order."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -196,37 +208,37 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
         yield from (Path(directory, n) for n in sorted(names) if not n.startswith("."))
 
 
-def load_text(
-    files: Files,
+def load_dataset(
+    files: DataFiles,
     seq_len: int,
-    vocabulary: int = ByteTokenizer.vocabulary,
+    vocab_size: int = ByteTokenizer.vocab_size,
     tokenizer: Tokenizer | None = None,
     token_dtype: str | None = None,
     cache: str | os.PathLike[str] = ".",
-) -> Text:
-    """Open the data; first write its token ids to a file if it has none.
+) -> TokenDataset:
+    """Open the data. Tokenize it first if there is no file of its token ids yet.
 
-    In a distributed run every rank calls it, and rank 0 writes.
+    In a distributed run every rank calls this function, and rank 0 tokenizes.
 
     Args:
         files: the result of :func:`find_files`.
         seq_len: tokens in a sequence.
-        vocabulary: number of token ids that the model knows.
-        tokenizer: for text; None for its bytes.
+        vocab_size: number of token ids that the model knows.
+        tokenizer: for text; None: use the text's UTF-8 bytes.
         token_dtype: "uint16" or "uint32", the integers of ``.bin`` files; None for the smallest
-            that holds the vocabulary.
-        cache: folder for the file of token ids, which is reused.
+            that holds all of ``vocab_size``.
+        cache: folder for files of token ids; a later run with the same data reuses them.
 
     Raises:
         UsageError: the data is malformed, or too short for one sequence in each part.
     """
     paths, unit = files.paths, "tokens"
-    dtype = np.dtype(token_dtype or ("uint16" if vocabulary <= 1 << 16 else "uint32"))
+    dtype = np.dtype(token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32"))
     if files.kind == "text" and tokenizer is None:
         dtype, unit = np.dtype("uint8"), "bytes"
     elif files.kind != ".bin":
         chosen = tokenizer or ByteTokenizer()
-        dtype = np.dtype("uint16" if chosen.vocabulary <= 1 << 16 else "uint32")
+        dtype = np.dtype("uint16" if chosen.vocab_size <= 1 << 16 else "uint32")
         paths = [_tokenize_once(files, chosen, dtype, Path(cache))]
     odd = next((p for p in paths if p.stat().st_size % dtype.itemsize), None)
     if odd is not None:
@@ -234,20 +246,22 @@ def load_text(
             f"--data {files.name} is not of {dtype} token ids ({odd} has {odd.stat().st_size} "
             "bytes): give --token-dtype, or another file."
         )
-    tokens = Tokens(paths, dtype)
-    cut = len(tokens) - len(tokens) // HELD_OUT
-    if len(tokens) - cut <= seq_len:
+    tokens = MemmapTokens(paths, dtype)
+    num_train_tokens = len(tokens) - len(tokens) // HELD_OUT_DIVISOR
+    if len(tokens) - num_train_tokens <= seq_len:
         raise UsageError(
             f"--data {files.name} holds {len(tokens)} {unit}, too few for --seq-len {seq_len}: "
-            f"give at least {HELD_OUT * (seq_len + 1)} or shorten --seq-len."
+            f"give at least {HELD_OUT_DIVISOR * (seq_len + 1)} or shorten --seq-len."
         )
-    return Text(tokens, cut, seq_len, vocabulary, files.name)
+    return TokenDataset(tokens, num_train_tokens, seq_len, vocab_size, files.name)
 
 
 # ---------------------------------------------------------------------------------------- tokens
 
 
-def _tokenize_once(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], folder: Path) -> Path:
+def _tokenize_once(
+    files: DataFiles, tokenizer: Tokenizer, dtype: np.dtype[Any], folder: Path
+) -> Path:
     def tokenize() -> str:
         stats = [(str(p.absolute()), p.stat()) for p in files.paths]
         source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -259,51 +273,58 @@ def _tokenize_once(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], fol
             partial.rename(path)
         return str(path)
 
-    try:  # the other ranks wait without a timeout
+    # The other ranks wait on the store, since tokenizing may exceed a collective's timeout.
+    try:
         return Path(call_on_rank_0_via_store("tokenize", folder, tokenize))
-    except UsageError:
+    except UsageError:  # which is a ValueError
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"--data {files.name}: {error}") from error
 
 
-def _tokenize(files: Files, tokenizer: Tokenizer, dtype: np.dtype[Any], path: Path) -> None:
-    end = [] if tokenizer.end is None else [tokenizer.end]
+class _TextPart(NamedTuple):
+    """A part of a text, up to a line break, and whether it is the last part of its text."""
+
+    text: str
+    is_last: bool
+
+
+def _tokenize(files: DataFiles, tokenizer: Tokenizer, dtype: np.dtype[Any], path: Path) -> None:
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with path.open("wb") as out:
-        for pieces in _batches(_pieces(files)):
-            for ids, (_, is_end) in zip(
-                tokenizer.encode([text for text, _ in pieces]), pieces, strict=True
-            ):
+        for parts in _batches(_text_parts(files)):
+            ids_of_parts = tokenizer.encode([part.text for part in parts])
+            for ids, part in zip(ids_of_parts, parts, strict=True):
                 out.write(np.asarray(ids, dtype).tobytes())
-                out.write(np.asarray(end if is_end else [], dtype).tobytes())
+                out.write(np.asarray(eos if part.is_last else [], dtype).tobytes())
 
 
-def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Yield pieces in lists of about ``PIECE`` characters, for tokenizers with threads."""
+def _batches(parts: Iterator[_TextPart]) -> Iterator[list[_TextPart]]:
+    """Yield parts in lists of about ``CHARS_AT_ONCE`` characters, for tokenizers with threads."""
     batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= PIECE:
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if size >= CHARS_AT_ONCE:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _pieces(files: Files) -> Iterator[tuple[str, bool]]:
-    """Yield parts of texts, and whether each is the last of its text. A part ends with a line."""
+def _text_parts(files: DataFiles) -> Iterator[_TextPart]:
+    """Yield the lines of ``.jsonl`` files as texts of one part, and text files in several parts."""
     for path in files.paths:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 if files.kind == ".jsonl":
                     for number, line in enumerate(file, 1):
                         if line.strip():
-                            yield _text_field(files.name, path, number, line), True
+                            yield _TextPart(_text_field(files.name, path, number, line), True)
                 else:
-                    while lines := file.readlines(PIECE):
-                        yield "".join(lines), False
-                    yield "", True
+                    while lines := file.readlines(CHARS_AT_ONCE):
+                        yield _TextPart("".join(lines), False)
+                    yield _TextPart("", True)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"--data {files.name} has a file that is not UTF-8 text ({path}): convert it."
@@ -313,7 +334,7 @@ def _pieces(files: Files) -> Iterator[tuple[str, bool]]:
 def _text_field(name: str, path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-        text.encode()  # lone surrogates are no text
+        text.encode()  # raises for lone surrogates
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(
             f'--data {name}: line {number} of {path} is not a JSON object with a string "text": '

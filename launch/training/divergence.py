@@ -28,9 +28,9 @@ def check_replicas(run: Run) -> None:
 
 def recovery_hint(run: Run) -> str:
     """Say how to continue after training has diverged."""
-    if run.saved is None:
+    if run.last_checkpoint is None:
         return "no checkpoint was saved; start again with a lower --lr"
     return (
-        f"the last good checkpoint is {run.saved}; "
-        f"continue with --resume {run.saved} and a lower --lr"
+        f"the last good checkpoint is {run.last_checkpoint}; "
+        f"continue with --resume {run.last_checkpoint} and a lower --lr"
     )

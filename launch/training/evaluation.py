@@ -24,9 +24,9 @@ def held_out_loss(run: Run) -> float:
     for index in range(args.eval_batches):
         run.supervisor.stop_if_requested()
         run.supervisor.beat(f"the evaluation after step {run.step}")
-        batch = run.text.held_out_batch(index, args.eval_batches, args.batch_size)
+        batch = run.data.held_out_batch(index, args.eval_batches, args.batch_size)
         local = batch[world.batch_slice].to(world.device)
-        total += compute_loss(run.module, local) / args.eval_batches
+        total += compute_loss(run.wrapped_model, local) / args.eval_batches
     return all_reduce_mean(world, total)[0]
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders of a run: ``train.py --export-hf``."""
+"""Export of checkpoints in Hugging Face format: ``train.py --export-hf``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ LATEST_EXPORT = Path("hf", "latest")  # in --out
 
 
 def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
-    """Export a checkpoint to ``<out>/hf``, update the link ``latest``, keep ``--keep``. Collective.
+    """Export a checkpoint to ``<out>/hf``, and update the link ``latest``. Collective.
 
-    All ranks write.
+    All ranks write. Then rank 0 deletes all but the newest ``--keep`` exports.
     """
     latest = Path(args.out) / LATEST_EXPORT
     root = latest.parent
     out = root / checkpoint.name
-    is_first = dist.get_rank() == 0
-    if is_first:  # of a run that has gone back to an earlier step
+    is_rank_0 = dist.get_rank() == 0
+    if is_rank_0:
+        # Left by a run that later resumed from an earlier step.
         shutil.rmtree(out, ignore_errors=True)
     dtype = getattr(torch, args.export_hf)
     export_fp32(checkpoint, out, dtype, config_from=args.model, parallel=True)
-    if is_first:
+    if is_rank_0:
         link = root / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(out.name)

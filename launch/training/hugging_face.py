@@ -109,11 +109,11 @@ class FolderTokenizer:
                 f"--model {folder} has no tokenizer that transformers reads ({_line(error)}): "
                 "give --data .bin files of token ids."
             ) from error
-        self.vocabulary = len(self._tokenizer)
-        self.end = self._tokenizer.eos_token_id
+        self.vocab_size = len(self._tokenizer)
+        self.eos_token_id = self._tokenizer.eos_token_id
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         content = folder if fast is None else fast.to_str()
-        self.key = f"{zlib.crc32(content.encode()):08x}-{self.end}"
+        self.key = f"{zlib.crc32(content.encode()):08x}-{self.eos_token_id}"
 
     def encode(self, texts: list[str]) -> Sequence[Any]:
         encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)

@@ -12,7 +12,7 @@ from sharded_bf16_adamw import AdamW_BF16, import_fp32, load
 from sharded_bf16_adamw.checkpoint.directory import find_checkpoint
 from training.build import set_seeds
 from training.errors import UsageError
-from training.world import from_rank_0
+from training.world import call_on_rank_0
 
 
 def init_from(
@@ -29,7 +29,7 @@ def init_from(
     source = args.init_from or args.model
     if source is None:
         return
-    checkpoint = from_rank_0(_find, source)
+    checkpoint = call_on_rank_0(_find, source)
     try:
         if checkpoint is not None:
             _load(args, checkpoint, module, optimizer)

@@ -24,7 +24,10 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Config:
-    """Model size and suitable training settings; ``batch_size`` counts sequences of all ranks."""
+    """Model size and suitable training settings.
+
+    ``batch_size`` is the global batch size, in sequences.
+    """
 
     layers: int
     dim: int
@@ -37,8 +40,8 @@ class Config:
     vocab_size: int = 256
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters, computed from the shapes."""
+    def num_params(self) -> int:
+        """Number of elements of all parameters, computed from their shapes."""
         block = 4 * self.dim**2 + 3 * self.dim * self.ffn + 2 * self.dim
         return self.layers * block + 2 * self.vocab_size * self.dim + self.dim
 
@@ -57,10 +60,10 @@ PRESETS = {
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Return True if bfloat16 matrix products run in hardware.
+    """Return True if bfloat16 matrix products run in hardware, as on any device but a CPU.
 
-    CPUs without the instructions emulate them, and the backward pass of attention, ten times
-    slower than fp32.
+    Without AVX512-BF16 a CPU emulates them, ten times slower than fp32. The same holds for the
+    backward pass of attention.
     """
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
@@ -74,7 +77,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if not has_fast_bf16(x.device):
-            # The same product: exact terms, an fp32 sum, rounded once to bfloat16.
+            # The same result: products of bf16 are exact in fp32; sum in fp32, round once.
             return F.linear(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
@@ -108,12 +111,12 @@ class Attention(nn.Module):
         self.value = Linear(config.dim, config.dim)
         self.output = Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (
             f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for f in (self.query, self.key, self.value)
         )
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = apply_rotary_emb(q, cos_sin), apply_rotary_emb(k, cos_sin)
         if not has_fast_bf16(x.device):
             q, k, v = q.float(), k.float(), v.float()
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).to(x.dtype)
@@ -143,8 +146,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos_sin)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -164,10 +167,11 @@ class GPT(nn.Module):
         self.head = Linear(config.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rotation = rotations(tokens.shape[1], self.config.dim // self.config.heads, tokens.device)
+        head_dim = self.config.dim // self.config.heads
+        cos_sin = rotary_cos_sin(tokens.shape[1], head_dim, tokens.device)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, rotation)
+            x = block(x, cos_sin)
         return self.head(self.norm(x))
 
     @torch.no_grad()
@@ -175,17 +179,18 @@ class GPT(nn.Module):
         """Initialize the parameters in place, to the same values for every sharding and world size.
 
         Values of different dtypes differ only by rounding. Each parameter has its own generator,
-        seeded by ``seed`` and its name, so that its values do not depend on the others. They are
-        drawn on the parameter's device; CPU and CUDA draw different ones.
+        seeded by ``seed`` and the parameter's name, so its values do not depend on other
+        parameters. The generator is on the parameter's device: CPU and CUDA draw different values.
         """
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, dtype=torch.float32, device=parameter.device)
-            if parameter.ndim > 1:
+            if parameter.ndim > 1:  # those with one dimension are weights of norms
                 # A hash of 32 bits, since CPU generators ignore higher bits of a seed.
                 hashed = zlib.crc32(f"{seed}.{name}".encode())
                 generator = torch.Generator(parameter.device).manual_seed(hashed)
                 full.normal_(0.0, self._std(name), generator=generator)
             if isinstance(parameter, DTensor):
+                # Every rank has drawn the full tensor.
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
@@ -193,12 +198,12 @@ class GPT(nn.Module):
 
     def _std(self, name: str) -> float:
         if name.endswith(("attention.output.weight", "ffn.down.weight")):
-            # So that the variance of the residual stream does not grow with depth (GPT-2).
+            # Keeps the variance of the residual stream from growing with depth (GPT-2).
             return INIT_STD / math.sqrt(2 * self.config.layers)
         return INIT_STD
 
 
-def rotations(
+def rotary_cos_sin(
     length: int, head_dim: int, device: torch.device, base: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotary embedding (Su et al., arXiv:2104.09864).
@@ -211,8 +216,8 @@ def rotations(
     return angles.cos().to(COMPUTE_DTYPE), angles.sin().to(COMPUTE_DTYPE)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs ``(x[i], x[i + half])`` of ``(B, H, T, D / H)`` by their position's angles."""
-    cos, sin = rotation
+    cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -18,7 +18,7 @@ from training.metrics import MetricsFile
 from training.options import model_name
 from training.picture import Picture
 from training.run_state import Run
-from training.world import on_rank_0
+from training.world import call_on_rank_0_only
 
 # Values in the progress, and their names there.
 SHOWN = {
@@ -87,7 +87,7 @@ def open_reporters(run: Run) -> Reporters:
     Raises:
         UsageError: on all ranks, if ``metrics.jsonl`` cannot be written.
     """
-    return on_rank_0(_open_all, run) or Reporters()
+    return call_on_rank_0_only(_open_all, run) or Reporters()
 
 
 def _open_all(run: Run) -> Reporters:

@@ -17,7 +17,7 @@ from training.build import make_schedule
 from training.config import changes
 from training.errors import UsageError
 from training.run_state import Run
-from training.world import from_rank_0
+from training.world import call_on_rank_0
 
 
 def resume(run: Run) -> None:
@@ -26,20 +26,20 @@ def resume(run: Run) -> None:
     if path is None:
         return
     try:
-        extra = load(path, run.module, run.optimizer).extra
+        extra = load(path, run.wrapped_model, run.optimizer).extra
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         other = find_undamaged(run.args, path)
         if other is None:
             raise UsageError(f"{error}{suggest_undamaged(run.args, path)}") from error
-        path, extra = other, load(other, run.module, run.optimizer).extra
-    run.step = run.saved_step = extra["step"]
+        path, extra = other, load(other, run.wrapped_model, run.optimizer).extra
+    run.step = run.last_checkpoint_step = extra["step"]
     run.evaluated_step = extra.get("evaluated_step", -1)
     run.held_out_loss = extra.get("held_out_loss", math.nan)
     run.nonfinite_steps = extra.get("nonfinite_steps", 0)
     run.consecutive_nonfinite = extra.get("consecutive_nonfinite", 0)
     if "spikes" in extra:
-        run.spikes.load(extra["spikes"])
-    run.saved = path
+        run.spike_filter.load(extra["spikes"])
+    run.last_checkpoint = path
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -50,7 +50,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     Raises:
         UsageError: on all ranks, if ``--resume`` names no checkpoint, or it is of another run.
     """
-    return from_rank_0(_readable, _find, args)
+    return call_on_rank_0(_readable, _find, args)
 
 
 def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
@@ -60,13 +60,13 @@ def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
     """
     if args.resume is not None:
         return None
-    found = from_rank_0(_readable, _newest_good, args, damaged.parent)
+    found = call_on_rank_0(_readable, _newest_good, args, damaged.parent)
     return None if found == damaged else found
 
 
 def suggest_undamaged(args: argparse.Namespace, path: Path) -> str:
     """Return the part of an error about ``path`` that names an undamaged checkpoint. Collective."""
-    return from_rank_0(_suggest_undamaged, args, path)
+    return call_on_rank_0(_suggest_undamaged, args, path)
 
 
 def _readable(function: Any, *args: Any) -> Any:

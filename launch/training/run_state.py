@@ -1,4 +1,4 @@
-"""State of the training loop."""
+"""What the parts of ``train.py`` share: model, optimizer, and the state of the training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from sharded_bf16_adamw import PrecisionStats
 from training.build import Schedule
-from training.data import Text
+from training.data import TokenDataset
 from training.signals_and_watchdog import Supervisor
 from training.spikes import SpikeFilter
 from training.strategies import Strategy
@@ -21,46 +21,47 @@ from training.world import World
 
 @dataclass
 class Run:
-    """State of the training loop.
+    """What the parts of ``train.py`` share.
 
     Attributes:
-        parameters: their number in the full model.
-        module: ``model`` as its strategy wraps it: the module to call.
-        supervisor: knows whether the run shall stop, and ends a run that hangs.
-        spikes: finds outliers for ``--skip-spikes``.
+        model: the model itself.
+        wrapped_model: the result of the strategy's ``wrap``, such as DDP's module; call this one.
+        num_params: number of elements of all parameters of the full model.
+        supervisor: tells if a rank was asked to stop, and ends a run that hangs.
+        spike_filter: finds outliers for ``--skip-spikes``.
         step: optimizer steps taken.
         evaluated_step: the last step after which the model was evaluated, -1 before.
         held_out_loss: the loss of that evaluation.
         step_seconds: duration of each optimizer step of this process.
         loop_seconds: duration of each whole step of this process, without evaluations and saves.
         save_seconds: duration of the last save that training waited for.
-        saved: the last checkpoint that was saved or loaded.
-        saved_step: its step.
+        last_checkpoint: the last checkpoint that was saved or loaded.
+        last_checkpoint_step: the step of ``last_checkpoint``, -1 without one.
         nonfinite_steps: steps whose loss or gradient norm was not finite.
-        consecutive_nonfinite: how many of them the last steps were, without a finite one between.
-        last_is_finite: the last losses and the last gradient norm were finite.
-        precision: statistics of the last step, if ``--precision-stats`` asked for them.
+        consecutive_nonfinite: number of steps since the last finite one.
+        last_is_finite: whether the last losses and the last gradient norm were finite.
+        precision: statistics of the last step, or None unless ``--precision-stats`` asked for them.
     """
 
     args: argparse.Namespace
     world: World
-    text: Text
+    data: TokenDataset
     strategy: Strategy
     model: nn.Module
-    module: nn.Module
+    wrapped_model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    parameters: int
+    num_params: int
     supervisor: Supervisor
-    spikes: SpikeFilter
+    spike_filter: SpikeFilter
     step: int = 0
     evaluated_step: int = -1
     held_out_loss: float = math.nan
     step_seconds: list[float] = field(default_factory=list)
     loop_seconds: list[float] = field(default_factory=list)
     save_seconds: float = 0.0
-    saved: Path | None = None
-    saved_step: int = -1
+    last_checkpoint: Path | None = None
+    last_checkpoint_step: int = -1
     nonfinite_steps: int = 0
     consecutive_nonfinite: int = 0
     last_is_finite: bool = True

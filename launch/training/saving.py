@@ -17,7 +17,7 @@ from training.divergence import recovery_hint
 from training.errors import DivergedError, RunError
 from training.hf_export import export_hf
 from training.run_state import Run
-from training.world import on_every_rank
+from training.world import true_on_all_ranks
 
 
 def is_save_due(run: Run) -> bool:
@@ -43,7 +43,7 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
         RunError: this save or the previous one failed.
     """
     run.supervisor.beat(f"the save of step {run.step}")
-    if not on_every_rank(run.world, state_is_finite(run.optimizer)):
+    if not true_on_all_ranks(run.world, state_is_finite(run.optimizer)):
         raise DivergedError(
             f"a weight or an optimizer state is not finite after step {run.step}, "
             f"which is not saved: {recovery_hint(run)}."
@@ -54,7 +54,7 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
         "held_out_loss": run.held_out_loss,
         "nonfinite_steps": run.nonfinite_steps,
         "consecutive_nonfinite": run.consecutive_nonfinite,
-        "spikes": run.spikes.state(),
+        "spikes": run.spike_filter.state(),
         "config": vars(run.args),
     }
     keep = run.args.keep if run.last_is_finite else None
@@ -62,10 +62,12 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
     in_background = in_background and run.args.export_hf is None
     start = time.perf_counter()
     with save_errors():
-        run.saved = save(root, run.step, run.module, run.optimizer, extra, keep, in_background)
+        run.last_checkpoint = save(
+            root, run.step, run.wrapped_model, run.optimizer, extra, keep, in_background
+        )
         if run.args.export_hf is not None:
-            export_hf(run.args, run.saved)
-    run.saved_step = run.step
+            export_hf(run.args, run.last_checkpoint)
+    run.last_checkpoint_step = run.step
     run.save_seconds = time.perf_counter() - start
 
 
@@ -103,5 +105,5 @@ def save_last_step(run: Run) -> None:
     except RunError:
         save_checkpoint(run, in_background=False)
         raise
-    if run.saved_step != run.step:
+    if run.last_checkpoint_step != run.step:
         save_checkpoint(run, in_background=False)

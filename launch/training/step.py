@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from sharded_bf16_adamw import AdamW_BF16
 from training.run_state import Run
-from training.world import on_every_rank, synchronize
+from training.world import synchronize, true_on_all_ranks
 
 
 def backward(run: Run) -> Tensor:
@@ -27,15 +27,15 @@ def backward(run: Run) -> Tensor:
         StopTraining: a rank was asked to stop before the last micro-batch; the step is not taken.
     """
     args, world = run.args, run.world
-    batch = run.text.batch(args.seed, run.step, args.batch_size)[world.batch_slice].to(world.device)
+    batch = run.data.batch(args.seed, run.step, args.batch_size)[world.batch_slice].to(world.device)
     total = torch.zeros((), device=world.device)
     for index, micro_batch in enumerate(batch.chunk(args.grad_accum)):
         if index > 0:
             run.supervisor.stop_if_requested()
         run.supervisor.beat(f"micro-batch {index + 1} of step {run.step + 1}")
         is_last = index == args.grad_accum - 1
-        with nullcontext() if is_last else run.strategy.no_sync(run.module, run.optimizer):
-            loss = compute_loss(run.module, micro_batch) / args.grad_accum
+        with nullcontext() if is_last else run.strategy.no_sync(run.wrapped_model, run.optimizer):
+            loss = compute_loss(run.wrapped_model, micro_batch) / args.grad_accum
             loss.backward()
         total += loss.detach()
     return total
@@ -63,17 +63,19 @@ def update(run: Run, loss: float) -> float:
     else:
         for group in optimizer.param_groups:
             set_lr(group, run.schedule(run.step))
-        clip_grad_norm_ = getattr(run.module, "clip_grad_norm_", None)  # FSDP1's
+        clip_grad_norm_ = getattr(run.wrapped_model, "clip_grad_norm_", None)  # FSDP1's
         norm = (
             clip_grad_norm_(clip) if clip_grad_norm_ is not None else clip_in_fp32(run.model, clip)
         )
     norm_before = float(norm)
-    is_finite = on_every_rank(run.world, math.isfinite(loss) and math.isfinite(norm_before))
+    is_finite = true_on_all_ranks(run.world, math.isfinite(loss) and math.isfinite(norm_before))
     # The norm may differ in its last bit between ranks.
     is_spike = bool(run.args.skip_spikes) and is_finite
     if is_spike:
-        is_spike = not on_every_rank(run.world, not run.spikes.is_spike(loss, norm_before))
-    run.spikes.skipped += is_spike
+        is_spike = not true_on_all_ranks(
+            run.world, not run.spike_filter.is_spike(loss, norm_before)
+        )
+    run.spike_filter.skipped += is_spike
     if is_spike or (not is_finite and run.args.skip_nonfinite):
         optimizer.zero_grad()  # without gradients, step() only advances the schedule
     start += measure_precision(run, is_finite)
@@ -130,6 +132,6 @@ def step_values(run: Run, loss: float, norm: float) -> dict[str, float]:
         "nonfinite_steps": run.nonfinite_steps,
     }
     if args.skip_spikes:
-        values["spikes"] = run.spikes.skipped
+        values["spikes"] = run.spike_filter.skipped
     tokens_per_s = args.batch_size * args.seq_len / run.loop_seconds[-1]
     return {**values, "tokens_per_s": round(tokens_per_s, 1)}

@@ -18,10 +18,10 @@ def print_summary(run: Run, stopped: bool) -> None:
     state_bytes = optimizer_state_bytes(run.optimizer, run.world.device)
     if run.world.rank != 0:
         return
-    assert run.saved is not None
+    assert run.last_checkpoint is not None
     if stopped:
         print(
-            f"stopped at step {run.step}, saved {run.saved}; the same command continues",
+            f"stopped at step {run.step}, saved {run.last_checkpoint}; the same command continues",
             flush=True,
         )
         return
@@ -29,15 +29,15 @@ def print_summary(run: Run, stopped: bool) -> None:
         summary(
             held_out_loss=run.held_out_loss,
             state_bytes=state_bytes,
-            parameters=run.parameters,
+            parameters=run.num_params,
             world_size=run.world.size,
             # The median, since the first steps also compile and load kernels.
             step_seconds=statistics.median(run.step_seconds or [0.0]),
             out_dir=run.out_dir,
-            checkpoint=run.saved,
+            checkpoint=run.last_checkpoint,
             nonfinite_steps=run.nonfinite_steps,
             skipped=run.args.skip_nonfinite,
-            spikes=run.spikes.skipped if run.args.skip_spikes else None,
+            spikes=run.spike_filter.skipped if run.args.skip_spikes else None,
             exported=Path(run.args.out) / LATEST_EXPORT if run.args.export_hf else None,
         )
     )

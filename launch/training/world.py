@@ -75,7 +75,7 @@ def init_world(device: str) -> World:
     return World(dist.get_rank(), dist.get_world_size(), rank_device)
 
 
-def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
+def call_on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function(*args)`` on every rank; raise a UsageError of one rank on all. Collective.
 
     A rank that raised alone would leave the others blocked in the next collective.
@@ -93,23 +93,27 @@ def on_all_ranks(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)`` on rank 0, None on the others; raise as :func:`on_all_ranks`."""
-    return on_all_ranks(*((function, *args) if dist.get_rank() == 0 else (lambda: None,)))
+def call_on_rank_0_only(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` on rank 0; return None on the others. Collective.
 
-
-def from_rank_0(function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)`` of rank 0 on every rank; raise its UsageError on all. Collective.
-
-    Other ranks may see an older state of a network file system.
+    Raise a UsageError of rank 0 on all ranks.
     """
-    result = [on_rank_0(function, *args)]
+    return call_on_all_ranks(*((function, *args) if dist.get_rank() == 0 else (lambda: None,)))
+
+
+def call_on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` on rank 0, and return its result on every rank. Collective.
+
+    Raise a UsageError of rank 0 on all ranks. Files are looked up this way, because other ranks
+    may see an older state of a network file system.
+    """
+    result = [call_on_rank_0_only(function, *args)]
     dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
 def all_reduce_mean(world: World, *values: Tensor | float) -> list[float]:
-    """Return the mean over the ranks of each 0-dim value."""
+    """Return the mean over the ranks of each 0-dim value. Collective."""
     stacked = torch.stack(
         [torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in values]
     )
@@ -117,8 +121,8 @@ def all_reduce_mean(world: World, *values: Tensor | float) -> list[float]:
     return (stacked / world.size).tolist()
 
 
-def on_every_rank(world: World, condition: bool) -> bool:
-    """Return True if ``condition`` is true on every rank."""
+def true_on_all_ranks(world: World, condition: bool) -> bool:
+    """Return True if ``condition`` is true on every rank. Collective."""
     return all_reduce_mean(world, float(not condition)) == [0.0]
 
 

@@ -17,11 +17,23 @@ LOCK = ".writer"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
+class RootLockedError(RuntimeError):
+    """Another save holds the lock.
+
+    Attributes:
+        holder: its process and machine.
+    """
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class RootLock:
     """A lock on ``root``, held from construction until :meth:`release`.
 
     Raises:
-        RuntimeError: another save holds the lock.
+        RootLockedError: another save holds the lock.
         OSError: the root cannot be written to; or, with an errno of ``_NO_LOCKS``, its file system
             has no locks.
     """
@@ -39,9 +51,11 @@ class RootLock:
                     self._descriptor = descriptor
                 # else the previous holder removed the file after this process opened it
             except BlockingIOError:
-                raise RuntimeError(
-                    f"{_signature(descriptor)} is saving to {root} now; give each job a root of "
-                    f"its own, or remove {self._path} if that process no longer exists"
+                holder = _signature(descriptor)
+                raise RootLockedError(
+                    f"{holder} is saving to {root} now; give each job a root of its own, or remove "
+                    f"{self._path} if that process no longer exists",
+                    holder,
                 ) from None
             finally:
                 if self._descriptor == -1:
@@ -64,7 +78,7 @@ def lock_if_possible(root: Path) -> RootLock | None:
     """Lock ``root``; return None if its file system has no locks.
 
     Raises:
-        RuntimeError: another save holds the lock.
+        RootLockedError: another save holds the lock.
     """
     try:
         return RootLock(root)
@@ -79,7 +93,7 @@ def lock_if_possible(root: Path) -> RootLock | None:
 def _open(path: Path) -> tuple[int, bool]:
     """Open the lock's file, and return its descriptor and whether it is writable.
 
-    Another user's file is not.
+    Another user's file is not writable.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True

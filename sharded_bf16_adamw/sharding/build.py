@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from .base import Sharding
-from .experts import ExpertsApart
+from .experts import RankLocalExperts
 from .model_parallel import ModelParallel
 from .torch_managed import TorchManaged
 from .zero.config import ZeRO
 
 
 def build_sharding(
-    zero: ZeRO | None, parallel: ModelParallel | None, in_backward: bool = False
+    sharding: ZeRO | None,
+    model_parallel: ModelParallel | None,
+    step_in_backward: bool = False,
 ) -> Sharding:
     """Return the strategy for the optimizer's ``sharding`` and ``model_parallel``.
 
     Args:
-        zero: ``sharding`` of the optimizer.
-        parallel: ``model_parallel`` of the optimizer.
-        in_backward: ``step_in_backward`` of the optimizer, for ZeRO stage 2.
+        sharding: of the optimizer.
+        model_parallel: of the optimizer.
+        step_in_backward: of the optimizer, for ZeRO stage 2.
 
     Raises:
-        ValueError: an argument has another type.
+        ValueError: an argument has the wrong type.
     """
-    if not isinstance(zero, ZeRO | None):
+    if not isinstance(sharding, ZeRO | None):
         raise ValueError(
-            f"Invalid sharding: {zero!r}; give ZeRO(mesh), or None to leave sharding to torch "
+            f"Invalid sharding: {sharding!r}; give ZeRO(mesh), or None to leave sharding to torch "
             "(DDP, FSDP, DTensor)"
         )
-    if not isinstance(parallel, ModelParallel | None):
+    if not isinstance(model_parallel, ModelParallel | None):
         raise ValueError(
-            f"Invalid model_parallel: {parallel!r}; give ModelParallel(pp=...), or None if all "
-            "ranks hold the same model"
+            f"Invalid model_parallel: {model_parallel!r}; give ModelParallel(pp=...), or None if "
+            "all ranks hold the same model"
         )
-    if zero is None:
+    if sharding is None:
         return TorchManaged()
-    if parallel is not None and parallel.experts:
-        return ExpertsApart(zero.start(), parallel)
-    return zero.start(in_backward)
+    if model_parallel is not None and model_parallel.experts:
+        # check_zero_options() has rejected step_in_backward with experts.
+        return RankLocalExperts(sharding.start(), model_parallel)
+    return sharding.start(step_in_backward)

@@ -13,20 +13,24 @@ from .model_parallel import ModelParallel
 from .torch_managed import TorchManaged
 
 
-class ExpertsApart:
-    """The strategy ``dense`` for all parameters but the experts, which stay whole on their rank.
+class RankLocalExperts:
+    """ZeRO for all parameters but the experts, which stay whole on their rank.
 
-    Their gradients are not averaged either. ``parallel`` names the experts.
+    The gradients of experts are not averaged.
+
+    Args:
+        dense: the ZeRO stage that shards the other parameters.
+        model_parallel: names the experts.
     """
 
-    def __init__(self, dense: Sharding, parallel: ModelParallel) -> None:
+    def __init__(self, dense: Sharding, model_parallel: ModelParallel) -> None:
         self.dense = dense
         self._experts = TorchManaged()
-        self._parallel = parallel
+        self._model_parallel = model_parallel
         self._expert_ids: set[int] = set()
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
-        self._expert_ids = {id(param) for param in self._parallel.expert_params()}
+        self._expert_ids = {id(param) for param in self._model_parallel.expert_params()}
         named = zip(params, names, strict=True)
         dense = [(param, name) for param, name in named if id(param) not in self._expert_ids]
         self.dense.add_params([param for param, _ in dense], [name for _, name in dense])
@@ -50,19 +54,19 @@ class ExpertsApart:
         self.dense.clear_grads()
 
     def shard(self, param: Tensor) -> Tensor:
-        return self._of(param).shard(param)
+        return self._sharding_of(param).shard(param)
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
-        return self._of(param).shard_state(param, value, what)
+        return self._sharding_of(param).shard_state(param, value, what)
 
     def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        return self._of(param).shard_groups(param)
+        return self._sharding_of(param).shard_groups(param)
 
     def replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        return self._of(param).replica_groups(param)
+        return self._sharding_of(param).replica_groups(param)
 
     def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        return self._of(param).weight_replica_groups(param)
+        return self._sharding_of(param).weight_replica_groups(param)
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.dense.no_sync()
@@ -70,14 +74,16 @@ class ExpertsApart:
     def check_picklable(self) -> None:
         self.dense.check_picklable()
 
-    def _of(self, param: Tensor) -> Sharding:
+    def _sharding_of(self, param: Tensor) -> Sharding:
         return self._experts if id(param) in self._expert_ids else self.dense
 
     def _merged(self, params: list[Tensor], method: str) -> list[Any]:
         """Call ``method`` once for each strategy's parameters; merge in the order of ``params``."""
         result: list[Any] = [None] * len(params)
         for sharding in (self.dense, self._experts):
-            indices = [index for index, param in enumerate(params) if self._of(param) is sharding]
+            indices = [
+                index for index, param in enumerate(params) if self._sharding_of(param) is sharding
+            ]
             values = getattr(sharding, method)([params[index] for index in indices])
             for index, value in zip(indices, values, strict=True):
                 result[index] = value

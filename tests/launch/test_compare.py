@@ -155,7 +155,7 @@ def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
     results = {name: compare.read_result(folder, name, 1) for name in ("torch-fp32", "bf16")}
     page = tmp_path / "quality.md"
     page.write_text("<!-- compare tiny: begin -->\nkept\n<!-- compare tiny: end -->\n")
-    compare.write_docs(tmp_path, compare.parse_args(args)[0].model, results, "the table")
+    compare.write_docs(tmp_path, compare.parse_args(args)[0].model_name, results, "the table")
     assert "\nkept\n" in page.read_text()
     assert "<!-- compare nano: begin -->\nthe table\n<!-- compare nano: end -->" in page.read_text()
     assert (tmp_path / "img" / "quality_nano.png").stat().st_size > 5000
@@ -163,5 +163,5 @@ def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
 
 def test_the_section_of_the_docs_is_that_of_the_preset(tmp_path):
     out = ["--out", str(tmp_path), "--lr", "1"]
-    assert compare.parse_args([*out, "--preset=small"])[0].model == "small"
-    assert compare.parse_args(out)[0].model == options.DEFAULT_PRESET
+    assert compare.parse_args([*out, "--preset=small"])[0].model_name == "small"
+    assert compare.parse_args(out)[0].model_name == options.DEFAULT_PRESET

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import train
 from torch.distributed.elastic.utils.distributed import get_free_port
 from training import evaluation, out_dir, reporters, step
-from training.data import Text
+from training.data import TokenDataset
 from training.errors import STOPPED
 from training.metrics import MetricsFile
 from training.rendezvous import store_of_attempt
@@ -69,11 +69,12 @@ def test_run_without_a_checkpoint_says_that_it_starts_again(tmp_path, capsys):
 
 
 def test_second_run_into_one_directory_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(out_dir, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(out_dir, "LOCK_TIMEOUT_S", 0.2)
     lock = RootLock(tmp_path)
     assert run("--out", tmp_path, "--steps 1") == 2
     message = f"error: --out {tmp_path} is in use: process {os.getpid()} on "
-    assert re.fullmatch(rf"{message}[^\n]*\n", capsys.readouterr().err)
+    advice = f"trains there now; give another --out, or remove {tmp_path}/.writer if "
+    assert re.fullmatch(rf"{message}[^\n]* {advice}[^\n]*\n", capsys.readouterr().err)
     lock.release()
     assert run("--out", tmp_path, "--steps 1") == 0
     RootLock(tmp_path).release()
@@ -106,18 +107,18 @@ def test_attempts_of_one_store_do_not_meet():
 
 def train_until(rank: int, world_size: int, out_dir: str, options: str, stop_at: int) -> int:
     """Train; the last rank is told to stop in the (1-based) step ``stop_at``."""
-    real = Text.batch
+    real = TokenDataset.batch
 
     def batch(self, seed, step, size):
         if step + 1 == stop_at and rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, seed, step, size)
 
-    Text.batch = batch
+    TokenDataset.batch = batch
     try:
         return run("--out", out_dir, options)
     finally:
-        Text.batch = real
+        TokenDataset.batch = real
 
 
 def test_run_continues_on_four_three_and_two_ranks(tmp_path):

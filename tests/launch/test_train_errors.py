@@ -13,7 +13,7 @@ import torch.distributed as dist
 import train
 from training.errors import UsageError
 from training.options import parse_args
-from training.world import on_all_ranks
+from training.world import call_on_all_ranks
 
 from sharded_bf16_adamw import AdamW_BF16, latest, save
 
@@ -54,7 +54,7 @@ ERRORS = {
     ),
     "uneven batch": (
         lambda t: "--batch-size 10 --grad-accum 4",
-        "--batch-size 10 does not divide into 1 rank.s. x --grad-accum 4",
+        "--batch-size 10 is not a multiple of 4 = 1 rank.s. x --grad-accum 4: use a multiple of 4",
     ),
     "unknown option": (lambda t: "--stpes 4", "unrecognized arguments: --stpes 4"),
     "unknown preset": (lambda t: "--preset huge", "invalid choice: 'huge'"),
@@ -248,7 +248,7 @@ def fail_on_rank_1(rank: int, world_size: int) -> str:
             raise UsageError("no disk")
 
     with pytest.raises(UsageError) as caught:
-        on_all_ranks(check)
+        call_on_all_ranks(check)
     return str(caught.value)
 
 

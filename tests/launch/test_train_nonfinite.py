@@ -22,7 +22,7 @@ import torch.distributed as dist
 import train
 from torch.distributed.tensor import DTensor
 from training import spikes, step
-from training.data import Text
+from training.data import TokenDataset
 from training.metrics import MetricsFile, read_metrics
 from training.run_state import Run
 from training.saving import state_is_finite
@@ -80,7 +80,7 @@ class FaultyLoss:
         self.moved: list[bool] = []
         self._steps, self._fault, self._step = steps, fault, -1
         self._patches = [
-            mock.patch.object(Text, "batch", self._wrap_batch(Text.batch)),
+            mock.patch.object(TokenDataset, "batch", self._wrap_batch(TokenDataset.batch)),
             mock.patch.object(step, "compute_loss", self._wrap_loss(step.compute_loss)),
             mock.patch.object(train, "update", self._wrap_update(train.update)),
         ]

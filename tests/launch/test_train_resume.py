@@ -13,7 +13,7 @@ from pathlib import Path
 import distributed
 import pytest
 import torch.distributed as dist
-from training.data import Text
+from training.data import TokenDataset
 from training.errors import STOPPED
 from training.metrics import MetricsFile, read_metrics
 
@@ -44,14 +44,14 @@ def stop_at(monkeypatch):
     """Return a function that sends this process SIGTERM when it reads a (0-based) step's batch."""
 
     def arrange(at: int) -> None:
-        real = Text.batch
+        real = TokenDataset.batch
 
         def batch(self, seed, step, size):
             if step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(self, seed, step, size)
 
-        monkeypatch.setattr(Text, "batch", batch)
+        monkeypatch.setattr(TokenDataset, "batch", batch)
 
     return arrange
 

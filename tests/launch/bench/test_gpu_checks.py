@@ -32,11 +32,11 @@ def test_same_bits_tells_zeros_apart_but_not_nans() -> None:
     assert gpu_checks.same_bits(nan, nan.flip(0)) and not gpu_checks.same_bits(nan, torch.zeros(2))
 
 
-def test_placed_offsets_from_the_alignment() -> None:
+def test_copy_offsets_from_the_alignment() -> None:
     x = torch.arange(5, dtype=torch.bfloat16)
-    y = gpu_checks.placed(x, CPU, 1)
+    y = gpu_checks.copy_with_offset(x, CPU, 1)
     assert torch.equal(x, y) and y.data_ptr() % 16 == 2
-    assert gpu_checks.placed(torch.tensor(3.0), CPU, 1).dim() == 0
+    assert gpu_checks.copy_with_offset(torch.tensor(3.0), CPU, 1).dim() == 0
 
 
 def test_check_that_raises_fails_and_the_others_run(
@@ -66,12 +66,15 @@ from sharded_bf16_adamw.kernels import reference
 
 cpu = torch.device("cpu")
 bf16, fp32 = torch.bfloat16, torch.float32
+names = ("param_dtype", "grad_dtype", "param_offset", "grad_offset")
 cases = [(bf16, bf16, 0, 0), (bf16, fp32, 1, 3), (fp32, bf16, 0, 3)]
+cases = [dict(zip(names, case)) for case in cases]
 for case in cases:
     for options in ({}, {"grad_scale": 0.37}, {"found_inf": 1.0}):
-        assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *case, options) == [], (case, options)
+        found = gpu_checks.differing_tensors(cpu, (0, 1, 1023), options, **case)
+        assert found == [], (case, options)
 reference.step_key = lambda step: step
-assert gpu_checks.bits_that_differ(cpu, (0, 1, 1023), *cases[0], {}) != []
+assert gpu_checks.differing_tensors(cpu, (0, 1, 1023), {}, **cases[0]) != []
 
 arrays = [torch.full((2096,), 1 << i, dtype=torch.int32) for i in range(5)]
 copy_bandwidth_(arrays)

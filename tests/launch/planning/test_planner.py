@@ -82,7 +82,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
     ):
         arguments = parse_args(f"{options} {paths} {fixed}".split())
         with set_up(arguments, Supervisor()) as run:
-            params = list(run.module.parameters())
+            params = list(run.wrapped_model.parameters())
             live = LiveBytes()
             for step in range(3):
                 run.step = step
@@ -233,7 +233,10 @@ def test_config_of_hugging_face_is_planned(tmp_path, capsys):
         ("--memory nan", "--memory: nan is not a positive number"),
         ("--preset nano --strategy tp --world-size 3", "the 2 heads do not divide into 3"),
         ("--strategy hsdp --world-size 3", "but there are 3: start an even number"),
-        ("--strategy ddp --world-size 4 --batch-size 6", "--batch-size 6 does not divide into 4"),
+        (
+            "--strategy ddp --world-size 4 --batch-size 6",
+            "6 is not a multiple of 4 = 4 rank",
+        ),
         ("--strategy zero2 --optimizer torch-fp32", "shards --optimizer bf16 only"),
         ("--strategy ddp --step-in-backward", "--step-in-backward does not work with"),
         ("--config missing.json", "missing.json cannot be read"),
@@ -259,8 +262,8 @@ def test_live_bytes_follow_allocation_and_release():
     with LiveBytes() as live:
         x = torch.ones(1000)
         y = x.view(10, 100) + 1
-        assert live.live == live.peak == 8000
+        assert live.live_bytes == live.peak == 8000
         del y
-        assert (live.live, live.peak) == (4000, 8000)
+        assert (live.live_bytes, live.peak) == (4000, 8000)
         x.untyped_storage().resize_(0)
-        assert live.live == 0
+        assert live.live_bytes == 0

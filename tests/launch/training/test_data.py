@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 from training import data
-from training.data import Text, Tokens, find_files, load_text
+from training.data import MemmapTokens, TokenDataset, find_files, load_dataset
 from training.errors import UsageError
 
 
 @pytest.fixture
-def text() -> Text:
-    return Text(np.arange(256, dtype=np.uint8), cut=200, seq_len=8)
+def text() -> TokenDataset:
+    return TokenDataset(np.arange(256, dtype=np.uint8), num_train_tokens=200, seq_len=8)
 
 
-def load(path: object, seq_len: int = 4, **options: object) -> Text:
-    return load_text(find_files(None if path is None else str(path)), seq_len, **options)
+def load(path: object, seq_len: int = 4, **options: object) -> TokenDataset:
+    return load_dataset(find_files(None if path is None else str(path)), seq_len, **options)
 
 
-def ids(text: Text) -> list[int]:
+def ids(text: TokenDataset) -> list[int]:
     return text.tokens[:].tolist()
 
 
@@ -46,7 +46,7 @@ def test_batches_are_windows_of_the_training_text(text):
 
 
 def test_held_out_batches_cover_only_the_held_out_text(text):
-    batches = torch.cat([text.held_out_batch(i, batches=3, size=4) for i in range(3)])
+    batches = torch.cat([text.held_out_batch(i, num_batches=3, size=4) for i in range(3)])
     assert batches.shape == (12, 9)
     assert (batches.diff(dim=1) == 1).all()
     assert batches.min() == 200 and batches.max() == 255
@@ -64,7 +64,7 @@ def test_directory_is_read_in_sorted_order_without_hidden_files(tmp_path):
         (tmp_path / name).write_bytes(content)
     text = load(tmp_path)
     assert bytes(text.tokens[:]) == b"1" * 30 + b"3" * 40 + b"2" * 30
-    assert text.cut == 90, "the last tenth is held out"
+    assert text.num_train_tokens == 90, "the last tenth is held out"
 
 
 def test_file_is_read_unchanged(tmp_path):
@@ -74,7 +74,7 @@ def test_file_is_read_unchanged(tmp_path):
 
 def test_default_is_the_standard_library_without_its_tests():
     text = load(None)
-    assert text.cut > 5_000_000
+    assert text.num_train_tokens > 5_000_000
     everything = text.tokens[:].tobytes()
     assert b"class OrderedDict(dict):" in everything
     assert b"class TestOrderedDict" not in everything
@@ -84,8 +84,8 @@ def test_tokens_are_those_of_the_concatenated_files_for_every_window(tmp_path):
     parts = [[1, 2, 3], [], [4], [], [5, 6, 7, 8], []]
     for number, part in enumerate(parts):
         np.array(part, "<u2").tofile(tmp_path / f"{number}.bin")
-    tokens = Tokens(sorted(tmp_path.iterdir()), np.dtype("uint16"))
-    assert len(tokens) == 8 and len(Tokens([], np.dtype("uint16"))) == 0
+    tokens = MemmapTokens(sorted(tmp_path.iterdir()), np.dtype("uint16"))
+    assert len(tokens) == 8 and len(MemmapTokens([], np.dtype("uint16"))) == 0
     for start in range(9):
         for stop in range(start, 9):
             assert tokens[start:stop].tolist() == list(range(start + 1, stop + 1))
@@ -101,24 +101,24 @@ def test_files_are_mapped_and_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "given", "written"),
+    ("vocab_size", "given", "written"),
     [(256, None, "<u2"), (65536, None, "<u2"), (65537, None, "<u4"), (300, "uint32", "<u4")],
 )
-def test_bin_files_hold_token_ids(tmp_path, vocabulary, given, written):
-    expected = np.random.default_rng(0).integers(0, min(vocabulary, 60000), 400)
+def test_bin_files_hold_token_ids(tmp_path, vocab_size, given, written):
+    expected = np.random.default_rng(0).integers(0, min(vocab_size, 60000), 400)
     expected.astype(written).tofile(tmp_path / "data.bin")
-    text = load(tmp_path / "data.bin", vocabulary=vocabulary, token_dtype=given)
+    text = load(tmp_path / "data.bin", vocab_size=vocab_size, token_dtype=given)
     assert ids(text) == expected.tolist()
 
 
 def test_token_outside_the_vocabulary_is_an_error(tmp_path):
     np.array([0] * 99 + [300], "<u2").tofile(tmp_path / "data.bin")
-    text = load(tmp_path / "data.bin", seq_len=9, vocabulary=300)
+    text = load(tmp_path / "data.bin", seq_len=9, vocab_size=300)
     text.batch(0, 0, 4)
     with pytest.raises(UsageError, match=r"data.bin has the token id 300, but .* end at 299: give"):
         text.held_out_batch(0, 1, 4)
     assert (
-        load(tmp_path / "data.bin", seq_len=9, vocabulary=301).held_out_batch(0, 1, 4).max() == 300
+        load(tmp_path / "data.bin", seq_len=9, vocab_size=301).held_out_batch(0, 1, 4).max() == 300
     )
 
 
@@ -133,7 +133,7 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
 class Words:
     """A tokenizer with an id for each word, and a space or newline."""
 
-    vocabulary, end, key = 70_000, 69_999, "words"
+    vocab_size, eos_token_id, key = 70_000, 69_999, "words"
 
     def encode(self, texts):
         return [[len(word) for word in text.replace("\n", " \n ").split(" ")] for text in texts]
@@ -146,14 +146,14 @@ def test_jsonl_without_a_tokenizer_is_bytes_with_zero_after_each_text(tmp_path):
     assert ids(load(written)) == ids(text), "the file that was written is data, too"
 
 
-@pytest.mark.parametrize("piece", [1, 1 << 20])
-def test_tokenizer_sees_lines_and_ends_each_text(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(data, "PIECE", piece)
+@pytest.mark.parametrize("chars", [1, 1 << 20])
+def test_tokenizer_sees_lines_and_ends_each_text(tmp_path, monkeypatch, chars):
+    monkeypatch.setattr(data, "CHARS_AT_ONCE", chars)
     (tmp_path / "texts").mkdir()
     for name, content in (("a", "on tw\nxyz\n"), ("b", "word " * 40)):
         (tmp_path / "texts" / name).write_text(content)
-    text = load(tmp_path / "texts", 2, tokenizer=Words(), vocabulary=70_000, cache=tmp_path)
-    end = Words.end
+    text = load(tmp_path / "texts", 2, tokenizer=Words(), vocab_size=70_000, cache=tmp_path)
+    end = Words.eos_token_id
     tokens = [token for token in ids(text) if token]
     assert tokens == [2, 2, 1, 3, 1, end, *[4] * 40, end]
     assert len(list(tmp_path.glob("tokens-*"))) == 1
@@ -163,7 +163,7 @@ def test_token_ids_are_written_once_for_the_same_files_and_tokenizer(tmp_path, c
     path = write_jsonl(tmp_path / "a.jsonl", ["a b"] * 20)
     for _ in range(2):
         load(path, cache=tmp_path)
-    load(path, 1, tokenizer=Words(), vocabulary=70_000, cache=tmp_path)
+    load(path, 1, tokenizer=Words(), vocab_size=70_000, cache=tmp_path)
     assert capsys.readouterr().out.count("writing the token ids") == 2
     before = path.stat()
     write_jsonl(path, [*["a b"] * 20, "more"])

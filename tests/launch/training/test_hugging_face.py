@@ -15,7 +15,7 @@ import distributed
 import pytest
 import torch
 from training.build import _allocate
-from training.data import Text
+from training.data import TokenDataset
 from training.errors import STOPPED
 from training.hugging_face import build, read_config
 from training.options import parse_args
@@ -90,19 +90,19 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train_worker(rank: int, world: int, runs: dict[str, str], stop_at: int) -> None:
-    real = Text.batch
+    real = TokenDataset.batch
 
-    def batch(self: Text, seed: int, step: int, size: int) -> torch.Tensor:
+    def batch(self: TokenDataset, seed: int, step: int, size: int) -> torch.Tensor:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, seed, step, size)
 
-    Text.batch = batch
+    TokenDataset.batch = batch
     try:
         for out, arguments in runs.items():
             assert run("--out", out, arguments) == (0 if stop_at < 0 else STOPPED)
     finally:
-        Text.batch = real
+        TokenDataset.batch = real
 
 
 def test_weights_are_split_and_compute_what_transformers_computes(folder, options, tmp_path):

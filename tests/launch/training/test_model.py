@@ -57,8 +57,8 @@ def test_attention_depends_on_positions():
 def test_rotation_preserves_norms_and_depends_only_on_distance(monkeypatch):
     monkeypatch.setattr(model, "COMPUTE_DTYPE", torch.float64)
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    rotation = model.rotations(32, 8, torch.device("cpu"))
-    qs, ks = (model.rotate(x.expand(1, 1, 32, 8), rotation)[0, 0] for x in (q, k))
+    cos_sin = model.rotary_cos_sin(32, 8, torch.device("cpu"))
+    qs, ks = (model.apply_rotary_emb(x.expand(1, 1, 32, 8), cos_sin)[0, 0] for x in (q, k))
     torch.testing.assert_close(qs.norm(dim=-1), q.norm().expand(32))
     products = qs @ ks.T
     torch.testing.assert_close(products[3, 1], products[30, 28], atol=1e-5, rtol=0)
@@ -69,12 +69,12 @@ def test_rotation_preserves_norms_and_depends_only_on_distance(monkeypatch):
 def test_preset_counts_its_parameters(name):
     with torch.device("meta"):
         gpt = GPT(PRESETS[name])
-    assert sum(p.numel() for p in gpt.parameters()) == PRESETS[name].parameters
+    assert sum(p.numel() for p in gpt.parameters()) == PRESETS[name].num_params
 
 
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.07), ("3b", 3.17), ("8b", 7.79)])
 def test_large_presets_have_the_size_of_their_names(name, billions):
-    assert PRESETS[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
+    assert PRESETS[name].num_params / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_initialization_depends_on_seed_and_parameter():

@@ -137,7 +137,7 @@ def refused_worker(rank, world_size, *arguments):
         (
             4,
             "--strategy fsdp2+tp --batch-size 3",
-            "--batch-size 3 does not divide into 2 rank(s)",
+            "--batch-size 3 is not a multiple of 2 = 2 rank(s) x --grad-accum 1",
         ),
     ],
 )
@@ -222,11 +222,11 @@ def full_gradients(run):
     """Return the reduced gradients of a step by parameter name."""
     sharding = run.optimizer._sharding
     sharding.reduce_grads()
-    if isinstance(run.module, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(run.module, with_grads=True):
+    if isinstance(run.wrapped_model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(run.wrapped_model, with_grads=True):
             return {
                 name.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
-                for name, p in run.module.named_parameters()
+                for name, p in run.wrapped_model.named_parameters()
             }
     found = {}
     for name, p in run.model.named_parameters():
@@ -247,7 +247,7 @@ def compare_accumulation(rank, world_size, out_dir, strategy, dtype):
         model = GPT(PRESETS[args.preset]).bfloat16()
         model.init_weights(args.seed)
         sums = {}
-        for batch in run.text.batch(args.seed, 0, 12)[run.world.batch_slice].chunk(3):
+        for batch in run.data.batch(args.seed, 0, 12)[run.world.batch_slice].chunk(3):
             (compute_loss(model, batch) / 3).backward()
             for name, p in model.named_parameters():
                 sums[name] = sums[name] + p.grad.to(dtype) if name in sums else p.grad.to(dtype)
