@@ -74,7 +74,7 @@ ADVICE = {
     "the loss or gradient norm was not finite": "[The loss is NaN](#the-loss-is-nan).",
     "is not saved: its loss or gradient norm": "[The loss is NaN](#the-loss-is-nan).",
     "a weight or an optimizer state is not finite": "[The loss is NaN](#the-loss-is-nan).",
-    "training goes on, what it gets from step": "The reason is before it, such as a full disk.",
+    "training goes on, but its values from step": "The reason is before it, such as a full disk.",
     "training goes on without it": "The reason is before it; W&B needs `wandb login`.",
     "no progress bar: tqdm": "`pip install tqdm`; training is the same without.",
     "note: changed since the checkpoint": "Options that differ from the checkpoint's: as you asked "

@@ -2,10 +2,10 @@
 
     python launch/elastic.py --nproc-per-node 8 --max-restarts 3 launch/train.py --preset 1b
 
-torchrun exits with code 1 whatever ended its workers. This command exits with theirs: 75 if the run
-was stopped and the same command continues it, and so after a signal to torchrun itself; else that
-of the worker that failed first. It also passes SIGUSR1 on, at which torchrun alone would die, and
-ends with 75 too if it gets a signal while it waits for other nodes, before there are workers.
+torchrun exits with code 1 whatever ended its workers. This command exits with 75 if the run was
+stopped and the same command continues it, also after a signal to torchrun itself, even while it
+waits for other nodes before there are workers. Else it exits with the exit code of the worker that
+failed first. It also passes SIGUSR1 on, which would kill torchrun.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--micro-batch",
         type=positive,
         default=1,
-        help="sequences that a rank computes at a time (default: %(default)s)",
+        help="sequences of a forward pass on a rank (default: %(default)s)",
     )
     add(
         "--batch-size",
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="cuda",
         help="plan for its kernels (default: cuda)",
     )
-    add("--memory", type=positive_float, metavar="GB", help="what a rank may take; names what fits")
+    add("--memory", type=positive_float, metavar="GB", help="memory of a rank; names what fits")
     add("--docs", action="store_true", help="write the tables and the plot of docs/planning.md")
     args = parser.parse_args(argv)
     if args.step_in_backward and args.optimizer != "bf16":
@@ -123,13 +123,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def print_plans(args: argparse.Namespace) -> int:
     shape: Shape = from_config(args.config) if args.config else from_preset(args.preset)
     options = Options(
-        args.optimizer,
-        args.batch_size,
-        args.micro_batch,
-        args.seq_len or shape.seq_len,
-        args.recompute,
-        args.step_in_backward,
-        args.device,
+        optimizer=args.optimizer,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        seq_len=args.seq_len or shape.seq_len,
+        recompute=args.recompute,
+        in_backward=args.step_in_backward,
+        device=args.device,
     )
     plans, refused = plan_all(shape, args.world_size, args.strategy, options)
     if not plans:
@@ -143,7 +143,7 @@ def print_plans(args: argparse.Namespace) -> int:
         return 0
     best = cheapest(plans, memory)
     if best is None:
-        least = min(plans, key=lambda each: each.total)
+        least = min(plans, key=lambda plan: plan.total)
         print(
             f"nothing fits into {args.memory:g} GB: {least.strategy} takes least, "
             f"{least.total / GB:.3g} GB"

@@ -1,15 +1,15 @@
-"""Time what ZeRO's ranks exchange on the host beside gradients, weights and norms.
+"""Time the messages of ZeRO's ranks other than gradients, weights and norms.
 
     python launch/benchmark.py exchange --ranks 2 4 8 16 32
 
 ``agree`` is an exchange of full reports, as in the first steps and after a change. ``any_rank`` is
-that of a steady step on NCCL, on a two-dimensional mesh and in stage 1. On gloo and one dimension a
-steady step of stage 2 sends a flag with its last bucket: ``bucket`` is its reduce-scatter without,
-``bucket_with_flag`` with it.
+the exchange of a steady step on NCCL, on a two-dimensional mesh and in stage 1. On gloo and one
+dimension, a steady step of stage 2 sends a flag with its last bucket: ``bucket`` is the bucket's
+reduce-scatter without the flag, ``bucket_with_flag`` with it.
 
-Milliseconds on rank 0, in turns, each after a barrier: the median, and the lowest, which other work
-on the machine disturbs least. All ranks are processes of this machine. With more of them than CPUs
-these are times of the CPUs, not of a network.
+Prints milliseconds on rank 0: the median, and the lowest, which other work on the machine disturbs
+least. The cases take turns, each after a barrier. All ranks are processes of this machine. If there
+are more ranks than CPUs, the CPUs limit the times, not a network.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ of the ratio within a round.
 Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
 tokens, so that activations are few. Weights, optimizer states and the peak of the gradients in
 ``param.grad`` are counted tensor by tensor. The rest of the peak of all live tensors is activations
-and communication buffers, with the gradients in them. Beside that count stands the growth of the
-process in the same step: the peak of resident memory, or of what CUDA's allocator gave out, above
-what was in use before the model was built. Bytes sent are those of ring algorithms, the minimum.
+and communication buffers, with the gradients in them. The growth of the process in the same step is
+a second measurement: the peak of resident memory, or of the bytes that CUDA's allocator gave out,
+minus the bytes in use before the model was built. Bytes sent are those of ring algorithms, the
+minimum.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Contender:
     """A model wrapper and an optimizer to compare.
 
     Attributes:
-        label: its name in tables.
+        label: name in tables.
         dtype: of the weights.
-        build: takes the model and the world; returns the module to call and its optimizer.
+        build: takes the model and the world; returns the wrapped model and its optimizer.
     """
 
     label: str
@@ -202,10 +203,11 @@ def main(argv: list[str]) -> int:
 
 @dataclass
 class Figures:
-    """The figures of one contender: seconds of a step by round; the others in bytes on rank 0.
+    """The figures of one contender, in bytes on rank 0 if not said otherwise.
 
     Attributes:
-        growth: of the process in a step; None if the system does not tell.
+        seconds: seconds of a step, by round.
+        growth: growth of the process in a step; None if the system does not tell.
     """
 
     seconds: list[float]
@@ -227,7 +229,7 @@ class Training:
         model.to_empty(device=world.device)
         model.init_weights(0)
         self.world, self.model = world, model
-        self.module, self.optimizer = contender.build(model, world)
+        self.wrapped_model, self.optimizer = contender.build(model, world)
         generator = torch.Generator().manual_seed(world.rank)
         size = (max(1, config.batch_size // world.size), config.seq_len + 1)
         self.batch = torch.randint(256, size, generator=generator).to(world.device)
@@ -237,7 +239,7 @@ class Training:
 
     def step(self, batch: Tensor) -> None:
         x, y = batch[:, :-1], batch[:, 1:]
-        F.cross_entropy(self.module(x).float().flatten(0, 1), y.flatten()).backward()
+        F.cross_entropy(self.wrapped_model(x).float().flatten(0, 1), y.flatten()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -258,8 +260,8 @@ class Training:
         return (time.perf_counter() - start) / steps
 
     def memory(self) -> dict[str, Any]:
-        """Return the bytes of this rank, by part, and what it sends in a step."""
-        params = list(self.module.parameters())
+        """Return the bytes of this rank by part, and the bytes that it sends in a step."""
+        params = list(self.wrapped_model.parameters())
         states = [
             x
             for state in getattr(self.optimizer, "optim", self.optimizer).state.values()
@@ -272,7 +274,7 @@ class Training:
             LiveBytes() as live,
         ):
             for tensor in (*params, *states):
-                to_local(tensor).detach()  # LiveBytes knows it from now on, whatever kernels use it
+                to_local(tensor).detach()  # an operation, so that LiveBytes counts the tensor
             self.step(self.batch[:1, :17])
             self.wait()
         parts = {
@@ -293,11 +295,11 @@ def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
     """Yield a list of one number: the peak of the bytes in ``param.grad`` within the context."""
     peak = [0]
 
-    def on_grad(param: Tensor) -> None:
+    def update_peak(param: Tensor) -> None:
         peak[0] = max(peak[0], sum(to_local(p.grad).nbytes for p in params if p.grad is not None))
 
-    # the hooks of the optimizer come first, and may have freed this gradient
-    handles = [p.register_post_accumulate_grad_hook(on_grad) for p in params]
+    # The hooks of the optimizer come first, and may have freed this gradient.
+    handles = [p.register_post_accumulate_grad_hook(update_peak) for p in params]
     try:
         yield peak
     finally:
@@ -308,7 +310,7 @@ def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
 def measure(
     config: Config, names: list[str], world: World, rounds: int, steps: int
 ) -> dict[str, Any]:
-    for name in names:  # libraries that it loads are not its memory
+    for name in names:  # load libraries before memory is measured
         Training(CONTENDERS[name], WARM_UP, world)
     figures = {name: Figures([]) for name in names}
     tokens = 0

@@ -23,8 +23,8 @@ from bench.optimizers import Contender, Runner, Shapes
 Times = dict[str, list[float]]  # seconds per step, by contender and round
 MIN_ROUNDS = 5
 MEMORY_SHARE = 0.7  # of the free memory
-LONG_STEP = 0.05  # seconds: such a step reads more memory than caches hold, so it needs no warm-up
-# Seconds between turns. The threads of an OpenMP pool spin for about that long after a turn, on the
+LONG_STEP = 0.05  # seconds; longer steps read more than caches hold, so they need no warm-up
+# Seconds between turns. After a turn, the threads of an OpenMP pool spin for about this time on the
 # cores that the next turn needs.
 SETTLE_S = 0.002
 
@@ -118,8 +118,8 @@ def measure_size(
         device: of the parameters.
         rounds: stop a batch after this many rounds.
         seconds: stop a batch after this time, but not before ``MIN_ROUNDS``.
-        turn: seconds of a turn, which takes as many steps as fit, and at least one. An untimed
-            step precedes them unless steps are long.
+        turn: seconds of a turn. A turn takes as many steps as fit, and at least one; an untimed
+            step comes first unless steps are long.
         log: called with progress messages.
 
     Returns:
@@ -177,8 +177,8 @@ def measure(
     """Time each runner once per round, after two warm-up rounds.
 
     A runner that raises is removed and its reason added to ``failures``. The order is random in
-    each round: in a fixed order, even a rotating one, each runner would always find the caches as
-    the same other one left them.
+    each round: in a fixed or rotating order, a runner would always find the caches as the same
+    other runner left them.
     """
     repeats: dict[str, int] = {}
     warm: dict[str, bool] = {}

@@ -1,10 +1,10 @@
 """Contenders of ``benchmark.py step``: our step, those of other libraries, and plain copies.
 
 Optimizers allocate their own parameters, gradients and states. Two kinds of contenders run on the
-very tensors of our step, since the pages of two equal sets of tensors differ in speed: variants
-that isolate a part of our step (the cost of clipping), and its copy ceiling (for many tensors, on
-one flat copy of them). Gradients are set once and kept, so a step is the optimizer's work alone. A
-contender whose package is missing raises ImportError when it is made.
+same tensors as our step, since the pages of two equal sets of tensors differ in speed: variants
+that isolate a part of our step, such as the cost of clipping, and the copy ceiling, which for many
+tensors runs on one flat copy of them. Gradients are set once and kept, so a step is the work of the
+optimizer alone. A contender whose package is missing raises ImportError when it is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sharded_bf16_adamw import AdamW_BF16, kernels
 from sharded_bf16_adamw.kernels import cpu
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes all but g, 2 bytes each
+BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes p, m, v, c, 2 bytes each
 SAMPLE = 1 / 8  # fraction of precision_stats
 BF16, FP32 = torch.bfloat16, torch.float32
 # Colors of bars.
@@ -63,7 +63,7 @@ class Contender:
             optimizer; returns a :class:`Runner`.
         memory: peak bytes per parameter, temporaries included.
         package: package to install for it.
-        ceiling: key of the copy that its share of the memory bandwidth refers to.
+        ceiling: key of the copy whose time is 100 % of the memory bandwidth for it.
         color: of its bar.
         max_numel: elements above which it is not measured, because a step takes seconds.
         runs_on: key of the contender on whose tensors it runs.

@@ -3,13 +3,13 @@
     python launch/benchmark.py plan --ranks 1024 --tensors 1200
 
 One process stands for all ranks of FSDP2. It is rank 0 of a process group of torch's ``fake``
-backend, and runs ``save`` twice and ``load`` once. Messages of the other ranks are made from its
-own: every shard has as many rows, so another rank has other offsets, another random state, and
-files of its own. They are unpickled as if received. Files of other ranks are links to that of this
-rank; the metadata are those of a real save, and ``load`` plans all reads but reads no tensor.
+backend, and runs ``save`` twice and ``load`` once. Messages of the other ranks are made from those
+of rank 0, and unpickled as if received: all shards have equally many rows, so only offsets, random
+states and file names differ. Files of other ranks are links to rank 0's file. The metadata are
+those of a real save, and ``load`` plans all reads but reads no tensor.
 
-CPU seconds, without the time to make messages, and the peak of resident memory above the memory
-before the first save.
+Prints CPU seconds, without the time to make messages, and the growth of resident memory from before
+the first save to its peak.
 """
 
 from __future__ import annotations
@@ -107,18 +107,18 @@ def simulate(
 ) -> tuple[dict[str, float], list[Path]]:
     """Return the figures, and the checkpoints that were saved."""
     figures: dict[str, float] = {}
-    world, paths = World(ranks, folder), []
+    others, paths = OtherRanks(ranks, folder), []
     memory = peak_bytes()
-    with world.communicates():
+    with others.in_collectives():
         for step, which in ((1, "first"), (2, "repeated")):
-            world.sent = 0
+            others.sent = 0
             with (
-                world.timed(saving, "_plan") as plan,
-                world.timed(saving._Save, "run") as rest,
-                world.timed(saving, "save") as call,
+                others.timed(saving, "_plan") as plan,
+                others.timed(saving._Save, "run") as rest,
+                others.timed(saving, "save") as call,
             ):
                 paths.append(saving.save(folder, step, model, optimizer, async_=True))
-                sent = world.sent
+                sent = others.sent
                 wait_for_save()
             figures[f"{which} save: the asynchronous call"] = call[0]
             figures[f"{which} save: the plan in it"] = plan[0]
@@ -130,9 +130,9 @@ def simulate(
                 figures[f"saves: {name}, MB"] = (paths[0] / name).stat().st_size / MB
         with (
             patch.object(PlainReader, "read_data", read_nothing),
-            world.timed(ChunkTable, "from_bytes") as parse,
-            world.timed(loading, "_read_into") as plan,
-            world.timed(loading, "load") as call,
+            others.timed(ChunkTable, "from_bytes") as parse,
+            others.timed(loading, "_read_into") as plan,
+            others.timed(loading, "load") as call,
         ):
             loading.load(folder, model, optimizer)
         figures["load: the call, without reading tensors"] = call[0]
@@ -150,25 +150,27 @@ def read_nothing(*_: Any) -> Future[None]:
 
 
 @dataclass
-class World:
-    """Ranks of which this process is the first. Collectives return what they would return there.
+class OtherRanks:
+    """Other ranks than this process, which is rank 0: makes their messages for collectives.
 
     Attributes:
-        ranks: their number.
+        ranks: number of ranks, this one included.
         root: folder of the checkpoints.
         sent: bytes of this rank's messages.
-        excluded: CPU seconds that the making of other ranks' messages took, by thread.
+        excluded: CPU seconds for making the messages of other ranks, by thread.
+        positions: for each rank, the items that it writes.
+        lengths: of each item, its length in a file.
     """
 
     ranks: int
     root: Path
     sent: int = 0
     excluded: dict[int, float] = field(default_factory=dict)
-    positions: list[np.ndarray] = field(default_factory=list)  # items that each rank writes
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of all its items
+    positions: list[np.ndarray] = field(default_factory=list)
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @contextmanager
-    def communicates(self) -> Iterator[None]:
+    def in_collectives(self) -> Iterator[None]:
         with (
             patch.object(dist, "all_gather_object", self.all_gather_object),
             patch.object(dist, "gather_object", self.gather_object),
@@ -182,7 +184,7 @@ class World:
         self.sent += len(pickle.dumps(value))
         with self.excluding():
             messages = [
-                _object_to_tensor(self.of_rank(value, rank), CPU, group)
+                _object_to_tensor(self.message_of_rank(value, rank), CPU, group)
                 for rank in range(self.ranks)
             ]
         for rank, (tensor, size) in enumerate(messages):
@@ -207,8 +209,8 @@ class World:
         assert group_src == 0
         values[:] = pickle.loads(pickle.dumps(values))
 
-    def of_rank(self, value: Any, rank: int) -> Any:
-        """Return what another rank sends where this one sends ``value``."""
+    def message_of_rank(self, value: Any, rank: int) -> Any:
+        """Return the message of ``rank`` in the collective in which rank 0 sends ``value``."""
         if isinstance(value, PlanTable):
             if rank == 0:
                 self.lengths = item_lengths(value)

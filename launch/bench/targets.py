@@ -34,16 +34,39 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
         return "ours" if isa == selected else f"ours-{isa}"
 
     found = [
-        _share(run, size, 1, ours(isa), f"ceiling-{isa}", least, f"{name}, one thread")
+        _share(
+            run,
+            size,
+            threads=1,
+            key=ours(isa),
+            ceiling=f"ceiling-{isa}",
+            least=least,
+            how=f"{name}, one thread",
+        )
         for isa, least, name in (("avx512", 80.0, "AVX-512"), ("avx2", 34.0, "AVX2"))
         for size in ("16M", "128M")
     ]
-    found.append(_share(run, "16M", 2, "ours", f"ceiling-{selected}", 90.0, "two threads"))
+    found.append(
+        _share(
+            run,
+            "16M",
+            threads=2,
+            key="ours",
+            ceiling=f"ceiling-{selected}",
+            least=90.0,
+            how="two threads",
+        )
+    )
     fused = "torch fused fp32 + bf16 copy of the weights"
     deepspeed = "DeepSpeedCPUAdam fp32 + bf16 copy of the weights"
     for key, least, name in (("torch-fused-fp32", 1.8, fused), ("deepspeed", 1.6, deepspeed)):
-        found += [_times_as_fast(run, size, 1, key, least, name) for size in ("1M", "16M", "128M")]
-    found.append(_times_as_fast(run, "1000x1000", 1, "torch-fused-fp32", 2.2, fused))
+        found += [
+            _times_as_fast(run, size, threads=1, key=key, least=least, other=name)
+            for size in ("1M", "16M", "128M")
+        ]
+    found.append(
+        _times_as_fast(run, "1000x1000", threads=1, key="torch-fused-fp32", least=2.2, other=fused)
+    )
     found.append(_overhead(run, "ours-kernel", "the kernel call, with cached pointers,", 0.3))
     found.append(_overhead(run, "ours", "the whole step()", 0.3))
     found += [_clip(run, size, 1) for size in ("1M", "16M", "128M")]
@@ -66,13 +89,12 @@ def _cpu_targets(run: dict[str, Any]) -> list[Target]:
 
 def _cuda_targets(run: dict[str, Any]) -> list[Target]:
     copies = "torch fused fp32 + copies of weights and gradients"
-    found = [_share(run, "1B", None, "ours", "ceiling", 90.0, "GPU")]
+    found = [_share(run, "1B", threads=None, key="ours", ceiling="ceiling", least=90.0, how="GPU")]
+    pairs = [(size, "torch-fused-fp32-grads", 2.0, copies) for size in ("128M", "1B")]
+    pairs += [("1000x1000", key, 5.0, key) for key in ("optimi", "flashoptim")]
     found += [
-        _times_as_fast(run, size, None, "torch-fused-fp32-grads", 2.0, copies)
-        for size in ("128M", "1B")
-    ]
-    found += [
-        _times_as_fast(run, "1000x1000", None, key, 5.0, key) for key in ("optimi", "flashoptim")
+        _times_as_fast(run, size, threads=None, key=key, least=least, other=other)
+        for size, key, least, other in pairs
     ]
     found += [_clip(run, size, None) for size in ("16M", "128M", "1B")]
     found += [_precision(run, size, None) for size in ("128M", "1B")]
@@ -95,6 +117,7 @@ def _result(run: dict[str, Any], size: str, threads: int | None) -> dict[str, An
 def _share(
     run: dict[str, Any],
     size: str,
+    *,
     threads: int | None,
     key: str,
     ceiling: str,
@@ -109,7 +132,7 @@ def _share(
 
 
 def _times_as_fast(
-    run: dict[str, Any], size: str, threads: int | None, key: str, least: float, other: str
+    run: dict[str, Any], size: str, *, threads: int | None, key: str, least: float, other: str
 ) -> Target:
     name = f">= {least}x as fast as {other} at {size}" + (", one thread" if threads == 1 else "")
     result = _result(run, size, threads)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 launch/benchmark.py zero
 
-Both train the same bf16 layers. A step is forward, backward and optimizer, so that communication
-may overlap. Bytes sent are those of ring algorithms, the minimum: ``(n - 1) / n`` of the tensor for
-a reduce-scatter, all-gather, all-to-all or broadcast, and twice that for an all-reduce.
+Both contenders train the same bf16 layers. A step is forward, backward and optimizer, so that
+communication may overlap. Bytes sent are those of ring algorithms, the minimum: ``(n - 1) / n`` of
+the tensor for a reduce-scatter, all-gather, all-to-all or broadcast, twice that for an all-reduce.
 
 ``delayed`` shows the gain of ``overlap_gather`` on slow networks: collectives run one after
 another, each with a delay. ``compute_ms`` is a step without delays, ``network_ms`` the sum of the
@@ -35,7 +35,7 @@ from training.world import init_world, synchronize
 from bench.slow_network import SlowNetwork
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 
-STEPS_IN_A_ROW = 3  # with a delay, since a step with overlap_gather ends in the next one
+STEPS_IN_A_ROW = 3  # timed together, since the gather of a step ends in the next one
 
 
 def layers(args: argparse.Namespace, device: torch.device) -> nn.Sequential:
@@ -128,7 +128,7 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
             step = contenders[name]
             dist.barrier()
             network.delay = delay / 1e3
-            step(x)  # leaves as much in flight as those that are measured
+            step(x)  # leaves as much in flight as the timed steps
             synchronize(world.device)
             start, carried = time.perf_counter(), network.carried
             for _ in range(STEPS_IN_A_ROW):

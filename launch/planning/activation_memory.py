@@ -30,41 +30,42 @@ Shapes = tuple[torch.Size, ...]
 
 
 @dataclass(frozen=True)
-class Line:
+class LayerBytes:
     """A number of bytes that grows linearly with the number of layers."""
 
-    at_one: float
-    slope: float
+    one_layer: float
+    per_further_layer: float
 
     def __call__(self, layers: float) -> int:
-        return round(self.at_one + self.slope * (layers - 1))
+        return round(self.one_layer + self.per_further_layer * (layers - 1))
 
 
 @dataclass(frozen=True)
-class Probe:
+class ActivationMemory:
     """Bytes of one micro-batch on a rank, without weights and the gradients of earlier parts.
 
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
         root_shapes: local shapes of the other parameters: embedding, last norm, head.
-        loss: peak of live bytes before the gradient of the logits is known, by number of layers.
-        head: from then on, before the gradient of the last layer's output is known.
-        block: during the backward pass of the last layer, its gradients included.
-        embedding: after the backward pass of the first layer, the embedding's gradient included.
-        sent_bytes: that tensor parallelism sends.
+        loss: peak of live bytes until the gradient of the logits is known.
+        head: peak from then on until the gradient of the last layer's output is known.
+        block: peak during the backward pass of the last layer, its gradients included.
+        embedding: peak after the backward pass of the first layer, the embedding's gradient
+            included.
+        sent_bytes: bytes that tensor parallelism sends.
     """
 
     block_shapes: Shapes
     root_shapes: Shapes
-    loss: Line
-    head: Line
-    block: Line
+    loss: LayerBytes
+    head: LayerBytes
+    block: LayerBytes
     embedding: int
-    sent_bytes: Line
+    sent_bytes: LayerBytes
 
 
 @cache
-def probe(
+def measure_activation_memory(
     shape: Shape,
     dtype: torch.dtype,
     batch: int,
@@ -72,7 +73,7 @@ def probe(
     tensor_ranks: int = 1,
     recompute: bool = False,
     device: str = "cuda",
-) -> Probe:
+) -> ActivationMemory:
     """Measure a micro-batch of ``batch`` sequences of ``seq_len`` tokens.
 
     Args:
@@ -82,11 +83,12 @@ def probe(
         seq_len: tokens of a sequence.
         tensor_ranks: ranks over which each layer is sharded.
         recompute: checkpoint the activations of each layer.
-        device: whose kernels save what they need for the backward pass: "cuda" or "cpu".
+        device: "cuda" or "cpu"; kernels of the two save different tensors for the backward pass.
 
     Examples:
         >>> from planning.models import from_preset
-        >>> nano = probe(from_preset("nano"), torch.bfloat16, batch=2, seq_len=128)
+        >>> shape = from_preset("nano")
+        >>> nano = measure_activation_memory(shape, torch.bfloat16, batch=2, seq_len=128)
         >>> nano.block(10) - nano.block(9) == nano.block(2) - nano.block(1)
         True
     """
@@ -96,19 +98,19 @@ def probe(
         for model in models:
             _shard(model, tensor_ranks)
         with _kernels_of(device):
-            (one, one_sent), (two, two_sent) = (_run(each, tokens, recompute) for each in models)
+            (one, one_sent), (two, two_sent) = (_run(model, tokens, recompute) for model in models)
         local = list(map(to_local, models[0].parameters()))
         in_block = set(map(id, models[0].blocks[0].parameters()))
         is_block = [id(p) in in_block for p in models[0].parameters()]
-    loss, head, block = (Line(a, b - a) for a, b in zip(one[:3], two[:3], strict=True))
-    return Probe(
-        tuple(p.shape for p, yes in zip(local, is_block, strict=True) if yes),
-        tuple(p.shape for p, yes in zip(local, is_block, strict=True) if not yes),
-        loss,
-        head,
-        block,
-        two[-1],
-        Line(one_sent, two_sent - one_sent),
+    loss, head, block = (LayerBytes(a, b - a) for a, b in zip(one[:3], two[:3], strict=True))
+    return ActivationMemory(
+        block_shapes=tuple(p.shape for p, yes in zip(local, is_block, strict=True) if yes),
+        root_shapes=tuple(p.shape for p, yes in zip(local, is_block, strict=True) if not yes),
+        loss=loss,
+        head=head,
+        block=block,
+        embedding=two[-1],
+        sent_bytes=LayerBytes(one_sent, two_sent - one_sent),
     )
 
 
@@ -133,15 +135,15 @@ def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]
         model.zero_grad()
         live.reset_peak()
 
-    def on_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def end_part_at_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
         output.register_hook(end_part)
 
-    def on_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def end_part_at_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         inputs[0].register_hook(end_part)
 
-    model.blocks[0].register_forward_pre_hook(on_input)
+    model.blocks[0].register_forward_pre_hook(end_part_at_input)
     for module in (*model.blocks, model):
-        module.register_forward_hook(on_output)
+        module.register_forward_hook(end_part_at_output)
     if recompute:
         for block in model.blocks:
             block.forward = _checkpointed(block.forward)

@@ -22,7 +22,7 @@ from math import prod
 
 import torch
 
-from planning.activation_memory import Probe
+from planning.activation_memory import ActivationMemory
 from sharded_bf16_adamw import ZeRO
 from sharded_bf16_adamw.sharding.fp32_sum import SUM_BLOCK_NUMEL
 from sharded_bf16_adamw.sharding.zero.param import choose_shard_dim
@@ -76,15 +76,16 @@ class Job:
     Attributes:
         strategy: a name in ``STRATEGIES``.
         layers: number of layers.
-        ranks: number of ranks over which weights or states are sharded, else 1.
+        ranks: number of ranks over which weights or states are sharded, or 1.
         data_ranks: number of ranks over which gradients are averaged.
         block: parameters of one layer.
         root: all other parameters.
-        head: elements of the last norm and the head (also if tied), whose gradients come first.
-        probe: measured memory of one micro-batch.
+        head_numel: elements of the last norm and the head (also if tied), whose gradients come
+            first.
+        activations: measured memory of one micro-batch.
         weight_bytes: bytes per element of a weight.
         is_adamw_bf16: True for AdamW_BF16, False for torch's AdamW.
-        micro_batches: number per step.
+        micro_batches: number of micro-batches in a step.
         in_backward: AdamW_BF16's ``step_in_backward``.
         is_cuda: True for CUDA and NCCL, False for CPUs and gloo.
     """
@@ -95,8 +96,8 @@ class Job:
     data_ranks: int
     block: Part
     root: Part
-    head: int
-    probe: Probe
+    head_numel: int
+    activations: ActivationMemory
     weight_bytes: int
     is_adamw_bf16: bool = True
     micro_batches: int = 1
@@ -118,7 +119,7 @@ class Job:
         """
         if done < 0:
             return 0
-        return self.numel if done > self.layers else self.head + done * self.block.numel
+        return self.numel if done > self.layers else self.head_numel + done * self.block.numel
 
     @property
     def is_fsdp(self) -> bool:
@@ -155,24 +156,24 @@ def states(job: Job) -> int:
 
 
 def phases(job: Job) -> Iterator[Phase]:
-    """Yield the phases that may have peak memory, for FSDP1 also the model's construction."""
-    probe, layers = job.probe, job.layers
+    """Yield the phases that may have the peak memory; for FSDP1 also building the model."""
+    measured, layers = job.activations, job.layers
     if job.strategy == "fsdp1":  # starts from the full model, before there are states
         built = job.weight_bytes * (job.numel + job.block.numel)
         yield Phase("build", 0, built - weights(job) - states(job), 0)
-    yield Phase("loss", gradients(job, -1), loss_buffers(job), probe.loss(layers))
-    yield Phase("head", gradients(job, -1), head_buffers(job), probe.head(layers))
+    yield Phase("loss", gradients(job, -1), loss_buffers(job), measured.loss(layers))
+    yield Phase("head", gradients(job, -1), head_buffers(job), measured.head(layers))
     if job.strategy == "zero2" and job.in_backward:
         yield from zero2_in_backward(job)
         return
     for done in sorted({0, min(1, layers - 1), max(0, layers - 2), layers - 1, layers}):
-        used = probe.block(layers - done) if done < layers else probe.embedding
+        used = measured.block(layers - done) if done < layers else measured.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
     if job.is_fsdp and not job.is_cuda:
         # By now FSDP2's reduce-scatter input contains the layer's accumulated gradients.
         copied = job.micro_batches > 1 and job.strategy != "fsdp1"
         for done in sorted({0, layers - 1}):
-            used = round(probe.block.slope) * (layers - 1 - done)
+            used = round(measured.block.per_further_layer) * (layers - 1 - done)
             kept = gradients(job, done) - copied * FP32_BYTES * job.block.numel
             yield Phase("reduce", kept, gloo_buffers(job, done), used)
     yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
@@ -187,10 +188,10 @@ def gradients(job: Job, done: int) -> int:
     """
     complete, accumulates = job.numel_with_grad(done), job.micro_batches > 1
     if job.strategy in ("ddp", "zero1"):
-        return job.weight_bytes * job.numel  # DDP keeps its buckets, of which gradients are views
+        return job.weight_bytes * job.numel  # DDP keeps its buckets; gradients are views
     if job.strategy == "zero2":
         reduced = complete
-        if job.in_backward:  # step() updates those that are in flight after the backward pass
+        if job.in_backward:  # step() updates buckets still in flight after the backward pass
             last = MAX_IN_FLIGHT + (not job.is_cuda)
             reduced = sum(_buckets(job)[-last:]) if done > job.layers else 0
         return FP32_BYTES * (reduced // job.ranks + accumulates * (job.numel - complete))
@@ -238,7 +239,7 @@ def backward_buffers(job: Job, done: int) -> int:
     if not job.is_fsdp:
         return 0
     unsharded = job.root.numel + min(2, job.layers - done) * job.block.numel
-    head = job.head if job.micro_batches == 1 else 0  # else among the accumulated gradients
+    head = job.head_numel if job.micro_batches == 1 else 0  # else among the accumulated gradients
     reducing = FP32_BYTES * job.block.numel if done and job.strategy != "fsdp1" else 0
     return job.weight_bytes * (unsharded + head) + reducing + _all_reduced(job, done)
 
@@ -254,7 +255,7 @@ def gloo_buffers(job: Job, done: int) -> int:
     The layer is sharded again by then, but gloo reduces a copy of the reduce-scatter input.
     """
     unsharded = job.root.numel + min(1, job.layers - done - 1) * job.block.numel
-    head = job.head if job.micro_batches == 1 else 0
+    head = job.head_numel if job.micro_batches == 1 else 0
     unreduced = job.block.numel if job.strategy == "fsdp1" else 0
     reducing = FP32_BYTES * (2 * job.block.numel + job.block.shard)
     return job.weight_bytes * (unsharded + head + unreduced) + reducing + _all_reduced(job, done)
@@ -350,8 +351,8 @@ def zero2_in_backward(job: Job) -> Iterator[Phase]:
 
 def _activations(job: Job, complete: int) -> int:
     """Return the bytes of activations once ``complete`` elements have gradients."""
-    layers = job.layers - max(0, complete - job.head) / job.block.numel
-    return max(job.probe.embedding, job.probe.block(layers))
+    layers = job.layers - max(0, complete - job.head_numel) / job.block.numel
+    return max(job.activations.embedding, job.activations.block(layers))
 
 
 def _buckets(job: Job) -> list[int]:
@@ -360,9 +361,9 @@ def _buckets(job: Job) -> list[int]:
     A bucket holds at least one parameter.
     """
     limit = BUCKET_BYTES // job.weight_bytes
-    embedding, *head = job.probe.root_shapes
+    embedding, *head = job.activations.root_shapes
     buckets = [0]
-    for shape in (*head[::-1], *job.probe.block_shapes[::-1] * job.layers, embedding):
+    for shape in (*head[::-1], *job.activations.block_shapes[::-1] * job.layers, embedding):
         if buckets[-1] and buckets[-1] + prod(shape) > limit:
             buckets.append(0)
         buckets[-1] += prod(shape)
@@ -377,7 +378,7 @@ def update_buffers(job: Job) -> int:
     two tensors for one parameter at a time.
     """
     if not job.is_adamw_bf16:
-        shapes = [*job.probe.root_shapes, *job.probe.block_shapes]
+        shapes = [*job.activations.root_shapes, *job.activations.block_shapes]
         largest = max(_shard_numel(shape, job.ranks) for shape in shapes)
         return job.weight_bytes * (job.shard if job.is_cuda else 2 * largest)
     if job.strategy not in ("zero1", "zero2"):

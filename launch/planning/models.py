@@ -46,9 +46,14 @@ def from_preset(name: str) -> Shape:
         64
     """
     config = PRESETS[name]
-    heads, seq_len = config.heads, config.seq_len
     return Shape(
-        config.layers, config.dim, config.ffn, heads, heads, config.vocab_size, seq_len=seq_len
+        layers=config.layers,
+        dim=config.dim,
+        ffn=config.ffn,
+        heads=config.heads,
+        kv_heads=config.heads,
+        vocab_size=config.vocab_size,
+        seq_len=config.seq_len,
     )
 
 
@@ -79,8 +84,8 @@ def from_config(path: Path) -> Shape:
             f"--config {path} describes experts, biases or heads that do not make up the width: "
             "only models with the layers of Llama can be planned."
         )
-    tied = bool(config.get("tie_word_embeddings", False))
-    return Shape(layers, dim, ffn, heads, kv_heads, vocab_size, tied)
+    is_tied = bool(config.get("tie_word_embeddings", False))
+    return Shape(layers, dim, ffn, heads, kv_heads, vocab_size, is_tied)
 
 
 def _size(path: Path, config: dict[str, Any], key: str) -> int:
@@ -94,14 +99,22 @@ def _size(path: Path, config: dict[str, Any], key: str) -> int:
 
 
 def build(shape: Shape, layers: int, dtype: torch.dtype) -> GPT:
-    """Build the model with that many layers on the meta device, which takes no memory.
+    """Build the model with ``layers`` layers on the meta device, which takes no memory.
 
     Examples:
         >>> sum(p.numel() for p in build(LLAMA_8B, 32, torch.bfloat16).parameters())
         8030261248
     """
     with torch.device("meta"):
-        config = Config(layers, shape.dim, shape.heads, shape.ffn, 0, 0, 0, 0.0, shape.vocab_size)
+        config = Config(
+            layers=layers,
+            dim=shape.dim,
+            heads=shape.heads,
+            ffn=shape.ffn,
+            vocab_size=shape.vocab_size,
+            # Only training reads these.
+            **{"seq_len": 0, "batch_size": 0, "steps": 0, "lr": 0},
+        )
         model = GPT(config)
         width = shape.kv_heads * shape.dim // shape.heads
         for block in model.blocks:

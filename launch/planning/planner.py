@@ -10,7 +10,7 @@ from training.build import WEIGHT_DTYPES
 from training.errors import UsageError
 from training.strategies import STRATEGIES
 
-from planning.activation_memory import probe
+from planning.activation_memory import measure_activation_memory
 from planning.memory import Job, Part, Phase, phases, states, weights
 from planning.models import Shape
 from planning.traffic import sent_bytes
@@ -41,15 +41,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a rank.
+    """Memory and traffic of a rank.
 
     Attributes:
         strategy: a name in ``STRATEGIES``.
-        micro_batches: number per step, ``train.py --grad-accum``.
-        weights: held between steps too.
-        states: likewise.
+        micro_batches: number of micro-batches in a step, ``train.py --grad-accum``.
+        weights: bytes of weights, which stay between steps.
+        states: bytes of optimizer states, which stay between steps.
         peak: the phase of a step that takes most memory.
-        sent_bytes: that a rank sends in a step.
+        sent_bytes: bytes that a rank sends in a step.
     """
 
     strategy: str
@@ -78,7 +78,14 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
     """
     job = make_job(shape, world_size, strategy, options)
     peak = max(phases(job), key=lambda phase: phase.total)
-    return Plan(strategy, job.micro_batches, weights(job), states(job), peak, sent_bytes(job))
+    return Plan(
+        strategy=strategy,
+        micro_batches=job.micro_batches,
+        weights=weights(job),
+        states=states(job),
+        peak=peak,
+        sent_bytes=sent_bytes(job),
+    )
 
 
 def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
@@ -95,30 +102,31 @@ def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> 
             f"--micro-batch {options.micro_batch}: use a multiple of {divisor}."
         )
     dtype = WEIGHT_DTYPES[options.optimizer]
-    measured = probe(
+    activations = measure_activation_memory(
         shape,
         dtype,
-        options.micro_batch,
-        options.seq_len,
-        tensor_ranks,
-        options.recompute,
-        options.device,
+        batch=options.micro_batch,
+        seq_len=options.seq_len,
+        tensor_ranks=tensor_ranks,
+        recompute=options.recompute,
+        device=options.device,
     )
     sharded = prod(n for name, n in mesh_shape.items() if name not in ("replicate", "tensor"))
     ranks = 1 if strategy in ("single", "ddp", "tp") else sharded
-    head_shapes = measured.root_shapes[0 if shape.is_tied else 1 :]  # all but an untied embedding
+    # The root is the embedding, the last norm and the head; a tied embedding is the head.
+    head_shapes = activations.root_shapes[0 if shape.is_tied else 1 :]
     return Job(
         strategy=strategy,
         layers=shape.layers,
         ranks=ranks,
         data_ranks=data_ranks,
-        block=Part.of(measured.block_shapes, ranks),
-        root=Part.of(measured.root_shapes, ranks),
-        head=sum(map(prod, head_shapes)),
-        probe=measured,
+        block=Part.of(activations.block_shapes, ranks),
+        root=Part.of(activations.root_shapes, ranks),
+        head_numel=sum(map(prod, head_shapes)),
+        activations=activations,
         weight_bytes=dtype.itemsize,
         is_adamw_bf16=options.optimizer == "bf16",
-        micro_batches=batch_size // (data_ranks * options.micro_batch),
+        micro_batches=batch_size // divisor,
         in_backward=options.in_backward,
         is_cuda=options.device == "cuda",
     )
@@ -169,7 +177,7 @@ def plan_all(
 def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
     """Return the plan that sends least among those that take at most ``memory`` bytes, if any.
 
-    If several send the same, return the one that takes least memory.
+    Of plans that send the same, return the one with the least memory.
     """
-    fitting = [each for each in plans if each.total <= memory]
-    return min(fitting, key=lambda each: (each.sent_bytes, each.total), default=None)
+    fitting = [plan for plan in plans if plan.total <= memory]
+    return min(fitting, key=lambda plan: (plan.sent_bytes, plan.total), default=None)

@@ -22,7 +22,7 @@ def all_reduce(nbytes: float, ranks: int) -> float:
 
 def sent_bytes(job: Job) -> int:
     """Return the bytes of a step, without norms and flags: those are a few bytes per parameter."""
-    tensor_parallel = job.micro_batches * job.probe.sent_bytes(job.layers)
+    tensor_parallel = job.micro_batches * job.activations.sent_bytes(job.layers)
     return round(tensor_parallel + _data_parallel(job))
 
 

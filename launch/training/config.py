@@ -17,14 +17,14 @@ from training.errors import UsageError
 
 CONFIG_FILE = "config.toml"
 WIDTH = 100
-# Options that do not change what is trained. All others are the run's configuration.
+# Options that do not change the training. All others are the run's configuration.
 OPERATIONAL = {
     *("strategy", "device", "deterministic", "optimizer_backend", "grad_accum"),
     *("eval_every", "eval_batches", "save_every", "async_save", "keep", "export_hf"),
     *("check_replicas", "precision_stats", "precision_fraction", "max_nonfinite"),
     *("tensorboard", "wandb"),
 }
-# Likewise, and a resumed run does not even mention them.
+# Options whose change a resumed run does not even mention.
 UNMENTIONED = {"config", "out", "resume", "progress", "print_every", "grace", "step_timeout"}
 
 
@@ -34,12 +34,11 @@ UNMENTIONED = {"config", "out", "resume", "progress", "print_every", "grace", "s
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the values of a TOML file, by attribute of ``args``.
 
-    Its keys are options without the dashes in front, such as ``batch-size = 64``,
+    Keys are options without the dashes in front, such as ``batch-size = 64``,
     ``betas = [0.9, 0.95]`` and ``async-save = false``.
 
     Raises:
-        UsageError: the file cannot be read, has an unknown key, or a value that the option does not
-            take.
+        UsageError: the file cannot be read, has an unknown key, or an invalid value.
     """
     toml = _toml()
     try:
@@ -71,7 +70,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _toml() -> Any:
-    """Return the standard library's module, or the package that it was made from."""
+    """Return the standard library's TOML module, or on Python 3.10 the package tomli."""
     if sys.version_info >= (3, 11):
         import tomllib
 
@@ -90,19 +89,19 @@ def _suggestion(name: str, actions: Mapping[str, Any]) -> str:
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """Return the value that the option has on a command line for this one.
+    """Return the value that argparse would return for a TOML value.
 
     Raises:
-        ValueError: it is of another type, or not among the choices.
-        argparse.ArgumentTypeError: it is out of range.
+        ValueError: the value has the wrong type, or is not among the choices.
+        argparse.ArgumentTypeError: the value is out of range.
     """
     if action.nargs == 0:
         return _typed(value, (bool,), "true or false")
     if action.nargs is not None:
-        many = _typed(value, (list,), f"a list of {action.nargs} numbers")
-        if len(many) != action.nargs:
-            raise ValueError(f"expected {action.nargs} numbers, not {len(many)}")
-        return [_checked_one(action.type, item) for item in many]
+        items = _typed(value, (list,), f"a list of {action.nargs} numbers")
+        if len(items) != action.nargs:
+            raise ValueError(f"expected {action.nargs} numbers, not {len(items)}")
+        return [_checked_one(action.type, item) for item in items]
     value = _checked_one(action.type, value)
     if action.choices is not None and value not in action.choices:
         choices = ", ".join(map(repr, action.choices))
@@ -120,7 +119,7 @@ def _checked_one(convert: Any, value: Any) -> Any:
 
 
 def _typed(value: Any, types: tuple[type, ...], expected: str) -> Any:
-    if type(value) not in types:  # a bool is no number
+    if type(value) not in types:  # isinstance(True, int) holds
         raise ValueError(f"expected {expected}, not {value!r}")
     return value
 
@@ -150,7 +149,7 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
-    # JSON's strings, integers and booleans are TOML's, but for one control character.
+    # JSON writes strings, integers and booleans as TOML does, except one control character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
@@ -169,9 +168,9 @@ def changes(given: Mapping[str, Any], saved: Mapping[str, Any], operational: boo
     """Return the options that differ from a checkpoint's configuration, for a message.
 
     Args:
-        given: the configuration of this run.
-        saved: that of the checkpoint.
-        operational: also return those that do not change what is trained.
+        given: configuration of this run.
+        saved: configuration of the checkpoint.
+        operational: also return options that do not change the training.
     """
     given = json.loads(json.dumps(dict(given)))  # tuples as lists, as in the manifest
     ignored = UNMENTIONED if operational else UNMENTIONED | OPERATIONAL

@@ -18,7 +18,7 @@ def is_evaluation_due(run: Run) -> bool:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """Return the mean loss over the held-out windows, which all ranks share."""
+    """Return the mean loss over the held-out windows. Collective: the ranks share the windows."""
     args, world = run.args, run.world
     total = torch.zeros((), device=world.device)
     for index in range(args.eval_batches):

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model", "tekken.json", "*.tik
 
 def _transformers() -> Any:
     try:
-        return importlib.import_module("transformers")  # which mypy would follow for minutes
+        return importlib.import_module("transformers")  # mypy would check it for minutes
     except ImportError:
         raise UsageError(
             "--model needs the transformers package: install it with pip install transformers."
@@ -32,7 +32,7 @@ def max_positions(folder: str) -> int | None:
     try:
         value = json.loads(Path(folder, "config.json").read_text())["max_position_embeddings"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # read_config says what is wrong
+        return None  # read_config raises
     return value if isinstance(value, int) else None
 
 
@@ -40,8 +40,8 @@ def read_config(folder: str, seq_len: int) -> Any:
     """Return the ``PretrainedConfig`` of a folder.
 
     Raises:
-        UsageError: transformers is not installed, the folder is of no model that it knows, or the
-            model has no ``seq_len`` positions.
+        UsageError: transformers is not installed or does not know the model, or the model has fewer
+            than ``seq_len`` positions.
     """
     auto = _transformers().AutoConfig
     if not Path(folder, "config.json").is_file():
@@ -70,7 +70,7 @@ def build(folder: str, config: Any, dtype: torch.dtype) -> nn.Module:
 
     def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> Any:  # as the stub has it
         if param.is_meta:
-            return None  # a tied one again
+            return None  # a tied parameter that was replaced before
         meta = torch.empty_like(param, dtype=dtype, device="meta")
         return nn.Parameter(meta, param.requires_grad)
 
@@ -92,10 +92,10 @@ def build(folder: str, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 class FolderTokenizer:
-    """The tokenizer in a model's folder; its end-of-text token, if any, ends each text.
+    """The tokenizer in a model's folder. Its end-of-text token, if any, ends each text.
 
     Raises:
-        UsageError: the folder has none that transformers can read.
+        UsageError: the folder has no tokenizer that transformers can read.
     """
 
     def __init__(self, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights of a new run from a checkpoint or another model: ``train.py --init-from`` and --model."""
+"""Initial weights from a checkpoint or another model: ``train.py --init-from`` and --model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def init_from(
 ) -> None:
     """Replace the weights by those of ``--init-from``, else of ``--model``, if any. Collective.
 
-    The weights of other optimizers and of safetensors are float32 in effect: AdamW_BF16 splits them
-    into ``p`` and ``correction``.
+    AdamW_BF16 splits weights with more bits than bfloat16 into ``p`` and ``correction``.
 
     Raises:
         UsageError: on all ranks, if the weights are missing, damaged or of another model.
@@ -40,7 +39,7 @@ def init_from(
                 "out, or give a checkpoint."
             )
         if not isinstance(optimizer, AdamW_BF16):
-            # This one is dropped; float32 parameters get the weights as they are.
+            # Needed for import_fp32 only. It copies weights to float32 parameters unchanged.
             optimizer = AdamW_BF16(module.parameters(), lr=0.0)
         import_fp32(source, module, optimizer)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` of a run: written while it trains, and read."""
+"""Write and read ``metrics.jsonl``, the values of each step of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class MetricsFile:
     A line holds ``{step, loss, lr, grad_norm, nonfinite_steps, tokens_per_s}`` for each step and
     ``{step, held_out_loss}`` for each evaluation. With ``--precision-stats`` some steps also have a
     line of ``step`` and the fields of :class:`sharded_bf16_adamw.PrecisionStats`. ``step`` counts
-    the steps taken, ``nonfinite_steps`` those of them whose loss or gradient norm was not finite.
+    the steps taken, ``nonfinite_steps`` the steps whose loss or gradient norm was not finite.
     With ``--skip-spikes`` a step's line also has ``spikes``, the number of outliers skipped so far.
     Losses are in nats per token. A non-finite value, which JSON lacks, is ``null``.
 
     Args:
-        path: the file. Lines of steps after ``start`` are dropped: a resumed run repeats them.
+        path: the file. Lines of steps after ``start`` are dropped, since a resumed run repeats
+            these steps.
         start: steps taken before this run.
-        evaluated: the evaluation of step ``start``, if any, is not repeated.
+        evaluated: False if the run repeats the evaluation of step ``start``.
 
     Raises:
         OSError: the file cannot be written.

@@ -16,11 +16,11 @@ class OptimizerSpec:
     """An optimizer with decoupled weight decay.
 
     Attributes:
-        label: its name in tables.
-        weight_dtype: of the parameters; the forward pass is in bfloat16 either way.
-        path: its class, with the module; None for AdamW_BF16, which takes more arguments.
-        package: the name of the distribution that has it.
-        needs_cuda: it has no CPU kernels.
+        label: name in tables.
+        weight_dtype: dtype of the parameters. The forward pass is always in bfloat16.
+        path: module and class; None for AdamW_BF16, which takes more arguments.
+        package: the distribution to install.
+        needs_cuda: True if there are no CPU kernels.
         options: arguments beside ``lr``, ``betas`` and ``weight_decay``.
     """
 
@@ -40,7 +40,7 @@ class OptimizerSpec:
         return optimizer
 
     def unavailable_reason(self, has_cuda: bool) -> str | None:
-        """Return why it cannot be used, in one clause, or None."""
+        """Return a clause that tells why the optimizer cannot be used, or None if it can."""
         if self.needs_cuda and not has_cuda:
             return "runs on CUDA only"
         if importlib.util.find_spec((self.path or "torch").partition(".")[0]) is None:

@@ -32,7 +32,7 @@ from training.signals_and_watchdog import DEFAULT_GRACE_S
 from training.strategies import STRATEGIES
 
 DEFAULT_PRESET = "tiny"
-# of --model, which is trained further
+# Defaults for --model, which is fine-tuned.
 MODEL_DEFAULTS = SimpleNamespace(seq_len=1024, batch_size=16, steps=1000, lr=1e-5)
 
 
@@ -97,7 +97,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.config is not None:
         config = read_config(args.config, parser)
-        # argparse sets the default of what a namespace lacks
+        # argparse sets defaults only for options that the namespace lacks
         args = parser.parse_args(argv, argparse.Namespace(**config))
         if args.preset is not None and args.model is not None:
             setattr(args, "model" if "model" in config else "preset", None)
@@ -392,7 +392,7 @@ def _add_reports(add: Callable[..., Any]) -> None:
 def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
     """Yield a note for each option that has no effect.
 
-    These are no errors: one command line may serve several optimizers.
+    They are not errors, so that one command line can serve several optimizers.
     """
     for name in ("optimizer_backend", "check_replicas", "precision_stats"):
         value = getattr(args, name)

@@ -18,9 +18,9 @@ class Panel:
     """Curves that share axes.
 
     Attributes:
-        title: what they show.
-        curves: label by the key in ``metrics.jsonl``.
-        limits: of the vertical axis; None is free.
+        title: title of the panel.
+        curves: label of each curve, by its key in ``metrics.jsonl``.
+        limits: limits of the vertical axis; None is free.
     """
 
     title: str
@@ -48,8 +48,8 @@ PRECISION_PANELS = (
     Panel("norm of moments", {"exp_avg_norm": "exp_avg", "exp_avg_sq_norm": "exp_avg_sq"}),
 )
 COLUMNS = 3
-FEW = 50  # points that get a marker each
-LOG_RATIO = 30.0  # values that differ by more are drawn on a logarithmic axis
+FEW = 50  # a curve of fewer points has a marker at each
+LOG_RATIO = 30.0  # largest over smallest value above which the axis is logarithmic
 
 
 class Picture:
@@ -57,8 +57,8 @@ class Picture:
 
     Args:
         metrics: the file to draw.
-        path: the picture.
-        title: its title.
+        path: file of the picture.
+        title: title of the picture.
     """
 
     def __init__(self, metrics: Path, path: Path, title: str) -> None:
@@ -78,7 +78,7 @@ class Picture:
 def draw(metrics: Path, path: Path, title: str) -> bool:
     """Draw a run; return False if matplotlib is not installed.
 
-    Losses are on top, and below them a panel for each other thing that the run has reported.
+    Losses are on top. Below them is a panel for each of the other values that the run has reported.
     """
     try:
         from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def draw(metrics: Path, path: Path, title: str) -> bool:
         place = grid[1 + index // COLUMNS, index % COLUMNS]
         _draw_panel(figure.add_subplot(place, sharex=top), panel, curves)
     top.set_xlabel("step")
-    top.xaxis.set_major_locator(MaxNLocator(5, integer=True))  # also of the others
+    top.xaxis.set_major_locator(MaxNLocator(5, integer=True))  # also for the panels that share x
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True

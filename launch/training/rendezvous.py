@@ -1,4 +1,4 @@
-"""Joining the processes of a job, also after torchrun has restarted them."""
+"""Join the processes of a job, also after torchrun has restarted them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def join_process_group(backend: str) -> None:
 def store_of_attempt(store: dist.Store, own: int, size: int) -> dist.Store:
     """Return a view of ``store`` that only the processes of this attempt use. Collective.
 
-    torchrun keeps its store when it restarts the workers, so it still holds the addresses of dead
-    ones, and ``init_process_group`` would wait for them. ``TORCHELASTIC_RESTART_COUNT`` is no
-    common name for an attempt: agents of several nodes count their own restarts only. So rank 0
-    draws a name and tells it to each rank that asks. A question has a token of its own, so no
-    answer is taken for one of an earlier attempt.
+    torchrun keeps its store when it restarts the workers. So the store still holds the addresses of
+    dead workers, and ``init_process_group`` would wait for them. ``TORCHELASTIC_RESTART_COUNT``
+    does not name an attempt: agents of several nodes count only their own restarts. So rank 0
+    draws a name and tells it to each rank that asks. Each question has its own token, so that no
+    rank takes the answer of an earlier attempt.
     """
     if own != 0:
         token = uuid.uuid4().hex
@@ -68,7 +68,7 @@ def store_of_attempt(store: dist.Store, own: int, size: int) -> dist.Store:
 
 
 def die_with_torchrun() -> None:
-    """Make the kernel kill this worker when its torchrun dies, which leaves no other trace.
+    """Make the kernel kill this worker when its torchrun dies.
 
     An orphan would hold its GPU and the lock on ``--out``.
     """
@@ -76,5 +76,5 @@ def die_with_torchrun() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # torchrun died before the call
         os.kill(os.getpid(), signal.SIGKILL)

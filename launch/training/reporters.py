@@ -1,6 +1,6 @@
-"""Reporters of a run: all of them get the values that ``train.py`` reports, by name and step.
+"""Reporters of a run: each gets the values that ``train.py`` reports, by name and step.
 
-``metrics.jsonl`` is in metrics.py, and the picture, which is drawn from it, in picture.py.
+The reporter of ``metrics.jsonl`` is in metrics.py, that of the picture in picture.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.picture import Picture
 from training.run_state import Run
 from training.world import call_on_rank_0_only
 
-# Values in the progress, and their names there.
+# Values that the progress line shows, and their names in it.
 SHOWN = {
     "loss": "loss",
     "lr": "lr",
@@ -34,7 +34,7 @@ class Reporter(Protocol):
     """A place to which the values of a run go.
 
     Attributes:
-        name: what a note about its failure calls it.
+        name: the reporter's name in a note about its failure.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Reporter(Protocol):
 class Reporters:
     """Reporters as one, and a context that closes them.
 
-    An error of one of them does not end training: a note says so, once for each.
+    An error of a reporter does not end training. A note tells of its first error.
     """
 
     def __init__(self, *reporters: Reporter) -> None:
@@ -58,7 +58,7 @@ class Reporters:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for reporter in self.reporters:
-            message = f"training goes on, what it gets from step {step} on may be lost"
+            message = f"training goes on, but its values from step {step} on may be lost"
             with self._errors_noted(reporter, message):
                 reporter.log(step, values)
 
@@ -66,7 +66,7 @@ class Reporters:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        message = "what it got last may be lost"
+        message = "its last values may be lost"
         for reporter in self.reporters:
             with self._errors_noted(reporter, message):
                 reporter.close(error_type is not None)
@@ -75,7 +75,7 @@ class Reporters:
     def _errors_noted(self, reporter: Reporter, consequence: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever type a library has
+        except Exception as error:  # libraries raise errors of any type
             if reporter.name not in self._noted:
                 _note(reporter.name, error, consequence)
             self._noted.add(reporter.name)
@@ -104,7 +104,7 @@ def _open_all(run: Run) -> Reporters:
     def add(name: str, make: Callable[[], Reporter]) -> None:
         try:
             reporters.append(make())
-        except Exception as error:  # of whatever type a library has
+        except Exception as error:  # libraries raise errors of any type
             message = "training goes on without it"
             _note(name, error, message)
 
@@ -163,7 +163,7 @@ class Progress:
 
 
 class TensorBoard:
-    """Event files in a folder; values of steps after ``start`` that it holds are hidden."""
+    """Event files in a folder. Hides the values of steps after ``start`` that it already holds."""
 
     name = "TensorBoard"
 
@@ -181,14 +181,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run, which a resumed training continues: its id is in ``wandb-run.txt``."""
+    """A W&B run. Its id is in ``wandb-run.txt``, so a resumed training continues it."""
 
     name = "W&B"
 
     def __init__(self, project: str, out_dir: Path, start: int, config: dict[str, Any]) -> None:
         import wandb
 
-        # By default W&B keeps a job that is done for as long as the network is down.
+        # By default a finished job waits for W&B as long as the network is down.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         path = out_dir / "wandb-run.txt"
         run_id = path.read_text().strip() if start and path.exists() else None
@@ -201,7 +201,7 @@ class WandB:
         )
         path.write_text(self._run.id)
         self._run.config.update(config, allow_val_change=True)
-        # A resumed training may repeat steps, which W&B drops if they are steps of its own.
+        # A resumed training may repeat steps. W&B's own step counter would drop those.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

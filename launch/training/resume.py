@@ -1,4 +1,4 @@
-"""Choice of the checkpoint that ``train.py`` resumes from, and checks against its run."""
+"""Choose the checkpoint that ``train.py`` resumes from, and compare its run with this one."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     Rank 0 searches for all ranks: others may see an older state of a network file system.
 
     Raises:
-        UsageError: on all ranks, if ``--resume`` names no checkpoint, or it is of another run.
+        UsageError: on all ranks, if ``--resume`` names no checkpoint, or one of another run.
     """
     return call_on_rank_0(_readable, _find, args)
 
 
 def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
-    """Return the newest undamaged checkpoint in place of a damaged one. Collective.
+    """Return the newest undamaged checkpoint instead of a damaged one. Collective.
 
-    None if ``--resume`` is given, or if no checkpoint is undamaged.
+    Return None if ``--resume`` is given, or if no checkpoint is undamaged.
     """
     if args.resume is not None:
         return None
@@ -135,7 +135,7 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
 def _find_given(args: argparse.Namespace, root: Path) -> Path:
     """Return the checkpoint at ``--resume PATH``, or a newer one that this command has saved.
 
-    A command that is restarted must not lose what it has trained since.
+    A restarted command must not lose the steps that it has trained since ``PATH``.
     """
     given = Path(args.resume)
     path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when a save fails, and what is not saved."""
+"""Checkpoints of a run: when they are saved, and errors of a save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.world import true_on_all_ranks
 
 
 def is_save_due(run: Run) -> bool:
-    """Return True if this step is to be saved, and not after a loss that is not finite."""
+    """Return True if this step is to be saved. A step with a non-finite loss or norm is not."""
     every = run.args.save_every
     if not every or run.step % every != 0:
         return False
@@ -34,9 +34,10 @@ def is_save_due(run: Run) -> bool:
 
 
 def save_checkpoint(run: Run, in_background: bool) -> None:
-    """Save all that a resumed run needs, after the previous save; the data position is the step.
+    """Save all that a resumed run needs, once the previous save is done.
 
-    After a non-finite loss older checkpoints are kept: this one may be of diverged training.
+    The position in the data is the step. After a non-finite loss all older checkpoints are kept,
+    since the new one may be of diverged training.
 
     Raises:
         DivergedError: a weight or an optimizer state is not finite; nothing is saved.
@@ -63,7 +64,13 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
     start = time.perf_counter()
     with save_errors():
         run.last_checkpoint = save(
-            root, run.step, run.wrapped_model, run.optimizer, extra, keep, in_background
+            root,
+            run.step,
+            run.wrapped_model,
+            run.optimizer,
+            extra=extra,
+            keep=keep,
+            async_=in_background,
         )
         if run.args.export_hf is not None:
             export_hf(run.args, run.last_checkpoint)
@@ -73,7 +80,7 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
 
 @contextmanager
 def save_errors() -> Iterator[None]:
-    """Raise the error of a failed save, which is raised on all ranks, as a RunError."""
+    """Turn the error of a failed save, which all ranks raise, into a RunError."""
     try:
         yield
     except RuntimeError as error:
@@ -88,16 +95,16 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
         x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
     ]
     local = list(map(to_local, (*params, *states)))
-    # torchao's states wrap quantized tensors, and have no norm
+    # torchao's states wrap quantized tensors, and torch has no norm of those
     local = [x.dequantize() if hasattr(x, "__tensor_flatten__") else x for x in local]
-    # FlashAdamW keeps integers, of which torch has no norm
+    # FlashAdamW's states contain integers, and torch has no norm of those
     local = [x for x in local if x.numel() and x.is_floating_point()]
     # The largest magnitude is inf or NaN if any element is, and needs no temporary tensor.
     return bool(nn.utils.get_total_norm(local, math.inf).isfinite())
 
 
 def save_last_step(run: Run) -> None:
-    """Save the last step, even if the previous background save failed; then raise its error."""
+    """Save the last step, even if a background save has failed. Raise that save's error then."""
     run.supervisor.beat("the last save")
     try:
         with save_errors():

@@ -1,4 +1,4 @@
-"""Ends of a run that its training loop does not decide: signals, deadlines, ranks that hang."""
+"""Stop signals, their deadline, and a watchdog for ranks that hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.errors import FAILED, STOPPED
 from training.rendezvous import rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-DEFAULT_GRACE_S = 30.0  # torchrun's, and that of Slurm and Kubernetes
+DEFAULT_GRACE_S = 30.0  # the default of torchrun, Slurm and Kubernetes
 USABLE_GRACE_FRACTION = 0.9
 ABORTED = 128 + signal.SIGINT
 POLL_S = 0.5
@@ -30,20 +30,21 @@ class StopTraining(Exception):  # noqa: N818  # no error
 
 
 class Supervisor:
-    """Watchdog thread that acts while the main thread is blocked on another rank or a disk.
+    """Thread that handles stop signals and hangs while the main thread is blocked.
 
-    A stop signal sets :attr:`requested`, which the training loop polls. If the run has not ended
-    when ``grace`` is almost over, the thread ends the process: a save is abandoned, and a later
-    run resumes from the last complete checkpoint. A second Ctrl-C ends it at once. The thread also
-    ends it when the loop has not called :meth:`beat` for ``step_timeout`` seconds, since then a
-    rank hangs.
+    A stop signal sets :attr:`requested`, which the training loop polls. The thread ends the process
+
+    * when ``grace`` is almost over: a save is abandoned, and a later run resumes from the last
+      complete checkpoint;
+    * at once after a second Ctrl-C;
+    * when the loop has not called :meth:`beat` for ``step_timeout`` seconds: a rank hangs.
 
     Use it as a context manager; on exit it restores the signal handlers.
 
     Attributes:
         grace: seconds between a stop signal and the end of the process.
-        step_timeout: seconds; 0 disables it.
-        requested: whether this rank or another one has received a stop signal.
+        step_timeout: seconds between two calls of :meth:`beat`; 0 disables the check.
+        requested: True once this rank, or another rank, has received a stop signal.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,8 @@ class Supervisor:
         self._closed = False
 
     def __enter__(self) -> Supervisor:
-        # Python runs handlers on the main thread, which may be blocked; the fd works anyway.
+        # Python runs handlers on the main thread, which may be blocked. It writes signals to this
+        # file descriptor at once.
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._receiver.settimeout(POLL_S)
@@ -82,18 +84,18 @@ class Supervisor:
         self._receiver.close()
 
     def beat(self, doing: str) -> None:
-        """Note progress of the main thread, and what it is about to do."""
+        """Note progress of the main thread, and its next task for messages."""
         self._doing = doing
         self._idle_s = 0.0
         self._is_watched = True
 
     def rest(self, doing: str) -> None:
-        """Note that the main thread is about to do what may take any time."""
+        """Note that the main thread is about to do something that has no time limit."""
         self._doing = doing
         self._is_watched = False
 
     def request(self, seconds_left: float = math.inf) -> None:
-        """Ask the loop to stop, since another rank was asked that has ``seconds_left``."""
+        """Ask the loop to stop; end the process in ``seconds_left`` at the latest."""
         self._deadline = min(self._deadline, time.monotonic() + seconds_left)
         self.requested = True
 
@@ -102,7 +104,7 @@ class Supervisor:
 
         The ranks take over the earliest deadline.
         """
-        # On the CPU, so that the device is not waited for.
+        # On the CPU, which needs no synchronization with the device.
         seconds_left = torch.tensor(self.seconds_left(), dtype=torch.float64)
         dist.all_reduce(seconds_left, op=dist.ReduceOp.MIN)
         if math.isfinite(seconds_left.item()):
@@ -114,7 +116,7 @@ class Supervisor:
         return self._deadline - time.monotonic()
 
     def _handle(self, signum: int, frame: Any) -> None:
-        # The rest of the grace is for the interpreter and for torchrun.
+        # The rest of the grace period is for the end of the interpreter and of torchrun.
         self.request(USABLE_GRACE_FRACTION * self.grace)
 
     def _watch(self) -> None:
@@ -126,9 +128,9 @@ class Supervisor:
                 signals = b""
             for signum in signals:
                 if signum in STOP_SIGNALS:
-                    self._on_signal(signal.Signals(signum))
+                    self._handle_in_thread(signal.Signals(signum))
             now = time.monotonic()
-            # A process that was suspended as a whole has not been idle meanwhile.
+            # The time in which the whole process was suspended does not count as idle.
             self._idle_s += min(now - before, 2 * POLL_S)
             before = now
             if self.seconds_left() < 0:
@@ -136,7 +138,7 @@ class Supervisor:
             if self._is_watched and 0 < self.step_timeout < self._idle_s:
                 end_now(FAILED, self._reason_of_timeout())
 
-    def _on_signal(self, signum: signal.Signals) -> None:
+    def _handle_in_thread(self, signum: signal.Signals) -> None:
         self._interrupts += signum == signal.SIGINT
         if self._interrupts > 1:
             end_now(ABORTED, "aborted; the last complete checkpoint counts")
@@ -147,7 +149,7 @@ class Supervisor:
             self._announced = True
 
     def _reason_of_timeout(self) -> str | None:
-        """Return why there is no progress, on one of the ranks that run; None on the others."""
+        """Return the reason on the lowest rank that can report it, None on the others."""
         reason = f"no progress for --step-timeout {self.step_timeout:g} s: "
         found: list[str | None] = [f"this rank is in {self._doing}, and the store does not answer"]
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -160,14 +162,14 @@ class Supervisor:
         return None if found[0] is None else reason + found[0]
 
     def _report_hang(self) -> str | None:
-        # a client of its own, since the main thread may hold the other one
+        # A new client, since the main thread may be blocked in a call of the existing one.
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set(f"hangs/{rank()}", self._doing)
         time.sleep(HANG_REPORT_S)
         ranks = range(dist.get_world_size())
         doing = {r: store.get(f"hangs/{r}").decode() for r in ranks if store.check([f"hangs/{r}"])}
         if rank() != min(doing):
-            time.sleep(POLL_S)  # let that rank print before torchrun ends all
+            time.sleep(POLL_S)  # the lowest rank prints before torchrun ends all
             return None
         silent = [r for r in ranks if r not in doing]
         if silent:

@@ -11,12 +11,12 @@ WINDOW = 128
 class SpikeFilter:
     """A window of the last losses and gradient norms.
 
-    It is the rule of OLMo-core's ``SkipStepOptimizer``: outliers enter the window too, so that a
-    lasting change of level is accepted after a while, and nothing is an outlier until the window
-    is half full.
+    The rule is that of OLMo-core's ``SkipStepOptimizer``. Outliers enter the window too, so that a
+    lasting change of level is accepted after a while. Nothing is an outlier until the window is
+    half full.
 
     Args:
-        sigma: standard deviations above the mean from which on a value is an outlier.
+        sigma: number of standard deviations above the mean beyond which a value is an outlier.
 
     Attributes:
         skipped: steps that the training loop has skipped.
@@ -28,7 +28,7 @@ class SpikeFilter:
         self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
     def is_spike(self, loss: float, norm: float) -> bool:
-        """Return whether a step's finite loss or gradient norm is an outlier, and record both."""
+        """Record a step's finite loss and norm; return True if one of them is an outlier."""
         is_spike = len(self._window) >= WINDOW // 2 and any(
             value - statistics.fmean(recent) > self.sigma * statistics.stdev(recent)
             for value, recent in zip((loss, norm), zip(*self._window, strict=True), strict=True)

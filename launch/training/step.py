@@ -18,7 +18,7 @@ from training.world import synchronize, true_on_all_ranks
 
 
 def backward(run: Run) -> Tensor:
-    """Accumulate this rank's gradients of the step's batch.
+    """Accumulate the gradients of this rank's part of the step's batch.
 
     Returns:
         The mean loss of this rank's sequences, a 0-dim fp32 tensor.
@@ -49,8 +49,8 @@ def compute_loss(module: nn.Module, batch: Tensor) -> Tensor:
 def update(run: Run, loss: float) -> float:
     """Clip, step and clear the gradients.
 
-    With ``--skip-nonfinite``, a step whose loss or norm is not finite only advances the schedule,
-    and with ``--skip-spikes`` one whose loss or norm is an outlier.
+    ``--skip-nonfinite`` skips steps whose loss or norm is not finite, ``--skip-spikes`` steps whose
+    loss or norm is an outlier. A skipped step only advances the schedule.
 
     Returns:
         The global gradient norm before clipping.
@@ -58,7 +58,7 @@ def update(run: Run, loss: float) -> float:
     synchronize(run.world.device)
     start = time.perf_counter()
     optimizer, clip = run.optimizer, run.args.clip or math.inf
-    if isinstance(optimizer, AdamW_BF16):  # calls the schedule itself
+    if isinstance(optimizer, AdamW_BF16):  # its lr_function is the schedule
         norm = optimizer.clip_grad_norm_(clip)
     else:
         for group in optimizer.param_groups:
@@ -69,7 +69,7 @@ def update(run: Run, loss: float) -> float:
         )
     norm_before = float(norm)
     is_finite = true_on_all_ranks(run.world, math.isfinite(loss) and math.isfinite(norm_before))
-    # The norm may differ in its last bit between ranks.
+    # Ranks must agree, since the norm may differ in its last bit between them.
     is_spike = bool(run.args.skip_spikes) and is_finite
     if is_spike:
         is_spike = not true_on_all_ranks(
@@ -111,7 +111,7 @@ def clip_in_fp32(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def measure_precision(run: Run, is_finite: bool) -> float:
-    """Set ``run.precision`` for the step to come if it is due; return the seconds that it took."""
+    """Set ``run.precision`` if the next step is due; return the seconds that this took."""
     start = time.perf_counter()
     every, optimizer = run.args.precision_stats, run.optimizer
     is_due = every and (run.step + 1) % every == 0
@@ -123,7 +123,7 @@ def measure_precision(run: Run, is_finite: bool) -> float:
 
 
 def step_values(run: Run, loss: float, norm: float) -> dict[str, float]:
-    """Return what is reported of the step that was just taken."""
+    """Return the values of the last step for the reporters."""
     args = run.args
     values = {
         "loss": loss,

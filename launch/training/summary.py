@@ -1,4 +1,4 @@
-"""Print how a run ended."""
+"""Print the result of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.run_state import Run
 
 
 def print_summary(run: Run, stopped: bool) -> None:
-    """Print how the run ended. Collective."""
+    """Print the result of the run. Collective."""
     state_bytes = optimizer_state_bytes(run.optimizer, run.world.device)
     if run.world.rank != 0:
         return
@@ -29,7 +29,7 @@ def print_summary(run: Run, stopped: bool) -> None:
         summary(
             held_out_loss=run.held_out_loss,
             state_bytes=state_bytes,
-            parameters=run.num_params,
+            num_params=run.num_params,
             world_size=run.world.size,
             # The median, since the first steps also compile and load kernels.
             step_seconds=statistics.median(run.step_seconds or [0.0]),
@@ -70,7 +70,7 @@ def summary(
     *,
     held_out_loss: float,
     state_bytes: tuple[int, int],
-    parameters: int,
+    num_params: int,
     world_size: int,
     step_seconds: float,
     out_dir: Path,
@@ -86,7 +86,7 @@ def summary(
         (
             f"held-out loss         {held_out_loss:.4f} nats per token",
             f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
-            f"{total / parameters:.2f} per parameter",
+            f"{total / num_params:.2f} per parameter",
             f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",
             f"non-finite steps      {nonfinite_steps}"
             f"{', skipped' if nonfinite_steps and skipped else ''}",

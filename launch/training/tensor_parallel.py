@@ -1,8 +1,8 @@
 """Tensor and sequence parallelism for the model of ``model.py``.
 
 Each rank has some heads of every attention, some hidden units of every feed-forward network, and
-some rows of the embedding and the head. Between them, where all ranks would compute the same, each
-rank has some positions of the sequence. So the norms' gains get partial sums as gradients.
+some rows of the embedding and the head. Between these modules, each rank has some positions of the
+sequence. So the gradients of the norms' gains are partial sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The processes that train together, what they agree on, and errors that all of them raise."""
+"""The processes that train together, their collectives, and errors that all of them raise."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class World:
 def init_world(device: str) -> World:
     """Join the processes that torchrun started, or initialize a world of this process alone.
 
-    NCCL connects GPUs, and gloo connects CPUs.
+    The back end is NCCL for GPUs and gloo for CPUs.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is a GPU for each process of this machine,

@@ -112,7 +112,7 @@ def test_wandb_learns_that_a_training_failed(tmp_path, wandb):
         ("start", "W&B: api_key not configured (no-tty); training goes on without it"),
         (
             2,
-            "W&B: no route to host; training goes on, what it gets from step 2 on may be lost",
+            "W&B: no route to host; training goes on, but its values from step 2 on may be lost",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_an_error_of_one_reporter_reaches_neither_training_nor_the_others(capsys
     for reporter in three:
         assert reporter.calls[1:] == [(2, {"loss": 2.0}), True]
     assert capsys.readouterr().err == "".join(
-        f"note: {name}: No space left on device; training goes on, what it gets from step 1 on "
+        f"note: {name}: No space left on device; training goes on, but its values from step 1 on "
         "may be lost\n"
         for name in ("first", "third")
     )
@@ -261,6 +261,6 @@ def test_a_picture_that_cannot_be_written_is_noted_at_the_end(tmp_path, capsys):
     printed = capsys.readouterr()
     assert (
         printed.err
-        == f"note: {tmp_path}/metrics.png: Is a directory; what it got last may be lost\n"
+        == f"note: {tmp_path}/metrics.png: Is a directory; its last values may be lost\n"
     )
     assert "checkpoint  " in printed.out
