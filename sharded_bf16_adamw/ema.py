@@ -30,7 +30,7 @@ CPU_CHUNK = 1 << 16  # elements: smaller chunks add call overhead, larger ones l
 DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
 UPDATES = "ema_updates"  # key of each param_group for the number of updates
-HASH_MULTIPLIER = 0x2C1B3C6D  # odd, of the average's bits
+HASH_MULTIPLIER = 0x2C1B3C6D  # odd; multiplies the average's bits
 
 
 class EMA:
@@ -150,7 +150,8 @@ class EMA:
         pairs = [(param, state["ema"]) for param, state in swapped]
         self._swap(pairs)
         self._is_swapped = True
-        for _, state in swapped:  # both belong to the original weights, so hide them until the end
+        # Hide the correction and the average, which belong to the original weights.
+        for _, state in swapped:
             state.pop("correction", None)
             del state["ema"]
         try:

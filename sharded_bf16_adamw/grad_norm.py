@@ -183,7 +183,7 @@ class GradNorm:
         return clip_coefficient(total, max_norm, backend)
 
     def record_mismatch(self, mismatch: Tensor) -> None:
-        """Check what :meth:`all_reduce` found; see :class:`ReplicaGradCheck`."""
+        """Record the mismatch that :meth:`all_reduce` returned; see :class:`ReplicaGradCheck`."""
         self._replica_check.record(mismatch)
 
     def raise_if_mismatch(self) -> None:
@@ -205,7 +205,7 @@ class GradNorm:
             params: some of its parameters.
             local_grads: the local shards of their gradients.
             backend: the optimizer's back end.
-            scratch: names these gradients if others of the group are summed by other calls.
+            scratch: key of the scratch memory, if several calls sum gradients of one group.
         """
         key_of = self._infos[index].key_of
         keyed_grads = [

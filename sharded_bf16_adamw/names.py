@@ -55,8 +55,8 @@ def clean_fqn(model: nn.Module, name: str) -> str:
 def state_dict_key(model: nn.Module, name: str) -> str:
     """Return the key in ``unwrap(model).state_dict()`` of an FQN. Inverse of :func:`clean_fqn`.
 
-    Hooks of activation checkpointing and of FSDP1 remove their segments from these keys, and FSDP1
-    from the names in optimizer states. The segments of the other wrappers stay.
+    Hooks of activation checkpointing and of FSDP1 remove their segments from these keys. FSDP1 also
+    removes its segment from the names in optimizer states. Segments of other wrappers stay.
     """
     kept = []
     module: nn.Module | None = unwrap(model)
@@ -86,9 +86,9 @@ def flat_params(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Remove the outermost wrappers of Lightning Fabric, activation checkpointing and compilation.
 
-    Fabric's wrapper holds the same parameters under two names. Activation checkpointing's has a
-    ``named_parameters()`` that makes FSDP1 drop the segment of a user's submodule called
-    ``module``.
+    Fabric's wrapper holds the same parameters under two names. The wrapper of activation
+    checkpointing has a ``named_parameters()`` that makes FSDP1 drop the segment of a user's
+    submodule called ``module``.
     """
     while (wrapper := _wrapper_segment(model)) in (FABRIC, CHECKPOINT, COMPILE):
         model = model._modules[wrapper]  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 def _wrapper_segment(module: nn.Module) -> str | None:
     """Return the segment that a wrapper adds to names, or None if the module is not a wrapper."""
-    # The module is slow to import. Nothing is compiled if nobody has imported it.
+    # torch._dynamo is slow to import. If it was not imported, no module is compiled.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     for segment, wrapper_class in (
         (DDP, DistributedDataParallel),
@@ -116,7 +116,7 @@ def _wrapper_segment(module: nn.Module) -> str | None:
 
 
 def _is_fabric_wrapper(module: nn.Module) -> bool:
-    """Fabric's wrapper has the module as its strategy wraps it, the plain one, and nothing else."""
+    """Return True for Fabric's wrapper: it holds the wrapped and the plain module, nothing else."""
     if module._modules.get(FABRIC) is None:
         return False
     return {*module._modules, *module._parameters, *module._buffers} <= {FABRIC, _FABRIC_ORIGINAL}

@@ -340,5 +340,10 @@ class AdamW_BF16(WeightAccess):
         lrs = scheduled_lrs(self.lr_function, self.param_groups)
         hypers = hyperparams_at(lrs, self.param_groups)
         return self._precision.compute(
-            grads, hypers, self.state, self._clip.grad_scale, self.backend, round(1.0 / fraction)
+            grads,
+            hypers,
+            self.state,
+            grad_scale=self._clip.grad_scale,
+            backend=self.backend,
+            one_in=round(1.0 / fraction),
         )

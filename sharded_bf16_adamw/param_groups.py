@@ -17,7 +17,7 @@ _RESERVED = ("params", "param_names")
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Parameter groups for an optimizer. ``print(groups)`` shows a table of what fell where."""
+    """Parameter groups for an optimizer. ``print(groups)`` shows the parameters of each group."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], patterns: Iterable[str]) -> None:
         super().__init__(groups)
@@ -29,9 +29,9 @@ class ParamGroups(list[dict[str, Any]]):
         ]
 
     def __str__(self) -> str:
-        """Return the table. Names that differ in indices only share a row, with ``*`` for these.
+        """Return the table. Names that differ only in indices share a row, with ``*`` as the index.
 
-        Elements are those of the full tensor; of a parameter of FSDP1, those on this rank.
+        Elements are counted in the full tensor, for FSDP1 in this rank's shard.
         """
         rows = [("group", "pattern", "options", "parameters", "elements", "names")]
         labels = zip(self, self._patterns, self._options, strict=True)
@@ -70,7 +70,7 @@ def param_groups(
 
     Returns:
         A list of groups for :class:`AdamW_BF16` or an optimizer of torch, with ``param_names``.
-        ``print()`` of it shows a table of what fell where.
+        ``print()`` of it shows a table of the parameters in each group.
 
     Raises:
         ValueError: a pattern is not a regular expression or matches no parameter, patterns before
@@ -126,7 +126,7 @@ def _names_of_params(model: nn.Module) -> dict[Tensor, list[str]]:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression. Raise ValueError if it is none."""
+    """Compile a regular expression. Raise ValueError if it is invalid."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -137,7 +137,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _first_match(patterns: list[re.Pattern[str]], names: list[str]) -> int:
-    """Return the index of the first pattern that matches any of the names, else their number."""
+    """Return the index of the first pattern that matches a name, or the number of patterns."""
     for index, pattern in enumerate(patterns):
         if any(map(pattern.search, names)):
             return index

@@ -1,14 +1,14 @@
 """The elements that ``precision_stats(fraction=...)`` reads: a stratified random sample.
 
 A parameter is cut into *blocks* of consecutive rows, and every ``one_in`` consecutive blocks are a
-*stratum*, of which one block is drawn. What does not fill a stratum is always read: the end of a
-parameter, and all of a small one. So a sum over the parameter is ``one_in`` times the sum over the
-drawn blocks, plus the sum over the rest: unbiased, since each block is drawn with the same
-probability, and exact for a count of elements.
+*stratum*, of which one block is drawn. Rows that do not fill a stratum are always read: the end of
+a parameter, and all of a small parameter. So the estimated sum over the parameter is ``one_in``
+times the sum over the drawn blocks, plus the sum over the other rows. It is unbiased, since each
+block is drawn with the same probability, and exact for a count of elements.
 
-The draw is a hash of the step, of the parameter's position in the optimizer and of the stratum's in
-the full parameter. So each step draws others, and all ranks draw the same under every sharding: a
-rank reads those parts of the drawn blocks that its shard holds.
+The draw is a hash of the step, the parameter's position in the optimizer, and the stratum's
+position in the full parameter. So each step draws other blocks, and all ranks draw the same blocks
+under every sharding: a rank reads the parts of the drawn blocks that its shard holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .sharding.dtensor import to_local
 from .sharding.shard_rows import shard_rows
 
 BLOCK = 4096  # elements: reading less at a place would waste prefetched memory
-MAX_STRATA = 4096  # about, of a parameter: a large one has larger blocks, to spare the host
+MAX_STRATA = 4096  # about, per parameter; a large one has larger blocks, to spare the host
 GOLDEN = 0x9E3779B9  # odd, so that no two of 2^32 steps have equal multiples modulo 2^32
 
 
@@ -47,7 +47,8 @@ class StratifiedSample:
         shards: the parameters' shards, as :meth:`.sharding.base.Sharding.shard` returns them.
         positions: the parameters' positions in the optimizer, equal on all ranks.
         rows: for each parameter the row of the result.
-        n_rows: number of rows of the result. Those of drawn blocks follow it: see :meth:`total`.
+        n_rows: number of rows of the result. As many rows for drawn blocks follow: see
+            :meth:`total`.
         one_in: blocks of a stratum; 1 to read everything.
     """
 

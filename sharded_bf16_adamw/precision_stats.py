@@ -1,8 +1,8 @@
 """Statistics of what bfloat16 costs in one step: lost updates, effective descent quality, norms.
 
-The kernels compute the next step without storing it: with the same stochastic rounding, so that the
-bits are those that :meth:`.AdamW_BF16.step` will store, and they add up in float64. No tensor of
-the optimizer changes, and nothing waits for the device.
+The kernels compute the next step without storing it, and sum in float64. The stochastic rounding is
+the same, so the bits are those that :meth:`.AdamW_BF16.step` will store. No tensor of the optimizer
+changes, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class PrecisionStats:
 
     Attributes:
         elements: elements that the step updates, each counted once.
-        updates: those of them whose intended update is not zero.
+        updates: elements whose intended update is not zero.
         lost_share: share of ``updates`` that leave a plain weight as it is.
         carried_share: share of ``updates`` that leave a plain weight as it is and do change the
-            true weight. The difference from ``lost_share`` is what stochastic rounding of the
-            correction rounds to nothing; it is made up for by others that it rounds up.
+            true weight. The difference from ``lost_share`` is the share that stochastic rounding of
+            the correction rounds to zero; other updates, which it rounds up, make up for them.
         edq: effective descent quality. Collage (arXiv:2405.03637) defines EDQ as the projection of
             the effective update on the direction of the intended one,
             ``dot(intended / norm(intended), effective)``. This is EDQ over ``norm(intended)``: 1 if
@@ -58,7 +58,7 @@ class PrecisionStats:
         update_norm: 2-norm of the intended updates.
         update_ratio: ``update_norm / weight_norm``.
         exp_avg_norm: 2-norm of the first moments after the step, before they are rounded.
-        exp_avg_sq_norm: 2-norm of the second moments, likewise.
+        exp_avg_sq_norm: 2-norm of the second moments after the step, before they are rounded.
         groups: the same of each parameter group, in the order of ``param_groups``.
 
     Examples:
@@ -95,7 +95,7 @@ class PrecisionStats:
 
 
 class PrecisionPass:
-    """The computation of :class:`PrecisionStats`, with what it keeps between calls.
+    """The computation of :class:`PrecisionStats`. Keeps its last sample between calls.
 
     Args:
         sharding: the optimizer's sharding strategy.
@@ -107,7 +107,7 @@ class PrecisionPass:
         self._sharding = sharding
         self._step_plans = step_plans
         self._grad_norm = grad_norm
-        # the last sample, and what it was built for
+        # the last sample, with the plan and the infos for which it was built
         self._sample: tuple[weakref.ref[StepPlan], list[GroupInfo], StratifiedSample] | None = None
 
     def compute(
@@ -125,7 +125,7 @@ class PrecisionPass:
 
         Args:
             group_grads: one entry for each parameter group.
-            hyperparams: likewise, with the learning rate of this step.
+            hyperparams: one entry for each parameter group, with the learning rate of this step.
             states: the optimizer's states; a missing one counts as zeros and is not created.
             grad_scale: 0-dim float32 factor of the gradients, or None.
             backend: see :class:`.kernels.FusedAdamW`.
@@ -193,7 +193,7 @@ class PrecisionPass:
         keys: list[SumKey],
         one_in: int,
     ) -> StratifiedSample:
-        """Return the sample of a plan's parameters, the last one if it was for the same."""
+        """Return the sample of a plan's parameters; reuse the last sample of the same plan."""
         if self._sample is not None:
             of_plan, of_infos, sample = self._sample
             if of_plan() is plan and sample.one_in == one_in and all(map(is_, infos, of_infos)):

@@ -32,7 +32,7 @@ class SerializableOptimizer(SteppedInBackward):
     backend: str | None
 
     def _init_caches(self) -> None:
-        """Create what is neither pickled nor loaded, for ``self._sharding``."""
+        """Create the attributes that are neither pickled nor loaded, for ``self._sharding``."""
         raise NotImplementedError
 
     def _all_params(self) -> list[Tensor]:
@@ -88,7 +88,7 @@ class SerializableOptimizer(SteppedInBackward):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore an unpickled or loaded state, also one of torch.optim.AdamW."""
-        if "_sharding" not in self.__dict__:  # unpickled, so it had neither of these
+        if "_sharding" not in self.__dict__:  # unpickled: neither ZeRO nor model_parallel
             self._sharding, self.model_parallel = build_sharding(None, None), None
             self._init_caches()
             self._is_built = True
@@ -128,9 +128,9 @@ class SerializableOptimizer(SteppedInBackward):
 def from_adamw_bfloat16(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Convert a state dict of the ``adamw_bfloat16`` library; return any other unchanged.
 
-    Its ``shift`` is the correction. Its groups have no ``lr``, for which that of ``groups`` stands.
-    ``accumulated_decay``, decay that a weight has yet to get, starts at a random value, so it is
-    dropped: it is at most half a percent of the weight.
+    Its ``shift`` is the correction. Its groups have no ``lr``, so they get the ``lr`` of
+    ``groups``. ``accumulated_decay``, decay that is not yet applied to the weight, is dropped: it
+    starts at a random value and is at most half a percent of the weight.
     """
     loaded = state_dict["param_groups"]
     if not loaded or not all("lr_function" in group and "lr" not in group for group in loaded):

@@ -142,7 +142,7 @@ class StepPlan:
         """Return each device's sums of the step that :meth:`update_` would take.
 
         Args:
-            grads: see :meth:`update_`, likewise the next two.
+            grads: the local gradients, group after group.
             hyperparams: one entry for each of the optimizer's parameter groups.
             grad_scale: 0-dim float32 factor of the gradients, or None.
             runs: see :meth:`.kernels.FusedAdamW.precision_sums`; ``params`` are indices into

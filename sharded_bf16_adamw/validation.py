@@ -1,4 +1,4 @@
-"""Checks of what users pass in. Each raises before anything changes, and names the parameter."""
+"""Checks of the user's arguments. Each raises before anything changes, and names the parameter."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
 
 
 def check_max_lr(max_lr: float, weight_decay: float) -> None:
-    """Raise ValueError if ``max_lr`` cannot scale the weight decay; warn if that is a large one."""
+    """Raise ValueError if ``max_lr`` cannot scale the weight decay; warn if the decay is large."""
     if not 0.0 < max_lr < math.inf:
         raise ValueError(
             f"Invalid max_lr: {max_lr}; with decouple_lr=True it must be the peak of the learning "

@@ -32,11 +32,11 @@ class WeightAccess(SerializableOptimizer):
     ) -> _Optimizer:
         r"""Convert a float32 model to bfloat16 in place, and return an optimizer for it.
 
-        ``model.bfloat16()`` drops what the rounding of each weight leaves. Here that remainder
-        becomes the ``correction``, so that ``p + correction`` is the float32 weight up to 2^-17 of
-        it. All floating-point parameters and buffers become bfloat16; parameters stay the same
-        objects, and gradients are dropped. A parameter that is frozen or not in ``params`` is
-        rounded without a correction.
+        ``model.bfloat16()`` drops the rounding error of each weight. Here it becomes the
+        ``correction``, so that ``p + correction`` is the float32 weight up to 2^-17 of it. All
+        floating-point parameters and buffers become bfloat16; parameters stay the same objects, and
+        gradients are dropped. A parameter that is frozen or not in ``params`` is rounded without a
+        correction.
 
         Args:
             model: the module, plain or sharded by ``fully_shard`` or tensor parallelism, before its

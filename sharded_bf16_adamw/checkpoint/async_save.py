@@ -39,17 +39,17 @@ class _Pending(threading.Thread):
         except Exception as error:
             self.error = error
         finally:
-            self._function = None  # it holds the staged copy
+            self._function = None  # frees the staged copy
             _borrowed.discard(self._group)
 
     def concerns_this_thread(self) -> bool:
-        """Return whether the save was started by this thread or by one that has ended."""
+        """Return True if this thread, or a thread that has ended, has started the save."""
         return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
 _pending: list[_Pending] = []  # in the order of their start, until their errors were raised
 _lock = threading.Lock()  # guards _pending
-# gloo groups by the caller's group, which has the same ranks
+# gloo groups of the same ranks, by the caller's group
 _groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()
 _borrowed: set[dist.ProcessGroup] = set()  # of saves in flight
 

@@ -38,7 +38,7 @@ class SavedTensor(NamedTuple):
 
     Attributes:
         size: global shape.
-        properties: dtype and, before they were written, other properties.
+        properties: dtype; other properties only in a table that was not read from a file.
         boxes: int64 of shape (2, dimensions, chunks): offsets and sizes.
         places: int64 of shape (3, chunks): the file's number in the table, offset and length.
     """
@@ -58,7 +58,7 @@ class SavedTensor(NamedTuple):
         return list(map(Block, offsets, sizes))
 
     def overlapping(self, boxes: list[Block]) -> np.ndarray:
-        """Return the numbers of the chunks that have elements of one of ``boxes``."""
+        """Return the indices of the chunks that overlap with one of ``boxes``."""
         offsets, ends = self.boxes[0], self.boxes[0] + self.boxes[1]
         found = np.zeros(self.places.shape[1], bool)
         for box in boxes:
@@ -72,7 +72,7 @@ class ChunkTable:
     """All chunks of a checkpoint.
 
     Attributes:
-        tensors: by key.
+        tensors: the chunks of each tensor, by key.
         files: names of the files with tensors.
         planner_data: of DCP's metadata; empty if read from a file.
     """
@@ -100,7 +100,7 @@ class ChunkTable:
         """Inverse of :meth:`to_metadata`.
 
         Raises:
-            ValueError: it does not say where a chunk is.
+            ValueError: the metadata lacks the place of a chunk.
         """
         storage = metadata.storage_data
         files: dict[str, int] = {}
@@ -143,7 +143,7 @@ class ChunkTable:
         return LoadPlan(items), metadata
 
     def _add(self, metadata: Metadata, key: str, numbers: np.ndarray) -> None:
-        """Add the chunks of a tensor with these numbers to DCP's metadata."""
+        """Add the chunks of a tensor with these indices to DCP's metadata."""
         size, properties, boxes, places = self.tensors[key]
         offsets, sizes = boxes[:, :, numbers].transpose(0, 2, 1).tolist()
         chunks = [
@@ -161,7 +161,7 @@ class ChunkTable:
     # ------------------------------------------------------------------------------- in a file
 
     def to_bytes(self) -> bytes:
-        """Return the table as a line of JSON and compressed columns of differences."""
+        """Return the table as a line of JSON and compressed, delta-encoded columns."""
         header = {
             "files": self.files,
             "tensors": [
@@ -181,7 +181,7 @@ class ChunkTable:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ChunkTable:
-        """Inverse of :meth:`to_bytes`, with no property of tensors but the dtype.
+        """Inverse of :meth:`to_bytes`; of a tensor's properties only the dtype is restored.
 
         Raises:
             ValueError: ``content`` is not a table.

@@ -202,8 +202,8 @@ def _size(path: Path) -> int | None:
 def _discard_leftovers(partial: Path) -> None:
     """Remove leftovers of dead saves to the root of ``partial``.
 
-    A save of this machine is dead if this process has the root's lock, and any save if nothing in
-    its folder has changed for ``DEAD_AFTER_S``.
+    A save of this machine is dead if this process has the root's lock. Any save is dead if nothing
+    in its folder has changed for ``DEAD_AFTER_S``.
     """
     root, locked = partial.parent, _locks[partial] is not None
     now = partial.stat().st_mtime  # by the file system's clock
@@ -216,7 +216,7 @@ def _discard_leftovers(partial: Path) -> None:
             try:
                 if dead or now - _last_change(path) > DEAD_AFTER_S:
                     hidden = root / f"{REMOVED}{name}"
-                    os.rename(path, hidden)  # if its save is alive after all, that fails as a whole
+                    os.rename(path, hidden)  # a save that is alive after all then fails as a whole
                     discard(hidden)
             except FileNotFoundError:
                 pass  # another process has removed or published it

@@ -24,7 +24,8 @@ class Comparison:
 
     Attributes:
         loadable: keys of tensors that the checkpoint has with the same shape and dtype.
-        missing_states: keys of states that it lacks although it has the weight; they become zero.
+        missing_states: keys of states that the checkpoint lacks although it has the weight. Their
+            tensors become zero.
         plain: values that are not tensors, by key.
         groups: the optimizer's groups, with the saved options.
         mismatches: a sentence without a full stop for each key that does not fit.
@@ -197,7 +198,7 @@ def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: 
 
 
 def _like(current: Any, saved: Any) -> Any:
-    """Return ``saved`` as a tensor like ``current``, or as a number if ``current`` is none."""
+    """Return ``saved`` as a tensor like ``current``, or as a number if that is not a tensor."""
     if isinstance(current, Tensor):
         return torch.as_tensor(saved, dtype=current.dtype, device=current.device).reshape(
             current.shape

@@ -94,25 +94,27 @@ class _Inventory(NamedTuple):
 
 
 def resolve_divergence(
-    contents: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
+    state: CheckpointState, names: RankNames, group: Group, on_divergence: str | None
 ) -> CheckpointState:
-    """Return what this rank saves, so that ranks save one value under each name. Collective.
+    """Return the state that this rank saves, with one value for each name over all ranks.
+
+    Collective.
 
     A tensor that differs between pipeline stages gets one name for each stage.
 
     Args:
-        contents: this rank's tensors, under the names of ``names``.
+        state: this rank's tensors, under the names of ``names``.
         names: this rank's names; changed in place if stages get names of their own.
         group: the ranks that save.
-        on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from those of
-            the first rank that has them. None raises too, but its message leaves out ``"first"``.
+        on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from that of
+            the first rank. None raises too, with a message that does not offer ``"first"``.
 
     Raises:
         ValueError: on every rank, if replicas differ; with their names.
     """
-    params = sorted(fqn for options in contents.groups for fqn in options.params)
+    params = sorted(fqn for options in state.groups for fqn in options.params)
     within, between_stages, unshared = find_divergences(
-        contents, group, names.stage, params if names.requires_equal_names else []
+        state, group, names.stage, params if names.requires_equal_names else []
     )
     if unshared is not None:
         has, lacks = (global_rank(index, group) for index in unshared.ranks)
@@ -141,29 +143,29 @@ def resolve_divergence(
         differing = {
             key for key, ranks, stage in within if stage == names.stage and own != ranks[0]
         }
-        left_out = {key for key in differing if _mesh_ranks(contents.tensors.get(key), {}) == ()}
-        left_out |= {key for key, value in contents.tensors.items() if _has_earlier_replica(value)}
+        left_out = {key for key in differing if _mesh_ranks(state.tensors.get(key), {}) == ()}
+        left_out |= {key for key, value in state.tensors.items() if _has_earlier_replica(value)}
         if own == 0:
             warnings.warn(
                 f"{len(keys)} tensors differ between ranks and are saved as on the first rank: "
                 f"{', '.join(keys[:3])}",
                 stacklevel=3,
             )
-        tensors = {key: value for key, value in contents.tensors.items() if key not in left_out}
-        contents = CheckpointState(tensors, contents.plain, contents.groups)
+        tensors = {key: value for key, value in state.tensors.items() if key not in left_out}
+        state = CheckpointState(tensors, state.plain, state.groups)
     if between_stages:
         names.mark_stage_names(map(fqn_of, between_stages))
-        contents = with_stages(contents, names)
-    return contents
+        state = with_stages(state, names)
+    return state
 
 
 def find_divergences(
-    contents: CheckpointState, group: Group, stage: int | None, params: list[str]
+    state: CheckpointState, group: Group, stage: int | None, params: list[str]
 ) -> Divergences:
     """Compare tensors of the same key between ranks. Collective; all ranks get the same result.
 
     Args:
-        contents: this rank's tensors: plain, DTensor, or ShardedTensor, which is not compared.
+        state: this rank's tensors: plain, DTensor, or ShardedTensor, which is not compared.
         group: the ranks to compare.
         stage: this rank's pipeline stage; tensors of one name may differ between stages. None
             without a pipeline.
@@ -171,7 +173,7 @@ def find_divergences(
     """
     if world_size(group) == 1:
         return Divergences([], [], None)
-    failure, tensors = "cannot compare tensors between ranks", contents.tensors
+    failure, tensors = "cannot compare tensors between ranks", state.tensors
     all_ranks = (
         tuple(range(dist.get_world_size()))
         if group is None
@@ -182,7 +184,7 @@ def find_divergences(
         mesh_ranks = {key: _mesh_ranks(value, known) for key, value in tensors.items()}
         plain = {
             **_fingerprints({k: value for k, value in tensors.items() if mesh_ranks[k] == ()}),
-            **_value_fingerprints(contents.plain),
+            **_value_fingerprints(state.plain),
         }
         replicas = [
             Replica(key, _compared_part(key, to_local(value)), groups)

@@ -40,9 +40,9 @@ from .reader import CheckpointReader
 from .safetensors_io import DTYPE_NAMES, TensorInfo, write_sharded
 from .state_dict import MODEL, STATE
 
-# of a Hugging Face model's config, tokenizer and code
+# Suffixes of a Hugging Face model's config, tokenizer and code.
 CONFIG_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-NOT_CONFIG = (".index.json", "trainer_state.json")  # of the folder's own weights, of its training
+NOT_CONFIG = (".index.json", "trainer_state.json")  # index of its weights, log of its training
 Progress = Callable[[int], None]  # called with the number of bytes just done
 
 
@@ -110,7 +110,17 @@ def export_fp32(
     check_group(group)
 
     def export() -> str:
-        _export(path, out, dtype, max_shard_bytes, progress, group, ema, config_from, parallel)
+        _export(
+            path,
+            out,
+            dtype,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+            group=group,
+            ema=ema,
+            config_from=config_from,
+            parallel=parallel,
+        )
         return str(out)
 
     if parallel:
@@ -122,6 +132,7 @@ def _export(
     path: str | os.PathLike[str],
     out: Path,
     dtype: torch.dtype,
+    *,
     max_shard_bytes: int,
     progress: Progress | None,
     group: Group,
@@ -235,7 +246,7 @@ def _exported_infos(reader: CheckpointReader, widened: torch.dtype | None) -> di
 
 
 def _copy_config(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Copy what ``from_pretrained`` needs besides weights, and set the dtype of the config."""
+    """Copy config, tokenizer and code, and set the dtype in the config."""
     config = source / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"there is no {config}; give the folder of a Hugging Face model")

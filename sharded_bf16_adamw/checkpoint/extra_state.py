@@ -31,11 +31,11 @@ def is_wrapper_subclass(tensor: Any) -> bool:
 def flatten_subclass(key: str, tensor: Any) -> dict[str, Any]:
     """Flatten a wrapper subclass: ``{"model.w:data": ..., "model.w:scale": ...}``.
 
-    The parts share the tensor's memory, so a load fills it in place. Any other value stays as it
-    is.
+    The parts share the tensor's memory, so a load fills the tensor in place. Any other value is
+    returned unchanged.
 
     Raises:
-        ValueError: it is a DTensor of a wrapper subclass. Its parts are not shards.
+        ValueError: the tensor is a DTensor of a wrapper subclass, whose parts are not shards.
     """
     if isinstance(tensor, DTensor) and is_wrapper_subclass(to_local(tensor)):
         raise ValueError(
@@ -91,7 +91,7 @@ def entry_key(name: Any, entry: Any) -> str:
     """Return the key of an entry of ``optimizer.state`` that belongs to no parameter.
 
     Raises:
-        ValueError: a manifest cannot hold it.
+        ValueError: a manifest cannot hold the entry.
     """
     if not isinstance(name, str):
         raise ValueError(
@@ -124,9 +124,9 @@ def adopt_saved_specs(
 
     Args:
         tensors: the model's and optimizer's tensors by key; changed in place.
-        plain: their values that are not tensors; changed in place.
+        plain: the model's and optimizer's other values by key; changed in place.
         table: the checkpoint's tensors.
-        manifest: its manifest.
+        manifest: the checkpoint's manifest.
     """
     for key in [key for key in (*tensors, *plain) if key.startswith(MODEL) and is_extra_state(key)]:
         entry = table.tensors.get(key)

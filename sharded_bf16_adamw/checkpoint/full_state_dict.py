@@ -1,8 +1,8 @@
 """Gather the full optimizer state on one rank, and scatter it back, one tensor at a time.
 
 torch's ``get_optimizer_state_dict(..., full_state_dict=True, cpu_offload=True)`` gathers every
-tensor on every rank. Here only rank 0 receives, directly into the result. A rank sends a block
-without a copy if it is contiguous in CPU memory.
+tensor on every rank. These functions send to rank 0 only, which receives directly into the result.
+A rank sends a block without a copy if the block is contiguous in CPU memory.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def gather_full_state_dict(
     failure = "cannot gather the optimizer state"
     names = _rank_names(failure, model, optimizer, group)
     with raise_on_all_ranks(failure, group):
-        contents = get_optimizer_state(model, optimizer, names)
-    contents = resolve_divergence(contents, names, group, None)
-    tensors, infos_of_ranks = _gather_shard_infos(failure, contents, group)
+        own_state = get_optimizer_state(model, optimizer, names)
+    own_state = resolve_divergence(own_state, names, group, None)
+    tensors, infos_of_ranks = _gather_shard_infos(failure, own_state, group)
     groups_of_rank = [
-        ParamGroup(params, _copy_options(options)) for params, options in contents.groups
+        ParamGroup(params, _copy_options(options)) for params, options in own_state.groups
     ]
     groups = merge_param_groups(gather_object(groups_of_rank, group))
     full_tensors = _merge_infos(infos_of_ranks)
@@ -191,9 +191,9 @@ def scatter_full_state_dict(
         with raise_on_all_ranks(failure, group):
             init_state(optimizer)
             init_frozen_states(model, optimizer, saved_names, saved_names, names.to_saved)
-            contents = get_optimizer_state(model, optimizer, names)
-        tensors, infos_of_ranks = _gather_shard_infos(failure, contents, group)
-        params_of_groups = [params for params, _ in contents.groups]
+            own_state = get_optimizer_state(model, optimizer, names)
+        tensors, infos_of_ranks = _gather_shard_infos(failure, own_state, group)
+        params_of_groups = [params for params, _ in own_state.groups]
         params_of_ranks = gather_object(params_of_groups, group)
         plan: list[list[Transfer]] = []
         with raise_on_all_ranks(failure, group):
@@ -220,12 +220,12 @@ def scatter_full_state_dict(
     matches = match_groups(params_of_groups, [saved["params"] for saved in saved_groups])
     options_of = [
         _copy_options(own.options if match is None else saved_groups[match])
-        for own, match in zip(contents.groups, matches, strict=True)
+        for own, match in zip(own_state.groups, matches, strict=True)
     ]
     for live, options in zip(optimizer.param_groups, options_of, strict=True):
         options.pop("params", None)
         options.pop("param_names", None)
-        # A group that follows a schedule still follows it afterwards, as in load_state_dict().
+        # A group keeps following its schedule, as in load_state_dict().
         if "scheduled_lr" in live:
             options["scheduled_lr"] = None if live["scheduled_lr"] is None else options["lr"]
     if has_fsdp1(model):
@@ -259,17 +259,17 @@ def _rank_names(
 
 
 def _gather_shard_infos(
-    failure: str, contents: CheckpointState, group: Group
+    failure: str, own_state: CheckpointState, group: Group
 ) -> tuple[dict[Key, Tensor], list[dict[Key, ShardInfo]]]:
-    """Return this rank's states, and on rank 0 what each rank holds of them. Collective."""
+    """Return this rank's states, and on rank 0 the shard infos of all ranks. Collective."""
     with raise_on_all_ranks(failure, group):
-        for key, value in contents.plain.items():
+        for key, value in own_state.plain.items():
             fqn, name = split_state_key(key)
             raise ValueError(
                 f"the state {name!r} of parameter {fqn} is {type(value).__name__}, but only "
                 "tensors can be gathered; remove it from optimizer.state"
             )
-        tensors = {split_state_key(key): tensor for key, tensor in contents.tensors.items()}
+        tensors = {split_state_key(key): tensor for key, tensor in own_state.tensors.items()}
         infos = shard_infos(tensors)
     init_cpu_group(group)
     return tensors, gather_object(infos, group)

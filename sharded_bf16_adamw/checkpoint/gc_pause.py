@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_lock = threading.Lock()  # guards the two below
-_pauses = 0  # in progress, over all threads
-_was_enabled = False  # before the first of them
+_lock = threading.Lock()  # guards _pauses and _was_enabled
+_pauses = 0  # pauses in progress, over all threads
+_was_enabled = False  # before the first of these pauses
 
 
 @contextmanager
@@ -17,8 +17,8 @@ def gc_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector in the body.
 
     The collector traverses all live objects again and again while their number grows. For the plan
-    of 1,024 ranks that takes several times as long as the rest. Do not wait for other ranks in the
-    body for long: training, in another thread, also runs without the collector meanwhile.
+    of 1,024 ranks that takes several times as long as all other work. Do not wait long for other
+    ranks in the body, because training in another thread also runs without the collector meanwhile.
 
     Examples:
         >>> import gc

@@ -43,7 +43,7 @@ class _SafetensorsSource:
     def __init__(self, path: Path) -> None:
         self._files = open_safetensors(path)
         self.infos = {name: file.infos[name] for name, file in self._files.items()}
-        # A file does not record ties: its writer left out the other names, or copied the tensor.
+        # A file does not record ties: its writer left out all names but one, or copied the tensor.
         self.ties: list[list[str]] = []
 
     def read(self, name: str, block: Block) -> Tensor:
@@ -78,7 +78,7 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Weigh
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something else.
+        ValueError: the file is damaged, or holds something else.
     """
     if isinstance(source, Mapping):
         where, content = "the source", cast(Any, source)
@@ -109,7 +109,7 @@ def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something else.
+        ValueError: the file is damaged, or holds something else.
     """
     where = "the optimizer state" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else load_torch_file(source)
@@ -129,7 +129,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a torch file, is damaged, or holds other objects.
+        ValueError: the file is not a torch file, is damaged, or holds other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -171,7 +171,7 @@ def _is_optimizer_state(content: Any) -> bool:
 
 
 def _refuse_shards(where: str, tensors: Mapping[str, Any]) -> None:
-    """Refuse DTensors. Only their own process group knows the parts of the tensor that they are."""
+    """Refuse DTensors, since they are only parts of tensors."""
     for name, value in tensors.items():
         if isinstance(value, DTensor):
             raise ValueError(

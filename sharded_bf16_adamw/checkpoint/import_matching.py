@@ -148,7 +148,7 @@ def merge_tied_states(
     """
     states = dict(states)
     params_of_groups = [set(group["params"]) for group in groups]
-    for tied in source_ties:  # they share one state
+    for tied in source_ties:  # tied names share one state
         holder = next((name for name in tied if name in states), None)
         if holder is None:
             continue
@@ -199,7 +199,7 @@ def check_states(imported: dict[str, Any], current: dict[str, Any]) -> None:
 def match_imported_groups(
     current: list[dict[str, Any]], imported: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return for each current group the imported one whose hyperparameters it takes, or {}.
+    """Return the imported group whose hyperparameters each current group takes, or {}.
 
     Raises:
         ValueError: no imported group has all parameters of a current one.

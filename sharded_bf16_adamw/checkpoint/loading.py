@@ -53,7 +53,7 @@ from .state_dict import (
 )
 from .ties import align_ties
 
-EMA = ".ema"  # the end of the keys of averages
+EMA = ".ema"  # suffix of the keys of averages
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _find(path: Path) -> tuple[Path, Manifest] | None:
-    """Return the checkpoint at ``path`` and its manifest; raise ValueError if that is damaged."""
+    """Return the checkpoint at ``path`` and its manifest, or raise ValueError if it is damaged."""
     folder = find_checkpoint(path)
     return None if folder is None else (folder, read_manifest(folder))
 
@@ -255,8 +255,8 @@ def _find(path: Path) -> tuple[Path, Manifest] | None:
 def _check_files(folder: Path, manifest: Manifest, group: Group) -> ChunkTable:
     """Check all files, each rank its share, and return the saved tensors. Collective.
 
-    Rank 0 reads where they lie, and sends it: a read on every rank would load the file system, and
-    parsing DCP's metadata takes seconds if many ranks have saved.
+    Rank 0 reads the table of chunks and sends it: a read on every rank would load the file system,
+    and parsing DCP's metadata takes seconds if many ranks have saved.
 
     Raises:
         ValueError: a file is damaged or missing.

@@ -40,7 +40,8 @@ class Manifest:
         strategy: description of the sharding, for people to read.
         versions: of torch and of this package.
         groups: the optimizer's parameter groups, with options encoded by :func:`encode`.
-        values: all values of model and optimizer that are not tensors, by key, encoded likewise.
+        values: all values of model and optimizer that are not tensors, by key, encoded by
+            :func:`encode`.
         extra: the caller's data.
         files: records of all files but the manifest.
         ties: names that share one tensor of the model, the name of the optimizer's state first.

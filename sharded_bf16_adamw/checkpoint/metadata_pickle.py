@@ -1,8 +1,8 @@
-"""DCP's metadata of many chunks, pickled without making an object for each chunk.
+"""Pickle DCP's metadata of many chunks without making an object for each chunk.
 
-The objects of two chunks differ in a few integers. So the bytes of one are repeated for all chunks
-of a tensor, and the integers are filled in by numpy. ``pickle.load`` returns what it would return
-for :meth:`ChunkTable.to_metadata`.
+The objects of two chunks differ only in a few integers. So the bytes of one object are repeated for
+all chunks of a tensor, and numpy fills in the integers. ``pickle.load`` of the result equals
+:meth:`ChunkTable.to_metadata`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from .chunk_table import ChunkTable
 
 _PROTOCOL = 2
-# Of the objects that each chunk has, in pickle's memo: places of one byte.
+# Constants of the objects of every chunk: the first places of pickle's memo, whose index is a byte.
 _MEMO: list[Any] = [
     ChunkStorageMetadata,
     MetadataIndex,
@@ -34,7 +34,7 @@ _MEMO: list[Any] = [
     *("offsets", "sizes", "fqn", "offset", "index", "relative_path", "length"),
     *("properties", "size", "chunks"),
 ]
-_FIRST_KEY = 256  # the memo's place of the first key; those of files follow
+_FIRST_KEY = 256  # place of the first key in pickle's memo; the places of files follow
 _TUPLES = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}  # opcodes, by length
 
 
@@ -43,7 +43,7 @@ def dump_metadata(table: ChunkTable, metadata: Metadata, stream: Any) -> None:
 
     Args:
         table: the chunks.
-        metadata: the rest; without tensors.
+        metadata: all other fields; it has no tensors.
         stream: a binary file.
     """
     first_file = _FIRST_KEY + len(table.tensors)
@@ -85,7 +85,7 @@ class _Record:
     def add_integers(self, column: np.ndarray, before: bytes | None = None) -> None:
         """Add an integer that is ``column[i]`` in record ``i``.
 
-        ``before`` is the opcode with four bytes that takes it, that of an integer by default.
+        ``before`` is an opcode with an argument of four bytes, by default the one for an integer.
         """
         if before is None and column.max(initial=0) >= 2**31:
             before, dtype = pickle.LONG1 + b"\x08", "<i8"

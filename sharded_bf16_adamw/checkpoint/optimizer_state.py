@@ -18,8 +18,8 @@ from ..names import clean_fqn, flat_params, named_tensors, unwrap
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
     """Raise ValueError unless both are of the right type, belong together and have values.
 
-    Not collective: call it within ``raise_on_all_ranks`` before any collective, or the other ranks
-    block in that.
+    Not collective: call it within ``raise_on_all_ranks``, before any collective that would block
+    the other ranks.
 
     Args:
         call: the caller's signature, which shows the order of arguments.
@@ -54,7 +54,7 @@ def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
 def _check_params_are_of_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     known = set(model.parameters())
     for _, flat_param in flat_params(model):
-        # between forward and backward, model.parameters() lacks some of these
+        # Between forward and backward, model.parameters() lacks some of these tensors.
         known |= {flat_param, *(flat_param._params or ()), *(flat_param._shared_params or ())}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     foreign = [(index, param) for index, param in enumerate(params) if param not in known]
@@ -95,21 +95,21 @@ def init_frozen_states(
     optimizer: torch.optim.Optimizer,
     saved: Iterable[str],
     saved_in_groups: Iterable[str],
-    stored: Callable[[str], str] = str,
+    to_saved: Callable[[str], str] = str,
 ) -> None:
-    """Create the states of frozen parameters that are to be loaded; other optimizers have none.
+    """Create the states of frozen parameters that are to be loaded, for AdamW_BF16 only.
 
-    A frozen parameter's correction is part of its weight, and its moments are needed if training
-    unfreezes it later.
+    A frozen parameter's correction is part of the weight, and the moments are needed if training
+    unfreezes the parameter later.
 
     Args:
         model: the module, wrapped or not.
         optimizer: its optimizer.
         saved: names of the parameters whose states were saved.
         saved_in_groups: names of the parameters that were in a group. A parameter that is in no
-            group now gets a state only if it was in no group then: otherwise the state would only
-            cost memory.
-        stored: maps an FQN to its name in ``saved``.
+            group now gets a state only if it was in no group when saved. Otherwise nothing would
+            use the state.
+        to_saved: maps an FQN to its name in ``saved``.
     """
     init = getattr(optimizer, "init_state", None)
     if init is None:
@@ -118,7 +118,7 @@ def init_frozen_states(
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
     init(
         param
-        for param, own in _stored_names(model, stored).items()
+        for param, own in _saved_names(model, to_saved).items()
         if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
     )
 
@@ -127,7 +127,7 @@ def drop_averages(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     missing: Collection[str | None],
-    stored: Callable[[str], str],
+    to_saved: Callable[[str], str],
 ) -> None:
     """Drop averages that a checkpoint lacks, so that :class:`EMA` starts them at the new weights.
 
@@ -135,23 +135,23 @@ def drop_averages(
         model: the module, wrapped or not.
         optimizer: its optimizer.
         missing: names of the parameters whose average was not saved.
-        stored: maps an FQN to its name in ``missing``.
+        to_saved: maps an FQN to its name in ``missing``.
     """
     if missing:
-        for param, own in _stored_names(model, stored).items():
+        for param, own in _saved_names(model, to_saved).items():
             if not set(missing).isdisjoint(own) and param in optimizer.state:
                 optimizer.state[param].pop("ema", None)
 
 
-def _stored_names(model: nn.Module, stored: Callable[[str], str]) -> dict[Any, list[str]]:
+def _saved_names(model: nn.Module, to_saved: Callable[[str], str]) -> dict[Any, list[str]]:
     """Map each parameter to its names in a checkpoint: several if it is tied or flat."""
     names: dict[Any, list[str]] = {}
     for name, param in unwrap(model).named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(stored(clean_fqn(model, name)))
+        names.setdefault(param, []).append(to_saved(clean_fqn(model, name)))
     for prefix, flat_param in flat_params(unwrap(model)):
         if flat_param in names:
             names[flat_param] = [
-                stored(clean_fqn(model, prefix + name)) for name in flat_param._fqns
+                to_saved(clean_fqn(model, prefix + name)) for name in flat_param._fqns
             ]
     return names
 

@@ -1,8 +1,8 @@
 """The plan of an optimizer's last save, for its next save with the same layouts.
 
-Each rank keeps its part between saves: from the end of a save that succeeded on all ranks until the
-next save takes it out. So a plan of a save that failed is never used again. Ranks compare the
-plan's identity before they use it: they all use it, or they all plan anew.
+Each rank keeps its part of the plan from the end of a save that succeeded on all ranks until the
+next save takes it out. So the plan of a failed save is never used again. Ranks compare the plan's
+identity before they use it: they all use it, or they all plan anew.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class PlannedSave:
     Attributes:
         layout: of the tensors on this rank, as :func:`layout_of` returns it.
         identity: a text that no other plan has; the same on all ranks.
-        plan: what this rank writes.
-        to_chunks: on rank 0, that of :class:`MergedPlan`.
+        plan: the items that this rank writes.
+        to_chunks: on rank 0, :attr:`.save_plan.MergedPlan.to_chunks`.
     """
 
     layout: Layout | None
@@ -88,5 +88,5 @@ def layout_of(tensors: dict[str, Any], group: Group) -> Layout | None:
 
 
 def _properties(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what DCP's ``TensorProperties`` hold."""
+    """Return the content of DCP's ``TensorProperties``."""
     return tensor.dtype, tensor.layout, tensor.requires_grad, tensor.is_pinned()

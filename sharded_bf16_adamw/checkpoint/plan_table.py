@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-_OF_ONE_RANK = "rng."  # prefix of the FQNs that no other rank has
+_OF_ONE_RANK = "rng."  # prefix of FQNs that only one rank has
 
 
 class PlanTable(NamedTuple):
     """A rank's local plan in two sections, in the order of the plan.
 
-    All ranks that shard a model alike have the first section's header in common.
+    The first section's header is the same on all ranks that shard a model alike.
     """
 
     sections: tuple[Section, ...]
@@ -40,8 +40,8 @@ class Section(NamedTuple):
 
     Attributes:
         header: FQNs, types, properties and global sizes, as :class:`SectionHeader` reads them.
-        chunks: int64 of shape (2, columns): all offsets, then all sizes. Each item has a column a
-            dimension, a scalar one column (offset 0, size 1).
+        chunks: int64 of shape (2, columns): all offsets, then all sizes. Each item has one column
+            per dimension, and a scalar has one column (offset 0, size 1).
     """
 
     header: bytes
@@ -49,12 +49,12 @@ class Section(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The write items of its local plan that a rank is to write.
+    """The items of a rank's local plan that the rank is to write.
 
     Attributes:
         positions: int32, positions in the local plan.
         hints: int32, the index of each item's chunk in the metadata.
-        storage_data: of the plan, from the storage writer.
+        storage_data: the plan's data from the storage writer.
     """
 
     positions: bytes
@@ -66,9 +66,9 @@ class Locations(NamedTuple):
     """The places where a rank has written the items of its plan.
 
     Attributes:
-        files: names.
-        columns: int64 of shape (3, items), in the order of the plan: each item's file by its
-            number in ``files``, offset and length.
+        files: file names.
+        columns: int64 of shape (3, items), in the order of the plan: each item's index in
+            ``files``, offset and length.
     """
 
     files: list[str]
@@ -175,7 +175,7 @@ def to_plan(table: PlanTable) -> SavePlan:
 
 
 class SectionHeader:
-    """The parsed header of a section: lists with an element a write item.
+    """The parsed header of a section: lists with one element per write item.
 
     Attributes:
         starts: the first column of each item.
@@ -190,4 +190,4 @@ class SectionHeader:
         self.sizes = [torch.Size(size) for _, _, _, size in entries]
         widths = [max(1, len(size)) for size in self.sizes]
         self.starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
-        self.shape = [n for size in self.sizes for n in (size or [1])]  # a column each
+        self.shape = [n for size in self.sizes for n in (size or [1])]  # one element per column

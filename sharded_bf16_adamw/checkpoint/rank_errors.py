@@ -45,7 +45,8 @@ def raise_on_all_ranks(message: str, group: Group = None) -> Iterator[None]:
 
     Raises:
         ValueError: the lowest rank that failed raised a ValueError; with its message.
-        RuntimeError: that rank raised any other error; names the rank and its error.
+        RuntimeError: the lowest rank that failed raised another error; names the rank and the
+            error.
     """
     error: BaseException | None = None
     try:

@@ -32,8 +32,7 @@ class RankNames:
 
     Args:
         model: the module, wrapped or not.
-        optimizer: its ``model_parallel`` says what differs between ranks; torch's optimizers have
-            none.
+        optimizer: its ``model_parallel``, if any, tells which parameters differ between ranks.
 
     Raises:
         ValueError: a module or parameter named as an expert is not part of the model, or FSDP1 is

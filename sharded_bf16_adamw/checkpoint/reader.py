@@ -68,7 +68,7 @@ class CheckpointReader:
             raise self._error("; ".join(damage))
 
     def read(self, key: str) -> Tensor:
-        """Return a full tensor in CPU memory. A sharded one needs memory for one block in addition.
+        """Return a full tensor in CPU memory. Needs memory for one more block if it was sharded.
 
         Raises:
             ValueError: a block cannot be read.

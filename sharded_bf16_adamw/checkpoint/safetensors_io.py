@@ -70,8 +70,9 @@ class SafetensorsFile:
         infos: shape and dtype of each tensor by name, in the order of the file.
 
     Raises:
-        ValueError: it is not a safetensors file, is damaged, or has a dtype not in ``DTYPES``.
-        OSError: it cannot be read.
+        ValueError: the file is not a safetensors file, is damaged, or has a dtype not in
+            ``DTYPES``.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,17 +93,17 @@ class SafetensorsFile:
             self.infos[name] = TensorInfo(tuple(header.get_shape()), DTYPES[header.get_dtype()])
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
-        """Return a tensor, or one block of it, in CPU memory. Mapped: only what is used is read."""
+        """Return a tensor, or one block of it, mapped into CPU memory: only used parts are read."""
         with torch.device("cpu"):  # the caller's default device would apply otherwise
             tensor: Tensor = self._file.get_tensor(name)
         return tensor if block is None else block.view_in(tensor)
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, SafetensorsFile]:
-    """Open a file, an index, or a directory with either; map each tensor's name to its file.
+    """Open a file, an index, or a directory with one of them; map each tensor's name to its file.
 
     Raises:
-        FileNotFoundError: there is no such file, or one that the index names is missing.
+        FileNotFoundError: there is no such file, or a file that the index names is missing.
         ValueError: a file is damaged, or the index contradicts the files.
     """
     path = Path(path)
@@ -184,8 +185,8 @@ def write_sharded(
 ) -> None:
     """Write files of at most ``max_shard_bytes`` of tensors and their index into ``directory``.
 
-    A larger tensor has a file to itself. Each of several ranks writes its share of the files, which
-    then are small enough that every rank has one, and rank 0 writes the index.
+    A larger tensor has a file to itself. Several ranks share the files, which then are small enough
+    that every rank has one. Rank 0 writes the index.
     """
     share = -(-_total_bytes(infos.values()) // world_size)
     shards = _split_into_shards(infos, min(max_shard_bytes, share))

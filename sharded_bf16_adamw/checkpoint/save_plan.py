@@ -39,7 +39,7 @@ class MergedPlan(NamedTuple):
     """The plan of all ranks.
 
     Attributes:
-        assignments: for each rank, what :func:`to_assigned` takes.
+        assignments: the argument of :func:`to_assigned` for each rank.
         to_chunks: returns all chunks, from the locations of all ranks.
     """
 
@@ -52,11 +52,11 @@ def merge_plans(
     planner: DefaultSavePlanner,
     prepare: Callable[[list[SavePlan]], list[SavePlan]],
 ) -> MergedPlan:
-    """Assign each write item that several ranks have to one of them, and check the result.
+    """Assign each write item that several ranks have to one of these ranks, and check the result.
 
     Args:
         tables: results of :func:`to_table`, in rank order.
-        planner: plans what the tables cannot express.
+        planner: makes the plan if the tables cannot express it.
         prepare: ``prepare_global_plan`` of the storage writer.
 
     Raises:
@@ -88,18 +88,18 @@ def merge_plans(
 
 
 class _Tensor(NamedTuple):
-    """Global size and properties of an FQN, in which all ranks must agree."""
+    """Global size and properties of an FQN, equal on all ranks."""
 
     size: torch.Size
     properties: TensorProperties
 
 
 class _Block:
-    """The sections with one header.
+    """All sections with the same header.
 
     Attributes:
-        ranks: the ranks that have it, in order.
-        first: the position of its first item in the plans of these ranks.
+        ranks: the ranks that have such a section, in order.
+        first: the position of the section's first item in the plans of these ranks.
         chunks: int64 of shape (ranks, 2, columns), as in :class:`Section`.
     """
 
@@ -157,7 +157,7 @@ class _Merger:
             block.finish()
 
     def _index_tensors(self) -> None:
-        """Assign each FQN a number, and a range of integers with one for each offset."""
+        """Assign each FQN a number, and a range of integers: one for each possible offset."""
         self._tensors: dict[str, _Tensor] = {}
         for block in self._blocks:
             header = block.header
@@ -177,9 +177,9 @@ class _Merger:
         self._nbytes = np.array(nbytes, np.int64)  # of the full tensor, as DCP balances
 
     def _flatten(self) -> None:
-        """Fill the arrays.
+        """Fill the arrays: rank, position, FQN's number, key, entry, and row in the block.
 
-        They are rank, position, FQN's number, key (equal for replicas), entry and row in a block.
+        The key is an integer that is equal for replicas only.
         """
         columns: list[list[Any]] = []
         self._entries: list[_Entry] = []
@@ -220,7 +220,7 @@ class _Merger:
         )
 
     def _assign(self) -> None:
-        """Keep one of each key's items: that of the rank with the fewest bytes so far."""
+        """Keep one item of each key: the item of the rank with the fewest bytes so far."""
         count = len(self._key)
         self._kept = np.ones(count, bool)
         order = np.argsort(self._key, kind="stable")
@@ -228,8 +228,9 @@ class _Merger:
         ends = np.append(starts[1:], count)
         replicated = np.flatnonzero(ends - starts > 1)
         replicated = replicated[np.argsort(order[starts[replicated]])]  # in DCP's order
-        # Bytes of items that only one rank has, before each item and before each rank's first.
-        # A key is assigned when its first rank's plan is read, so that only that rank has any.
+        # Bytes of items without replicas, from the start of the rank's plan up to each item. DCP
+        # assigns a key while it reads the plan of the key's first rank, so of all ranks with the
+        # key only the first one has such bytes yet.
         alone = np.zeros(count, np.int64)
         singles = order[starts[ends - starts == 1]]
         alone[singles] = self._nbytes[self._fqn[singles]]
@@ -252,7 +253,7 @@ class _Merger:
             self._kept[items[ranks.index(chosen)]] = True
 
     def _number(self) -> None:
-        """Assign each chunk that is kept its index among those of its FQN."""
+        """Assign each kept chunk its index among the kept chunks of its FQN."""
         kept = np.flatnonzero(self._kept)
         by_fqn = kept[np.argsort(self._fqn[kept], kind="stable")]
         starts = np.flatnonzero(np.diff(self._fqn[by_fqn], prepend=-1))
@@ -265,9 +266,9 @@ class _Merger:
         self._fqns = list(self._tensors)
 
     def _validate(self) -> None:
-        """Collect the chunks, and check as DCP does.
+        """Collect the chunks, and check them as DCP does.
 
-        Errors are found by DCP's planner, with its messages.
+        Where a check fails, DCP's planner raises its own error.
         """
         self._boxes: list[np.ndarray] = []  # of each FQN, in the metadata's order
         for items in self._items:
@@ -298,7 +299,7 @@ class _Merger:
         return result
 
     def _cut(self) -> None:
-        """Cut positions and hints into parts for each rank, and free what is not needed later."""
+        """Cut positions and hints into parts for each rank, and free all other arrays."""
         kept = np.flatnonzero(self._kept)
         starts = np.searchsorted(self._rank[kept], np.arange(self._world + 1))
         columns = [column[kept].astype(np.int32) for column in (self._position, self._hint)]
@@ -336,13 +337,13 @@ class _Merger:
 
 
 def _are_disjoint(chunks: np.ndarray, size: np.ndarray) -> bool:
-    """Return whether chunks with different offsets certainly do not overlap.
+    """Return True if chunks with different offsets certainly do not overlap.
 
-    So if in each dimension, the chunks from one start end before the next start.
+    That holds if in each dimension, all chunks that begin at one offset end before the next offset.
     """
     empty = (chunks[:, 1] == 0).any(axis=1)
     if not (chunks[empty, 0] == size).any(axis=1).all():
-        return False  # DCP may find that it overlaps with a chunk around it
+        return False  # DCP may find that an empty chunk overlaps with the chunk around it
     offsets, ends = chunks[~empty, 0], chunks[~empty].sum(axis=1)
     for dim in range(len(size)):
         starts, index = np.unique(offsets[:, dim], return_inverse=True)

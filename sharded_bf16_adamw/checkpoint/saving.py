@@ -177,7 +177,7 @@ def save(
             ties = find_ties(model, names)
         with gc_paused():
             packed = gather_object(pickle.dumps((own_groups, own_values, ties)), group)
-            # Most ranks send the same. A copy of what a lower rank sent changes nothing below.
+            # Most ranks send equal bytes, and of equal ones only the first matters below.
             of_ranks = [pickle.loads(each) for each in dict.fromkeys(packed)]
         manifest = None
         if rank(group) == 0:
@@ -186,9 +186,16 @@ def save(
                 key: value for _, values, _ in reversed(of_ranks) for key, value in values.items()
             }
             manifest = Manifest(
-                step, UNPUBLISHED, world_size(group), strategy, _versions(), groups, values, extra
+                step=step,
+                serial=UNPUBLISHED,
+                world_size=world_size(group),
+                strategy=strategy,
+                versions=_versions(),
+                groups=groups,
+                values=values,
+                extra=extra,
+                ties=merge_ties([ties for _, _, ties in of_ranks]),
             )
-            manifest.ties = merge_ties([ties for _, _, ties in of_ranks])
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
         with gc_paused():
@@ -198,8 +205,17 @@ def save(
         if async_:
             with raise_on_all_ranks(failed, group):
                 planner = StagedPlanner(planner, planned.plan, optimizer)
-        owner = weakref.ref(optimizer)
-        job = _Save(partial, final, keep, writer, planner, planned, owner, manifest, started)
+        job = _Save(
+            partial=partial,
+            final=final,
+            keep=keep,
+            writer=writer,
+            planner=planner,
+            planned=planned,
+            optimizer=weakref.ref(optimizer),
+            manifest=manifest,
+            started=started,
+        )
         if async_:
             async_save.start(job.run, async_save.borrow_group(group))
         else:
@@ -237,7 +253,7 @@ class _Save:
             finally:
                 if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
-            with gc_paused():  # all ranks have written, so that none waits for another for long
+            with gc_paused():  # all ranks have written, so no rank waits long for another
                 of_ranks = gather_object((locations, self.writer.files), group)
             with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:

@@ -153,9 +153,9 @@ def set_state(
 
 
 def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> bool:
-    """Return whether ``state`` is exactly the memory of the model's and optimizer's tensors.
+    """Return True if the tensors of ``state`` are exactly those of the model and the optimizer.
 
-    Never so under FSDP1.
+    Under FSDP1 they are always copies.
     """
     if any(key.startswith(STATE) for key in state.plain) or has_fsdp1(model):
         return False
@@ -249,8 +249,8 @@ def get_rng_state(group: Group = None, every_device: bool = False) -> dict[str, 
 
     Args:
         group: process group that numbers the ranks.
-        every_device: include all visible GPUs, to load whatever a checkpoint has, instead of those
-            that the process uses.
+        every_device: include all visible GPUs, as targets of a load, instead of the GPUs that the
+            process uses.
     """
     state = {f"rng.{rank(group)}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -275,9 +275,9 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 
 def _is_used(gpu: int) -> bool:
-    """Return whether this process has a context on the GPU.
+    """Return True if this process has a context on the GPU.
 
-    Without one, no random numbers were drawn on it.
+    Without a context, no random numbers were drawn on the GPU.
     """
     return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
@@ -286,7 +286,7 @@ def _is_used(gpu: int) -> bool:
 
 
 def describe_strategy(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Describe for people how the model is sharded.
+    """Return a description of the model's sharding, for people to read.
 
     For example ``"fully_shard, mesh (2, 2) ('data', 'tensor') (Shard(0), Shard(1))"``.
     """

@@ -1,7 +1,7 @@
-"""Small tensors read as ``torch.load`` reads them, without calling it for each of them.
+"""Read small tensors as ``torch.load`` does, without calling it for each of them.
 
-The inverse of :mod:`.tensor_writer`: the bytes around a tensor's data say all about it but the
-data, so the data of the next tensor between the same bytes can be taken as they are.
+The inverse of :mod:`.tensor_writer`: the bytes around a tensor's data determine its dtype and
+shape. So the data between equal bytes are those of a tensor of the same dtype and shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Known(NamedTuple):
     size: torch.Size
 
     def parse(self, content: bytearray) -> Tensor | None:
-        """Return the tensor in ``content``, whose memory it shares, or None if it is another."""
+        """Return the tensor in ``content``, sharing memory, or None if the template differs."""
         head, tail = self.template
         if not content.startswith(head) or not content.endswith(tail):
             return None
@@ -37,7 +37,7 @@ class _Known(NamedTuple):
 class TensorReader:
     """A reader of tensors that ``torch.save`` wrote, by ``torch.load`` or by a template.
 
-    Not for several threads.
+    Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class TensorReader:
         """Return the tensor in ``stream``, a seekable view of ``length`` bytes, in CPU memory.
 
         Raises:
-            EOFError: the stream ends before.
-            Exception: whatever ``torch.load`` raises if the bytes are no tensor.
+            EOFError: the stream ends within the tensor.
+            Exception: any error of ``torch.load``, if the bytes are not a tensor.
         """
-        if length > 2 * MAX_BYTES:  # without a second copy in memory
+        if length > 2 * MAX_BYTES:  # avoids a second copy in memory
             return _load(stream)
         content = bytearray(length)
         if stream.readinto(content) != length:

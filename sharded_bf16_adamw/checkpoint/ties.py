@@ -29,8 +29,9 @@ Pair = tuple[str, str]  # two names whose saved values are compared
 
 
 def find_ties(model: nn.Module, rank_names: RankNames) -> list[list[str]]:
-    """Return the sets of tied names, as a checkpoint names them. The first of each has the state.
+    """Return the model's sets of tied names, as names in a checkpoint.
 
+    The first name of each set has the state.
     Buffers that share memory also count as tied.
     """
     model = unwrap(model)
@@ -142,7 +143,7 @@ class _SavedNames:
     def redirect(self, names: list[str], sources: list[list[str]]) -> None:
         """Make the model's tied ``names`` read the values saved under the first of ``sources``."""
         with_state = [name for source in sources for name in source if name in self._states]
-        # If ties were not recorded, tied names look like untied ones of which one has a state.
+        # If ties were not recorded, tied names look like untied names, one of which has a state.
         is_recorded = self._manifest.ties is not None
         holder = next(
             (name for name in with_state if name in sources[0] or not is_recorded), sources[0][0]
@@ -224,7 +225,7 @@ def _states_by_name(keys: Iterable[str], manifest: Manifest) -> dict[str, list[s
 
 
 def _differences(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pair, str]:
-    """Return what differs between the saved values of each pair, for the pairs that differ."""
+    """Return the kind of values that differ, for each pair whose saved values differ."""
     if not pairs:
         return {}
     reader = CheckpointReader(folder)
@@ -242,7 +243,7 @@ def _differences(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pai
         if not _saved_equal(reader, MODEL + pair[0], MODEL + pair[1]):
             different[pair] = "weights"
         elif manifest.ties is None and (first in states) != (other in states):
-            continue  # with ties not recorded, equal weights and one state mean that they were tied
+            continue  # ties were not recorded; equal weights and one state show that they were tied
         elif set(states.get(first, [])) != set(states.get(other, [])):
             different[pair] = "states: one was trained and the other was not"
         elif not all(

@@ -56,15 +56,15 @@ def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
 def sharded_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, ungrouped: bool = False
 ) -> dict[str, Any]:
-    """Return the optimizer's state dict by FQN; an optimizer without any state gets its states.
+    """Return the optimizer's state dict by FQN. Create the states if there are none.
 
     Tensors are the live ones, except under FSDP1, where the call is collective.
 
     Args:
         model: the module, wrapped or not.
         optimizer: its optimizer.
-        ungrouped: include states of model parameters that were removed from their groups, which
-            freezes them: their correction is still part of their weight.
+        ungrouped: include states of model parameters that were frozen by removal from their groups,
+            because the correction is still part of the weight.
 
     Returns:
         For example ``{"state": {"layer.weight": {"step": ..., "exp_avg": ...}},
@@ -166,7 +166,7 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
 def _named_states_only(
     model: nn.Module, optimizer: torch.optim.Optimizer, ungrouped: bool
 ) -> Iterator[int]:
-    """Hide from torch the states that have no name: of tensors in no group, and of no parameter.
+    """Hide from torch the states of tensors in no group and entries of no parameter.
 
     With ``ungrouped``, a temporary last group holds the model's own parameters that are in no
     group.

@@ -31,9 +31,9 @@ class Transfer(NamedTuple):
     """A block that travels between rank 0 and other ranks.
 
     Attributes:
-        key: the tensor.
-        block: the part of it.
-        index_on: maps each rank that takes part to the block's index among its local blocks.
+        key: key of the tensor.
+        block: the box of the tensor.
+        index_on: the block's index among the local blocks of each participating rank, by rank.
     """
 
     key: Key
@@ -42,7 +42,7 @@ class Transfer(NamedTuple):
 
 
 def shard_infos(tensors: dict[Key, Tensor]) -> dict[Key, ShardInfo]:
-    """Return what this rank holds, without the values."""
+    """Return shape, dtype and local blocks of each tensor of this rank."""
     return {
         key: ShardInfo(
             tuple(tensor.shape), tensor.dtype, tuple(block for block, _ in local_blocks(tensor))
@@ -57,7 +57,7 @@ def plan_transfers(
     """Plan the blocks that each rank exchanges with rank 0, in one order for all ranks.
 
     Args:
-        infos_of_ranks: what each rank holds.
+        infos_of_ranks: results of :func:`shard_infos`, in rank order.
         full_tensors: the tensors to move.
         replicas: True to give a block to every rank that holds it, False to take it from the first.
 
@@ -125,7 +125,7 @@ def send(tensor: Tensor, receiver: int, group: Group) -> None:
 
 
 def receive(tensor: Tensor, sender: int, group: Group) -> None:
-    """Receive into ``tensor`` what :func:`send` sends."""
+    """Receive into ``tensor`` from a rank of ``group`` that calls :func:`send`."""
     buffer = _cpu_buffer(tensor, copy_values=False)
     dist.recv(buffer, src=global_rank(sender, group), group=cpu_group(group))
     _copy_out(buffer, tensor)

@@ -25,7 +25,7 @@ from .device_memory import is_capturing
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
-_FALLBACK_DEVICES: set[torch.device] = set()  # those whose back end in _BY_DEVICE is unavailable
+_FALLBACK_DEVICES: set[torch.device] = set()  # devices whose back end in _BY_DEVICE is unavailable
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -69,15 +69,15 @@ PRECISION_SUMS = (
     "elements",
     "corrected",  # elements with a correction
     "updates",  # elements whose update is not zero
-    "lost",  # those of them whose plain change is zero
-    "carried",  # those of the lost whose effective change is not zero
+    "lost",  # updates whose plain change is zero
+    "carried",  # lost updates whose effective change is not zero
     "weight_sq",
     "update_sq",
     "descent",  # minus the dot product of update and effective change
     "plain_descent",
     "correction_sq",  # in units of the weight's last place
     "first_sq",  # of exp_avg after the step, before it is rounded
-    "second_sq",  # of exp_avg_sq, likewise
+    "second_sq",  # of exp_avg_sq after the step, before it is rounded
 )
 
 
@@ -364,7 +364,7 @@ def check_backend(backend: str | None) -> None:
     """Check that a back end is known and available on this machine.
 
     Raises:
-        ValueError: it is unknown, or not available for a reason that the message gives.
+        ValueError: the back end is unknown, or unavailable; the message gives the reason.
     """
     if backend is None:
         return
@@ -382,7 +382,7 @@ def check_backend(backend: str | None) -> None:
 def backend_for(device: torch.device, backend: str | None) -> str:
     """Return the name of the back end for tensors of ``device``, without touching the device.
 
-    Until a first update falls back to the reference, it is the preferred one of the device type.
+    Until a first update falls back to the reference, that is the device type's preferred back end.
     """
     preferred = _BY_DEVICE.get(device.type, "reference")
     return backend or ("reference" if device in _FALLBACK_DEVICES else preferred)

@@ -30,7 +30,7 @@ from .device_memory import NormScratch
 ISAS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-SOURCE_FOLDER = "its source folder"  # in a reason that no compiler mends
+SOURCE_FOLDER = "its source folder"  # in a reason for which installing a compiler does not help
 ABI_VERSION = 5
 
 # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
@@ -95,7 +95,7 @@ class NativeTable:
         self._library = _required_library()
         count = len(tensors.params)
         # Memory for the arguments of a step. ctypes and struct fill a few numbers with less code
-        # than numpy, which counts if the step before left no cache warm.
+        # than numpy, which matters with cold caches.
         self._grad_is_f32 = (ctypes.c_uint8 * count)()
         self._grad_address = (ctypes.c_int64 * count)()
         self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
@@ -235,7 +235,7 @@ def _sum_sq(grads: list[Tensor]) -> float:
     library = _required_library()
     is_f32 = array("B", _float32_flags(list(map(_dtype_of, grads))))
     if not all(map(Tensor.is_contiguous, grads)):
-        # dense ones too: the order of the sum is that of the elements, not that of the memory
+        # also if they are dense: the sum is in the order of the elements, not of the memory
         grads = [g.contiguous() for g in grads]
     address = array("q", list(map(Tensor.data_ptr, grads)))
     numel = array("q", list(map(Tensor.numel, grads)))

@@ -25,10 +25,10 @@ from .device_memory import (
     NormScratch,
     chunk_map,
     data_pointers,
+    device_context,
     double_bits,
     interpreted,
     is_capturing,
-    on_device_of,
     upload,
     warps,
 )
@@ -128,7 +128,7 @@ class TritonTable:
             RuntimeError: a CUDA graph captures new addresses of gradients, or new hyper-parameters,
                 and no step since the last capture has reserved pinned memory for them.
         """
-        with on_device_of(self.device):
+        with device_context(self.device):
             hypers = args.hypers[: self._group_count]
             values = [_hyper_values(hyper, self.device) for hyper in hypers]
             if is_capturing(self.device):
@@ -145,7 +145,7 @@ class TritonTable:
         """
         shape = len(args.hypers) if runs is None else runs.n_rows, len(PRECISION_SUMS)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        with on_device_of(self.device):
+        with device_context(self.device):
             hypers = args.hypers[: self._group_count]
             table = self._hypers.upload_if_changed([_hyper_values(h, self.device) for h in hypers])
             for rows in self._by_dtype:
@@ -178,7 +178,7 @@ def grad_norm_clip(
     """Combine :func:`grad_sum_sq` and :func:`clip_coefficient` in one launch.
 
     Returns:
-        The sum of squares, and what :func:`clip_coefficient` returns.
+        The sum of squares, then the results of :func:`clip_coefficient`.
     """
     sum_sq, clip = _norm(grads, max_norm, scratch)
     assert clip is not None
@@ -190,7 +190,7 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
     from .triton_norm import clip_kernel
 
     clip = torch.empty(3, dtype=torch.float32, device=sum_sq.device)
-    with on_device_of(sum_sq.device):
+    with device_context(sum_sq.device):
         clip_kernel[(1,)](sum_sq, clip, double_bits(max_norm), num_warps=1, enable_fp_fusion=False)
     return clip[0], clip[1], clip[2]
 
@@ -346,9 +346,9 @@ class _Rows:
             total: changed in place.
             inputs: the first four arguments of the kernel.
             row_of_program: rows of ``total``; equal ones are consecutive.
-            chunk: see the kernel, likewise the next two.
+            chunk: elements of one program.
             grad_scale: factor of the gradients.
-            variant: of the rows.
+            variant: variant of the rows.
         """
         from .triton_precision import precision_kernel
 
@@ -374,7 +374,7 @@ class _Rows:
 
     def _gradients(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the gradients' addresses on the device, and the chunks of each variant."""
-        table, variants = self.grads.on_device([args.grads[i] for i in self.indices])
+        table, variants = self.grads.upload([args.grads[i] for i in self.indices])
         if len(variants) == 1:
             return table, {variants[0]: self.chunks}
         return table, self._chunks_by_variant(variants)
@@ -478,9 +478,9 @@ def _norm(
     device = grads[0].device
     if not all(map(Tensor.is_contiguous, grads)):
         grads = [g.contiguous() for g in grads]  # the kernel reads one range of memory
-    with on_device_of(device):
+    with device_context(device):
         layout = _norm_layout(tuple(map(Tensor.numel, grads)), device, scratch or NormScratch())
-        table, _ = layout.grads.on_device(grads)
+        table, _ = layout.grads.upload(grads)
         sum_sq = torch.empty((), dtype=torch.float64, device=device)
         clip = None if max_norm is None else torch.empty(3, dtype=torch.float32, device=device)
         kernels.norm_kernel[(layout.chunks.shape[0],)](

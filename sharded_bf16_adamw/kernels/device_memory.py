@@ -75,7 +75,7 @@ class DeviceArray:
         return self._array
 
     def reserve_pinned(self) -> None:
-        """Reserve pinned memory for the next capture, unless there is some."""
+        """Reserve pinned memory for the next capture, unless some is reserved."""
         if self._reserved is None and self._device.type == "cuda":
             self._reserved = torch.empty(
                 self._shape, dtype=torch.int64, device="cpu", pin_memory=True
@@ -97,8 +97,8 @@ class GradientAddresses:
     """Addresses and variants of gradients (see ``triton_adamw.py``): int64 ``[2, n]`` on a device.
 
     Args:
-        row_variants: for each gradient, the flags of its variant that its row alone determines.
-        device: where the array is.
+        row_variants: for each gradient, the flags of its variant that depend on its row only.
+        device: device of the array.
     """
 
     def __init__(self, row_variants: list[int], device: torch.device) -> None:
@@ -111,8 +111,8 @@ class GradientAddresses:
         self.variants: list[int] = []  # of the last list of gradients
         self.array = DeviceArray((2, len(row_variants)), device)
 
-    def on_device(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """Return the array, and the distinct variants in it in ascending order."""
+    def upload(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """Upload the array if it has changed; return it, and its distinct variants in order."""
         pointers, dtypes = data_pointers(grads), [g.dtype for g in grads]
         if (pointers, dtypes) != self._key:
             fp32, unaligned, is_fp32 = self._fp32_flag, self._unaligned_flag, torch.float32
@@ -163,7 +163,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def on_device_of(device: torch.device) -> AbstractContextManager[Any]:
+def device_context(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which Triton launches on ``device``: it uses torch's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -25,10 +25,10 @@ _cpu_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDi
 def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup:
     """Create a gloo process group of these ranks. Collective over them; no other rank takes part.
 
-    ``dist.new_group`` wants all ranks of the default group, or with ``use_local_synchronization``
-    names the group by how many groups this rank is in: ranks that disagree on the name wait for
-    each other. The name used here counts the groups of just these ranks. They agree on it without
-    communication, because each of those creations was collective over them.
+    ``dist.new_group`` is collective over all ranks of the default group. With
+    ``use_local_synchronization`` it names the group by the number of groups that this rank is in,
+    and ranks that disagree on the name block. Here the name counts the groups of exactly these
+    ranks. They agree on it without communication, because each creation was collective over them.
 
     Args:
         ranks: global ranks in any order, this one among them.
@@ -57,7 +57,7 @@ def new_group_like(group: dist.ProcessGroup, device: torch.device) -> dist.Proce
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """Return the group's own timeout, or None if it does not tell.
+    """Return the group's own timeout, or None if it is unknown.
 
     A wait for a dead rank then ends no later than the user asked for.
     """
@@ -113,7 +113,7 @@ def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
 
 
 def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Return ``device`` if a back end of ``group`` serves it, else a device that one serves.
+    """Return ``device`` if ``group`` serves it, else another device that the group serves.
 
     FSDP2's ``CPUOffloadPolicy`` keeps parameters on the CPU, which NCCL does not serve.
     """

@@ -19,7 +19,7 @@ def comm_errors(operation: str, ranks: Sequence[int]) -> Iterator[None]:
         ranks: the global ranks that take part.
 
     Raises:
-        RuntimeError: from torch's own, which names neither the operation nor what to do.
+        RuntimeError: in place of torch's error, which names neither the operation nor what to do.
     """
     try:
         yield
@@ -59,7 +59,7 @@ class CheckedWork:
             self._work = function(*args, group=group, async_op=True, **options)
 
     def is_completed(self) -> bool:
-        """Return whether it is done or has failed, so that :meth:`wait` would not block."""
+        """Return True if it is done or has failed, so that :meth:`wait` would not block."""
         return self._work.is_completed()
 
     def wait(self) -> None:

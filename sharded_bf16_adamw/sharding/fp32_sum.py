@@ -45,9 +45,9 @@ class Fp32SumReduceScatter:
     """FSDP2's reduce-scatter with bfloat16 on the wire and a sum in float32.
 
     An all-to-all sends each gradient to the rank that owns its shard. That rank sums in float32, in
-    the order of ranks, and divides. So as many bytes are sent as by a reduce-scatter in bfloat16,
-    half of those of one in float32, and the result depends neither on the backend nor on the order
-    of arrival.
+    the order of ranks, and divides. So the bytes sent are those of a reduce-scatter in bfloat16,
+    half of a reduce-scatter in float32, and the result depends neither on the back end nor on the
+    order of arrival.
 
     The sum is rounded once, to the dtype of the parameters, with
     ``MixedPrecisionPolicy(reduce_dtype=torch.float32)``. Then gradients that ``no_sync`` of FSDP2
@@ -78,7 +78,7 @@ class Fp32SumReduceScatter:
 
         Raises:
             ValueError: the model has no FSDP2 module, or one that shards its parameters over
-                several meshes, for which torch accepts no reduce-scatter of others.
+                several meshes, for which torch accepts no custom reduce-scatter.
         """
         modules: list[Any] = [each for each in model.modules() if isinstance(each, FSDPModule)]
         if not modules:
@@ -136,7 +136,7 @@ class Fp32SumReduceScatter:
 
 
 def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
-    """Return what a reduction divides the sum by."""
+    """Return the divisor of the sum for a reduction."""
     if op == dist.ReduceOp.AVG:
         return ranks
     if op == dist.ReduceOp.SUM:

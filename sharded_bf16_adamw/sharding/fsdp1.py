@@ -57,8 +57,8 @@ def shard_group(param: Tensor) -> dist.ProcessGroup | None:
 def replica_group(param: Tensor) -> dist.ProcessGroup | None:
     """Return the group whose ranks hold replicas of this rank's shard, or None if none do.
 
-    With ``HYBRID_SHARD`` it is the group that replicates, with ``NO_SHARD`` that of all ranks of
-    the FSDP module.
+    With ``HYBRID_SHARD`` it is the group that replicates, with ``NO_SHARD`` the group of all ranks
+    of the FSDP module.
     """
     handle = _find_handle(param)
     if handle is None:
@@ -70,7 +70,7 @@ def replica_group(param: Tensor) -> dist.ProcessGroup | None:
 
 
 def unsharded_range(param: Tensor) -> tuple[torch.Size, int, int]:
-    """Return where a flattened parameter's local elements lie in the unsharded parameter.
+    """Return the place of a flattened parameter's local elements in the unsharded parameter.
 
     Returns:
         The shape of the unsharded parameter, its number of elements (with padding, if it is a flat

@@ -36,7 +36,7 @@ def all_reduce_sums(
 
     Args:
         sums: by key, float64, all of one shape; 0-dim for a sum of squares.
-        expert_sums: likewise, of the parameters that differ over ``parallel.ep``.
+        expert_sums: the same for the parameters that differ over ``parallel.ep``.
         replicas: groups whose ranks hold replicas. Nothing is added up over them; their ranks
             compare their totals, and agree on whether all are finite.
         parallel: groups over which parameters differ, or None.

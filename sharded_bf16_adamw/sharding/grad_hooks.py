@@ -18,7 +18,7 @@ class GradHooks:
 
     Attributes:
         owner_of: a weak reference to the newest owner, by parameter.
-        changes: number of times that a parameter has got an owner.
+        changes: number of times that a parameter was given an owner.
     """
 
     def __init__(self, decorator: Callable[[Any], Any] = lambda hook: hook) -> None:
@@ -29,12 +29,12 @@ class GradHooks:
     def add(
         self, owner: Any, params: Iterable[Tensor], hooked: Any, call: Callable[[Any, Tensor], None]
     ) -> None:
-        """Put hooks on those parameters that require a gradient and have none of this owner.
+        """Put hooks on the parameters that require a gradient and have no hook of this owner.
 
         Args:
-            owner: the hooks go with it.
+            owner: owner of the hooks, which are removed when it is deleted.
             params: some parameters.
-            hooked: ``WeakIdKeyDictionary`` of the owner, to which the parameters are added.
+            hooked: ``WeakIdKeyDictionary`` of the owner, to which hooked parameters are added.
             call: called with the owner and the parameter.
         """
         me = weakref.ref(owner)

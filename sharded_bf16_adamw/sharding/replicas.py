@@ -49,7 +49,7 @@ def check_replicas(
 
     Args:
         replicas: this rank's; every rank of a group passes the same names in the same order.
-        others: groups over which nothing is compared, but whose ranks must raise as well.
+        others: groups over which nothing is compared, but whose ranks must raise too.
         problem: error message of this rank, to raise on every rank.
 
     Raises:

@@ -23,11 +23,11 @@ class ShardRows(NamedTuple):
     Attributes:
         n_rows: rows of the full tensor.
         row_numel: elements of a row of the full tensor.
-        local_row_numel: those of them that the shard holds.
+        local_row_numel: elements of a row that the shard holds.
         starts: first row of each range, int64.
         range_rows: rows of every range.
-        unit: rows that belong together. FSDP1 cuts rows anywhere, so there an element counts as a
-            row, and ``unit`` elements are a row in truth; else 1.
+        unit: with FSDP1, which cuts rows anywhere, each element counts as a row, and ``unit``
+            elements are a row of the parameter; else 1.
     """
 
     n_rows: int
@@ -63,7 +63,8 @@ def shard_rows(shard: Tensor) -> ShardRows | None:
     *sizes, row_numel = _matrix(tuple(shard.shape))
     *local_sizes, local_row_numel = _matrix(tuple(local.shape))
     offsets = (*offset, 0)[: len(sizes)]
-    # Ranges cover the dimensions from the last sharded one on; those before it enumerate them.
+    # A range covers the last sharded dimension and those after it. Dimensions before it enumerate
+    # the ranges.
     sharded = [dim for dim, size in enumerate(sizes) if local_sizes[dim] != size]
     outer = sharded[-1] if sharded else 0
     inner_rows = math.prod(sizes[outer + 1 :])
@@ -77,7 +78,7 @@ def shard_rows(shard: Tensor) -> ShardRows | None:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape with at least two dimensions; those that lack have one index."""
+    """Return the shape with at least two dimensions, of which those that are added have size 1."""
     return shape if len(shape) > 1 else (*shape, 1) if shape else (1, 1)
 
 

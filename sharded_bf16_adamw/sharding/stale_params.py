@@ -1,4 +1,4 @@
-"""Detection of an optimizer whose parameters the model no longer uses, an error torch misses."""
+"""Detection of an optimizer whose parameters the model no longer uses; torch has no such check."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ def sharded_after_construction(params: list[Tensor]) -> bool:
     """Return True if sharding the model replaced some of the optimizer's ``params``.
 
     ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module,
-    ``FullyShardedDataParallel`` (unless with ``use_orig_params=True``) new flat ones. They leave no
-    trace on the old parameters, which never receive a gradient again. So the search starts from the
-    new ones: parameters of a live module that have a gradient and are not the optimizer's. One of
-    them must have the global shape of one of ``params`` that has no gradient and is in no module
-    any more.
+    ``FullyShardedDataParallel`` (unless with ``use_orig_params=True``) new flat parameters. The old
+    parameters have no trace of that, and never receive a gradient again. So the search starts from
+    new parameters: in a live module, with a gradient, not the optimizer's. One of these must have
+    the global shape of one of ``params`` that has no gradient and is in no module any more.
     """
     if not _seem_replaced(params):
         return False

@@ -14,7 +14,7 @@ from .dtensor import local_grad, replica_groups, shard_groups, to_local
 
 
 class TorchManaged:
-    """One process, DDP, FSDP, HSDP or tensor parallelism: a rank updates what it holds."""
+    """One process, DDP, FSDP, HSDP or tensor parallelism: a rank updates its local shards."""
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         """Do nothing."""

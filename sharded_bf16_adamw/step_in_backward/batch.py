@@ -42,7 +42,7 @@ class Batcher:
     """Collects gradients into a batch until it is full.
 
     Attributes:
-        batch: the gradients that wait; whoever updates them sets it to None.
+        batch: the gradients that wait for their update, which sets it to None.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Batcher:
             if batch.nbytes >= BATCH_BYTES:
                 flush()
         elif batch is None and is_shared and grad.storage_offset():
-            self._storage_ends.clear()  # one of them was not the last, so record them anew
+            self._storage_ends.clear()  # one was not the last in its storage: record all anew
         if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
             flush()
         if self.batch is None:
@@ -71,5 +71,5 @@ class Batcher:
             flush()
 
     def forget_params(self) -> None:
-        """Forget what was learned of the parameters, since others have taken their place."""
+        """Forget which parameters are last in a storage, after parameters were replaced."""
         self._storage_ends.clear()

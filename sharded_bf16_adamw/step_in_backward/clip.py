@@ -76,9 +76,8 @@ class PreviousStepClip:
         self._max_norm, self._groups = max_norm, groups
         self._grad_norm, self._backend = grad_norm, backend
         self._infos = grad_norm.group_infos([(group, [], []) for group in groups])
-        self._sums: list[
-            tuple[SumKey, Tensor]
-        ] = []  # by key and batch, computed on the batch's stream
+        # By key and batch, computed on the batch's stream.
+        self._sums: list[tuple[SumKey, Tensor]] = []
         self._scales: dict[torch.device, Tensor] = {}
         self._sum_sq: Tensor | None = None  # over all ranks
 

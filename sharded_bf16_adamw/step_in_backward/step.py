@@ -8,11 +8,11 @@ One optimizer step is one *round*::
     step()                   -> use gradients that no hook saw, advance the schedule, end the round
 
 [Note: when a gradient is final]
-A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``; FSDP2 calls
-it once it has reduced one. Either way it is the whole gradient of a backward pass, so it is final
-if that pass is the last of the step. Earlier passes run inside ``accumulate()``, or under FSDP2
-without gradient sync, where no hook runs. A second gradient in one round would update its parameter
-twice, so the hook raises before it touches that parameter.
+A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``. FSDP2 calls
+the hook once it has reduced a gradient. Both are the whole gradient of a backward pass, which is
+final if the pass is the last of the step. Earlier passes run inside ``accumulate()``, or under
+FSDP2 without gradient sync, where no hook runs. A second gradient in one round would update its
+parameter twice, so the hook raises before it touches that parameter.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Round:
 
 
 class StepInBackward:
-    """The hooks on an optimizer's parameters, and the round that they work on.
+    """The hooks on an optimizer's parameters, and the current round.
 
     Args:
         optimizer: an ``AdamW_BF16`` whose gradients torch reduces; held by a weak reference.
@@ -165,7 +165,7 @@ class StepInBackward:
         self._batcher.add(param, local, self._flush)
 
     def _start_round(self, param: Tensor) -> Round:
-        """Read hyper-parameters, and check what may have changed since the last round."""
+        """Read the hyper-parameters, and check the groups if they changed since the last round."""
         optimizer = self._get_optimizer()
         groups = optimizer.param_groups
         checks.check_backward_mode(param.device)
@@ -235,7 +235,7 @@ class StepInBackward:
                 plan.update_(part_grads, round_.hypers, scale, found_inf=None)
 
     def _grad_scale(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
-        """Return the factor of gradients, 0-dim float32, and count them for the next step's."""
+        """Return the factor of gradients, 0-dim float32; add them to the norm for the next step."""
         optimizer = self._get_optimizer()
         if self.clip is None:
             return None
@@ -330,17 +330,17 @@ class StepInBackward:
     def begin_step(
         self, gradients: list[GroupGrads]
     ) -> tuple[list[float | None], list[GroupGrads]]:
-        """Update what is left of the batch.
+        """Update the remaining parameters of the batch.
 
         Args:
             gradients: for each group, the gradients that no hook saw.
 
         Returns:
             The learning rates of this step, and the gradients that :meth:`.AdamW_BF16.step` is to
-            use: all of the given ones, or with clipping none.
+            use: all of ``gradients``, or none with clipping.
 
         Raises:
-            RuntimeError: one of them belongs to a parameter that was updated in this round, or
+            RuntimeError: a gradient belongs to a parameter that was updated in this round, or
                 hyper-parameters have changed during the round. Nothing is changed. Or replicas have
                 different gradients.
             ValueError: the model was wrapped by FSDP1 meanwhile. Nothing is changed.

@@ -2,7 +2,7 @@
 
 See [Note: updates of ZeRO inside the backward pass] in
 :mod:`sharded_bf16_adamw.sharding.zero.in_backward`. The round is that of :mod:`.step`, but its
-gradients come bucket by bucket from the reductions of stage 2, not from hooks of its own.
+gradients come bucket by bucket from the reductions of stage 2, not from hooks.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ZeroStepInBackward(StepInBackward):
             self._round.streams.add(torch.cuda.current_stream(param.device))
 
     def has_taken(self, param: Tensor) -> bool:
-        """Return whether the final gradient of the parameter was ready since the last step."""
+        """Return True if the parameter's final gradient was ready since the last step."""
         return self._round is not None and param in self._round.taken
 
     def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -84,7 +84,7 @@ class ZeroStepInBackward(StepInBackward):
                 self._update(batch, self._round)
 
     def forget_plans(self) -> None:
-        """Drop what was prepared for the sets of parameters of earlier updates."""
+        """Drop the step plans for the sets of parameters of earlier updates."""
         self._plans.clear()
 
     def reset(self) -> None:
@@ -93,7 +93,7 @@ class ZeroStepInBackward(StepInBackward):
         self._was_dropped = True
 
     def fail(self) -> None:
-        """Refuse further steps until the user abandons this one: weights are mixed."""
+        """Refuse further steps until the user abandons this step: weights are old and new ones."""
         self._has_failed = True
 
     # --------------------------------------------------------------------- at and between the steps
@@ -128,7 +128,7 @@ class ZeroStepInBackward(StepInBackward):
     def begin_step(
         self, gradients: list[GroupGrads]
     ) -> tuple[list[float | None], list[GroupGrads]]:
-        """Update what the backward pass has not; see :meth:`.StepInBackward.begin_step`."""
+        """Update the remaining parameters; see :meth:`.StepInBackward.begin_step`."""
         self._check_groups()
         if self._round is None:
             self._round = self._start_round(self._get_optimizer()._all_params()[0])
@@ -137,7 +137,7 @@ class ZeroStepInBackward(StepInBackward):
             for params, grads in self._stage.take_grads():
                 self.update(params, grads)
         except BaseException:
-            self.fail()  # the gradients that are left are gone
+            self.fail()  # the remaining gradients are lost
             raise
         self._finish_updates()
         return self._round.lrs, gradients

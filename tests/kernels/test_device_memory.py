@@ -139,10 +139,10 @@ def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) 
     scratches = NormScratch(), NormScratch()
     warm, static = ([torch.ones(3), torch.ones(5)] for _ in range(2))
     for scratch in scratches:
-        layout_of(scratch, 3, 5).grads.on_device(warm)
+        layout_of(scratch, 3, 5).grads.upload(warm)
     capturing.now = True
     for scratch in scratches:
-        addresses, _ = layout_of(scratch, 3, 5).grads.on_device(static)
+        addresses, _ = layout_of(scratch, 3, 5).grads.upload(static)
         assert addresses[0].tolist() == [x.data_ptr() for x in static]
     with pytest.raises(RuntimeError, match="take a step like it before each capture"):
         layout_of(NormScratch(), 3, 5)
