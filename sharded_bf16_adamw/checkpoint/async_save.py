@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ..sharding.collectives import new_cpu_group
-from .rank_errors import Group, call_on_rank_0
+from .object_collectives import Group
+from .rank_errors import call_on_rank_0
 
 
 class _Pending(threading.Thread):

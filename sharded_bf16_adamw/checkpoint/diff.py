@@ -13,7 +13,8 @@ from torch import Tensor
 from .chunk_table import ChunkTable
 from .groups import match_groups
 from .manifest import Manifest, ParamGroup, decode
-from .rank_errors import Group, join_problems, known_on_other_ranks
+from .object_collectives import Group, known_on_other_ranks
+from .rank_errors import join_problems
 from .safetensors_io import TensorInfo
 from .state_dict import MODEL, STATE, CheckpointState, param_of_state
 

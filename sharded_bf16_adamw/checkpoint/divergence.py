@@ -29,7 +29,8 @@ from ..sharding.replica_checksum import checksums
 from ..sharding.replicas import Replica, find_differences
 from .blocks import local_blocks
 from .manifest import encode
-from .rank_errors import Group, all_gather_object, global_rank, raise_on_all_ranks, rank, world_size
+from .object_collectives import Group, all_gather_object, global_rank, rank, world_size
+from .rank_errors import raise_on_all_ranks
 from .rank_names import RankNames
 from .state_dict import MODEL, STATE, CheckpointState, fqn_of, with_stages
 

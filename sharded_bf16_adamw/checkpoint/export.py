@@ -27,15 +27,8 @@ from ..bf16_split import join
 from .async_save import wait_for_own_saves
 from .directory import existing_checkpoint, sync_folder
 from .extra_state import PART
-from .rank_errors import (
-    Group,
-    call_on_rank_0,
-    call_on_rank_0_via_store,
-    check_group,
-    raise_on_all_ranks,
-    rank,
-    world_size,
-)
+from .object_collectives import Group, rank, world_size
+from .rank_errors import call_on_rank_0, call_on_rank_0_via_store, check_group, raise_on_all_ranks
 from .reader import CheckpointReader
 from .safetensors_io import DTYPE_NAMES, TensorInfo, write_sharded
 from .state_dict import MODEL, STATE

@@ -21,21 +21,14 @@ from .diff import find_mismatch, raise_mismatches
 from .divergence import resolve_divergence
 from .groups import match_groups
 from .manifest import ParamGroup, as_tensor
+from .object_collectives import Group, gather_object, rank, scatter_object
 from .optimizer_state import (
     check_model_and_optimizer,
     init_frozen_states,
     init_state,
     rollback_new_state,
 )
-from .rank_errors import (
-    Group,
-    call_on_rank_0,
-    check_group,
-    gather_object,
-    raise_on_all_ranks,
-    rank,
-    scatter_object,
-)
+from .rank_errors import call_on_rank_0, check_group, raise_on_all_ranks
 from .rank_names import RankNames
 from .state_dict import (
     CheckpointState,

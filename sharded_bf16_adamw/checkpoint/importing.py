@@ -30,13 +30,14 @@ from .import_matching import (
     merge_tied_states,
 )
 from .manifest import as_tensor
+from .object_collectives import known_on_other_ranks
 from .optimizer_state import (
     check_model_and_optimizer,
     init_frozen_states,
     init_state,
     rollback_new_state,
 )
-from .rank_errors import check_group, known_on_other_ranks, raise_on_all_ranks
+from .rank_errors import check_group, raise_on_all_ranks
 from .rank_names import RankNames
 from .ties import find_ties
 from .torch_state_dict import (

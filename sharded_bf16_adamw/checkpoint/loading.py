@@ -23,6 +23,7 @@ from .extra_state import adopt_saved_specs
 from .file_checksums import FileRecord, find_damage
 from .gc_pause import gc_paused
 from .manifest import Manifest, read_manifest
+from .object_collectives import Group, rank, world_size
 from .optimizer_state import (
     check_model_and_optimizer,
     drop_averages,
@@ -31,15 +32,12 @@ from .optimizer_state import (
     rollback_new_state,
 )
 from .rank_errors import (
-    Group,
     as_path,
     call_on_rank_0,
     check_group,
     check_same_on_all_ranks,
     join_problems,
     raise_on_all_ranks,
-    rank,
-    world_size,
 )
 from .rank_names import RankNames
 from .state_dict import (

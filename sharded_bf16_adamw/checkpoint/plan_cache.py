@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from ..sharding.dtensor import to_local
 from .chunk_table import ChunkTable
+from .object_collectives import Group, rank
 from .plan_table import Locations
-from .rank_errors import Group, rank
 
 Layout = tuple[Any, ...]
 

@@ -1,4 +1,4 @@
-"""Collectives on Python objects, and errors that are raised on all ranks instead of one.
+"""Errors that are raised on all ranks instead of one, and checks of arguments on all ranks.
 
 A rank that raises alone leaves the others blocked in the next collective.
 """
@@ -11,28 +11,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..sharding.collectives import device_for
+from .object_collectives import (
+    Group,
+    Result,
+    all_gather_object,
+    broadcast_object,
+    global_rank,
+    is_true_on_any_rank,
+    local_collectives,
+    rank,
+    world_size,
+)
 
-Result = TypeVar("Result")
-# None is the default group. Ranks in this module are group ranks.
-Group = dist.ProcessGroup | None
-
-CPU = torch.device("cpu")
 _POLL_S = 0.05  # interval at which the store is polled
 _SHOWN = 3  # problems listed in one error message
 _calls: Counter[str] = Counter()  # of call_on_rank_0_via_store(), by operation, path and ranks
-_on_this_rank_alone: ContextVar[bool] = ContextVar("_on_this_rank_alone", default=False)
-
-# ---------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def raise_on_all_ranks(message: str, group: Group = None) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as caught:  # DCP's is a BaseException
         error = caught
-    if not _is_true_on_any_rank(error is not None, group):
+    if not is_true_on_any_rank(error is not None, group):
         return
     packed = None if error is None else _pack_error(error, (ValueError,))
     for failed_rank, outcome in enumerate(all_gather_object(packed, group)):
@@ -66,14 +66,11 @@ def call_on_rank_0(message: str, function: Callable[[], Result], group: Group = 
 
     Collective. Errors are raised on every rank as by :func:`raise_on_all_ranks`.
     """
-    result: list[Any] = [None]
+    result: Any = None
     with raise_on_all_ranks(message, group):
         if rank(group) == 0:
-            result[0] = function()
-    if not _is_single_process(group):
-        with _explain_failed_collective(group):
-            dist.broadcast_object_list(result, group_src=0, group=group)
-    return result[0]
+            result = function()
+    return broadcast_object(result, group)
 
 
 def call_on_rank_0_via_store(
@@ -86,8 +83,8 @@ def call_on_rank_0_via_store(
 
     Args:
         what: the operation's name in messages.
-        path: what the operation writes. Each rank counts its calls for the same path.
-        function: must need no other rank. Collectives of this module are local within it.
+        path: path that the operation writes. Each rank counts its calls for the same path.
+        function: must need no other rank. In it, :mod:`.object_collectives` are local.
         group: process group; None for all ranks.
 
     Returns:
@@ -109,15 +106,13 @@ def call_on_rank_0_via_store(
     )
     if rank(group) == 0:
         store.set("started", "")
-        token = _on_this_rank_alone.set(True)
         try:
-            result = function()
+            with local_collectives():
+                result = function()
         except BaseException as error:
             kept = (FileExistsError, FileNotFoundError, ValueError)
             store.set("outcome", json.dumps(_pack_error(error, kept)))
             raise
-        finally:
-            _on_this_rank_alone.reset(token)
         store.set("outcome", json.dumps([None, result]))
         return result
     if not _is_set(store, "started", _timeout(store)):
@@ -163,104 +158,6 @@ def _one_line(error: BaseException) -> str:
             error = failures[min(failures)][0]
     text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
     return (text.splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _explain_failed_collective(group: Group) -> Iterator[None]:
-    """Replace torch's error about a failed collective by one that gives its likely causes."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"a checkpoint collective of rank {dist.get_rank()} and {world_size(group) - 1} other "
-            "ranks failed: a rank has died, hangs or has not called the same function; "
-            "call it on every rank, or pass group= where only some ranks hold the model"
-        ) from error
-
-
-# ----------------------------------------------------------------------------------- collectives
-
-
-def rank(group: Group = None) -> int:
-    """Return this process's rank in ``group``, 0 without a process group."""
-    return 0 if _is_single_process(group) else dist.get_rank(group)
-
-
-def world_size(group: Group = None) -> int:
-    """Return the number of ranks in ``group``, 1 without a process group."""
-    return 1 if _is_single_process(group) else dist.get_world_size(group)
-
-
-def global_rank(group_rank: int, group: Group = None) -> int:
-    """Return the rank in the default group of a rank of ``group``."""
-    return group_rank if group is None else dist.get_global_rank(group, group_rank)
-
-
-def all_gather_object(value: Result, group: Group = None) -> list[Result]:
-    """Return the values of all ranks, in rank order. Collective."""
-    if _is_single_process(group):
-        return [value]
-    values: list[Any] = [None] * world_size(group)
-    with _explain_failed_collective(group):
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _is_true_on_any_rank(value: bool, group: Group = None) -> bool:
-    """Return whether any rank's ``value`` is true. Collective.
-
-    With many ranks, one integer costs much less than an object of each rank.
-    """
-    if _is_single_process(group):
-        return value
-    with _explain_failed_collective(group):
-        flag = torch.tensor([value], dtype=torch.int32, device=device_for(group, CPU))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
-
-
-def gather_object(value: Result, group: Group = None) -> list[Result]:
-    """Return the values of all ranks on rank 0, an empty list on the others. Collective."""
-    if _is_single_process(group):
-        return [value]
-    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    with _explain_failed_collective(group):
-        dist.gather_object(value, values, group_dst=0, group=group)
-    return values or []
-
-
-def scatter_object(values: list[Result], group: Group = None) -> Result:
-    """Return this rank's element of rank 0's ``values``. Collective."""
-    if _is_single_process(group):
-        return values[0]
-    received: list[Any] = [None]
-    with _explain_failed_collective(group):
-        dist.scatter_object_list(
-            received, values if rank(group) == 0 else None, group_src=0, group=group
-        )
-    return received[0]
-
-
-def known_on_other_ranks(unknown: set[str], group: Group = None) -> set[str]:
-    """Return the names unknown to this rank that another rank knows. Collective.
-
-    Pipeline stages and experts have such names.
-    """
-    return unknown - unknown.intersection(*all_gather_object(unknown, group))
-
-
-def _is_single_process(group: Group) -> bool:
-    """Return whether this process communicates with no other.
-
-    Raise if its process group was destroyed: the process must not publish its part of a checkpoint
-    as the whole.
-    """
-    if group is not None and not dist.is_initialized():
-        raise RuntimeError(
-            "the process group was destroyed before the checkpoint was complete; "
-            "call wait_for_save() before dist.destroy_process_group()"
-        )
-    return not dist.is_initialized() or _on_this_rank_alone.get()
 
 
 def _is_set(store: dist.Store, key: str, timeout: timedelta | None) -> bool:

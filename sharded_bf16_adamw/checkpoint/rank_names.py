@@ -22,7 +22,7 @@ from torch import nn
 from ..names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from ..sharding.model_parallel import ModelParallel
 from .extra_state import EXTRA_STATE
-from .rank_errors import all_gather_object
+from .object_collectives import all_gather_object
 
 
 class RankNames:

@@ -42,21 +42,23 @@ from .divergence import resolve_divergence
 from .file_checksums import FileRecord
 from .gc_pause import gc_paused
 from .manifest import Manifest, ParamGroup, encode
+from .object_collectives import (
+    Group,
+    all_gather_object,
+    gather_object,
+    rank,
+    scatter_object,
+    world_size,
+)
 from .optimizer_state import check_model_and_optimizer
 from .plan_cache import PlannedSave
 from .plan_table import Assignment, Locations, to_assigned, to_locations, to_table
 from .rank_errors import (
-    Group,
-    all_gather_object,
     as_path,
     call_on_rank_0,
     check_group,
     check_same_on_all_ranks,
-    gather_object,
     raise_on_all_ranks,
-    rank,
-    scatter_object,
-    world_size,
 )
 from .rank_names import RankNames
 from .save_plan import merge_plans

@@ -37,8 +37,8 @@ from .extra_state import (
     set_extra_states,
 )
 from .manifest import ParamGroup
+from .object_collectives import Group, rank
 from .optimizer_state import non_param_entries, ungrouped_params
-from .rank_errors import Group, rank
 from .rank_names import RankNames
 from .torch_state_dict import (
     set_sharded_model_state,

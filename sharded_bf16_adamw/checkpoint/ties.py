@@ -21,7 +21,8 @@ from ..sharding.dtensor import to_local
 from .chunk_table import ChunkTable
 from .extra_state import MODEL, STATE, is_wrapper_subclass
 from .manifest import Manifest, ParamGroup
-from .rank_errors import Group, call_on_rank_0, gather_object
+from .object_collectives import Group, gather_object
+from .rank_errors import call_on_rank_0
 from .rank_names import RankNames
 from .reader import CheckpointReader
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..sharding.collectives import cpu_group
 from .blocks import Block, local_blocks
-from .rank_errors import Group, global_rank, rank, world_size
+from .object_collectives import Group, global_rank, rank, world_size
 
 Key = tuple[str, str]  # parameter and state, such as ("layer.weight", "exp_avg")
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.checkpoint import rank_errors, transport
+from sharded_bf16_adamw.checkpoint import object_collectives, transport
 from sharded_bf16_adamw.checkpoint.full_state_dict import (
     gather_full_state_dict,
     scatter_full_state_dict,
@@ -266,8 +266,8 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
     expected = gather_full_state_dict(model, optimizer)
     served, exchanged = collectives.served_devices, []
     # errors are agreed on over any group: torch moves objects, and the package its flag, to the GPU
-    flag_device = rank_errors.device_for
-    rank_errors.device_for = lambda group, device: device
+    flag_device = object_collectives.device_for
+    object_collectives.device_for = lambda group, device: device
     originals = {function: getattr(dist, function) for function in ("send", "recv", "broadcast")}
 
     def of_group(function: str) -> Any:
@@ -291,7 +291,7 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
         scatter_full_state_dict(model, optimizer, full)
     finally:
         collectives.served_devices = served
-        rank_errors.device_for = flag_device
+        object_collectives.device_for = flag_device
         for function, original in originals.items():
             setattr(dist, function, original)
     again = gather_full_state_dict(model, optimizer)
