@@ -68,8 +68,8 @@ class PendingClip:
 class ReplicaGradCheck:
     """A check that replicas have equal gradients, raised late on an accelerator.
 
-    On the CPU the call that finds a mismatch raises. On an accelerator the next call does, so that
-    no step waits for its own result. Either way every rank raises.
+    On the CPU the call that finds a mismatch raises. On an accelerator the next call raises, so
+    that no step waits for its own result. Every rank raises in both cases.
     """
 
     def __init__(self) -> None:
@@ -96,8 +96,8 @@ class ReplicaGradCheck:
         if self._copied is not None:
             if torch.cuda.is_current_stream_capturing():
                 return  # the first call after the capture raises
-            # The device does not idle meanwhile: this copy belongs to the previous step, and a
-            # forward and backward pass has been queued since.
+            # The device does not idle during this wait: the copy belongs to the previous step, and
+            # a forward and backward pass has been queued since.
             self._copied.synchronize()
         mismatch, self._mismatch = float(self._mismatch), None
         if mismatch > 0:

@@ -16,7 +16,7 @@ from training.world import call_on_rank_0
 
 
 def init_from(
-    args: argparse.Namespace, module: nn.Module, optimizer: torch.optim.Optimizer
+    args: argparse.Namespace, wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Replace the weights by those of ``--init-from``, else of ``--model``, if any. Collective.
 
@@ -31,7 +31,7 @@ def init_from(
     checkpoint = call_on_rank_0(_find, source)
     try:
         if checkpoint is not None:
-            _load(args, checkpoint, module, optimizer)
+            _load(args, checkpoint, wrapped_model, optimizer)
             return
         if args.init_moments:
             raise UsageError(
@@ -40,8 +40,8 @@ def init_from(
             )
         if not isinstance(optimizer, AdamW_BF16):
             # Needed for import_fp32 only. It copies weights to float32 parameters unchanged.
-            optimizer = AdamW_BF16(module.parameters(), lr=0.0)
-        import_fp32(source, module, optimizer)
+            optimizer = AdamW_BF16(wrapped_model.parameters(), lr=0.0)
+        import_fp32(source, wrapped_model, optimizer)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
@@ -62,11 +62,11 @@ def _find(source: str) -> Path | None:
 
 
 def _load(
-    args: argparse.Namespace, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer
+    args: argparse.Namespace, path: Path, wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load weights and states; hyperparameters, schedule and seed stay those of this run."""
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    load(path, module, optimizer)
+    load(path, wrapped_model, optimizer)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     if not args.init_moments:

@@ -29,9 +29,8 @@ class Strategy:
 
     Attributes:
         shard: replaces parameters by shards, before memory is allocated.
-        wrap: takes the initialized model; returns the module to call, whose parameters go to the
-            optimizer.
-        no_sync: takes the wrapped module and its optimizer; returns a context in which gradients
+        wrap: takes the initialized model; returns the wrapped model, which is the one to call.
+        no_sync: takes the wrapped model and its optimizer; returns a context in which gradients
             accumulate without being reduced, for all micro-batches of a step but the last.
         sharding: AdamW_BF16's ``sharding`` argument: ZeRO for a model that every rank replicates.
         mesh_shape: takes the world size; returns the size of each mesh dimension by name. Ranks
@@ -60,16 +59,16 @@ def _no_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _nothing_to_sync(
-    module: nn.Module, optimizer: torch.optim.Optimizer
+    wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 def _module_no_sync(
-    module: nn.Module, optimizer: torch.optim.Optimizer
+    wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> AbstractContextManager[None]:
     """Return the no_sync() of DDP or FSDP1, which accumulates in the dtype of the weights."""
-    return module.no_sync()  # type: ignore[operator]
+    return wrapped_model.no_sync()  # type: ignore[operator]
 
 
 def _ddp_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -89,13 +88,13 @@ def _fsdp2_shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def _fsdp2_no_sync(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _fsdp2_no_sync(wrapped_model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Accumulate unsharded gradients, in the policy's ``reduce_dtype``."""
-    module.set_requires_gradient_sync(False)  # type: ignore[operator]
+    wrapped_model.set_requires_gradient_sync(False)  # type: ignore[operator]
     try:
         yield
     finally:
-        module.set_requires_gradient_sync(True)  # type: ignore[operator]
+        wrapped_model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
 
 def _zero1(mesh: DeviceMesh) -> ZeRO:
@@ -108,7 +107,7 @@ def _zero2(mesh: DeviceMesh) -> ZeRO:
 
 
 def _zero2_no_sync(
-    module: nn.Module, optimizer: torch.optim.Optimizer
+    wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> AbstractContextManager[None]:
     """Accumulate unsharded gradients, in ``accumulate_dtype``."""
     assert isinstance(optimizer, AdamW_BF16)

@@ -85,7 +85,7 @@ def _launch_problem(device: torch.device) -> str | None:
 class TritonTable:
     """Addresses of the parameters and their states: a :class:`.backend.BackendTable`.
 
-    They stay on the device between steps.
+    The addresses stay on the device between steps.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.

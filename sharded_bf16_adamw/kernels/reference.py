@@ -35,7 +35,7 @@ from .device_memory import NormScratch
 
 CHUNK = 1 << 16  # elements per pass: its temporaries stay in a CPU's second-level cache
 
-# Odd multipliers of the hash. No set of thousands of random ones was measurably better.
+# Odd multipliers of the hash. Of thousands of random sets, none was measurably better.
 SPREAD_M, SPREAD_V, SPREAD_C = 0x1643, 0x6771, 0xC09D
 MIX = 0x365B
 DRAW_M, DRAW_C = 0x2851, 0xFAED
@@ -213,7 +213,7 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, s: StepScalars) -> tuple[Tensor, T
 
 
 def stochastic_round(x: Tensor, r: Tensor) -> Tensor:
-    """Round float32 to bfloat16: away from zero if the 16 discarded bits exceed ``r``, else to it.
+    """Round float32 to bfloat16: up in magnitude if the 16 discarded bits exceed ``r``, else down.
 
     Args:
         x: float32, any shape.
@@ -282,7 +282,8 @@ def _pattern(x: Tensor) -> Tensor:
 def _sqrt(x: Tensor) -> Tensor:
     """Return the float32 square root, correctly rounded.
 
-    torch's own on the CPU is one bit off for 17 % of values; through double it is exact.
+    On the CPU, torch's float32 square root is one bit off for 17 % of values. Through double it is
+    correctly rounded.
     """
     if double_device(x.device) != x.device:
         return x.sqrt()

@@ -47,12 +47,16 @@ def add_sums(
         if c is not None:
             # both changes are exact unless they are large, unlike the change of p + c
             effective += new[3].float() - c.float()
-        total += _sums(p, c, weight, update, effective, plain, mn, vn).to(total.device)
+        own = _sums(
+            p, c, weight=weight, update=update, effective=effective, plain=plain, m=mn, v=vn
+        )
+        total += own.to(total.device)
 
 
 def _sums(
     p: Tensor,
     c: Tensor | None,
+    *,
     weight: Tensor,
     update: Tensor,
     effective: Tensor,
@@ -83,8 +87,8 @@ def _correction_sq(p: Tensor, c: Tensor) -> Tensor:
     """Return the sum of squares of ``c`` in units of the last place of ``p``.
 
     The unit is the distance to the next bfloat16 number away from zero: 2^-7 of the power of two
-    below ``p``. For a subnormal number it is that of the smallest normal one: the same. The
-    quotients are by 64 units, since fewer may be no normal number; 64 is squared in the end.
+    below ``p``. A subnormal ``p`` has the unit of the smallest normal number. The divisor is 64
+    units, because a single unit may be subnormal, and the sum is multiplied by 64 squared.
     """
     power_of_two = (p.view(torch.int16) & 0x7F80).view(torch.bfloat16).float()
     in_64_ulps = c.float() / (power_of_two.clamp(min=torch.finfo(torch.bfloat16).tiny) * 0.5)
