@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from training.rendezvous import local_rank, rank
@@ -42,6 +44,27 @@ def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambd
         if _is_reporter(is_stopped):
             print(f"error: {error}", file=sys.stderr)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # Not only on the first rank: another one may have the larger part.
+        print(f"error: rank {rank()}: {out_of_memory_reason(error)}", file=sys.stderr)
+        return FAILED
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory_reason(error: RuntimeError) -> str:
+    """Return the error in one sentence, with the size that torch asked for."""
+    size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    what = "memory" if size is None else f"memory for {size[1]} more"
+    return (
+        f"the device has no {what}: use more ranks, another --strategy, a smaller --batch-size or "
+        "more --grad-accum; python launch/plan.py tells what a rank needs."
+    )
 
 
 def _is_reporter(is_stopped: Callable[[], bool]) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from sharded_bf16_adamw import AdamW_BF16
+from sharded_bf16_adamw.kernels import backend_for
 from training.hf_export import LATEST_EXPORT
 from training.run_state import Run
 
@@ -33,6 +35,7 @@ def print_summary(run: Run, stopped: bool) -> None:
             world_size=run.world.size,
             # The median, since the first steps also compile and load kernels.
             step_seconds=statistics.median(run.step_seconds or [0.0]),
+            backend=backend_name(run.optimizer, run.world.device),
             out_dir=run.out_dir,
             checkpoint=run.last_checkpoint,
             nonfinite_steps=run.nonfinite_steps,
@@ -60,6 +63,11 @@ def optimizer_state_bytes(
     return local_bytes, int(total)
 
 
+def backend_name(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
+    """Return the back end of an AdamW_BF16, None of another optimizer."""
+    return backend_for(device, optimizer.backend) if isinstance(optimizer, AdamW_BF16) else None
+
+
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the tensors that a tensor subclass wraps, or the tensor itself."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -73,6 +81,7 @@ def summary(
     num_params: int,
     world_size: int,
     step_seconds: float,
+    backend: str | None,
     out_dir: Path,
     checkpoint: Path,
     nonfinite_steps: int,
@@ -87,7 +96,8 @@ def summary(
             f"held-out loss         {held_out_loss:.4f} nats per token",
             f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
             f"{total / num_params:.2f} per parameter",
-            f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included",
+            f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included"
+            f"{'' if backend is None else f', {backend} back end'}",
             f"non-finite steps      {nonfinite_steps}"
             f"{', skipped' if nonfinite_steps and skipped else ''}",
             *([] if spikes is None else [f"spikes                {spikes}, skipped"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 from training import errors
 from training.errors import RunError, UsageError, exit_code
@@ -45,3 +46,33 @@ def test_rank_waits_for_the_first_one_of_its_machine_to_print(monkeypatch, capsy
     assert exit_code(lambda: fail(UsageError("no such thing.")), is_stopped) == 2
     assert capsys.readouterr().err == ("" if ends else "error: no such thing.\n")
     assert len(slept) == 3 if ends else sum(slept) >= errors.REPORT_S
+
+
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (lambda: torch.empty(1 << 60, dtype=torch.uint8), " for 1152921504606846976 bytes more"),
+        (
+            lambda: fail(
+                torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of "
+                    "79.10 GiB of which 1.25 GiB is free."
+                )
+            ),
+            " for 2.50 GiB more",
+        ),
+        (lambda: fail(torch.OutOfMemoryError("HIP is full")), ""),
+    ],
+    ids=("cpu", "cuda", "other"),
+)
+def test_full_memory_is_one_sentence_of_the_rank_that_met_it(command, size, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert exit_code(command) == 1
+    error = capsys.readouterr().err
+    start = f"error: rank 3: the device has no memory{size}: use more ranks, "
+    assert error.startswith(start) and error.count("\n") == 1
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a fault"):
+        exit_code(lambda: fail(RuntimeError("a fault")))
