@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,18 +73,21 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
     content = "" if args.config is None else Path(args.config).read_text()
     key = "\0".join([*train_args, content]).encode()
     folder = args.out / hashlib.sha256(key).hexdigest()[:10]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run_train, folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
-            for seed in range(args.seeds)
-            for name in names
-        ]
+    has_failed = threading.Event()
+
+    def run(name: str, seed: int) -> None:
+        if has_failed.is_set():
+            return
         try:
-            for job in tqdm(jobs, unit="run"):
-                job.result()
+            run_train(folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
         except (UsageError, RunError):
-            pool.shutdown(cancel_futures=True)
+            has_failed.set()
             raise
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run, name, seed) for seed in range(args.seeds) for name in names]
+        for job in tqdm(jobs, unit="run"):
+            job.result()
     results = {name: read_result(folder, name, args.seeds) for name in names}
     options = [*(["--optimizers", *args.optimizers] if args.optimizers else []), *train_args]
     command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *options])
