@@ -29,7 +29,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
 TIMEOUT = 100
-# A fork of a process that has imported torch starts fast, for tests that end their processes.
+# A fork of a process that has imported all that tests need starts fast, for tests that end their
+# processes: the imports take longer than most of those tests.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     [
@@ -40,6 +41,9 @@ forkserver.set_forkserver_preload(
         "torch._dynamo",
         "torch._dynamo.variables",
         "torch._inductor.utils",
+        "numpy.ma",
+        "pytest",
+        "sharded_bf16_adamw",
     ]
 )
 _pool: list[tuple[Any, Connection]] = []
