@@ -150,6 +150,8 @@ MIXED = replace(
     finite=True,
     updates=3,
 )
+# Of other arguments. A second update shows that an argument holds after the first.
+MIXED_TWICE, MIXED_ONCE = replace(MIXED, updates=2), replace(MIXED, updates=1)
 CASES = {
     "bf16": ONE[0],
     "bf16, fp32 gradients": ONE[1],
@@ -168,8 +170,8 @@ CASES = {
     "borders, fp32": replace(ONE[3], sizes=BORDERS),
     "several updates": replace(ONE[0], finite=True, updates=5),
     "mixed": MIXED,
-    "maximize": replace(MIXED, hyper=HYPER | {"maximize": True}),
-    "grad_scale": replace(MIXED, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
+    "maximize": replace(MIXED_TWICE, hyper=HYPER | {"maximize": True}),
+    "grad_scale": replace(MIXED_TWICE, hyper=HYPER | {"grad_scale": torch.tensor(0.3)}),
     "grad_scale of zero, maximize": replace(
         ONE[0], hyper=HYPER | {"grad_scale": torch.tensor(0.0), "maximize": True}
     ),
@@ -179,16 +181,16 @@ CASES = {
     "found_inf": replace(MIXED, hyper=HYPER | {"found_inf": torch.tensor(1.0)}),
     "found_inf is NaN": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(math.nan)}),
     "found_inf is zero": replace(ONE[0], hyper=HYPER | {"found_inf": torch.tensor(0.0)}),
-    "lr tensor": replace(MIXED, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
+    "lr tensor": replace(MIXED_TWICE, hyper=HYPER | {"lr": torch.tensor(3e-4)}),
     "lr tensor in double": replace(
-        MIXED, hyper=HYPER | {"lr": torch.tensor([3e-4], dtype=torch.float64)}
+        MIXED_ONCE, hyper=HYPER | {"lr": torch.tensor([3e-4], dtype=torch.float64)}
     ),
     "zeros": replace(
-        MIXED, hyper={"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+        MIXED_ONCE, hyper={"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
     ),
-    "betas near one": replace(MIXED, hyper=HYPER | {"beta1": 0.99, "beta2": 0.9999999}),
+    "betas near one": replace(MIXED_ONCE, hyper=HYPER | {"beta1": 0.99, "beta2": 0.9999999}),
     "lr without an fp32 equal": replace(
-        MIXED, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}
+        MIXED_ONCE, hyper=HYPER | {"lr": 0.1 / 3, "weight_decay": 1 / 3}
     ),
 }
 

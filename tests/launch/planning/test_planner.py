@@ -70,7 +70,8 @@ def in_backward_on_a_slow_network():
 def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation, in_backward):
     """Return the bytes that this rank holds and sends in its third step.
 
-    The first two steps create states, and find the order of gradients.
+    The first two steps create states, and find the order of gradients. What they leave is noted,
+    but not counted, which would take a third of the time.
     """
     options = f"--strategy {strategy} --optimizer {optimizer} --grad-accum {accumulation}"
     paths = f"--data {directory}/text --out {directory}/{seq_len}"
@@ -86,7 +87,8 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
             live = LiveBytes()
             for step in range(3):
                 run.step = step
-                with live:
+                uncounted = mock.patch.object(LiveBytes, "live", 0)
+                with live, uncounted if step < 2 else nullcontext():
                     live.collectives.clear()
                     live.reset_peak()
                     loss = float(backward(run))
@@ -133,24 +135,33 @@ def planned(world_size, strategy, optimizer, seq_len, accumulation, in_backward)
         }
 
 
-@pytest.mark.parametrize("seq_len", SEQ_LENS)
+CASES = [
+    ("single", "bf16", 1, False),
+    ("ddp", "bf16", 1, False),
+    ("fsdp1", "bf16", 1, False),
+    ("fsdp2", "bf16", 1, False),
+    ("hsdp", "bf16", 1, False),
+    ("tp", "bf16", 1, False),
+    ("fsdp2+tp", "bf16", 1, False),
+    ("zero1", "bf16", 1, False),
+    ("zero2", "bf16", 1, False),
+    ("zero2", "bf16", 1, True),
+    ("zero2", "bf16", 2, True),
+    ("fsdp2", "torch-fp32", 1, False),
+    ("fsdp2", "bf16", 2, False),
+    ("fsdp2", "bf16", 1, True),
+]
+
+
 @pytest.mark.parametrize(
-    ("strategy", "optimizer", "accumulation", "in_backward"),
+    ("strategy", "optimizer", "accumulation", "in_backward", "seq_len"),
     [
-        ("single", "bf16", 1, False),
-        ("ddp", "bf16", 1, False),
-        ("fsdp1", "bf16", 1, False),
-        ("fsdp2", "bf16", 1, False),
-        ("hsdp", "bf16", 1, False),
-        ("tp", "bf16", 1, False),
-        ("fsdp2+tp", "bf16", 1, False),
-        ("zero1", "bf16", 1, False),
-        ("zero2", "bf16", 1, False),
-        ("zero2", "bf16", 1, True),
-        ("zero2", "bf16", 2, True),
-        ("fsdp2", "torch-fp32", 1, False),
-        ("fsdp2", "bf16", 2, False),
-        ("fsdp2", "bf16", 1, True),
+        # By default one length of each case, in turn; the other is exhaustive.
+        pytest.param(
+            *case, seq_len, marks=[] if at == index % len(SEQ_LENS) else pytest.mark.exhaustive
+        )
+        for index, case in enumerate(CASES)
+        for at, seq_len in enumerate(SEQ_LENS)
     ],
 )
 def test_plan_is_what_ranks_measure(
