@@ -15,7 +15,7 @@ STATIC_GRAPH_ADVICE = (
 )
 
 
-def find_difference(
+def find_broken_promise(
     expected: GradReport,
     report: GradReport,
     zero_params: Iterable[ZeroParam],
