@@ -325,7 +325,8 @@ class AdamW_BF16(WeightAccess):
             that was read is not finite, or if replicas have different gradients there.
 
         Raises:
-            ValueError: ``fraction`` is not above 0 and at most 1.
+            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. The
+                latter is raised by :meth:`.PrecisionStats.as_dict` on an accelerator.
             RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
                 fit its parameter; a CUDA graph captures the call; or another rank has died.
         """

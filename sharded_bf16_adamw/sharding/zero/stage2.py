@@ -271,7 +271,9 @@ class Stage2(Stage):
             self._grad_state = GradState.STALE
         error = self._find_error(agreed, problems)
         if error is not None:
-            self._is_agreed = not self.STEPS_IN_BACKWARD
+            # Used gradients may be cleared at any time, see :class:`GradState`.
+            is_unused = agreed.grad_state is GradState.UNUSED
+            self._is_agreed = is_unused and not self.STEPS_IN_BACKWARD
             raise RuntimeError(error)
         if caller is not Caller.ADD_PARAM_GROUP:
             self._is_agreed = self._is_reduced = is_for_step
