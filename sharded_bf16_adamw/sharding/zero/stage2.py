@@ -51,7 +51,7 @@ from .param import ZeroParam
 from .reduce_scatter import PendingReduce
 from .report_exchange import ReportExchange
 from .stage import Stage
-from .static_graph import STATIC_GRAPH_ADVICE, find_broken_promise
+from .static_graph import STATIC_GRAPH_ADVICE, promise_problem
 
 if TYPE_CHECKING:
     from .config import ZeRO
@@ -298,7 +298,7 @@ class Stage2(Stage):
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
         report = report._replace(call=expected.call)  # clipping may come and go
-        problem = problem or find_broken_promise(
+        problem = problem or promise_problem(
             expected, report, self._zero_params.values(), self._order.buckets
         )
         if problem is not None:
