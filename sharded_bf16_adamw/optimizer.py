@@ -18,6 +18,7 @@ from .param_log import ParamLog
 from .precision_stats import PrecisionPass, PrecisionStats
 from .profiling import profiler_range
 from .schedule import Schedule, apply_lrs, init_lr, resolve_lr, scheduled_lrs
+from .sharding.base import Caller
 from .sharding.build import build_sharding
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
@@ -229,7 +230,7 @@ class AdamW_BF16(WeightAccess):
                 loss = closure()
         self._param_log.before_step(self.param_groups)
         self._clip.check_capture()
-        self._sharding.reduce_grads()
+        self._sharding.reduce_grads(Caller.STEP)
         group_grads = self._grads.collect(self.param_groups)
         # Everything that may raise comes before any state is created or changed.
         if in_backward is None:
@@ -290,7 +291,7 @@ class AdamW_BF16(WeightAccess):
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         with profiler_range("AdamW_BF16::clip_grad_norm_"):
-            self._sharding.reduce_grads()
+            self._sharding.reduce_grads(Caller.CLIP)
             grads = self._grads.collect(self.param_groups)
             norm, grad_scale, found_inf = self._grad_norm.compute(grads, max_norm, self.backend)
             self._clip.set(grad_scale, found_inf)
@@ -324,7 +325,8 @@ class AdamW_BF16(WeightAccess):
             that was read is not finite, or if replicas have different gradients there.
 
         Raises:
-            ValueError: ``fraction`` is not above 0 and at most 1.
+            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. The
+                latter is raised by :meth:`.PrecisionStats.as_dict` on an accelerator.
             RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
                 fit its parameter; a CUDA graph captures the call; or another rank has died.
         """
@@ -335,7 +337,7 @@ class AdamW_BF16(WeightAccess):
             )
         if not 0.0 < fraction <= 1.0:
             raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
-        self._sharding.reduce_grads()
+        self._sharding.reduce_grads(Caller.STATS)
         grads = self._grads.collect(self.param_groups)
         lrs = scheduled_lrs(self.lr_function, self.param_groups)
         hypers = hyperparams_at(lrs, self.param_groups)

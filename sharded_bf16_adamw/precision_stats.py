@@ -8,7 +8,7 @@ changes, and nothing waits for the device.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -27,6 +27,7 @@ from .step_plan import StepPlan, StepPlanCache
 from .validation import param_names
 
 CPU = torch.device("cpu")
+MAX_COMPARED = 1 << 20  # so that float64 holds sums of squares exactly
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class PrecisionStats:
         exp_avg_norm: 2-norm of the first moments after the step, before they are rounded.
         exp_avg_sq_norm: 2-norm of the second moments after the step, before they are rounded.
         groups: the same of each parameter group, in the order of ``param_groups``.
+        fractions_differ: whether ranks gave different fractions; every value is then NaN. None in
+            ``groups``.
 
     Examples:
         >>> import torch
@@ -86,11 +89,20 @@ class PrecisionStats:
     exp_avg_norm: Tensor
     exp_avg_sq_norm: Tensor
     groups: tuple[PrecisionStats, ...] = ()
+    fractions_differ: Tensor | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, float]:
-        """Return the values as floats by name, without ``groups``. Waits for the device once."""
-        names = [field.name for field in fields(self) if field.name != "groups"]
-        values = torch.stack([getattr(self, name) for name in names]).tolist()
+        """Return the values as floats by name, without ``groups``. Waits for the device once.
+
+        Raises:
+            ValueError: ranks gave different fractions.
+        """
+        names = [each.name for each in fields(self)[:-2]]
+        tensors = [getattr(self, name) for name in names]
+        differ = self.fractions_differ
+        tensors.append(torch.zeros_like(tensors[0]) if differ is None else differ.to(tensors[0]))
+        *values, fractions_differ = torch.stack(tensors).tolist()
+        _check_fractions(fractions_differ > 0)
         return dict(zip(names, values, strict=True))
 
 
@@ -134,6 +146,8 @@ class PrecisionPass:
         Raises:
             RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is
                 captured.
+            ValueError: ranks gave another ``one_in``; on an accelerator
+                :meth:`PrecisionStats.as_dict` raises it instead.
         """
         if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
             raise RuntimeError(
@@ -162,10 +176,15 @@ class PrecisionPass:
                 total = found if sample is None else sample.total(found)
                 for key, own in zip(keys, total.view(shape), strict=True):
                     sums[key] += own.to(sums[key].device)
+        sums = {key: torch.cat([own, _moments(one_in, own)], 1) for key, own in sums.items()}
         total, mismatch = self._grad_norm.all_reduce(sums, shared_replica_groups(infos))
-        total = torch.where((mismatch > 0).any(), torch.nan, total)
+        total, moments = total.split([shape[2], total.shape[1] - shape[2]], 1)
+        fractions_differ = _vary(moments) | (mismatch[:, shape[2] :] > 0).any()
+        if not fractions_differ.is_cuda:
+            _check_fractions(bool(fractions_differ))
+        total = torch.where((mismatch > 0).any() | fractions_differ, torch.nan, total)
         whole, *groups = _stats_of(torch.cat([total.sum(0, keepdim=True), total]))
-        return replace(whole, groups=tuple(groups))
+        return replace(whole, groups=tuple(groups), fractions_differ=fractions_differ)
 
     def _plan(
         self, group_grads: list[GroupGrads], states: dict[Tensor, Any], backend: str | None
@@ -218,6 +237,29 @@ def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     step = torch.zeros((), dtype=torch.float32, device=param.device)
     keys = STATE_KEYS if param.dtype == torch.bfloat16 else STATE_KEYS[:-1]
     return dict.fromkeys(keys, zeros) | {"step": step}
+
+
+def _moments(one_in: int, like: Tensor) -> Tensor:
+    """Return a row of 1, x and x * x for each row of ``like``; x stands for the fraction.
+
+    The sums of these over ranks tell whether x varies, without an exchange of its own.
+    """
+    x = min(one_in, MAX_COMPARED)
+    return torch.cat([torch.full_like(like[:, :1], value) for value in (1, x, x * x)], 1)
+
+
+def _vary(moments: Tensor) -> Tensor:
+    """Return whether x varies, from sums of :func:`_moments`; False if they are not finite."""
+    count, first, second = moments[0].unbind()
+    return count * second > first.square()
+
+
+def _check_fractions(differ: bool) -> None:
+    if differ:
+        raise ValueError(
+            "precision_stats() got another fraction on some ranks than on others, so there are no "
+            "statistics of all ranks; give every rank the same fraction"
+        )
 
 
 def _stats_of(sums: Tensor) -> list[PrecisionStats]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan
 
 from .chunk_table import ChunkTable, SavedTensor
@@ -76,15 +76,31 @@ def merge_plans(
         [to_plan(table) if isinstance(table, PlanTable) else table for table in tables]
     )
 
+    # The plans, with objects for each write item of each rank, are not kept with to_chunks.
+    indices = (item.index for plan in plans for item in plan.items)
+    numbers = {index: _StorageInfo("", number, 0) for number, index in enumerate(indices)}
+    numbered = ChunkTable.from_metadata(replace(metadata, storage_data=numbers))
+
     def to_chunks(of_ranks: list[Locations]) -> ChunkTable:
-        storage: dict[MetadataIndex, _StorageInfo] = {}
-        for plan, (files, columns) in zip(plans, of_ranks, strict=True):
-            places = np.frombuffer(columns, np.int64).reshape(3, -1).T.tolist()
-            for item, (file, offset, length) in zip(plan.items, places, strict=True):
-                storage[item.index] = _StorageInfo(files[file], offset, length)
-        return ChunkTable.from_metadata(replace(metadata, storage_data=storage))
+        files, places = _join(of_ranks)
+        tensors = {
+            fqn: tensor._replace(places=places[:, tensor.places[1]])
+            for fqn, tensor in numbered.tensors.items()
+        }
+        return ChunkTable(tensors, files, numbered.planner_data)
 
     return MergedPlan(list(prepare(plans)), to_chunks)
+
+
+def _join(of_ranks: list[Locations]) -> tuple[list[str], np.ndarray]:
+    """Return all files, and file number, offset and length of each write item: (3, items)."""
+    files: dict[str, int] = {}
+    parts = []
+    for names, columns in of_ranks:
+        numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
+        places = np.frombuffer(columns, np.int64).reshape(3, -1)
+        parts.append(np.stack([numbers[places[0]], places[1], places[2]]))
+    return list(files), np.concatenate(parts, axis=1)
 
 
 class _Tensor(NamedTuple):
@@ -322,18 +338,12 @@ class _Merger:
         ]
 
     def to_chunks(self, of_ranks: list[Locations]) -> ChunkTable:
-        files: dict[str, int] = {}
-        parts = []
-        for names, columns in of_ranks:
-            numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
-            places = np.frombuffer(columns, np.int64).reshape(3, -1)
-            parts.append(np.stack([numbers[places[0]], places[1], places[2]]))
-        places = np.concatenate(parts, axis=1)
+        files, places = _join(of_ranks)
         tensors = {
             fqn: SavedTensor(*self._tensors[fqn], boxes, places[:, order])
             for fqn, boxes, order in zip(self._fqns, self._boxes, self._order, strict=True)
         }
-        return ChunkTable(tensors, list(files), self._mappings)
+        return ChunkTable(tensors, files, self._mappings)
 
 
 def _are_disjoint(chunks: np.ndarray, size: np.ndarray) -> bool:

@@ -8,10 +8,21 @@ ranks. The strategies are :class:`.torch_managed.TorchManaged` and the stages of
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from enum import Enum
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Caller(Enum):
+    """A method of the optimizer that reduces gradients, or drops them, on all ranks together."""
+
+    STEP = "step()"
+    CLIP = "clip_grad_norm_()"
+    STATS = "precision_stats()"
+    ZERO_GRAD = "zero_grad()"
+    ADD_PARAM_GROUP = "add_param_group()"
 
 
 class Sharding(Protocol):
@@ -24,10 +35,13 @@ class Sharding(Protocol):
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         """Add the parameters of a new group. ``names`` are for messages."""
 
-    def reduce_grads(self) -> None:
+    def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
         """Make the gradients of this rank's shards available.
 
         Repeated calls before :meth:`all_gather_params` have no further effect.
+
+        Args:
+            caller: the same on every rank.
         """
 
     def grads(self, params: list[Tensor]) -> list[Any]:

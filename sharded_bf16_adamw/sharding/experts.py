@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import Sharding
+from .base import Caller, Sharding
 from .model_parallel import ModelParallel
 from .torch_managed import TorchManaged
 
@@ -35,8 +35,8 @@ class RankLocalExperts:
         dense = [(param, name) for param, name in named if id(param) not in self._expert_ids]
         self.dense.add_params([param for param, _ in dense], [name for _, name in dense])
 
-    def reduce_grads(self) -> None:
-        self.dense.reduce_grads()
+    def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
+        self.dense.reduce_grads(caller)
 
     def grads(self, params: list[Tensor]) -> list[Any]:
         return self._merged(params, "grads")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .base import Caller
 from .dtensor import local_grad, replica_groups, shard_groups, to_local
 
 
@@ -19,7 +20,7 @@ class TorchManaged:
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         """Do nothing."""
 
-    def reduce_grads(self) -> None:
+    def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
         """Do nothing: the model's wrapper has reduced the gradients in the backward pass."""
 
     def grads(self, params: list[Tensor]) -> list[Any]:

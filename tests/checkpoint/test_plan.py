@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -271,6 +273,17 @@ def test_plans_that_tables_cannot_express_are_planned_by_dcp(name):
             return str(error)
 
     assert outcome(lambda plans: by_tables(plans, on_tables=False)) == outcome(by_dcp)
+
+
+def test_plan_that_tables_cannot_express_is_not_kept_for_the_next_save():
+    """Rank 0 keeps ``to_chunks``, which must not hold the write items of all ranks."""
+    tables = [pickle.loads(pickle.dumps(to_table(plan))) for plan in odd_plans()["nested"]]
+    merged = merge_plans(tables, DefaultSavePlanner(), prepare)
+    items = [weakref.ref(item) for plan in merged.assignments for item in plan.items]
+    to_chunks = merged.to_chunks
+    del merged, tables
+    gc.collect()
+    assert callable(to_chunks) and [item() for item in items] == [None, None]
 
 
 def test_full_tensor_beside_its_shard_is_refused_as_by_dcp():

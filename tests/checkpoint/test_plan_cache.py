@@ -190,6 +190,14 @@ def test_layout_has_all_that_metadata_have(other):
     assert layout_of({"a": torch.ones(2)}, None) != layout_of({"b": torch.ones(2)}, None)
 
 
+def test_layout_has_whether_memory_is_pinned():
+    """As DCP's metadata do. Without an accelerator no memory can be pinned."""
+    tensors = {"a": torch.ones(2)}
+    unpinned = layout_of(tensors, None)
+    with patch.object(Tensor, "is_pinned", lambda tensor: True):
+        assert layout_of(tensors, None) != unpinned
+
+
 # ------------------------------------------------------------------------------ several ranks
 
 

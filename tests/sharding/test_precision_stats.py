@@ -9,7 +9,7 @@ from distributed import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from sharded_bf16_adamw import LR, AdamW_BF16, precision_sample
+from sharded_bf16_adamw import LR, AdamW_BF16, precision_sample, precision_stats
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .strategy_cases import BY_NAME, CLIP, Layers, Wrapped, backward, make_batch
@@ -174,3 +174,29 @@ def unequal_worker(rank, world):
 def test_unequal_gradients_of_replicas_give_nan():
     for result in run_ranks(2, unequal_worker):
         assert all(map(math.isnan, result.values()))
+
+
+def fractions_worker(rank, world, name):
+    """Give rank 1 another fraction, and read the statistics in each of two ways."""
+    wrapped = BY_NAME[name].wrap(Layers(), world)
+    optimizer = make_optimizer(wrapped)
+    backward(wrapped, make_batch(0))
+    optimizer.clip_grad_norm_(CLIP)
+    with pytest.raises(ValueError, match="got another fraction on some ranks than on others"):
+        optimizer.precision_stats(1 / 1000 if rank == 1 else 1 / 1001)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # as on an accelerator
+        monkeypatch.setattr(precision_stats, "_check_fractions", lambda differ: None)
+        stats = optimizer.precision_stats(1 / 3 if rank == 1 else 1.0)
+    with pytest.raises(ValueError, match="got another fraction on some ranks than on others"):
+        stats.as_dict()
+    assert stats.edq.isnan() and all(group.edq.isnan() for group in stats.groups)
+    assert float(optimizer.precision_stats(1 / 3).edq) > 0
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(3, "FSDP2"), (2, "ZeRO-2"), (4, "HSDP (FSDP2, 2 x 2)"), (2, "tensor parallel")],
+)
+def test_another_fraction_on_a_rank_is_an_error_on_every_rank(world, name):
+    run_ranks(world, fractions_worker, name)

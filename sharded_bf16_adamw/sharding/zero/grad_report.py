@@ -6,6 +6,9 @@ from enum import IntEnum
 from itertools import islice
 from typing import NamedTuple
 
+from ..base import Caller
+from .calls import CALLERS
+
 
 class GradState(IntEnum):
     """The state of the gradients that stage 2 holds, with respect to ``step()``.
@@ -44,10 +47,15 @@ class GradReport(NamedTuple):
     launches: list[int]  # per bucket, since the last consensus; a pending one counts
     has_grad: list[bool]  # per parameter
     lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
+    call: list[int]  # see :meth:`.calls.Call.flatten`
     has_recorded_order: bool
-    discards: bool  # the rank is in zero_grad()
     keeps: Keeps
     grad_state: GradState
+
+    @property
+    def discards(self) -> bool:
+        """Return True if some rank is in ``zero_grad()``."""
+        return bool(self.call[CALLERS.index(Caller.ZERO_GRAD)])
 
     @property
     def is_stale(self) -> bool:
@@ -63,7 +71,7 @@ class GradReport(NamedTuple):
 
     def flatten(self) -> list[int]:
         """Concatenate the fields, for an all-reduce."""
-        return [*self.launches, *self.has_grad, *self.lacks_grad, *self[3:]]
+        return [*self.launches, *self.has_grad, *self.lacks_grad, *self.call, *self[4:]]
 
     def unflatten(self, values: list[int]) -> GradReport:
         """Invert :meth:`flatten`, with the lengths of this report's lists."""
@@ -71,13 +79,14 @@ class GradReport(NamedTuple):
         launches = list(islice(rest, len(self.launches)))
         has_grad = list(map(bool, islice(rest, len(self.has_grad))))
         lacks_grad = list(map(bool, islice(rest, len(self.lacks_grad))))
-        has_recorded_order, discards, keeps, grad_state = rest
+        call = list(islice(rest, len(self.call)))
+        has_recorded_order, keeps, grad_state = rest
         return GradReport(
             launches,
             has_grad,
             lacks_grad,
+            call,
             bool(has_recorded_order),
-            bool(discards),
             Keeps(keeps),
             GradState(grad_state),
         )

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..base import Caller
 from ..collectives import new_group_like
 from . import reduce_scatter, stage2
 from .all_gather import AllGather, PendingAllGather
@@ -175,9 +176,9 @@ class Stage2InBackward(Stage2):
 
     # ---------------------------------------------------------------------------------- in a step
 
-    def _finish_reduction(self, discard: bool) -> None:
+    def _finish_reduction(self, caller: Caller) -> None:
         try:
-            super()._finish_reduction(discard)
+            super()._finish_reduction(caller)
         except BaseException:
             if self._updated:
                 self.updates.fail()
@@ -216,7 +217,10 @@ class Stage2InBackward(Stage2):
             self.updates.fail()
             return f"{error}; {LOAD_ADVICE}"
         self.updates.reset()
-        return f"{error}; {REPEAT_ADVICE}" if error is ABANDONED_ERROR else error
+        self._sharded_grads.clear()  # as on the other ranks, whether or not it calls zero_grad()
+        self._has_grad.clear()
+        self._reset()
+        return f"{error}; {REPEAT_ADVICE}"
 
     def take_grads(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield what the backward pass has not updated: parameters and their gradient shards.
@@ -259,7 +263,7 @@ class Stage2InBackward(Stage2):
         self._is_abandoning = True
         try:
             if not is_agreed:
-                self._finish_reduction(discard=True)
+                self._finish_reduction(Caller.ZERO_GRAD)
             self.clear_grads()
         finally:
             self._is_abandoning = False

@@ -62,7 +62,6 @@ class ReportExchange:
         if (
             self.expected is None
             and last is not None
-            and any(last.agreed.launches)  # not a step without gradients, or with used ones
             and not last.agreed.discards
             and (self._static_graph or not self._last_two_differ)
         ):
@@ -94,11 +93,13 @@ class ReportExchange:
             any_differs, closing_reduce = self._find_any(differs, self.flag_carrier(order))
             if not any_differs:
                 return Agreement(expected.agreed, None, closing_reduce)
-            self.expected = None
         values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
         agreed = report.unflatten(values)
-        last, self._last = self._last, Exchange(report, agreed)
-        self._last_two_differ = last is not None and last.agreed != agreed
+        if any(agreed.launches):  # else it tells nothing about the next steps
+            if not self._static_graph:
+                self.expected = None
+            last, self._last = self._last, Exchange(report, agreed)
+            self._last_two_differ = last is not None and last.agreed != agreed
         return Agreement(agreed, problems, None)
 
     def _find_any(

@@ -48,7 +48,10 @@ class Stage:
         if policy.overlap_gather:
             self._all_gather = overlapped = OverlappedGather(policy, self._consensus)
             weakref.finalize(self, overlapped.release)
-        self._is_reduced = False  # reduce_grads() has run for the next step
+        # The ranks have agreed on the gradients of this step, or on an error. Same on all ranks:
+        # step() ends it, or zero_grad() if every rank calls it.
+        self._is_agreed = False
+        self._is_reduced = False  # and they are reduced, and none has come since on this rank
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         named = list(zip(params, names, strict=True))
@@ -88,7 +91,7 @@ class Stage:
     def all_gather_params(self) -> None:
         with profiler_range("ZeRO::all_gather_params"):
             self._all_gather.start(self._with_grad)
-        self._is_reduced = False
+        self._is_reduced = self._is_agreed = False
 
     def wait_for_params(self) -> None:
         self._all_gather.wait()

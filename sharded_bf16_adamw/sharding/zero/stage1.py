@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..base import Caller
+from .calls import Call, find_difference, timeout_errors
 from .checks import find_differing
 from .stage import Stage
 from .static_graph import STATIC_GRAPH_ADVICE, changed_grads_problem
@@ -23,36 +25,39 @@ class Stage1(Stage):
         super().__init__(policy)
         self._checked_averaged = False
         self._last_has_grad: list[bool] = []  # of each parameter, in the last reduce_grads()
+        self._last_call: Call | None = None
         self._is_steady = False  # last_has_grad may hold in the next step
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
+        if self._zero_params:
+            was_agreed = self._is_agreed
+            self._agree(Caller.ADD_PARAM_GROUP, self._has_grad())
+            self._is_agreed = was_agreed
         super().add_params(params, names)
         self._is_steady = False
 
     @torch.no_grad()
-    def reduce_grads(self) -> None:
+    def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
         self._all_gather.wait()  # the update changes weights that may still be in flight
         zero_params = list(self._zero_params.values())
-        has_grad = [zero_param.param.grad is not None for zero_param in zero_params]
+        has_grad = self._has_grad()
         # A backward pass may have followed clip_grad_norm_, on all ranks alike.
-        if self._is_reduced and has_grad == self._last_has_grad:
+        is_late = not self._is_reduced or has_grad != self._last_has_grad
+        # Usually a step follows clip_grad_norm_ on every rank: then nothing is exchanged.
+        if not is_late and (caller is Caller.STEP or self._is_promised):
             return
         problem = self._find_problem()
-        if self._is_steady and self._policy.static_graph:
+        if self._is_promised:
             problem = problem or changed_grads_problem(zero_params, self._last_has_grad, has_grad)
             if problem is not None:
                 raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
+            self._is_agreed = self._is_reduced = True
+            return
+        agreed = self._agree(caller, has_grad, problem)
+        if agreed is None:
             self._is_reduced = True
             return
-        if self._is_steady:
-            differs = problem is not None or has_grad != self._last_has_grad
-            self._is_steady = not self._consensus.any_rank(differs)
-            if self._is_steady:
-                self._is_reduced = True
-                return
-        flags = [*has_grad, *[not has for has in has_grad]]
-        agreed = self._consensus.all_reduce_max(flags, problem)
-        any_has, any_lacks = agreed[: len(has_grad)], agreed[len(has_grad) :]
+        any_has, any_lacks = agreed
         for zero_param, some_have, some_lack in zip(zero_params, any_has, any_lacks, strict=True):
             if some_have and some_lack:
                 raise RuntimeError(
@@ -72,6 +77,40 @@ class Stage1(Stage):
             and (self._policy.static_graph or self._with_grad == last)
         )
         self._is_reduced = True
+
+    def _has_grad(self) -> list[bool]:
+        return [param.grad is not None for param in self._zero_params]
+
+    @property
+    def _is_promised(self) -> bool:
+        """Return True once steps exchange nothing, as ``static_graph`` promises."""
+        return self._policy.static_graph and self._is_steady
+
+    def _agree(
+        self, caller: Caller, has_grad: list[bool], problem: str | None = None
+    ) -> tuple[list[int], list[int]] | None:
+        """Agree on the call and on the parameters with a gradient. Collective.
+
+        Returns:
+            For each parameter, whether any rank has a gradient, and whether any rank has none; None
+            if every rank repeats its last call and gradients.
+        """
+        call = Call(caller, self._is_agreed)
+        with timeout_errors(call, self._consensus.ranks):
+            if self._is_steady and not self._policy.static_graph:
+                is_same = has_grad == self._last_has_grad and call == self._last_call
+                differs = problem is not None or not is_same
+                self._is_steady = not self._consensus.any_rank(differs)
+                if self._is_steady:
+                    self._is_agreed = True
+                    return None
+            flags = [*has_grad, *[not has for has in has_grad], *call.flatten()]
+            values, problems = self._consensus.all_reduce_max_and_problems(flags, problem)
+        self._last_call, self._is_reduced, self._is_agreed = call, False, True
+        count = len(has_grad)
+        if error := problems or find_difference(values[2 * count :]):
+            raise RuntimeError(error)
+        return values[:count], values[count : 2 * count]
 
     def _check_averaged(self) -> None:
         """Raise RuntimeError on every rank if the gradients differ, as nobody has averaged them."""
@@ -98,7 +137,9 @@ class Stage1(Stage):
         ]
 
     def clear_grads(self) -> None:
-        self._is_reduced = False
+        if self._is_agreed and not self._is_promised:
+            self._agree(Caller.ZERO_GRAD, self._has_grad())
+        self._is_reduced = self._is_agreed = False
 
     def no_sync(self) -> AbstractContextManager[None]:
         raise RuntimeError(

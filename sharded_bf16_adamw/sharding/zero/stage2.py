@@ -40,16 +40,18 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...profiling import profiler_range
+from ..base import Caller
 from ..grad_hooks import GradHooks
 from .bucket import Bucket
 from .bucket_order import BucketOrder
+from .calls import CALLERS, Call, find_difference, timeout_errors
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
 from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
 from .report_exchange import ReportExchange
 from .stage import Stage
-from .static_graph import STATIC_GRAPH_ADVICE, find_difference
+from .static_graph import STATIC_GRAPH_ADVICE, promise_problem
 
 if TYPE_CHECKING:
     from .config import ZeRO
@@ -59,10 +61,6 @@ STALE_GRADS_ERROR = (
     "new gradients were accumulated onto gradients that the previous step() already used; ZeRO "
     "stage 2 holds gradients itself, where model.zero_grad() does not reach them, so call "
     "optimizer.zero_grad() or step(zero_grad=True) after each step, on every rank"
-)
-DISCARDED_ON_SOME_RANKS_ERROR = (
-    "some ranks called zero_grad() between a backward pass and its step, and others did not; run "
-    "the backward pass on every rank, and call zero_grad() on every rank or on none"
 )
 CLEARED_ON_SOME_RANKS_ERROR = (
     "some ranks have called optimizer.zero_grad() since the last step, and others have not; call "
@@ -115,9 +113,8 @@ class Stage2(Stage):
         self._held: Bucket | None = None  # the closing bucket, if complete for the last time
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
-        if any(self._consensus.all_reduce_max([self._is_busy()])):
-            self._exchange.expected = None  # other parameters, other gradients
-            self.reduce_grads()  # reductions in flight belong to the old buckets
+        if self._zero_params:  # reductions in flight belong to the old buckets
+            self._finish_reduction(Caller.ADD_PARAM_GROUP)
         super().add_params(params, names)
         self._is_reduced = False
         self._register_hooks()
@@ -219,30 +216,40 @@ class Stage2(Stage):
 
     # ---------------------------------------------------------------------------------- in a step
 
-    def reduce_grads(self) -> None:
+    def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
         self._all_gather.wait()  # the update changes weights that may still be in flight
         # A gradient that was set by hand after clip_grad_norm_ has run no hook.
-        if not self._is_reduced or any(param.grad is not None for param in self._zero_params):
-            self._finish_reduction(discard=False)
+        is_late = not self._is_reduced or any(p.grad is not None for p in self._zero_params)
+        # Usually a step follows clip_grad_norm_ on every rank: then nothing is exchanged.
+        if is_late or not (caller is Caller.STEP or self._is_promised):
+            self._finish_reduction(caller)
+
+    @property
+    def _is_promised(self) -> bool:
+        """Return True once steps exchange nothing, as ``static_graph`` promises."""
+        return self._policy.static_graph and self._exchange.expected is not None
 
     @torch.no_grad()
-    def _finish_reduction(self, discard: bool) -> None:
-        """Reach consensus, launch missing reductions, and wait for all. Collective.
-
-        Args:
-            discard: True in :meth:`clear_grads`, False in a step.
-        """
+    def _finish_reduction(self, caller: Caller) -> None:
+        """Reach consensus, launch missing reductions, and wait for all. Collective."""
         self._is_reduced = False
-        problem = self._find_problem()
-        if problem is None:
-            self._add_unhooked_grads()
-        report = self._report(discard)
+        is_for_step = caller not in (Caller.ZERO_GRAD, Caller.ADD_PARAM_GROUP)
+        problem = None
+        if is_for_step or self._is_busy():
+            problem = self._find_problem()
+            if problem is None:
+                self._add_unhooked_grads()
+        call = Call(caller, self._is_agreed)
+        report = self._report(call)
         expected = self._exchange.expected
-        if self._policy.static_graph and expected is not None and not discard:
+        if self._is_promised and expected is not None and is_for_step:
             self._check_promise(expected.own, report, problem)
             agreed, problems, closing_reduce = expected.agreed, None, None
         else:
-            agreed, problems, closing_reduce = self._exchange.agree(report, problem, self._order)
+            with timeout_errors(call, self._consensus.ranks):
+                agreed, problems, closing_reduce = self._exchange.agree(
+                    report, problem, self._order
+                )
         buckets, active = self._order.buckets, self._order.num_active
         launches = list(agreed.launches)
         if closing_reduce is not None:
@@ -264,18 +271,25 @@ class Stage2(Stage):
             self._grad_state = GradState.STALE
         error = self._find_error(agreed, problems)
         if error is not None:
+            # Used gradients may be cleared at any time, see :class:`GradState`.
+            is_unused = agreed.grad_state is GradState.UNUSED
+            self._is_agreed = is_unused and not self.STEPS_IN_BACKWARD
             raise RuntimeError(error)
-        self._apply(agreed)
-        self._is_reduced = True
+        if caller is not Caller.ADD_PARAM_GROUP:
+            self._is_agreed = self._is_reduced = is_for_step
+        if is_for_step or any(agreed.launches):
+            self._apply(agreed)
 
     def _find_error(self, agreed: GradReport, problems: str | None) -> str | None:
         """Return the error that every rank raises after the consensus, or None."""
         if problems is not None:
             return problems
+        if difference := find_difference(agreed.call):
+            return difference
+        if not any(agreed.launches) and agreed.call[CALLERS.index(Caller.ADD_PARAM_GROUP)]:
+            return None
         if self._grad_state is GradState.STALE and not agreed.discards:
             return STALE_GRADS_ERROR
-        if agreed.discards and agreed.keeps is not Keeps.NONE:
-            return DISCARDED_ON_SOME_RANKS_ERROR
         return CLEARED_ON_SOME_RANKS_ERROR if agreed.is_cleared_on_some_ranks else None
 
     def _check_promise(self, expected: GradReport, report: GradReport, problem: str | None) -> None:
@@ -283,7 +297,8 @@ class Stage2(Stage):
         if report.is_stale:
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
-        problem = problem or find_difference(
+        report = report._replace(call=expected.call)  # clipping may come and go
+        problem = problem or promise_problem(
             expected, report, self._zero_params.values(), self._order.buckets
         )
         if problem is not None:
@@ -296,16 +311,16 @@ class Stage2(Stage):
                 self._add_to_bucket(zero_param)
                 self._launch_complete()
 
-    def _report(self, discard: bool) -> GradReport:
+    def _report(self, call: Call) -> GradReport:
         has_grad = [each in self._has_grad for each in self._zero_params.values()]
         keeps = Keeps.UNUSED if self._grad_state is GradState.UNUSED else Keeps.USED_OR_STALE
         return GradReport(
             launches=[bucket.launches + bucket.is_pending for bucket in self._order.buckets],
             has_grad=has_grad,
             lacks_grad=[not has for has in has_grad],
+            call=call.flatten(),
             has_recorded_order=self._order.has_recorded,
-            discards=discard,
-            keeps=Keeps.NONE if discard else keeps,
+            keeps=Keeps.NONE if call.caller is Caller.ZERO_GRAD else keeps,
             grad_state=self._grad_state,
         )
 
@@ -392,11 +407,12 @@ class Stage2(Stage):
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()
-        if self._is_busy():
-            self._finish_reduction(discard=True)  # other ranks may have launched reductions too
+        # Other ranks may have launched reductions too, or hold reduced gradients.
+        if self._is_busy() or (self._is_agreed and not self._is_promised):
+            self._finish_reduction(Caller.ZERO_GRAD)
         self._sharded_grads.clear()
         self._has_grad.clear()
-        self._is_reduced = False
+        self._is_reduced = self._is_agreed = False
         self._grad_state = GradState.UNUSED
 
     def _is_busy(self) -> bool:

@@ -15,7 +15,7 @@ STATIC_GRAPH_ADVICE = (
 )
 
 
-def find_difference(
+def promise_problem(
     expected: GradReport,
     report: GradReport,
     zero_params: Iterable[ZeroParam],

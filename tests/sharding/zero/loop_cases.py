@@ -226,6 +226,15 @@ def clipped_before_and_after_the_last_backward(loop):
         loop.step()
 
 
+def clipped_again_after_a_backward_on_a_rank(loop):
+    for step in range(3):
+        loop.backward(7 * step)
+        loop.optimizer.clip_grad_norm_(0.25)
+        loop.backward(7 * step + 1, lambda rank: ALL if rank == 0 else frozenset())
+        loop.optimizer.clip_grad_norm_(0.5)
+        loop.step()
+
+
 def closure(loop):
     for step in range(3):
         loop.optimizer.zero_grad()
@@ -248,6 +257,7 @@ SCENARIOS = [
     memory_of_parameters_replaced,
     state_reloaded,
     clipped_before_and_after_the_last_backward,
+    clipped_again_after_a_backward_on_a_rank,
     closure,
 ]
 

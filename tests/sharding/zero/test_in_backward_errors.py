@@ -127,6 +127,30 @@ def test_errors_before_any_update():
     run_ranks(2, harmless_worker)
 
 
+def repeating_worker(rank, world):
+    """After an error before any update, ranks with and without zero_grad() start from nothing."""
+    results = []
+    for fails in (False, True):
+        model, optimizer = layers(world)
+        if fails:
+            with optimizer.accumulate():
+                backward(model, rank, 0)
+            original, model[3].weight = model[3].weight, nn.Parameter(model[3].weight.detach())
+            with pytest.raises(RuntimeError, match=r"replaced in its module.*repeat the backward"):
+                optimizer.step()
+            model[3].weight = original
+            if rank == 1:
+                optimizer.zero_grad()
+        backward(model, rank, 1)
+        optimizer.step()
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+
+
+def test_error_before_any_update_drops_the_gradients():
+    run_ranks(2, repeating_worker)
+
+
 def uneven_worker(rank, world):
     """Rank 0 runs one more backward pass. Rank 1 updates by what it takes for the last one."""
     model, optimizer = layers(world)

@@ -1,0 +1,88 @@
+"""The calls of the optimizer's methods, which all ranks have to make in the same order.
+
+Each full exchange of a stage carries the :class:`Call` of each rank. If calls differ, every rank
+raises the same error, and nothing has changed.
+
+One difference cannot be found in time. A step after ``clip_grad_norm_()`` exchanges nothing before
+it updates weights. If another rank does something else at that point, such as one more backward
+pass, it waits for ranks that wait for it to gather weights. Both end in a timeout, whose message
+names the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from ..base import Caller
+from ..comm_errors import comm_errors
+
+CALLERS = list(Caller)
+DISCARDED_ON_SOME_RANKS_ERROR = (
+    "some ranks called zero_grad() between a backward pass and its step, and others did not; run "
+    "the backward pass on every rank, and call zero_grad() on every rank or on none"
+)
+STEPPED_ON_SOME_RANKS_ERROR = (
+    "some ranks called step() after clip_grad_norm_() or precision_stats(), and others did not, so "
+    "their weights differ; load a checkpoint, and make the same calls in the same order on every "
+    "rank"
+)
+
+
+class Call(NamedTuple):
+    """A call of a method on one rank.
+
+    Attributes:
+        caller: the method.
+        is_agreed: an earlier call has agreed on the gradients of this step; see
+            :class:`.stage.Stage`.
+    """
+
+    caller: Caller
+    is_agreed: bool
+
+    def flatten(self) -> list[int]:
+        """Return a flag for each possible value of each attribute, for a maximum over ranks."""
+        return [
+            *(self.caller is each for each in CALLERS),
+            *(self.is_agreed is each for each in (False, True)),
+        ]
+
+
+NUM_FLAGS = len(CALLERS) + 2
+
+
+def find_difference(flags: Sequence[int]) -> str | None:
+    """Return the error if ranks made different calls, else None.
+
+    Args:
+        flags: the maximum over ranks of :meth:`Call.flatten`.
+    """
+    callers = [each for each, is_used in zip(CALLERS, flags, strict=False) if is_used]
+    if all(flags[len(CALLERS) :]):
+        return STEPPED_ON_SOME_RANKS_ERROR
+    if len(callers) == 1:
+        return None
+    if Caller.ZERO_GRAD in callers and Caller.ADD_PARAM_GROUP not in callers:
+        return DISCARDED_ON_SOME_RANKS_ERROR
+    names = " and others ".join(each.value for each in callers)
+    return f"some ranks called {names} at the same point; make the same calls on every rank"
+
+
+@contextmanager
+def timeout_errors(call: Call, ranks: Sequence[int]) -> Iterator[None]:
+    """Reword a timeout of the exchange inside if it is one that other ranks may not take part in.
+
+    Args:
+        call: of this rank.
+        ranks: the global ranks that take part.
+    """
+    if not call.is_agreed:
+        yield
+        return
+    # A step exchanges only if other gradients have come since the agreement.
+    what = call.caller.value + (" with other gradients" if call.caller is Caller.STEP else "")
+    when = "after clip_grad_norm_(), precision_stats() or a failed step()"
+    with comm_errors(f"calling {what} {when}, which every rank or none has to do,", ranks):
+        yield
