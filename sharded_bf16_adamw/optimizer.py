@@ -15,7 +15,7 @@ from .grad_norm import GradNorm, PendingClip
 from .gradients import GradCollector
 from .kernels import check_backend
 from .param_log import ParamLog
-from .precision_stats import PrecisionPass, PrecisionStats
+from .precision_stats import PrecisionMeasured, PrecisionPass
 from .profiling import profiler_range
 from .schedule import Schedule, apply_lrs, init_lr, resolve_lr, scheduled_lrs
 from .sharding.base import Caller
@@ -26,12 +26,11 @@ from .step_in_backward.checks import check_options, check_zero_options
 from .step_in_backward.clip import ClipInBackward, previous_grad_norm
 from .step_in_backward.step import StepInBackward
 from .step_in_backward.zero import ZeroStepInBackward
-from .step_plan import StepPlanCache, hyperparams_at, hyperparams_of
+from .step_plan import StepPlanCache, hyperparams_of
 from .validation import check_group, check_hyperparams, check_max_lr, param_name, to_betas
-from .weights import WeightAccess
 
 
-class AdamW_BF16(WeightAccess):
+class AdamW_BF16(PrecisionMeasured):
     r"""AdamW with bfloat16 weights and states, at the quality of float32 AdamW.
 
     For each bfloat16 parameter the state holds ``exp_avg``, ``exp_avg_sq`` and ``correction``, all
@@ -196,7 +195,7 @@ class AdamW_BF16(WeightAccess):
         """
         return self._sharding.no_sync()
 
-    # Step, gradient norm, statistics #
+    # Step and gradient norm #
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -282,12 +281,10 @@ class AdamW_BF16(WeightAccess):
                 equal on several ranks differ (on an accelerator a later call raises this); or
                 another rank has died or hangs.
         """
-        if self._in_backward is not None:
-            raise RuntimeError(
-                "clip_grad_norm_() needs all gradients before any weight changes, but "
-                "step_in_backward=True has used and freed them; leave step_in_backward out, or "
-                "clip by another norm with clip_in_backward=ClipInBackward(max_norm)"
-            )
+        self._check_keeps_grads(
+            "clip_grad_norm_()",
+            ", or clip by another norm with clip_in_backward=ClipInBackward(max_norm)",
+        )
         if not max_norm > 0.0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be positive")
         with profiler_range("AdamW_BF16::clip_grad_norm_"):
@@ -306,46 +303,3 @@ class AdamW_BF16(WeightAccess):
     def skipped_steps(self) -> int:
         """Number of steps that ``skip_nonfinite`` has skipped; reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped.item())
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def precision_stats(self, fraction: float = 1.0) -> PrecisionStats:
-        """Measure what bfloat16 costs in the next :meth:`step`; changes nothing.
-
-        Call it between :meth:`clip_grad_norm_`, if used, and :meth:`step`. Collective as
-        :meth:`clip_grad_norm_` is. See ``docs/precision.md``.
-
-        Args:
-            fraction: share of the elements to read, rounded to one over a whole number. Below 1 the
-                statistics are estimates from blocks of elements that change with the step, are the
-                same under every sharding, and do not depend on any random state.
-
-        Returns:
-            The statistics of all ranks together, and of each parameter group; NaN if a gradient
-            that was read is not finite, or if replicas have different gradients there.
-
-        Raises:
-            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. The
-                latter is raised by :meth:`.PrecisionStats.as_dict` on an accelerator.
-            RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
-                fit its parameter; a CUDA graph captures the call; or another rank has died.
-        """
-        if self._in_backward is not None:
-            raise RuntimeError(
-                "precision_stats() needs the gradients of the next step(), but "
-                "step_in_backward=True has used and freed them; leave step_in_backward out"
-            )
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
-        self._sharding.reduce_grads(Caller.STATS)
-        grads = self._grads.collect(self.param_groups)
-        lrs = scheduled_lrs(self.lr_function, self.param_groups)
-        hypers = hyperparams_at(lrs, self.param_groups)
-        return self._precision.compute(
-            grads,
-            hypers,
-            self.state,
-            grad_scale=self._clip.grad_scale,
-            backend=self.backend,
-            one_in=round(1.0 / fraction),
-        )

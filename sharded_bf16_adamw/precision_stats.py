@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grad_norm import GradNorm, GroupInfo, SumKey, shared_replica_groups
-from .gradients import GroupGrads
+from .grad_norm import GradNorm, GroupInfo, PendingClip, SumKey, shared_replica_groups
+from .gradients import GradCollector, GroupGrads
 from .kernels import PRECISION_SUMS, Hyperparams, double_device, is_capturing
 from .precision_sample import StratifiedSample
-from .sharding.base import Sharding
+from .schedule import Schedule, scheduled_lrs
+from .sharding.base import Caller, Sharding
 from .sharding.dtensor import zeros_like_shard
 from .state import STATE_KEYS, check_state
-from .step_plan import StepPlan, StepPlanCache
+from .step_plan import StepPlan, StepPlanCache, hyperparams_at
 from .validation import param_names
+from .weights import WeightAccess
 
 CPU = torch.device("cpu")
 MAX_COMPARED = 1 << 20  # so that float64 holds sums of squares exactly
@@ -282,3 +284,51 @@ def _stats_of(sums: Tensor) -> list[PrecisionStats]:
     }
     rows = zip(*(column.unbind() for column in columns.values()), strict=True)
     return [PrecisionStats(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+class PrecisionMeasured(WeightAccess):
+    """An optimizer that can measure the precision of its next step."""
+
+    lr_function: Schedule | None
+    _clip: PendingClip
+    _grads: GradCollector
+    _precision: PrecisionPass
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def precision_stats(self, fraction: float = 1.0) -> PrecisionStats:
+        """Measure what bfloat16 costs in the next :meth:`step`; changes nothing.
+
+        Call it between :meth:`clip_grad_norm_`, if used, and :meth:`step`. Collective as
+        :meth:`clip_grad_norm_` is. See ``docs/precision.md``.
+
+        Args:
+            fraction: share of the elements to read, rounded to one over a whole number. Below 1 the
+                statistics are estimates from blocks of elements that change with the step, are the
+                same under every sharding, and do not depend on any random state.
+
+        Returns:
+            The statistics of all ranks together, and of each parameter group; NaN if a gradient
+            that was read is not finite, or if replicas have different gradients there.
+
+        Raises:
+            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. The
+                latter is raised by :meth:`.PrecisionStats.as_dict` on an accelerator.
+            RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
+                fit its parameter; a CUDA graph captures the call; or another rank has died.
+        """
+        self._check_keeps_grads("precision_stats()")
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
+        self._sharding.reduce_grads(Caller.STATS)
+        grads = self._grads.collect(self.param_groups)
+        lrs = scheduled_lrs(self.lr_function, self.param_groups)
+        hypers = hyperparams_at(lrs, self.param_groups)
+        return self._precision.compute(
+            grads,
+            hypers,
+            self.state,
+            grad_scale=self._clip.grad_scale,
+            backend=self.backend,
+            one_in=round(1.0 / fraction),
+        )

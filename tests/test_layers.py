@@ -25,16 +25,16 @@ ALLOWED = {
     "grad_norm": {"gradients", "kernels", "sharding"},
     "step_plan": {"gradients", "kernels", "sharding", "state", "validation"},
     "precision_sample": {"kernels", "sharding"},
-    "precision_stats": {"gradients", "grad_norm", "kernels", "precision_sample", "sharding"}
-    | {"state", "step_plan", "validation"},
     "param_log": {"sharding"},
     "step_in_backward": {"grad_norm", "gradients", "kernels", "schedule", "sharding", "state"}
     | {"step_plan", "validation"},
     "serialization": {"kernels", "param_log", "sharding", "state", "step_in_backward"}
     | {"validation"},
     "weights": {"conversion", "serialization", "sharding", "state"},
+    "precision_stats": {"gradients", "grad_norm", "kernels", "precision_sample", "schedule"}
+    | {"sharding", "state", "step_plan", "validation", "weights"},
     "optimizer": {"gradients", "grad_norm", "kernels", "param_log", "precision_stats", "profiling"}
-    | {"schedule", "sharding", "step_in_backward", "step_plan", "validation", "weights"},
+    | {"schedule", "sharding", "step_in_backward", "step_plan", "validation"},
     "ema": {"kernels", "optimizer", "sharding"},
     "env": {"kernels"},
     "checkpoint": {"profiling", "kernels", "names", "optimizer", "bf16_split", "sharding", "state"},

@@ -36,3 +36,10 @@ class SteppedInBackward(torch.optim.Optimizer):
     def _check_between_steps(self, caller: str) -> None:
         if self._in_backward is not None:
             self._in_backward.check_between_steps(caller)
+
+    def _check_keeps_grads(self, caller: str, advice: str = "") -> None:
+        if self._in_backward is not None:
+            raise RuntimeError(
+                f"{caller} needs all gradients before any weight changes, but "
+                f"step_in_backward=True has used and freed them; leave step_in_backward out{advice}"
+            )
