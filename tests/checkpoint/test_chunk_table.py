@@ -203,6 +203,16 @@ def test_damaged_table_is_refused(path, damage):
     assert torch.equal(model.weight, before) and len(verify(path)) == 1
 
 
+def test_stale_table_is_refused(tmp_path, path):
+    """A table of another checkpoint is a valid one."""
+    other = torch.nn.Linear(4, 3).bfloat16()
+    with patch.object(dcp_storage, "MANY", 0):
+        newer = save(tmp_path, 2, other, AdamW_BF16(other.parameters(), lr=1e-2))
+    (path / CHUNKS).write_bytes((newer / CHUNKS).read_bytes())
+    with pytest.raises(ValueError, match=r"\.chunks is not what was written; load another"):
+        read_chunks(path, read_manifest(path).files)
+
+
 @pytest.mark.parametrize("name", ["cut", "a file that is not listed"])
 def test_broken_table_with_a_right_checksum_is_refused(path, name):
     files = read_manifest(path).files

@@ -50,9 +50,6 @@ class Call(NamedTuple):
         ]
 
 
-NUM_FLAGS = len(CALLERS) + 2
-
-
 def find_difference(flags: Sequence[int]) -> str | None:
     """Return the error if ranks made different calls, else None.
 
