@@ -275,7 +275,7 @@ class TestErrors:
 
     def test_step_in_backward_has_no_gradients_left(self):
         optimizer = AdamW_BF16([param(4)], lr=1e-3, step_in_backward=True)
-        with pytest.raises(RuntimeError, match=r"precision_stats\(\) needs the gradients"):
+        with pytest.raises(RuntimeError, match=r"precision_stats\(\) needs all gradients"):
             optimizer.precision_stats()
 
     def test_resized_parameter(self):

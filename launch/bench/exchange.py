@@ -29,21 +29,21 @@ import torch.multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training.command_line import Parser, positive, write_json
 
-from sharded_bf16_adamw.sharding.zero.consensus import Consensus
+from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
 
 def contenders(args: argparse.Namespace, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
-    consensus = Consensus(mesh)
+    collectives = HostCollectives(mesh)
     report = [0] * (2 * args.parameters)
 
     def bucket(flags: int) -> float:
         rows = torch.zeros(mesh.size(), args.row_numel + flags, dtype=torch.bfloat16)
-        return PendingReduce(rows, mesh, rows.dtype, consensus.group).wait()[-1].item()
+        return PendingReduce(rows, mesh, rows.dtype, collectives.group).wait()[-1].item()
 
     return {
-        "agree": lambda: consensus.all_reduce_max(report),
-        "any_rank": lambda: consensus.any_rank(False),
+        "agree": lambda: collectives.all_reduce_max(report),
+        "any_rank": lambda: collectives.any_rank(False),
         "bucket": lambda: bucket(0),
         "bucket_with_flag": lambda: bucket(1),
     }

@@ -38,5 +38,5 @@ def build_sharding(
         return TorchManaged()
     if model_parallel is not None and model_parallel.experts:
         # check_zero_options() has rejected step_in_backward with experts.
-        return RankLocalExperts(sharding.start(), model_parallel)
-    return sharding.start(step_in_backward)
+        return RankLocalExperts(sharding.build_stage(), model_parallel)
+    return sharding.build_stage(step_in_backward)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .bucket import Bucket, ReplicatedBucket, split_by_size
 from .closing_bucket import ClosingBucket, can_carry_flag
-from .consensus import Consensus
+from .host_collectives import HostCollectives
 from .param import ZeroParam
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class BucketOrder:
         self._next = 0
 
     def rebuild(
-        self, zero_params: list[ZeroParam], with_grad: list[ZeroParam], consensus: Consensus
+        self, zero_params: list[ZeroParam], with_grad: list[ZeroParam], collectives: HostCollectives
     ) -> bool:
         """Rebuild buckets for the first rank's order of gradients, or for other active parameters.
 
@@ -125,7 +125,7 @@ class BucketOrder:
             index_of = {zero_param: index for index, zero_param in enumerate(zero_params)}
             order = [*self._recorded]
             order += [each for each in self._order if each not in self._recorded]
-            indices = consensus.broadcast_from_first([index_of[each] for each in order])
+            indices = collectives.broadcast_from_first([index_of[each] for each in order])
             self._order = [zero_params[index] for index in indices]
             self._state, self._recorded = OrderState.FIXED, {}
         elif not with_grad == last != self.built_for:

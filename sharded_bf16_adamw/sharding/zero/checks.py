@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checksum import checksums, text_checksum
 from ..fsdp1 import is_flattened
-from .consensus import Consensus
+from ..replica_checksum import checksums, text_checksum
+from .host_collectives import HostCollectives
 from .param import ParamSpec, ZeroParam
 
 
@@ -57,32 +57,34 @@ def grad_problem(grad: Tensor) -> str | None:
     return None
 
 
-def check_same_parameters(consensus: Consensus, params: list[Tensor], names: list[str]) -> None:
+def check_same_parameters(
+    collectives: HostCollectives, params: list[Tensor], names: list[str]
+) -> None:
     """Raise ValueError on every rank unless all have the same parameters in order. Collective."""
     signatures = [
         f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}"
         for name, p in zip(names, params, strict=True)
     ]
-    if all(consensus.are_equal([len(params), text_checksum("\n".join(signatures))])):
+    if all(collectives.are_equal([len(params), text_checksum("\n".join(signatures))])):
         return
-    first, *others = consensus.all_gather_object(signatures)
-    for rank, other in zip(consensus.ranks[1:], others, strict=True):
+    first, *others = collectives.all_gather_object(signatures)
+    for rank, other in zip(collectives.ranks[1:], others, strict=True):
         for index in range(max(len(first), len(other))):
             a, b = [row[index] if index < len(row) else "none" for row in (first, other)]
             if a != b:
                 raise ValueError(
                     f"the parameters given to ZeRO differ between ranks: number {index} is {a} on "
-                    f"rank {consensus.ranks[0]} but {b} on rank {rank}; build the same model and "
+                    f"rank {collectives.ranks[0]} but {b} on rank {rank}; build the same model and "
                     "the same groups in the same order on every rank"
                 )
 
 
-def find_differing(consensus: Consensus, tensors: Iterable[Tensor | None]) -> list[bool]:
+def find_differing(collectives: HostCollectives, tensors: Iterable[Tensor | None]) -> list[bool]:
     """Return for each tensor whether its bits differ between ranks. Collective."""
     tensors = list(tensors)
     present = iter(checksums([tensor for tensor in tensors if tensor is not None]))
     numbers = [0 if tensor is None else next(present) for tensor in tensors]
-    return [not equal for equal in consensus.are_equal(numbers)]
+    return [not equal for equal in collectives.are_equal(numbers)]
 
 
 def is_wrapped_by_ddp(params: Iterable[Tensor]) -> bool:

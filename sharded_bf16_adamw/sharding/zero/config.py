@@ -137,7 +137,7 @@ class ZeRO:
         """Size of a bucket in bytes of weights."""
         return max(1, int(self.bucket_size_mb * 2**20))
 
-    def start(self, in_backward: bool = False) -> Sharding:
+    def build_stage(self, in_backward: bool = False) -> Sharding:
         """Return the sharding state for one optimizer. Collective over the mesh.
 
         Args:

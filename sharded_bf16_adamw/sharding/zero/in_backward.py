@@ -201,13 +201,13 @@ class Stage2InBackward(Stage2):
         is_uneven = self._promised is None and max(agreed.launches, default=0) > 1
         if error is None and not agreed.discards and is_uneven:
             # Some rank has accumulated. Then no rank may have updated anything.
-            if any(self._consensus.all_reduce_max([bool(self._updated)])):
+            if any(self._collectives.all_reduce_max([bool(self._updated)])):
                 error = UNEVEN_ERROR
         elif agreed.discards and error is not None and problems is None:
             error = ABANDONED_ERROR
         if error is None and not agreed.discards:
             return None
-        num_launched, any_updated = self._consensus.all_reduce_max(
+        num_launched, any_updated = self._collectives.all_reduce_max(
             [self._gather.num_launched, bool(self._updated)]
         )
         self._gather.launch_all(self._order.buckets[:num_launched])

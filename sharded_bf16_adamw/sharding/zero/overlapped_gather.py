@@ -27,12 +27,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..checksum import text_checksum
 from ..collectives import new_group_like
+from ..replica_checksum import text_checksum
 from .all_gather import AllGather, PendingAllGather
 from .bucket import split_by_size
-from .consensus import Consensus
 from .forward_recorder import ForwardRecorder
+from .host_collectives import HostCollectives
 from .param import ZeroParam
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def wait_for_all_gathers(params: list[Tensor]) -> None:
 class OverlappedGather(AllGather):
     """The all-gather of ``overlap_gather=True``; see [Note: overlapped all-gather]."""
 
-    def __init__(self, policy: ZeRO, consensus: Consensus) -> None:
+    def __init__(self, policy: ZeRO, collectives: HostCollectives) -> None:
         super().__init__(policy)
         assert policy.model is not None
         self._model = policy.model
-        self._consensus = consensus
+        self._collectives = collectives
         # Its own process group: the order relative to the gradients' collectives is then free.
         self._group = new_group_like(self._group, torch.device(policy.mesh.device_type))
 
@@ -145,8 +145,8 @@ class OverlappedGather(AllGather):
         self._recorder = None
         index_of = {each.param: index for index, each in enumerate(self._zero_params)}
         own = [(index_of[param], sorted(fqns)) for param, fqns in recorder.reads.items()]
-        is_same = all(self._consensus.are_equal([text_checksum(repr(own))]))
-        recordings = [own] if is_same else self._consensus.all_gather_object(own)
+        is_same = all(self._collectives.are_equal([text_checksum(repr(own))]))
+        recordings = [own] if is_same else self._collectives.all_gather_object(own)
         readers: dict[ZeroParam, set[nn.Module]] = {}
         for index, fqns in (item for recording in recordings for item in recording):
             zero_param = self._zero_params[index]

@@ -21,7 +21,7 @@ from .checks import (
     grad_problem,
     param_problem,
 )
-from .consensus import Consensus
+from .host_collectives import HostCollectives
 from .overlapped_gather import OverlappedGather, wait_for_all_gathers
 from .param import ZeroParam
 
@@ -40,13 +40,13 @@ class Stage:
     def __init__(self, policy: ZeRO) -> None:
         self._policy = policy
         self._mesh = policy.mesh
-        self._consensus = Consensus(policy.mesh)
+        self._collectives = HostCollectives(policy.mesh)
         self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
         self._owners = ParamOwners([])
         self._with_grad: list[ZeroParam] = []  # have a gradient on some rank; same on all ranks
         self._all_gather = AllGather(policy)
         if policy.overlap_gather:
-            self._all_gather = overlapped = OverlappedGather(policy, self._consensus)
+            self._all_gather = overlapped = OverlappedGather(policy, self._collectives)
             weakref.finalize(self, overlapped.release)
         # The ranks have agreed on the gradients of this step, or on an error. Same on all ranks:
         # step() ends it, or zero_grad() if every rank calls it.
@@ -60,7 +60,7 @@ class Stage:
             "static_graph of ZeRO": self._policy.static_graph,
             "step_in_backward": self.STEPS_IN_BACKWARD,
         }
-        flags = self._consensus.all_reduce_max(
+        flags = self._collectives.all_reduce_max(
             [*options.values(), *[not value for value in options.values()]],
             next(filter(None, problems), None),
             ValueError,
@@ -70,12 +70,12 @@ class Stage:
                 raise ValueError(
                     f"{name} is True on some ranks and False on others; give every rank the same"
                 )
-        check_same_parameters(self._consensus, params, names)
+        check_same_parameters(self._collectives, params, names)
         wait_for_all_gathers(params)
         if self._policy.broadcast_initial:
             self._broadcast_weights(params)
         elif params:
-            for name, differs in zip(names, find_differing(self._consensus, params), strict=True):
+            for name, differs in zip(names, find_differing(self._collectives, params), strict=True):
                 if differs:
                     raise ValueError(
                         f"the initial weights of parameter {name} differ between ranks; build the "

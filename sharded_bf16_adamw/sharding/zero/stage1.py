@@ -96,16 +96,16 @@ class Stage1(Stage):
             if every rank repeats its last call and gradients.
         """
         call = Call(caller, self._is_agreed)
-        with timeout_errors(call, self._consensus.ranks):
+        with timeout_errors(call, self._collectives.ranks):
             if self._is_steady and not self._policy.static_graph:
                 is_same = has_grad == self._last_has_grad and call == self._last_call
                 differs = problem is not None or not is_same
-                self._is_steady = not self._consensus.any_rank(differs)
+                self._is_steady = not self._collectives.any_rank(differs)
                 if self._is_steady:
                     self._is_agreed = True
                     return None
             flags = [*has_grad, *[not has for has in has_grad], *call.flatten()]
-            values, problems = self._consensus.all_reduce_max_and_problems(flags, problem)
+            values, problems = self._collectives.all_reduce_max_and_problems(flags, problem)
         self._last_call, self._is_reduced, self._is_agreed = call, False, True
         count = len(has_grad)
         if error := problems or find_difference(values[2 * count :]):
@@ -115,7 +115,7 @@ class Stage1(Stage):
     def _check_averaged(self) -> None:
         """Raise RuntimeError on every rank if the gradients differ, as nobody has averaged them."""
         grads = [zero_param.param.grad for zero_param in self._with_grad]
-        differing = find_differing(self._consensus, grads)
+        differing = find_differing(self._collectives, grads)
         for zero_param, differs in zip(self._with_grad, differing, strict=True):
             if differs:
                 raise RuntimeError(

@@ -46,10 +46,10 @@ from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .calls import CALLERS, Call, find_difference, timeout_errors
 from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
+from .grad_consensus import GradConsensus
 from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
 from .reduce_scatter import PendingReduce
-from .report_exchange import ReportExchange
 from .stage import Stage
 from .static_graph import STATIC_GRAPH_ADVICE, promise_problem
 
@@ -108,7 +108,7 @@ class Stage2(Stage):
 
         # - Buckets
         self._order = BucketOrder(policy)
-        self._exchange = ReportExchange(self._consensus, policy.static_graph)
+        self._exchange = GradConsensus(self._collectives, policy.static_graph)
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
         self._held: Bucket | None = None  # the closing bucket, if complete for the last time
 
@@ -246,7 +246,7 @@ class Stage2(Stage):
             self._check_promise(expected.own, report, problem)
             agreed, problems, closing_reduce = expected.agreed, None, None
         else:
-            with timeout_errors(call, self._consensus.ranks):
+            with timeout_errors(call, self._collectives.ranks):
                 agreed, problems, closing_reduce = self._exchange.agree(
                     report, problem, self._order
                 )
@@ -400,7 +400,7 @@ class Stage2(Stage):
         self._register_hooks()
         assert not self._in_flight
         zero_params = list(self._zero_params.values())
-        if self._order.rebuild(zero_params, self._with_grad, self._consensus):
+        if self._order.rebuild(zero_params, self._with_grad, self._collectives):
             self._exchange.reset()
         if self._with_grad == self._order.built_for:
             self._exchange.expect_repetition()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from launch.planning.live import Collective, LiveBytes
 from sharded_bf16_adamw import LR, AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding.zero import stage2
-from sharded_bf16_adamw.sharding.zero.consensus import Consensus
+from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 
 SMALL = 300 / 2**20  # bucket size in MiB, for a few of the parameters below
 STATES = ("exp_avg", "exp_avg_sq", "correction")
@@ -228,7 +228,7 @@ def consensus_calls() -> Iterator[list[str]]:
     calls: list[str] = []
 
     def recorded(name: str) -> Callable[..., Any]:
-        original = getattr(Consensus, name)
+        original = getattr(HostCollectives, name)
 
         def call(*args: Any, **options: Any) -> Any:
             calls.append(name)
@@ -239,7 +239,7 @@ def consensus_calls() -> Iterator[list[str]]:
     names = ("any_rank", "all_reduce_max_and_problems", "all_gather_object", "broadcast_from_first")
     with pytest.MonkeyPatch.context() as patched:
         for name in names:
-            patched.setattr(Consensus, name, recorded(name))
+            patched.setattr(HostCollectives, name, recorded(name))
         yield calls
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from sharded_bf16_adamw.sharding.zero.consensus import Consensus
+from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 
 from .cases import (
     Parameters,
@@ -75,14 +75,14 @@ class Training:
 @contextmanager
 def bits_exchanged():
     """Record the exchanges of one bit alone."""
-    calls, any_rank = [], Consensus.any_rank
+    calls, any_rank = [], HostCollectives.any_rank
 
     def recorded(self, condition):
         calls.append(condition)
         return any_rank(self, condition)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Consensus, "any_rank", recorded)
+        patched.setattr(HostCollectives, "any_rank", recorded)
         yield calls
 
 

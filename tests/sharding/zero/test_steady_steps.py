@@ -13,7 +13,7 @@ from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.sharding.zero.closing_bucket import ClosingBucket
-from sharded_bf16_adamw.sharding.zero.report_exchange import ReportExchange
+from sharded_bf16_adamw.sharding.zero.grad_consensus import GradConsensus
 
 from .cases import (
     SHAPES,
@@ -304,7 +304,7 @@ def closed_steps(allowed):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ClosingBucket, "reduce_unless", counted)
         if not allowed:
-            patched.setattr(ReportExchange, "expect_repetition", lambda self: None)
+            patched.setattr(GradConsensus, "expect_repetition", lambda self: None)
         yield counts
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.sharding.zero.consensus import Consensus
+from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 
 from .cases import (
     Parameters,
@@ -201,9 +201,9 @@ def test_gradients_set_by_hand_after_clip_grad_norm():
 
 def consensus_worker(rank, world):
     """Most values fit into a byte; if one does not, all are exchanged in full."""
-    consensus = Consensus(one_dimensional())
+    collectives = HostCollectives(one_dimensional())
     with traffic() as calls:
-        assert consensus.all_reduce_max([rank, 1 - rank, 254]) == [1, 1, 254]
+        assert collectives.all_reduce_max([rank, 1 - rank, 254]) == [1, 1, 254]
     assert calls == [("consensus.all_to_all_single", 4, 8)], "four bytes to each rank"
     for values, expected in (
         ([255 - rank, 3], [255, 3]),
@@ -211,8 +211,8 @@ def consensus_worker(rank, world):
         ([-5 - rank, 3], [-5, 3]),
         ([2**60 + rank], [2**60 + 1]),
     ):
-        assert consensus.all_reduce_max(values) == expected
-    assert consensus.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
+        assert collectives.all_reduce_max(values) == expected
+    assert collectives.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
         True,
         False,
         True,

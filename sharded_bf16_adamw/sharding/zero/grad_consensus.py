@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ...profiling import profiler_range
 from .bucket_order import BucketOrder
 from .closing_bucket import ClosingBucket
-from .consensus import Consensus
 from .grad_report import GradReport
+from .host_collectives import HostCollectives
 from .reduce_scatter import PendingReduce
 
 
@@ -20,7 +20,7 @@ class Exchange(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """The result of :meth:`ReportExchange.agree`.
+    """The result of :meth:`GradConsensus.agree`.
 
     Attributes:
         report: what the ranks agree on.
@@ -34,7 +34,7 @@ class Agreement(NamedTuple):
     closing_reduce: PendingReduce | None
 
 
-class ReportExchange:
+class GradConsensus:
     """The exchanges of one optimizer. See [Note: Closing bucket].
 
     Attributes:
@@ -42,8 +42,8 @@ class ReportExchange:
             all ranks alike.
     """
 
-    def __init__(self, consensus: Consensus, static_graph: bool) -> None:
-        self._consensus = consensus
+    def __init__(self, collectives: HostCollectives, static_graph: bool) -> None:
+        self._collectives = collectives
         self._static_graph = static_graph
         self.expected: Exchange | None = None
         self._last: Exchange | None = None  # of these buckets
@@ -93,7 +93,7 @@ class ReportExchange:
             any_differs, closing_reduce = self._find_any(differs, self.flag_carrier(order))
             if not any_differs:
                 return Agreement(expected.agreed, None, closing_reduce)
-        values, problems = self._consensus.all_reduce_max_and_problems(report.flatten(), problem)
+        values, problems = self._collectives.all_reduce_max_and_problems(report.flatten(), problem)
         agreed = report.unflatten(values)
         if any(agreed.launches):  # else it tells nothing about the next steps
             if not self._static_graph:
@@ -107,7 +107,7 @@ class ReportExchange:
     ) -> tuple[bool, PendingReduce | None]:
         """Return whether any rank ``differs``; if the bucket tells that none does, its mean too."""
         if closing is None:
-            return self._consensus.any_rank(differs), None
+            return self._collectives.any_rank(differs), None
         with profiler_range("ZeRO::reduce_scatter"):
-            closing_reduce = closing.reduce_unless(differs, self._consensus.group)
+            closing_reduce = closing.reduce_unless(differs, self._collectives.group)
         return closing_reduce is None, closing_reduce

@@ -18,7 +18,7 @@ OPERATION = "agreeing on what to exchange"  # for messages
 BYTE_OVERFLOW = 255  # stands for a value that does not fit into a byte
 
 
-class Consensus:
+class HostCollectives:
     """Metadata exchange on the CPU between all ranks of a mesh, in a gloo group of its own.
 
     It blocks on no device. In its own group, its order among the bucket reductions, which may
