@@ -151,6 +151,39 @@ def test_error_before_any_update_drops_the_gradients():
     run_ranks(2, repeating_worker)
 
 
+def dropped_worker(rank, world):
+    """Once a rank has dropped the step, the others' abandon_step() exchanges nothing.
+
+    It does again in the next step.
+    """
+    results = []
+    for fails in (False, True):
+        model, optimizer = layers(world)
+        for step in range(4):
+            accumulates = step // 2
+            if fails and rank == step % 2:
+                optimizer.abandon_step()
+            elif fails:
+                with pytest.raises(RuntimeError, match="another rank has dropped this step"):
+                    optimizer.step()
+                optimizer.abandon_step()
+            if accumulates:
+                with optimizer.accumulate():
+                    backward(model, rank, 10 + step)
+                if fails:
+                    optimizer.abandon_step()
+                    with optimizer.accumulate():
+                        backward(model, rank, 10 + step)
+            backward(model, rank, step)
+            optimizer.step()
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+
+
+def test_step_that_another_rank_dropped():
+    run_ranks(2, dropped_worker)
+
+
 def uneven_worker(rank, world):
     """Rank 0 runs one more backward pass. Rank 1 updates by what it takes for the last one."""
     model, optimizer = layers(world)
