@@ -87,7 +87,7 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
             live = LiveBytes()
             for step in range(3):
                 run.step = step
-                uncounted = mock.patch.object(LiveBytes, "live", 0)
+                uncounted = mock.patch.object(LiveBytes, "live_bytes", 0)
                 with live, uncounted if step < 2 else nullcontext():
                     live.collectives.clear()
                     live.reset_peak()
