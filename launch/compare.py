@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
             return
         try:
             run_train(folder / f"{name}-{seed}", name, seed, train_args, args.jobs > 1)
-        except (UsageError, RunError):
+        except BaseException:
             has_failed.set()
             raise
 

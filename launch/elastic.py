@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     # torchrun reads the defaults of its options from PET_*
     handled = os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS)
     for name in handled.split(","):  # torchrun does so only when it starts workers
-        signal.signal(signal.Signals[name.strip()], _stop)
+        with suppress(KeyError, OSError):  # torchrun warns of an unknown one and goes on
+            signal.signal(signal.Signals[name.strip()], _stop)
     try:
         torchrun(argv)
     except SignalException as error:

@@ -37,6 +37,9 @@ def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambd
     Args:
         command: the command.
         is_stopped: returns True once this process has handled a stop signal.
+
+    Raises:
+        SystemExit: the device is out of memory, perhaps on this rank alone.
     """
     try:
         return command()
@@ -49,7 +52,9 @@ def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambd
             raise
         # Not only on the first rank: another one may have the larger part.
         print(f"error: rank {rank()}: {out_of_memory_reason(error)}", file=sys.stderr)
-        return FAILED
+        # A caller that destroys the process group would wait for the other ranks, which wait for
+        # this one in a collective.
+        raise SystemExit(FAILED) from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -62,8 +67,8 @@ def out_of_memory_reason(error: RuntimeError) -> str:
     size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
     what = "memory" if size is None else f"memory for {size[1]} more"
     return (
-        f"the device has no {what}: use more ranks, another --strategy, a smaller --batch-size or "
-        "more --grad-accum; python launch/plan.py tells what a rank needs."
+        f"the device has no {what}: use more ranks, or a smaller model or batch; python "
+        "launch/plan.py tells what a rank of train.py needs."
     )
 
 

@@ -28,6 +28,9 @@ class RootLockedError(RuntimeError):
         super().__init__(message)
         self.holder = holder
 
+    def __reduce__(self) -> tuple[type[RootLockedError], tuple[str, str]]:
+        return type(self), (str(self), self.holder)
+
 
 class RootLock:
     """A lock on ``root``, held from construction until :meth:`release`.

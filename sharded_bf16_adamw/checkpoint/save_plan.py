@@ -77,12 +77,14 @@ def merge_plans(
     )
 
     # The plans, with objects for each write item of each rank, are not kept with to_chunks.
-    indices = (item.index for plan in plans for item in plan.items)
+    indices = [item.index for plan in plans for item in plan.items]
+    num_items = len(indices)
     numbers = {index: _StorageInfo("", number, 0) for number, index in enumerate(indices)}
     numbered = ChunkTable.from_metadata(replace(metadata, storage_data=numbers))
 
     def to_chunks(of_ranks: list[Locations]) -> ChunkTable:
         files, places = _join(of_ranks)
+        assert places.shape[1] == num_items, "each rank tells the place of each of its write items"
         tensors = {
             fqn: tensor._replace(places=places[:, tensor.places[1]])
             for fqn, tensor in numbered.tensors.items()

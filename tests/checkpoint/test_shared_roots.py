@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ from distributed import run_ranks
 from sharded_bf16_adamw import latest, load, prune, save, verify
 from sharded_bf16_adamw.checkpoint import commit, directory, loading, root_lock, saving
 from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord
-from sharded_bf16_adamw.checkpoint.root_lock import LOCK, RootLock
+from sharded_bf16_adamw.checkpoint.root_lock import LOCK, RootLock, RootLockedError
 
 from .victims import assert_holds, make, patch_system_call, save_step
 
@@ -393,3 +394,9 @@ def test_unreadable_old_checkpoint_is_kept_and_saves_work(tmp_path, monkeypatch)
         "step-00000003",
     ]
     assert_holds(tmp_path / "step-00000001", 1)
+
+
+def test_error_of_a_locked_root_can_be_pickled():
+    """A pool of processes sends it to its parent."""
+    error = pickle.loads(pickle.dumps(RootLockedError("in use", "process 7 on node3")))
+    assert (str(error), error.holder) == ("in use", "process 7 on node3")

@@ -213,7 +213,7 @@ sys.path.insert(0, {str(SCRIPT.parent)!r})
 import train
 from training import saving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
-def save(*_):
+def save(*_, **__):
     print("saving", flush=True)
     time.sleep(600)
 saving.save = save
@@ -323,8 +323,8 @@ def test_full_disk_costs_lines_of_metrics_but_no_training(tmp_path, capsys, monk
     assert run("--out", tmp_path, options) == 0
     assert [line["step"] for line in curve(tmp_path)] == [0, 1, 6, 7, 8, 8]
     assert re.fullmatch(
-        rf"note: {tmp_path}/metrics.jsonl: No space left on device; training goes on, what it "
-        r"gets from step 3 on may be lost\n",
+        rf"note: {tmp_path}/metrics.jsonl: No space left on device; training goes on, but its "
+        r"values from step 3 on may be lost\n",
         capsys.readouterr().err,
     )
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ...profiling import profiler_range
 from .bucket_order import BucketOrder
+from .calls import find_difference
 from .closing_bucket import ClosingBucket
 from .grad_report import GradReport
 from .host_collectives import HostCollectives
@@ -63,6 +64,7 @@ class GradConsensus:
             self.expected is None
             and last is not None
             and not last.agreed.discards
+            and find_difference(last.agreed.call) is None  # else the step has repeated it
             and (self._static_graph or not self._last_two_differ)
         ):
             self.expected = last

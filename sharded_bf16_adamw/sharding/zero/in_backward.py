@@ -216,7 +216,8 @@ class Stage2InBackward(Stage2):
         if any_updated:
             self.updates.fail()
             return f"{error}; {LOAD_ADVICE}"
-        self.updates.reset()
+        if hasattr(self, "updates"):  # else the constructor of the optimizer adds a group
+            self.updates.reset()
         self._sharded_grads.clear()  # as on the other ranks, whether or not it calls zero_grad()
         self._has_grad.clear()
         self._reset()

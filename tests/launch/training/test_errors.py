@@ -67,7 +67,9 @@ def test_rank_waits_for_the_first_one_of_its_machine_to_print(monkeypatch, capsy
 )
 def test_full_memory_is_one_sentence_of_the_rank_that_met_it(command, size, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
-    assert exit_code(command) == 1
+    with pytest.raises(SystemExit) as raised:
+        exit_code(command)
+    assert raised.value.code == 1
     error = capsys.readouterr().err
     start = f"error: rank 3: the device has no memory{size}: use more ranks, "
     assert error.startswith(start) and error.count("\n") == 1
