@@ -99,7 +99,9 @@ class PrecisionStats:
         Raises:
             ValueError: ranks gave different fractions.
         """
-        names = [each.name for each in fields(self)[:-2]]
+        names = [
+            each.name for each in fields(self) if each.name not in ("groups", "fractions_differ")
+        ]
         tensors = [getattr(self, name) for name in names]
         differ = self.fractions_differ
         tensors.append(torch.zeros_like(tensors[0]) if differ is None else differ.to(tensors[0]))

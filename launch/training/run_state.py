@@ -1,4 +1,4 @@
-"""What the parts of ``train.py`` share: model, optimizer, and the state of the training loop."""
+"""The model, the optimizer and the state of the training loop, for all parts of ``train.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.world import World
 
 @dataclass
 class Run:
-    """What the parts of ``train.py`` share.
+    """A run of ``train.py``: model, optimizer, and the state of the training loop.
 
     Attributes:
         model: the model itself.

@@ -133,29 +133,23 @@ def test_run_continues_on_four_three_and_two_ranks(tmp_path):
         assert line == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.timeout(600)
-def test_killed_workers_and_torchruns_leave_no_trace_in_the_curve(tmp_path):
-    def train_undisturbed(job):
-        options = f"{chaos.OPTIONS} --steps {job.steps}"
-        distributed.run_ranks(2, train_on_ranks, str(tmp_path), {job.out.name: options})
-
-    events = ["kill worker", "kill torchrun"]
-    limits = (60, 60.0, TIMEOUT)
-    happened = chaos.soak(tmp_path, events, (2,), *limits, seed=0, undisturbed=train_undisturbed)
-    assert happened == dict.fromkeys(events, 1)
-
-
-@pytest.mark.exhaustive  # a minute; the test above has the same on one node
 @pytest.mark.timeout(900)
-def test_evicted_and_killed_nodes_leave_no_trace_in_the_curve(tmp_path):
+@pytest.mark.parametrize(
+    ("nodes", "events"),
+    [
+        (1, ["kill worker", "kill torchrun"]),
+        # A minute; the first case has most of it.
+        pytest.param(2, ["SIGTERM to one node", "kill torchrun"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_ended_workers_and_torchruns_leave_no_trace_in_the_curve(tmp_path, nodes, events):
     def train_undisturbed(job):
         options = f"{chaos.OPTIONS} --steps {job.steps}"
         distributed.run_ranks(2, train_on_ranks, str(tmp_path), {job.out.name: options})
 
-    events = ["SIGTERM to one node", "kill torchrun"]
     limits = (60, 60.0, TIMEOUT)
     happened = chaos.soak(
-        tmp_path, events, (2,), *limits, seed=0, nodes=2, undisturbed=train_undisturbed
+        tmp_path, events, (2,), *limits, seed=0, nodes=nodes, undisturbed=train_undisturbed
     )
     assert happened == dict.fromkeys(events, 1)
 

@@ -184,22 +184,24 @@ def test_different_calls_are_an_error_on_every_rank(stage, steps):
             assert_same_bits(found, collect(model, optimizer))
 
 
-def one_more_group(params, mesh, rank):
+def one_more_group(params, mesh, rank, in_backward):
     """Build the optimizer of rank 1 with one group more."""
     groups = [{"params": [param]} for param in params]
-    optimizer = AdamW_BF16(groups[: 1 + rank], sharding=zero(2, mesh))
+    options = {"sharding": zero(2, mesh), "step_in_backward": in_backward}
+    optimizer = AdamW_BF16(groups[: 1 + rank], **options)
     params[0].sum().backward()
     optimizer.step()
 
 
-def other_groups_worker(rank, world):
+def other_groups_worker(rank, world, in_backward):
     params = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"called step\(\) and others add_param_group\(\) at"):
-        one_more_group(params, impatient_mesh(), rank)
+        one_more_group(params, impatient_mesh(), rank, in_backward)
 
 
-def test_other_number_of_groups():
-    run_ranks(2, other_groups_worker)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_other_number_of_groups(in_backward):
+    run_ranks(2, other_groups_worker, in_backward)
 
 
 # -------------------------------------------------------- a step on a rank after clip_grad_norm_()
