@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -20,6 +21,7 @@ class Bucket:
         mesh: 1-D, or 2-D (replicate, shard).
         reduce_dtype: dtype of the gradients in the collective.
         result_dtype: dtype of their mean.
+        fp32_sum: see :class:`.PendingReduce`.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class Bucket:
         mesh: DeviceMesh,
         reduce_dtype: torch.dtype,
         result_dtype: torch.dtype,
+        fp32_sum: bool,
     ) -> None:
         self.zero_params = zero_params
         self._mesh = mesh
         self._dtype = reduce_dtype
         self._result_dtype = result_dtype
+        self._fp32_sum = fp32_sum
         self._device = zero_params[0].spec.device
         self._ranks = mesh.size(mesh.ndim - 1)
         self._padded_grads: dict[ZeroParam, Tensor] = {}  # views of the reduce-scatter input
@@ -79,7 +83,7 @@ class Bucket:
         reduce_scatter_input = self._fill_missing_grads()
         self._clear()
         self.launches += 1
-        return PendingReduce(reduce_scatter_input, self._mesh, self._result_dtype)
+        return self._reduce(reduce_scatter_input)
 
     def launch_zeros(self) -> PendingReduce:
         """Start a reduce-scatter of zeros only; the bucket keeps its gradients."""
@@ -95,6 +99,9 @@ class Bucket:
         shards = reduced.split([each.padded_shard_numel for each in self.zero_params])
         for zero_param, shard in zip(self.zero_params, shards, strict=True):
             yield zero_param, zero_param.unpack_shard(shard)
+
+    def _reduce(self, rows: Tensor, group: dist.ProcessGroup | None = None) -> PendingReduce:
+        return PendingReduce(rows, self._mesh, self._result_dtype, group, self._fp32_sum)
 
     def _fill_missing_grads(self) -> Tensor:
         """Return the reduce-scatter input, with zeros for missing gradients."""

@@ -163,7 +163,8 @@ class BucketOrder:
         policy = self._policy
         dtype = policy.reduce_dtype or zero_params[0].spec.dtype
         kind = kind or (ReplicatedBucket if zero_params[0].is_replicated else Bucket)
-        return kind(zero_params, policy.mesh, dtype, policy.accumulate_dtype or dtype)
+        result_dtype = policy.accumulate_dtype or dtype
+        return kind(zero_params, policy.mesh, dtype, result_dtype, policy.fp32_sum)
 
 
 def _numbytes(zero_params: list[ZeroParam]) -> int:

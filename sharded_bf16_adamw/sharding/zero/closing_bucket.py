@@ -55,7 +55,7 @@ class ClosingBucket(Bucket):
         """
         reduce_scatter_input = self._fill_missing_grads()
         reduce_scatter_input[:, -1] = flag
-        pending = PendingReduce(reduce_scatter_input, self._mesh, self._result_dtype, group)
+        pending = self._reduce(reduce_scatter_input, group)
         # The mean of the flags is 0, or at least 1 / ranks, which any floating dtype can represent.
         if pending.wait()[-1].item() != 0:
             return None

@@ -41,6 +41,9 @@ class ZeRO:
         bucket_size_mb: size of a bucket in MiB of weights. One collective carries one bucket.
         reduce_dtype: dtype in which gradients are reduced, ``torch.bfloat16`` or ``torch.float32``;
             None for the parameter's. Stage 2 only.
+        fp32_sum: whether to sum gradients in float32, in the order of ranks, whatever dtype they
+            are sent in, by an all-to-all instead of NCCL's reduce-scatter. gloo always does. It
+            sends as many bytes, and takes memory for one more bucket. Stage 2 only.
         accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None
             for the dtype of the gradients. Stage 2 only.
         broadcast_initial: broadcast the first rank's weights; by default, initial weights that
@@ -79,6 +82,7 @@ class ZeRO:
     stage: int = 2
     bucket_size_mb: float = 25.0
     reduce_dtype: torch.dtype | None = None
+    fp32_sum: bool = False
     accumulate_dtype: torch.dtype | None = None
     broadcast_initial: bool = False
     max_in_flight: int = 2
@@ -120,10 +124,10 @@ class ZeRO:
             raise ValueError(
                 f"Invalid accumulate_dtype: {self.accumulate_dtype}; choose torch.float32 or None"
             )
-        if self.stage == 1 and (self.reduce_dtype or self.accumulate_dtype):
+        if self.stage == 1 and (self.reduce_dtype or self.fp32_sum or self.accumulate_dtype):
             raise ValueError(
-                "reduce_dtype and accumulate_dtype are for stage 2; in stage 1 DDP reduces and "
-                "accumulates the gradients"
+                "reduce_dtype, fp32_sum and accumulate_dtype are for stage 2; in stage 1 DDP "
+                "reduces and accumulates the gradients"
             )
         if self.overlap_gather != isinstance(self.model, nn.Module):
             raise ValueError(

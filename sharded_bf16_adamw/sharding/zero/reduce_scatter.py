@@ -18,14 +18,14 @@ OPERATION = "averaging gradients"  # for messages
 class PendingReduce:
     """A reduce-scatter in flight, which gives the mean over all ranks of this rank's shard.
 
-    With gloo it is an all-to-all, after which the owner of a shard sums in float32. That moves as
-    many bytes as a reduce-scatter, rounds once instead of once per rank, and does not depend on the
-    order of arrival. It is also faster: 16 MB of bfloat16 on 2 ranks take 30 ms including the sum,
-    against 80 ms for gloo's reduce_scatter and 39 ms for its all_reduce.
+    With gloo, and with ``fp32_sum``, it is an all-to-all, after which the owner of a shard sums in
+    float32. That moves as many bytes as a reduce-scatter, rounds once instead of once per rank, and
+    does not depend on the order of arrival. On gloo it is also faster: 16 MB of bfloat16 on 2 ranks
+    take 30 ms including the sum, against 80 ms for reduce_scatter and 39 ms for all_reduce.
 
-    With other backends (NCCL) it is a reduce-scatter, which sums in the dtype of its input. The
-    division happens afterwards, because NCCL's own average multiplies each gradient by
-    ``1 / ranks`` in that dtype. In bfloat16 and for 3 ranks that factor is 0.2 % off.
+    Otherwise (NCCL) it is a reduce-scatter, which sums in the dtype of its input. The division
+    happens afterwards, because NCCL's own average multiplies each gradient by ``1 / ranks`` in that
+    dtype. In bfloat16 and for 3 ranks that factor is 0.2 % off.
 
     On a 2-D mesh an all-reduce over the first dimension follows.
 
@@ -35,6 +35,7 @@ class PendingReduce:
         mesh: 1-D, or 2-D (replicate, shard).
         dtype: of the result.
         group: of the ranks of the last mesh dimension; None for the mesh's own.
+        fp32_sum: whether to sum in float32 with any backend.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class PendingReduce:
         mesh: DeviceMesh,
         dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
+        fp32_sum: bool = False,
     ) -> None:
         self._mesh = mesh
         self._dtype = dtype
@@ -56,7 +58,7 @@ class PendingReduce:
         self._wait_blocks_host = is_gloo(group, reduce_scatter_input.device)
         if ranks == 1:
             return
-        if self._wait_blocks_host:
+        if self._wait_blocks_host or fp32_sum:
             self._output = torch.empty_like(reduce_scatter_input)
             self._shard_work = CheckedWork(
                 OPERATION, dist.all_to_all_single, self._output, reduce_scatter_input, group=group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import pytest
@@ -165,10 +165,10 @@ def like_nccl():
         yield
 
 
-def reduce_scatter_worker(rank, world, shape):
-    """Train with reduce-scatters, as with NCCL."""
+def reduce_scatter_worker(rank, world, shape, fp32_sum):
+    """Train as with NCCL, and return the names of the collectives too."""
     model = Parameters()
-    optimizer = new_optimizer(model, zero(2, mesh_of(shape)))
+    optimizer = new_optimizer(model, zero(2, mesh_of(shape), fp32_sum=fp32_sum))
     with like_nccl(), traffic() as calls:
         train(model, optimizer, 5, averaged=False)
     return collect(model, optimizer), {
@@ -176,29 +176,32 @@ def reduce_scatter_worker(rank, world, shape):
     }
 
 
+@pytest.mark.parametrize("fp32_sum", [False, True])
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
-def test_nccl_reduce_scatter_gives_same_bits(shape):
-    for weights, names in run_ranks(torch.Size(shape).numel(), reduce_scatter_worker, shape):
-        assert "reduce_scatter" in names and "all_to_all" not in names
+def test_nccl_gives_same_bits(shape, fp32_sum):
+    ranks = torch.Size(shape).numel()
+    for weights, names in run_ranks(ranks, reduce_scatter_worker, shape, fp32_sum):
+        assert ("all_to_all" in names, "reduce_scatter" in names) == (fp32_sum, not fp32_sum)
         assert_same_bits(weights, single_process(5)[0])
 
 
-def mean_worker(rank, world):
+def mean_worker(rank, world, with_nccl):
     """Compare with a sum in float32 in the order of ranks, rounded once."""
     torch.manual_seed(rank)
     lines = torch.randn(world, 1000).bfloat16()
     of_ranks = [torch.empty_like(lines) for _ in range(world)]
     dist.all_gather(of_ranks, lines)
     total = functools.reduce(torch.add, [other[rank].float() for other in of_ranks])
-    for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(
-            PendingReduce(lines, one_dimensional(), dtype).wait(), (total / world).to(dtype)
-        )
+    with like_nccl() if with_nccl else nullcontext():
+        for dtype in (torch.bfloat16, torch.float32):
+            pending = PendingReduce(lines, one_dimensional(), dtype, fp32_sum=with_nccl)
+            assert torch.equal(pending.wait(), (total / world).to(dtype))
 
 
+@pytest.mark.parametrize("with_nccl", [False, True], ids=["gloo", "nccl"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_mean_is_rounded_once(world):
-    run_ranks(world, mean_worker)
+def test_mean_is_rounded_once(world, with_nccl):
+    run_ranks(world, mean_worker, with_nccl)
 
 
 def nccl_mean_worker(rank, world, shape):

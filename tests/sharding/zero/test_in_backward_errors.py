@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -182,6 +184,53 @@ def dropped_worker(rank, world):
 
 def test_step_that_another_rank_dropped():
     run_ranks(2, dropped_worker)
+
+
+def no_pass(model, optimizer, rank):
+    if rank == 1:
+        optimizer.abandon_step()  # of the step that has raised
+
+
+def accumulated_pass(model, optimizer, rank):
+    """Rank 1 raises before its first gradient."""
+    with suppress(ZeroDivisionError), optimizer.accumulate():
+        if rank == 1:
+            raise ZeroDivisionError
+        backward(model, rank, 10)
+
+
+def last_pass(model, optimizer, rank):
+    """Rank 1 raises at its first gradient, where the schedule is read."""
+    if rank == 0:
+        return backward(model, rank, 10)
+    optimizer.lr_function = lambda step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        backward(model, rank, 10)
+    optimizer.lr_function = None
+
+
+def dropped_again_worker(rank, world, run_pass):
+    """An abandon_step() after a step that has raised is collective, unless it is the first."""
+    results = []
+    for drops in (False, True):
+        model, optimizer = layers(world)
+        if drops:
+            if rank == 0:
+                optimizer.abandon_step()
+            else:
+                with pytest.raises(RuntimeError, match="another rank has dropped this step"):
+                    optimizer.step()
+            run_pass(model, optimizer, rank)
+            optimizer.abandon_step()
+        backward(model, rank, 0)
+        optimizer.step()
+        results.append(collect(model, optimizer))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("run_pass", [no_pass, accumulated_pass, last_pass])
+def test_step_that_is_dropped_again(run_pass):
+    run_ranks(2, dropped_again_worker, run_pass)
 
 
 def uneven_worker(rank, world):
