@@ -13,7 +13,7 @@ from training.config import shown
 from training.data import TokenDataset, find_files, load_dataset
 from training.errors import UsageError
 from training.hugging_face import FolderTokenizer
-from training.initial import init_from
+from training.initial_weights import init_from
 from training.options import model_name
 from training.out_dir import lock_out_dir, store_config
 from training.resume import resume

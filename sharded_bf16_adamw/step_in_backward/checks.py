@@ -15,8 +15,8 @@ from ..kernels import Hyperparams, is_capturing
 from ..sharding.dtensor import DTensor, shard_groups
 from ..sharding.fsdp1 import is_flattened
 from ..sharding.model_parallel import ModelParallel
-from ..sharding.zero.checks import is_wrapped_by_ddp
 from ..sharding.zero.config import ZeRO
+from ..sharding.zero.param_checks import is_wrapped_by_ddp
 from ..step_plan import hyperparams_of
 from ..validation import name_in_group, param_name
 from .clip import ClipInBackward

@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor
 from ...profiling import profiler_range
 from ..comm_errors import comm_errors
 from .all_gather import AllGather
-from .checks import (
+from .host_collectives import HostCollectives
+from .overlapped_gather import OverlappedGather, wait_for_all_gathers
+from .param import ZeroParam
+from .param_checks import (
     ParamOwners,
     changed_spec_problem,
     check_same_parameters,
@@ -21,9 +24,6 @@ from .checks import (
     grad_problem,
     param_problem,
 )
-from .host_collectives import HostCollectives
-from .overlapped_gather import OverlappedGather, wait_for_all_gathers
-from .param import ZeroParam
 
 if TYPE_CHECKING:
     from .config import ZeRO

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import Caller
 from .calls import Call, find_difference, timeout_errors
-from .checks import find_differing
+from .param_checks import find_differing
 from .stage import Stage
 from .static_graph import STATIC_GRAPH_ADVICE, changed_grads_problem
 

@@ -45,10 +45,10 @@ from ..grad_hooks import GradHooks
 from .bucket import Bucket
 from .bucket_order import BucketOrder
 from .calls import CALLERS, Call, find_difference, timeout_errors
-from .checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
 from .grad_consensus import GradConsensus
 from .grad_report import GradReport, GradState, Keeps
 from .param import ZeroParam
+from .param_checks import changed_spec_problem, grad_problem, is_wrapped_by_ddp
 from .reduce_scatter import PendingReduce
 from .stage import Stage
 from .static_graph import STATIC_GRAPH_ADVICE, promise_problem
