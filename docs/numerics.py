@@ -39,7 +39,7 @@ class Ours:
 
     Args:
         start: the initial weights, bfloat16.
-        change: returns a context manager that patches the reference back end.
+        change: returns a context manager that patches the reference backend.
         keep_correction: False sets the correction to zero after each step.
     """
 

@@ -23,7 +23,7 @@ SUBJECTS = {
     "The step inside the backward pass": r"sharded_bf16_adamw/step_in_backward/",
     "ZeRO": r"sharded_bf16_adamw/sharding/zero/",
     "Sharded models, ranks and replicas": r"sharded_bf16_adamw/sharding/",
-    "Kernels and back ends": r"sharded_bf16_adamw/(kernels/|env)",
+    "Kernels and backends": r"sharded_bf16_adamw/(kernels/|env)",
     "Checkpoints": r"sharded_bf16_adamw/(checkpoint/|serialization)",
     "Steps, clipping and precision": r"sharded_bf16_adamw/",
     "The training script": r"launch/(train|elastic)|launch/training/",
@@ -54,8 +54,8 @@ ADVICE = {
     "there is no file …": "Check the path; ranks may see different disks.",
     "names the file …, which is missing": "Copy the file too, or remove its entry from the index.",
     "says that … is in …, but it is not": "The index belongs to other files: copy them all again.",
-    "uses the slower reference back end": "[A step is slow](#a-step-is-slow).",
-    "the CPU back end is not available": "[A step is slow](#a-step-is-slow).",
+    "uses the slower reference backend": "[A step is slow](#a-step-is-slow).",
+    "the CPU backend is not available": "[A step is slow](#a-step-is-slow).",
     "the native library was not built (": "Install a C compiler, then this package again.",
     "the native library … does not load": "Install this package again on this machine.",
     "no memory for": "The host is out of memory.",
@@ -85,7 +85,7 @@ ADVICE = {
     "Start the same command again.",
     "--strategy single runs on one process, not ….": "Give `--world-size 1` or another strategy.",
     "shards --optimizer bf16 only, not ….": "Give `--strategy ddp` or `fsdp2`.",
-    "do not divide into … tensor-parallel ranks.": "Plan for a divisor of that number.",
+    "are not divisible by … tensor-parallel ranks.": "Plan for a divisor of that number.",
 }
 MIN_WORDS = 3
 # Lists and variables of texts, and functions that return or yield them.

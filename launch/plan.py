@@ -138,7 +138,7 @@ def print_plans(args: argparse.Namespace) -> int:
     memory = args.memory and args.memory * GB
     print(table(plans, memory))
     for strategy, reason in refused.items():
-        print(f"no {strategy}: {reason}")
+        print(f"{strategy} cannot run: {reason}")
     if not memory:
         return 0
     best = cheapest(plans, memory)

@@ -1,4 +1,4 @@
-"""Print what a bug report needs: versions, back ends, GPUs, and what is slow here and why.
+"""Print what a bug report needs: versions, backends, GPUs, and what is slow here and why.
 
 Example::
 
@@ -115,12 +115,12 @@ def slow_parts(facts: Facts) -> list[str]:
 
 def report(facts: Facts) -> str:
     """Return the report as text."""
-    slow = slow_parts(facts) or ["nothing found: every device has its own back end"]
+    slow = slow_parts(facts) or ["nothing found: every device has its own backend"]
     groups = [name for name, available in facts.process_groups.items() if available]
     sections: dict[str, list[str]] = {
         "Versions": _rows(facts.versions),
         "Platform": _rows(facts.platform),
-        "Back ends": _rows(
+        "Backends": _rows(
             {
                 name: "available" if reason is None else f"not available: {reason}"
                 for name, reason in facts.backends.items()
@@ -212,7 +212,7 @@ def _gather_gpus(facts: Facts) -> None:
 
 
 def _gather_gpu_models(facts: Facts) -> None:
-    """Check the back end once for each model: the check needs memory of the GPU."""
+    """Check the backend once for each model: the check needs memory of the GPU."""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         facts.gpus.append(
@@ -240,10 +240,10 @@ def _slow_on_cpu(facts: Facts) -> list[str]:
     if reason is not None and cpu.ISA_VARIABLE in reason:
         found.append(f"Steps on CPU raise an error: {reason}; or unset {cpu.ISA_VARIABLE}.")
     elif reason is not None and cpu.SOURCE_FOLDER in reason:
-        found.append(f"Steps on CPU use the reference back end, tens of times slower: {reason}.")
+        found.append(f"Steps on CPU use the reference backend, tens of times slower: {reason}.")
     elif reason is not None:
         found.append(
-            f"Steps on CPU use the reference back end, tens of times slower: {reason}. Install a C "
+            f"Steps on CPU use the reference backend, tens of times slower: {reason}. Install a C "
             "compiler (gcc or clang) and then the package again: pip install --force-reinstall "
             "--no-deps --no-cache-dir, with what you installed it from."
         )
@@ -278,7 +278,7 @@ def _slow_on_cpu(facts: Facts) -> list[str]:
 
 def _slow_on_gpu(facts: Facts) -> list[str]:
     found = [
-        f"Steps on this GPU use the slower reference back end: {reason}."
+        f"Steps on this GPU use the slower reference backend: {reason}."
         for name, reason in facts.backends.items()
         if facts.gpus and name.startswith("triton") and reason is not None
     ]
@@ -292,7 +292,7 @@ def _slow_on_gpu(facts: Facts) -> list[str]:
         found.append(f"There is an NVIDIA driver but torch sees no GPU: {fix}.")
     if facts.accelerator not in (None, "cpu", "cuda"):
         found.append(
-            f"Steps on {facts.accelerator} use the slower reference back end: there are kernels "
+            f"Steps on {facts.accelerator} use the slower reference backend: there are kernels "
             "for CPU, CUDA and ROCm only."
         )
     if facts.gpus and facts.process_groups and not facts.process_groups.get("nccl"):

@@ -204,7 +204,7 @@ class GradNorm:
             index: of the group, whose info exists (:meth:`group_infos`).
             params: some of its parameters.
             local_grads: the local shards of their gradients.
-            backend: the optimizer's back end.
+            backend: the optimizer's backend.
             scratch: key of the scratch memory, if several calls sum gradients of one group.
         """
         key_of = self._infos[index].key_of

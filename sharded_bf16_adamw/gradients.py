@@ -16,16 +16,17 @@ from .validation import DTYPES, param_name
 GroupGrads = tuple[dict[str, Any], list[Tensor], list[Any]]
 """A parameter group, its parameters that have a gradient, and these gradients."""
 
+MAX_STALE_CHECKS = 3  # of steps without any gradient, from which nothing is learned
 STRIDED = frozenset({torch.strided})
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 
 
 class GradCollector:
-    """The gradients of one optimizer, as its sharding strategy holds them."""
+    """Collector of one optimizer's gradients, as its sharding strategy returns them."""
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        self._checked_stale_params = False
+        self._stale_checks_left = MAX_STALE_CHECKS
 
     def collect(self, groups: list[dict[str, Any]]) -> list[GroupGrads]:
         """Return each group's parameters with a gradient, and these gradients.
@@ -51,15 +52,18 @@ class GradCollector:
 
     def _check_stale_params(self, groups: list[dict[str, Any]]) -> None:
         """Raise RuntimeError if parameters have no gradient because the model replaced them."""
-        if self._checked_stale_params:
+        if not self._stale_checks_left:
             return
-        if sharded_after_construction([param for group in groups for param in group["params"]]):
+        params = [param for group in groups for param in group["params"]]
+        is_stale = sharded_after_construction(params)
+        if is_stale:
             raise RuntimeError(
                 "the optimizer was built before fully_shard or parallelize_module or "
                 "FullyShardedDataParallel, so it holds parameters that the model no longer uses "
                 "and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
             )
-        self._checked_stale_params = True  # only once: the check walks all objects of the process
+        # The check walks all objects of the process, so not in every step.
+        self._stale_checks_left = 0 if is_stale is False else self._stale_checks_left - 1
 
 
 def check_grads(group: dict[str, Any]) -> None:
@@ -80,9 +84,9 @@ def check_grads(group: dict[str, Any]) -> None:
 
 
 def wrong_numel(name: str, grad_numel: int, param_numel: int) -> RuntimeError:
-    """Return the error of a gradient with another number of elements than its parameter."""
+    """Return the error for a gradient whose number of elements differs from its parameter's."""
     return RuntimeError(
         f"the gradient of parameter {name} has {grad_numel} elements, but the parameter has "
-        f"{param_numel}: it was resized after the backward pass; call zero_grad() when you resize "
-        "a parameter"
+        f"{param_numel}: the parameter was resized after the backward pass; call zero_grad() when "
+        "you resize a parameter"
     )

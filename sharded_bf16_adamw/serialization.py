@@ -39,7 +39,7 @@ class SerializableOptimizer(SteppedInBackward):
         return [param for group in self.param_groups for param in group["params"]]
 
     def __repr__(self) -> str:
-        """Return torch's repr, plus the back end, the sharding and this rank's bytes of state.
+        """Return torch's repr, plus the backend, the sharding and this rank's bytes of state.
 
         Never raises or waits for a device: wrappers and debuggers call it at any time.
         """

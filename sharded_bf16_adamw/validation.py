@@ -1,4 +1,4 @@
-"""Checks of the user's arguments. Each raises before anything changes, and names the parameter."""
+"""Checks of the user's arguments. Each raises before anything changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 DTYPES = frozenset({torch.bfloat16, torch.float32})  # of parameters and of gradients
-LARGE_DECAY = 1e-3  # of a step: the weights would halve in 700 steps
+LARGE_DECAY = 1e-3  # per step; weights would halve in 700 steps
 
 
 def param_name(group: dict[str, Any], index: int) -> str:
@@ -64,12 +64,14 @@ def check_param(param: Tensor, name: str) -> None:
 def check_hyperparams(
     lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:
-    """Raise ValueError, in torch's own words, if a hyperparameter is out of range."""
+    """Raise ValueError, mostly with torch.optim's messages, if a hyperparameter is out of range."""
     if callable(lr) or isinstance(lr, str):
         raise ValueError(
             f"Invalid learning rate: {lr!r}; it must be a number or a tensor; pass a schedule as "
             "lr_function="
         )
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= eps:
@@ -101,8 +103,9 @@ def check_capturable_lr(lr: float | Tensor, device: torch.device) -> None:
     else:
         return
     raise ValueError(
-        f"capturable=True needs lr as a float32 or float64 tensor on {device}, where a graph reads "
-        f"it, but it is {found}; pass lr=torch.tensor(..., device={str(device)!r})"
+        f"capturable=True needs lr as a float32 or float64 tensor on {device}, from which the "
+        f"captured graph reads it, but lr is {found}; pass lr=torch.tensor(..., "
+        f"device={str(device)!r})"
     )
 
 
@@ -115,16 +118,17 @@ def check_max_lr(max_lr: float, weight_decay: float) -> None:
         )
     if weight_decay > LARGE_DECAY:
         warnings.warn(
-            f"weight_decay={weight_decay} with decouple_lr=True takes {weight_decay:.2%} off each "
-            "weight in every step at the peak of the learning rate; the usual values are those of "
-            "a coupled weight_decay times the peak, such as 1e-5",
+            f"weight_decay={weight_decay} with decouple_lr=True shrinks each weight by "
+            f"{weight_decay:.2%} in every step at max_lr; usual values are a coupled weight_decay "
+            "times max_lr, such as 1e-5",
             stacklevel=5,  # the caller of the constructor
         )
 
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if a parameter group cannot be optimized."""
-    check_hyperparams(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+    betas = to_betas(group["betas"])
+    check_hyperparams(group["lr"], betas, group["eps"], group["weight_decay"])
     for index, param in enumerate(group["params"]):
         check_param(param, param_name(group, index))
         if group["capturable"]:

@@ -34,7 +34,7 @@ def batch_bytes(request, monkeypatch) -> int:
 
 
 @pytest.fixture
-def one_each(monkeypatch) -> None:
+def update_each_param_alone(monkeypatch) -> None:
     """Update each parameter on its own in the backward pass."""
     monkeypatch.setattr("sharded_bf16_adamw.step_in_backward.batch.BATCH_BYTES", 1)
 

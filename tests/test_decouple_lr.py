@@ -154,7 +154,7 @@ def test_unusable_peaks_are_errors_and_a_large_decay_warns():
     for options in ({"lr": 0.0}, {"lr": 1.0, "max_lr": -1.0}, {"lr": 1.0, "max_lr": torch.inf}):
         with pytest.raises(ValueError, match="Invalid max_lr"):
             AdamW_BF16([param(2)], weight_decay=0.0, decouple_lr=True, **options)
-    with pytest.warns(UserWarning, match=r"takes 1\.00% off each weight in every step") as caught:
+    with pytest.warns(UserWarning, match=r"shrinks each weight by 1\.00% in every step") as caught:
         AdamW_BF16([param(2)], lr=1e-3, decouple_lr=True)
     assert len(caught) == 1
     with warnings.catch_warnings(action="error"):

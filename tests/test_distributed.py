@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_bf16_adamw import LR, AdamW_BF16
+from sharded_bf16_adamw import LR, AdamW_BF16, gradients
+from sharded_bf16_adamw.sharding.stale_params import sharded_after_construction
 
 STATES = ("exp_avg", "exp_avg_sq", "correction")
 
@@ -153,11 +154,13 @@ def test_training_lowers_loss_and_ranks_agree(wrap):
     assert_same_bits(weights, other)
 
 
-def built_too_early_worker(rank, world):
+def built_too_early_worker(rank, world, steps_before):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
     before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
     fully_shard(model)
+    for _ in range(steps_before):  # no module has a gradient yet
+        optimizer.step()
     model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
     for _ in range(2):
         with pytest.raises(
@@ -174,8 +177,28 @@ def built_too_early_worker(rank, world):
     )
 
 
-def test_optimizer_built_before_fully_shard_is_rejected():
-    run_ranks(2, built_too_early_worker)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_optimizer_built_before_fully_shard_is_rejected(steps_before):
+    run_ranks(2, built_too_early_worker, steps_before)
+
+
+@pytest.mark.parametrize(("with_grad", "searches"), [(True, 1), (False, 3)])
+def test_search_for_replaced_parameters_ends(with_grad, searches, monkeypatch):
+    """It walks all objects of the process."""
+    found = []
+    monkeypatch.setattr(
+        gradients,
+        "sharded_after_construction",
+        lambda params: found.append(sharded_after_construction(params)) or found[-1],
+    )
+    monkeypatch.setattr("gc.get_objects", lambda: list(model.modules()))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+    optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
+    if with_grad:
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+    for _ in range(5):
+        optimizer.step()
+    assert found == [False if with_grad else None] * searches
 
 
 def collectable_model_worker(rank, world):

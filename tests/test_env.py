@@ -59,7 +59,7 @@ def test_command_reports_versions_and_back_ends_without_a_compiler(repo, tmp_pat
     assert titles == [
         "Versions",
         "Platform",
-        "Back ends",
+        "Backends",
         "GPUs",
         "Process groups",
         "Environment variables",
@@ -88,7 +88,7 @@ def test_healthy_machine_has_nothing_slow():
             {"variables": {"LOCAL_WORLD_SIZE": "4"}},
             "4 processes of 8 CPU threads share 8 CPUs: set OMP_NUM_THREADS=2",
         ),
-        ({"backends": {"triton (V100)": "no bfloat16"}}, "slower reference back end: no bfloat16"),
+        ({"backends": {"triton (V100)": "no bfloat16"}}, "slower reference backend: no bfloat16"),
         ({"gpus": [], "gpu_support": None}, "built without CUDA; install"),
         ({"gpus": []}, "compare the driver with torch's CUDA 13.0"),
         ({"accelerator": "mps"}, "Steps on mps use the slower reference"),

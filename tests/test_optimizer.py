@@ -46,6 +46,17 @@ class TestConstructor:
     def test_betas_must_be_two_numbers(self, betas):
         with pytest.raises(ValueError, match=r"Invalid betas: .*; it must be two numbers"):
             AdamW_BF16([param(2)], betas=betas)
+        with pytest.raises(ValueError, match=r"Invalid betas: .*; it must be two numbers"):
+            AdamW_BF16([{"params": [param(2)], "betas": betas}])
+
+    def test_tensor_lr_must_have_one_element(self):
+        lr = torch.full((2,), 1e-3)
+        for params, defaults in (
+            ([param(2)], {"lr": lr}),
+            ([{"params": [param(2)], "lr": lr}], {}),
+        ):
+            with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+                AdamW_BF16(params, **defaults)
 
     def test_lazy_parameter_is_rejected_with_advice(self):
         lazy = nn.LazyLinear(3, dtype=BF16)
@@ -400,7 +411,7 @@ def test_capturable_needs_lr_on_the_parameters_device(lr, found):
     on_cpu = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     message = (
         r"^capturable=True needs lr as a float32 or float64 tensor on cuda:1, "
-        rf".* but it is {found}; pass lr=torch\.tensor"
+        rf".* but lr is {found}; pass lr=torch\.tensor"
     )
     if lr is not None:
         with pytest.raises(ValueError, match=message):

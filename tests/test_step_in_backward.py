@@ -16,27 +16,27 @@ from sharded_bf16_adamw.step_in_backward import batch
 from sharded_bf16_adamw.step_plan import StepPlan
 
 
-class TestBits:
+class TestSameBitsAsStep:
     @pytest.mark.parametrize("name", MODELS)
-    def test_are_those_of_step(self, name, one_each):
+    def test_models(self, name, update_each_param_alone):
         (plain, groups), (ours, our_groups) = [run(MODELS[name], flag) for flag in (False, True)]
         assert equal(plain, ours) and groups == our_groups
         assert our_groups[0]["schedule_step"] == 4
 
     @pytest.mark.parametrize("groups", [1, 3])
     @pytest.mark.parametrize("micro_batches", [1, 3])
-    def test_with_groups_micro_batches_and_batches(self, micro_batches, groups, batch_bytes):
+    def test_groups_micro_batches_and_batch_bytes(self, micro_batches, groups, batch_bytes):
         plain, ours = [
             run(make_layers, flag, micro_batches, groups=groups) for flag in (False, True)
         ]
         assert equal(plain[0], ours[0]) and plain[1] == ours[1]
 
-    def test_with_create_graph(self, one_each):
+    def test_with_create_graph(self, update_each_param_alone):
         plain, ours = [run(make_layers, flag, create_graph=True) for flag in (False, True)]
         assert equal(plain[0], ours[0])
 
     @pytest.mark.parametrize("in_backward", [True, False])
-    def test_a_learning_rate_of_torchs_scheduler(self, in_backward):
+    def test_lr_scheduler_of_torch(self, in_backward):
         model = make_layers()
         optimizer = make_optimizer(model.parameters(), in_backward, lr=1e-2)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -55,7 +55,7 @@ class TestBits:
             assert equal(snapshot(optimizer), snapshot(reference))
 
 
-def test_a_schedule_is_read_once_a_step(one_each):
+def test_lr_function_is_called_once_per_step(update_each_param_alone):
     asked = []
 
     def schedule(step):
@@ -72,7 +72,7 @@ def test_a_schedule_is_read_once_a_step(one_each):
     assert asked == [0, 1, 2]
 
 
-def test_a_closure(one_each):
+def test_a_closure(update_each_param_alone):
     plain, ours = [], []
     for in_backward, result in ((False, plain), (True, ours)):
         model = make_layers()
@@ -91,7 +91,7 @@ def test_a_closure(one_each):
     assert equal(plain[3:], ours[3:])
 
 
-def test_a_step_without_the_option_has_no_hooks():
+def test_no_hooks_without_the_option():
     model = make_layers()
     AdamW_BF16(model.parameters())
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
@@ -121,7 +121,7 @@ class TestMemory:
         states = sum(value.nbytes for p in params for value in optimizer.state[p].values())
         weights = sum(param.nbytes for param in params)
         numel = sum(param.numel() for param in params)
-        assert 8 < (weights + states + max(peaks)) / numel < 8.3  # with all gradients: 10
+        assert 8 < (weights + states + max(peaks)) / numel < 8.3  # 10 if all gradients were alive
 
     def test_small_parameters_share_launches(self, monkeypatch):
         model = make_layers(8)
@@ -139,7 +139,7 @@ class TestMemory:
             optimizer.step()
         assert sizes == [16, 16]
 
-    def test_plans_are_kept_between_steps(self, one_each):
+    def test_plans_are_kept_between_steps(self, update_each_param_alone):
         model = make_layers()
         optimizer = make_optimizer(model.parameters())
         plans = []
@@ -149,7 +149,7 @@ class TestMemory:
             plans.append([plan for plan, _ in optimizer._in_backward._plans.values()])
         assert len(plans[0]) == 8 and plans[0] == plans[1] == plans[2]
 
-    def test_an_optimizer_that_is_dropped_takes_its_hooks_with_it(self):
+    def test_deleting_the_optimizer_removes_its_hooks(self):
         model = make_layers()
         optimizer = make_optimizer(model.parameters())
         ref = weakref.ref(optimizer)
@@ -161,9 +161,9 @@ class TestMemory:
         assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
 
 
-class TestWhatNoHookSees:
+class TestHookCoverage:
     def compare(self, act, steps=3, make_model=make_layers):
-        """``act(model, optimizer, step)`` runs a backward pass of its own making."""
+        """Compare with the plain step; ``act(model, optimizer, step)`` makes the gradients."""
         results = []
         for in_backward in (False, True):
             model = make_model()
@@ -175,7 +175,7 @@ class TestWhatNoHookSees:
             results.append([[p.detach().clone(), *optimizer.state[p].values()] for p in params])
         assert equal(*results)
 
-    def test_autograd_grad_and_gradients_by_hand(self, one_each):
+    def test_autograd_grad_and_gradients_by_hand(self, update_each_param_alone):
         def act(model, optimizer, step):
             params = list(model.parameters())
             grads = torch.autograd.grad(loss_of(model(make_input(step))), params)
@@ -184,7 +184,7 @@ class TestWhatNoHookSees:
 
         self.compare(act)
 
-    def test_some_gradients_by_hand_and_the_rest_by_backward(self, one_each):
+    def test_some_gradients_by_hand_and_the_rest_by_backward(self, update_each_param_alone):
         def act(model, optimizer, step):
             loss_of(model[2:](make_input(step))).backward()
             for param in model[:2].parameters():
@@ -192,26 +192,26 @@ class TestWhatNoHookSees:
 
         self.compare(act)
 
-    def test_frozen_and_unfrozen_parameters(self, one_each):
+    def test_frozen_and_unfrozen_parameters(self, update_each_param_alone):
         def act(model, optimizer, step):
             model[1].requires_grad_(step not in (0, 3))
             loss_of(model(make_input(step))).backward()
 
         self.compare(act, steps=6)
 
-    def test_a_thawed_parameter_is_hooked_from_the_next_step_on(self):
+    def test_unfrozen_parameter_is_hooked_from_the_next_step_on(self):
         model = make_layers()
         model[1].requires_grad_(False)
         optimizer = make_optimizer(model.parameters())
         model[1].requires_grad_(True)
-        left = []
+        num_unhooked = []
         for step in range(2):
             loss_of(model(make_input(step))).backward()
-            left.append(sum(param.grad is not None for param in model.parameters()))
+            num_unhooked.append(sum(param.grad is not None for param in model.parameters()))
             optimizer.step(zero_grad=True)
-        assert left == [2, 0]
+        assert num_unhooked == [2, 0]
 
-    def test_groups_added_later(self, one_each):
+    def test_groups_added_later(self, update_each_param_alone):
         def act(model, optimizer, step):
             if step == 2:
                 optimizer.add_param_group(
@@ -233,7 +233,7 @@ class TestWhatNoHookSees:
 
         self.compare(act, steps=4, make_model=Late)
 
-    def test_a_parameter_taken_out_of_its_group_is_left_alone(self, one_each):
+    def test_parameter_removed_from_its_group_is_not_updated(self, update_each_param_alone):
         model = make_layers()
         optimizer = make_optimizer(model.parameters())
         removed = optimizer.param_groups[0]["params"].pop(0)
@@ -242,9 +242,9 @@ class TestWhatNoHookSees:
         optimizer.step()
         assert torch.equal(removed, before) and removed.grad is not None
         removed.sum().backward()
-        optimizer.state_dict()  # no step has begun
+        optimizer.state_dict()  # does not raise: the gradient has started no step
 
-    def test_a_hook_of_the_user_comes_before_if_it_was_registered_before(self, one_each):
+    def test_user_hook_registered_earlier_runs_first(self, update_each_param_alone):
         def halve(param):
             param.grad.mul_(0.5)
 
@@ -262,7 +262,7 @@ class TestCopies:
     @pytest.mark.parametrize(
         "duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
     )
-    def test_have_hooks_of_their_own(self, duplicate, one_each):
+    def test_have_hooks_of_their_own(self, duplicate, update_each_param_alone):
         model = make_layers()
         optimizer = AdamW_BF16(model.parameters(), lr=1e-2, step_in_backward=True)
         loss_of(model(make_input(0))).backward()
@@ -285,23 +285,25 @@ class TestCopies:
             assert all(param.grad is not None for param in other.parameters())
         assert not optimizer.state
 
-    def test_a_newer_optimizer_takes_the_gradients(self, one_each):
-        model = make_layers()
-        older = make_optimizer(model.parameters())
-        newer = make_optimizer(model.parameters())
-        loss_of(model(make_input(0))).backward()
-        older.step()
-        newer.step()
-        assert not older.state and len(newer.state) == 8
 
-    def test_load_state_dict_between_steps(self, one_each):
-        model = make_layers()
-        optimizer = make_optimizer(model.parameters())
-        other = make_layers()
-        reference = make_optimizer(other.parameters(), False)
-        for some, each in ((model, optimizer), (other, reference)):
-            for step in range(4):
-                loss_of(some(make_input(step))).backward()
-                each.step(zero_grad=True)
-                each.load_state_dict(copy.deepcopy(each.state_dict()))
-        assert equal(snapshot(optimizer), snapshot(reference))
+def test_a_newer_optimizer_takes_the_gradients(update_each_param_alone):
+    model = make_layers()
+    older = make_optimizer(model.parameters())
+    newer = make_optimizer(model.parameters())
+    loss_of(model(make_input(0))).backward()
+    older.step()
+    newer.step()
+    assert not older.state and len(newer.state) == 8
+
+
+def test_load_state_dict_between_steps(update_each_param_alone):
+    model = make_layers()
+    optimizer = make_optimizer(model.parameters())
+    other = make_layers()
+    reference = make_optimizer(other.parameters(), False)
+    for some, each in ((model, optimizer), (other, reference)):
+        for step in range(4):
+            loss_of(some(make_input(step))).backward()
+            each.step(zero_grad=True)
+            each.load_state_dict(copy.deepcopy(each.state_dict()))
+    assert equal(snapshot(optimizer), snapshot(reference))

@@ -37,7 +37,7 @@ class TestSecondGradient:
         with pytest.raises(RuntimeError, match=FAILED):
             optimizer.step()
 
-    def test_losses_of_disjoint_parameters_may_follow_each_other(self, one_each):
+    def test_losses_of_disjoint_parameters_may_follow_each_other(self, update_each_param_alone):
         models = [make_layers(2), make_layers(3)]
         optimizer = make_optimizer([p for model in models for p in model.parameters()])
         copies = copy.deepcopy(models)
@@ -77,7 +77,7 @@ class TestSecondGradient:
 class TestUpstreamOfItself:
     """Trap: a weight that the backward pass has yet to read when it is updated."""
 
-    def test_a_detached_use_raises_autograds_error(self, one_each):
+    def test_a_detached_use_raises_autograds_error(self, update_each_param_alone):
         weight, other = [nn.Parameter(torch.ones(3, 3, dtype=BF16)) for _ in range(2)]
         optimizer = make_optimizer([weight, other])
         hidden = (torch.ones(3, 3, dtype=BF16) @ other) @ weight.detach()
@@ -86,7 +86,7 @@ class TestUpstreamOfItself:
         with pytest.raises(RuntimeError, match=FAILED):
             optimizer.step()
 
-    def test_a_second_pass_over_a_retained_graph_raises(self, one_each):
+    def test_a_second_pass_over_a_retained_graph_raises(self, update_each_param_alone):
         model = make_layers()
         optimizer = make_optimizer(model.parameters())
         loss = loss_of(model(make_input(0)))
@@ -113,7 +113,7 @@ def fail_in_backward(model, seed):
 
 
 class TestFailure:
-    def test_is_refused_until_the_step_is_abandoned(self, one_each):
+    def test_is_refused_until_the_step_is_abandoned(self, update_each_param_alone):
         model = make_layers()
         optimizer = make_optimizer(model.parameters())
         loss_of(model(make_input(0))).backward()
@@ -170,14 +170,14 @@ class TestFailure:
             loss_of(model(make_input(1))).backward()
         assert equal(before, snapshot(optimizer))
 
-    def test_of_a_gradient_that_cannot_be_used_updates_nothing(self, one_each):
+    def test_of_a_gradient_that_cannot_be_used_updates_nothing(self, update_each_param_alone):
         embedding = nn.Embedding(5, 4, sparse=True, dtype=BF16)
         optimizer = make_optimizer(embedding.named_parameters())
         with pytest.raises(RuntimeError, match="sparse gradients, but parameter 'weight' has one"):
             embedding(torch.tensor([1])).sum().backward()
         assert not optimizer.state
 
-    def test_of_a_state_that_no_longer_fits(self, one_each):
+    def test_of_a_state_that_no_longer_fits(self, update_each_param_alone):
         model = make_layers()
         optimizer = make_optimizer(model.named_parameters())
         loss_of(model(make_input(0))).backward()

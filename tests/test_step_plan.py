@@ -285,7 +285,7 @@ def test_gradient_of_another_size_is_rejected(steps_before):
     before = [first.detach().clone(), memory.clone()]
     with pytest.raises(
         RuntimeError,
-        match="gradient of parameter 'second' has 4 elements, but the parameter has 8: it was",
+        match="gradient of parameter 'second' has 4 elements, but the parameter has 8: the ",
     ):
         optimizer.step()
     assert torch.equal(first, before[0]) and torch.equal(memory, before[1])

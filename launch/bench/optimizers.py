@@ -92,7 +92,7 @@ def contenders(device: torch.device) -> list[Contender]:
 def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
     fastest = cpu.selected_isa() if isas else None
     ceiling = f"ceiling-{fastest}" if isas else "ceiling" if device.type == "cuda" else None
-    backend = fastest or ("Triton" if device.type == "cuda" else "reference back end")
+    backend = fastest or ("Triton" if device.type == "cuda" else "reference backend")
     variant = partial(Contender, memory=0, runs_on="ours", color=OURS)
     rows = [
         Contender("ours", f"AdamW_BF16 ({backend})", _make_ours, 10, ceiling=ceiling, color=OURS)
@@ -111,7 +111,7 @@ def _ours(device: torch.device, isas: list[str]) -> list[Contender]:
         label = "AdamW_BF16, a loop that reads the gradients + step"
         rows.append(Contender("ours-reading", label, _make_reading, 0, runs_on="ours"))
     reference = partial(_make_ours, backend="reference")
-    label = "AdamW_BF16 (reference back end)"
+    label = "AdamW_BF16 (reference backend)"
     return [
         *rows,
         variant("ours-kernel", "AdamW_BF16, kernel call alone", _make_kernel_alone),

@@ -1,4 +1,4 @@
-"""Memory as the system or CUDA's allocator sees it, to hold against a count of tensors."""
+"""Memory in use as reported by Linux or CUDA's allocator, to compare with a count of tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # to clear_refs: VmHWM starts again at VmRSS
+RESET_PEAK = "5"  # written to clear_refs, it resets VmHWM to VmRSS
 SAMPLE_S = 0.001
 
 
 def used_bytes(device: torch.device) -> int | None:
-    """Return the bytes in use now: resident memory, or on CUDA what the allocator has given out.
+    """Return the bytes in use: resident memory, or on CUDA what its allocator has given out.
 
-    Gives free memory back to the system first. None if the system does not tell.
+    On the CPU, first return freed memory to the system. None if the system does not report it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -32,10 +32,10 @@ def used_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list to which the peak of :func:`used_bytes` within the context is added, if known.
+    """Yield a list to which the peak of :func:`used_bytes` in the context is appended, if known.
 
-    Linux measures it. Where it does not let this process start its measurement anew, a thread
-    samples the resident memory and may miss a short peak.
+    On the CPU it is the peak that Linux records (VmHWM). If this process may not reset VmHWM, a
+    thread samples VmRSS instead and may miss a short peak.
     """
     peak: list[int] = []
     resident = used_bytes(device)
@@ -48,7 +48,8 @@ def peak_bytes(device: torch.device) -> Iterator[list[int]]:
         yield peak
     elif _reset_peak():
         yield peak
-        peak.append(_status("VmHWM") or 0)
+        if (highest := _status("VmHWM")) is not None:
+            peak.append(highest)
     else:
         with _sampled_peak(resident, peak):
             yield peak

@@ -157,7 +157,7 @@ def _check(
     ):
         if number % tensor_ranks:
             raise UsageError(
-                f"the {number} {what} do not divide into {tensor_ranks} tensor-parallel ranks."
+                f"the {number} {what} are not divisible by {tensor_ranks} tensor-parallel ranks."
             )
 
 

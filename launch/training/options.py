@@ -232,7 +232,7 @@ def _add_optimizer(add: Callable[..., Any]) -> None:
         "--optimizer-backend",
         type=nonempty,
         metavar="NAME",
-        help="kernel back end of AdamW_BF16 (default: by device)",
+        help="kernel backend of AdamW_BF16 (default: by device)",
     )
     add("--lr", type=nonnegative, help=f"peak learning rate ({preset_default('lr')})")
     add(

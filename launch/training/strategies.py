@@ -32,9 +32,10 @@ class Strategy:
         wrap: takes the initialized model; returns the wrapped model, which is the one to call.
         no_sync: takes the wrapped model and its optimizer; returns a context in which gradients
             accumulate without being reduced, for all micro-batches of a step but the last.
-        sharding: AdamW_BF16's ``sharding`` argument: ZeRO for a model that every rank replicates.
+        sharding: takes the mesh; returns AdamW_BF16's ``sharding`` argument, which is not None for
+            ZeRO.
         mesh_shape: takes the world size; returns the size of each mesh dimension by name. Ranks
-            along "tensor" get the same sequences of a batch, all others get different ones.
+            that differ only along "tensor" get the same sequences, other ranks different ones.
     """
 
     shard: Callable[[Any, DeviceMesh], None]
@@ -45,13 +46,13 @@ class Strategy:
 
 
 def _layers(model: nn.Module) -> Iterable[nn.Module]:
-    """Return the units that FSDP shards: the modules of the model's outermost list."""
+    """Return the layers, each an FSDP unit: the modules of the model's first ModuleList."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return next(lists, ())
 
 
 def _no_shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Replicate all parameters."""
+    """Leave all parameters replicated."""
 
 
 def _no_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -123,7 +124,7 @@ def _fsdp1_wrap(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         device = torch.device("cuda", torch.cuda.current_device())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # FSDP1 is deprecated, but still in use
-        warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # one process
+        warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")  # one rank
         return FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in _layers(model)}),

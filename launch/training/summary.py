@@ -16,14 +16,15 @@ from training.run_state import Run
 
 
 def print_summary(run: Run, stopped: bool) -> None:
-    """Print the result of the run. Collective."""
+    """Print the result of the run, or where it stopped. Collective."""
     state_bytes = optimizer_state_bytes(run.optimizer, run.world.device)
     if run.world.rank != 0:
         return
     assert run.last_checkpoint is not None
     if stopped:
         print(
-            f"stopped at step {run.step}, saved {run.last_checkpoint}; the same command continues",
+            f"stopped at step {run.step}, saved {run.last_checkpoint}; run the same command again "
+            "to continue",
             flush=True,
         )
         return
@@ -39,8 +40,8 @@ def print_summary(run: Run, stopped: bool) -> None:
             out_dir=run.out_dir,
             checkpoint=run.last_checkpoint,
             nonfinite_steps=run.nonfinite_steps,
-            skipped=run.args.skip_nonfinite,
-            spikes=run.spike_filter.skipped if run.args.skip_spikes else None,
+            skip_nonfinite=run.args.skip_nonfinite,
+            skipped_spikes=run.spike_filter.skipped if run.args.skip_spikes else None,
             exported=Path(run.args.out) / LATEST_EXPORT if run.args.export_hf else None,
         )
     )
@@ -64,7 +65,7 @@ def optimizer_state_bytes(
 
 
 def backend_name(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
-    """Return the back end of an AdamW_BF16, None of another optimizer."""
+    """Return the backend of an AdamW_BF16, or None for another optimizer."""
     return backend_for(device, optimizer.backend) if isinstance(optimizer, AdamW_BF16) else None
 
 
@@ -85,8 +86,8 @@ def summary(
     out_dir: Path,
     checkpoint: Path,
     nonfinite_steps: int,
-    skipped: bool,
-    spikes: int | None,
+    skip_nonfinite: bool,
+    skipped_spikes: int | None,
     exported: Path | None,
 ) -> str:
     """Return the lines that a finished run prints."""
@@ -97,12 +98,16 @@ def summary(
             f"optimizer state       {local:,} bytes on rank 0, {total:,} on {world_size} rank(s): "
             f"{total / num_params:.2f} per parameter",
             f"optimizer step        {step_seconds * 1e3:.2f} ms (median), clipping included"
-            f"{'' if backend is None else f', {backend} back end'}",
+            f"{'' if backend is None else f', {backend} backend'}",
             f"non-finite steps      {nonfinite_steps}"
-            f"{', skipped' if nonfinite_steps and skipped else ''}",
-            *([] if spikes is None else [f"spikes                {spikes}, skipped"]),
+            f"{', skipped' if nonfinite_steps and skip_nonfinite else ''}",
+            *(
+                []
+                if skipped_spikes is None
+                else [f"spikes                {skipped_spikes}, skipped"]
+            ),
             f"metrics               {out_dir / 'metrics.jsonl'}",
             f"checkpoint            {checkpoint}",
-            *([] if exported is None else [f"Hugging Face folder   {exported}"]),
+            *([] if exported is None else [f"Hugging Face model    {exported}"]),
         )
     )

@@ -1,8 +1,8 @@
 """Tensor and sequence parallelism for the model of ``model.py``.
 
-Each rank has some heads of every attention, some hidden units of every feed-forward network, and
-some rows of the embedding and the head. Between these modules, each rank has some positions of the
-sequence. So the gradients of the norms' gains are partial sums.
+The attention heads, the hidden units of the feed-forward networks, and the vocabulary dimension of
+the embedding and the output head are sharded. Between these modules activations are sharded along
+the sequence, so on each rank the gradient of a norm's weight is a partial sum over its positions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from training.model import GPT
 
 
 def parallelize(model: GPT, mesh: DeviceMesh) -> None:
-    """Shard all parameters but the norms' gains over a one-dimensional mesh.
+    """Shard all parameters over a one-dimensional mesh, except the weights of norms.
 
     Raises:
-        UsageError: heads, hidden units, token ids or (at the first batch) sequence positions do
-            not divide into the mesh's ranks.
+        UsageError: the number of heads, hidden units, token ids or (at the first batch) sequence
+            positions is not divisible by the number of ranks.
     """
     ranks = mesh.size()
     for what, number in (
@@ -39,15 +39,15 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> None:
     ):
         if number % ranks:
             raise UsageError(
-                f"the model's {number} {what} do not divide into {ranks} tensor-parallel ranks: "
-                "use fewer or another --preset."
+                f"the model's {number} {what} are not divisible by {ranks} tensor-parallel ranks: "
+                "use fewer ranks or another --preset."
             )
 
     def check_positions(module: nn.Module, args: tuple[Tensor]) -> None:
         positions = args[0].shape[1]
         if positions % ranks:
             raise UsageError(
-                f"--seq-len {positions} does not divide into {ranks} tensor-parallel ranks: "
+                f"--seq-len {positions} is not divisible by {ranks} tensor-parallel ranks: "
                 f"use a multiple of {ranks}."
             )
 

@@ -48,7 +48,7 @@ class World:
 def init_world(device: str) -> World:
     """Join the processes that torchrun started, or initialize a world of this process alone.
 
-    The back end is NCCL for GPUs and gloo for CPUs.
+    The backend is NCCL for GPUs and gloo for CPUs.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is a GPU for each process of this machine,

@@ -1,4 +1,4 @@
-"""Import weights and AdamW states of other trainings into a live model and optimizer.
+"""Import weights and AdamW states of another training run into a live model and optimizer.
 
 :mod:`.import_formats` opens the files, and :mod:`.import_matching` matches names, shapes and
 parameter groups. DeepSpeed's checkpoints are not read, but the output of its ``zero_to_fp32.py`` is
@@ -8,7 +8,8 @@ parameter groups. DeepSpeed's checkpoints are not read, but the output of its ``
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ _Path = str | os.PathLike[str]
 def round_moment(x: Tensor) -> Tensor:
     """Round a float32 moment to bfloat16 stochastically, by the rule of the kernels.
 
-    The random bits are a hash of the value's own bits. So the result is the same on every run and
-    for every sharding, and over many values the mean error is zero. Values that bfloat16 holds
-    stay.
+    The random bits are a hash of the value's own bits, so the result is the same on every run and
+    for every sharding. Over many values the mean error is zero. A value that bfloat16 represents
+    exactly stays unchanged.
     """
     return stochastic_round(x, lowbias32(x.view(torch.int32)) & 0xFFFF)
 
@@ -72,38 +73,40 @@ def import_fp32(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Replace a model's weights and optimizer states by those of a training in another precision.
+    """Replace a model's weights and optimizer states by those of a run in another precision.
 
     Collective: every rank of ``group`` calls it, and reads its own part of each tensor from
     ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, the
     rounded remainder (see :mod:`sharded_bf16_adamw.checkpoint.export` for the bound). A frozen one
-    has a correction only if ``optimizer_state`` has a state of it. Moments are rounded
-    stochastically, with bits that depend on the values alone. So the bits are the same for every
-    sharding strategy and number of ranks.
+    has a correction only if it has a state, in ``optimizer_state`` or already in ``optimizer``.
+    Moments are rounded stochastically, with random bits that depend on the values alone. So the
+    result is the same for every sharding strategy and number of ranks.
 
     Args:
         source: a safetensors file, a directory of them with an index, a torch file, or a state
-            dict. Floating dtypes are converted. It has every tensor of the model's state dict by
-            name (one of several tied names is enough), and no others than other ranks have
+            dict. Floating dtypes are converted. It must have every key of the model's state dict
+            (of tied keys, one is enough). Other keys are errors, unless another rank has them
             (pipeline stages, experts).
         model: the module, wrapped or not.
         optimizer: the optimizer of its parameters.
         optimizer_state: the state of a ``torch.optim.AdamW`` in any floating dtype: a torch file or
             a dict. It is keyed by integers, in the order of this optimizer's groups and parameters,
             or by names, as FSDP and ``get_optimizer_state_dict`` return it. Its lr, betas, eps,
-            weight_decay and maximize are taken over. An optimizer with a schedule keeps the
-            schedule and continues it at the state's step. None: moments and steps start at zero,
-            and hyperparameters stay.
+            weight_decay and maximize replace the optimizer's, and ``decouple_lr`` and ``max_lr``
+            become those of ``torch.optim.AdamW``. An optimizer with a schedule keeps it and
+            continues at the state's step. None: moments and steps become zero; hyperparameters
+            and the position in the schedule stay.
         progress: called with the number of bytes of each tensor filled.
         group: the ranks that hold the model, if several models share a job; None for all ranks.
 
     Raises:
         ValueError: a missing key, an unexpected key, a size mismatch, tied names with different
             values, or a file that is damaged or of another kind. Nothing is changed.
-        RuntimeError: a rank cannot find or read a file, and nothing is changed. Or it failed while
-            filling, and the model is now part old and part new, as the message says.
+        RuntimeError: a rank cannot find or read a file, and nothing is changed. Or a rank failed
+            while it filled the tensors: some weights are then new and some old, as the message
+            says.
 
     Examples:
         >>> import torch
@@ -134,10 +137,10 @@ def import_fp32(
     with rollback_new_state(optimizer):
         with raise_on_all_ranks("cannot import", group):
             init_state(optimizer)
-            optimizer_part = sharded_optimizer_state(model, optimizer)
+            optimizer_part = sharded_optimizer_state(model, optimizer, ungrouped=True)
             groups = [
-                {**live, "params": list(map(names.to_saved, live["params"]))}
-                for live in optimizer_part["param_groups"]
+                {**part, "params": list(map(names.to_saved, part["params"]))}
+                for part in optimizer_part["param_groups"]
             ]
             ties = find_ties(model, names)
             if opened_state is not None:
@@ -145,14 +148,21 @@ def import_fp32(
                     *key_states_by_name(opened_state, groups),
                     ties,
                     weights.ties,
-                    {name for live in groups for name in live["params"]},
+                    {name for group in groups for name in group["params"]},
                 )
         with raise_on_all_ranks("cannot import", group):
-            if not imported_states.keys() <= set(map(names.to_saved, optimizer_part["state"])):
+            with_state = set(map(names.to_saved, optimizer_part["state"]))
+            new = imported_states.keys() - with_state
+            # Under FSDP1 a rank that holds no element of a parameter may lack its state.
+            if new or has_fsdp1(model):
                 init_frozen_states(
-                    model, optimizer, imported_states, imported_states, names.to_saved
+                    model,
+                    optimizer,
+                    saved=new | with_state,
+                    saved_in_groups=new,
+                    to_saved=names.to_saved,
                 )
-                optimizer_part = sharded_optimizer_state(model, optimizer)
+                optimizer_part = sharded_optimizer_state(model, optimizer, ungrouped=True)
             model_part = sharded_model_state(model)
             tensors = {names.to_saved(name): tensor for name, tensor in model_part.items()}
             states = {
@@ -167,11 +177,7 @@ def import_fp32(
             if opened_state is not None:
                 check_states(imported_states, states)
                 matched_groups = match_imported_groups(groups, imported_groups)
-    with raise_on_all_ranks(
-        "the import failed when the model was part old and part new, so import again or load a "
-        "checkpoint",
-        group,
-    ):
+    with _fill_errors(group):
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
                 _fill_weight(tensor, weights, source_name[name])
@@ -188,13 +194,25 @@ def import_fp32(
         if opened_state is not None:
             _set_hyperparams(optimizer, groups, matched_groups, imported_states)
     if has_fsdp1(model):
-        # The tensors above were gathered from the flat parameters.
-        for gathered, live in zip(
-            optimizer_part["param_groups"], optimizer.param_groups, strict=True
-        ):
-            gathered.update({key: live[key] for key in live.keys() - {"params", "param_names"}})
-        set_sharded_model_state(model, model_part)
-        set_sharded_optimizer_state(model, optimizer, optimizer_part)
+        # The tensors filled above are copies. Writing them back is collective.
+        with _fill_errors(group):
+            for part, live in zip(
+                optimizer_part["param_groups"], optimizer.param_groups, strict=True
+            ):
+                part.update({key: live[key] for key in live.keys() - {"params", "param_names"}})
+            set_sharded_model_state(model, model_part)
+            set_sharded_optimizer_state(model, optimizer, optimizer_part, ungrouped=True)
+
+
+@contextmanager
+def _fill_errors(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raise RuntimeError on every rank if the body failed on any rank. Collective."""
+    message = "the import failed halfway, so some weights are new and some are old"
+    with raise_on_all_ranks(f"{message}; import again or load a checkpoint", group):
+        try:
+            yield
+        except ValueError as error:  # it would be raised without the message
+            raise RuntimeError(str(error)) from error
 
 
 def _fill_weight(tensor: Tensor, weights: WeightsSource, name: str) -> None:
@@ -228,7 +246,7 @@ def _set_hyperparams(
     Args:
         optimizer: its groups are changed in place.
         groups: these groups, with the names of their parameters.
-        imported_groups: for each the imported group to take from, or {}.
+        imported_groups: for each of these groups, the imported group to copy from, or {}.
         imported_states: imported states by name.
     """
     for live, group, imported in zip(optimizer.param_groups, groups, imported_groups, strict=True):
@@ -239,9 +257,10 @@ def _set_hyperparams(
                     live[key].copy_(as_tensor(value))  # a captured graph reads lr from this memory
                 else:
                     live[key] = float(value) if isinstance(value, Tensor) else value
-        if "weight_decay" in imported:  # torch's AdamW scales it by lr
+        if "weight_decay" in imported:  # torch's AdamW multiplies it by lr
             live["decouple_lr"] = imported.get("decouple_lr", False)
             live["max_lr"] = imported.get("max_lr")
+        # A group without parameters continues at the largest imported step.
         names = [name for name in group["params"] or imported_states if name in imported_states]
         live["schedule_step"] = max((int(imported_states[n]["step"]) for n in names), default=0)
         if live["scheduled_lr"] is not None:

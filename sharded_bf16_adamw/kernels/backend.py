@@ -1,6 +1,6 @@
-"""The choice of a back end by device, and the arguments, layouts and checks that all of them share.
+"""The choice of a backend by device, and the arguments, layouts and checks that all of them share.
 
-A back end is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq`` and
+A backend is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq`` and
 ``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if these
 are faster than tensor operations.
 """
@@ -25,7 +25,7 @@ from .device_memory import is_capturing
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
-_FALLBACK_DEVICES: set[torch.device] = set()  # devices whose back end in _BY_DEVICE is unavailable
+_FALLBACK_DEVICES: set[torch.device] = set()  # devices whose backend in _BY_DEVICE is unavailable
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -147,9 +147,9 @@ class TensorLists(NamedTuple):
 
 
 class BackendTable(Protocol):
-    """The data, such as addresses, that a back end keeps between steps for a list of parameters.
+    """The data, such as addresses, that a backend keeps between steps for a list of parameters.
 
-    ``make_table(tensors)`` of the back end's module creates one. A parameter and its states have
+    ``make_table(tensors)`` of the backend's module creates one. A parameter and its states have
     the same strides and are dense (no gaps, no overlaps). The table keeps them alive. The caller
     ensures that their memory does not move.
     """
@@ -361,10 +361,10 @@ def adamw_bf16_(
 
 
 def check_backend(backend: str | None) -> None:
-    """Check that a back end is known and available on this machine.
+    """Check that a backend is known and available on this machine.
 
     Raises:
-        ValueError: the back end is unknown, or unavailable; the message gives the reason.
+        ValueError: the backend is unknown, or unavailable; the message gives the reason.
     """
     if backend is None:
         return
@@ -380,9 +380,9 @@ def check_backend(backend: str | None) -> None:
 
 
 def backend_for(device: torch.device, backend: str | None) -> str:
-    """Return the name of the back end for tensors of ``device``, without touching the device.
+    """Return the name of the backend for tensors of ``device``, without touching the device.
 
-    Until a first update falls back to the reference, that is the device type's preferred back end.
+    Until a first update falls back to the reference, that is the device type's preferred backend.
     """
     preferred = _BY_DEVICE.get(device.type, "reference")
     return backend or ("reference" if device in _FALLBACK_DEVICES else preferred)
@@ -394,13 +394,13 @@ def _module(backend: str) -> ModuleType:
 
 @functools.cache
 def backend_module(device: torch.device, backend: str | None) -> ModuleType:
-    """Return the module of a back end, by default the device's, with a warning if it falls back."""
+    """Return the module of a backend, by default the device's, with a warning if it falls back."""
     if backend is None:
         backend = _BY_DEVICE.get(device.type, "reference")
         reason = _module(backend).unavailable_reason(device)
         if reason is not None:
             warnings.warn(
-                f"AdamW_BF16 uses the slower reference back end on {device.type}: {reason}; "
+                f"AdamW_BF16 uses the slower reference backend on {device.type}: {reason}; "
                 "see python -m sharded_bf16_adamw.env",
                 stacklevel=2,
             )
@@ -408,7 +408,7 @@ def backend_module(device: torch.device, backend: str | None) -> ModuleType:
             backend = "reference"
     else:
         check_backend(backend)
-    logger.info("AdamW_BF16 uses the %s back end on %s", backend, device)
+    logger.info("AdamW_BF16 uses the %s backend on %s", backend, device)
     return _module(backend)
 
 

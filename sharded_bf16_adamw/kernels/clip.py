@@ -1,4 +1,4 @@
-"""The gradient norm and the clip coefficient of local tensors, by the back end of their device."""
+"""The gradient norm and the clip coefficient of local tensors, by the backend of their device."""
 
 from __future__ import annotations
 

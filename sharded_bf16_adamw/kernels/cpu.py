@@ -1,4 +1,4 @@
-"""The CPU back end: ctypes over the library that ``setup.py`` compiles from ``csrc/``.
+"""The CPU backend: ctypes over the library that ``setup.py`` compiles from ``csrc/``.
 
 The library is plain C and needs neither torch nor Python headers. One C source serves every
 instruction set (``ISAS``). The fastest is selected at run time; the environment variable
@@ -310,7 +310,7 @@ def _new_table(library: ctypes.CDLL, address: Any, numel: Any, is_f32: Any, grou
 def _required_library() -> ctypes.CDLL:
     library = _load()
     if library is None:
-        raise RuntimeError(f"the CPU back end is not available: {_unavailable_reason}")
+        raise RuntimeError(f"the CPU backend is not available: {_unavailable_reason}")
     return library
 
 

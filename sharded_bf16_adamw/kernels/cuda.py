@@ -1,4 +1,4 @@
-"""The CUDA and ROCm back end: the host side of the Triton kernels.
+"""The CUDA and ROCm backend: the host side of the Triton kernels.
 
 Nothing in this module waits for the device, and steps may be captured into a CUDA graph (see
 ``device_memory.py``). Triton is imported when the first kernel is needed. torch calls ROCm devices
@@ -38,7 +38,7 @@ MAX_LAYOUTS = 16  # norm layouts that each scratch keeps
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return in one clause why this back end does not support ``device``, or None if it does.
+    """Return in one clause why this backend does not support ``device``, or None if it does.
 
     None stands for the current device.
     """
@@ -71,7 +71,7 @@ def _launch_problem(device: torch.device) -> str | None:
     try:
         clip_coefficient(sum_sq, 1.0)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # an error of the device: the reference back end would fail too
+        raise  # an error of the device: the reference backend would fail too
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         return (

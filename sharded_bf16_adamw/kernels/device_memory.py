@@ -90,7 +90,7 @@ class NormScratch:
     """
 
     def __init__(self) -> None:
-        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the back end, least recently used first
+        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the backend, least recently used first
 
 
 class GradientAddresses:

@@ -1,4 +1,4 @@
-"""The update rule in plain PyTorch. Every other back end matches it bit for bit.
+"""The update rule in plain PyTorch. Every other backend matches it bit for bit.
 
 Notation for one element at step ``t`` (1-based):
 
@@ -147,7 +147,7 @@ make_table = ReferenceTable
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return None: the back end is plain torch, and always available."""
+    """Return None: the backend is plain torch, and always available."""
     return None
 
 

@@ -2,7 +2,7 @@
 
 One launch reads all tensors of one variant (see ``triton_adamw.py``, whose functions compute the
 step), with the same access pattern as the update. Each program adds up its chunk: values of an
-element are float32, their products and sums float64. The back end adds up the programs.
+element are float32, their products and sums float64. The backend adds up the programs.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -46,7 +46,7 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
 
 
 def new_group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Create a process group of the same ranks, timeout, and back end for ``device``.
+    """Create a process group of the same ranks, timeout, and backend for ``device``.
 
     Collective over them; see :func:`new_cpu_group`. If the default group is bound to a GPU
     (``device_id`` of ``init_process_group``), NCCL splits it, so all of its ranks have to create
@@ -108,7 +108,7 @@ def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
 
 
 def served_devices(group: dist.ProcessGroup | None = None) -> list[str]:
-    """Return the device types that the group's back ends serve, such as ``["cuda"]`` for NCCL."""
+    """Return the device types that the group's backends serve, such as ``["cuda"]`` for NCCL."""
     return [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
 
 

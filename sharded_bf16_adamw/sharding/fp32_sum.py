@@ -46,7 +46,7 @@ class Fp32SumReduceScatter:
 
     An all-to-all sends each gradient to the rank that owns its shard. That rank sums in float32, in
     the order of ranks, and divides. So the bytes sent are those of a reduce-scatter in bfloat16,
-    half of a reduce-scatter in float32, and the result depends neither on the back end nor on the
+    half of a reduce-scatter in float32, and the result depends neither on the backend nor on the
     order of arrival.
 
     The sum is rounded once, to the dtype of the parameters, with

@@ -19,6 +19,7 @@ from sharded_bf16_adamw import (
     save,
     scatter_full_state_dict,
 )
+from sharded_bf16_adamw.bf16_split import split
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
 from .trainings import read_folder
@@ -138,18 +139,43 @@ def frozen_worker(rank: int, world: int, root: str, how: str) -> list[str]:
         expected = states(single, single_optimizer)
         if len(expected) != 16 or not expected["0.weight.correction"].any():
             failed.append(f"{layout}: save")
-        model, own, optimizer = wrapped(layout, world, seed=2)
-        stop_training(own[0], optimizer, how)
-        load(f"{root}/{layout}", model, optimizer)
-        save(f"{root}/{layout} again", 1, model, optimizer)
-        fresh = layers(seed=3)
-        fresh_optimizer = AdamW_BF16(fresh.parameters(), lr=1e-2)
-        load(f"{root}/{layout} again", fresh, fresh_optimizer)
-        if not same_bits(states(fresh, fresh_optimizer), expected):
-            failed.append(f"{layout}: load")
+        for steps in (0, 1):  # load into an optimizer without and with states
+            model, own, optimizer = wrapped(layout, world, seed=2)
+            take_steps(model, optimizer, steps)
+            stop_training(own[0], optimizer, how)
+            load(f"{root}/{layout}", model, optimizer)
+            save(f"{root}/{layout} again {steps}", 1, model, optimizer)
+            fresh = layers(seed=3)
+            fresh_optimizer = AdamW_BF16(fresh.parameters(), lr=1e-2)
+            load(f"{root}/{layout} again {steps}", fresh, fresh_optimizer)
+            if not same_bits(states(fresh, fresh_optimizer), expected):
+                failed.append(f"{layout}: load after {steps} steps")
     return failed
 
 
 @pytest.mark.parametrize("how", ["frozen", "removed"])
 def test_parameter_no_longer_trained_keeps_its_state_under_every_layout(how, tmp_path):
     assert run_ranks(2, frozen_worker, str(tmp_path), how) == [[], []]
+
+
+def import_worker(rank: int, world: int, root: str) -> None:
+    """Import weights of which bfloat16 drops a part, also of parameters that are in no group."""
+    weights = {name: param.float() * 1.001 for name, param in layers(seed=5).named_parameters()}
+    for layout in ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params"):
+        model, own, optimizer = wrapped(layout, world, seed=0)
+        take_steps(model, optimizer)
+        stop_training(own[0], optimizer, "removed")
+        import_fp32(weights, model, optimizer)
+        path = save(f"{root}/{layout}", 1, model, optimizer)
+        single, single_optimizer = trained(seed=1)
+        stop_training(single[0], single_optimizer, "removed")
+        load(path, single, single_optimizer)
+        for name, param in single.named_parameters():
+            weight, correction = split(weights[name])
+            assert torch.equal(param, weight), (layout, name)
+            assert torch.equal(single_optimizer.state[param]["correction"], correction), layout
+            assert not single_optimizer.state[param]["exp_avg"].any()
+
+
+def test_import_replaces_corrections_of_removed_parameters(tmp_path):
+    run_ranks(2, import_worker, str(tmp_path))

@@ -11,6 +11,7 @@ import torch
 from distributed import run_ranks
 
 from sharded_bf16_adamw import convert_fp32, import_fp32, load
+from sharded_bf16_adamw.checkpoint import importing
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
@@ -288,3 +289,31 @@ def test_file_missing_on_one_rank_is_an_error_on_all(what, tmp_path):
     torch.save(named_state(model, optimizer), tmp_path / "optimizer.pt")
     for messages in run_ranks(2, missing_file_worker, str(folder), what):
         assert all("on rank 1" in message and "elsewhere" in message for message in messages)
+
+
+def halfway_worker(rank: int, world: int, what: str) -> list[str]:
+    """Rank 1 fails once tensors have been filled."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        if rank == 1:
+            raise ValueError("out of luck")
+
+    module, optimizer = BY_NAME["FSDP1"].build(world, 0)
+    weights = {name: value.float() for name, value in fp32_training()[0].state_dict().items()}
+    with pytest.MonkeyPatch.context() as patched:
+        if what == "write back":
+            patched.setattr(importing, "set_sharded_optimizer_state", fail)
+        progress = fail if what == "fill" else None
+        with pytest.raises(RuntimeError) as caught:
+            import_fp32(weights, module, optimizer, progress=progress)
+    return [str(caught.value)]
+
+
+@pytest.mark.parametrize("what", ["fill", "write back"])
+def test_import_that_fails_halfway_says_so_on_every_rank(what):
+    for (message,) in run_ranks(2, halfway_worker, what):
+        assert message.startswith(
+            "the import failed halfway, so some weights are new and some are old; import again or "
+            "load a checkpoint: on rank 1, "
+        )
+        assert "out of luck" in message

@@ -24,11 +24,11 @@ from sharded_bf16_adamw import AdamW_BF16, load, prune, save, wait_for_save
 from sharded_bf16_adamw.checkpoint import dcp_storage, file_checksums
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
-# of os; and every write to a file of tensors
+# functions of os that count as operations; each write to a tensor file counts too
 OPERATIONS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 # Process.start() polls all processes; concurrent polls of one process lose its exit code
 _poll_lock = threading.Lock()
-PATIENCE = 60  # seconds for survivors to notice that a rank is gone
+SURVIVOR_TIMEOUT_S = 60  # for the surviving ranks to notice that a rank has died
 
 
 def make(step: int, sharded: bool = False) -> tuple[nn.Module, AdamW_BF16]:
@@ -71,12 +71,12 @@ def asynchronous(root: Path, sharded: bool) -> None:
 
 
 def repeated(root: Path, sharded: bool) -> None:
-    """Save by the plan of an earlier save (see :func:`_rank`)."""
-    save(root, 3, *_trained[0], extra={"step": 3}, keep=1)
+    """Save with the cached plan of an earlier save; :func:`_rank` disables building another."""
+    save(root, 3, *_repeated_state[0], extra={"step": 3}, keep=1)
 
 
 def repeated_asynchronous(root: Path, sharded: bool) -> None:
-    save(root, 3, *_trained[0], extra={"step": 3}, keep=1, async_=True)
+    save(root, 3, *_repeated_state[0], extra={"step": 3}, keep=1, async_=True)
     wait_for_save()
 
 
@@ -85,7 +85,7 @@ def same_step_again(root: Path, sharded: bool) -> None:
 
 
 def destroying(root: Path, sharded: bool) -> None:
-    """Destroy the process group, as a script that forgets to wait, while other ranks write."""
+    """Destroy the process group while the save is in flight on every rank."""
     write_data = dcp_storage.ChecksummedWriter.write_data
 
     def write_later(self: Any, plan: Any, planner: Any) -> Any:
@@ -103,6 +103,7 @@ def pruning(root: Path, sharded: bool) -> None:
 
 
 def next_saves(parent: Path, sharded: bool) -> None:
+    """Save again to each root in ``parent``."""
     for root in parent.iterdir():
         if root.is_dir():
             save_step(root, 9, sharded, keep=1)
@@ -115,15 +116,16 @@ ACTIONS: dict[str, Callable[[Path, bool], None]] = {
         *(destroying, pruning, next_saves),
     )
 }
-_trained: list[tuple[nn.Module, AdamW_BF16]] = []  # what the repeated saves save
+_repeated_state: list[tuple[nn.Module, AdamW_BF16]] = []  # what the repeated saves save
 
 
 def run(
     action: str, root: Path, world: int, victim: int, at: int | None, everybody: bool
 ) -> list[int]:
-    """Run ``action`` on ``world`` ranks, and kill rank ``victim`` before operation ``at``.
+    """Run ``action`` on ``world`` ranks. Rank ``victim`` kills itself before operation ``at``.
 
-    With ``everybody``, all other ranks are killed too.
+    With ``at=None`` no rank kills itself. With ``everybody``, the other ranks are killed once the
+    victim has ended.
 
     Returns:
         Exit codes by rank.
@@ -137,8 +139,8 @@ def run(
     with _poll_lock:
         for process in ranks:
             process.start()
-    deadline = time.monotonic() + PATIENCE
-    wait([ranks[victim].sentinel], PATIENCE)
+    deadline = time.monotonic() + SURVIVOR_TIMEOUT_S
+    wait([ranks[victim].sentinel], SURVIVOR_TIMEOUT_S)
     for process in ranks:
         if everybody and process is not ranks[victim]:
             process.kill()
@@ -150,7 +152,7 @@ def run(
 
 
 def operations(root: Path, rank: int) -> list[str]:
-    """Return the operations of a rank in a run that was not killed."""
+    """Return the operations that a rank recorded in a run that was not killed."""
     return Path(f"{root}.operations.{rank}").read_text().split()
 
 
@@ -159,12 +161,17 @@ def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> Non
     if world > 1:
         store = dist.FileStore(f"{root}.store", world)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
+            "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=SURVIVOR_TIMEOUT_S),
         )
     if action.startswith("repeated"):
-        dcp_storage.MANY = 0
-        _trained.append(make(3, world > 1))
-        save(f"{root}.first", 1, *_trained[0], extra={"step": 1})
+        dcp_storage.MANY = 0  # write the files of a checkpoint with many chunks
+        _repeated_state.append(make(3, world > 1))
+        save(f"{root}.first", 1, *_repeated_state[0], extra={"step": 1})
+        # Fails if the save builds a plan instead of reusing the cached one.
         DefaultSavePlanner.create_local_plan = None  # type: ignore[assignment,method-assign]
     done = _watch_operations(at)
     try:
@@ -188,8 +195,12 @@ def _watch_operations(at: int | None) -> list[str]:
 
         return call
 
+    accessor = getattr(pathlib, "_normal_accessor", None)  # Python 3.10's pathlib has copies
     for name in OPERATIONS:
-        setattr(os, name, watched(name, getattr(os, name)))
+        function = watched(name, getattr(os, name))
+        setattr(os, name, function)
+        if hasattr(accessor, name):
+            setattr(accessor, name, function)
     stream: Any = file_checksums._ChecksummedStream
     stream._write = watched("write", stream._write)
     return done

@@ -1,4 +1,4 @@
-"""The back ends that this machine can test on CPU tensors."""
+"""The backends that this machine can test on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .rule_checks import Update
 
 
 def update_of(backend: str) -> Update:
-    """Return the update function of one back end."""
+    """Return the update function of one backend."""
     return partial(kernels.adamw_bf16_, backend=backend)
 
 
 @cache
 def skip_reason(backend: str) -> str | None:
-    """Return why a back end cannot update CPU tensors on this machine, or None if it can."""
+    """Return why a backend cannot update CPU tensors on this machine, or None if it can."""
     if backend == "reference":
         return None
     try:
@@ -29,7 +29,7 @@ def skip_reason(backend: str) -> str | None:
 
 
 def cpu_backends() -> list:
-    """Return a pytest parameter for each back end of CPU tensors.
+    """Return a pytest parameter for each backend of CPU tensors.
 
     One that is not available on this machine is skipped, with the reason.
     """
@@ -37,7 +37,7 @@ def cpu_backends() -> list:
         pytest.param(
             name,
             marks=pytest.mark.skipif(
-                skip_reason(name) is not None, reason=f"back end {name}: {skip_reason(name)}"
+                skip_reason(name) is not None, reason=f"backend {name}: {skip_reason(name)}"
             ),
         )
         # Triton is for GPU tensors; its interpreter is too slow for checks of these sizes.

@@ -1,4 +1,4 @@
-"""Comparison of the sums that ``precision_sums`` of two back ends return."""
+"""Comparison of the sums that ``precision_sums`` of two backends return."""
 
 from __future__ import annotations
 

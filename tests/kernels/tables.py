@@ -1,4 +1,4 @@
-"""Tables and steps of any back end, with the arguments of ``adamw_bf16_``."""
+"""Tables and steps of any backend, with the arguments of ``adamw_bf16_``."""
 
 from types import ModuleType
 from typing import Any
@@ -9,7 +9,7 @@ from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, TensorLists
 
 
 def table_of(backend: ModuleType, *columns: Any, **named: Any) -> Any:
-    """Return a back end's table of ``params`` to ``steps`` and, optionally, ``groups``."""
+    """Return a backend's table of ``params`` to ``steps`` and, optionally, ``groups``."""
     return backend.make_table(TensorLists(*columns, **named))
 
 

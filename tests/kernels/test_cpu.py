@@ -1,4 +1,4 @@
-"""The native CPU back end has the reference's bits, on every instruction set and any threads."""
+"""The native CPU backend has the reference's bits, on every instruction set and any threads."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_missing_library_has_a_reason(
     assert (
         reason is not None and ("was not built" if content is None else "does not load") in reason
     )
-    with pytest.raises(RuntimeError, match="the CPU back end is not available"):
+    with pytest.raises(RuntimeError, match="the CPU backend is not available"):
         cpu.grad_sum_sq([torch.ones(1)])
 
 

@@ -1,4 +1,4 @@
-"""Memory layouts, dtypes, empty calls and sums of squares, for every back end of CPU tensors."""
+"""Memory layouts, dtypes, empty calls and sums of squares, for every backend of CPU tensors."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_many_steps_of_one_object_equal_separate_calls(backend):
 
 
 def test_default_backend_equals_the_reference():
-    """Whatever the back end of the CPU is on this machine."""
+    """Whatever the backend of the CPU is on this machine."""
     state = layout_checks.typical(5000, 65)
     chosen, reference = (
         layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference")
@@ -190,7 +190,7 @@ def test_chosen_backend_is_logged_once(monkeypatch):
     kernels.backend.backend_module.cache_clear()
     for _ in range(2):
         kernels.grad_sum_sq([torch.ones(3)], backend="reference")
-    assert lines == ["AdamW_BF16 uses the reference back end on cpu"]
+    assert lines == ["AdamW_BF16 uses the reference backend on cpu"]
 
 
 def test_float32_parameter_layouts(backend):

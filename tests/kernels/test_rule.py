@@ -1,4 +1,4 @@
-"""The update rule of every back end of CPU tensors: bits, statistics, scalars of a step."""
+"""The update rule on every CPU backend: bits, statistics, and the scalars of a step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def checks_in(*modules: ModuleType) -> list:
 
 @pytest.fixture(params=cpu_backends())
 def update(request: pytest.FixtureRequest):
-    """Return the update function of each back end in turn."""
+    """Return the update function of each backend in turn."""
     return update_of(request.param)
 
 
@@ -56,7 +56,7 @@ def test_rule(check, update):
 
 @pytest.mark.parametrize("check", checks_in(rule_long_checks))
 def test_rule_over_thousands_of_steps(check):
-    """One back end will do: all have the same bits, and the reference takes minutes."""
+    """One backend is enough: all give the same bits, and the reference takes minutes."""
     check(update_of("reference" if skip_reason("native") else "native"))
 
 
@@ -95,7 +95,7 @@ def test_hash_equals_the_oracle():
 
 
 def test_hash_is_lowbias32():
-    """hash-prospector's published inverse undoes it, which needs every shift and constant."""
+    """hash-prospector's published inverse inverts it, so every shift and constant is right."""
     x = np.random.default_rng(57).integers(0, 1 << 32, 1 << 16, dtype=np.uint64)
     y = rule_oracle.lowbias32(x)
     y = (y ^ y >> 16) * 0x43021123 & 0xFFFFFFFF
@@ -103,13 +103,14 @@ def test_hash_is_lowbias32():
     assert (y ^ y >> 16 == x).all()
 
 
+# A bit of the gradient, weight, exp_avg, exp_avg_sq or correction.
 INPUTS = [(source, bit) for source in "gpmvc" for bit in range(16)]
 
 
 @pytest.mark.parametrize(
     ("source", "bit"), INPUTS, ids=[f"{source}{bit}" for source, bit in INPUTS]
 )
-def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
+def test_every_input_bit_decorrelates_the_random_bits(source: str, bit: int):
     """Elements that differ in one stored bit get uncorrelated random bits."""
     rng = np.random.default_rng(58)
     element = {name: rng.integers(0, 1 << 16, 1 << 12, dtype=np.uint16) for name in "gpmvc"}
@@ -128,7 +129,7 @@ def test_every_input_bit_changes_all_random_bits(source: str, bit: int):
         assert abs(r) < 0.02, f"draw {draw}: correlation {r:.3f}"
 
 
-def test_random_bits_of_an_element_at_rest():
+def test_random_bits_change_with_the_step_alone():
     """If only the step changes, the random bits are uniform over time and uncorrelated."""
     at_rest = {
         name: torch.tensor([x]).bfloat16()
@@ -149,7 +150,7 @@ def bits_of_int32(x: torch.Tensor) -> np.ndarray:
 
 
 def test_stochastic_round_every_nan_and_infinity():
-    """All 2^24 float32 with the largest exponent keep being NaN or infinity."""
+    """Every float32 NaN stays NaN, and both infinities stay."""
     x = np.arange(0x7F800000, 0x80000000, dtype=np.uint32)
     r = np.random.default_rng(55).integers(0, 1 << 16, x.size, dtype=np.int32)
     for sign in (0, 0x80000000):
@@ -160,7 +161,7 @@ def test_stochastic_round_every_nan_and_infinity():
 
 
 def test_stochastic_round_probability():
-    """Over all 65,536 random patterns a value rounds up as often as its discarded bits say."""
+    """Of all 65,536 random patterns, as many round away from zero as the discarded bits say."""
     r = np.arange(1 << 16, dtype=np.int32)
     for pattern in (
         0x3F800000,
@@ -194,7 +195,7 @@ def test_sqrt_is_correctly_rounded():
     ],
 )
 def test_step_scalars(t: int, hyper: Hyperparams):
-    """Each is the float32 nearest to the exact value."""
+    """Each scalar is the float32 nearest to its exact value."""
     actual = step_scalars(t, kernels.Hyperparams(**hyper._asdict()))
     assert actual.step == t
     for name, exact in exact_scalars(t, hyper).items():
@@ -203,7 +204,7 @@ def test_step_scalars(t: int, hyper: Hyperparams):
 
 @pytest.mark.parametrize("base", [0.9, 0.95, 0.999, 0.9999, 0.0, 1.0])
 def test_power(base: float):
-    """Equal to repeated squaring of rationals rounded to double, and close to the exact power."""
+    """Equal to repeated squaring with each product rounded to double; close to the exact power."""
     for exponent in [*range(20), 1000, 4095, 4096, 12_345]:
         result, square = Fraction(1), Fraction(base)
         for bit in reversed(f"{exponent:b}"):

@@ -1,4 +1,4 @@
-"""The Triton back end without a GPU: interpreted bit for bit, and compiled offline.
+"""The Triton backend without a GPU: interpreted bit for bit, and compiled offline.
 
 Triton reads TRITON_INTERPRET at import, so interpreted cases run in a separate process that returns
 its findings.
@@ -161,7 +161,7 @@ def test_reference_is_used_if_triton_cannot_launch(
     monkeypatch.setattr(cuda, "clip_coefficient", mock.Mock(side_effect=error))
     device = torch.device("cuda", 0)
     sentence = (
-        r"^AdamW_BF16 uses the slower reference back end on cuda: "
+        r"^AdamW_BF16 uses the slower reference backend on cuda: "
         r"Triton cannot launch a kernel on cuda:0 \("
         + re.escape(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         + r"\); it needs a C compiler \(gcc or clang in PATH, or one named by CC\) and a writable "

@@ -58,7 +58,7 @@ def test_summary_reports_the_median_step_time(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "update", update)
     assert run("--out", tmp_path, "--steps 5") == 0
-    line = "optimizer step        2.00 ms (median), clipping included, native back end"
+    line = "optimizer step        2.00 ms (median), clipping included, native backend"
     assert line in capsys.readouterr().out
 
 

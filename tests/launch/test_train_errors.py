@@ -91,7 +91,7 @@ ERRORS = {
         lambda t: f"--out {write(folder(t / 'other') / 'checkpoints', 1).parent}",
         "--out .*/other cannot be used .File exists: .*/other/checkpoints.",
     ),
-    "unknown back end": (lambda t: "--optimizer-backend abacus", "Invalid backend: 'abacus'"),
+    "unknown backend": (lambda t: "--optimizer-backend abacus", "Invalid backend: 'abacus'"),
 }
 
 

@@ -140,13 +140,13 @@ def test_dead_rank_is_a_clear_error_on_the_other(tmp_path, strategy, moment, cli
     assert same or not unchanged
 
 
-def impatient_mesh() -> DeviceMesh:
+def short_timeout_mesh() -> DeviceMesh:
     return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
 
 
 def hanging_worker(rank, world, moment):
     """Rank 1 hangs. The timeout is the mesh's 3 s, not the default group's 100 s."""
-    mesh = impatient_mesh()
+    mesh = short_timeout_mesh()
     model = nn.Linear(4, 4).bfloat16()
     if moment == "construction":
         if rank == 0:

@@ -81,5 +81,5 @@ def timeout_errors(call: Call, ranks: Sequence[int]) -> Iterator[None]:
     # A step exchanges only if other gradients have come since the agreement.
     what = call.caller.value + (" with other gradients" if call.caller is Caller.STEP else "")
     when = "after clip_grad_norm_(), precision_stats() or a failed step()"
-    with comm_errors(f"calling {what} {when}, which every rank or none has to do,", ranks):
+    with comm_errors(f"calling {what} {when}, which must happen on every rank or on none,", ranks):
         yield

@@ -1,4 +1,4 @@
-"""The exchange of gradient reports in stage 2, as small as what ranks know of each other allows."""
+"""Exchange of gradient reports in stage 2: one flag in a steady step, else the whole reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reduce_scatter import PendingReduce
 
 
 class Exchange(NamedTuple):
-    """This rank's report in an exchange, and the result that all ranks agreed on."""
+    """This rank's report, and the element-wise maximum over ranks, which all ranks agreed on."""
 
     own: GradReport
     agreed: GradReport
@@ -24,13 +24,13 @@ class Agreement(NamedTuple):
     """The result of :meth:`GradConsensus.agree`.
 
     Attributes:
-        report: what the ranks agree on.
+        agreed: the report that all ranks agreed on.
         problems: all ranks' problems in one sentence, or None.
-        closing_reduce: the last reduction of the closing bucket, if it has told that all ranks
-            repeat their reports.
+        closing_reduce: the last reduction of the closing bucket, completed, if its flag showed that
+            every rank's report is the expected one; else None.
     """
 
-    report: GradReport
+    agreed: GradReport
     problems: str | None
     closing_reduce: PendingReduce | None
 
@@ -39,32 +39,33 @@ class GradConsensus:
     """The exchanges of one optimizer. See [Note: Closing bucket].
 
     Attributes:
-        expected: the exchange that the next ones probably repeat, or None. It is set and cleared on
-            all ranks alike.
+        expected: the exchange that the next steps are expected to repeat, or None. Every rank sets
+            and clears it at the same points.
     """
 
     def __init__(self, collectives: HostCollectives, static_graph: bool) -> None:
         self._collectives = collectives
         self._static_graph = static_graph
         self.expected: Exchange | None = None
-        self._last: Exchange | None = None  # of these buckets
-        self._last_two_differ = False  # in what the ranks agreed on
+        self._last: Exchange | None = None  # with the current buckets
+        self._last_two_differ = False  # whether the last two exchanges agreed on different reports
 
     def reset(self) -> None:
-        """Forget what was exchanged: there are other buckets."""
+        """Drop all exchanges, because the buckets were rebuilt."""
         self.expected = self._last = None
 
     def expect_repetition(self) -> None:
-        """After a step, decide whether the next one may repeat its exchange.
+        """After a step, set ``expected`` if the next step is likely to repeat the last exchange.
 
-        All ranks decide alike, since what they have agreed on is all that counts.
+        All ranks decide the same, since the decision depends only on what they agreed on.
         """
         last = self._last
         if (
             self.expected is None
             and last is not None
             and not last.agreed.discards
-            and find_difference(last.agreed.call) is None  # else the step has repeated it
+            # If calls differed, all ranks raised, and a retry without launches ended the step.
+            and find_difference(last.agreed.call) is None
             and (self._static_graph or not self._last_two_differ)
         ):
             self.expected = last
@@ -72,8 +73,8 @@ class GradConsensus:
     def flag_carrier(self, order: BucketOrder) -> ClosingBucket | None:
         """Return the closing bucket if it carries the flag of this step, else None.
 
-        It does if no other active bucket launches after it. Then a rank whose hooks get one more
-        gradient, and launch it, sees in its report that it has to set the flag.
+        It does if no other active bucket launches after it. If a hook then launches it for an
+        unexpected gradient, this rank's report differs, so :meth:`agree` sets the flag.
         """
         closing = order.closing
         if self.expected is None or not isinstance(closing, ClosingBucket):
@@ -85,8 +86,8 @@ class GradConsensus:
         """Agree on the gradients of a reduction. Collective.
 
         Args:
-            report: of this rank.
-            problem: of this rank, or None.
+            report: this rank's report.
+            problem: this rank's problem, or None.
             order: the buckets.
         """
         expected = self.expected
@@ -97,7 +98,7 @@ class GradConsensus:
                 return Agreement(expected.agreed, None, closing_reduce)
         values, problems = self._collectives.all_reduce_max_and_problems(report.flatten(), problem)
         agreed = report.unflatten(values)
-        if any(agreed.launches):  # else it tells nothing about the next steps
+        if any(agreed.launches):  # else it is a retry, and tells nothing about the next steps
             if not self._static_graph:
                 self.expected = None
             last, self._last = self._last, Exchange(report, agreed)
@@ -107,7 +108,10 @@ class GradConsensus:
     def _find_any(
         self, differs: bool, closing: ClosingBucket | None
     ) -> tuple[bool, PendingReduce | None]:
-        """Return whether any rank ``differs``; if the bucket tells that none does, its mean too."""
+        """Return whether any rank ``differs``, and the closing bucket's reduction if it tells so.
+
+        The reduction is None if the flag was sent alone, or if a rank differs.
+        """
         if closing is None:
             return self._collectives.any_rank(differs), None
         with profiler_range("ZeRO::reduce_scatter"):

@@ -34,7 +34,7 @@ from sharded_bf16_adamw.sharding.zero.all_gather import PendingAllGather
 
 LAYERS = 4
 PRESET = Config(LAYERS, 128, 4, 352, 64, 8, 3, 1e-3)
-RANKS = {"single": 1, "hsdp": 4, "fsdp2+tp": 4}  # else 2
+RANKS = {"single": 1, "hsdp": 4, "fsdp2+tp": 4}  # the others: 2
 # Activations take most memory in the first, and weights, gradients and buffers in the second.
 SEQ_LENS = (64, 8)
 TOLERANCE = 0.05
@@ -51,9 +51,9 @@ def nbytes(tensors):
 
 @contextmanager
 def in_backward_on_a_slow_network():
-    """Let train.py step in the backward pass; no collective completes before it is waited for.
+    """Step in the backward pass in train.py; no collective completes before it is waited for.
 
-    Else what is alive would depend on the machine's load.
+    Otherwise the set of live tensors would depend on the machine's load.
     """
     completes = reduce_scatter._completes_within
     with (
@@ -70,8 +70,9 @@ def in_backward_on_a_slow_network():
 def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation, in_backward):
     """Return the bytes that this rank holds and sends in its third step.
 
-    The first two steps create states, and find the order of gradients. What they leave is noted,
-    but not counted, which would take a third of the time.
+    The first two steps create the states and record the order of gradients. Their storages are
+    recorded, but live bytes are not summed after each operation, which would take a third of the
+    time.
     """
     options = f"--strategy {strategy} --optimizer {optimizer} --grad-accum {accumulation}"
     paths = f"--data {directory}/text --out {directory}/{seq_len}"
@@ -92,21 +93,23 @@ def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulat
                     live.collectives.clear()
                     live.reset_peak()
                     loss = float(backward(run))
-                    is_reduced = nullcontext()
+                    no_second_reduce = nullcontext()
                     if strategy == "zero2":
                         run.optimizer._sharding.reduce_grads()
-                        # another method would exchange again
-                        is_reduced = mock.patch.object(run.optimizer._sharding, "reduce_grads")
+                        # else clip_grad_norm_() in update() would exchange again
+                        no_second_reduce = mock.patch.object(
+                            run.optimizer._sharding, "reduce_grads"
+                        )
                         held = run.optimizer._sharding._sharded_grads
                         grads = [held[param] for param in params if param in held]
                     else:
                         grads = [param.grad for param in params if param.grad is not None]
                     gradient_bytes = nbytes(grads)
                     grads = held = None
-                    if in_backward:  # update() clips
+                    if in_backward:  # update() clips, which needs all gradients first
                         run.optimizer.step(zero_grad=True)
                     else:
-                        with is_reduced:
+                        with no_second_reduce:
                             update(run, loss)
     return {
         "weights": nbytes(params),
@@ -160,7 +163,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("strategy", "optimizer", "accumulation", "in_backward", "seq_len"),
     [
-        # By default one length of each case, in turn; the other is exhaustive.
+        # By default each case runs with one length, in turn; the other is marked exhaustive.
         pytest.param(
             *case, seq_len, marks=[] if at == index % len(SEQ_LENS) else pytest.mark.exhaustive
         )
@@ -168,7 +171,7 @@ CASES = [
         for at, seq_len in enumerate(SEQ_LENS)
     ],
 )
-def test_plan_is_what_ranks_measure(
+def test_plan_matches_measured_bytes(
     tmp_path, strategy, optimizer, accumulation, in_backward, seq_len
 ):
     (tmp_path / "text").write_text("to be or not to be, " * 500)
@@ -194,7 +197,7 @@ def test_parameters_of_llama_are_counted():
         assert plan(shape, 1, "single", options).weights == 2 * parameters
 
 
-def test_recomputing_leaves_the_inputs_of_layers():
+def test_recompute_keeps_only_the_inputs_of_layers():
     options = (Options(recompute=recompute) for recompute in (False, True))
     jobs = (make_job(from_preset("8b"), 8, "fsdp2", each) for each in options)
     kept, recomputed = (job.activations.block.per_further_layer for job in jobs)
@@ -207,11 +210,11 @@ def test_step_in_backward_keeps_no_gradients():
 
 
 def test_cheapest_sends_least_of_those_that_fit():
-    def of(strategy, total, sent):
+    def make_plan(strategy, total, sent):
         return Plan(strategy, 1, total, 0, mock.Mock(total=0), sent)
 
-    plans = [of("a", 10, 1), of("b", 5, 3), of("c", 4, 2), of("d", 3, 2)]
-    assert [cheapest(plans, memory).strategy for memory in (10, 9)] == ["a", "d"]
+    plans = [make_plan(*each) for each in (("a", 10, 1), ("b", 5, 3), ("c", 4, 2), ("d", 3, 2))]
+    assert [cheapest(plans, limit).strategy for limit in (10, 9)] == ["a", "d"]
     assert cheapest(plans, 2) is None
 
 
@@ -228,14 +231,14 @@ def write_config(path, **changes):
     path.write_text(json.dumps({**config, **changes}))
 
 
-def test_config_of_hugging_face_is_planned(tmp_path, capsys):
+def test_plan_of_a_hugging_face_config(tmp_path, capsys):
     path = tmp_path / "config.json"
     write_config(path)
     arguments = f"--config {path} --world-size 2 --seq-len 16 --memory"
     assert command.main([*arguments.split(), "1"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[-1] == "sends least and fits: --strategy tp --grad-accum 2"
-    assert "no single: --strategy single runs on one process, not 2." in output
+    assert "single cannot run: --strategy single runs on one process, not 2." in output
     assert command.main([*arguments.split(), "1e-6"]) == 1
     assert "nothing fits into 1e-06 GB" in capsys.readouterr().out
 
@@ -245,7 +248,7 @@ def test_config_of_hugging_face_is_planned(tmp_path, capsys):
     [
         ("--world-size 0", "0 is not a positive number"),
         ("--memory nan", "--memory: nan is not a positive number"),
-        ("--preset nano --strategy tp --world-size 3", "the 2 heads do not divide into 3"),
+        ("--preset nano --strategy tp --world-size 3", "the 2 heads are not divisible by 3"),
         ("--strategy hsdp --world-size 3", "but there are 3: start an even number"),
         (
             "--strategy ddp --world-size 4 --batch-size 6",
@@ -257,7 +260,7 @@ def test_config_of_hugging_face_is_planned(tmp_path, capsys):
         ("--config {config}", "has vocab_size = None, not a positive integer"),
     ],
 )
-def test_errors_of_use_are_one_sentence_and_code_2(tmp_path, capsys, arguments, message):
+def test_usage_errors_print_one_line_and_return_2(tmp_path, capsys, arguments, message):
     config = tmp_path / "config.json"
     write_config(config, vocab_size=None)
     assert command.main(arguments.format(config=config).split()) == 2
@@ -265,7 +268,7 @@ def test_errors_of_use_are_one_sentence_and_code_2(tmp_path, capsys, arguments, 
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_experts_are_refused(tmp_path, capsys):
+def test_moe_config_is_an_error(tmp_path, capsys):
     path = tmp_path / "config.json"
     write_config(path, num_local_experts=8)
     assert command.main(["--config", str(path)]) == 2

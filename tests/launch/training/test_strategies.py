@@ -128,11 +128,11 @@ def refused_worker(rank, world_size, *arguments):
     [
         (3, "--strategy hsdp --batch-size 12", "but there are 3: start an even number"),
         (3, "--strategy fsdp2+tp --batch-size 12", "but there are 3: start an even number"),
-        (3, "--strategy tp", "2 heads do not divide into 3 tensor-parallel ranks"),
+        (3, "--strategy tp", "2 heads are not divisible by 3 tensor-parallel ranks"),
         (
             2,
             "--strategy tp --seq-len 15",
-            "--seq-len 15 does not divide into 2 tensor-parallel ranks: use a multiple of 2",
+            "--seq-len 15 is not divisible by 2 tensor-parallel ranks: use a multiple of 2",
         ),
         (
             4,

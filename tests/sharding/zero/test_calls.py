@@ -1,4 +1,4 @@
-"""Ranks that call other methods than each other: an error on every rank, or a clear timeout."""
+"""Ranks that call different methods: an error on every rank, or a timeout that names the call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .cases import (
 from .loop_cases import named
 
 
-def impatient_mesh():
+def short_timeout_mesh():
     return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
 
 
@@ -45,14 +45,14 @@ def add(optimizer):
 
 
 def train(model, optimizer, first, count=4):
-    """Take steps on the same gradients on every rank, which suit both stages."""
+    """Take steps on gradients that are the same on every rank, as stage 1 gets them from DDP."""
     for step in range(first, first + count):
         backward(model, step)
         optimizer.clip_grad_norm_(0.5)
         optimizer.step(zero_grad=True)
 
 
-# -------------------------------------------------------- calls that the ranks see to be different
+# -------------------------------------------------------- different calls that the ranks detect
 
 
 def added(model, optimizer, rank):
@@ -136,31 +136,36 @@ def cleared_after_an_error(model, optimizer, rank):
     optimizer.step()
 
 
-AT_ONCE = "some ranks called {} and others {} at the same point; make the same calls on every rank"
-FOUND = [
-    (added, AT_ONCE.format("clip_grad_norm_()", "add_param_group()")),
-    (added_before_the_step, AT_ONCE.format("step()", "add_param_group()")),
-    (added_where_another_clears, AT_ONCE.format(".*", ".*")),
-    (clipped, AT_ONCE.format("step()", "clip_grad_norm_()")),
-    (measured, AT_ONCE.format("clip_grad_norm_()", "precision_stats()")),
+DIFFERENT_CALLS = (
+    "some ranks called {} and others {} at the same point; make the same calls on every rank"
+)
+DETECTED = [
+    (added, DIFFERENT_CALLS.format("clip_grad_norm_()", "add_param_group()")),
+    (added_before_the_step, DIFFERENT_CALLS.format("step()", "add_param_group()")),
+    (added_where_another_clears, DIFFERENT_CALLS.format(".*", ".*")),
+    (clipped, DIFFERENT_CALLS.format("step()", "clip_grad_norm_()")),
+    (measured, DIFFERENT_CALLS.format("clip_grad_norm_()", "precision_stats()")),
     (cleared_where_another_clips_again, DISCARDED_ON_SOME_RANKS_ERROR),
     (cleared_where_another_measures, DISCARDED_ON_SOME_RANKS_ERROR),
     (
         measured_where_another_clips_again,
-        AT_ONCE.format("clip_grad_norm_()", "precision_stats()"),
+        DIFFERENT_CALLS.format("clip_grad_norm_()", "precision_stats()"),
     ),
-    (added_where_another_clips_again, AT_ONCE.format("clip_grad_norm_()", "add_param_group()")),
+    (
+        added_where_another_clips_again,
+        DIFFERENT_CALLS.format("clip_grad_norm_()", "add_param_group()"),
+    ),
     (cleared_after_an_error, DISCARDED_ON_SOME_RANKS_ERROR),
 ]
 
 
-def found_worker(rank, world, stage, steps):
-    """Every rank raises, its weights are as before, and it can go on."""
+def detected_worker(rank, world, stage, steps):
+    """Assert that every rank raises, keeps its weights and states, and can continue."""
     results = []
-    for misuse, message in FOUND:
+    for misuse, message in DETECTED:
         with named(misuse.__name__):
             model = Parameters()
-            optimizer = new_optimizer(model, zero(stage, impatient_mesh()))
+            optimizer = new_optimizer(model, zero(stage, short_timeout_mesh()))
             train(model, optimizer, 0, steps)
             before = collect(model, optimizer)
             with pytest.raises(RuntimeError, match=re.escape(message).replace(r"\.\*", ".*")):
@@ -179,13 +184,13 @@ def test_different_calls_are_an_error_on_every_rank(stage, steps):
     optimizer = new_optimizer(model)
     train(model, optimizer, 0, steps)
     train(model, optimizer, 20)
-    for results in run_ranks(2, found_worker, stage, steps):
+    for results in run_ranks(2, detected_worker, stage, steps):
         for found in results:
             assert_same_bits(found, collect(model, optimizer))
 
 
 def one_more_group(params, mesh, rank, in_backward):
-    """Build the optimizer of rank 1 with one group more."""
+    """Step once, with one more parameter group on rank 1 than on rank 0."""
     groups = [{"params": [param]} for param in params]
     options = {"sharding": zero(2, mesh), "step_in_backward": in_backward}
     optimizer = AdamW_BF16(groups[: 1 + rank], **options)
@@ -196,15 +201,15 @@ def one_more_group(params, mesh, rank, in_backward):
 def other_groups_worker(rank, world, in_backward):
     params = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"called step\(\) and others add_param_group\(\) at"):
-        one_more_group(params, impatient_mesh(), rank, in_backward)
+        one_more_group(params, short_timeout_mesh(), rank, in_backward)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_other_number_of_groups(in_backward):
+def test_different_numbers_of_groups_are_an_error(in_backward):
     run_ranks(2, other_groups_worker, in_backward)
 
 
-# -------------------------------------------------------- a step on a rank after clip_grad_norm_()
+# --------------------------- another call than step() on one rank after clip_grad_norm_()
 
 
 def one_more_backward(model, optimizer, rank):
@@ -237,26 +242,26 @@ def measured_instead(model, optimizer, rank):
     optimizer.step()
 
 
-INSTEAD = [
+INSTEAD_OF_STEP = [
     (one_more_backward, "calling step() with other gradients"),
     (cleared_instead, "calling zero_grad()"),
     (added_instead, "calling add_param_group()"),
     (clipped_again, "calling clip_grad_norm_()"),
     (measured_instead, "calling precision_stats()"),
 ]
-EVERY_RANK = (
-    " after clip_grad_norm_(), precision_stats() or a failed step(), which every rank or none has "
-    "to do, between ranks 0, 1 failed on rank 1; most likely"
+AFTER_CONSENSUS = (
+    " after clip_grad_norm_(), precision_stats() or a failed step(), which must happen on every "
+    "rank or on none, between ranks 0, 1 failed on rank 1; most likely"
 )
 
 
 def timeout_worker(rank, world, stage, steps):
-    for instead, call in INSTEAD:
+    for instead, call in INSTEAD_OF_STEP:
         if stage == 1 and instead is one_more_backward:
             continue  # DDP reduces its gradients
         with named(instead.__name__):
             model = Parameters()
-            optimizer = new_optimizer(model, zero(stage, impatient_mesh()))
+            optimizer = new_optimizer(model, zero(stage, short_timeout_mesh()))
             train(model, optimizer, 0, steps)
             backward(model)
             optimizer.clip_grad_norm_(0.5)
@@ -265,7 +270,7 @@ def timeout_worker(rank, world, stage, steps):
                 instead(model, optimizer, rank)
             if rank == 1:
                 assert all(map(torch.equal, before, model.parameters()))
-                message = call + EVERY_RANK
+                message = call + AFTER_CONSENSUS
             else:
                 message = "gathering the updated weights between ranks 0, 1 failed on rank 0; most"
             assert str(caught.value).startswith(message)
@@ -273,12 +278,12 @@ def timeout_worker(rank, world, stage, steps):
 
 @pytest.mark.parametrize(("stage", "steps"), [(1, 4), (2, 0), (2, 4)])
 def test_another_call_than_step_after_clipping_ends_in_a_timeout(stage, steps):
-    """A step after ``clip_grad_norm_()`` exchanges nothing, so nobody can know in time."""
+    """A step after ``clip_grad_norm_()`` exchanges nothing, so ranks cannot detect it."""
     run_ranks(2, timeout_worker, stage, steps)
 
 
 def goes_on(instead, model, optimizer, rank):
-    """Run the next step too, as nothing stops rank 0."""
+    """Take the next step too. ``instead`` raises on rank 1 only, as rank 0 waits for nobody."""
     instead(model, optimizer, rank)
     assert rank == 0
     optimizer.zero_grad()
@@ -287,8 +292,8 @@ def goes_on(instead, model, optimizer, rank):
 
 
 def unnoticed_worker(rank, world):
-    """Nothing is gathered, as each rank holds all weights: the next exchange tells."""
-    for instead, _ in INSTEAD:
+    """No weights are gathered on this mesh, so only the next exchange detects the difference."""
+    for instead, _ in INSTEAD_OF_STEP:
         with named(instead.__name__):
             model = Parameters()
             optimizer = new_optimizer(model, zero(2, mesh_of((2, 1))))
@@ -299,7 +304,7 @@ def unnoticed_worker(rank, world):
                 goes_on(instead, model, optimizer, rank)
 
 
-def test_another_call_than_step_where_no_rank_waits():
+def test_another_call_than_step_is_detected_later_without_all_gather():
     run_ranks(2, unnoticed_worker)
 
 
@@ -307,7 +312,7 @@ def test_another_call_than_step_where_no_rank_waits():
 
 
 def skipped_worker(rank, world, stage):
-    """Steps are skipped and statistics measured; the steps after them are steady at once."""
+    """Skip a step after clip_grad_norm_() and precision_stats(); the next is steady at once."""
     model = Parameters()
     optimizer = new_optimizer(model, zero(stage))
     train(model, optimizer, 0)
@@ -348,6 +353,6 @@ def retried_before_the_promise(rank, ranks):
     return collect(model, optimizer)
 
 
-def test_failed_exchange_is_not_what_static_graph_expects():
+def test_static_graph_ignores_a_failed_exchange():
     one, other = run_ranks(2, retried_before_the_promise)
     assert_same_bits(one, other)
