@@ -1,19 +1,8 @@
 """AdamW for models whose weights are bfloat16, sharded over any number of ranks."""
 
-from .checkpoint import (
-    convert_fp32,
-    export_fp32,
-    gather_full_state_dict,
-    import_fp32,
-    latest,
-    load,
-    newest_good,
-    prune,
-    save,
-    scatter_full_state_dict,
-    verify,
-    wait_for_save,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .ema import EMA
 from .optimizer import AdamW_BF16
 from .param_groups import param_groups
@@ -24,6 +13,22 @@ from .sharding.fp32_sum import Fp32SumReduceScatter
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
 from .step_in_backward.clip import ClipInBackward
+
+if TYPE_CHECKING:
+    from .checkpoint import (
+        convert_fp32,
+        export_fp32,
+        gather_full_state_dict,
+        import_fp32,
+        latest,
+        load,
+        newest_good,
+        prune,
+        save,
+        scatter_full_state_dict,
+        verify,
+        wait_for_save,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,3 +56,15 @@ __all__ = [
     "verify",
     "wait_for_save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what saves and loads at its first use: DCP takes half as long as torch itself."""
+    if name in __all__ or name == "checkpoint":
+        checkpoint = importlib.import_module(".checkpoint", __name__)
+        return checkpoint if name == "checkpoint" else getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

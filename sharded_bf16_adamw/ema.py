@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
 
 from .kernels import is_capturing
 from .kernels.reference import lowbias32, step_key
 from .optimizer import AdamW_BF16
-from .sharding.dtensor import DTensor, to_local
+from .sharding.dtensor import to_local
+from .torch_types import is_dtensor, is_fsdp1, is_fsdp2
 
 CPU_CHUNK = 1 << 16  # elements: smaller chunks add call overhead, larger ones leave the cache
 DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
@@ -182,15 +181,17 @@ class EMA:
             kept = weight.clone()
             weight.copy_(local)
             local.copy_(kept)
-            if isinstance(shard, DTensor) and not isinstance(param, DTensor):  # ZeRO
+            if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
                 param.copy_(shard.full_tensor())
 
     def _reshard_modules(self) -> None:
         """Reshard FSDP's modules: the root may still be unsharded after an evaluation."""
         for module in self._model.modules():
-            if isinstance(module, FSDPModule):
+            if is_fsdp2(module):
                 module.reshard()
-            elif isinstance(module, FullyShardedDataParallel):
+            elif is_fsdp1(module):
+                from torch.distributed.fsdp._runtime_utils import _reshard
+
                 handle, has_run = module._handle, module._is_root is not None
                 if handle is not None and handle.uses_sharded_strategy and has_run:
                     _reshard(module, handle, free_unsharded_flat_param=True)

@@ -23,10 +23,11 @@ from .kernels import (
     is_capturing,
 )
 from .sharding.base import Sharding
-from .sharding.dtensor import DTensor, group_by
+from .sharding.dtensor import group_by
 from .sharding.global_norm import Key, all_reduce_sums
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import in_shared_order
+from .torch_types import is_dtensor
 
 SumKey = tuple[bool, Key]
 """Parameters whose gradients are summed together: whether they are experts, their shard groups."""
@@ -244,7 +245,7 @@ class GradNorm:
                 own_groups = (parallel.group("dp"), parallel.group("edp"))
                 replica_groups |= {group for group in own_groups if group is not None}
             keys = [(id(p) in experts, sharding.shard_groups(p)) for p in params]
-            is_plain = not any(isinstance(sharding.shard(p), DTensor) for p in params)
+            is_plain = not any(is_dtensor(sharding.shard(p)) for p in params)
             param_of_key = dict(zip(keys, params, strict=True))
             info = GroupInfo(list(params), keys, param_of_key, replica_groups, is_plain)
             self._infos[index] = info

@@ -8,14 +8,14 @@ submodule may be called ``module``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+
+from .torch_types import is_compiled, is_fsdp1
 
 DDP = "module"
 COMPILE = "_orig_mod"
@@ -79,7 +79,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def flat_params(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield each flat parameter of FSDP1 with the prefix of the names in it."""
     for prefix, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+        if is_fsdp1(module) and module._handle is not None:
             yield f"{prefix}." if prefix else "", module._handle.flat_param
 
 
@@ -97,20 +97,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def has_fsdp1(model: nn.Module) -> bool:
     """Return True if FSDP1 wraps any part: torch then returns copies as state, not live tensors."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return any(is_fsdp1(module) for module in model.modules())
 
 
 def _wrapper_segment(module: nn.Module) -> str | None:
     """Return the segment that a wrapper adds to names, or None if the module is not a wrapper."""
-    # torch._dynamo is slow to import. If it was not imported, no module is compiled.
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    for segment, wrapper_class in (
-        (DDP, DistributedDataParallel),
-        (FSDP1, FullyShardedDataParallel),
-        (CHECKPOINT, ActivationWrapper),
-        (COMPILE, () if dynamo is None else dynamo.OptimizedModule),
+    for segment, is_wrapper in (
+        (DDP, isinstance(module, DistributedDataParallel)),
+        (FSDP1, is_fsdp1(module)),
+        (CHECKPOINT, isinstance(module, ActivationWrapper)),
+        (COMPILE, is_compiled(module)),
     ):
-        if isinstance(module, wrapper_class) and segment in module._modules:
+        if is_wrapper and segment in module._modules:
             return segment
     return FABRIC if _is_fabric_wrapper(module) else None
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .sharding.base import Sharding
-from .sharding.dtensor import DTensor, to_local, zeros_like_shard
+from .sharding.dtensor import to_local, zeros_like_shard
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import Replica
+from .torch_types import is_dtensor
 from .validation import param_names
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "correction")  # in the order of a new state
@@ -200,7 +201,7 @@ def _replicas(
     """
     weight_groups = sharding.weight_replica_groups(param)
     state_groups = sharding.replica_groups(param)
-    is_plain = not isinstance(sharding.shard(param), DTensor) and not sharding.shard_groups(param)
+    is_plain = not is_dtensor(sharding.shard(param)) and not sharding.shard_groups(param)
     if is_plain and not weight_groups and dp is not None and dist.get_world_size(dp) > 1:
         weight_groups = state_groups = (dp,)
     if weight_groups:

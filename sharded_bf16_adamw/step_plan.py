@@ -22,8 +22,9 @@ from .gradients import GroupGrads, wrong_numel
 from .kernels import FusedAdamW, Hyperparams, Runs, StepArgs, is_capturing
 from .kernels.device_memory import WARM_UP
 from .sharding.base import Sharding
-from .sharding.dtensor import DTensor, group_by, to_local
+from .sharding.dtensor import group_by, to_local
 from .state import states_for
+from .torch_types import is_dtensor
 from .validation import param_names
 
 MAX_PLANS = 4  # sets of parameters may take turns: generator and discriminator, experts
@@ -58,7 +59,7 @@ class StepPlan:
         self._names = names
         self._sharding = sharding
         shards = [sharding.shard(param) for param in params]
-        self._is_plain = not any(isinstance(shard, DTensor) for shard in shards)
+        self._is_plain = not any(is_dtensor(shard) for shard in shards)
         self._addresses = self._read_addresses()
         self._layouts = self._read_layouts()
         local_shards = list(map(to_local, shards))

@@ -43,7 +43,7 @@ forkserver.set_forkserver_preload(
         "torch._inductor.utils",
         "numpy.ma",
         "pytest",
-        "sharded_bf16_adamw",
+        "sharded_bf16_adamw.checkpoint",
     ]
 )
 _pool: list[tuple[Any, Connection]] = []

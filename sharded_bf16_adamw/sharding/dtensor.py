@@ -7,25 +7,34 @@ returns the groups to sum over, :func:`replica_groups` those that hold the same 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 
+from ..torch_types import is_dtensor
 from .fsdp1 import is_flattened, replica_group, shard_group
 
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, sharing its memory; any other tensor as it is."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
     # As to_local(), without its autograd function, which costs time for every tensor in every step.
     local = tensor._local_tensor
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+    if type(local) is Tensor or not isinstance(local, _async_collective_tensor()):
+        return local
+    return local.wait()
+
+
+@functools.cache
+def _async_collective_tensor() -> Any:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor
 
 
 def local_grad(param: Tensor) -> Tensor:
@@ -35,11 +44,7 @@ def local_grad(param: Tensor) -> Tensor:
     """
     grad = param.grad
     assert grad is not None
-    if (
-        isinstance(grad, DTensor)
-        and isinstance(param, DTensor)
-        and grad.placements != param.placements
-    ):
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return to_local(grad)
 
@@ -64,7 +69,7 @@ def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     Raises:
         RuntimeError: the groups of an FSDP1 parameter are unknown; see :func:`.fsdp1.shard_group`.
     """
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         mesh = param.device_mesh
         placements = enumerate(param.placements)
         return tuple(mesh.get_group(axis) for axis, each in placements if not each.is_replicate())
@@ -78,7 +83,7 @@ def replica_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     A DTensor has one for each mesh axis that it is replicated on, an FSDP1 parameter at most one,
     any other parameter none.
     """
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         mesh = param.device_mesh
         axes = [axis for axis, placement in enumerate(param.placements) if placement.is_replicate()]
         return tuple(mesh.get_group(axis) for axis in axes if mesh.size(axis) > 1)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from ..torch_types import is_fsdp2
 from .comm_errors import comm_errors
 
 WIRE_DTYPE = torch.bfloat16
@@ -80,7 +80,7 @@ class Fp32SumReduceScatter:
             ValueError: the model has no FSDP2 module, or one that shards its parameters over
                 several meshes, for which torch accepts no custom reduce-scatter.
         """
-        modules: list[Any] = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        modules: list[Any] = [each for each in model.modules() if is_fsdp2(each)]
         if not modules:
             raise ValueError(
                 "Fp32SumReduceScatter.install got a model without FSDP2 modules; call fully_shard "

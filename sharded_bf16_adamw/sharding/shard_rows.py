@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..torch_types import is_dtensor
 from .dtensor import to_local
 from .fsdp1 import is_flattened, unsharded_range
 
@@ -55,7 +54,9 @@ def shard_rows(shard: Tensor) -> ShardRows | None:
     if not (shard.is_contiguous() and _is_in_order(local)):
         return None
     offset: tuple[int, ...] = (0,) * shard.ndim
-    if isinstance(shard, DTensor):
+    if is_dtensor(shard):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         mesh, placements = shard.device_mesh, shard.placements
         local_shape, offset = compute_local_shape_and_global_offset(shard.shape, mesh, placements)
         if tuple(local_shape) != tuple(local.shape):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .dtensor import DTensor
+from ..torch_types import is_dtensor
 from .fsdp1 import is_flattened
 
 
@@ -55,7 +55,7 @@ def _seem_replaced(params: list[Tensor]) -> bool | None:
             and param.grad is None
             and param.requires_grad
             and id(param) not in in_modules
-            and not isinstance(param, DTensor)
+            and not is_dtensor(param)
             and not is_flattened(param)
             and tuple(param.shape) in replaced_shapes
             for param in params
@@ -65,7 +65,7 @@ def _seem_replaced(params: list[Tensor]) -> bool | None:
 
 def _shapes_replaced_by(param: Tensor) -> Iterable[tuple[int, ...]]:
     """Return the shapes of the parameters that ``param`` replaced when the model was sharded."""
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         return (tuple(param.shape),)
     if is_flattened(param):
         # A flat parameter has this; original parameters that stay in the module do not.

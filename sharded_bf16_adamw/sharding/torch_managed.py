@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..torch_types import is_dtensor
 from .base import Caller
 from .dtensor import local_grad, replica_groups, shard_groups, to_local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class TorchManaged:
@@ -42,13 +45,15 @@ class TorchManaged:
         return param
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
-        if not isinstance(value, DTensor):
-            if not isinstance(param, DTensor):
+        if not is_dtensor(value):
+            if not is_dtensor(param):
                 return value
             # A plain state_dict: every rank holds the full tensor.
+            from torch.distributed.tensor import distribute_tensor
+
             mesh, placements = param.device_mesh, param.placements
             return distribute_tensor(value, mesh, placements, src_data_rank=None).to(param.device)
-        if not isinstance(param, DTensor):
+        if not is_dtensor(param):
             raise ValueError(
                 f"{what} is a shard but the parameter is not sharded; load what ZeRO or FSDP "
                 "sharded with sharded_bf16_adamw.load or with "

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from ..gradients import GroupGrads
 from ..kernels import Hyperparams, is_capturing
-from ..sharding.dtensor import DTensor, shard_groups
+from ..sharding.dtensor import shard_groups
 from ..sharding.fsdp1 import is_flattened
 from ..sharding.model_parallel import ModelParallel
 from ..sharding.zero.config import ZeRO
 from ..sharding.zero.param_checks import is_wrapped_by_ddp
 from ..step_plan import hyperparams_of
+from ..torch_types import is_dtensor
 from ..validation import name_in_group, param_name
 from .clip import ClipInBackward
 
@@ -177,10 +177,12 @@ def failure_message(caller: str, updated: int, params: Collection[Tensor]) -> st
         f"{caller} was called after a backward pass that raised when {updated} of "
         f"{len(params)} parameters were updated, so the weights are a mix of two steps; "
     )
-    if not any(isinstance(param, DTensor) for param in params):
+    if not any(is_dtensor(param) for param in params):
         return message + (
             "call optimizer.abandon_step(), then load a checkpoint into model and optimizer"
         )
+    from torch.distributed.fsdp import FSDPModule
+
     if not hasattr(FSDPModule, "reset_iter_state"):  # torch 2.11
         return message + (
             "FSDP2 of this torch cannot go on after that: restart the processes and load a "

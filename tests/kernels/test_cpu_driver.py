@@ -173,7 +173,7 @@ def test_compilers_and_levels_agree(compiler: str, level: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
-    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
+    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g1", "-Og"]
     compiler = os.environ.get("CC", "cc")
     if reason := skip_reason(compiler, flags, tmp_path):
         pytest.skip(reason)

@@ -14,12 +14,14 @@ indices ``r * shard_size`` to ``(r + 1) * shard_size``; the last ranks own fewer
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class ParamSpec(NamedTuple):
@@ -92,6 +94,8 @@ class ZeroParam:
 
     def as_dtensor(self, local: Tensor) -> DTensor:
         """Wrap this rank's shard into a DTensor of the parameter's shape."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         placement = Replicate() if self.shard_dim is None else Shard(self.shard_dim)
         placements = (*[Replicate()] * (self._mesh.ndim - 1), placement)
         shape, stride = self.param.shape, self.param.stride()

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...torch_types import is_dtensor
 from ..fsdp1 import is_flattened
 from ..replica_checksum import checksums, text_checksum
 from .host_collectives import HostCollectives
@@ -19,10 +19,10 @@ from .param import ParamSpec, ZeroParam
 
 def param_problem(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
     """Return why ZeRO cannot shard the parameter, or None."""
-    if isinstance(param, DTensor) or is_flattened(param):
+    if is_dtensor(param) or is_flattened(param):
         kind = (
             "a DTensor (of fully_shard or parallelize_module)"
-            if isinstance(param, DTensor)
+            if is_dtensor(param)
             else "a part of FullyShardedDataParallel"
         )
         return (

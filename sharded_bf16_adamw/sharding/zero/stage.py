@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ...profiling import profiler_range
+from ...torch_types import is_dtensor
 from ..comm_errors import comm_errors
 from .all_gather import AllGather
 from .host_collectives import HostCollectives
@@ -102,7 +102,7 @@ class Stage:
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
         zero_param = self._zero_param(param)
-        if not isinstance(value, DTensor):
+        if not is_dtensor(value):
             return zero_param.as_dtensor(zero_param.local_shard(value))
         shape, expected = value.to_local().shape, zero_param.local_shard(param).shape
         if shape != expected:
