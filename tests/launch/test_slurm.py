@@ -80,6 +80,7 @@ def start(slurm: dict[str, str], out: Path, steps: int) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=LAUNCH.parent, env=slurm, **output)
 
 
+@pytest.mark.exhaustive  # the job that is requeued has all but the last step
 def test_job_trains_to_the_last_step(slurm, tmp_path):
     job = start(slurm, tmp_path / "run", 2)
     output, _ = job.communicate(timeout=200)

@@ -27,7 +27,8 @@ def save_worker(rank: int, world: int, launch: str, root: str) -> None:
         save(root, step, model, optimizer)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+# Eight ranks take most of the time.
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_simulation_has_the_metadata_of_real_ranks(ranks: int, repo: Path, tmp_path: Path) -> None:
     script = repo / "launch" / "benchmark.py"
     options = f"--ranks {ranks} --tensors {TENSORS} --metadata {tmp_path} --json {tmp_path}/j"

@@ -25,7 +25,12 @@ def scenarios_worker(rank, world, options):
 
 @pytest.mark.parametrize(
     ("world", "options"),
-    [(2, {}), (4, FP32_SUMS), (2, {"overlap_gather": True, "max_in_flight": 1})],
+    [
+        (2, {}),
+        (2, {"overlap_gather": True, "max_in_flight": 1}),
+        # Four ranks take as long as both.
+        pytest.param(4, FP32_SUMS, marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_training_loops_match_single_process(world, options):
