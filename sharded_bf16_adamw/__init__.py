@@ -58,12 +58,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what saves and loads at its first use: DCP takes half as long as torch itself."""
-    if name in __all__ or name == "checkpoint":
-        checkpoint = importlib.import_module(".checkpoint", __name__)
-        return checkpoint if name == "checkpoint" else getattr(checkpoint, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else type checkers would take every name for one of the package's
+
+    def __getattr__(name: str) -> Any:
+        """Import what saves and loads when it is first used: importing DCP takes a second."""
+        if name in __all__ or name == "checkpoint":
+            checkpoint = importlib.import_module(".checkpoint", __name__)
+            return checkpoint if name == "checkpoint" else getattr(checkpoint, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

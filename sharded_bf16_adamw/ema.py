@@ -73,15 +73,24 @@ class EMA:
                 f"{type(optimizer).__name__}; use torch.optim.swa_utils.AveragedModel with float32 "
                 "weights"
             )
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"Invalid decay: {decay}; it must be from 0 to 1")
+        _check_decay(decay)
         self._model = model
         self._optimizer = optimizer
         self._is_swapped = False
-        self.decay = decay
+        self._decay = decay
         optimizer.init_state()
         for _, state, weight in self._states():
             state.setdefault("ema", weight.clone())
+
+    @property
+    def decay(self) -> float:
+        """Weight of the old average in an update."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, decay: float) -> None:
+        _check_decay(decay)
+        self._decay = decay
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -97,21 +106,22 @@ class EMA:
         """
         self._check_not_swapped("ema.update()")
         self._optimizer._check_between_steps("ema.update()")
+        states = list(self._states())
+        if any(map(is_capturing, {shard.device for _, _, shard in states})):
+            raise RuntimeError(
+                "a CUDA graph captures ema.update(), whose random bits depend on a count on "
+                "the host; call it outside of the graph, after each replay"
+            )
         groups = self._optimizer.param_groups
         count = max((group.get(UPDATES, 0) for group in groups), default=0) + 1
         for group in groups:
             group[UPDATES] = count
         key, weight = step_key(count), float(np.float32(1.0 - self.decay))
-        for _, state, shard in self._states():
+        for _, state, shard in states:
             if "ema" not in state:
                 state["ema"] = shard.clone()
                 continue
             local = [to_local(x) for x in (state["ema"], shard, state.get("correction", shard))]
-            if is_capturing(local[0].device):
-                raise RuntimeError(
-                    "a CUDA graph captures ema.update(), whose random bits depend on a count on "
-                    "the host; call it outside of the graph, after each replay"
-                )
             for e, p, c in _chunks(local):
                 _update_chunk_(e, p, c, weight=weight, key=key)
 
@@ -119,8 +129,9 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """Use the average as the model's weights within a ``with`` block.
 
-        On exit, even after an error, all weights and corrections are restored bit for bit. Takes no
-        memory beyond a copy of the largest local tensor. Collective with FSDP1 and ZeRO: every rank
+        On exit, even after an error, all weights and corrections are restored bit for bit. For a
+        moment it takes a copy of the largest local shard, with ZeRO of the largest parameter.
+        Collective with FSDP1 and ZeRO: every rank
         calls it. In the context ``model.state_dict()`` and ``optimizer.true_weights()`` are those
         of the average, and the optimizer cannot be stepped, saved or loaded.
 
@@ -135,20 +146,20 @@ class EMA:
 
         def refuse(*_: Any) -> None:
             raise RuntimeError(
-                "the model holds its average inside ema.swapped(), so the optimizer cannot be "
-                "stepped, saved or loaded; do that outside"
+                "the model's weights are its average inside ema.swapped(), so the optimizer cannot "
+                "be stepped, saved or loaded; leave the with block first"
             )
 
-        hooks = [
-            optimizer.register_step_pre_hook(refuse),
-            optimizer.register_state_dict_pre_hook(refuse),
-            optimizer.register_load_state_dict_pre_hook(refuse),
-        ]
         swapped = [(param, state) for param, state, _ in self._states() if "ema" in state]
         states = [dict(state) for _, state in swapped]
         pairs = [(param, state["ema"]) for param, state in swapped]
         self._swap(pairs)
         self._is_swapped = True
+        hooks = [
+            optimizer.register_step_pre_hook(refuse),
+            optimizer.register_state_dict_pre_hook(refuse),
+            optimizer.register_load_state_dict_pre_hook(refuse),
+        ]
         # Hide the correction and the average, which belong to the original weights.
         for _, state in swapped:
             state.pop("correction", None)
@@ -173,16 +184,24 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Exchange the values of each parameter with those of its average."""
+        """Exchange the values of each parameter with those of its average: of all, or of none."""
         self._reshard_modules()
-        for param, average in pairs:
-            shard = self._optimizer._sharding.shard(param).detach()
-            weight, local = to_local(shard), to_local(average)
-            kept = weight.clone()
-            weight.copy_(local)
-            local.copy_(kept)
-            if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
-                param.copy_(shard.full_tensor())
+        for index, pair in enumerate(pairs):
+            try:
+                self._exchange(*pair)
+            except BaseException:  # full memory, for example
+                for done in pairs[:index]:
+                    self._exchange(*done)
+                raise
+
+    def _exchange(self, param: Tensor, average: Tensor) -> None:
+        shard = self._optimizer._sharding.shard(param).detach()
+        weight, local = to_local(shard), to_local(average)
+        kept = weight.clone()
+        weight.copy_(local)
+        local.copy_(kept)
+        if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
+            param.copy_(shard.full_tensor())
 
     def _reshard_modules(self) -> None:
         """Reshard FSDP's modules: the root may still be unsharded after an evaluation."""
@@ -199,6 +218,11 @@ class EMA:
     def _check_not_swapped(self, what: str) -> None:
         if self._is_swapped:
             raise RuntimeError(f"{what} is called inside ema.swapped(); call it outside")
+
+
+def _check_decay(decay: float) -> None:
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"Invalid decay: {decay}; it must be from 0 to 1")
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -16,7 +16,8 @@ from .validation import DTYPES, param_name
 GroupGrads = tuple[dict[str, Any], list[Tensor], list[Any]]
 """A parameter group, its parameters that have a gradient, and these gradients."""
 
-MAX_STALE_CHECKS = 3  # of steps without any gradient, from which nothing is learned
+# Searches for replaced parameters that learn nothing, because no module has a gradient.
+MAX_STALE_CHECKS = 6
 STRIDED = frozenset({torch.strided})
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
 
@@ -36,10 +37,11 @@ class GradCollector:
             TypeError: a gradient is neither bfloat16 nor float32.
         """
         result: list[GroupGrads] = []
+        has_all = True
         for group in groups:
             params, grads = group["params"], self._sharding.grads(group["params"])
             if not all(map(is_not, grads, repeat(None))):
-                self._check_stale_params(groups)
+                has_all = False
                 params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
             if not (
@@ -48,6 +50,8 @@ class GradCollector:
             ):
                 check_grads(group)
             result.append((group, params, grads))
+        if not has_all:
+            self._check_stale_params(groups)
         return result
 
     def _check_stale_params(self, groups: list[dict[str, Any]]) -> None:

@@ -127,8 +127,8 @@ def check_max_lr(max_lr: float, weight_decay: float) -> None:
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if a parameter group cannot be optimized."""
-    betas = to_betas(group["betas"])
-    check_hyperparams(group["lr"], betas, group["eps"], group["weight_decay"])
+    group["betas"] = to_betas(group["betas"])
+    check_hyperparams(group["lr"], group["betas"], group["eps"], group["weight_decay"])
     for index, param in enumerate(group["params"]):
         check_param(param, param_name(group, index))
         if group["capturable"]:

@@ -219,6 +219,22 @@ def test_wrong_arguments_are_errors():
     for decay in (-0.1, 1.1, torch.nan):
         with pytest.raises(ValueError, match="Invalid decay"):
             EMA(model, AdamW_BF16(model.parameters(), lr=1.0), decay=decay)
+    ema = EMA(model, AdamW_BF16(model.parameters(), lr=1.0))
+    ema.decay = 0.5
+    with pytest.raises(ValueError, match=r"Invalid decay: 1.1; it must be from 0 to 1"):
+        ema.decay = 1.1
+    assert ema.decay == 0.5
+
+
+def test_captured_update_is_an_error_that_counts_nothing(monkeypatch):
+    _, optimizer, ema = build()
+    for state in optimizer.state.values():
+        del state["ema"]  # as loaded from a checkpoint without averages
+    monkeypatch.setattr("sharded_bf16_adamw.ema.is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"a CUDA graph captures ema\.update\(\)"):
+        ema.update()
+    assert not any("ema" in state for state in optimizer.state.values())
+    assert not any("ema_updates" in group for group in optimizer.param_groups)
 
 
 # ------------------------------------------------------------------------------------------ swapped
@@ -238,6 +254,25 @@ def test_swapped_puts_the_average_in_and_restores_every_bit():
     with pytest.raises(ZeroDivisionError), ema.swapped():
         raise ZeroDivisionError
     assert equal(snapshot(optimizer), before)
+
+
+def test_swapped_that_fails_halfway_swaps_nothing(monkeypatch):
+    model, optimizer, ema = build(param(4, 8), param(6))
+    train_with(optimizer, ema, 3)
+    before = snapshot(optimizer)
+    exchange = ema._exchange
+
+    def full_memory(p, average):
+        if p is model[1]:
+            raise torch.OutOfMemoryError
+        exchange(p, average)
+
+    monkeypatch.setattr(ema, "_exchange", full_memory)
+    with pytest.raises(torch.OutOfMemoryError), ema.swapped():
+        raise AssertionError("not entered")
+    assert equal(snapshot(optimizer), before)
+    train_with(optimizer, ema, 1)
+    optimizer.state_dict()
 
 
 def test_swapped_changes_nothing_in_the_training_after_it():

@@ -49,6 +49,10 @@ class TestConstructor:
         with pytest.raises(ValueError, match=r"Invalid betas: .*; it must be two numbers"):
             AdamW_BF16([{"params": [param(2)], "betas": betas}])
 
+    def test_betas_of_a_group_become_floats(self):
+        optimizer = AdamW_BF16([{"params": [param(2)], "betas": iter(["0.8", "0.9"])}])
+        assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
     def test_tensor_lr_must_have_one_element(self):
         lr = torch.full((2,), 1e-3)
         for params, defaults in (

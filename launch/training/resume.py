@@ -21,16 +21,16 @@ from training.world import call_on_rank_0
 
 
 def resume(run: Run) -> None:
-    """Load the checkpoint that ``--resume`` selects, if any."""
+    """Load the checkpoint to resume from, if any; by default this run's latest in ``--out``."""
     path = find_checkpoint(run.args)
     if path is None:
         return
     try:
         extra = load(path, run.wrapped_model, run.optimizer).extra
     except (FileNotFoundError, ValueError, RuntimeError) as error:
-        other = find_undamaged(run.args, path)
+        other = find_newest_good(run.args, path)
         if other is None:
-            raise UsageError(f"{error}{suggest_undamaged(run.args, path)}") from error
+            raise UsageError(f"{error}{suggest_newest_good(run.args, path)}") from error
         path, extra = other, load(other, run.wrapped_model, run.optimizer).extra
     run.step = run.last_checkpoint_step = extra["step"]
     run.evaluated_step = extra.get("evaluated_step", -1)
@@ -48,33 +48,36 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     Rank 0 searches for all ranks: others may see an older state of a network file system.
 
     Raises:
-        UsageError: on all ranks, if ``--resume`` names no checkpoint, or one of another run.
+        UsageError: on all ranks, if the checkpoint is missing, unreadable, not saved by train.py,
+            past ``--steps``, or of another model, optimizer or (without ``--resume``)
+            configuration.
     """
-    return call_on_rank_0(_readable, _find, args)
+    return call_on_rank_0(_call_with_usage_errors, _find, args)
 
 
-def find_undamaged(args: argparse.Namespace, damaged: Path) -> Path | None:
-    """Return the newest undamaged checkpoint instead of a damaged one. Collective.
+def find_newest_good(args: argparse.Namespace, damaged: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, to fall back to. Collective.
 
-    Return None if ``--resume`` is given, or if no checkpoint is undamaged.
+    Return None if ``--resume`` is given, if none is undamaged, or if ``damaged`` itself passes its
+    checksums.
     """
     if args.resume is not None:
         return None
-    found = call_on_rank_0(_readable, _newest_good, args, damaged.parent)
+    found = call_on_rank_0(_call_with_usage_errors, _newest_good, damaged.parent)
     return None if found == damaged else found
 
 
-def suggest_undamaged(args: argparse.Namespace, path: Path) -> str:
+def suggest_newest_good(args: argparse.Namespace, path: Path) -> str:
     """Return the part of an error about ``path`` that names an undamaged checkpoint. Collective."""
-    return call_on_rank_0(_suggest_undamaged, args, path)
+    return call_on_rank_0(_suggest_newest_good, args, path)
 
 
-def _readable(function: Any, *args: Any) -> Any:
+def _call_with_usage_errors(function: Any, *args: Any) -> Any:
     try:
         return function(*args)
     except OSError as error:
         raise UsageError(
-            f"{error.filename} cannot be read ({error.strerror}): "
+            f"{error.filename or 'a file of the checkpoints'} cannot be read ({error.strerror}): "
             "give a directory that you may read."
         ) from error
 
@@ -93,7 +96,7 @@ def _select(args: argparse.Namespace) -> Path | None:
     if args.resume == "auto":
         path = directory.latest(root)
     elif args.resume == "newest-good":
-        path = _newest_good(args, root)
+        path = _required_newest_good(root)
     else:
         path = _find_given(args, root)
     if path is not None:
@@ -119,7 +122,7 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
     try:
         read_manifest(path)
     except ValueError:
-        path = _newest_good(args, root)
+        path = _required_newest_good(root)
         assert path is not None
     saved = _read_manifest(path, args).extra["config"]
     changed = changes(vars(args), saved, operational=False)
@@ -133,9 +136,9 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
 
 
 def _find_given(args: argparse.Namespace, root: Path) -> Path:
-    """Return the checkpoint at ``--resume PATH``, or a newer one that this command has saved.
+    """Return the latest checkpoint that this command has saved to ``--out``, else that at ``PATH``.
 
-    A restarted command must not lose the steps that it has trained since ``PATH``.
+    A restarted command continues from its own checkpoint, not from ``--resume PATH`` again.
     """
     given = Path(args.resume)
     path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")
@@ -149,9 +152,10 @@ def _find_given(args: argparse.Namespace, root: Path) -> Path:
         try:
             config = read_manifest(own).extra.get("config", {})
         except ValueError:
-            return path
+            own = _newest_good(root)
+            config = {} if own is None else read_manifest(own).extra.get("config", {})
         is_same = not changes(vars(args), config, operational=False)
-        if config.get("resume") == args.resume and is_same:
+        if own is not None and config.get("resume") == args.resume and is_same:
             print(
                 f"note: continuing from {own}, which this command has saved after it resumed from "
                 f"{path}; give --resume {own} or another --out to choose",
@@ -161,11 +165,18 @@ def _find_given(args: argparse.Namespace, root: Path) -> Path:
     return path
 
 
-def _newest_good(args: argparse.Namespace, root: Path) -> Path | None:
+def _newest_good(root: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, and print why others were skipped."""
     path, skipped = newest_good(root)
     for reason in skipped:
         print(f"note: {reason}", file=sys.stderr)
-    if path is None and skipped:
+    return path
+
+
+def _required_newest_good(root: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, or None if no save has been completed."""
+    path = _newest_good(root)
+    if path is None and directory.latest(root) is not None:
         raise UsageError(
             f"no checkpoint in {root} is undamaged: give --resume the path of another one, "
             "or another --out to start from scratch."
@@ -177,7 +188,7 @@ def _read_manifest(path: Path, args: argparse.Namespace) -> Manifest:
     try:
         manifest = read_manifest(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{error}{_suggest_undamaged(args, path)}") from error
+        raise UsageError(f"{error}{_suggest_newest_good(args, path)}") from error
     if "step" not in manifest.extra or "config" not in manifest.extra:
         raise UsageError(
             f"the checkpoint {path} was not saved by train.py: give --resume a checkpoint that was."
@@ -223,7 +234,7 @@ def _note_changes(args: argparse.Namespace, manifest: Manifest) -> None:
         )
 
 
-def _suggest_undamaged(args: argparse.Namespace, path: Path) -> str:
+def _suggest_newest_good(args: argparse.Namespace, path: Path) -> str:
     try:
         good, _ = newest_good(path.parent)
     except OSError as error:

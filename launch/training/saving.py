@@ -80,10 +80,10 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
 
 @contextmanager
 def save_errors() -> Iterator[None]:
-    """Turn the error of a failed save, which all ranks raise, into a RunError."""
+    """Raise a RunError, on all ranks, for the error of a failed save."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of unsuitable folders
         raise RunError(f"{error}.") from error
 
 

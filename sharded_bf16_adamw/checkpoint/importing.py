@@ -94,10 +94,10 @@ def import_fp32(
         optimizer_state: the state of a ``torch.optim.AdamW`` in any floating dtype: a torch file or
             a dict. It is keyed by integers, in the order of this optimizer's groups and parameters,
             or by names, as FSDP and ``get_optimizer_state_dict`` return it. Its lr, betas, eps,
-            weight_decay and maximize replace the optimizer's, and ``decouple_lr`` and ``max_lr``
-            become those of ``torch.optim.AdamW``. An optimizer with a schedule keeps it and
-            continues at the state's step. None: moments and steps become zero; hyperparameters
-            and the position in the schedule stay.
+            weight_decay and maximize replace the optimizer's. So do its decouple_lr and max_lr, or
+            if it has none, False and None, since torch multiplies the decay by lr. An optimizer
+            with a schedule keeps it and continues at the state's step. None: moments and steps
+            become zero; hyperparameters and the position in the schedule stay.
         progress: called with the number of bytes of each tensor filled.
         group: the ranks that hold the model, if several models share a job; None for all ranks.
 

@@ -1,7 +1,7 @@
 """The update of local tensors, by the backend of their device. No ranks, meshes or modules.
 
 ========= ================================== ====================================================
-backend  device                             source
+backend   device                             source
 ========= ================================== ====================================================
 native    CPU                                ``cpu.py`` over the C library of ``csrc/``
 triton    CUDA and ROCm                      ``cuda.py``, ``triton_*.py``

@@ -57,6 +57,10 @@ def test_restarted_command_continues_and_not_from_its_first_checkpoint_again(tmp
     assert run("--out", tmp_path / "new", resume_old) == 0
     printed = capsys.readouterr()
     assert "steps 4 to 4" in printed.out and "note: continuing from" in printed.err
+    (tmp_path / "new/checkpoints/step-00000004/manifest.json").write_text("{")
+    assert run("--out", tmp_path / "new", resume_old) == 0
+    printed = capsys.readouterr()
+    assert "steps 3 to 4" in printed.out and "note: continuing from" in printed.err
     assert run("--out", tmp_path / "new", resume_old, "--lr 0.01") == 0
     assert "steps 2 to 4" in capsys.readouterr().out, "another command"
 

@@ -247,6 +247,30 @@ def test_newest_good_needs_an_undamaged_checkpoint_unless_there_is_none(tmp_path
         assert re.search(rf"error: [^\n]*{message}", capsys.readouterr().err)
 
 
+def test_newest_good_starts_from_scratch_if_no_save_was_completed(tmp_path, capsys):
+    (tmp_path / "checkpoints/step-00000002").mkdir(parents=True)  # killed in the first save
+    assert run("--out", tmp_path, "--steps 2 --resume newest-good") == 0
+    assert "step-00000002 has no manifest.json" in capsys.readouterr().err
+
+
+def test_only_checkpoint_that_is_damaged_is_named_with_its_damage(tmp_path, capsys):
+    assert run("--out", tmp_path, "--steps 2") == 0
+    damage(latest(tmp_path / "checkpoints"), "*.distcp")
+    capsys.readouterr()
+    assert run("--out", tmp_path, "--steps 2") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"__0_0\.distcp is not what was .*; no checkpoint in .* is undamaged$", error)
+
+
+def test_folder_that_is_unsuitable_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("the folder is not shared by all ranks")
+
+    monkeypatch.setattr("training.saving.save", refuse)
+    assert run("--out", tmp_path, "--steps 2") == 1
+    assert "error: the folder is not shared by all ranks.\n" in capsys.readouterr().err
+
+
 def resume_after_damage(rank: int, world_size: int, out_dir: str) -> list[int]:
     arguments = ("--out", out_dir, "--steps 4 --eval-every 2 --save-every 2")
     codes = [run(*arguments)]

@@ -150,6 +150,8 @@ class ReplicatedBucket(Bucket):
     def launch_reduce(self) -> PendingReduce:
         zero = torch.zeros((), dtype=self._dtype, device=self._device)
         grads = torch.stack([self._padded_grads.get(each, zero) for each in self.zero_params])
+        if self._fp32_sum:
+            grads = grads.float()
         self._padded_grads = {}
         self.launches += 1
         return _ReplicatedReduce(grads, self._mesh, self._result_dtype)

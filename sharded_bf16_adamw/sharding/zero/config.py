@@ -41,9 +41,6 @@ class ZeRO:
         bucket_size_mb: size of a bucket in MiB of weights. One collective carries one bucket.
         reduce_dtype: dtype in which gradients are reduced, ``torch.bfloat16`` or ``torch.float32``;
             None for the parameter's. Stage 2 only.
-        fp32_sum: whether to sum gradients in float32, in the order of ranks, whatever dtype they
-            are sent in, by an all-to-all instead of NCCL's reduce-scatter. gloo always does. It
-            sends as many bytes, and takes memory for one more bucket. Stage 2 only.
         accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None
             for the dtype of the gradients. Stage 2 only.
         broadcast_initial: broadcast the first rank's weights; by default, initial weights that
@@ -57,6 +54,11 @@ class ZeRO:
         overlap_gather: whether ``step`` returns while updated weights are still gathered, into
             buffers of ``max_in_flight`` buckets.
         model: the module whose forward pass uses the parameters; for ``overlap_gather``.
+        fp32_sum: whether to sum gradients in float32 whatever dtype they are sent in, by an
+            all-to-all instead of NCCL's reduce-scatter. It sends as many bytes, and takes memory
+            for one more bucket per bucket in flight. gloo always does so, except between replicas
+            on a two-dimensional mesh, whose all-reduce this option makes float32 with any backend.
+            Stage 2 only.
 
     Raises:
         ValueError: an argument is out of range, this rank is not in the mesh, or only one of
@@ -82,13 +84,13 @@ class ZeRO:
     stage: int = 2
     bucket_size_mb: float = 25.0
     reduce_dtype: torch.dtype | None = None
-    fp32_sum: bool = False
     accumulate_dtype: torch.dtype | None = None
     broadcast_initial: bool = False
     max_in_flight: int = 2
     static_graph: bool = False
     overlap_gather: bool = False
     model: nn.Module | None = field(default=None, repr=False)
+    fp32_sum: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, DeviceMesh):
@@ -147,6 +149,9 @@ class ZeRO:
         Args:
             in_backward: whether to update weights inside the backward pass; for stage 2.
         """
+        # Its states are DTensors, which torch.load reads only after this import.
+        import torch.distributed.tensor  # noqa: F401
+
         from .in_backward import Stage2InBackward
         from .stage1 import Stage1
         from .stage2 import Stage2

@@ -8,10 +8,10 @@ reads, copies them into the parameters, and launches the next ones. At the end o
 forward pass all buckets have been copied.
 
 A module may read a weight of another one (``MultiheadAttention`` does), so the first training
-forward pass after the first ``step()`` is recorded (:class:`.ForwardRecorder`). The next ``step()``
-merges the recordings of all ranks. ``step()`` itself waits for weights that no module was seen to
-read. It waits for all weights if one of them is new, or if a module is compiled, since hooks do not
-run there.
+forward pass between two calls of ``step()`` is recorded (:class:`.ForwardRecorder`), if one runs in
+the first few steps. The second ``step()`` merges the recordings of all ranks. ``step()`` itself
+waits for weights that no module was seen to read. It waits for all weights if one of them is new,
+or if a module is compiled, since hooks do not run there.
 
 All other readers wait for every bucket: forward passes under ``no_grad`` or in eval mode, direct
 calls of a submodule, ``state_dict()``, ``load_state_dict()`` and the optimizer's methods.
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
-OPERATION = "all-gathering the updated weights (collective: in a forward pass or optimizer.wait())"
+MAX_RECORDINGS = 3  # steps until a forward pass of the model must have run between two of them
+
+OPERATION = "all-gathering the updated weights (in a forward pass, step() or optimizer.wait())"
 FAILED_ERROR = (
     "an earlier all-gather of updated weights failed on this rank, so some of its weights are old; "
     "restart all ranks from the last checkpoint"
@@ -65,13 +67,14 @@ class OverlappedGather(AllGather):
         assert policy.model is not None
         self._model = policy.model
         self._collectives = collectives
-        # Its own process group: the order relative to the gradients' collectives is then free.
+        # A process group of its own: no fixed order relative to the gradients' collectives.
         self._group = new_group_like(self._group, torch.device(policy.mesh.device_type))
 
         # - Uses of parameters in the forward pass
         self._zero_params: list[ZeroParam] = []
         self._recorder: ForwardRecorder | None = None  # of the forward pass after the last step
         self._recording_for: list[ZeroParam] = []
+        self._recordings_left = MAX_RECORDINGS
         # In order of first use. The set is empty if no module was seen to read the parameter.
         self._readers: dict[ZeroParam, set[nn.Module]] = {}
 
@@ -87,6 +90,7 @@ class OverlappedGather(AllGather):
         self._versions: dict[Tensor, int] = {}  # param._version right after step()
         self._failure: BaseException | None = None
         self._in_forward = False  # whether the model's forward pass is running
+        self._has_returned = False  # whether it has ended without an error
 
         # - Hooks
         self._hooked: set[nn.Module | Tensor] = set()
@@ -129,7 +133,7 @@ class OverlappedGather(AllGather):
             self._finish(index)
 
     def is_pending(self, param: Tensor) -> bool:
-        """Return whether the parameter still has its weights of the step before."""
+        """Return True if the parameter's updated weights have not been copied in yet."""
         return self._bucket_of_param.get(param) in self._pending
 
     def release(self) -> None:
@@ -152,6 +156,9 @@ class OverlappedGather(AllGather):
             zero_param = self._zero_params[index]
             readers.setdefault(zero_param, self._readers.get(zero_param, set()))
             readers[zero_param].update(map(self._model.get_submodule, fqns))
+        self._recordings_left -= 1
+        if not readers and self._recordings_left > 0:
+            return  # start() records the next forward pass
         if not readers:
             logger.warning(
                 "overlap_gather of ZeRO has no effect: no forward pass in training mode of the "
@@ -211,7 +218,7 @@ class OverlappedGather(AllGather):
             self.release()
 
     def _guarded(self, function: Callable[[], None]) -> None:
-        """Call ``function``; once it has failed, weights are mixed, so fail forever after."""
+        """Call ``function``. If it raises, some weights may be old, so later calls raise too."""
         if self._failure is not None:
             raise RuntimeError(FAILED_ERROR) from self._failure
         try:
@@ -250,18 +257,22 @@ class OverlappedGather(AllGather):
                     module.register_load_state_dict_pre_hook(ModuleHook(self, "before_state_dict")),
                 ]
                 if module is self._model:
-                    hook = ModuleHook(self, "after_forward")
-                    self._handles.append(module.register_forward_hook(hook, always_call=True))
+                    returned = ModuleHook(self, "on_forward_returned")
+                    after = ModuleHook(self, "after_forward")
+                    self._handles += [
+                        module.register_forward_hook(returned),
+                        module.register_forward_hook(after, always_call=True),
+                    ]
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Wait for the weights that the module reads."""
         may_overlap = module.training and torch.is_grad_enabled()
         if module is self._model:
-            self._in_forward = True
+            self._in_forward, self._has_returned = True, False
             recorder = self._recorder
             if recorder is not None or self._pending:
-                # Its modules may have been compiled since the step. If recorded, those would be
-                # traced anew.
+                # Modules may have been compiled since the step, and would be compiled again if
+                # they were recorded.
                 may_overlap = may_overlap and not self._is_compiled()
             if recorder is not None and not recorder.reads and may_overlap:
                 recorder.start()
@@ -273,11 +284,15 @@ class OverlappedGather(AllGather):
         else:
             self.wait()
 
-    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Wait for the rest: the loss may read weights too. ``output`` is None after an error."""
+    def on_forward_returned(self, *_: Any) -> None:
+        """Note that the model's forward pass has not raised. Its output may be None."""
+        self._has_returned = True
+
+    def after_forward(self, *_: Any) -> None:
+        """Wait for the remaining buckets, since the loss may read weights; also after an error."""
         self._in_forward = False
         if self._recorder is not None:
-            self._recorder.stop(is_complete=output is not None)
+            self._recorder.stop(is_complete=self._has_returned)
         self.wait()
 
     def before_state_dict(self, *_: Any) -> None:

@@ -58,6 +58,7 @@ class Stage:
         problems = [param_problem(param, name, self._mesh) for param, name in named]
         options = {
             "static_graph of ZeRO": self._policy.static_graph,
+            "fp32_sum of ZeRO": self._policy.fp32_sum,
             "step_in_backward": self.STEPS_IN_BACKWARD,
         }
         flags = self._collectives.all_reduce_max(
@@ -65,7 +66,9 @@ class Stage:
             next(filter(None, problems), None),
             ValueError,
         )
-        for name, some, others in zip(options, flags[:2], flags[2:], strict=True):
+        for name, some, others in zip(
+            options, flags[: len(options)], flags[len(options) :], strict=True
+        ):
             if some and others:
                 raise ValueError(
                     f"{name} is True on some ranks and False on others; give every rank the same"

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_bf16_adamw.sharding.zero import reduce_scatter
+from sharded_bf16_adamw.sharding.zero.bucket import ReplicatedBucket
+from sharded_bf16_adamw.sharding.zero.param import ZeroParam
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
 from .cases import (
@@ -202,6 +204,33 @@ def mean_worker(rank, world, with_nccl):
 @pytest.mark.parametrize("world", [2, 3])
 def test_mean_is_rounded_once(world, with_nccl):
     run_ranks(world, mean_worker, with_nccl)
+
+
+def two_dimensional_mean_worker(rank, world, with_nccl):
+    """Sums are float32 between replicas too, and rounded once."""
+    mesh = mesh_of((2, 2))
+    lines = torch.randn(2, 1000, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    of_ranks = [torch.empty_like(lines) for _ in range(world)]
+    dist.all_gather(of_ranks, lines)
+    mine = [other[mesh.get_local_rank(1)].float() for other in of_ranks]
+    mean = ((mine[0] + mine[1]) / 2 + (mine[2] + mine[3]) / 2) / 2
+    scalar = lines[0, 0].clone()
+    param = ZeroParam(nn.Parameter(torch.zeros((), dtype=torch.bfloat16)), mesh, "scale")
+    bucket = ReplicatedBucket([param], mesh, torch.bfloat16, torch.float32, True)
+    bucket.add_grad(param, scalar)
+    with like_nccl() if with_nccl else nullcontext():
+        for dtype in (torch.bfloat16, torch.float32):
+            pending = PendingReduce(lines.clone(), mesh, dtype, fp32_sum=True)
+            assert torch.equal(pending.wait(), mean.to(dtype))
+        scalars = [other[0, 0].float() for other in of_ranks]
+        assert bucket.launch_reduce().wait().item() == pytest.approx(
+            float(sum(scalars)) / 4, rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("with_nccl", [False, True], ids=["gloo", "nccl"])
+def test_fp32_sum_between_replicas(with_nccl):
+    run_ranks(4, two_dimensional_mean_worker, with_nccl)
 
 
 def nccl_mean_worker(rank, world, shape):

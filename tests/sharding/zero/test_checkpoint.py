@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -110,3 +113,39 @@ def test_checkpoints_load_under_other_strategies(saved, loaded, tmp_path):
             assert_same_bits(found, at_save)
             assert_same_bits(by_torch, states)
             assert_same_bits(continued, later)
+
+
+ALONE = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from sharded_bf16_adamw import EMA, AdamW_BF16, ZeRO
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2).bfloat16()
+optimizer = AdamW_BF16(model.parameters(), sharding=ZeRO(init_device_mesh("cpu", (1,))))
+if sys.argv[2] == "load":
+    optimizer.load_state_dict(torch.load(sys.argv[1]))
+    print(optimizer.state[model.weight]["step"].item())
+ema = EMA(model, optimizer)
+model(torch.ones(1, 4).bfloat16()).sum().backward()
+optimizer.step(zero_grad=True)
+ema.update()
+with ema.swapped():
+    model(torch.ones(1, 4).bfloat16())
+torch.save(optimizer.state_dict(), sys.argv[1])
+"""
+
+
+def test_state_loads_in_a_process_that_has_imported_no_dtensor(repo, tmp_path):
+    output = [
+        subprocess.run(
+            [sys.executable, "-c", ALONE, tmp_path / "state.pt", what],
+            cwd=repo,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for what in ("save", "load")
+    ]
+    assert output == ["", "1.0\n"]

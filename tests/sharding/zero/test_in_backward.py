@@ -149,7 +149,7 @@ def scenarios_worker(rank, world, options):
     [
         {"shape": (2,), "max_in_flight": 1},
         {"shape": (2,), "max_in_flight": 1, "static_graph": True},
-        # Four ranks take as long as both.
+        # As long as both: four ranks, two dimensions, float32 sums.
         pytest.param({"shape": (2, 2), **FP32_SUMS}, marks=pytest.mark.exhaustive),
     ],
     ids=str,

@@ -28,7 +28,7 @@ def scenarios_worker(rank, world, options):
     [
         (2, {}),
         (2, {"overlap_gather": True, "max_in_flight": 1}),
-        # Four ranks take as long as both.
+        # As long as both: four ranks, gradients sent and accumulated in float32.
         pytest.param(4, FP32_SUMS, marks=pytest.mark.exhaustive),
     ],
     ids=str,

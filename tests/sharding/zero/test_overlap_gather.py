@@ -193,6 +193,34 @@ def test_unseen_forward_passes_are_a_warning():
     assert [len(warnings) for warnings in run_ranks(2, no_effect_worker)] == [1, 1]
 
 
+class LossInModel(nn.Sequential):
+    """A model that keeps its loss and returns nothing."""
+
+    def forward(self, input):
+        self.loss = super().forward(input).float().square().sum()
+
+
+def no_output_worker(rank, world):
+    """The first two steps have gradients set by hand, so no forward pass comes between them."""
+    model = LossInModel(*layers())
+    optimizer = optimizer_of(model)
+    with late_network() as network:
+        for step in range(4):
+            if step < 2:
+                for param in model.parameters():
+                    param.grad = torch.ones_like(param)
+            else:
+                model(batch(step))
+                model.loss.backward()
+            optimizer.step(zero_grad=True)
+            assert bool(network.in_flight) == (step > 1)
+        optimizer.wait()
+
+
+def test_pass_without_output_after_steps_without_a_pass_is_recorded():
+    run_ranks(2, no_output_worker)
+
+
 def outside_worker(rank, world):
     """The loss's own weight is read outside the model: it is there when step() returns."""
     model, scale = layers(), nn.Parameter(torch.ones(WIDTH).bfloat16())

@@ -365,16 +365,18 @@ def test_stale_gradients_until_zero_grad():
         assert_same_bits(found, collect(model, optimizer))
 
 
-def differing_worker(rank, world, stage):
-    with pytest.raises(ValueError, match="static_graph of ZeRO is True on some ranks and False on"):
+def differing_worker(rank, world, stage, option):
+    with pytest.raises(ValueError, match=f"{option} of ZeRO is True on some ranks and False on"):
         AdamW_BF16(
             nn.Linear(2, 2).bfloat16().parameters(),
             sharding=ZeRO(
-                one_dimensional(), stage=stage, static_graph=rank == 1, broadcast_initial=True
+                one_dimensional(), stage=stage, broadcast_initial=True, **{option: rank == 1}
             ),
         )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_promise_of_some_ranks_only(stage):
-    run_ranks(2, differing_worker, stage)
+@pytest.mark.parametrize(
+    ("stage", "option"), [(1, "static_graph"), (2, "static_graph"), (2, "fp32_sum")]
+)
+def test_option_of_some_ranks_only(stage, option):
+    run_ranks(2, differing_worker, stage, option)

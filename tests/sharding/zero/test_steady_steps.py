@@ -183,7 +183,7 @@ def changes_worker(rank, world, used, shape, options):
     [
         (2, everything, None, {}),
         (2, some_behind, None, {"max_in_flight": 1, **FP32_SUMS}),
-        # Four ranks take as long as both.
+        # As long as both: four ranks, two dimensions.
         pytest.param(4, some_behind, (2, 2), {}, marks=pytest.mark.exhaustive),
     ],
     ids=["2", "2, behind", "2x2, behind"],
