@@ -149,9 +149,6 @@ class ZeRO:
         Args:
             in_backward: whether to update weights inside the backward pass; for stage 2.
         """
-        # Its states are DTensors, which torch.load reads only after this import.
-        import torch.distributed.tensor  # noqa: F401
-
         from .in_backward import Stage2InBackward
         from .stage1 import Stage1
         from .stage2 import Stage2
