@@ -37,7 +37,7 @@ ADVICE = {
     "the colon is the reason; save again.",
     "it is not the metadata of a checkpoint": "Part of *the checkpoint … cannot be used*.",
     "it is not a table of chunks": "Part of *the checkpoint … cannot be used*.",
-    "is a pickled object, which is not loaded": "DCP pickles objects that are no tensors; this "
+    "is a pickled object; only tensors are loaded": "DCP pickles objects that are no tensors; this "
     "package loads none. Part of *the checkpoint … cannot be used*.",
     "which the metadata of tensors does not need": "The file is not one that `save` wrote. Part of "
     "*the checkpoint … cannot be used*.",

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 launch/benchmark.py loop --model tiny 60m --docs
 
 Every contender trains the same GPT on the same random tokens: forward, backward, optimizer, without
-clipping. Rounds are interleaved, and each builds the model anew. A ratio is the median over rounds
-of the ratio within a round.
+clipping. Each round runs all in a random order, and builds a new model for each. A ratio is the
+median over rounds of the ratio within a round.
 
 Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
 tokens, so that activations are few. Weights, optimizer states and the peak of the gradients in
@@ -59,9 +59,9 @@ WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)
 BASELINE, DEEPSPEED = "torch-fsdp2", "deepspeed-zero2"
 PARTS = ("weights", "states", "gradients", "rest")
 LEGEND = """\
-*Peak* counts tensors. *Process* is the growth of the process in the same step, which also contains
-what kernels and gloo allocate and what `malloc` keeps: of its resident memory, or on a GPU of what
-CUDA's allocator has given out. In a small model such constant parts dominate."""
+*Peak* counts tensors. *Process* is the growth in the same step of resident memory, which includes
+gloo's buffers and memory that `malloc` keeps; on a GPU, of CUDA's allocated bytes. Constant
+overhead dominates in a small model."""
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
 
 
@@ -167,10 +167,10 @@ def main(argv: list[str]) -> int:
         "--rounds", type=positive, default=5, help="repetitions of the comparison (default: 5)"
     )
     parser.add_argument(
-        "--steps", type=positive, default=4, help="timed steps of each in a round (default: 4)"
+        "--steps", type=positive, default=4, help="timed steps of each per round (default: 4)"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if available"
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
     parser.add_json()
@@ -203,11 +203,11 @@ def main(argv: list[str]) -> int:
 
 @dataclass
 class Figures:
-    """The figures of one contender, in bytes on rank 0 if not said otherwise.
+    """The figures of one contender, in bytes on rank 0 unless stated otherwise.
 
     Attributes:
         seconds: seconds of a step, by round.
-        growth: growth of the process in a step; None if the system does not tell.
+        growth: growth of the process in a step; None if the system does not report it.
     """
 
     seconds: list[float]
@@ -220,7 +220,7 @@ class Figures:
 
 
 class Training:
-    """A contender that has taken two steps: states, buckets and recorded orders exist."""
+    """A model and optimizer after two warm-up steps, which create states and buckets."""
 
     def __init__(self, contender: Contender, config: Config, world: World) -> None:
         self.used_before = used_bytes(world.device)
@@ -249,7 +249,7 @@ class Training:
             self.optimizer.wait()
 
     def timed(self, steps: int) -> float:
-        """Return the seconds of a step, of all ranks together."""
+        """Return the seconds per step, between barriers of all ranks."""
         dist.barrier()
         start = time.perf_counter()
         for _ in range(steps):
@@ -292,13 +292,13 @@ class Training:
 
 @contextmanager
 def live_gradients(params: list[nn.Parameter]) -> Iterator[list[int]]:
-    """Yield a list of one number: the peak of the bytes in ``param.grad`` within the context."""
+    """Yield a list of one number, the peak bytes of ``param.grad`` after the optimizer's hooks."""
     peak = [0]
 
     def update_peak(param: Tensor) -> None:
         peak[0] = max(peak[0], sum(to_local(p.grad).nbytes for p in params if p.grad is not None))
 
-    # The hooks of the optimizer come first, and may have freed this gradient.
+    # The optimizer's hooks run first, so a gradient that they free is not counted.
     handles = [p.register_post_accumulate_grad_hook(update_peak) for p in params]
     try:
         yield peak
@@ -337,12 +337,11 @@ def measure(
 def table(model: str, result: dict[str, Any], ranks: int) -> str:
     """Return a Markdown table of one model."""
     parameters, found = result["parameters"], result["contenders"]
-    heads = [f"{part}" for part in PARTS]
     rows = [
         f"**{model}**, {parameters / 1e6:.1f} million parameters, {ranks} ranks",
         "",
-        f"| | tokens/s | time, ratio | sent | {' | '.join(heads)} | peak | process |",
-        f"|---|--:|--:|--:|{'--:|' * (len(heads) + 2)}",
+        f"| | tokens/s | time, ratio | sent | {' | '.join(PARTS)} | peak | process |",
+        f"|---|--:|--:|--:|{'--:|' * (len(PARTS) + 2)}",
     ]
     base = found[BASELINE]["seconds"]
     for name, each in found.items():

@@ -42,7 +42,7 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes of one micro-batch on a rank, without weights and the gradients of earlier parts.
+    """Bytes of one micro-batch on a rank, without weights; see :func:`_run` for gradients.
 
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
@@ -123,10 +123,11 @@ def _shard(model: GPT, tensor_ranks: int) -> None:
 
 
 def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]:
-    """Return the peaks of the parts of a step, and the bytes that it sends.
+    """Return the peaks of the phases of a step, and the bytes that it sends.
 
-    The parts end where the gradients of the logits, of each layer's output from the last to the
-    first, and of the first layer's input are known. Each part frees its gradients of weights.
+    A phase ends when the gradient of the logits, of a layer's output (last layer first), or of the
+    first layer's input is ready; the last one ends with the backward pass. Gradients of weights are
+    freed at the end of each phase.
     """
     peaks: list[int] = []
 
@@ -188,7 +189,7 @@ def _kernels_of(device: str) -> Iterator[None]:
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[None]:
-    """Make this process rank 0 of a group whose collectives do nothing, if it needs one."""
+    """Initialize a fake process group with this process as rank 0, if ``ranks`` is more than 1."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 

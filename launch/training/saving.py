@@ -36,12 +36,12 @@ def is_save_due(run: Run) -> bool:
 def save_checkpoint(run: Run, in_background: bool) -> None:
     """Save all that a resumed run needs, once the previous save is done.
 
-    The position in the data is the step. After a non-finite loss all older checkpoints are kept,
-    since the new one may be of diverged training.
+    The position in the data is not saved: it follows from the step. After a non-finite loss all
+    older checkpoints are kept, since the new one may be of diverged training.
 
     Raises:
         DivergedError: a weight or an optimizer state is not finite; nothing is saved.
-        RunError: this save or the previous one failed.
+        RunError: a rank could not write, or the previous save failed.
     """
     run.supervisor.beat(f"the save of step {run.step}")
     if not true_on_all_ranks(run.world, state_is_finite(run.optimizer)):
@@ -104,7 +104,7 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def save_last_step(run: Run) -> None:
-    """Save the last step, even if a background save has failed. Raise that save's error then."""
+    """Save the last step unless it is saved. Then raise the error of a failed background save."""
     run.supervisor.beat("the last save")
     try:
         with save_errors():

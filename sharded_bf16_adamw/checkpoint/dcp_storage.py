@@ -1,8 +1,8 @@
 """DCP's file writer and reader, with checksums of the files and a restricted unpickler.
 
 The format is DCP's: ``torch.distributed.checkpoint.load`` reads the tensors of these folders.
-Tensors are read by ``torch.load`` with ``weights_only=True``; all else is plain data in the
-manifest.
+Tensors are read by ``torch.load(weights_only=True)``, repeated small ones directly from their bytes
+(see :mod:`.tensor_reader`). Everything else is JSON in the manifest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .tensor_reader import TensorReader
 from .tensor_writer import TensorWriter, without_crc32
 
 METADATA = ".metadata"
-CHUNKS = ".chunks"  # a checkpoint of many chunks has the same as METADATA in this file
+CHUNKS = ".chunks"  # compact copy of METADATA's chunk table, written if there are many chunks
 MANY = 20_000  # chunks from which reading METADATA takes longer than a tenth of a second
 
 
@@ -78,7 +78,7 @@ class ChecksummedWriter(FileSystemWriter):
     def _write_data(
         self, planner: SavePlanner, file_queue: queue.Queue[Any]
     ) -> TorchFuture[list[WriteResult]]:
-        """Write the files of DCP's queue as DCP does, small tensors by template.
+        """Write the files of DCP's queue; repeated small tensors bypass ``torch.save``.
 
         A torch that does not call this method writes the same bytes, but more slowly.
         """
@@ -118,7 +118,7 @@ class ChecksummedWriter(FileSystemWriter):
                 stream.write(table.to_bytes())
 
     def storage_meta(self) -> StorageMeta:
-        """Return the metadata without the path of the unfinished folder, a pickled Path."""
+        """Return DCP's metadata without ``checkpoint_id``, the Path of the unfinished folder."""
         return StorageMeta(save_id=self.save_id)
 
 
@@ -159,7 +159,7 @@ class PlainReader(FileSystemReader):
         self.storage_data = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
-        """Read this rank's tensors as DCP does, in file order, small ones by template."""
+        """Read this rank's tensors in file order; repeated small ones bypass ``torch.load``."""
         pairs = [(self.storage_data[item.storage_index], item) for item in plan.items]
         reader = TensorReader()
         for name, located in group_by(pairs, lambda pair: pair[0].relative_path).items():
@@ -169,7 +169,10 @@ class PlainReader(FileSystemReader):
                     part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
                     target = planner.resolve_tensor(item).detach()
                     if part.size() != target.size():
-                        raise RuntimeError(f"{item.storage_index} in {name} has another shape")
+                        raise RuntimeError(
+                            f"size mismatch for {item.storage_index} in {name}: saved "
+                            f"{tuple(part.size())}, needed {tuple(target.size())}"
+                        )
                     target.copy_(part)
                     planner.commit_tensor(item, target)
         done: TorchFuture[None] = TorchFuture()
@@ -180,7 +183,7 @@ class PlainReader(FileSystemReader):
 def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
     """Return the chunks of the checkpoint at ``path`` as :meth:`ChunkTable.to_bytes` does.
 
-    Only bytes that match their record are read further.
+    The file's checksum is compared before its content is parsed.
 
     Args:
         path: the checkpoint's folder.
@@ -242,7 +245,7 @@ def parse_metadata(content: bytes) -> Metadata:
         if isinstance(entry, BytesStorageMetadata)
     ]
     if pickled:
-        raise ValueError(f"{pickled[0]} is a pickled object, which is not loaded")
+        raise ValueError(f"{pickled[0]} is a pickled object; only tensors are loaded")
     return metadata
 
 

@@ -2,7 +2,7 @@
 
 Each rank keeps its part of the plan from the end of a save that succeeded on all ranks until the
 next save takes it out. So the plan of a failed save is never used again. Ranks compare the plan's
-identity before they use it: they all use it, or they all plan anew.
+identity before they use it: they all use it, or all build a new plan.
 """
 
 from __future__ import annotations
@@ -88,5 +88,5 @@ def layout_of(tensors: dict[str, Any], group: Group) -> Layout | None:
 
 
 def _properties(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the content of DCP's ``TensorProperties``."""
+    """Return the fields of DCP's ``TensorProperties`` without the constant ``memory_format``."""
     return tensor.dtype, tensor.layout, tensor.requires_grad, tensor.is_pinned()

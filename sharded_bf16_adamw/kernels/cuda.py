@@ -1,8 +1,8 @@
 """The CUDA and ROCm backend: the host side of the Triton kernels.
 
-Nothing in this module waits for the device, and steps may be captured into a CUDA graph (see
-``device_memory.py``). Triton is imported when the first kernel is needed. torch calls ROCm devices
-``cuda`` too.
+Nothing here waits for the device, unless ``lr`` is a tensor on another device or of a dtype other
+than float32 and float64. Steps may be captured into a CUDA graph (see ``device_memory.py``). Triton
+is imported when the first kernel is needed. torch calls ROCm devices ``cuda`` too.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def _reason_on(index: int) -> str | None:
 
 
 def _launch_problem(device: torch.device) -> str | None:
-    """Launch a small kernel and return the reason if that fails, in one clause.
+    """Launch a small kernel; return the error as a clause, or None.
 
-    Triton compiles a launcher in C at the first launch.
+    This also finds a missing C compiler, which Triton needs to build its launcher.
     """
     if is_capturing(device):
         raise RuntimeError(f"a CUDA graph captures the first use of {device}; {WARM_UP}")
@@ -126,7 +126,8 @@ class TritonTable:
 
         Raises:
             RuntimeError: a CUDA graph captures new addresses of gradients, or new hyper-parameters,
-                and no step since the last capture has reserved pinned memory for them.
+                and no step since the last capture has reserved pinned memory for them. Or it
+                captures an ``lr`` tensor of another device or dtype, whose value it would freeze.
         """
         with device_context(self.device):
             hypers = args.hypers[: self._group_count]
@@ -196,7 +197,7 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
 
 
 def _hyper_values(hyper: Hyperparams, device: torch.device) -> list[int]:
-    """Return the ``HYPER_WIDTH`` values of triton_adamw.py."""
+    """Return one row of the kernel's hyper-parameter array (its layout is in triton_adamw.py)."""
     lr = hyper.lr
     if isinstance(lr, Tensor):
         is_double = lr.dtype == torch.float64
@@ -214,10 +215,10 @@ def _hyper_values(hyper: Hyperparams, device: torch.device) -> list[int]:
 
 
 def _chunk_of(numel: int) -> int:
-    """Choose the number of elements of one program, for ``numel`` in all.
+    """Return the number of elements per program for ``numel`` elements.
 
-    The fastest on an H200: 13 % ahead of 8192 at 2^24 elements and 3 % at 2^30. Small chunks keep
-    all processors busy when there is little work.
+    On an H200, 6144 is faster than 8192: by 13 % at 2^24 elements, by 3 % at 2^30. Smaller chunks
+    occupy all processors when there is little work.
     """
     return 1024 if numel <= 1 << 19 else 2048 if numel <= 1 << 21 else 6144
 
@@ -252,7 +253,7 @@ class _Rows:
         self.chunk = _chunk_of(sum(numels))
         self._all_chunks = chunk_map(numels, self.chunk)
         self.chunks = upload(self._all_chunks, device)
-        # by the variants of all rows, then by variant; the newest last
+        # variants of all parameters -> variant -> its chunks; most recently used last
         self._chunks_of: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self._captured_chunks: list[dict[int, Tensor]] = []  # CUDA graphs read them
         self.finished = torch.zeros(1, dtype=torch.int32, device=device)
@@ -291,7 +292,7 @@ class _Rows:
     def add_precision_sums_of(
         self, runs: Runs, total: Tensor, args: StepArgs, hypers: Tensor
     ) -> None:
-        """Add the sums of some runs to ``total``, each as a row of the kernel's table."""
+        """Add the sums of ``runs`` to ``total``; the kernel sees each run as one parameter."""
         from . import triton_adamw as kernels
 
         if not len(runs.params):
@@ -391,7 +392,7 @@ class _Rows:
         }
 
     def _chunks_by_variant(self, variants: list[int]) -> dict[int, Tensor]:
-        """Return the chunks of each variant's rows: a launch has programs only for its own rows."""
+        """Return the chunks to launch for each variant; all chunks in a capture of new variants."""
         of_rows = tuple(self.grads.variants)
         found = self._chunks_of.pop(of_rows, None)
         if is_capturing(self.chunks.device):

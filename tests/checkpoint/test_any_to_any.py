@@ -1,11 +1,12 @@
 """Every layout and world size loads every other's checkpoint bit for bit.
 
-The table in the documentation is generated from the result. All pairs, of which each takes a
-load and a gather, are exhaustive tests; by default each case loads one checkpoint of each layout.
+The table in the documentation is generated from the result. By default each case loads one
+checkpoint of each layout. All pairs are exhaustive tests: each takes a load and a gather.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import traceback
@@ -33,8 +34,8 @@ def folder(root: str, case: Case) -> str:
 
 
 def save_worker(rank: int, world: int, root: str, case: Case) -> None:
-    """Save twice, the second time by the plan of the first; every second case by tables."""
-    # every checkpoint holds other bits
+    """Save twice, the second time with the first plan; odd cases write a chunk table."""
+    # different values in every checkpoint
     module, optimizer = BY_NAME[case[0]].build(world, seed=CASES.index(case))
     train(module, optimizer, 2)
     save(folder(root, case), 2, module, optimizer, keep=1)
@@ -79,10 +80,10 @@ def differences(
 ) -> str:
     missing = sorted(expected[0].keys() - found[0].keys())
     if missing:
-        return f"no {missing}"
+        return f"missing keys: {missing}"
     started = [key for key in found[0].keys() - expected[0].keys() if found[0][key].any()]
     if started:  # a parameter that never had a gradient is at step 0
-        return f"more than was saved: {started}"
+        return f"unexpected nonzero keys: {started}"
     wrong = [
         key
         for key, value in expected[0].items()
@@ -91,7 +92,7 @@ def differences(
     wrong += [
         f"options of {fqn}" for fqn, options in expected[1].items() if found[1].get(fqn) != options
     ]
-    return f"other bits: {wrong}" if wrong else ""
+    return f"values differ: {wrong}" if wrong else ""
 
 
 class Matrix:
@@ -237,5 +238,5 @@ def test_run_continues_under_other_layouts_with_the_same_loss(tmp_path):
         loaded, after = outcomes[0]
         if before is not None:
             assert loaded == before, (name, world)
-        assert after != loaded and after == after
+        assert after != loaded and math.isfinite(after)
         before = after

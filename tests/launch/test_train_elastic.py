@@ -1,4 +1,4 @@
-"""launch/train.py that continues by itself, whatever ended it, and ends in time when told to."""
+"""Resume of launch/train.py after any exit, and shutdown within the grace period."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ------------------------------------------------------------------------------------ resuming
 
 
-def test_restarted_command_continues_and_not_from_its_first_checkpoint_again(tmp_path, capsys):
+def test_restarted_command_resumes_from_its_own_checkpoint(tmp_path, capsys):
     """``--resume PATH`` of another run must not lose what the command has trained since."""
     assert run("--out", tmp_path / "old", "--steps 2") == 0
     resume_old = f"--steps 4 --save-every 1 --resume {tmp_path}/old"
@@ -84,8 +84,8 @@ def test_second_run_into_one_directory_is_refused(tmp_path, capsys, monkeypatch)
     RootLock(tmp_path).release()
 
 
-def test_attempts_of_one_store_do_not_meet():
-    """A worker that died after it had asked leaves its question in the store."""
+def test_restarts_use_separate_prefixes_of_one_store():
+    """A worker that died while joining leaves its request in the store."""
     store = dist.HashStore()
 
     def attempt(size: int) -> list[dist.Store]:
@@ -142,12 +142,12 @@ def test_run_continues_on_four_three_and_two_ranks(tmp_path):
     ("nodes", "events"),
     [
         (1, ["kill worker"]),
-        # A minute each; the first case has most of it.
+        # A minute each; the first case covers most of it.
         pytest.param(1, ["kill worker", "kill torchrun"], marks=pytest.mark.exhaustive),
         pytest.param(2, ["SIGTERM to one node", "kill torchrun"], marks=pytest.mark.exhaustive),
     ],
 )
-def test_ended_workers_and_torchruns_leave_no_trace_in_the_curve(tmp_path, nodes, events):
+def test_killed_workers_and_torchrun_do_not_change_the_loss_curve(tmp_path, nodes, events):
     def train_undisturbed(job):
         options = f"{chaos.OPTIONS} --steps {job.steps}"
         distributed.run_ranks(2, train_on_ranks, str(tmp_path), {job.out.name: options})
@@ -184,7 +184,7 @@ def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("after", [0, 2, 4])
-def test_stop_in_an_evaluation_is_made_up_for_by_the_resumed_run(tmp_path, monkeypatch, after):
+def test_interrupted_evaluation_runs_after_resume(tmp_path, monkeypatch, after):
     options = "--preset nano --steps 4 --eval-every 2 --save-every 2"
     assert run("--out", tmp_path / "whole", options) == 0
     real = evaluation.held_out_loss
@@ -227,7 +227,7 @@ sys.exit(train.main())
         ((signal.SIGINT, signal.SIGINT), 600, 130, "aborted; the last complete checkpoint counts"),
     ],
 )
-def test_run_ends_in_time_although_a_disk_hangs(tmp_path, signals, grace, code, message):
+def test_run_exits_within_grace_period_if_save_hangs(tmp_path, signals, grace, code, message):
     arguments = command_line("--preset nano --steps 9 --save-every 1 --no-async-save")
     command = [sys.executable, "-c", HANGING_SAVE, *arguments, "--out", str(tmp_path)]
     pipe = subprocess.PIPE
@@ -328,7 +328,7 @@ def test_full_disk_costs_lines_of_metrics_but_no_training(tmp_path, capsys, monk
     )
 
 
-def test_progress_is_printed_in_lines_where_stderr_is_no_terminal(tmp_path, capsys):
+def test_progress_is_printed_in_lines_if_stderr_is_not_a_terminal(tmp_path, capsys):
     options = command_line("--preset nano --steps 5 --print-every 2 --out", tmp_path)
     options.remove("--no-progress")
     assert train.main(options) == 0

@@ -1,4 +1,4 @@
-"""Steps that repeat the one before exchange next to nothing; a change is still noticed in time."""
+"""A step like the previous one needs almost no host collectives; a changed one is detected."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def three_backwards(loop, used):
     loop.step()
 
 
-def only_unused_ones_again(loop, used):
-    """Rank 0 adds gradients after the backward pass, which are in no active bucket."""
+def conv_again_on_a_rank(loop, used):
+    """A second backward pass on rank 0 alone; with ``some_behind`` in an inactive bucket."""
     loop.backward(10, used)
     loop.backward(11, lambda rank: {"conv"} if rank == 0 else frozenset())
     loop.step()
@@ -111,14 +111,14 @@ def clipped_in_between(loop, used):
     loop.step()
 
 
-def used_again(loop, used):
+def step_twice_on_same_grads(loop, used):
     loop.backward(10, used)
     loop.optimizer.step()
     loop.step()
 
 
 def discarded(loop, used):
-    """One rank discards a part only, as if its backward pass had raised."""
+    """All ranks discard; rank 0 has a partial backward pass, as if it had raised."""
     loop.backward(10, lambda rank: {"large"} if rank == 0 else used(rank))
     loop.optimizer.zero_grad()
     loop.backward(11, used)
@@ -147,9 +147,9 @@ CHANGES = [
     none_anywhere,
     one_more_backward_on_a_rank,
     three_backwards,
-    only_unused_ones_again,
+    conv_again_on_a_rank,
     clipped_in_between,
-    used_again,
+    step_twice_on_same_grads,
     discarded,
     frozen,
     alternating,
@@ -215,7 +215,7 @@ def test_ranks_with_other_orders_of_gradients():
 def smallest_worker(rank, world):
     """Return the bytes of each reduction in a backward pass, and of those in its step."""
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8), nn.Linear(8, 16)).bfloat16()
-    # A bucket for each weight, the last two of them with a bias.
+    # One bucket per weight; those of the last two layers also hold the biases.
     sharding = zero(bucket_size_mb=600 / 2**20, broadcast_initial=True)
     optimizer = AdamW_BF16(model.parameters(), sharding=sharding)
     for _ in range(4):
@@ -230,9 +230,9 @@ def smallest_worker(rank, world):
 
 
 def test_smallest_bucket_is_sent_in_the_step():
-    """Not the last gradient's, which may be a large embedding: it would wait, and be copied."""
+    """The last gradient may be a large embedding, whose bucket must not wait or be copied."""
     for in_backward, in_step in run_ranks(2, smallest_worker):
-        assert max(in_backward) == 2 * 64 * 32, "without a copy, so without a flag"
+        assert max(in_backward) == 2 * 64 * 32, "the large bucket is sent in place, without a flag"
         assert len(in_step) == 1 and in_step[0] < min(in_backward)
 
 
@@ -252,7 +252,7 @@ def test_added_group():
 
 
 THREE_BUCKETS = frozenset({"even", "uneven", "large"})
-WITHOUT_FLAG = "others again on a rank"
+CLOSES_EARLY = "others again on a rank"
 
 
 def inexact_gradients(step, rank):
@@ -266,11 +266,11 @@ def inexact_gradients(step, rank):
     }
 
 
-def lacks_large(rank):
+def rank_1_lacks_large(rank):
     return ALL - {"large"} if rank == 1 else ALL
 
 
-def lacks_all(rank):
+def rank_1_lacks_all(rank):
     return frozenset() if rank == 1 else ALL
 
 
@@ -281,19 +281,19 @@ def others_again(rank):
 # The parameters used in each backward pass of a step.
 PATTERNS = {
     "three": [everything] * 3,
-    "three, one rank behind": [lacks_large] * 3,
-    "behind in the second": [everything, lacks_large, everything],
-    "only once on a rank": [everything, lacks_all, lacks_all],
-    "at last on a rank": [lacks_all, lacks_all, everything],
-    # "uneven" is in the closing bucket, after whose last gradient others come.
-    WITHOUT_FLAG: [everything, others_again],
+    "three, one rank behind": [rank_1_lacks_large] * 3,
+    "behind in the second": [everything, rank_1_lacks_large, everything],
+    "only once on a rank": [everything, rank_1_lacks_all, rank_1_lacks_all],
+    "at last on a rank": [rank_1_lacks_all, rank_1_lacks_all, everything],
+    # Other buckets launch again after the closing bucket, which holds "uneven".
+    CLOSES_EARLY: [everything, others_again],
 }
-MORE_BACKWARDS = {5: [lacks_all], 6: [everything] * 2}  # than in the steps before, by step
+MORE_BACKWARDS = {5: [rank_1_lacks_all], 6: [everything] * 2}  # additional backward passes, by step
 
 
 @contextmanager
 def closed_steps(allowed):
-    """Count the reductions of closing buckets that a step needed no exchange beside."""
+    """Count calls of ``reduce_unless`` by success; if not ``allowed``, never expect repetition."""
     counts = Counter()
     reduce_unless = ClosingBucket.reduce_unless
 
@@ -310,7 +310,7 @@ def closed_steps(allowed):
 
 
 def rounding_worker(rank, world):
-    """Train with each pattern: with an exchange in every step, without, and with a promise."""
+    """Train with each pattern: consensus in every step, steady steps, and static_graph."""
     for name, rounds in PATTERNS.items():
         results = []
         for allowed, static_graph in ((False, False), (True, False), (True, True)):
@@ -328,7 +328,7 @@ def rounding_worker(rank, world):
                         if names := used(rank) & THREE_BUCKETS:
                             model({key: grads[key] for key in grads if key in names}).backward()
                     optimizer.step(zero_grad=True)
-            if allowed and not static_graph and name != WITHOUT_FLAG:
+            if allowed and not static_graph and name != CLOSES_EARLY:
                 assert counts == {True: 3, False: 1}, name
             else:
                 assert not counts
@@ -447,7 +447,7 @@ def test_errors_after_steady_steps_are_raised_on_every_rank(number, shape):
 
 
 def stage_1_worker(rank, world):
-    """Other gradients on all ranks are agreed on; on one rank they are an error on both."""
+    """A gradient missing on all ranks is accepted; missing on one rank, it raises on both."""
     model = Parameters()
     optimizer = new_optimizer(model, zero(1))
     exchanges = []
@@ -468,7 +468,7 @@ def stage_1_worker(rank, world):
             optimizer.step(zero_grad=True)
         exchanges.append([name for name in calls if name in (FULL, "any_rank")])
     steady, full, both = ["any_rank"], [FULL], ["any_rank", FULL]
-    assert exchanges[0] == full * 2, "also whether somebody averages"
+    assert exchanges[0] == full * 2, "the first step also checks that gradients are averaged"
     assert exchanges[1:] == [full, steady, steady, steady, both, full, full, both, full]
     return collect(model, optimizer)
 
