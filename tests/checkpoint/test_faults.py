@@ -225,8 +225,6 @@ def test_metadata_with_pickled_objects_is_refused():
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
     with pytest.raises(ValueError, match=r"optimizer\.x is a pickled object; only tensors are"):
-        ValueError, match=r"optimizer\.x is a pickled object; only tensors are loaded"
-    ):
         dcp_storage.parse_metadata(
             pickle.dumps(Metadata({"optimizer.x": BytesStorageMetadata()}, storage_data={}))
         )
