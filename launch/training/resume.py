@@ -149,13 +149,15 @@ def _find_given(args: argparse.Namespace, root: Path) -> Path:
         )
     own = directory.latest(root)
     if own is not None and own != path:
+        skipped: list[str] = []
         try:
             config = read_manifest(own).extra.get("config", {})
         except ValueError:
-            own = _newest_good(root)
+            own, skipped = newest_good(root)
             config = {} if own is None else read_manifest(own).extra.get("config", {})
         is_same = not changes(vars(args), config, operational=False)
         if own is not None and config.get("resume") == args.resume and is_same:
+            _print_skipped(skipped)
             print(
                 f"note: continuing from {own}, which this command has saved after it resumed from "
                 f"{path}; give --resume {own} or another --out to choose",
@@ -168,9 +170,13 @@ def _find_given(args: argparse.Namespace, root: Path) -> Path:
 def _newest_good(root: Path) -> Path | None:
     """Return the newest undamaged checkpoint, and print why others were skipped."""
     path, skipped = newest_good(root)
-    for reason in skipped:
-        print(f"note: {reason}", file=sys.stderr)
+    _print_skipped(skipped)
     return path
+
+
+def _print_skipped(reasons: list[str]) -> None:
+    for reason in reasons:
+        print(f"note: {reason}", file=sys.stderr)
 
 
 def _required_newest_good(root: Path) -> Path | None:

@@ -131,5 +131,5 @@ def test_a_tensor_of_another_shape_than_the_metadata_says_is_not_broadcast(tmp_p
         dcp_storage.TensorReader, "read", lambda *args: torch.zeros(1, 4, dtype=torch.bfloat16)
     )
     monkeypatch.setattr(dcp_storage, "narrow_tensor_by_index", lambda tensor, *args: tensor)
-    with pytest.raises(RuntimeError, match="another shape"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*: saved \(1, 4\), needed \("):
         load(tmp_path, model, optimizer)

@@ -61,6 +61,7 @@ def test_restarted_command_resumes_from_its_own_checkpoint(tmp_path, capsys):
     assert run("--out", tmp_path / "new", resume_old) == 0
     printed = capsys.readouterr()
     assert "steps 3 to 4" in printed.out and "note: continuing from" in printed.err
+    assert "step-00000004 cannot be used: manifest.json" in printed.err
     assert run("--out", tmp_path / "new", resume_old, "--lr 0.01") == 0
     assert "steps 2 to 4" in capsys.readouterr().out, "another command"
 

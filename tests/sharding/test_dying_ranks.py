@@ -102,7 +102,7 @@ def dying_worker(rank, world, folder, strategy, moment, clip):
 
 
 AVERAGING = "averaging gradients"
-OVERLAPPED = r"all-gathering the updated weights \(collective: .*\)"
+OVERLAPPED = r"all-gathering the updated weights \(in a forward pass, .*\)"
 
 
 @pytest.mark.parametrize(
