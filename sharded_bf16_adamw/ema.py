@@ -200,8 +200,13 @@ class EMA:
         kept = weight.clone()
         weight.copy_(local)
         local.copy_(kept)
-        if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
-            param.copy_(shard.full_tensor())
+        try:
+            if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
+                param.copy_(shard.full_tensor())
+        except BaseException:
+            local.copy_(weight)
+            weight.copy_(kept)
+            raise
 
     def _reshard_modules(self) -> None:
         """Reshard FSDP's modules: the root may still be unsharded after an evaluation."""

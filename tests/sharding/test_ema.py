@@ -1,10 +1,12 @@
 """The average of the weights has the bits of a single process under every sharding."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 from distributed import run_ranks
+from torch.distributed.tensor import DTensor
 
 from sharded_bf16_adamw import EMA
 from sharded_bf16_adamw.sharding.dtensor import to_local
@@ -63,6 +65,38 @@ def local_tensors(optimizer):
 
 def worker(rank, world, name):
     return train(BY_NAME[name].wrap(Layers(), world))
+
+
+def full_memory_worker(rank, world):
+    """The all-gather of the third parameter fails on all ranks."""
+    wrapped = BY_NAME["ZeRO-2"].wrap(Layers(), world)
+    optimizer = make_optimizer(wrapped)
+    ema = EMA(wrapped.module, optimizer, decay=0.8)
+    backward(wrapped, make_batch(0))
+    optimizer.step(zero_grad=True)
+    ema.update()
+    before = local_tensors(optimizer)
+    calls = itertools.count()
+    full_tensor = DTensor.full_tensor
+
+    def fail_once(tensor):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError
+        return full_tensor(tensor)
+
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        patched.setattr(DTensor, "full_tensor", fail_once)
+        with ema.swapped():
+            raise AssertionError("not entered")
+    assert next(calls) > 3 and all(map(torch.equal, before, local_tensors(optimizer)))
+    optimizer.state_dict()
+
+
+def test_swap_that_fails_halfway_is_undone():
+    run_ranks(2, full_memory_worker)
 
 
 @functools.cache
