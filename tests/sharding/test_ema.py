@@ -84,12 +84,9 @@ def full_memory_worker(rank, world):
             raise torch.OutOfMemoryError
         return full_tensor(tensor)
 
-    with (
-        pytest.MonkeyPatch.context() as patched,
-        pytest.raises(torch.OutOfMemoryError),
-    ):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DTensor, "full_tensor", fail_once)
-        with ema.swapped():
+        with pytest.raises(torch.OutOfMemoryError), ema.swapped():
             raise AssertionError("not entered")
     assert next(calls) > 3 and all(map(torch.equal, before, local_tensors(optimizer)))
     optimizer.state_dict()
