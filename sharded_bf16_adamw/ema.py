@@ -131,9 +131,9 @@ class EMA:
 
         On exit, even after an error, all weights and corrections are restored bit for bit. For a
         moment it takes a copy of the largest local shard, with ZeRO of the largest parameter.
-        Collective with FSDP1 and ZeRO: every rank
-        calls it. In the context ``model.state_dict()`` and ``optimizer.true_weights()`` are those
-        of the average, and the optimizer cannot be stepped, saved or loaded.
+        Collective with FSDP1 and ZeRO: every rank calls it. In the context ``model.state_dict()``
+        and ``optimizer.true_weights()`` are those of the average, and the optimizer cannot be
+        stepped, saved or loaded.
 
         Raises:
             RuntimeError: the weights are swapped already, or a backward pass has updated a part of

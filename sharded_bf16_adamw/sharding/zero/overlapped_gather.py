@@ -9,7 +9,7 @@ forward pass all buckets have been copied.
 
 A module may read a weight of another one (``MultiheadAttention`` does), so the first training
 forward pass between two calls of ``step()`` is recorded (:class:`.ForwardRecorder`), if one runs in
-the first few steps. The second ``step()`` merges the recordings of all ranks. ``step()`` itself
+the first few steps. The later ``step()`` merges the recordings of all ranks. ``step()`` itself
 waits for weights that no module was seen to read. It waits for all weights if one of them is new,
 or if a module is compiled, since hooks do not run there.
 
