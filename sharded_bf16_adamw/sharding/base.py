@@ -1,8 +1,8 @@
 """The protocol between the optimizer and a sharding strategy.
 
-A step is *reduce, update, all-gather*: the strategy provides the gradients of the shards that this
-rank updates, the optimizer updates them, and the strategy makes the new weights known to the other
-ranks. The strategies are :class:`.torch_managed.TorchManaged` and the stages of ZeRO.
+In a step, the strategy reduces the gradients, the optimizer updates this rank's shards, and the
+strategy all-gathers the new weights. The strategies are :class:`.torch_managed.TorchManaged`, the
+stages of ZeRO, and :class:`.experts.RankLocalExperts`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Caller(Enum):
-    """A method of the optimizer that reduces gradients, or drops them, on all ranks together."""
+    """An optimizer method that reduces or discards gradients, collectively."""
 
     STEP = "step()"
     CLIP = "clip_grad_norm_()"
@@ -28,17 +28,17 @@ class Caller(Enum):
 class Sharding(Protocol):
     """The sharding of one optimizer's parameters over ranks.
 
-    A parameter's *shard* is the tensor whose elements this rank updates: the parameter itself or a
-    DTensor over its memory. States are sharded as the shard is.
+    A parameter's *shard* is the tensor whose elements this rank updates: the parameter itself, or a
+    DTensor that shares its memory. The optimizer states have the sharding of the shard.
     """
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         """Add the parameters of a new group. ``names`` are for messages."""
 
     def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
-        """Make the gradients of this rank's shards available.
+        """Reduce the gradients, so that :meth:`local_grads` can return this rank's shards.
 
-        Repeated calls before :meth:`all_gather_params` have no further effect.
+        Calling it again before :meth:`all_gather_params` has no effect without new gradients.
 
         Args:
             caller: the same on every rank.
@@ -47,29 +47,29 @@ class Sharding(Protocol):
     def grads(self, params: list[Tensor]) -> list[Any]:
         """Return each parameter's gradient, or this rank's shard of it.
 
-        None if the parameter has no gradient; with ZeRO if it has none on any rank.
+        The entry is None if the parameter has no gradient (ZeRO stage 2: if no rank has one).
         """
 
     def local_grads(self, params: list[Tensor]) -> list[Tensor]:
-        """Return the local shard of each parameter's gradient; every parameter has one."""
+        """Return the local shard of each parameter's gradient. Every parameter must have one."""
 
     def all_gather_params(self) -> None:
-        """Make the updated weights known to the ranks that need them. Ends a step.
+        """End a step: send the updated weights to the ranks that need them.
 
-        They may arrive later, but before the forward pass uses them.
+        They may arrive later, but before the forward pass reads them.
         """
 
     def wait_for_params(self) -> None:
         """Wait until the updated weights have arrived. Collective."""
 
     def clear_grads(self) -> None:
-        """Discard the gradients that the strategy itself holds."""
+        """Discard the gradients that the strategy holds outside ``param.grad``."""
 
     def shard(self, param: Tensor) -> Tensor:
         """Return the tensor whose elements this rank updates; it shares the parameter's memory."""
 
     def shard_state(self, param: Tensor, value: Tensor, what: str) -> Tensor:
-        """Shard a loaded state of ``param`` like its shard; ``what`` names it in messages."""
+        """Shard a loaded state of ``param`` like the parameter; ``what`` names it in messages."""
 
     def shard_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
         """Return the process groups over which the parameter's elements are sharded."""
@@ -80,7 +80,7 @@ class Sharding(Protocol):
     def weight_replica_groups(self, param: Tensor) -> tuple[dist.ProcessGroup, ...]:
         """Return the known process groups whose ranks hold replicas of this rank's weights.
 
-        With ZeRO a rank holds more weights than its shard.
+        With ZeRO a rank holds all weights, not only its shard.
         """
 
     def no_sync(self) -> AbstractContextManager[None]:

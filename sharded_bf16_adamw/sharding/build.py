@@ -14,12 +14,7 @@ def build_sharding(
     model_parallel: ModelParallel | None,
     step_in_backward: bool = False,
 ) -> Sharding:
-    """Return the strategy for the optimizer's ``sharding`` and ``model_parallel``.
-
-    Args:
-        sharding: of the optimizer.
-        model_parallel: of the optimizer.
-        step_in_backward: of the optimizer, for ZeRO stage 2.
+    """Return the strategy for these arguments of the optimizer.
 
     Raises:
         ValueError: an argument has the wrong type.

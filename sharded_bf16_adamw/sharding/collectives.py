@@ -1,4 +1,4 @@
-"""Process groups for CPU tensors, and collectives by way of a device that the group serves."""
+"""Process groups that only their members create, and an all-reduce of tensors on any device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-# Per default process group, the number of groups that each set of ranks has created. A new default
-# group has a new store.
+# For each default process group, the number of groups created by each set of ranks. The count
+# starts anew with a new default group, which has a new store.
 _groups_created: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = (
     WeakKeyDictionary()
 )
@@ -27,16 +27,15 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
 
     ``dist.new_group`` is collective over all ranks of the default group. With
     ``use_local_synchronization`` it names the group by the number of groups that this rank is in,
-    and ranks that disagree on the name block. Here the name counts the groups of exactly these
-    ranks. They agree on it without communication, because each creation was collective over them.
+    and ranks block if their names differ. This function instead counts the groups of exactly these
+    ranks. Their counts are equal, because each creation was collective over them.
 
     Args:
-        ranks: global ranks in any order, this one among them.
-        timeout: of the creation and of each collective; None for torch's default.
+        ranks: global ranks in any order, including this one.
+        timeout: for the creation and for each collective; None for torch's default.
 
     Returns:
-        The group, its ranks ascending. ``dist.destroy_process_group`` frees it; the name is not
-        used again.
+        The group, with ascending ranks. Free it with ``dist.destroy_process_group``.
 
     Raises:
         ValueError: a rank is listed twice or does not exist, or this rank is missing.
@@ -46,21 +45,18 @@ def new_cpu_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dis
 
 
 def new_group_like(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Create a process group of the same ranks, timeout, and backend for ``device``.
+    """Create a group with the ranks of ``group``, and its timeout and backend for ``device``.
 
-    Collective over them; see :func:`new_cpu_group`. If the default group is bound to a GPU
-    (``device_id`` of ``init_process_group``), NCCL splits it, so all of its ranks have to create
-    such a group.
+    Collective over ``group``; see :func:`new_cpu_group`. If the default group is bound to a GPU
+    (``device_id`` of ``init_process_group``), NCCL splits that group, so every rank of the default
+    group has to create such a group.
     """
     ranks, backend = dist.get_process_group_ranks(group), group._get_backend(device).name()
     return _new_group(ranks, backend, timeout_of(group, device))
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """Return the group's own timeout, or None if it is unknown.
-
-    A wait for a dead rank then ends no later than the user asked for.
-    """
+    """Return the timeout that the user gave the group, or None if it is unknown."""
     return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
 
 
@@ -75,7 +71,8 @@ def _new_group(ranks: Sequence[int], backend: str, timeout: timedelta | None) ->
         )
     assert dist.group.WORLD is not None
     created = _groups_created.setdefault(dist.group.WORLD, Counter())
-    created[members] += 1  # even if this fails: the store then holds stale addresses of that name
+    # Count failed creations too: they leave stale addresses in the store under their name.
+    created[members] += 1
     # The digest keeps the name short for any number of ranks.
     digest = hashlib.blake2b(repr(members).encode(), digest_size=8).hexdigest()
     name: Any = f"sharded_bf16_adamw:{digest}:{created[members]}"
@@ -95,8 +92,8 @@ def _new_group(ranks: Sequence[int], backend: str, timeout: timedelta | None) ->
 def cpu_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
     """Return ``group`` if it serves CPU tensors, else a gloo group of the same ranks.
 
-    The first call is collective over ``group``; later ones communicate nothing. The group ranks may
-    differ from those in ``group``.
+    The first call is collective over ``group``; later ones communicate nothing. A rank's group rank
+    may differ from its rank in ``group``.
     """
     own = group or dist.group.WORLD
     assert own is not None
@@ -126,7 +123,7 @@ def device_for(group: dist.ProcessGroup | None, device: torch.device) -> torch.d
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> None:
-    """Sum over the group in place, by way of a device that the group serves."""
+    """Sum ``value`` over the group in place, on a device that the group serves."""
     moved = value.to(device_for(group, value.device))
     dist.all_reduce(moved, group=group)
     if moved is not value:

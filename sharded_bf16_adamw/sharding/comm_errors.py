@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def comm_errors(operation: str, ranks: Sequence[int]) -> Iterator[None]:
-    """Reword errors of the collective that is started or waited for inside this context.
+    """Reword errors of a collective that starts or completes inside this context.
 
     Args:
         operation: names the collective in the message.
@@ -36,7 +36,7 @@ class CheckedWork:
 
     Args:
         operation: names the collective in messages.
-        function: one of ``torch.distributed``.
+        function: a collective of ``torch.distributed``.
         *args: positional arguments of ``function``.
         group: the process group.
         **options: further keyword arguments of ``function``.
@@ -59,11 +59,11 @@ class CheckedWork:
             self._work = function(*args, group=group, async_op=True, **options)
 
     def is_completed(self) -> bool:
-        """Return True if it is done or has failed, so that :meth:`wait` would not block."""
+        """Return True if the collective is done or has failed, so :meth:`wait` would not block."""
         return self._work.is_completed()
 
     def wait(self) -> None:
-        """Wait for the collective: with gloo this thread blocks, with NCCL the current stream."""
+        """Wait for the collective. Gloo blocks this thread, NCCL the current stream."""
         with comm_errors(self._operation, self._ranks):
             self._work.wait()
 

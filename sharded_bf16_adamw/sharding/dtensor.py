@@ -1,8 +1,8 @@
 """Local shards and process groups of parameters that torch shards or replicates.
 
-That is one process, DDP, FSDP and tensor parallelism. An elementwise update needs no communication:
-a rank updates the shard that it holds. Only a global gradient norm does: :func:`shard_groups`
-returns the groups to sum over, :func:`replica_groups` those that hold the same shard.
+An elementwise update needs no communication: each rank updates its local shard. A global gradient
+norm is summed over the groups of :func:`shard_groups`. The ranks of :func:`replica_groups` hold the
+same shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, sharing its memory; any other tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
-    # As to_local(), without its autograd function, which costs time for every tensor in every step.
+    # Like tensor.to_local(), but without the cost of its autograd function for each tensor.
     local = tensor._local_tensor
     if type(local) is Tensor or not isinstance(local, _async_collective_tensor()):
         return local
@@ -40,7 +40,7 @@ def _async_collective_tensor() -> Any:
 def local_grad(param: Tensor) -> Tensor:
     """Return the local shard of ``param.grad``, with the parameter's placements.
 
-    Partial sums, which tensor parallelism may leave, are reduced.
+    Reduces partial sums, which tensor parallelism may leave.
     """
     grad = param.grad
     assert grad is not None
@@ -50,10 +50,10 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros sharded as ``param`` is.
+    """Return zeros with the sharding of ``param``.
 
-    For a DTensor they are one of its mesh, placements and global shape, uneven and empty shards
-    included; for a plain tensor they have its shape and strides.
+    For a DTensor they are a DTensor with the same mesh, placements and global shape, even if shards
+    are uneven or empty. For a plain tensor they have its shape and strides.
     """
     return torch.zeros_like(
         param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
@@ -63,8 +63,8 @@ def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
 def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """Return the process groups over which ``param`` is sharded, outermost first.
 
-    A DTensor has one for each mesh axis that it is not replicated on, an FSDP1 parameter at most
-    one, any other parameter none.
+    A DTensor has one for each mesh dimension that shards it, an FSDP1 parameter at most one, any
+    other parameter none.
 
     Raises:
         RuntimeError: the groups of an FSDP1 parameter are unknown; see :func:`.fsdp1.shard_group`.
@@ -80,7 +80,7 @@ def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
 def replica_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """Return the process groups whose ranks are known to hold replicas of this rank's shard.
 
-    A DTensor has one for each mesh axis that it is replicated on, an FSDP1 parameter at most one,
+    A DTensor has one for each mesh dimension that replicates it, an FSDP1 parameter at most one,
     any other parameter none.
     """
     if is_dtensor(param):
@@ -92,7 +92,7 @@ def replica_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 
 def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Group ``items`` by ``key(item)``, both in order of first appearance."""
+    """Group ``items`` by ``key(item)``, keeping the order of keys and of items."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

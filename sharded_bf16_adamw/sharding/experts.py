@@ -14,13 +14,11 @@ from .torch_managed import TorchManaged
 
 
 class RankLocalExperts:
-    """ZeRO for all parameters but the experts, which stay whole on their rank.
-
-    The gradients of experts are not averaged.
+    """ZeRO for all parameters but the experts, which are unsharded and whose gradients are local.
 
     Args:
-        dense: the ZeRO stage that shards the other parameters.
-        model_parallel: names the experts.
+        dense: the ZeRO stage for the other parameters.
+        model_parallel: declares the experts.
     """
 
     def __init__(self, dense: Sharding, model_parallel: ModelParallel) -> None:
@@ -78,7 +76,7 @@ class RankLocalExperts:
         return self._experts if id(param) in self._expert_ids else self.dense
 
     def _merged(self, params: list[Tensor], method: str) -> list[Any]:
-        """Call ``method`` once for each strategy's parameters; merge in the order of ``params``."""
+        """Call ``method`` of each strategy for its parameters, and merge the results in order."""
         result: list[Any] = [None] * len(params)
         for sharding in (self.dense, self._experts):
             indices = [

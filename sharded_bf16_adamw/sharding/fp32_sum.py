@@ -1,4 +1,4 @@
-"""Sums of gradients over ranks in float32, and a reduce-scatter for FSDP2 that sums in that way."""
+"""Float32 sums of gradients over ranks, and a reduce-scatter for FSDP2 that uses them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .comm_errors import comm_errors
 
 WIRE_DTYPE = torch.bfloat16
 OPERATION = "averaging gradients"  # for messages
-SUM_BLOCK_NUMEL = 1 << 16  # elements summed at a time: the temporaries stay in a CPU's cache
+SUM_BLOCK_NUMEL = 1 << 16  # elements to sum at a time, so that temporaries stay in a CPU's cache
 
 
 def sum_over_ranks(grads: Tensor, output: Tensor, divisor: float) -> None:
-    """Sum over dimension 0 in float32 in the order of ranks, divide, and round once.
+    """Sum over dimension 0 in float32, in rank order, then divide and round once.
 
     Args:
         grads: ``(ranks, numel)``.
         output: ``(numel,)``, of any dtype; overwritten.
-        divisor: of the sum.
+        divisor: the number to divide the sum by.
 
     Examples:
         >>> output = torch.empty(1)
@@ -44,16 +44,16 @@ def sum_over_ranks(grads: Tensor, output: Tensor, divisor: float) -> None:
 class Fp32SumReduceScatter:
     """FSDP2's reduce-scatter with bfloat16 on the wire and a sum in float32.
 
-    An all-to-all sends each gradient to the rank that owns its shard. That rank sums in float32, in
-    the order of ranks, and divides. So the bytes sent are those of a reduce-scatter in bfloat16,
-    half of a reduce-scatter in float32, and the result depends neither on the backend nor on the
-    order of arrival.
+    An all-to-all sends each shard of the gradients to the rank that owns it. That rank sums in
+    float32, in rank order, and divides. This sends as many bytes as a reduce-scatter in bfloat16,
+    half as many as one in float32. The result depends neither on the backend nor on the order of
+    arrival.
 
-    The sum is rounded once, to the dtype of the parameters, with
-    ``MixedPrecisionPolicy(reduce_dtype=torch.float32)``. Then gradients that ``no_sync`` of FSDP2
-    (``set_requires_gradient_sync(False)``) accumulates are float32 too, and so is HSDP's all-reduce
-    between replicas. Without it, FSDP2 does both in the dtype of the gradients. A float32 gradient,
-    accumulated or of a float32 forward pass, is rounded to bfloat16 to be sent.
+    Use it with ``MixedPrecisionPolicy(reduce_dtype=torch.float32)``. FSDP2 then rounds only once,
+    to the dtype of the parameters. It also accumulates in float32 under
+    ``set_requires_gradient_sync(False)``, and all-reduces in float32 between the replicas of HSDP.
+    Without that policy FSDP2 does all of this in the dtype of the gradients. Float32 gradients
+    (accumulated ones, or those of a float32 forward pass) are rounded to bfloat16 for sending.
 
     Examples:
         >>> import torch
@@ -74,7 +74,7 @@ class Fp32SumReduceScatter:
 
     @classmethod
     def install(cls, model: nn.Module) -> None:
-        """Use it in every FSDP2 module of ``model``, which is already sharded by ``fully_shard``.
+        """Install an instance in every FSDP2 module of ``model``; call ``fully_shard`` first.
 
         Raises:
             ValueError: the model has no FSDP2 module, or one that shards its parameters over
@@ -90,10 +90,10 @@ class Fp32SumReduceScatter:
             module.set_custom_reduce_scatter(cls())
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate a buffer for FSDP2, which calls this before it sends anything.
+        """Allocate a buffer for FSDP2, which calls this before any communication.
 
         Raises:
-            ValueError: FSDP2 reduces in another dtype than bfloat16 and float32.
+            ValueError: FSDP2 reduces in a dtype other than bfloat16 and float32.
         """
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
@@ -110,17 +110,17 @@ class Fp32SumReduceScatter:
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Reduce ``input_tensor``, one row for each rank, to this rank's shard ``output_tensor``.
+        """Reduce ``input_tensor`` over ranks, and write this rank's shard to ``output_tensor``.
 
         Args:
-            output_tensor: 1-D, overwritten.
-            input_tensor: 1-D, ``group.size()`` times as long.
-            group: the ranks that take part.
+            output_tensor: 1-D; overwritten.
+            input_tensor: 1-D, one shard for each rank.
+            group: the process group.
             op: AVG, SUM, or PREMUL_SUM, which FSDP2's ``set_gradient_divide_factor`` needs.
             async_op: False; FSDP2 does not set it.
 
         Raises:
-            ValueError: another ``op``, or a sum that FSDP2 would round twice.
+            ValueError: ``op`` is unsupported, or a sum that FSDP2 would divide after rounding.
             RuntimeError: another rank has died or hangs.
         """
         if async_op:
@@ -136,7 +136,7 @@ class Fp32SumReduceScatter:
 
 
 def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
-    """Return the divisor of the sum for a reduction."""
+    """Return the number to divide the sum by for a reduction operation."""
     if op == dist.ReduceOp.AVG:
         return ranks
     if op == dist.ReduceOp.SUM:

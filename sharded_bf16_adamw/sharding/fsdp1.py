@@ -1,9 +1,9 @@
 """The process groups of parameters of FSDP1 (``FullyShardedDataParallel``).
 
 FSDP1 flattens the parameters of a module into one *flat parameter* and shards that. The optimizer
-sees this rank's shard (``use_orig_params=False``) or the parts of the original parameters that lie
-in it (``use_orig_params=True``), often none. Either way it sees plain tensors, which do not say
-over which ranks they are sharded; only the *handle* inside the FSDP module knows.
+gets this rank's shard (``use_orig_params=False``), or the part of each original parameter in this
+rank's shard, which may be empty (``use_orig_params=True``). These are plain tensors without
+information about their sharding, so it is read from the *handle* inside the FSDP module.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ _modules: Any = WeakIdKeyDictionary()
 
 
 def is_flattened(param: Tensor) -> bool:
-    """Return whether ``param`` is a flat parameter of FSDP1 or a part of one."""
+    """Return whether ``param`` is a flat parameter of FSDP1 or part of one."""
     return getattr(param, "_fsdp_flattened", False)
 
 
 def shard_group(param: Tensor) -> dist.ProcessGroup | None:
     """Return the process group over which FSDP1 has sharded a flattened parameter.
 
-    None if every rank holds all of it (``NO_SHARD``). With ``HYBRID_SHARD`` it is the group that
-    shards, not the one that replicates.
+    None with ``NO_SHARD``. With ``HYBRID_SHARD`` it is the sharding group, not the replicating one.
 
     Raises:
-        RuntimeError: the module that flattened it is gone, or tensor parallelism had sharded it.
+        RuntimeError: the FSDP module is gone, or it wraps tensor-parallel parameters.
     """
     handle = _find_handle(param)
     if handle is None:
@@ -57,8 +56,7 @@ def shard_group(param: Tensor) -> dist.ProcessGroup | None:
 def replica_group(param: Tensor) -> dist.ProcessGroup | None:
     """Return the group whose ranks hold replicas of this rank's shard, or None if none do.
 
-    With ``HYBRID_SHARD`` it is the group that replicates, with ``NO_SHARD`` the group of all ranks
-    of the FSDP module.
+    With ``HYBRID_SHARD`` it is the replicating group, with ``NO_SHARD`` all ranks of the module.
     """
     handle = _find_handle(param)
     if handle is None:
@@ -70,11 +68,11 @@ def replica_group(param: Tensor) -> dist.ProcessGroup | None:
 
 
 def unsharded_range(param: Tensor) -> tuple[torch.Size, int, int]:
-    """Return the place of a flattened parameter's local elements in the unsharded parameter.
+    """Return where the local elements of a flattened parameter begin in the unsharded parameter.
 
     Returns:
-        The shape of the unsharded parameter, its number of elements (with padding, if it is a flat
-        parameter) and the index of the first local one.
+        The shape and the number of elements of the unsharded parameter (a flat parameter includes
+        its padding), and the flat index of the first local element.
 
     Raises:
         RuntimeError: see :func:`shard_group`.
@@ -103,7 +101,7 @@ def _find_handle(param: Tensor) -> Any:
 def _register_handles() -> None:
     """Register every FSDP1 module of the process.
 
-    It scans all Python objects, so it runs only when a parameter's handle is not known yet.
+    Slow, because it scans all Python objects; call it only for a parameter of an unknown handle.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._flat_param import FlatParamHandle

@@ -1,8 +1,8 @@
-"""Sums over all ranks: every element counts once, and every rank gets one result.
+"""Sums of squares over all ranks, in which every element counts once.
 
 A *key* is the tuple of process groups over which parameters are sharded, as
-:func:`.dtensor.shard_groups` returns it. The empty key stands for plain tensors, which count as
-replicas on every rank.
+:func:`.dtensor.shard_groups` returns it. Plain tensors have the empty key, and count as replicas on
+every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .comm_errors import comm_errors
 from .model_parallel import ModelParallel
 
 Key = tuple[dist.ProcessGroup, ...]
-# Bound on the relative variance of replicas' sums: ranks may use kernels that round differently.
+# Largest relative variance of equal sums over ranks, whose kernels may round differently.
 _TOLERANCE = 1e-6
 
 
@@ -31,27 +31,26 @@ def all_reduce_sums(
 ) -> tuple[Tensor, Tensor]:
     """Add up the ranks' sums of squares. Collective over every group given.
 
-    Every rank of a group passes the same keys in the same order, including those of parameters for
-    which it has no element or no gradient.
+    Every rank of a group passes the same keys in the same order, even if this rank has no element
+    or no gradient of their parameters.
 
     Args:
-        sums: by key, float64, all of one shape; 0-dim for a sum of squares.
+        sums: for each key, a float64 tensor; all of one shape, 0-dim for one sum of squares.
         expert_sums: the same for the parameters that differ over ``parallel.ep``.
-        replicas: groups whose ranks hold replicas. Nothing is added up over them; their ranks
-            compare their totals, and agree on whether all are finite.
-        parallel: groups over which parameters differ, or None.
+        replicas: groups whose ranks hold replicas. Their totals are compared instead of summed, and
+            are finite on all of their ranks or on none.
+        parallel: the optimizer's process groups over which parameters differ, or None.
 
     Returns:
         ``(total, mismatch)``, float64 of that shape, the same on every rank. The total is not
-        finite where any rank's sum is not. ``mismatch`` is positive where sums differ that must be
-        equal (of plain tensors beside shards or experts, of replicas); the total is then
-        meaningless.
+        finite where any rank's sum is not. ``mismatch`` is positive where replicas (plain tensors
+        included) have different sums; the total is then meaningless.
 
     Raises:
         RuntimeError: another rank has died or hangs.
     """
     own = [*sums.values(), *expert_sums.values()]
-    # NaN if any sum is not finite, else 0. Added to every sum, it reaches all ranks.
+    # NaN if any sum is not finite, else 0; added to every sum, so that it reaches all ranks.
     poison = torch.zeros_like(own[0] if own else torch.empty((), dtype=torch.float64, device="cpu"))
     for value in own:
         poison += (value - value).to(poison.device)
@@ -76,7 +75,7 @@ def all_reduce_sums(
 
 
 def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up one set of sums, and compare the sums of plain tensors in the same all-reduces."""
+    """Add up the sums of shards, and compare those of plain tensors in the same all-reduces."""
     total, mismatch = poison, torch.zeros_like(poison)
     plain = sums.get((), torch.zeros_like(poison)).to(poison.device)
     for key, value in sums.items():
@@ -93,9 +92,10 @@ def _sum_over_shards(sums: dict[Key, Tensor], poison: Tensor) -> tuple[Tensor, T
 def _compare(
     own: Tensor, mismatch: Tensor, first: Tensor, second: Tensor, ranks: int
 ) -> tuple[Tensor, Tensor]:
-    """Return one value for all ranks, and the mismatch, increased by one if the values differ.
+    """Return one value for all ranks, and ``mismatch``, increased by one if their values differ.
 
-    ``first`` and ``second`` are the sums over ranks of the value and of its square.
+    ``own`` is this rank's value; ``first`` and ``second`` are the sums over ranks of the values and
+    of their squares.
     """
     differ = ranks * second - first.square() > _TOLERANCE * first.square()
     return torch.where(first == ranks * own, own, first / ranks), mismatch + differ.double()

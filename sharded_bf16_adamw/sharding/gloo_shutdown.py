@@ -1,10 +1,10 @@
 """A wait for gloo's threads before the interpreter exits.
 
-A gloo process group runs its collectives in threads. A collective's tensors are released in such a
-thread after ``wait()`` has returned, which takes the GIL. A thread that asks for the GIL while the
-interpreter finalizes ends the process with SIGABRT, so that a job that has done all its work seems
-to have failed (https://github.com/pytorch/pytorch/issues/190489). ``dist.destroy_process_group()``
-joins these threads only if nothing else refers to the group, but DDP, FSDP and device meshes do.
+A gloo process group runs its collectives in threads. Such a thread takes the GIL to release a
+collective's tensors, which may happen after ``wait()`` has returned. If it asks for the GIL while
+the interpreter finalizes, the process ends with SIGABRT, and a finished job seems to have failed
+(https://github.com/pytorch/pytorch/issues/190489). ``dist.destroy_process_group()`` joins the
+threads only if nothing else refers to the group, but DDP, FSDP and device meshes do.
 
 Importing the package registers :func:`wait_for_gloo_threads` to run at exit.
 """
@@ -15,16 +15,16 @@ import atexit
 import time
 from pathlib import Path
 
-THREAD_NAME = "gloo"  # part of it: "pt_gloo_runloop", "gloo_tcp_loop"
+THREAD_NAME = "gloo"  # substring of "pt_gloo_runloop" and "gloo_tcp_loop"
 TASKS = Path("/proc/self/task")
-INTERVAL = 0.001  # seconds; a thread that wants the GIL gets it while this one sleeps
+INTERVAL = 0.001  # seconds between samples; time.sleep() gives the GIL to waiting threads
 IDLE_SAMPLES = 5
-MAX_WAIT = 5.0  # seconds; a collective that a dead peer leaves unfinished never ends
-GRACE = 0.2  # seconds to wait on systems that do not show the state of threads
+MAX_WAIT = 5.0  # seconds; a collective with a dead peer never ends
+GRACE = 0.2  # seconds to wait on systems without /proc
 
 
 def wait_for_gloo_threads() -> None:
-    """Wait until every gloo thread has slept for ``IDLE_SAMPLES`` in a row, or ``MAX_WAIT``."""
+    """Wait until all gloo threads sleep in ``IDLE_SAMPLES`` samples in a row, or ``MAX_WAIT``."""
     if not TASKS.is_dir():
         time.sleep(GRACE)
         return
@@ -40,7 +40,7 @@ def wait_for_gloo_threads() -> None:
 
 
 def _name_and_state(stat: Path) -> tuple[str, str]:
-    """Parse ``"123 (name) S 1 ..."``; return empty strings for a thread that has ended."""
+    """Parse ``"123 (name) S 1 ..."``. Return empty strings if the thread has ended."""
     try:
         text = stat.read_text()
     except OSError:

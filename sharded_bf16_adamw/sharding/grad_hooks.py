@@ -1,4 +1,4 @@
-"""Hooks that run once autograd has added a gradient to a parameter."""
+"""Post-accumulate-grad hooks of several optimizers on the same parameters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class GradHooks:
-    """Post-accumulate-grad hooks. Of several owners of a parameter, only the newest is called.
+    """Post-accumulate-grad hooks. If a parameter has several owners, only the newest is called.
 
     Args:
         decorator: applied to each hook.
 
     Attributes:
-        owner_of: a weak reference to the newest owner, by parameter.
-        changes: number of times that a parameter was given an owner.
+        owner_of: for each parameter a weak reference to its newest owner.
+        changes: number of changes of ``owner_of``.
     """
 
     def __init__(self, decorator: Callable[[Any], Any] = lambda hook: hook) -> None:
@@ -29,13 +29,13 @@ class GradHooks:
     def add(
         self, owner: Any, params: Iterable[Tensor], hooked: Any, call: Callable[[Any, Tensor], None]
     ) -> None:
-        """Put hooks on the parameters that require a gradient and have no hook of this owner.
+        """Register hooks on the trainable parameters that have none of this owner.
 
         Args:
-            owner: owner of the hooks, which are removed when it is deleted.
-            params: some parameters.
-            hooked: ``WeakIdKeyDictionary`` of the owner, to which hooked parameters are added.
-            call: called with the owner and the parameter.
+            owner: the object on whose deletion the hooks are removed.
+            params: the parameters.
+            hooked: the owner's ``WeakIdKeyDictionary`` of hooked parameters, which is updated.
+            call: function of the owner and the parameter, which the hook calls.
         """
         me = weakref.ref(owner)
 

@@ -1,8 +1,8 @@
 """Ranks that hold different parameters: pipeline stages and rank-local experts.
 
-A DTensor says over which ranks it is sharded. A plain tensor does not: it may be a replica, or a
-parameter that only this rank has. :class:`ModelParallel` tells the two apart for the gradient norm,
-for ``skip_nonfinite`` and for checkpoints.
+A DTensor knows over which ranks it is sharded. A plain tensor may be a replica or a parameter that
+only this rank has. :class:`ModelParallel` tells the two apart for the gradient norm, for
+``skip_nonfinite`` and for checkpoints.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ GroupLike = dist.ProcessGroup | DeviceMesh
 class ModelParallel:
     """The process groups over which plain parameters differ or are replicated.
 
-    Declare only what DTensors do not say: FSDP2, HSDP and tensor parallelism by DTensor need no
-    entry. They, DDP and ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. A
-    group is a process group or a one-dimensional ``DeviceMesh``.
+    FSDP2, HSDP and tensor parallelism need no entry, because a DTensor knows its groups. They, DDP
+    and ``sharding=ZeRO(mesh["dp"])`` may be used inside each pipeline stage. Each argument but
+    ``experts`` is a process group or a one-dimensional ``DeviceMesh``.
 
     Args:
         pp: the pipeline, such as torchtitan's ``pp_mesh``. Every parameter belongs to this rank's
@@ -32,16 +32,15 @@ class ModelParallel:
             in the norm.
         ep: the ranks over which ``experts`` differ: expert parallelism with plain tensors
             (Megatron's ``allreduce=False`` parameters).
-        experts: the modules that only this rank of ``ep`` holds, or single parameters. Give an
-            ``nn.ModuleList`` of experts itself: each rank numbers its modules from 0, and
-            checkpoints number them over the whole group, so that they load on another number of
-            ranks. Parameters of other modules, and single parameters, get the rank in ``ep``
-            appended to their names. ``sharding=ZeRO(...)`` neither shards the states of experts nor
-            averages their gradients.
+        experts: the modules or parameters that only this rank of ``ep`` holds. Pass an
+            ``nn.ModuleList`` of experts as a whole: checkpoints then number its modules over all
+            ranks of ``ep``, so that they load on another number of ranks. Checkpoints append the
+            rank in ``ep`` to the names of all other experts. ``sharding=ZeRO(...)`` neither shards
+            the states of experts nor averages their gradients.
         dp: the ranks that hold replicas of the plain parameters other than experts, such as
             DistributedDataParallel's. ``skip_nonfinite`` then skips a step on all of them or on
             none, and ``check_replicas`` compares them.
-        edp: the same for experts: the ranks that hold replicas of them.
+        edp: the ranks that hold replicas of the experts; otherwise like ``dp``.
 
     Raises:
         ValueError: a group is invalid, this rank is not in it, or ``experts`` is given without
@@ -85,7 +84,7 @@ class ModelParallel:
             )
 
     def group(self, name: str) -> dist.ProcessGroup | None:
-        """Return the process group of an argument; None if not given or of this rank alone.
+        """Return the process group of an argument. None if not given, or if it has one rank.
 
         Args:
             name: ``"pp"``, ``"ep"``, ``"dp"`` or ``"edp"``.
@@ -95,7 +94,7 @@ class ModelParallel:
         return None if group is None or dist.get_world_size(group) == 1 else group
 
     def expert_params(self) -> Iterator[Tensor]:
-        """Yield the parameters of the experts, as the modules hold them now."""
+        """Yield the parameters that the expert modules hold now, and the single ones."""
         for value in self.experts:  # type: ignore[union-attr]
             if isinstance(value, nn.Module):
                 yield from value.parameters()
@@ -113,7 +112,7 @@ def _check_group(name: str, value: GroupLike | None) -> None:
                 f"mesh[{name!r}]"
             )
         is_member = value.get_coordinate() is not None
-    # new_group() returns this on ranks that are not in the group.
+    # new_group() returns NON_GROUP_MEMBER on other ranks.
     elif value == dist.GroupMember.NON_GROUP_MEMBER:
         is_member = False
     elif isinstance(value, dist.ProcessGroup):

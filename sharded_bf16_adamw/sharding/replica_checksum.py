@@ -1,4 +1,4 @@
-"""A 64-bit checksum of tensors at memory speed, to compare replicas without sending them."""
+"""A 64-bit checksum of tensors, to compare replicas without sending them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from .dtensor import group_by
 
-# 8-byte words of a large tensor that share a weight: one pass of torch.sum reads at memory speed.
+# Number of consecutive 8-byte words of a large tensor that torch.sum adds up, at memory speed,
+# before they are weighted.
 COLUMNS = 64
-SMALL = 1 << 12  # words up to which each has a weight of its own
-# Words of small tensors in one batch: a GPU takes longer to launch a kernel than to read them.
+SMALL = 1 << 12  # most words of a small tensor, in which each word has its own weight
+# Words of small tensors in one batch: a GPU reads them faster than it launches a kernel.
 BATCH_WORDS = 1 << 18
-_MULTIPLIER = 0x2851F42D4C957F2E  # even, so that multiples of it plus one are odd weights
+_MULTIPLIER = 0x2851F42D4C957F2E  # even, so the weights, its multiples plus one, are odd
 
 
 def text_checksum(text: str) -> int:
-    """Return a checksum of a text that fits into an int64 with either sign."""
+    """Return a checksum of a text that fits into an int64, negated too."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
@@ -27,10 +28,9 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     """Return a signed 64-bit checksum of each tensor's bits and their positions; 0 for zeros.
 
     The checksum is the sum modulo 2^64 of the tensor's 8-byte words, each mixed and multiplied by
-    an odd weight. So one flipped bit always changes it. Other differences remain undetected with a
-    probability near 2^-64, with one exception: in a large tensor the words of a row of ``COLUMNS``
-    are added up first, so changes that keep that sum are undetected. Synchronizes once with each
-    device.
+    an odd weight, so one flipped bit always changes the checksum. A large tensor is first summed
+    over rows of ``COLUMNS`` words; changes that keep the sum of a row are undetected. Any other
+    difference is undetected with a probability near 2^-64. Synchronizes once with each device.
 
     Args:
         tensors: of any dtype, shape and strides, on any device. Only read.
@@ -66,7 +66,7 @@ def _batches(indices: list[int], raws: list[Tensor]) -> Iterator[list[int]]:
 
 
 def _checksums_of_small(raws: list[Tensor]) -> Tensor:
-    """Return int64 ``[len(raws)]``; the number of kernels does not depend on ``len(raws)``."""
+    """Return the checksums of tensors on one device, in a fixed number of kernel launches."""
     device = raws[0].device
     zeros = torch.zeros(7, dtype=torch.uint8, device=device)
     padded = torch.cat([part for raw in raws for part in (raw, zeros[: -raw.numel() % 8])])
@@ -80,7 +80,7 @@ def _checksums_of_small(raws: list[Tensor]) -> Tensor:
 
 
 def _checksum_of_large(raw: Tensor) -> Tensor:
-    """Return a 0-dim int64 tensor on the tensor's device."""
+    """Return the checksum as a 0-dim int64 tensor on the tensor's device."""
     if raw.data_ptr() % 8 or raw.storage_offset() % 8:
         raw = raw.clone()
     count = raw.numel() // 8
@@ -95,5 +95,5 @@ def _checksum_of_large(raw: Tensor) -> Tensor:
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Mix each word by a bijection, without which an even number of changed top bits cancels."""
+    """Mix each word by a bijection. Else an even number of flipped top bits would cancel."""
     return words ^ (words >> 29 & (1 << 35) - 1)

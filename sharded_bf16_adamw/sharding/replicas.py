@@ -1,7 +1,7 @@
 """Comparison of the replicas of weights and states, to detect silent data corruption.
 
-A collective gives replicas equal gradients, and equal gradients give equal bits. So replicas differ
-only through a hardware fault, or code that changes a single replica.
+Replicas get equal gradients from a collective, and the update of equal gradients gives equal bits.
+So replicas differ only after a hardware fault, or if code changes a single replica.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Replica:
 class Difference(NamedTuple):
     """A tensor whose replicas differ, and the ranks that hold it.
 
-    ``odd`` are the ranks that differ from the majority, empty if there is no majority.
+    ``odd`` lists the ranks that differ from the majority. It is empty if there is no majority.
     """
 
     name: str
@@ -48,12 +48,12 @@ def check_replicas(
     """Raise on every rank if 64-bit checksums of replicas differ. Collective over all groups given.
 
     Args:
-        replicas: this rank's; every rank of a group passes the same names in the same order.
+        replicas: of this rank; every rank of a group passes the same names in the same order.
         others: groups over which nothing is compared, but whose ranks must raise too.
         problem: error message of this rank, to raise on every rank.
 
     Raises:
-        RuntimeError: on every rank, if a replica differs; names the first tensor and the ranks.
+        RuntimeError: on every rank, if a replica differs; names the first tensor and its ranks.
     """
     differences = find_differences(replicas, checksums([replica.tensor for replica in replicas]))
     message = problem
@@ -79,9 +79,9 @@ def check_replicas(
 
 
 def find_differences(replicas: Sequence[Replica], numbers: Sequence[int]) -> list[Difference]:
-    """Return the replicas whose checksums, ``numbers``, differ within one of this rank's groups.
+    """Return the replicas whose checksums ``numbers`` differ within one of this rank's groups.
 
-    Collective over the replicas' groups.
+    Collective over the groups of the replicas.
     """
     found: list[Difference] = []
     for group in in_shared_order({group for replica in replicas for group in replica.groups}):
@@ -107,7 +107,7 @@ def _compare(group: dist.ProcessGroup, names: list[str], numbers: list[int]) -> 
 
 
 def _unequal(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[int]:
-    """Return the indices at which numbers differ between ranks. All ranks pass equally many."""
+    """Return the indices at which numbers differ. Every rank passes equally many numbers."""
     count = len(numbers)
     # The maximum of ~number gives the minimum. Unlike -number, it always fits into 64 bits.
     extremes = _all_reduce_max(group, [*numbers, *[~number for number in numbers]])
@@ -141,10 +141,10 @@ def _all_reduce_max(group: dist.ProcessGroup, values: Sequence[int]) -> list[int
 
 
 def in_shared_order(groups: Iterable[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
-    """Sort groups the same way on every rank, mesh dimension by mesh dimension.
+    """Sort groups the same way on every rank, by mesh dimension.
 
-    Collectives in this order cannot deadlock, and carry a message of one rank to every rank of a
-    mesh in one pass.
+    Collectives in this order cannot deadlock. One pass carries a message of any rank to all ranks
+    of a mesh.
     """
 
     def key(group: dist.ProcessGroup) -> tuple[int, list[int], str]:

@@ -1,4 +1,4 @@
-"""The rows of a full tensor that a rank's shard holds, so that all ranks can agree on elements."""
+"""The rows of a full tensor in this rank's shard, to sample the same elements in any sharding."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .fsdp1 import is_flattened, unsharded_range
 class ShardRows(NamedTuple):
     """Ranges of consecutive rows of a full tensor, in the order of the shard's memory.
 
-    A *row* is the elements along the last dimension; of a 1-D tensor it is one element. A shard
-    holds the same number of elements of each of its rows.
+    A *row* holds the elements along the last dimension. A row of a 1-D tensor is one element. A
+    shard holds the same number of elements of each of its rows. FSDP1 cuts rows anywhere; there,
+    each element counts as a row.
 
     Attributes:
-        n_rows: rows of the full tensor.
-        row_numel: elements of a row of the full tensor.
-        local_row_numel: elements of a row that the shard holds.
+        n_rows: number of rows of the full tensor.
+        row_numel: number of elements in a row of the full tensor.
+        local_row_numel: number of elements of a row in the shard.
         starts: first row of each range, int64.
-        range_rows: rows of every range.
-        unit: with FSDP1, which cuts rows anywhere, each element counts as a row, and ``unit``
-            elements are a row of the parameter; else 1.
+        range_rows: number of rows in each range.
+        unit: number of elements in a row of the parameter with FSDP1, else 1.
     """
 
     n_rows: int
@@ -37,14 +37,14 @@ class ShardRows(NamedTuple):
     unit: int = 1
 
     def block_rows(self, numel: int) -> int:
-        """Return the rows of a block of at least ``numel`` elements, equal under any sharding."""
+        """Return the number of rows in a block of at least ``numel`` elements, for any sharding."""
         return -(-numel // max(self.row_numel * self.unit, 1)) * self.unit
 
 
 def shard_rows(shard: Tensor) -> ShardRows | None:
     """Return the rows of a parameter's shard (see :meth:`.base.Sharding.shard`).
 
-    None if the elements lie in memory in another order than that of their indices.
+    None if the elements are not stored in the order of their indices.
     """
     local = to_local(shard)
     if is_flattened(shard):
@@ -64,8 +64,8 @@ def shard_rows(shard: Tensor) -> ShardRows | None:
     *sizes, row_numel = _matrix(tuple(shard.shape))
     *local_sizes, local_row_numel = _matrix(tuple(local.shape))
     offsets = (*offset, 0)[: len(sizes)]
-    # A range covers the last sharded dimension and those after it. Dimensions before it enumerate
-    # the ranges.
+    # A range spans the last sharded dimension and those after it. The dimensions before it
+    # enumerate the ranges.
     sharded = [dim for dim, size in enumerate(sizes) if local_sizes[dim] != size]
     outer = sharded[-1] if sharded else 0
     inner_rows = math.prod(sizes[outer + 1 :])
@@ -79,11 +79,11 @@ def shard_rows(shard: Tensor) -> ShardRows | None:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape with at least two dimensions, of which those that are added have size 1."""
+    """Return the shape, extended to two dimensions by trailing ones."""
     return shape if len(shape) > 1 else (*shape, 1) if shape else (1, 1)
 
 
 def _is_in_order(tensor: Tensor) -> bool:
-    """Return True if elements with larger indices have larger addresses."""
+    """Return True if memory addresses increase with the index."""
     strides = [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     return strides == sorted(strides, reverse=True)

@@ -1,4 +1,4 @@
-"""Detection of an optimizer whose parameters the model no longer uses; torch has no such check."""
+"""Detection of an optimizer whose parameters the model no longer uses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def sharded_after_construction(params: list[Tensor]) -> bool | None:
     None if that is unknown, because no module has a gradient yet.
 
     ``fully_shard`` and ``parallelize_module`` put new DTensor parameters into the module,
-    ``FullyShardedDataParallel`` (unless with ``use_orig_params=True``) new flat parameters. The old
-    parameters have no trace of that, and never receive a gradient again. So the search starts from
-    new parameters: in a live module, with a gradient, not the optimizer's. One of these must have
-    the global shape of one of ``params`` that has no gradient and is in no module any more.
+    ``FullyShardedDataParallel(use_orig_params=False)`` puts flat parameters. The old ones carry no
+    trace of that, and never get a gradient again. One of ``params`` counts as replaced if it is in
+    no module and has no gradient, and if a sharded parameter of the same global shape, which the
+    optimizer does not hold, is in a module and has a gradient.
     """
     if not (seem_replaced := _seem_replaced(params)):
         return seem_replaced
-    gc.collect()  # the parameter may be in a dead module that is not yet collected
+    gc.collect()  # the sharded parameter may be in a dead module
     return _seem_replaced(params)
 
 
@@ -68,6 +68,6 @@ def _shapes_replaced_by(param: Tensor) -> Iterable[tuple[int, ...]]:
     if is_dtensor(param):
         return (tuple(param.shape),)
     if is_flattened(param):
-        # A flat parameter has this; original parameters that stay in the module do not.
+        # Only flat parameters have _shapes; use_orig_params=True replaces no parameter.
         return getattr(param, "_shapes", ())
     return ()

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class TorchManaged:
-    """One process, DDP, FSDP, HSDP or tensor parallelism: a rank updates its local shards."""
+    """The strategy for one process, DDP, FSDP, HSDP and tensor parallelism."""
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         """Do nothing."""
 
     def reduce_grads(self, caller: Caller = Caller.STEP) -> None:
-        """Do nothing: the model's wrapper has reduced the gradients in the backward pass."""
+        """Do nothing: the model's wrapper reduces gradients in the backward pass."""
 
     def grads(self, params: list[Tensor]) -> list[Any]:
         return [param.grad for param in params]
@@ -36,10 +36,10 @@ class TorchManaged:
         """Do nothing: the model's wrapper all-gathers weights when it needs them."""
 
     def wait_for_params(self) -> None:
-        """Do nothing: the model's wrapper waits for them."""
+        """Do nothing: the model's wrapper waits for its weights."""
 
     def clear_grads(self) -> None:
-        """Do nothing: no gradients are held."""
+        """Do nothing: all gradients are in ``param.grad``."""
 
     def shard(self, param: Tensor) -> Tensor:
         return param
@@ -84,11 +84,11 @@ class TorchManaged:
         )
 
     def check_picklable(self) -> None:
-        """Do nothing: it holds no process group."""
+        """Do nothing: this strategy holds no process group."""
 
 
 def _have_same_sharding(a: DTensor, b: DTensor) -> bool:
-    """Return whether each rank holds the same elements of both; names of meshes do not matter."""
+    """Return whether each rank holds the same elements of both, whatever their meshes' names."""
     return (
         a.placements == b.placements
         and torch.equal(a.device_mesh.mesh, b.device_mesh.mesh)

@@ -21,10 +21,10 @@ class PendingAllGather:
 
     Args:
         zero_params: the parameters of the bucket, none of them replicated.
-        group: the ranks that the parameters are sharded over.
+        group: the process group over which they are sharded.
         operation: names the collective in messages.
-        in_place: gather a parameter that fills its bucket evenly straight into its own memory.
-            Else no parameter changes before :meth:`finish`.
+        in_place: if the bucket has one parameter, evenly sharded, gather into its own memory.
+            Otherwise parameters do not change before :meth:`finish`.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class PendingAllGather:
         """Wait for the all-gather, and copy the weights into the parameters."""
         self._work.wait()
         output = self._output
-        if output is None:  # the parameter's own memory was the output
+        if output is None:  # gathered in place
             torch.autograd.graph.increment_version([each.param for each in self._zero_params])
             return
-        if output.is_cuda:  # allocated on the stream that launched it, which may be another one
+        if output.is_cuda:  # it may have been allocated on another stream
             output.record_stream(torch.cuda.current_stream(output.device))
         numels = [zero_param.padded_shard_numel for zero_param in self._zero_params]
         for zero_param, padded in zip(self._zero_params, output.split(numels, 1), strict=True):
@@ -74,7 +74,7 @@ class PendingAllGather:
 
 
 def _copy_in_shards(zero_params: list[ZeroParam], shard: Tensor) -> None:
-    """Copy the local shards into this rank's shard of the bucket, in a few launches on a GPU."""
+    """Copy the local shards into this rank's shard of the bucket, in a few kernel launches."""
     shards = shard.split([zero_param.padded_shard_numel for zero_param in zero_params])
     pairs = list(zip(zero_params, shards, strict=True))
     torch._foreach_copy_(
@@ -87,7 +87,7 @@ def _copy_in_shards(zero_params: list[ZeroParam], shard: Tensor) -> None:
 
 
 class AllGather:
-    """The all-gather that ends a step: it has completed when :meth:`start` returns."""
+    """The all-gather at the end of a step. It has completed when :meth:`start` returns."""
 
     def __init__(self, policy: ZeRO) -> None:
         axis = policy.mesh.ndim - 1
@@ -95,7 +95,7 @@ class AllGather:
         self._ranks = policy.mesh.size(axis)
         self._policy = policy
         self._buckets: list[list[ZeroParam]] = []
-        self._buckets_of: list[ZeroParam] = []  # the parameters that they were built for
+        self._buckets_of: list[ZeroParam] = []  # the parameters that the buckets were built for
 
     def add_params(self, zero_params: list[ZeroParam]) -> None:
         """Add parameters of the optimizer. Every rank adds the same ones."""

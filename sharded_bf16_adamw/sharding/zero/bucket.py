@@ -17,7 +17,7 @@ class Bucket:
     """Parameters of one dtype and device whose gradients are reduced together.
 
     Args:
-        zero_params: in the order in which their gradients are expected.
+        zero_params: the parameters, in the expected order of their gradients.
         mesh: 1-D, or 2-D (replicate, shard).
         reduce_dtype: dtype of the gradients in the collective.
         result_dtype: dtype of their mean.
@@ -62,7 +62,7 @@ class Bucket:
         return len(self._padded_grads) == len(self.zero_params)
 
     def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
-        """Copy a gradient into the bucket, or add it to the one that the bucket already holds."""
+        """Copy a gradient into the bucket, or add it to the gradient that is already there."""
         if self._needs_no_copy(zero_param, grad):
             self._reduce_scatter_input = grad.detach().view(self._ranks, -1)
             self._padded_grads[zero_param] = self._reduce_scatter_input
@@ -95,16 +95,19 @@ class Bucket:
             self._reduce_scatter_input, self._padded_grads = kept
 
     def local_shards(self, reduced: Tensor) -> Iterator[tuple[ZeroParam, Tensor]]:
-        """Yield each parameter's local shard as a view of the reduced shard of the bucket."""
+        """Yield each parameter and its local shard, a view of the bucket's reduced shard."""
         shards = reduced.split([each.padded_shard_numel for each in self.zero_params])
         for zero_param, shard in zip(self.zero_params, shards, strict=True):
             yield zero_param, zero_param.unpack_shard(shard)
 
-    def _reduce(self, rows: Tensor, group: dist.ProcessGroup | None = None) -> PendingReduce:
-        return PendingReduce(rows, self._mesh, self._result_dtype, group, self._fp32_sum)
+    def _reduce(
+        self, reduce_scatter_input: Tensor, group: dist.ProcessGroup | None = None
+    ) -> PendingReduce:
+        mesh, dtype = self._mesh, self._result_dtype
+        return PendingReduce(reduce_scatter_input, mesh, dtype, group, self._fp32_sum)
 
     def _fill_missing_grads(self) -> Tensor:
-        """Return the reduce-scatter input, with zeros for missing gradients."""
+        """Zero the missing gradients in the reduce-scatter input, and return it."""
         reduce_scatter_input = self._reduce_scatter_input
         if reduce_scatter_input is None:
             reduce_scatter_input = self._new_reduce_scatter_input()
@@ -137,9 +140,9 @@ class Bucket:
 
 
 class ReplicatedBucket(Bucket):
-    """A bucket of 0-dim parameters, which cannot be sharded: every rank updates all of them.
+    """A bucket of 0-dim parameters, which are not sharded: every rank updates all of them.
 
-    ``launch_reduce`` runs an all-reduce, and blocks until all ranks have launched it.
+    ``launch_reduce`` is an all-reduce that blocks until all ranks have launched it.
     """
 
     def add_grad(self, zero_param: ZeroParam, grad: Tensor) -> None:
@@ -176,8 +179,8 @@ class _ReplicatedReduce(PendingReduce):
 def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[list[ZeroParam]]:
     """Split parameters into buckets of up to ``bucket_bytes`` of weights.
 
-    A larger parameter gets a bucket of its own. All parameters of a bucket have one dtype and
-    device, and are all replicated or all sharded. Buckets are returned in the order in which they
+    A larger parameter gets a bucket of its own. The parameters of a bucket have the same dtype and
+    device, and are either all replicated or all sharded. Returns buckets in the order in which they
     fill up.
     """
     open_buckets: dict[object, tuple[list[ZeroParam], int]] = {}

@@ -21,9 +21,9 @@ logger = logging.getLogger("sharded_bf16_adamw")
 class OrderState(Enum):
     """The source of the order in which parameters fill buckets.
 
-    - ``GUESSED``: reverse order of construction. Hooks record the order of gradients meanwhile.
-    - ``RECORDED``: still the guess, but ranks have agreed that some rank has recorded an order.
-    - ``FIXED``: the order that the first rank has recorded.
+    - ``GUESSED``: the reverse order of construction. Hooks record the order of gradients.
+    - ``RECORDED``: as before, and the ranks have agreed that at least one has recorded an order.
+    - ``FIXED``: the order that the first rank recorded.
     """
 
     GUESSED = auto()
@@ -35,14 +35,14 @@ class BucketOrder:
     """The buckets of all parameters, in an order that is the same on every rank.
 
     The first ``num_active`` buckets hold parameters that recently had gradients, and launch during
-    the backward pass. The others launch only in ``reduce_grads()``. The last active bucket is the
-    *closing* one, the smallest of them; see [Note: Closing bucket].
+    the backward pass. The others launch only in ``reduce_grads()``. The smallest active bucket
+    launches last of them: it is the *closing* bucket, see [Note: Closing bucket].
 
     Attributes:
-        buckets: in the order in which they launch.
+        buckets: all buckets, in launch order.
         num_active: number of active buckets.
         bucket_of: the bucket of each parameter. An empty parameter has none.
-        built_for: the parameters for whose gradients the buckets were built.
+        built_for: the parameters whose buckets are active (0-dim ones excepted).
     """
 
     def __init__(self, policy: ZeRO) -> None:
@@ -65,7 +65,7 @@ class BucketOrder:
 
     @property
     def has_recorded(self) -> bool:
-        """Return True if this rank has recorded an order that is not yet in use."""
+        """Return True if this rank has recorded an order that is not in use yet."""
         return bool(self._recorded)
 
     @property
@@ -85,26 +85,26 @@ class BucketOrder:
         self._assign(self._order)
 
     def record(self, zero_param: ZeroParam) -> None:
-        """Record that the parameter's gradient has become ready."""
+        """Record that the parameter's gradient is ready."""
         if self._state is not OrderState.FIXED:
             self._recorded.setdefault(zero_param)
 
     def agree_that_recorded(self) -> None:
-        """Use the recorded order in the next :meth:`rebuild`. Every rank does."""
+        """Make the next :meth:`rebuild` use the recorded order. Every rank calls this."""
         self._state = OrderState.RECORDED
 
     def next_complete(self) -> tuple[int, Bucket] | None:
-        """Return the active bucket to launch next and its index, or None if it is incomplete."""
+        """Return the next active bucket to launch and its index, or None if it is incomplete."""
         if self.num_active and self.buckets[self._next].is_complete:
             return self._next, self.buckets[self._next]
         return None
 
     def advance(self) -> None:
-        """Go on to the next active bucket."""
+        """Move on to the next active bucket."""
         self._next = (self._next + 1) % self.num_active
 
     def restart(self) -> None:
-        """Start over with the first bucket: all have been launched."""
+        """Start over with the first bucket, after all reductions of a step."""
         for bucket in self.buckets:
             bucket.launches = 0
         self._next = 0
@@ -112,10 +112,10 @@ class BucketOrder:
     def rebuild(
         self, zero_params: list[ZeroParam], with_grad: list[ZeroParam], collectives: HostCollectives
     ) -> bool:
-        """Rebuild buckets for the first rank's order of gradients, or for other active parameters.
+        """Rebuild the buckets if the ranks have recorded an order, or if gradients have changed.
 
-        The latter only if the same parameters had gradients in the last two steps. Collective if an
-        order was recorded.
+        In the first case, broadcast the order of the first rank. In the second, wait until two
+        steps have had gradients of the same parameters.
 
         Returns:
             True if there are new buckets.
@@ -128,15 +128,15 @@ class BucketOrder:
             indices = collectives.broadcast_from_first([index_of[each] for each in order])
             self._order = [zero_params[index] for index in indices]
             self._state, self._recorded = OrderState.FIXED, {}
-        elif not with_grad == last != self.built_for:
+        elif with_grad != last or with_grad == self.built_for:
             return False
         self._assign(with_grad)
         return True
 
     def _assign(self, active: list[ZeroParam]) -> None:
-        """Assign parameters to buckets, with those in ``active`` in the first ones.
+        """Assign parameters to buckets, those in ``active`` to the first ones.
 
-        0-dim parameters are never active: their all-reduce would block the backward pass.
+        0-dim parameters are never active, since their all-reduce would block the backward pass.
         """
         assert not any(bucket.is_pending for bucket in self.buckets)
         size = self._policy.bucket_bytes
@@ -159,12 +159,12 @@ class BucketOrder:
             len(rest),
         )
 
-    def _new_bucket(self, zero_params: list[ZeroParam], kind: type[Bucket] | None = None) -> Bucket:
+    def _new_bucket(self, zero_params: list[ZeroParam], cls: type[Bucket] | None = None) -> Bucket:
         policy = self._policy
         dtype = policy.reduce_dtype or zero_params[0].spec.dtype
-        kind = kind or (ReplicatedBucket if zero_params[0].is_replicated else Bucket)
+        cls = cls or (ReplicatedBucket if zero_params[0].is_replicated else Bucket)
         result_dtype = policy.accumulate_dtype or dtype
-        return kind(zero_params, policy.mesh, dtype, result_dtype, policy.fp32_sum)
+        return cls(zero_params, policy.mesh, dtype, result_dtype, policy.fp32_sum)
 
 
 def _numbytes(zero_params: list[ZeroParam]) -> int:

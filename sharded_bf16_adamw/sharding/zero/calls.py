@@ -1,12 +1,12 @@
 """The calls of the optimizer's methods, which all ranks have to make in the same order.
 
-Each full exchange of a stage carries the :class:`Call` of each rank. If calls differ, every rank
-raises the same error, and nothing has changed.
+Each full exchange of a stage carries every rank's :class:`Call`. If the calls differ, every rank
+raises the same error before anything changes.
 
-One difference cannot be found in time. A step after ``clip_grad_norm_()`` exchanges nothing before
-it updates weights. If another rank does something else at that point, such as one more backward
-pass, it waits for ranks that wait for it to gather weights. Both end in a timeout, whose message
-names the call.
+One difference is not found in time. A ``step()`` after ``clip_grad_norm_()`` exchanges nothing
+before it updates weights. If another rank makes a different call at that point, for example after
+one more backward pass, that rank waits in an exchange while the others wait in the all-gather of
+weights. All of them time out, and the message names the call.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ class Call(NamedTuple):
 
     Attributes:
         caller: the method.
-        is_agreed: an earlier call has agreed on the gradients of this step; see
-            :class:`.stage.Stage`.
+        is_agreed: whether the ranks have already agreed on the gradients of this step.
     """
 
     caller: Caller
     is_agreed: bool
 
     def flatten(self) -> list[int]:
-        """Return a flag for each possible value of each attribute, for a maximum over ranks."""
+        """Return one flag for each possible value of each attribute, for a maximum over ranks."""
         return [
             *(self.caller is each for each in CALLERS),
             *(self.is_agreed is each for each in (False, True)),
@@ -69,16 +68,16 @@ def find_difference(flags: Sequence[int]) -> str | None:
 
 @contextmanager
 def timeout_errors(call: Call, ranks: Sequence[int]) -> Iterator[None]:
-    """Reword a timeout of the exchange inside if it is one that other ranks may not take part in.
+    """Reword a timeout of the exchange in this context if other ranks may not take part in it.
 
     Args:
-        call: of this rank.
-        ranks: the global ranks that take part.
+        call: this rank's call.
+        ranks: the global ranks that should take part.
     """
     if not call.is_agreed:
         yield
         return
-    # A step exchanges only if other gradients have come since the agreement.
+    # After an agreement, a step exchanges only because of new gradients.
     what = call.caller.value + (" with other gradients" if call.caller is Caller.STEP else "")
     when = "after clip_grad_norm_(), precision_stats() or a failed step()"
     with comm_errors(f"calling {what} {when}, which must happen on every rank or on none,", ranks):

@@ -1,21 +1,21 @@
-"""The bucket that closes a step: its reduce-scatter also tells whether ranks have to talk.
+"""The last bucket of a step, whose reduce-scatter also tells whether ranks need an exchange.
 
 [Note: Closing bucket]
-Once ranks have agreed on their gradients, the next step usually repeats the one before. Each rank
-sees for itself whether its own report is the same. If it is on every rank, so is what they would
-agree on, and only one bit per rank has to travel: a flag, set by a rank whose report differs.
+A step usually repeats the one before. Each rank compares its gradient report with its previous one.
+If the reports are unchanged on every rank, so is their maximum. So a rank only has to send one
+flag, which is set if its report has changed.
 
-On gloo and a one-dimensional mesh, the flag travels with a bucket, so that the host exchanges
-nothing else. A hook never launches this bucket for the last time in a step: ``reduce_grads()`` and
-``clear_grads()`` do, on every rank, in a process group of its own and before anything else. So it
-cannot be mistaken for another bucket, and waits for no rank that is behind with its buckets. If any
-flag is set, each rank keeps the gradients of its closing bucket, and all ranks agree as in a first
-step. Nothing has been updated by then.
+On gloo and a one-dimensional mesh, the flag travels with the closing bucket, which saves a separate
+exchange. Hooks leave the last launch of this bucket in a step to ``reduce_grads()`` or
+``clear_grads()``. Every rank makes that launch first, in another process group than the buckets.
+So it needs no fixed order relative to other buckets, and does not wait for ranks that are behind
+with them. If any flag is set, each rank keeps the gradients of its closing bucket, and the ranks
+exchange full reports. Nothing has been updated by then.
 
-One more gradient than expected makes a hook launch the bucket all the same; that rank then sets the
-flag. But if other buckets launch more often in each step (several backward passes, the last of
-which do not use the parameters of this bucket), such a gradient is an expected one. The flag then
-travels alone.
+If there is one more gradient than expected, a hook launches the closing bucket after all, and this
+rank sets the flag. This needs the closing bucket to launch as often as any other. Otherwise (if the
+last of several backward passes do not use its parameters) a gradient after its last launch may be
+an expected one, so the flag travels alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .reduce_scatter import PendingReduce, is_gloo
 
 
 def can_carry_flag(mesh: DeviceMesh) -> bool:
-    """Return whether a bucket of this mesh can carry a flag that the host reads without a sync."""
+    """Return whether a bucket can carry the flag, which the host must read without a sync."""
     device = torch.device(mesh.device_type)
     return (
         mesh.ndim == 1
@@ -44,19 +44,18 @@ def can_carry_flag(mesh: DeviceMesh) -> bool:
 
 
 class ClosingBucket(Bucket):
-    """A bucket whose reduce-scatter input has one more element per rank, the flag."""
+    """A bucket whose reduce-scatter input has an additional element per rank, the flag."""
 
     def reduce_unless(self, flag: bool, group: dist.ProcessGroup) -> PendingReduce | None:
-        """Reduce the bucket, unless any rank passes True. Collective, in a group of its own.
+        """Reduce the bucket, unless any rank's ``flag`` is True. Collective over ``group``.
 
         Returns:
-            The completed reduction. None if a rank has passed True; the bucket then keeps its
-            gradients.
+            The completed reduction. None if any flag was True; the bucket then keeps its gradients.
         """
         reduce_scatter_input = self._fill_missing_grads()
         reduce_scatter_input[:, -1] = flag
         pending = self._reduce(reduce_scatter_input, group)
-        # The mean of the flags is 0, or at least 1 / ranks, which any floating dtype can represent.
+        # The mean of the flags is 0 or at least 1 / ranks, which is nonzero in any floating dtype.
         if pending.wait()[-1].item() != 0:
             return None
         self._clear()
@@ -68,7 +67,7 @@ class ClosingBucket(Bucket):
     def _new_reduce_scatter_input(self) -> Tensor:
         numel = sum(zero_param.padded_shard_numel for zero_param in self.zero_params) + 1
         result = torch.empty(self._ranks, numel, dtype=self._dtype, device=self._device)
-        result[:, -1] = 0  # sent by launches without a flag too
+        result[:, -1] = 0  # launch_reduce() sends it too
         return result
 
     def _padded_grads_in(self, reduce_scatter_input: Tensor) -> dict[ZeroParam, Tensor]:

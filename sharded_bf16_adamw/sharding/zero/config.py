@@ -1,4 +1,4 @@
-"""ZeRO for replicated models: each rank updates a shard of every parameter and keeps its state.
+"""Configuration of ZeRO, in which each rank updates one shard of every replicated parameter.
 
 Sources: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 arXiv:1910.02054. Bucketed reduction during the backward pass is as in PyTorch DDP, Li et al.,
@@ -18,47 +18,46 @@ from ..base import Sharding
 
 @dataclass(frozen=True)
 class ZeRO:
-    """Sharding of the optimizer of a model that every rank holds in full.
+    """Optimizer sharding for a model that every rank holds in full.
 
-    Stage 1 goes beside ``DistributedDataParallel``, which averages the gradients: it shards
-    optimizer states. Stage 2 takes the plain module, averages gradients during the backward pass,
-    and keeps only this rank's shards of them: ``param.grad`` is None after the backward pass, so
-    only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach them. In either stage ``step``
-    updates this rank's shards and all-gathers the updated weights.
+    Stage 1 shards optimizer states; use it with ``DistributedDataParallel``, which averages the
+    gradients. Stage 2 is for the plain module. It averages gradients during the backward pass and
+    keeps only this rank's shards of them. ``param.grad`` is then None after the backward pass, so
+    use this optimizer's ``zero_grad`` and ``clip_grad_norm_``. In both stages ``step`` updates this
+    rank's shards and all-gathers the updated weights.
 
-    With ``overlap_gather`` the all-gathers continue behind the next forward pass of ``model``.
+    With ``overlap_gather`` the all-gathers overlap with the next forward pass of ``model``.
     A module waits only for the weights that it reads. Before other code reads or writes weights
     (averages of weights, a forward pass on one rank only), call ``optimizer.wait()`` on every rank.
 
-    Building the optimizer, ``step``, ``clip_grad_norm_``, and ``zero_grad`` between a backward pass
-    and its step, are collective: every rank calls them, in the same order.
+    The constructor of the optimizer, ``step`` and ``clip_grad_norm_`` are collective, and so is
+    ``zero_grad`` between a backward pass and its step. Every rank calls them in the same order.
 
     Args:
-        mesh: one-dimensional: every parameter is sharded over all ranks; or two-dimensional,
-            (replicate, shard): sharded over the second dimension and replicated over the first, as
-            in hybrid FSDP.
+        mesh: one-dimensional, to shard every parameter over all ranks; or two-dimensional,
+            (replicate, shard), to shard over the second dimension and replicate over the first, as
+            in HSDP.
         stage: 1 or 2.
         bucket_size_mb: size of a bucket in MiB of weights. One collective carries one bucket.
         reduce_dtype: dtype in which gradients are reduced, ``torch.bfloat16`` or ``torch.float32``;
-            None for the parameter's. Stage 2 only.
+            None for the dtype of the parameter. Stage 2 only.
         accumulate_dtype: ``torch.float32`` to accumulate several backward passes in float32; None
             for the dtype of the gradients. Stage 2 only.
-        broadcast_initial: broadcast the first rank's weights; by default, initial weights that
-            differ between ranks are an error.
-        max_in_flight: number of buckets in flight at once; more of them hide slower networks and
+        broadcast_initial: broadcast the first rank's weights. By default it is an error if initial
+            weights differ between ranks.
+        max_in_flight: number of buckets in flight at once. More of them hide slower networks and
             take more memory.
-        static_graph: whether every step repeats the one before: on each rank, the same parameters
-            get gradients in it, in as many backward passes. After the first few steps ranks then
-            exchange nothing but gradients, weights and norms. A rank that breaks the promise
-            raises RuntimeError, and the others once they have waited for it.
-        overlap_gather: whether ``step`` returns while updated weights are still gathered, into
+        static_graph: promise that in every step, on each rank, the same parameters get gradients in
+            the same number of backward passes. After the first few steps ranks then communicate
+            only gradients, weights and norms. A rank that breaks the promise raises RuntimeError;
+            the others fail while they wait for it.
+        overlap_gather: let ``step`` return while updated weights are still all-gathered, into
             buffers of ``max_in_flight`` buckets.
         model: the module whose forward pass uses the parameters; for ``overlap_gather``.
-        fp32_sum: whether to sum gradients in float32 whatever dtype they are sent in, by an
-            all-to-all instead of NCCL's reduce-scatter. It sends as many bytes, and takes memory
-            for one more bucket per bucket in flight. gloo always does so, except between replicas
-            on a two-dimensional mesh, whose all-reduce this option makes float32 with any backend.
-            Stage 2 only.
+        fp32_sum: sum gradients in float32, whatever dtype they are sent in, by an all-to-all
+            instead of a reduce-scatter. This sends as many bytes, and takes memory for one more
+            bucket per bucket in flight. gloo always does so. On a two-dimensional mesh this option
+            also makes the all-reduce between replicas float32, with any backend. Stage 2 only.
 
     Raises:
         ValueError: an argument is out of range, this rank is not in the mesh, or only one of
@@ -144,10 +143,10 @@ class ZeRO:
         return max(1, int(self.bucket_size_mb * 2**20))
 
     def build_stage(self, in_backward: bool = False) -> Sharding:
-        """Return the sharding state for one optimizer. Collective over the mesh.
+        """Return the sharding strategy of one optimizer. Collective over the mesh.
 
         Args:
-            in_backward: whether to update weights inside the backward pass; for stage 2.
+            in_backward: update weights inside the backward pass; for stage 2.
         """
         from .in_backward import Stage2InBackward
         from .stage1 import Stage1

@@ -1,4 +1,4 @@
-"""Recording of the modules that read each parameter in a forward pass."""
+"""Recording which modules read each parameter in a forward pass."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ METADATA = frozenset(
 
 
 class ForwardRecorder(TorchFunctionMode):
-    """Recorder of the modules that read each parameter in one forward pass, by first use.
+    """Recorder of the modules that read each parameter in one forward pass.
 
-    The reader is the innermost module whose ``forward`` is running; it need not own the parameter.
+    The reader of a parameter is the innermost module whose ``forward`` is running. It need not own
+    the parameter.
 
     Args:
-        model: the module whose forward pass to record; call :meth:`start` in one of its forward
-            pre-hooks.
-        params: the parameters whose readers are recorded.
+        model: the module whose forward pass to record.
+        params: the parameters whose readers to record.
 
     Attributes:
-        reads: for each parameter that was read, the FQNs of its readers; empty before a pass has
-            been recorded.
+        reads: the FQNs of each parameter's readers, in order of first use. Empty until a forward
+            pass has been recorded.
     """
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
@@ -43,7 +43,7 @@ class ForwardRecorder(TorchFunctionMode):
 
     def start(self) -> None:
         """Start recording. Call it from a forward pre-hook of ``model``."""
-        if self._handles:  # a KeyboardInterrupt skipped the forward hook
+        if self._handles:  # a KeyboardInterrupt has skipped the forward hook
             self.stop(False)
         self._running.append("")
         self._handles = [
@@ -68,7 +68,7 @@ class ForwardRecorder(TorchFunctionMode):
     ) -> Any:
         """Record the parameters among the arguments, and call ``func``."""
         kwargs = kwargs or {}
-        # torch.compile traces this too. What a compiled region reads is not recorded.
+        # torch.compile traces this function too; reads inside a compiled region are not recorded.
         if not torch.compiler.is_compiling() and func not in METADATA:
             for value in tree_iter((args, kwargs)):
                 if id(value) in self._params:
@@ -76,9 +76,9 @@ class ForwardRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        # A module that the model does not contain has no hooks; its caller waits for it.
+        # A module outside the model has no hooks that wait, so its caller counts as the reader.
         self._running.append(self._fqns.get(module, self._running[-1]))
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
-        if len(self._running) > 1:  # the model's own exit comes without an entry
+        if len(self._running) > 1:  # the model's own entry, made by start(), stays
             self._running.pop()

@@ -1,4 +1,4 @@
-"""Exchange of gradient reports in stage 2: one flag in a steady step, else the whole reports."""
+"""Exchange of gradient reports in stage 2. If reports repeat, ranks exchange only a flag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reduce_scatter import PendingReduce
 
 
 class Exchange(NamedTuple):
-    """This rank's report, and the element-wise maximum over ranks, which all ranks agreed on."""
+    """This rank's report, and the maximum over ranks, on which all ranks agreed."""
 
     own: GradReport
     agreed: GradReport
@@ -24,10 +24,10 @@ class Agreement(NamedTuple):
     """The result of :meth:`GradConsensus.agree`.
 
     Attributes:
-        agreed: the report that all ranks agreed on.
+        agreed: the report on which all ranks agreed.
         problems: all ranks' problems in one sentence, or None.
-        closing_reduce: the last reduction of the closing bucket, completed, if its flag showed that
-            every rank's report is the expected one; else None.
+        closing_reduce: the completed last reduction of the closing bucket, if it has carried the
+            flag and every rank's report is the expected one; else None.
     """
 
     agreed: GradReport
@@ -39,8 +39,8 @@ class GradConsensus:
     """The exchanges of one optimizer. See [Note: Closing bucket].
 
     Attributes:
-        expected: the exchange that the next steps are expected to repeat, or None. Every rank sets
-            and clears it at the same points.
+        expected: the exchange that the next steps are expected to repeat, or None. All ranks set
+            and clear it at the same points.
     """
 
     def __init__(self, collectives: HostCollectives, static_graph: bool) -> None:
@@ -55,16 +55,16 @@ class GradConsensus:
         self.expected = self._last = None
 
     def expect_repetition(self) -> None:
-        """After a step, set ``expected`` if the next step is likely to repeat the last exchange.
+        """Set ``expected``, after a step, if the next one is likely to repeat the last exchange.
 
-        All ranks decide the same, since the decision depends only on what they agreed on.
+        All ranks decide alike, since the decision depends only on agreed reports.
         """
         last = self._last
         if (
             self.expected is None
             and last is not None
             and not last.agreed.discards
-            # If calls differed, all ranks raised, and a retry without launches ended the step.
+            # If calls differed, all ranks raised, and a retry without launches completed the step.
             and find_difference(last.agreed.call) is None
             and (self._static_graph or not self._last_two_differ)
         ):
@@ -73,8 +73,8 @@ class GradConsensus:
     def flag_carrier(self, order: BucketOrder) -> ClosingBucket | None:
         """Return the closing bucket if it carries the flag of this step, else None.
 
-        It does if no other active bucket launches after it. If a hook then launches it for an
-        unexpected gradient, this rank's report differs, so :meth:`agree` sets the flag.
+        It carries the flag if no active bucket launches more often. If a hook launches it because
+        of an unexpected gradient, this rank's report differs, so :meth:`agree` sets the flag.
         """
         closing = order.closing
         if self.expected is None or not isinstance(closing, ClosingBucket):
@@ -98,7 +98,7 @@ class GradConsensus:
                 return Agreement(expected.agreed, None, closing_reduce)
         values, problems = self._collectives.all_reduce_max_and_problems(report.flatten(), problem)
         agreed = report.unflatten(values)
-        if any(agreed.launches):  # else it is a retry, and tells nothing about the next steps
+        if any(agreed.launches):  # else it is a retry, which does not predict the next steps
             if not self._static_graph:
                 self.expected = None
             last, self._last = self._last, Exchange(report, agreed)
@@ -108,9 +108,9 @@ class GradConsensus:
     def _find_any(
         self, differs: bool, closing: ClosingBucket | None
     ) -> tuple[bool, PendingReduce | None]:
-        """Return whether any rank ``differs``, and the closing bucket's reduction if it tells so.
+        """Return whether ``differs`` is True on any rank, and the closing bucket's reduction.
 
-        The reduction is None if the flag was sent alone, or if a rank differs.
+        The reduction is None if the flag was sent alone, or if it was set on any rank.
         """
         if closing is None:
             return self._collectives.any_rank(differs), None

@@ -1,4 +1,4 @@
-"""The report on its gradients that each rank of stage 2 exchanges with the others."""
+"""The report about gradients that ranks exchange in stage 2."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from .calls import CALLERS
 
 
 class GradState(IntEnum):
-    """The state of the gradients that stage 2 holds, with respect to ``step()``.
-
-    Ranks exchange it, and take the maximum.
+    """The state of the gradients that stage 2 holds. Ranks agree on the maximum.
 
     - ``UNUSED``: no step has used them yet. New gradients are accumulated onto them.
     - ``USED``: a step has used them. The next step may use them again if there are no new ones.
     - ``STALE``: some rank has accumulated new gradients onto used ones. Only ``clear_grads()``
-      leaves this state.
+      ends this state.
     """
 
     UNUSED = 0
@@ -27,10 +25,10 @@ class GradState(IntEnum):
 
 
 class Keeps(IntEnum):
-    """The gradients that a rank keeps for a step; ``zero_grad()`` discards them (``NONE``).
+    """The gradients that a rank keeps in this call: none in ``zero_grad()``.
 
-    Ranks exchange it, and take the maximum. With :class:`GradState` it tells whether only some
-    ranks have called ``zero_grad()`` since the last step.
+    The maximum over ranks shows, together with that of :class:`GradState`, whether only some ranks
+    have called ``zero_grad()`` since the last step.
     """
 
     NONE = 0
@@ -39,14 +37,11 @@ class Keeps(IntEnum):
 
 
 class GradReport(NamedTuple):
-    """One rank's report on its gradients, or the element-wise maximum of all ranks' reports.
+    """One rank's report about its gradients, or the element-wise maximum over all ranks."""
 
-    In the maximum, a flag is set if any rank has set it.
-    """
-
-    launches: list[int]  # per bucket, since the last consensus; a pending one counts
+    launches: list[int]  # per bucket, since the last consensus, plus one if it is pending
     has_grad: list[bool]  # per parameter
-    lacks_grad: list[bool]  # its opposite; the maximum has both set if ranks differ
+    lacks_grad: list[bool]  # not has_grad; in the maximum, both are True if ranks differ
     call: list[int]  # see :meth:`.calls.Call.flatten`
     has_recorded_order: bool
     keeps: Keeps
@@ -54,7 +49,7 @@ class GradReport(NamedTuple):
 
     @property
     def discards(self) -> bool:
-        """Return True if some rank is in ``zero_grad()``."""
+        """Return True if some rank has called ``zero_grad()``."""
         return bool(self.call[CALLERS.index(Caller.ZERO_GRAD)])
 
     @property
@@ -66,7 +61,7 @@ class GradReport(NamedTuple):
 
     @property
     def is_cleared_on_some_ranks(self) -> bool:
-        """Return True if only some ranks have cleared the gradients that the last step used."""
+        """Return True if only some ranks have cleared the gradients used by the last step."""
         return self.grad_state is not GradState.UNUSED and self.keeps is Keeps.UNUSED
 
     def flatten(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Small exchanges of metadata between ranks: they agree before they start a collective."""
+"""Collectives for metadata on the CPU, by which ranks agree before they communicate gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BYTE_OVERFLOW = 255  # stands for a value that does not fit into a byte
 
 
 class HostCollectives:
-    """Metadata exchange on the CPU between all ranks of a mesh, in a gloo group of its own.
+    """Collectives for metadata between all ranks of a mesh, in a gloo group of their own.
 
-    It blocks on no device. In its own group, its order among the bucket reductions, which may
-    differ between ranks, does not matter.
+    They wait for no device. Thanks to their own group, ranks may run them in different orders
+    relative to the bucket reductions.
 
     Attributes:
         ranks: the global ranks of the mesh, ascending.
@@ -40,8 +40,8 @@ class HostCollectives:
     def any_rank(self, condition: bool) -> bool:
         """Return whether the condition holds on any rank.
 
-        Unlike :meth:`_all_reduce_max_as`, this sends a single number, which gloo's all-reduce
-        passes on with the fewest messages: measured on 32 ranks it takes half as long.
+        For a single number gloo's all-reduce sends the fewest messages. On 32 ranks it takes half
+        as long as the all-to-all of :meth:`_all_reduce_max_as`.
         """
         if self._is_single:
             return condition
@@ -55,10 +55,10 @@ class HostCollectives:
         problem: str | None = None,
         error: type[Exception] = RuntimeError,
     ) -> list[int]:
-        """Return the element-wise maximum over ranks; every rank passes as many values.
+        """Return the element-wise maximum over ranks. Every rank passes equally many values.
 
         Raises:
-            error: on every rank, with the reasons, if any rank has a ``problem``.
+            error: on every rank, with all problems, if any rank has a ``problem``.
         """
         result, problems = self.all_reduce_max_and_problems(values, problem)
         if problems is not None:
@@ -79,7 +79,7 @@ class HostCollectives:
         return result, "; ".join(f"on rank {rank}, {text}" for text, rank in first_rank.items())
 
     def are_equal(self, values: Sequence[int]) -> list[bool]:
-        """Return for each value whether it is the same on every rank."""
+        """Return for each value whether it is equal on all ranks."""
         count = len(values)
         extremes = self.all_reduce_max([*values, *[-value for value in values]])
         return [
@@ -108,7 +108,7 @@ class HostCollectives:
             CheckedWork(OPERATION, collective, *tensors, group=self.group, **options).wait()
 
     def _all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Exchange one byte a value, enough for flags; if any overflows, repeat with eight."""
+        """Send one byte per value, which is enough for flags. If any overflows, send eight."""
         if self._is_single:
             return list(values)
         as_bytes = [value if 0 <= value < BYTE_OVERFLOW else BYTE_OVERFLOW for value in values]
@@ -116,12 +116,11 @@ class HostCollectives:
         return self._all_reduce_max_as(torch.int64, values) if BYTE_OVERFLOW in result else result
 
     def _all_reduce_max_as(self, dtype: torch.dtype, values: Sequence[int]) -> list[int]:
-        """Send the values to every rank at once, and take the maximum locally.
+        """Send the values to all ranks by an all-to-all, and take the maximum locally.
 
-        Gloo's all-reduce passes them on from rank to rank, ``2 * (ranks - 1)`` times, which for a
-        few hundred bytes takes many times as long. As in an all-reduce, another number of values
-        on another rank would end the process, so numbers of values must follow from what ranks
-        have agreed on.
+        Gloo's ring all-reduce takes many times as long for a few hundred bytes, because it has
+        ``2 * (ranks - 1)`` consecutive steps. If ranks pass different numbers of values, gloo ends
+        the process, so the number must depend only on agreed data.
         """
         to_ranks = torch.tensor(values, dtype=dtype, device="cpu").repeat(len(self.ranks), 1)
         of_ranks = torch.empty_like(to_ranks)

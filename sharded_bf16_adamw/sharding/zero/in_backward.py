@@ -8,22 +8,25 @@ Each bucket goes through these stages, in the order of buckets::
                                        launch the all-gather of the updated weights
     the all-gather completes        -> copy the weights into the parameters
 
-Hooks move on what has completed. Like stage 2 they never wait indefinitely for another rank.
-``step()``, which every rank calls, does the rest after the consensus.
+Hooks start the next stage of buckets whose collective has completed. Like those of stage 2 they
+never block indefinitely on another rank. ``step()``, which every rank calls, does the rest after
+the consensus.
 
-* **Final gradients.** A bucket is updated early only if its reduction contains all gradients of
-  the step, of all ranks. A hook launches a bucket once all gradients of the backward pass are in
-  it, and ``step()`` the rest. So if each rank launches each bucket once per step, a reduction that
-  has completed is final. Backward passes in ``accumulate()`` launch buckets several times; then
-  all updates wait for ``step()``, unless ``static_graph`` promises the number of launches.
-* **Weights.** Once the gradient of a parameter is final, autograd needs its weight no longer, so
+* **Final gradients.** A bucket may be updated in the backward pass only if its reduction contains
+  all gradients of the step from all ranks. A rank launches a bucket once it holds all gradients of
+  the backward pass: in a hook if it is complete, else in ``step()``. So if each rank launches each
+  bucket once per step, each reduction is final. Backward passes in ``accumulate()`` launch buckets
+  several times. Then all updates wait for ``step()``, unless ``static_graph`` promises the number
+  of launches.
+* **Weights.** Once the gradient of a parameter is final, autograd no longer needs the weight. So
   updated weights may be copied in before the backward pass has ended.
-* **Order of collectives.** All-gathers have a process group of their own, so that their order
-  among the reductions is free: it differs between ranks. NCCL wants one order over both groups on
-  all ranks. There, hooks do not look at what has completed, but wait on the device, as in
-  ``Backpressure.DEVICE`` and only in that mode.
-* **Errors.** If the consensus finds one after some rank has updated weights, every rank completes
-  the all-gathers that some rank has launched, then raises, and loads a checkpoint.
+* **Order of collectives.** The order of all-gathers relative to reductions differs between ranks,
+  so all-gathers have their own process group. But NCCL needs the same order across both groups on
+  all ranks. With NCCL, hooks therefore do not test what has completed. They let the device wait,
+  and update only in the mode ``Backpressure.DEVICE``.
+* **Errors.** If the consensus finds an error after some rank has updated weights, every rank
+  completes the all-gathers that any rank has launched, and raises. The user then loads a
+  checkpoint.
 """
 
 from __future__ import annotations
@@ -75,19 +78,19 @@ class Updates(Protocol):
         """Note that ``param.grad`` is final, unless accumulating. Raise for a second one."""
 
     def has_taken(self, param: Tensor) -> bool:
-        """Return whether the final gradient of the parameter was ready since the last step."""
+        """Return whether the parameter's final gradient has been ready since the last step."""
 
     def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Update this rank's shards; ``grads`` are their gradients."""
 
     def forget_plans(self) -> None:
-        """Drop what was prepared for the sets of parameters of earlier updates."""
+        """Drop the step plans of earlier updates, because the buckets were rebuilt."""
 
     def reset(self) -> None:
-        """Forget this step, which has updated nothing on any rank."""
+        """Drop this step, which has updated nothing on any rank."""
 
     def fail(self) -> None:
-        """Refuse further steps until the user abandons this one: weights are mixed."""
+        """Refuse further steps until the user abandons this one: some weights are old, some new."""
 
 
 class Stage2InBackward(Stage2):
@@ -144,12 +147,12 @@ class Stage2InBackward(Stage2):
 
     @property
     def _promised(self) -> GradReport | None:
-        """Return the report that ``static_graph`` promises of this step; None before it does."""
-        expected = self._exchange.expected
+        """Return the agreed report that ``static_graph`` promises for this step, or None."""
+        expected = self._consensus.expected
         return expected.agreed if self._policy.static_graph and expected is not None else None
 
     def _apply_backpressure(self) -> None:
-        """Receive the oldest reductions until fewer than ``max_in_flight`` are in flight."""
+        """Complete the oldest reductions until fewer than ``max_in_flight`` are in flight."""
         if self._backpressure is Backpressure.OFF:
             return
         device_may_block = self._backpressure is Backpressure.DEVICE
@@ -164,7 +167,7 @@ class Stage2InBackward(Stage2):
         super()._wait_oldest()
         is_final = self._final.get(bucket) is pending
         if is_final:
-            del self._final[bucket]  # it keeps the mean
+            del self._final[bucket]  # frees the mean
         if self._is_in_hook and is_final:
             params = [each.param for each in bucket.zero_params]
             grads = [self._sharded_grads.pop(param) for param in params]
@@ -200,7 +203,7 @@ class Stage2InBackward(Stage2):
         error = super()._find_error(agreed, problems)
         is_uneven = self._promised is None and max(agreed.launches, default=0) > 1
         if error is None and not agreed.discards and is_uneven:
-            # Some rank has accumulated. Then no rank may have updated anything.
+            # Some rank has run several backward passes, so no rank may have updated anything yet.
             if any(self._collectives.all_reduce_max([bool(self._updated)])):
                 error = UNEVEN_ERROR
         elif agreed.discards and error is not None and problems is None:
@@ -224,9 +227,9 @@ class Stage2InBackward(Stage2):
         return f"{error}; {REPEAT_ADVICE}"
 
     def take_grads(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Yield what the backward pass has not updated: parameters and their gradient shards.
+        """Yield the parameters that the backward pass has not updated, and their gradient shards.
 
-        In the order in which the backward pass would have done it.
+        They come bucket by bucket, as in the backward pass.
         """
         held, self._sharded_grads = self._sharded_grads, {}
         for bucket in self._order.buckets:
@@ -252,11 +255,11 @@ class Stage2InBackward(Stage2):
         self._reset()
 
     def abandon(self, is_agreed: bool) -> None:
-        """Drop the gradients and what is in flight.
+        """Drop all gradients, and complete and discard the collectives in flight.
 
         Args:
-            is_agreed: every rank knows that this step has failed, and nothing is in flight. Else
-                this is collective: every rank calls it, or raises in its step.
+            is_agreed: whether every rank knows that this step has failed and nothing is in flight.
+                Otherwise this call is collective: every rank calls it, or raises in its step.
         """
         for param in self._zero_params:
             param.grad = None
@@ -276,12 +279,12 @@ class Stage2InBackward(Stage2):
 
 
 class GatherInBackward(AllGather):
-    """All-gathers that a backward pass launches bucket by bucket; :meth:`start` does the rest.
+    """All-gathers that a backward pass launches bucket by bucket; :meth:`start` launches the rest.
 
     Attributes:
-        buckets: of :class:`.BucketOrder`, when :meth:`start` is called.
-        num_added: number of buckets that were added since the last step, the first of their order.
-        num_launched: number of those that were launched.
+        buckets: the buckets of :class:`.BucketOrder`; set them before :meth:`start`.
+        num_added: how many of the first buckets have been added since the last step.
+        num_launched: how many buckets have been launched since the last step.
     """
 
     def __init__(self, policy: ZeRO) -> None:
@@ -293,6 +296,7 @@ class GatherInBackward(AllGather):
         self.reset()
 
     def add_params(self, zero_params: list[ZeroParam]) -> None:
+        # Not in the constructor: Stage.add_params() first checks that every rank uses this class.
         if not self._has_own_group and self._ranks > 1:
             device = torch.device(self._policy.mesh.device_type)
             self._group, self._has_own_group = new_group_like(self._group, device), True
@@ -304,11 +308,11 @@ class GatherInBackward(AllGather):
             self._waiting.append(zero_params)
 
     def advance(self, device_may_block: bool = False) -> None:
-        """Copy in weights that have arrived, and launch buckets, ``max_in_flight`` at a time.
+        """Copy in weights that have arrived, and launch buckets while ``max_in_flight`` allows.
 
         Args:
-            device_may_block: with NCCL, let the device wait for the oldest rather than launch
-                later.
+            device_may_block: launch all added buckets now; the device waits for the oldest in
+                flight.
         """
         while self._in_flight and self._in_flight[0].is_completed and not device_may_block:
             self._in_flight.pop(0).finish()
@@ -320,7 +324,7 @@ class GatherInBackward(AllGather):
             self._launch(self._waiting.pop(0), in_place=False)
 
     def start(self, zero_params: list[ZeroParam]) -> None:
-        """All-gather those of these parameters that were not added, and finish all. Collective."""
+        """All-gather the parameters that no hook has added, and finish all. Collective."""
         if self._ranks == 1:
             return
         updated = {each for each in zero_params if not each.is_replicated}
@@ -336,7 +340,7 @@ class GatherInBackward(AllGather):
         self._finish()
 
     def launch_all(self, buckets: list[Bucket]) -> None:
-        """Launch the buckets that some rank has launched, and finish all. Collective."""
+        """Launch the buckets that any rank has launched, and finish all. Collective."""
         for bucket in buckets[self.num_launched :]:
             self._launch(bucket.zero_params, in_place=False)
         self._finish()

@@ -7,11 +7,12 @@ parameter mixes old and new values. A pre-hook of each module waits for the buck
 reads, copies them into the parameters, and launches the next ones. At the end of the model's
 forward pass all buckets have been copied.
 
-A module may read a weight of another one (``MultiheadAttention`` does), so the first training
-forward pass between two calls of ``step()`` is recorded (:class:`.ForwardRecorder`), if one runs in
-the first few steps. The later ``step()`` merges the recordings of all ranks. ``step()`` itself
-waits for weights that no module was seen to read. It waits for all weights if one of them is new,
-or if a module is compiled, since hooks do not run there.
+A module may read a weight of another one (``MultiheadAttention`` does). So a
+:class:`.ForwardRecorder` records the first training forward pass after a ``step()``, and the next
+``step()`` merges the recordings of all ranks. If there was no such forward pass, the next few steps
+try again. ``step()`` itself waits for weights that no module was seen to read. It waits for all
+weights if any of them has not been recorded, or if a module is compiled, since hooks do not run
+there.
 
 All other readers wait for every bucket: forward passes under ``no_grad`` or in eval mode, direct
 calls of a submodule, ``state_dict()``, ``load_state_dict()`` and the optimizer's methods.
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
-MAX_RECORDINGS = 3  # steps until a forward pass of the model must have run between two of them
+MAX_RECORDINGS = 3  # after so many steps without a forward pass of the model, stop recording
 
 OPERATION = "all-gathering the updated weights (in a forward pass, step() or optimizer.wait())"
 FAILED_ERROR = (
@@ -48,12 +49,12 @@ FAILED_ERROR = (
     "restart all ranks from the last checkpoint"
 )
 
-# Construction number -> instance. Every rank constructs, and so waits, in the same order.
+# Instances by construction number. All ranks construct, and therefore wait, in the same order.
 _instances: WeakValueDictionary[int, OverlappedGather] = WeakValueDictionary()
 
 
 def wait_for_all_gathers(params: list[Tensor]) -> None:
-    """Wait for pending all-gathers of these parameters, also those of deleted optimizers."""
+    """Wait for pending all-gathers of these parameters, including those of deleted optimizers."""
     for _, gather in sorted(_instances.items()):
         if any(map(gather.is_pending, params)):
             gather.wait()
@@ -67,24 +68,24 @@ class OverlappedGather(AllGather):
         assert policy.model is not None
         self._model = policy.model
         self._collectives = collectives
-        # A process group of its own: no fixed order relative to the gradients' collectives.
+        # Its own process group, so that all-gathers need no fixed order relative to reductions.
         self._group = new_group_like(self._group, torch.device(policy.mesh.device_type))
 
         # - Uses of parameters in the forward pass
         self._zero_params: list[ZeroParam] = []
-        self._recorder: ForwardRecorder | None = None  # of the forward pass after the last step
-        self._recording_for: list[ZeroParam] = []
+        self._recorder: ForwardRecorder | None = None  # for the forward pass after the last step
+        self._recorded_params: list[ZeroParam] = []
         self._recordings_left = MAX_RECORDINGS
         # In order of first use. The set is empty if no module was seen to read the parameter.
         self._readers: dict[ZeroParam, set[nn.Module]] = {}
 
-        # - Buckets; start() waits for the first _num_blocking of them
-        self._num_blocking = 0
+        # - Buckets
+        self._num_blocking = 0  # number of first buckets for which start() waits
         self._buckets_of_module: dict[nn.Module, list[int]] = {}
         self._bucket_of_param: dict[Tensor, int] = {}
 
         # - State
-        self._pending: set[int] = set()  # buckets that are not yet copied into the parameters
+        self._pending: set[int] = set()  # buckets not yet copied into the parameters
         self._in_flight: dict[int, PendingAllGather] = {}
         self._next_launch = 0
         self._versions: dict[Tensor, int] = {}  # param._version right after step()
@@ -123,7 +124,7 @@ class OverlappedGather(AllGather):
         for index in range(len(self._buckets) if self._is_compiled() else self._num_blocking):
             self._finish(index)
         if new:
-            self._recording_for = zero_params
+            self._recorded_params = zero_params
             self._hook_modules()
             self._recorder = ForwardRecorder(self._model, [each.param for each in zero_params])
 
@@ -137,7 +138,7 @@ class OverlappedGather(AllGather):
         return self._bucket_of_param.get(param) in self._pending
 
     def release(self) -> None:
-        """Remove the hooks, now or once nothing is pending: the optimizer no longer exists."""
+        """Remove the hooks of a deleted optimizer, as soon as nothing is pending."""
         self._is_released = True
         if not self._pending:
             for handle in self._handles:
@@ -145,7 +146,7 @@ class OverlappedGather(AllGather):
             self._handles.clear()
 
     def _agree_on_readers(self, recorder: ForwardRecorder) -> None:
-        """Merge what the ranks have recorded. Collective."""
+        """Merge the recordings of all ranks. Collective."""
         self._recorder = None
         index_of = {each.param: index for index, each in enumerate(self._zero_params)}
         own = [(index_of[param], sorted(fqns)) for param, fqns in recorder.reads.items()]
@@ -158,7 +159,7 @@ class OverlappedGather(AllGather):
             readers[zero_param].update(map(self._model.get_submodule, fqns))
         self._recordings_left -= 1
         if not readers and self._recordings_left > 0:
-            return  # start() records the next forward pass
+            return  # start() will record the next forward pass
         if not readers:
             logger.warning(
                 "overlap_gather of ZeRO has no effect: no forward pass in training mode of the "
@@ -169,7 +170,7 @@ class OverlappedGather(AllGather):
                 if param in index_of and (owned := self._zero_params[index_of[param]]) in readers:
                     readers[owned].add(module)
         self._readers = readers | {k: v for k, v in self._readers.items() if k not in readers}
-        for zero_param in self._recording_for:
+        for zero_param in self._recorded_params:
             self._readers.setdefault(zero_param, set())
         self._buckets_of = []
 
@@ -194,7 +195,7 @@ class OverlappedGather(AllGather):
                         indices.append(index)
 
     def _is_compiled(self) -> bool:
-        """Return whether there is a module in which hooks do not run."""
+        """Return whether the model has a compiled module, in which hooks do not run."""
         return any(map(_is_compiled, self._model.modules()))
 
     # -------------------------------------------------------------------------------------- buckets
@@ -211,14 +212,14 @@ class OverlappedGather(AllGather):
             self._next_launch += 1
 
     def _finish(self, index: int) -> None:
-        """Wait for a bucket if it is pending, and launch others in its place."""
+        """Wait for a bucket if it is pending, and launch the next ones."""
         if index in self._pending:
             self._guarded(lambda: self._unpack(index))
         if self._is_released:
             self.release()
 
     def _guarded(self, function: Callable[[], None]) -> None:
-        """Call ``function``. If it raises, some weights may be old, so later calls raise too."""
+        """Call ``function``. After an error some weights may be old, so all later calls raise."""
         if self._failure is not None:
             raise RuntimeError(FAILED_ERROR) from self._failure
         try:
@@ -271,8 +272,7 @@ class OverlappedGather(AllGather):
             self._in_forward, self._has_returned = True, False
             recorder = self._recorder
             if recorder is not None or self._pending:
-                # Modules may have been compiled since the step, and would be compiled again if
-                # they were recorded.
+                # Modules may have been compiled since the step. Recording would recompile them.
                 may_overlap = may_overlap and not self._is_compiled()
             if recorder is not None and not recorder.reads and may_overlap:
                 recorder.start()
@@ -285,11 +285,11 @@ class OverlappedGather(AllGather):
             self.wait()
 
     def on_forward_returned(self, *_: Any) -> None:
-        """Note that the model's forward pass has not raised. Its output may be None."""
+        """Note that the model's forward pass has returned; its output may be None even so."""
         self._has_returned = True
 
     def after_forward(self, *_: Any) -> None:
-        """Wait for the remaining buckets, since the loss may read weights; also after an error."""
+        """Wait for the other buckets, since the loss may read weights. Runs after errors too."""
         self._in_forward = False
         if self._recorder is not None:
             self._recorder.stop(is_complete=self._has_returned)
@@ -300,7 +300,7 @@ class OverlappedGather(AllGather):
         self.wait()
 
     def check_picklable(self) -> None:
-        """Raise RuntimeError if a copy of the model would get outdated weights."""
+        """Raise RuntimeError if a copy of the model would have old weights."""
         if self._pending:
             raise RuntimeError(
                 "the model is copied or pickled while ZeRO(overlap_gather=True) still gathers its "
@@ -327,7 +327,7 @@ class OverlappedGather(AllGather):
 
 
 class ModuleHook:
-    """Module hook that does nothing in copies of the module."""
+    """A module hook that does nothing in copies of the module."""
 
     def __init__(self, gather: OverlappedGather | None, method: str) -> None:
         self._gather = gather

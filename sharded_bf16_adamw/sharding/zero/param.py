@@ -1,15 +1,16 @@
 """The shard of a replicated parameter that a rank owns under ZeRO, and its layout in buffers.
 
 [Note: ZeRO tensors]
-A parameter of *size* ``n`` along its *shard dimension* (dimension 0, or another one where that is
-shorter than the number of ranks) is cut as ``torch.chunk`` and DTensor's ``Shard`` cut, so that
-torch's checkpoint code finds every element. With ``shard_size = ceil(n / ranks)``, rank ``r`` owns
-indices ``r * shard_size`` to ``(r + 1) * shard_size``; the last ranks own fewer or none.
+A parameter is sharded along its *shard dimension*: dimension 0, or another one if dimension 0 is
+shorter than the number of ranks. As in ``torch.chunk`` and DTensor's ``Shard``, which torch's
+checkpoint code expects, rank ``r`` owns the indices from ``r * shard_size`` up to
+``(r + 1) * shard_size``, where ``shard_size = ceil(n / ranks)`` and ``n`` is the size of the shard
+dimension. The last ranks own fewer or none.
 
-* *local shard*: the elements that this rank owns, as a view of a tensor of the parameter's shape.
-* *padded gradient*: ``(ranks, padded_shard_numel)``, a part of a reduce-scatter input. Row ``r``
-  holds the shard of rank ``r``, with the shard dimension first, followed by zeros if it is short.
-* *shard*, 1-D of ``padded_shard_numel`` elements: one such row, as a collective carries it.
+* *local shard*: the elements that this rank owns, in the parameter's dimensions.
+* *padded gradient*: ``(ranks, padded_shard_numel)``, a slice of a reduce-scatter input. Row ``r``
+  holds the shard of rank ``r``, with the shard dimension first, padded with zeros at the end.
+* *shard*: such a row, 1-D of ``padded_shard_numel`` elements.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ParamSpec(NamedTuple):
-    """The properties of a parameter that its layout depends on."""
+    """The properties of a parameter that must not change once it is sharded."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -41,11 +42,11 @@ class ParamSpec(NamedTuple):
 
 
 class ZeroParam:
-    """One replicated parameter and the shard of it that this rank owns.
+    """A replicated parameter and this rank's shard of it.
 
     Args:
-        param: a plain parameter, whole on every rank.
-        mesh: 1-D, or 2-D (replicate, shard); the last dimension shards.
+        param: a plain parameter, replicated on all ranks.
+        mesh: 1-D, or 2-D (replicate, shard).
         name: for messages.
     """
 
@@ -64,7 +65,7 @@ class ZeroParam:
         self._inner_numel = param.numel() // size if size else 0
         self._shard_size = -(-size // ranks)
         self.padded_shard_numel = self._shard_size * self._inner_numel
-        # The first ranks have a full shard, at most one more rank has a short one.
+        # After the full shards there is at most one short one; the remaining shards are empty.
         self._full_shards, self._short_size = (
             divmod(size, self._shard_size) if self._shard_size else (ranks, 0)
         )
@@ -73,12 +74,12 @@ class ZeroParam:
 
     @property
     def is_replicated(self) -> bool:
-        """Return True if the parameter is 0-dim: every rank then updates all of it."""
+        """Return True if the parameter is 0-dim, and so updated by every rank."""
         return self.shard_dim is None
 
     @property
     def is_even(self) -> bool:
-        """Return True if a tensor laid out like the parameter is a padded gradient as it is."""
+        """Return True if the parameter's memory layout is already that of a padded gradient."""
         return (
             self.shard_dim == 0
             and self._short_size == 0
@@ -104,7 +105,7 @@ class ZeroParam:
         )
 
     def copy_in(self, full: Tensor, padded: Tensor) -> None:
-        """Copy a tensor of the parameter's shape to a padded gradient, which has its own dtype."""
+        """Copy a tensor of the parameter's shape to a padded gradient of any dtype."""
         full, shards = self._shard_dim_first(full), self._unflatten(padded)
         count = self._full_shards
         boundary = count * self._shard_size
@@ -116,7 +117,7 @@ class ZeroParam:
         shards[count:].zero_()
 
     def copy_out(self, padded: Tensor, full: Tensor) -> None:
-        """Copy to a tensor of the parameter's shape; inverse of :meth:`copy_in`."""
+        """Copy ``padded`` to a tensor of the parameter's shape; inverse of :meth:`copy_in`."""
         full, shards = self._shard_dim_first(full), self._unflatten(padded)
         count = self._full_shards
         boundary = count * self._shard_size
@@ -125,13 +126,13 @@ class ZeroParam:
             full[boundary:].copy_(shards[count, : self._short_size])
 
     def unpack_shard(self, shard: Tensor) -> Tensor:
-        """Return the local shard, in the parameter's dimensions, as a view of a 1-D shard."""
+        """Return the local shard as a view of a 1-D shard."""
         unpadded = shard[: self._local_size * self._inner_numel]
         assert self.shard_dim is not None
         return unpadded.view(self._local_size, *self._inner_shape).movedim(0, self.shard_dim)
 
     def padding(self, shard: Tensor) -> Tensor:
-        """Return the padding of a 1-D shard of this rank as a view, empty if there is none."""
+        """Return the padding of this rank's 1-D shard as a view, which may be empty."""
         return shard[self._local_size * self._inner_numel :]
 
     def _shard_dim_first(self, full: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class ZeroParam:
 
 
 def choose_shard_dim(shape: torch.Size, ranks: int) -> int | None:
-    """Return the first dimension with an index for every rank, else the longest; None if 0-dim."""
+    """Return the first dimension with size >= ``ranks``, else the longest; None if 0-dim."""
     if not shape:
         return None
     return next(

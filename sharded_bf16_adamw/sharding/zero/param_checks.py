@@ -1,4 +1,4 @@
-"""Checks of the parameters under ZeRO. Every finding becomes an error on every rank."""
+"""Checks of parameters under ZeRO. A problem on any rank becomes an error on every rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def param_problem(param: Tensor, name: str, mesh: DeviceMesh) -> str | None:
 
 
 def changed_spec_problem(zero_param: ZeroParam) -> str | None:
-    """Return how the parameter has changed since the optimizer was built, or None."""
+    """Return which property of the parameter has changed since it was added, or None."""
     spec = ParamSpec.of(zero_param.param)
     if spec == zero_param.spec:
         return None
@@ -60,7 +60,7 @@ def grad_problem(grad: Tensor) -> str | None:
 def check_same_parameters(
     collectives: HostCollectives, params: list[Tensor], names: list[str]
 ) -> None:
-    """Raise ValueError on every rank unless all have the same parameters in order. Collective."""
+    """Raise ValueError on all ranks unless they have the same parameters in order. Collective."""
     signatures = [
         f"{name} {tuple(p.shape)} {p.dtype} {'' if p.is_contiguous() else p.stride()}"
         for name, p in zip(names, params, strict=True)
@@ -99,7 +99,7 @@ def is_wrapped_by_ddp(params: Iterable[Tensor]) -> bool:
 
 
 class ParamOwners:
-    """The modules that hold the parameters, to notice a parameter that was replaced in one."""
+    """The modules that hold the parameters, to detect a parameter that was replaced in a module."""
 
     def __init__(self, zero_params: Iterable[ZeroParam]) -> None:
         by_id = {id(zero_param.param): zero_param for zero_param in zero_params}

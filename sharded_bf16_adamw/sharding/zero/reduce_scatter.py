@@ -1,4 +1,4 @@
-"""The collectives of ZeRO that average gradients, chosen by the process group's backend."""
+"""The collectives by which ZeRO averages gradients, which depend on the backend."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ OPERATION = "averaging gradients"  # for messages
 
 
 class PendingReduce:
-    """A reduce-scatter in flight, which gives the mean over all ranks of this rank's shard.
+    """A reduce-scatter in flight, whose result is the mean over all ranks of this rank's shard.
 
-    With gloo, and with ``fp32_sum``, it is an all-to-all, after which the owner of a shard sums in
-    float32. That moves as many bytes as a reduce-scatter, rounds once instead of once per rank, and
-    does not depend on the order of arrival. On gloo it is also faster: 16 MB of bfloat16 on 2 ranks
-    take 30 ms including the sum, against 80 ms for reduce_scatter and 39 ms for all_reduce.
+    With gloo or ``fp32_sum`` it is an all-to-all, after which each rank sums its shard in float32.
+    This sends as many bytes as a reduce-scatter, rounds once instead of once per rank, and does not
+    depend on the order of arrival. On gloo it is also faster: 16 MB of bfloat16 on 2 ranks take
+    30 ms including the sum, against 80 ms for reduce_scatter and 39 ms for all_reduce.
 
     Otherwise (NCCL) it is a reduce-scatter, which sums in the dtype of its input. The division
-    happens afterwards, because NCCL's own average multiplies each gradient by ``1 / ranks`` in that
-    dtype. In bfloat16 and for 3 ranks that factor is 0.2 % off.
+    follows, because NCCL's AVG multiplies each gradient by ``1 / ranks`` in that dtype. In
+    bfloat16 and for 3 ranks that factor is 0.2 % off.
 
-    On a 2-D mesh an all-reduce over the first dimension follows, in the dtype of the input, or with
-    ``fp32_sum`` in float32.
+    On a 2-D mesh an all-reduce over the first dimension follows, in the dtype of the input, or in
+    float32 with ``fp32_sum``.
 
     Args:
         reduce_scatter_input: contiguous ``(ranks, shard numel)``; row ``r`` goes to rank ``r`` of
             the last mesh dimension. It may be overwritten.
         mesh: 1-D, or 2-D (replicate, shard).
-        dtype: of the result.
-        group: of the ranks of the last mesh dimension; None for the mesh's own.
+        dtype: dtype of the result.
+        group: group of the same ranks as the last mesh dimension; None for the mesh's own group.
         fp32_sum: whether to sum in float32 with any backend.
     """
 
@@ -77,7 +77,7 @@ class PendingReduce:
 
     @property
     def is_local_finished(self) -> bool:
-        """Return True once the reduce-scatter is done and its buffers have been freed."""
+        """Return True once :meth:`finish_local` has succeeded."""
         return self._mean is not None
 
     @property
@@ -90,12 +90,12 @@ class PendingReduce:
     def finish_local(self, timeout_s: float | None = None, device_may_block: bool = True) -> bool:
         """Wait for the reduce-scatter, compute the mean, and free the buffers.
 
-        On a 2-D mesh, then start the all-reduce.
+        On a 2-D mesh, also start the all-reduce.
 
         Args:
             timeout_s: seconds after which to give up; None for never.
-            device_may_block: with NCCL, let the device block indefinitely rather than this thread
-                for ``timeout_s``.
+            device_may_block: with NCCL, block the device without a timeout instead of this thread
+                with one.
 
         Returns:
             False after a timeout, else True.
@@ -128,7 +128,7 @@ class PendingReduce:
         return True
 
     def finish(self, timeout_s: float, device_may_block: bool = False) -> bool:
-        """Wait until :meth:`wait` would not block this thread; see :meth:`finish_local`."""
+        """Wait until :meth:`wait` would not block this thread. See :meth:`finish_local`."""
         if not self.finish_local(timeout_s, device_may_block):
             return False
         if self._replicate_work is None or (device_may_block and not self._wait_blocks_host):
@@ -136,7 +136,7 @@ class PendingReduce:
         return _completes_within(self._replicate_work, timeout_s)
 
     def wait(self) -> Tensor:
-        """Return the mean of this rank's shard, 1-D of ``shard numel`` elements."""
+        """Wait for the mean of this rank's shard, and return it: 1-D, ``shard numel`` elements."""
         self.finish_local()
         assert self._mean is not None
         if self._replicate_work is not None:

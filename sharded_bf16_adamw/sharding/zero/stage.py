@@ -1,4 +1,4 @@
-"""The common part of ZeRO stages 1 and 2: check parameters, shard states, all-gather weights."""
+"""The common part of ZeRO stages 1 and 2: parameter checks, sharded states, weight all-gather."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Stage:
     """The ZeRO sharding of one optimizer.
 
-    Its methods are those of :class:`sharded_bf16_adamw.sharding.base.Sharding`.
+    Implements :class:`sharded_bf16_adamw.sharding.base.Sharding`.
     """
 
     STEPS_IN_BACKWARD = False  # see :mod:`.in_backward`
@@ -43,15 +43,15 @@ class Stage:
         self._collectives = HostCollectives(policy.mesh)
         self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
         self._owners = ParamOwners([])
-        self._with_grad: list[ZeroParam] = []  # have a gradient on some rank; same on all ranks
+        self._with_grad: list[ZeroParam] = []  # have a gradient on any rank; same on all ranks
         self._all_gather = AllGather(policy)
         if policy.overlap_gather:
             self._all_gather = overlapped = OverlappedGather(policy, self._collectives)
             weakref.finalize(self, overlapped.release)
-        # The ranks have agreed on the gradients of this step, or on an error. Same on all ranks:
-        # step() ends it, or zero_grad() if every rank calls it.
+        # Whether the ranks have agreed on the gradients of this step, or on an error. Same on all
+        # ranks: only step(), or zero_grad() on every rank, resets it.
         self._is_agreed = False
-        self._is_reduced = False  # and they are reduced, and none has come since on this rank
+        self._is_reduced = False  # gradients are agreed and reduced; no new ones on this rank since
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         named = list(zip(params, names, strict=True))
@@ -151,7 +151,7 @@ class Stage:
         return zero_param
 
     def _find_problem(self) -> str | None:
-        """Return what is wrong with this rank's parameters and their gradients, or None."""
+        """Return the first problem of this rank's parameters and gradients, or None."""
         for param, zero_param in self._zero_params.items():
             if problem := changed_spec_problem(zero_param):
                 return problem
@@ -162,7 +162,7 @@ class Stage:
     def _broadcast_weights(self, params: list[Tensor]) -> None:
         """Copy the weights of the first rank of the mesh to all ranks."""
         for param in params:
-            weights = param.detach().contiguous()  # a copy only if the parameter has gaps
+            weights = param.detach().contiguous()
             for axis in reversed(range(self._mesh.ndim)):
                 group = self._mesh.get_group(axis)
                 ranks = dist.get_process_group_ranks(group)

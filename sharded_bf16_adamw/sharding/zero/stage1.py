@@ -1,4 +1,4 @@
-"""ZeRO stage 1, beside DDP: gradients are the same on every rank; each uses its shards of them."""
+"""ZeRO stage 1, for use with DDP: each rank uses its shards of the gradients that DDP averaged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Stage1(Stage):
-    """A stage in which states are sharded; DistributedDataParallel averages the gradients."""
+    """The stage that shards states; DistributedDataParallel averages the gradients."""
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
         self._checked_averaged = False
         self._last_has_grad: list[bool] = []  # of each parameter, in the last reduce_grads()
         self._last_call: Call | None = None
-        self._is_steady = False  # last_has_grad may hold in the next step
+        self._is_steady = False  # whether the next step is likely to repeat _last_has_grad
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if self._zero_params:
@@ -41,9 +41,9 @@ class Stage1(Stage):
         self._all_gather.wait()  # the update changes weights that may still be in flight
         zero_params = list(self._zero_params.values())
         has_grad = self._has_grad()
-        # A backward pass may have followed clip_grad_norm_, on all ranks alike.
+        # New gradients may have come since clip_grad_norm_(), on all ranks alike.
         is_late = not self._is_reduced or has_grad != self._last_has_grad
-        # Usually a step follows clip_grad_norm_ on every rank: then nothing is exchanged.
+        # A step() after clip_grad_norm_() on every rank, the usual case, exchanges nothing.
         if not is_late and (caller is Caller.STEP or self._is_promised):
             return
         problem = self._find_problem()
@@ -83,7 +83,7 @@ class Stage1(Stage):
 
     @property
     def _is_promised(self) -> bool:
-        """Return True once steps exchange nothing, as ``static_graph`` promises."""
+        """Return True once ranks rely on the promise of ``static_graph`` and exchange nothing."""
         return self._policy.static_graph and self._is_steady
 
     def _agree(
@@ -92,8 +92,8 @@ class Stage1(Stage):
         """Agree on the call and on the parameters with a gradient. Collective.
 
         Returns:
-            For each parameter, whether any rank has a gradient, and whether any rank has none; None
-            if every rank repeats its last call and gradients.
+            For each parameter, whether any rank has a gradient, and whether any rank has none. None
+            instead if every rank repeats its last call with the same gradients.
         """
         call = Call(caller, self._is_agreed)
         with timeout_errors(call, self._collectives.ranks):
@@ -113,7 +113,7 @@ class Stage1(Stage):
         return values[:count], values[count : 2 * count]
 
     def _check_averaged(self) -> None:
-        """Raise RuntimeError on every rank if the gradients differ, as nobody has averaged them."""
+        """Raise RuntimeError on every rank if gradients differ, so were not averaged."""
         grads = [zero_param.param.grad for zero_param in self._with_grad]
         differing = find_differing(self._collectives, grads)
         for zero_param, differs in zip(self._with_grad, differing, strict=True):
@@ -123,7 +123,7 @@ class Stage1(Stage):
                     "stage 1 goes beside DistributedDataParallel, which averages them: call the "
                     "wrapped model, or use ZeRO(stage=2) on the plain module"
                 )
-        # Zeros are equal on every rank even if nobody averages, so they prove nothing.
+        # Zeros are equal on all ranks without averaging too, so check again in the next step.
         self._checked_averaged = any(bool(grad.any()) for grad in grads if grad is not None)
 
     def grads(self, params: list[Tensor]) -> list[Any]:

@@ -6,26 +6,27 @@ process group in the same order. But gradients may become ready in different ord
 may be unused on some ranks. Hence three rules:
 
 * Buckets launch in a fixed order, first to last, and start over if there are several backward
-  passes per step. A complete bucket waits until the one before it has launched. A rank on which a
-  parameter is unused therefore falls behind.
-* ``reduce_grads()``, which every rank calls, exchanges how often each bucket was launched. A rank
-  that is behind then launches the rest (:meth:`Stage2._flush`), with zeros for missing gradients.
-* Before that consensus, no rank blocks indefinitely on another: a backward pass with
-  ``max_in_flight`` reductions in flight waits ``BACKPRESSURE_TIMEOUT_S`` for the oldest, then lets
-  them pile up. A device cannot time out, so it may block only if all ranks had gradients of the
-  same parameters in the last step (:class:`Backpressure`).
+  passes per step. A complete bucket waits until the one before it has launched. So a rank on which
+  a parameter is unused falls behind.
+* ``reduce_grads()``, which every rank calls, exchanges the number of launches of each bucket. A
+  rank that is behind then launches the missing ones (:meth:`Stage2._flush`), with zeros for missing
+  gradients.
+* Before that consensus, no rank blocks indefinitely on another. If ``max_in_flight`` reductions are
+  in flight, the backward pass waits ``BACKPRESSURE_TIMEOUT_S`` for the oldest, then launches more
+  anyway. A device has no timeout, so it may block only if all ranks had gradients of the same
+  parameters in the last step (:class:`Backpressure`).
 
 The same exchange tells which parameters have a gradient on any rank, and detects ranks that
 disagree on ``zero_grad()``. A rank with an error still launches the reductions that other ranks
 wait for. Then all ranks raise the error together.
 
-Once the buckets are final, each rank compares its own report with the one that it sent last. If
-they are equal on every rank, all ranks know what they would agree on, so only whether they are
-equal has to travel: on gloo with the last bucket (see [Note: Closing bucket]), else as eight bytes.
+Once a step repeats the one before, each rank compares its report with its previous one. If no
+report has changed, the ranks know the result of a full exchange, so they exchange only one flag
+each: on gloo with the last bucket (see [Note: Closing bucket]), else as eight bytes.
 
-With ``static_graph`` not even that travels: a rank whose report is the same assumes that the
-others' are too. If it differs, it raises on this rank alone, which has launched no bucket more
-often than the others have.
+With ``static_graph`` ranks exchange not even the flag. A rank whose report is unchanged assumes the
+same of the others. If its report has changed, it raises an error on this rank alone, before it
+launches a bucket that the others do not.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ CLEARED_ON_SOME_RANKS_ERROR = (
     "it after each step, on every rank"
 )
 
-_hooks = GradHooks()  # of several stages with a parameter, only the newest takes its gradients
+_hooks = GradHooks()  # if several stages have a parameter, only the newest takes its gradients
 
 
 class Backpressure(Enum):
@@ -76,7 +77,7 @@ class Backpressure(Enum):
     - ``HOST``: the calling thread waits, with a timeout. The initial state.
     - ``DEVICE``: NCCL blocks the device, without a timeout; gloo waits as in ``HOST``. Set after a
       step in which all ranks had gradients of the same parameters.
-    - ``OFF``: it does not wait. Set after any other step, and after a timeout.
+    - ``OFF``: nothing waits. Set after any other step, and after a timeout.
     """
 
     HOST = auto()
@@ -85,10 +86,7 @@ class Backpressure(Enum):
 
 
 class Stage2(Stage):
-    """A stage in which states and gradients are sharded.
-
-    See [Note: Order of reductions across ranks].
-    """
+    """The stage that shards states and gradients. See [Note: Order of reductions across ranks]."""
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
@@ -108,9 +106,9 @@ class Stage2(Stage):
 
         # - Buckets
         self._order = BucketOrder(policy)
-        self._exchange = GradConsensus(self._collectives, policy.static_graph)
+        self._consensus = GradConsensus(self._collectives, policy.static_graph)
         self._in_flight: list[tuple[Bucket, PendingReduce]] = []
-        self._held: Bucket | None = None  # the closing bucket, if complete for the last time
+        self._held: Bucket | None = None  # closing bucket, complete but left to reduce_grads()
 
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         if self._zero_params:  # reductions in flight belong to the old buckets
@@ -119,12 +117,12 @@ class Stage2(Stage):
         self._is_reduced = False
         self._register_hooks()
         self._order.reset(self._zero_params.values())
-        self._exchange.reset()
+        self._consensus.reset()
 
     # ------------------------------------------------------------------ during the backward pass
 
     def _register_hooks(self) -> None:
-        """Register hooks on trainable parameters that have none, such as newly unfrozen ones."""
+        """Register hooks on trainable parameters without hooks, such as newly unfrozen ones."""
         _hooks.add(self, self._zero_params, self._hooked, type(self)._on_grad_ready)
 
     @torch.no_grad()
@@ -155,7 +153,7 @@ class Stage2(Stage):
         self._has_grad.add(zero_param)
         if bucket := self._order.bucket_of.get(zero_param):  # an empty parameter has none
             if self._held is not None and self._order.is_active(bucket):
-                self._launch_next(self._held)  # one more backward pass than expected
+                self._launch_next(self._held)  # there are more backward passes than expected
             bucket.add_grad(zero_param, unsharded_grad)
         param.grad = None
 
@@ -163,11 +161,11 @@ class Stage2(Stage):
         """Launch active buckets in order, up to the first incomplete one."""
         while complete := self._order.next_complete():
             index, bucket = complete
-            if expected := self._exchange.expected:
+            if expected := self._consensus.expected:
                 remaining = expected.agreed.launches[index] - bucket.launches
                 if self._policy.static_graph and remaining <= 0:
-                    return  # as promised, the other ranks do not launch it again
-                if remaining == 1 and bucket is self._exchange.flag_carrier(self._order):
+                    return  # the other ranks do not launch it again
+                if remaining == 1 and bucket is self._consensus.flag_carrier(self._order):
                     self._held = bucket
                     return
             self._launch_next(bucket)
@@ -220,18 +218,18 @@ class Stage2(Stage):
         self._all_gather.wait()  # the update changes weights that may still be in flight
         # A gradient that was set by hand after clip_grad_norm_ has run no hook.
         is_late = not self._is_reduced or any(p.grad is not None for p in self._zero_params)
-        # Usually a step follows clip_grad_norm_ on every rank: then nothing is exchanged.
+        # A step() after clip_grad_norm_() on every rank, the usual case, exchanges nothing.
         if is_late or not (caller is Caller.STEP or self._is_promised):
             self._finish_reduction(caller)
 
     @property
     def _is_promised(self) -> bool:
-        """Return True once steps exchange nothing, as ``static_graph`` promises."""
-        return self._policy.static_graph and self._exchange.expected is not None
+        """Return True once ranks rely on the promise of ``static_graph`` and exchange nothing."""
+        return self._policy.static_graph and self._consensus.expected is not None
 
     @torch.no_grad()
     def _finish_reduction(self, caller: Caller) -> None:
-        """Reach consensus, launch missing reductions, and wait for all. Collective."""
+        """Agree on the gradients, launch missing reductions, and wait for all. Collective."""
         self._is_reduced = False
         is_for_step = caller not in (Caller.ZERO_GRAD, Caller.ADD_PARAM_GROUP)
         problem = None
@@ -241,13 +239,13 @@ class Stage2(Stage):
                 self._add_unhooked_grads()
         call = Call(caller, self._is_agreed)
         report = self._report(call)
-        expected = self._exchange.expected
+        expected = self._consensus.expected
         if self._is_promised and expected is not None and is_for_step:
             self._check_promise(expected.own, report, problem)
             agreed, problems, closing_reduce = expected.agreed, None, None
         else:
             with timeout_errors(call, self._collectives.ranks):
-                agreed, problems, closing_reduce = self._exchange.agree(
+                agreed, problems, closing_reduce = self._consensus.agree(
                     report, problem, self._order
                 )
         buckets, active = self._order.buckets, self._order.num_active
@@ -257,8 +255,8 @@ class Stage2(Stage):
         self._flush(buckets[:active], launches[:active])
         if closing_reduce is not None:
             self._in_flight.append((buckets[active - 1], closing_reduce))
-        # On a 2-D mesh the all-reduces of the active buckets come before any other on every rank,
-        # wherever they are launched.
+        # On a 2-D mesh, start the all-reduces of all active buckets before any other all-reduce, so
+        # that their order is the same on all ranks.
         while self._in_flight:
             self._wait_oldest()
         self._flush(buckets[active:], launches[active:])
@@ -266,12 +264,12 @@ class Stage2(Stage):
             self._wait_oldest()
         self._held = None
         self._order.restart()
-        # Raise only now that nothing is in flight, so that all ranks can continue afterwards.
+        # Raise only after all reductions, so that all ranks can continue.
         if agreed.is_stale:
             self._grad_state = GradState.STALE
         error = self._find_error(agreed, problems)
         if error is not None:
-            # Used gradients may be cleared at any time, see :class:`GradState`.
+            # Clearing used gradients needs no agreement; see :class:`GradState`.
             is_unused = agreed.grad_state is GradState.UNUSED
             self._is_agreed = is_unused and not self.STEPS_IN_BACKWARD
             raise RuntimeError(error)
@@ -293,11 +291,11 @@ class Stage2(Stage):
         return CLEARED_ON_SOME_RANKS_ERROR if agreed.is_cleared_on_some_ranks else None
 
     def _check_promise(self, expected: GradReport, report: GradReport, problem: str | None) -> None:
-        """Raise RuntimeError on this rank unless its report is as ``static_graph`` promises."""
+        """Raise RuntimeError on this rank if its report breaks the promise of ``static_graph``."""
         if report.is_stale:
             self._grad_state = GradState.STALE
             raise RuntimeError(STALE_GRADS_ERROR)
-        report = report._replace(call=expected.call)  # clipping may come and go
+        report = report._replace(call=expected.call)  # not every step has to clip
         problem = problem or promise_problem(
             expected, report, self._zero_params.values(), self._order.buckets
         )
@@ -305,7 +303,7 @@ class Stage2(Stage):
             raise RuntimeError(f"{problem}; {STATIC_GRAPH_ADVICE}")
 
     def _add_unhooked_grads(self) -> None:
-        """Add gradients that ran no hook: set by hand, just unfrozen, or left by no_sync()."""
+        """Add gradients without a hook call: set by hand, newly unfrozen, or of no_sync()."""
         for zero_param in self._order.params:
             if zero_param.param.grad is not None or zero_param.param in self._accumulated_grads:
                 self._add_to_bucket(zero_param)
@@ -325,7 +323,7 @@ class Stage2(Stage):
         )
 
     def _apply(self, agreed: GradReport) -> None:
-        """Apply the consensus to this step and to the next backward pass."""
+        """Use the agreed report for this step and for the next backward pass."""
         zero_params = self._zero_params.values()
         self._with_grad = [
             each for each, has in zip(zero_params, agreed.has_grad, strict=True) if has
@@ -342,18 +340,18 @@ class Stage2(Stage):
         }
 
     def _flush(self, buckets: list[Bucket], launches: list[int]) -> None:
-        """Launch the buckets that are behind ``launches``, in the same order as the hooks do.
+        """Launch buckets, in the order of the hooks, until their counts reach ``launches``.
 
-        The closing bucket sends gradients that no launch was due for in its last one, as in a
-        steady step.
+        Each bucket sends its pending gradients in its next launch. The closing bucket sends them in
+        its last launch unless it is held, as it does when a step repeats the one before.
         """
         for turn in range(max(launches, default=0)):
             for bucket, wanted in zip(buckets, launches, strict=True):
                 if bucket.launches <= turn < wanted:
                     if oldest := self._oldest_over_limit():
                         oldest.finish_local()
-                    is_due = bucket is not self._order.closing or bucket is self._held
-                    self._launch(bucket, zeros=not is_due and turn < wanted - 1)
+                    sends_last = bucket is self._order.closing and bucket is not self._held
+                    self._launch(bucket, zeros=sends_last and turn < wanted - 1)
 
     def _sharded_grad(self, zero_param: ZeroParam) -> Tensor:
         if zero_param.param not in self._sharded_grads:
@@ -380,7 +378,7 @@ class Stage2(Stage):
         return super()._find_problem()
 
     def _find_claimed(self) -> ZeroParam | None:
-        """Return the first parameter whose gradients another optimizer takes."""
+        """Return the first parameter whose gradients another optimizer takes, or None."""
         for param, zero_param in self._zero_params.items():
             if param in _hooks.owner_of and _hooks.owner_of[param]() not in (None, self):
                 return zero_param
@@ -395,19 +393,18 @@ class Stage2(Stage):
     @torch.no_grad()
     def all_gather_params(self) -> None:
         super().all_gather_params()
-        # A step without gradients uses none.
         self._grad_state = GradState.USED if self._with_grad else GradState.UNUSED
         self._register_hooks()
         assert not self._in_flight
         zero_params = list(self._zero_params.values())
         if self._order.rebuild(zero_params, self._with_grad, self._collectives):
-            self._exchange.reset()
+            self._consensus.reset()
         if self._with_grad == self._order.built_for:
-            self._exchange.expect_repetition()
+            self._consensus.expect_repetition()
 
     def clear_grads(self) -> None:
         self._accumulated_grads.clear()
-        # Other ranks may have launched reductions too, or hold reduced gradients.
+        # Other ranks, too, may have launched reductions or hold reduced gradients.
         if self._is_busy() or (self._is_agreed and not self._is_promised):
             self._finish_reduction(Caller.ZERO_GRAD)
         self._sharded_grads.clear()
@@ -416,7 +413,7 @@ class Stage2(Stage):
         self._grad_state = GradState.UNUSED
 
     def _is_busy(self) -> bool:
-        """Return whether gradients of this rank are in flight or pending."""
+        """Return whether this rank has launched reductions or holds pending gradients."""
         return bool(self._in_flight) or any(
             bucket.launches or bucket.is_pending for bucket in self._order.buckets
         )

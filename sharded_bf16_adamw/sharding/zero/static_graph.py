@@ -21,7 +21,7 @@ def promise_problem(
     zero_params: Iterable[ZeroParam],
     buckets: Iterable[Bucket],
 ) -> str | None:
-    """Return how this rank's report breaks the promise to repeat the expected one, or None."""
+    """Return how this rank's report differs from the one that it promised, or None."""
     if report == expected:
         return None
     problem = changed_grads_problem(zero_params, expected.has_grad, report.has_grad)
@@ -40,7 +40,7 @@ def promise_problem(
 def changed_grads_problem(
     zero_params: Iterable[ZeroParam], before: list[bool], now: list[bool]
 ) -> str | None:
-    """Return which parameter has a gradient now but had none before, or reversely, or None."""
+    """Return the first parameter that has a gradient only now or only before, or None."""
     for zero_param, had, has in zip(zero_params, before, now, strict=True):
         if has and not had:
             return f"parameter {zero_param.name} has a gradient, but had none in the step before"
