@@ -1,8 +1,8 @@
-"""The choice of a backend by device, and the arguments, layouts and checks that all of them share.
+"""The choice of a backend by device, and the arguments and checks that all backends share.
 
-A backend is a module with ``make_table`` (a :class:`BackendTable`), ``grad_sum_sq`` and
-``unavailable_reason``. It may also have ``clip_coefficient`` and ``grad_norm_clip``, if these
-are faster than tensor operations.
+A backend is a module with ``make_table`` (returns a :class:`BackendTable`), ``grad_sum_sq`` and
+``unavailable_reason``. It may also have ``clip_coefficient`` and ``norm_and_clip_coefficient``, if
+these are faster than tensor operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .device_memory import is_capturing
 BACKENDS = ("reference", "native", "triton")
 _MODULES = {"reference": "reference", "native": "cpu", "triton": "cuda"}
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}  # other devices (MPS, XPU, ...): reference
-_FALLBACK_DEVICES: set[torch.device] = set()  # devices whose backend in _BY_DEVICE is unavailable
+_FALLBACK_DEVICES: set[torch.device] = set()  # on which a first update found no other backend
 
 logger = logging.getLogger("sharded_bf16_adamw")
 
@@ -45,10 +45,10 @@ class StepArgs(NamedTuple):
     """The arguments that change from step to step.
 
     Attributes:
-        grads: bfloat16 or float32, one for each parameter, of its shape and device. Only read.
-        hypers: hyper-parameters, one for each group.
-        grad_scale: 0-dim float32 that multiplies the gradients in fp32 as they are read
-            (a clip coefficient).
+        grads: bfloat16 or float32, one per parameter, of its shape and device. Only read.
+        hypers: hyper-parameters, one entry per group.
+        grad_scale: 0-dim float32 factor of the gradients, such as a clip coefficient. The kernels
+            apply it in fp32 as they read the gradients.
         found_inf: 0-dim float32; if it is not zero, the step changes nothing.
     """
 
@@ -58,13 +58,13 @@ class StepArgs(NamedTuple):
     found_inf: Tensor | None = None
 
 
-# The sums of ``precision_sums`` of a table, in this order (also in csrc/native.h and
-# triton_precision.py). The float32 values of an element:
+# The columns of ``precision_sums``; csrc/native.h and triton_precision.py repeat their order. They
+# are sums of these float32 values of each element:
 #
 # * weight: ``p + c`` before the step.
-# * update: the intended one, ``lr_weight_decay * weight + upd`` of :mod:`.reference`.
+# * update: the intended update, ``lr_weight_decay * weight + upd`` of :mod:`.reference`.
 # * effective: the change of ``p`` plus the change of ``c``, as the step stores them.
-# * plain: the change of a weight without correction, ``p - update`` rounded to nearest.
+# * plain: the change of ``p`` if there were no correction: ``round(p - update) - p``.
 PRECISION_SUMS = (
     "elements",
     "corrected",  # elements with a correction
@@ -74,21 +74,21 @@ PRECISION_SUMS = (
     "weight_sq",
     "update_sq",
     "descent",  # minus the dot product of update and effective change
-    "plain_descent",
-    "correction_sq",  # in units of the weight's last place
+    "plain_descent",  # minus the dot product of update and plain change
+    "correction_sq",  # of the correction in ulps of ``p``
     "first_sq",  # of exp_avg after the step, before it is rounded
     "second_sq",  # of exp_avg_sq after the step, before it is rounded
 )
 
 
 class Runs(NamedTuple):
-    """Runs of consecutive elements that ``precision_sums`` adds up; arrays of one int64 a run.
+    """Runs of consecutive elements for ``precision_sums``. Each array has one int64 per run.
 
     Attributes:
         params: index of the run's parameter.
         begins: first element, in the order of the parameter's memory.
         counts: number of elements, at least 1.
-        rows: row of the result that the sums are added to. A row's parameters are of one group.
+        rows: row of the result to which the run is added. A row's parameters are of one group.
         n_rows: number of rows of the result.
     """
 
@@ -100,13 +100,13 @@ class Runs(NamedTuple):
 
     @classmethod
     def whole(cls, numels: Sequence[int], rows: Sequence[int], n_rows: int) -> Runs:
-        """Return a run of each parameter's elements."""
+        """Return one run per parameter, of all its elements."""
         counts = np.array(numels, np.int64)
         begins = np.zeros_like(counts)
         return cls(np.arange(len(counts)), begins, counts, np.array(rows, np.int64), n_rows)
 
     def of_params(self, indices: Sequence[int]) -> Runs:
-        """Return the runs of some parameters, renumbered to their positions in ``indices``."""
+        """Return the runs of the parameters ``indices``, renumbered by position in that list."""
         last = max(int(self.params.max(initial=0)), max(indices, default=0))
         position = np.full(last + 1, -1, np.int64)
         position[indices] = np.arange(len(indices))
@@ -147,7 +147,7 @@ class TensorLists(NamedTuple):
 
 
 class BackendTable(Protocol):
-    """The data, such as addresses, that a backend keeps between steps for a list of parameters.
+    """What a backend keeps between steps about a list of parameters, such as addresses.
 
     ``make_table(tensors)`` of the backend's module creates one. A parameter and its states have
     the same strides and are dense (no gaps, no overlaps). The table keeps them alive. The caller
@@ -164,8 +164,8 @@ class BackendTable(Protocol):
 class FusedAdamW:
     """The AdamW update of one device's parameters: built once, called at every step.
 
-    The object keeps the memory of parameters and states alive, so that no other tensor can take it.
-    The caller checks before each step that they still use that memory.
+    It keeps the memory of parameters and states alive, so no other tensor can get their addresses.
+    Before each step the caller must check that parameters and states still use that memory.
 
     Args:
         params: bfloat16 or float32, all on one device; any strides.
@@ -202,7 +202,7 @@ class FusedAdamW:
         self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(*tensors[:4]))
         self._storages = [x.untyped_storage() for row in self._rows for x in row if x is not None]
         # A parameter with gaps, or with other strides than its states, cannot be read as one range
-        # of memory. Each step works on contiguous copies.
+        # of memory, so each step works on contiguous copies.
         self._dense = [i for i, row in enumerate(self._rows) if _same_dense_layout(row[:4])]
         self._strided = sorted(set(range(len(self._rows))) - set(self._dense))
         dense_rows = [self._rows[i] for i in self._dense]
@@ -228,20 +228,20 @@ class FusedAdamW:
             self._table.update_(args)
         else:
             self._update_any_strides(args)
-        # As after any in-place operation, autograd must notice a backward pass through overwritten
-        # weights.
+        # As after any in-place operation, autograd must detect a backward pass through the
+        # overwritten weights.
         torch.autograd.graph.increment_version(self._params)
 
     def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
-        """Add up :data:`PRECISION_SUMS` of the step with these arguments. Changes nothing.
+        """Return :data:`PRECISION_SUMS` of the step with these arguments, without taking it.
 
         Products and sums are float64, and their order depends only on the tensors' layout. So equal
         tensors give equal bits on one machine.
 
         Args:
             args: see :meth:`update_`; ``found_inf`` is ignored.
-            runs: elements to add up; None for all, with a row of the result for each group. A
-                parameter that is read through a contiguous copy has the order of the copy.
+            runs: elements to add up; None: all, with one row of the result per group. If a step
+                needs contiguous copies of a parameter, its runs index the copy.
 
         Returns:
             float64 ``[rows, len(PRECISION_SUMS)]`` on the parameters' device, or on the CPU if that
@@ -249,18 +249,18 @@ class FusedAdamW:
         """
         parts = [
             table.precision_sums(
-                own_args,
+                table_args,
                 runs
                 if runs is None or len(indices) == len(self._params)
                 else runs.of_params(indices),
             )
-            for table, own_args, indices, _ in self._parts(args)
+            for table, table_args, indices, _ in self._parts(args)
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     @property
     def captured(self) -> bool:
-        """True if a CUDA graph has captured a step. Its replays read this object's table."""
+        """True if a CUDA graph has captured a step; its replays read this object's memory."""
         return getattr(self._table, "captured", False)
 
     def _make_table(self, rows: Sequence[ParamTensors], indices: list[int]) -> BackendTable:
@@ -270,18 +270,18 @@ class FusedAdamW:
 
     def _update_any_strides(self, args: StepArgs) -> None:
         """Take one step if some tensor is not contiguous."""
-        for table, own_args, _, copied in self._parts(args):
-            table.update_(own_args)
+        for table, table_args, _, copied in self._parts(args):
+            table.update_(table_args)
             for original, copy in copied:
                 original.copy_(copy)
 
     def _parts(
         self, args: StepArgs
     ) -> Iterator[tuple[BackendTable, StepArgs, list[int], list[tuple[Tensor, Tensor]]]]:
-        """Yield tables of all parameters, with gradients of their strides.
+        """Yield tables that together cover all parameters: the kept one, then temporary ones.
 
-        Each comes with the indices of its parameters and with pairs of an original tensor and the
-        contiguous copy in the table.
+        Each comes with its arguments, whose gradients have the parameters' strides; the indices of
+        its parameters; and pairs of an original tensor and its contiguous copy in the table.
         """
         if self._table is not None:
             grads = args.grads
@@ -292,13 +292,13 @@ class FusedAdamW:
             *tensors, step = self._rows[i]
             copies = [None if x is None else x.contiguous() for x in tensors]
             table = self._make_table([(*copies, step)], [i])  # type: ignore[list-item]
-            own_args = args._replace(grads=[args.grads[i].contiguous()])
+            table_args = args._replace(grads=[args.grads[i].contiguous()])
             copied = [
                 (original, copy)
                 for original, copy in zip(tensors, copies, strict=True)
                 if original is not None and copy is not None and copy is not original
             ]
-            yield table, own_args, [i], copied
+            yield table, table_args, [i], copied
 
 
 def adamw_bf16_(
@@ -322,7 +322,7 @@ def adamw_bf16_(
     """Take one AdamW step on local tensors, in place.
 
     :mod:`sharded_bf16_adamw.kernels.reference` defines the update rule. Index ``i`` of every list
-    belongs to one parameter; its tensors have one shape and one device, and any strides. For
+    belongs to one parameter; its tensors have the same shape and device, and any strides. For
     repeated steps on the same tensors create a :class:`FusedAdamW`.
 
     Args:
@@ -382,7 +382,7 @@ def check_backend(backend: str | None) -> None:
 def backend_for(device: torch.device, backend: str | None) -> str:
     """Return the name of the backend for tensors of ``device``, without touching the device.
 
-    Until a first update falls back to the reference, that is the device type's preferred backend.
+    A fallback to the reference is known only after the first update on the device.
     """
     preferred = _BY_DEVICE.get(device.type, "reference")
     return backend or ("reference" if device in _FALLBACK_DEVICES else preferred)
@@ -394,7 +394,7 @@ def _module(backend: str) -> ModuleType:
 
 @functools.cache
 def backend_module(device: torch.device, backend: str | None) -> ModuleType:
-    """Return the module of a backend, by default the device's, with a warning if it falls back."""
+    """Return a backend's module, by default that of the device; warn about a fallback."""
     if backend is None:
         backend = _BY_DEVICE.get(device.type, "reference")
         reason = _module(backend).unavailable_reason(device)
@@ -441,10 +441,7 @@ def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, st
 
 
 def _same_dense_layout(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return True if all tensors can be read in the same order as one range of memory each.
-
-    They can if they have the same strides, without gaps or overlaps.
-    """
+    """Return True if each tensor fills one range of memory, all in the same order of elements."""
     p = tensors[0]
     assert p is not None
     if all(x is None or x.is_contiguous() for x in tensors):

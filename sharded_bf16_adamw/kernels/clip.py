@@ -16,8 +16,8 @@ def grad_sum_sq(
     Args:
         grads: at least one tensor, bfloat16 or float32, all on one device; any shapes and strides.
         backend: one of ``BACKENDS``, or None to choose by device.
-        scratch: memory to reuse from step to step for gradients of these sizes; required in a CUDA
-            graph. None allocates.
+        scratch: memory that is reused from step to step for gradients of these sizes; None
+            allocates. A CUDA graph capture requires it.
 
     Returns:
         0-dim float64, so that the sums of all ranks can be added before the square root. It is on
@@ -29,7 +29,7 @@ def grad_sum_sq(
 def clip_coefficient(
     sum_sq: Tensor, max_norm: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the norm, and a step's ``grad_scale`` and ``found_inf``, without a device sync.
+    """Compute the norm and a step's ``grad_scale`` and ``found_inf``, without a device sync.
 
     Args:
         sum_sq: 0-dim float64, the sum of squares of the gradients of all ranks.
@@ -49,17 +49,17 @@ def clip_coefficient(
     return norm.float(), coefficient.float(), (~sum_sq.isfinite()).float()
 
 
-def grad_norm_clip(
+def norm_and_clip_coefficient(
     grads: list[Tensor],
     max_norm: float,
     backend: str | None = None,
     scratch: NormScratch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`, in one launch if possible.
+    """Return :func:`clip_coefficient` of :func:`grad_sum_sq`, in one launch if possible.
 
-    Only for a norm that no other rank adds to.
+    For a norm over this rank's gradients alone: it skips the all-reduce between the two.
     """
     module = backend_module(grads[0].device, backend)
-    if hasattr(module, "grad_norm_clip"):
-        return module.grad_norm_clip(grads, max_norm, scratch)[-3:]
+    if hasattr(module, "norm_and_clip_coefficient"):
+        return module.norm_and_clip_coefficient(grads, max_norm, scratch)[-3:]
     return clip_coefficient(module.grad_sum_sq(grads, scratch), max_norm, backend)

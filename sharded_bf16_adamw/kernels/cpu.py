@@ -2,9 +2,9 @@
 
 The library is plain C and needs neither torch nor Python headers. One C source serves every
 instruction set (``ISAS``). The fastest is selected at run time; the environment variable
-``SHARDED_BF16_ADAMW_ISA`` forces one. All of them, with any number of threads, give the bits of
+``SHARDED_BF16_ADAMW_ISA`` forces one. Every instruction set and number of threads gives the bits of
 :mod:`sharded_bf16_adamw.kernels.reference`. The library's own thread pool has
-``torch.get_num_threads()`` threads, including the caller. ctypes releases the GIL while it runs.
+``torch.get_num_threads()`` threads, including the caller. ctypes releases the GIL during a call.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch import Tensor
 from .backend import PRECISION_SUMS, Runs, StepArgs, TensorLists
 from .device_memory import NormScratch
 
-# in the order of csrc/native.h; every processor of the architecture has the baseline
+# in the order of csrc/native.h; every processor supports the baseline of its architecture
 ISAS = ("baseline", "avx2", "avx512")
 ISA_VARIABLE = "SHARDED_BF16_ADAMW_ISA"
 LIBRARY = Path(__file__).with_name("_native.so")
-SOURCE_FOLDER = "its source folder"  # in a reason for which installing a compiler does not help
+SOURCE_FOLDER = "its source folder"  # marks a reason that a C compiler does not remove
 ABI_VERSION = 5
 
 # sba_hyper of csrc/native.h: lr, beta1, beta2, eps, weight_decay, grad_scale
@@ -42,7 +42,7 @@ _isa: int | None = None
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return in one clause why the library was not built or does not load, or None if it does.
+    """Return in one clause why the library is not available, or None if it is.
 
     Raises:
         ValueError: ``SHARDED_BF16_ADAMW_ISA`` names an instruction set that is unknown, or that
@@ -54,7 +54,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 
 
 def supported_isas() -> list[str]:
-    """Return the instruction sets of the library that this processor has, slowest first."""
+    """Return the library's instruction sets that this processor supports, slowest first."""
     library = _load()
     if library is None:
         return []
@@ -65,7 +65,7 @@ def select_isa(name: str | None) -> None:
     """Use one instruction set from now on.
 
     Args:
-        name: one of ``ISAS``. None: that of ``SHARDED_BF16_ADAMW_ISA``, or else the fastest.
+        name: one of ``ISAS``; None for that of ``SHARDED_BF16_ADAMW_ISA``, or else the fastest.
 
     Raises:
         ValueError: ``name`` is unknown, or this processor lacks it.
@@ -94,11 +94,11 @@ class NativeTable:
         self._tensors = tensors
         self._library = _required_library()
         count = len(tensors.params)
-        # Memory for the arguments of a step. ctypes and struct fill a few numbers with less code
-        # than numpy, which matters with cold caches.
+        # Buffers for the arguments of a step. ctypes and struct fill them with less code than
+        # numpy, which matters with cold caches.
         self._grad_is_f32 = (ctypes.c_uint8 * count)()
         self._grad_address = (ctypes.c_int64 * count)()
-        self._grad_dtypes: list[torch.dtype] = []  # of the last step, as flags in _grad_is_f32
+        self._grad_dtypes: list[torch.dtype] = []  # encoded in _grad_is_f32
         columns = [[0 if x is None else x.data_ptr() for x in column] for column in tensors[:5]]
         self._address = np.array(columns, np.int64)
         numel = np.array([p.numel() for p in tensors.params], np.int64)
@@ -115,8 +115,7 @@ class NativeTable:
         Several threads may step different tables at the same time.
 
         Raises:
-            ValueError: the number of gradients is not that of the parameters, or there are too few
-                hyper-parameters.
+            ValueError: there is not one gradient per parameter, or a group has no hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
         if args.found_inf is not None and args.found_inf.item() != 0:
@@ -126,7 +125,7 @@ class NativeTable:
     def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
 
-        They depend on the instruction set in the last bits, but not on the number of threads.
+        Their last bits depend on the instruction set, but not on the number of threads.
         """
         n_rows = len(args.hypers) if runs is None else runs.n_rows
         sums = torch.zeros((n_rows, len(PRECISION_SUMS)), dtype=torch.float64, device="cpu")
@@ -134,38 +133,40 @@ class NativeTable:
         if runs is None:
             self._add_precision_sums(sums, arguments)
         elif len(runs.params):
-            self._add_precision_sums_of(runs, sums, arguments)
+            self._add_precision_sums_of_runs(runs, sums, arguments)
         return sums
 
     def _add_precision_sums(self, sums: Tensor, arguments: tuple[Any, ...]) -> None:
         if self._library.sba_table_precision_sums(*arguments, sums.data_ptr()):
             raise MemoryError("no memory for the partial sums of precision_stats")
 
-    def _add_precision_sums_of(self, runs: Runs, sums: Tensor, arguments: tuple[Any, ...]) -> None:
-        """Add up runs through a table of their own, in which each is a parameter."""
+    def _add_precision_sums_of_runs(
+        self, runs: Runs, sums: Tensor, arguments: tuple[Any, ...]
+    ) -> None:
+        """Add up runs with a temporary table, whose parameters are the runs."""
         params, begins, counts, rows, n_rows = runs
         _, grads, grad_is_f32, hypers, threads, isa = arguments
         is_f32 = self._is_f32[params]
-        address = self._address.take(params, axis=1)  # in C order, unlike an index
+        address = self._address.take(params, axis=1)  # in C order, unlike [:, params]
         address[:4] += begins * np.where(is_f32, 4, 2)
         address[3, is_f32 != 0] = 0  # a float32 parameter has no correction
-        own_grad_is_f32 = np.frombuffer(grad_is_f32, np.uint8)[params]
-        own_grads = np.frombuffer(grads, np.int64)[params] + begins * np.where(
-            own_grad_is_f32, 4, 2
+        run_grad_is_f32 = np.frombuffer(grad_is_f32, np.uint8)[params]
+        run_grads = np.frombuffer(grads, np.int64)[params] + begins * np.where(
+            run_grad_is_f32, 4, 2
         )
-        # The library adds up by the index of the hyper-parameters, so each row has its own.
+        # The library adds up by group, so each row of the result becomes a group of that table.
         group_of_row = np.zeros(n_rows, np.int64)
         group_of_row[rows] = self._group[params]
-        own_hypers = np.frombuffer(hypers, np.float64).reshape(self._groups, -1)[group_of_row]
+        row_hypers = np.frombuffer(hypers, np.float64).reshape(self._groups, -1)[group_of_row]
         handle = _new_table(self._library, address, counts, is_f32, rows)
         try:
-            pointers = (x.ctypes.data for x in (own_grads, own_grad_is_f32, own_hypers))
+            pointers = (x.ctypes.data for x in (run_grads, run_grad_is_f32, row_hypers))
             self._add_precision_sums(sums, (handle, *pointers, threads, isa))
         finally:
             self._library.sba_table_free(handle)
 
     def _arguments(self, args: StepArgs) -> tuple[Any, ...]:
-        """Return the arguments of a step for the library."""
+        """Check the arguments of a step, and return those of the library's functions."""
         grads, hypers, grad_scale, _ = args
         if len(grads) != len(self._grad_address):
             raise ValueError(
@@ -203,7 +204,7 @@ make_table = NativeTable
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """Sum the squares of all elements in fp64; see :func:`.clip.grad_sum_sq`.
 
-    The order depends neither on the number of threads nor on the instruction set.
+    The bits depend neither on the number of threads nor on the instruction set.
 
     Raises:
         TypeError: a gradient is neither bfloat16 nor float32.
@@ -211,10 +212,10 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
     return torch.tensor(_sum_sq(grads), dtype=torch.float64, device="cpu")
 
 
-def grad_norm_clip(
+def norm_and_clip_coefficient(
     grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient`."""
+    """Return :func:`clip_coefficient` of :func:`grad_sum_sq`."""
     return _clip(_sum_sq(grads), max_norm)
 
 
@@ -224,7 +225,7 @@ def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, T
 
 
 def _clip(sum_sq: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute in Python floats: a dozen tensor operations would cost more than a small step."""
+    """Compute the coefficient in Python floats: tensor operations cost more than a small step."""
     norm = math.sqrt(sum_sq)
     coefficient = min(max_norm / (norm + 1e-6), 1.0)
     values = array("f", (norm, coefficient, 0.0 if math.isfinite(sum_sq) else 1.0))
@@ -235,7 +236,7 @@ def _sum_sq(grads: list[Tensor]) -> float:
     library = _required_library()
     is_f32 = array("B", _float32_flags(list(map(_dtype_of, grads))))
     if not all(map(Tensor.is_contiguous, grads)):
-        # also if they are dense: the sum is in the order of the elements, not of the memory
+        # even dense ones: the sum has the order of the elements, not of their memory
         grads = [g.contiguous() for g in grads]
     address = array("q", list(map(Tensor.data_ptr, grads)))
     numel = array("q", list(map(Tensor.numel, grads)))
@@ -248,7 +249,7 @@ def _sum_sq(grads: list[Tensor]) -> float:
 
 
 def _load() -> ctypes.CDLL | None:
-    """Load the library once a process. Return None and set ``_unavailable_reason`` on failure."""
+    """Load the library once per process; on failure set ``_unavailable_reason`` and return None."""
     global _library, _unavailable_reason
     if _library is None and _unavailable_reason is None:
         if not LIBRARY.exists():
@@ -278,7 +279,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the signatures of csrc/api.c: without them ctypes truncates pointers to 32 bits."""
+    """Declare the signatures of csrc/api.c; without them ctypes truncates pointers to 32 bits."""
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures: dict[str, tuple[list[type], type | None]] = {
         "sba_table_new": ([int64, pointer, pointer, pointer, pointer], pointer),
@@ -299,7 +300,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _new_table(library: ctypes.CDLL, address: Any, numel: Any, is_f32: Any, group: Any) -> int:
-    """Return the handle of ``sba_table_new``, which copies the arrays."""
+    """Return a new table's handle. The library copies the arrays."""
     pointers = (column.ctypes.data for column in (address, numel, is_f32, group))
     handle = library.sba_table_new(len(numel), *pointers)
     if not handle:
@@ -315,7 +316,7 @@ def _required_library() -> ctypes.CDLL:
 
 
 def _selected_isa() -> int:
-    """Return the number of the instruction set in use. The environment is read once."""
+    """Return the index of the selected instruction set in ``ISAS``; read the environment once."""
     global _isa
     if _isa is None:
         forced = os.environ.get(ISA_VARIABLE)

@@ -1,8 +1,8 @@
 """The CUDA and ROCm backend: the host side of the Triton kernels.
 
-Nothing here waits for the device, unless ``lr`` is a tensor on another device or of a dtype other
-than float32 and float64. Steps may be captured into a CUDA graph (see ``device_memory.py``). Triton
-is imported when the first kernel is needed. torch calls ROCm devices ``cuda`` too.
+No call waits for the device, except to read an ``lr`` tensor that is on another device or neither
+float32 nor float64. Steps may be captured into a CUDA graph (see ``device_memory.py``). Triton is
+imported when the first kernel is needed. torch calls ROCm devices ``cuda`` too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,12 @@ from .device_memory import (
     warps,
 )
 
-MAX_CHUNK_MAPS = 4  # mixtures of variants whose chunk maps are kept
-MAX_LAYOUTS = 16  # norm layouts that each scratch keeps
+MAX_CHUNK_MAPS = 4  # kept by _SameDtypeParams, one per list of variants
+MAX_LAYOUTS = 16  # kept by each NormScratch
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Return in one clause why this backend does not support ``device``, or None if it does.
-
-    None stands for the current device.
-    """
+    """Return in one clause why ``device`` (None: the current one) is not supported, or None."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
     index = None if device is None else device.index
@@ -63,7 +60,7 @@ def _reason_on(index: int) -> str | None:
 def _launch_problem(device: torch.device) -> str | None:
     """Launch a small kernel; return the error as a clause, or None.
 
-    This also finds a missing C compiler, which Triton needs to build its launcher.
+    This also detects that Triton has no C compiler to build its launcher.
     """
     if is_capturing(device):
         raise RuntimeError(f"a CUDA graph captures the first use of {device}; {WARM_UP}")
@@ -85,7 +82,7 @@ def _launch_problem(device: torch.device) -> str | None:
 class TritonTable:
     """Addresses of the parameters and their states: a :class:`.backend.BackendTable`.
 
-    The addresses stay on the device between steps.
+    They stay on the device between steps.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -94,35 +91,35 @@ class TritonTable:
     def __init__(self, tensors: TensorLists) -> None:
         from .triton_adamw import HYPER_WIDTH
 
-        rows, groups = list(tensors.rows()), tensors.group_indices()
+        params, groups = list(tensors.rows()), tensors.group_indices()
         self.device = tensors.params[0].device
-        self._captured_hypers: list[Sequence[Hyperparams]] = []  # CUDA graphs read their tensors
-        self._tensors = [x for row in rows for x in row if x is not None]
+        self._captured_hypers: list[Sequence[Hyperparams]] = []  # CUDA graphs read their lr tensors
+        self._tensors = [x for param in params for x in param if x is not None]
         assert all(x.device == self.device for x in self._tensors), "tensors of several devices"
         if is_capturing(self.device):
             raise RuntimeError(
-                f"a CUDA graph captures a step of these {len(rows)} parameters for the first time; "
-                f"{WARM_UP}"
+                f"a CUDA graph captures a step of these {len(params)} parameters for the first "
+                f"time; {WARM_UP}"
             )
         self._group_count = max(groups) + 1
         self._hypers = DeviceArray((self._group_count, HYPER_WIDTH.value), self.device)
         self._by_dtype = []
         for dtype in (torch.bfloat16, torch.float32):
-            # by group, so that the programs of a group are consecutive
+            # sorted by group, so that the programs of a group are consecutive
             indices = sorted(
                 (i for i, p in enumerate(tensors.params) if p.dtype == dtype),
                 key=groups.__getitem__,
             )
             if indices:
-                own_rows, own_groups = [rows[i] for i in indices], [groups[i] for i in indices]
-                self._by_dtype.append(_Rows(indices, own_rows, own_groups))
+                selected = [params[i] for i in indices], [groups[i] for i in indices]
+                self._by_dtype.append(_SameDtypeParams(indices, *selected))
 
     def update_(self, args: StepArgs) -> None:
         """Take one step in place; see :class:`.backend.BackendTable`.
 
-        One launch for any number of groups, and one more for each further variant: float32
-        parameters, float32 gradients of bfloat16 parameters, tensors off a 16-byte boundary. In a
-        captured graph a Python ``lr`` is a constant; a tensor on the device is read anew.
+        All groups share one launch. Each further variant takes one more: float32 parameters,
+        float32 gradients of bfloat16 parameters, tensors off a 16-byte boundary. A captured graph
+        keeps a Python ``lr`` as a constant, and reads a tensor on the device at each replay.
 
         Raises:
             RuntimeError: a CUDA graph captures new addresses of gradients, or new hyper-parameters,
@@ -130,35 +127,35 @@ class TritonTable:
                 captures an ``lr`` tensor of another device or dtype, whose value it would freeze.
         """
         with device_context(self.device):
-            hypers = args.hypers[: self._group_count]
-            values = [_hyper_values(hyper, self.device) for hyper in hypers]
+            values = [_hyper_values(h, self.device) for h in args.hypers[: self._group_count]]
             if is_capturing(self.device):
                 self._captured_hypers.append(args.hypers)
-            table = self._hypers.upload_if_changed(values)
-            for rows in self._by_dtype:
-                rows.launch(args, table)
+            hypers = self._hypers.upload_if_changed(values)
+            for params in self._by_dtype:
+                params.launch(args, hypers)
 
     def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
 
-        One launch for each variant, as in :meth:`update_`, and a sum over programs for each row of
+        One launch for each variant, as in :meth:`update_`, then a sum over programs for each row of
         the result. The addresses of runs are uploaded at each call.
         """
         shape = len(args.hypers) if runs is None else runs.n_rows, len(PRECISION_SUMS)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         with device_context(self.device):
-            hypers = args.hypers[: self._group_count]
-            table = self._hypers.upload_if_changed([_hyper_values(h, self.device) for h in hypers])
-            for rows in self._by_dtype:
+            values = [_hyper_values(h, self.device) for h in args.hypers[: self._group_count]]
+            hypers = self._hypers.upload_if_changed(values)
+            for params in self._by_dtype:
                 if runs is None:
-                    rows.add_precision_sums(total, args, table)
+                    params.add_precision_sums(total, args, hypers)
                 else:
-                    rows.add_precision_sums_of(runs.of_params(rows.indices), total, args, table)
+                    param_runs = runs.of_params(params.indices)
+                    params.add_precision_sums_of_runs(param_runs, total, args, hypers)
         return total
 
     @property
     def captured(self) -> bool:
-        """True if a CUDA graph has captured a step: its replays read this table."""
+        """True if a CUDA graph has captured a step; its replays read this table's memory."""
         return bool(self._captured_hypers)
 
 
@@ -173,10 +170,10 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
     return _norm(grads, None, scratch)[0]
 
 
-def grad_norm_clip(
+def norm_and_clip_coefficient(
     grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Combine :func:`grad_sum_sq` and :func:`clip_coefficient` in one launch.
+    """Return :func:`grad_sum_sq` and its :func:`clip_coefficient`, from one launch.
 
     Returns:
         The sum of squares, then the results of :func:`clip_coefficient`.
@@ -202,7 +199,7 @@ def _hyper_values(hyper: Hyperparams, device: torch.device) -> list[int]:
     if isinstance(lr, Tensor):
         is_double = lr.dtype == torch.float64
         if lr.device == device and (is_double or lr.dtype == torch.float32):
-            # it may change on the device
+            # by address, since its value may change on the device
             doubles = map(double_bits, (0.0, *hyper[1:5]))
             return [*doubles, int(hyper.maximize), lr.data_ptr(), int(is_double)]
         if is_capturing(device):
@@ -217,59 +214,60 @@ def _hyper_values(hyper: Hyperparams, device: torch.device) -> list[int]:
 def _chunk_of(numel: int) -> int:
     """Return the number of elements per program for ``numel`` elements.
 
-    On an H200, 6144 is faster than 8192: by 13 % at 2^24 elements, by 3 % at 2^30. Smaller chunks
-    occupy all processors when there is little work.
+    On an H200, 6144 is faster than 8192: by 13 % at 2^24 elements, by 3 % at 2^30. With few
+    elements, smaller chunks keep all multiprocessors busy.
     """
     return 1024 if numel <= 1 << 19 else 2048 if numel <= 1 << 21 else 6144
 
 
-class _Rows:
-    """The parameters of one dtype. Their constants stay on the device between steps.
+class _SameDtypeParams:
+    """The parameters of one dtype. Their addresses and chunks stay on the device between steps.
 
     Args:
         indices: the index of each parameter's gradient in :attr:`StepArgs.grads`.
-        rows: the tensors of each parameter.
+        params: each parameter with its states.
         groups: the index of each parameter's hyper-parameters.
     """
 
-    def __init__(self, indices: list[int], rows: list[ParamTensors], groups: list[int]) -> None:
+    def __init__(self, indices: list[int], params: list[ParamTensors], groups: list[int]) -> None:
         from . import triton_adamw as kernels
 
         self.indices = indices
         self.groups = groups
-        device = rows[0][0].device
-        self.fp32 = rows[0][0].dtype == torch.float32
+        device = params[0][0].device
+        self.fp32 = params[0][0].dtype == torch.float32
         table = [
-            [*(0 if x is None else x.data_ptr() for x in row), row[0].numel(), group, 0]
-            for row, group in zip(rows, groups, strict=True)
+            [*(0 if x is None else x.data_ptr() for x in tensors), tensors[0].numel(), group, 0]
+            for tensors, group in zip(params, groups, strict=True)
         ]
         unaligned = kernels.UNALIGNED_ROW.value | kernels.UNALIGNED_GRAD.value
         unaligned_rows = [
             any(address % ALIGNMENT for address in row[: kernels.ROW_STEP.value]) for row in table
         ]
-        self._table = np.array(table, np.int64)
-        self.rows = upload(torch.from_numpy(self._table), device)
-        numels = [row[0].numel() for row in rows]
+        self._host_param_table = np.array(table, np.int64)
+        self.param_table = upload(torch.from_numpy(self._host_param_table), device)
+        numels = [tensors[0].numel() for tensors in params]
         self.chunk = _chunk_of(sum(numels))
         self._all_chunks = chunk_map(numels, self.chunk)
         self.chunks = upload(self._all_chunks, device)
         # variants of all parameters -> variant -> its chunks; most recently used last
-        self._chunks_of: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        self._chunk_maps: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self._captured_chunks: list[dict[int, Tensor]] = []  # CUDA graphs read them
-        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.done_counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([unaligned if x else 0 for x in unaligned_rows], device)
 
     def launch(self, args: StepArgs, hypers: Tensor) -> None:
+        """Update the parameters. ``hypers`` is the kernel's hyper-parameter array."""
         from .triton_adamw import adamw_kernel
 
-        table, chunks_of = self._gradients(args)
-        for variant, chunks in chunks_of.items():
+        grad_addresses, chunks_by_variant = self._upload_grads(args)
+        for variant, chunks in chunks_by_variant.items():
             adamw_kernel[(chunks.shape[0],)](
-                self.rows,
-                table,
+                self.param_table,
+                grad_addresses,
                 hypers,
                 chunks,
-                self.finished,
+                self.done_counter,
                 len(self.indices),
                 self.chunk,
                 args.grad_scale,
@@ -279,17 +277,17 @@ class _Rows:
             )
 
     def add_precision_sums(self, total: Tensor, args: StepArgs, hypers: Tensor) -> None:
-        """Add the sums of all rows to ``total``, a row for each group."""
-        table, chunks_of = self._gradients(args)
-        row_of_program = self._all_chunks[:, 0].numpy()
-        group_of_program = np.array(self.groups)[row_of_program]
-        variant_of_program = np.array(self.grads.variants)[row_of_program]
-        for variant, chunks in chunks_of.items():
-            own = group_of_program[variant_of_program == variant]
-            inputs = self.rows, table, hypers, chunks
-            self._launch_precision(total, inputs, own, self.chunk, args.grad_scale, variant)
+        """Add each group's sums to its row of ``total``."""
+        grad_addresses, chunks_by_variant = self._upload_grads(args)
+        param_of_program = self._all_chunks[:, 0].numpy()
+        group_of_program = np.array(self.groups)[param_of_program]
+        variant_of_program = np.array(self.grads.variants)[param_of_program]
+        for variant, chunks in chunks_by_variant.items():
+            groups = group_of_program[variant_of_program == variant]
+            inputs = self.param_table, grad_addresses, hypers, chunks
+            self._launch_precision(total, inputs, groups, self.chunk, args.grad_scale, variant)
 
-    def add_precision_sums_of(
+    def add_precision_sums_of_runs(
         self, runs: Runs, total: Tensor, args: StepArgs, hypers: Tensor
     ) -> None:
         """Add the sums of ``runs`` to ``total``; the kernel sees each run as one parameter."""
@@ -297,40 +295,40 @@ class _Rows:
 
         if not len(runs.params):
             return
-        own_grads = [args.grads[i] for i in self.indices]
+        grads = [args.grads[i] for i in self.indices]
         runs = runs.select(np.argsort(runs.rows, kind="stable"))
         params, begins, counts, total_rows, _ = runs
-        table = self._table[params]
+        table = self._host_param_table[params]
         table[:, : kernels.ROW_STEP.value] += begins[:, None] * (4 if self.fp32 else 2)
         table[:, kernels.ROW_NUMEL.value] = counts
         if self.fp32:
             table[:, kernels.ROW_CORRECTION.value] = 0
-        fp32_grad = np.array([g.dtype == torch.float32 for g in own_grads])[params]
-        grads = np.array(data_pointers(own_grads))[params] + begins * np.where(fp32_grad, 4, 2)
+        fp32_grad = np.array([g.dtype == torch.float32 for g in grads])[params]
+        addresses = np.array(data_pointers(grads))[params] + begins * np.where(fp32_grad, 4, 2)
         unaligned_row = (table[:, : kernels.ROW_STEP.value] % ALIGNMENT).any(1)
         variants = (
             fp32_grad * kernels.FP32_GRAD.value
             | unaligned_row * kernels.UNALIGNED_ROW.value
-            | (unaligned_row | (grads % ALIGNMENT != 0)) * kernels.UNALIGNED_GRAD.value
+            | (unaligned_row | (addresses % ALIGNMENT != 0)) * kernels.UNALIGNED_GRAD.value
         )
         chunk = _chunk_of(int(counts.sum()))
         chunks = chunk_map(counts, chunk).numpy()
         run_of_program = chunks[:, 0]
         for variant in np.unique(variants).tolist():
-            own = variants[run_of_program] == variant
+            selected = variants[run_of_program] == variant
             # one upload: each part starts at a multiple of 16 bytes
-            parts = table, np.stack([grads, variants]), chunks[own].view(np.int64)
+            parts = table, np.stack([addresses, variants]), chunks[selected].view(np.int64)
             packed = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
             on_device = upload(packed, total.device)
-            rows_, grads_, chunks_ = on_device.split([part.size for part in parts])
+            table_, grads_, chunks_ = on_device.split([part.size for part in parts])
             inputs = (
-                rows_.view(table.shape),
+                table_.view(table.shape),
                 grads_.view(2, -1),
                 hypers,
                 chunks_.view(torch.int32).view(-1, 2),
             )
-            of_program = total_rows[run_of_program[own]]
-            self._launch_precision(total, inputs, of_program, chunk, args.grad_scale, variant)
+            row_of_program = total_rows[run_of_program[selected]]
+            self._launch_precision(total, inputs, row_of_program, chunk, args.grad_scale, variant)
 
     def _launch_precision(
         self,
@@ -346,39 +344,39 @@ class _Rows:
         Args:
             total: changed in place.
             inputs: the first four arguments of the kernel.
-            row_of_program: rows of ``total``; equal ones are consecutive.
+            row_of_program: the row of ``total`` for each program; equal rows are consecutive.
             chunk: elements of one program.
             grad_scale: factor of the gradients.
-            variant: variant of the rows.
+            variant: variant of the programs' parameters.
         """
         from .triton_precision import precision_kernel
 
-        rows, grads, hypers, chunks = inputs
+        param_table, grad_addresses, hypers, chunks = inputs
         shape = chunks.shape[0], total.shape[1]
         partials = torch.empty(shape, dtype=torch.float64, device=total.device)
         precision_kernel[(chunks.shape[0],)](
-            rows,
-            grads,
+            param_table,
+            grad_addresses,
             hypers,
             chunks,
             partials,
-            rows.shape[0],
+            param_table.shape[0],
             chunk,
             grad_scale,
             variant=variant,
             **self._options(),
         )
         starts = np.flatnonzero(np.diff(row_of_program, prepend=-1))
-        programs = np.diff(starts, append=len(row_of_program)).tolist()
-        for row, own in zip(row_of_program[starts].tolist(), partials.split(programs), strict=True):
-            total[row] += own.sum(0)
+        rows, counts = row_of_program[starts].tolist(), np.diff(starts, append=len(row_of_program))
+        for row, row_partials in zip(rows, partials.split(counts.tolist()), strict=True):
+            total[row] += row_partials.sum(0)
 
-    def _gradients(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
+    def _upload_grads(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the gradients' addresses on the device, and the chunks of each variant."""
-        table, variants = self.grads.upload([args.grads[i] for i in self.indices])
+        grad_addresses, variants = self.grads.upload([args.grads[i] for i in self.indices])
         if len(variants) == 1:
-            return table, {variants[0]: self.chunks}
-        return table, self._chunks_by_variant(variants)
+            return grad_addresses, {variants[0]: self.chunks}
+        return grad_addresses, self._chunks_by_variant(variants)
 
     def _options(self) -> dict[str, Any]:
         from .triton_adamw import THREADS
@@ -387,79 +385,80 @@ class _Rows:
             "fp32_param": self.fp32,
             "hardware_cast": not interpreted(),
             "flushing_sqrt": torch.version.hip is not None,
-            "num_warps": warps(THREADS, self.rows.device),
+            "num_warps": warps(THREADS, self.param_table.device),
             "enable_fp_fusion": False,
         }
 
     def _chunks_by_variant(self, variants: list[int]) -> dict[int, Tensor]:
-        """Return the chunks to launch for each variant; all chunks in a capture of new variants."""
-        of_rows = tuple(self.grads.variants)
-        found = self._chunks_of.pop(of_rows, None)
+        """Return each variant's chunks to launch. A capture of new variants gets all chunks."""
+        key = tuple(self.grads.variants)
+        chunks_by_variant = self._chunk_maps.pop(key, None)
         if is_capturing(self.chunks.device):
-            if found is None:  # no upload is possible: each launch skips the other variants' chunks
+            # A capture cannot upload. Each launch skips the other variants' chunks instead.
+            if chunks_by_variant is None:
                 return dict.fromkeys(variants, self.chunks)
-            self._captured_chunks.append(found)
-        elif found is None:
-            of_rows_tensor = torch.tensor(of_rows, dtype=torch.int64, device="cpu")
-            variant_of = of_rows_tensor[self._all_chunks[:, 0]]
-            found = {
-                variant: upload(self._all_chunks[variant_of == variant], self.chunks.device)
+            self._captured_chunks.append(chunks_by_variant)
+        elif chunks_by_variant is None:
+            variant_of_param = torch.tensor(key, dtype=torch.int64, device="cpu")
+            variant_of_chunk = variant_of_param[self._all_chunks[:, 0]]
+            chunks_by_variant = {
+                variant: upload(self._all_chunks[variant_of_chunk == variant], self.chunks.device)
                 for variant in variants
             }
-        self._chunks_of[of_rows] = found
-        for old in list(self._chunks_of)[:-MAX_CHUNK_MAPS]:
-            for chunks in self._chunks_of.pop(old).values():
+        self._chunk_maps[key] = chunks_by_variant
+        for old in list(self._chunk_maps)[:-MAX_CHUNK_MAPS]:
+            for chunks in self._chunk_maps.pop(old).values():
                 if chunks.is_cuda:  # a kernel on another stream may still read it
                     chunks.record_stream(torch.cuda.current_stream(chunks.device))
-        return found
+        return chunks_by_variant
 
 
 class _NormLayout:
-    """Arrays on the device for the norm of gradients of some lengths, on one stream or in captures.
+    """Device arrays for the norm of gradients of given lengths, for one stream or for captures.
 
     Args:
         numels: the number of elements of each gradient.
         device: the gradients' device.
-        twin: a layout of the same lengths, whose constants are shared.
+        share_with: a layout of the same lengths, whose constant arrays this one uses too.
     """
 
     def __init__(
-        self, numels: tuple[int, ...], device: torch.device, twin: _NormLayout | None = None
+        self, numels: tuple[int, ...], device: torch.device, share_with: _NormLayout | None = None
     ) -> None:
         from . import triton_norm as kernels
 
         self.chunk = kernels.MIN_CHUNK
         while sum(numels) > self.chunk * kernels.MAX_PROGRAMS:
             self.chunk *= 2
-        if twin is None:
+        if share_with is None:
             self.numels = upload(torch.tensor(numels, dtype=torch.int64, device="cpu"), device)
             self.chunks = upload(chunk_map(list(numels), self.chunk), device)
         else:
-            self.numels, self.chunks = twin.numels, twin.chunks
+            self.numels, self.chunks = share_with.numels, share_with.chunks
         self.partials = torch.empty(self.chunks.shape[0], dtype=torch.float64, device=device)
-        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.done_counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([0] * len(numels), device)
 
 
 def _norm_layout(
     numels: tuple[int, ...], device: torch.device, scratch: NormScratch
 ) -> _NormLayout:
-    """Return the layout of the current stream. A capture gets one that an earlier call made."""
+    """Return the current stream's layout. A capture gets the one that an earlier call created."""
     layouts = scratch.layouts
-    for_capture = (device, "capture", numels)
+    capture_key = (device, "capture", numels)
     if is_capturing(device):
-        if for_capture not in layouts:
+        if capture_key not in layouts:
             raise RuntimeError(
                 f"a CUDA graph captures the norm of these {len(numels)} gradients for the first "
                 f"time; {WARM_UP}"
             )
-        return layouts[for_capture]
+        return layouts[capture_key]
     key = (device, torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0, numels)
     layout = layouts[key] = layouts.pop(key) if key in layouts else _NormLayout(numels, device)
     if device.type == "cuda":
-        twin = layouts.pop(for_capture, None) or _NormLayout(numels, device, layout)
-        layouts[for_capture] = twin
-        twin.grads.array.reserve_pinned()
+        capture_layout = layouts.pop(capture_key, None) or _NormLayout(numels, device, layout)
+        layouts[capture_key] = capture_layout
+        capture_layout.grads.array.reserve_pinned()
     for old in [k for k, x in layouts.items() if not x.grads.array.captured][:-MAX_LAYOUTS]:
         del layouts[old]
     return layout
@@ -481,15 +480,15 @@ def _norm(
         grads = [g.contiguous() for g in grads]  # the kernel reads one range of memory
     with device_context(device):
         layout = _norm_layout(tuple(map(Tensor.numel, grads)), device, scratch or NormScratch())
-        table, _ = layout.grads.upload(grads)
+        grad_addresses, _ = layout.grads.upload(grads)
         sum_sq = torch.empty((), dtype=torch.float64, device=device)
         clip = None if max_norm is None else torch.empty(3, dtype=torch.float32, device=device)
         kernels.norm_kernel[(layout.chunks.shape[0],)](
             layout.numels,
-            table,
+            grad_addresses,
             layout.chunks,
             layout.partials,
-            layout.finished,
+            layout.done_counter,
             sum_sq,
             clip,
             len(grads),

@@ -1,12 +1,12 @@
-"""Arrays of addresses on the device, and other plumbing between torch and Triton.
+"""Arrays of addresses on the device, and helpers between torch and Triton.
 
-Nothing in this module waits for the device, and everything may be captured into a CUDA graph:
+No function in this module waits for the device, and a CUDA graph may capture all uploads of a step:
 
 * Values that change from step to step (the gradients' addresses, hyper-parameters) reach the device
   by one asynchronous copy from pinned memory. torch's host allocator does not reuse pinned memory
   before a copy from it has completed.
-* Such an array is never overwritten on the device. A captured graph keeps reading the array that it
-  was captured with. The owner keeps that array alive, so the owner must live as long as the graph.
+* An array on the device never gets other values. A captured graph keeps reading the array that it
+  was captured with. Its owner keeps that array alive, so the owner must live as long as the graph.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ WARM_UP = "take a step like it before each capture, as for every captured torch.
 
 
 class DeviceArray:
-    """An int64 matrix on the device that is uploaded only if its values changed."""
+    """An int64 matrix on the device, uploaded only if its values have changed."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self._shape = shape
         self._device = device
         self._values: list[list[int]] | None = None
         self._array = torch.empty(0, device="cpu")
-        # pinned memory for the next capture, which cannot allocate any
+        # pinned memory for the next capture, during which none can be allocated
         self._reserved: Tensor | None = None
-        # arrays that CUDA graphs read
+        # device arrays that CUDA graphs read, each with the pinned memory that a graph copies to it
         self.captured: list[tuple[Tensor, Tensor | None]] = []
         self.reserve_pinned()
 
     def upload_if_changed(self, values: list[list[int]]) -> Tensor:
-        """Return the matrix with these values.
+        """Return the matrix on the device with these values.
 
         Raises:
             RuntimeError: a CUDA graph captures new values, and no step since the last capture has
@@ -56,8 +56,8 @@ class DeviceArray:
             return self._array
         host = torch.tensor(values, dtype=torch.int64, device="cpu")
         if capturing:
-            # The copy belongs to the graph. The array is filled only by a replay, so steps outside
-            # of the graph must not use it.
+            # The copy is part of the graph: only a replay fills the array, so steps outside of the
+            # graph must not use it.
             if self._reserved is None:
                 raise RuntimeError(
                     "a CUDA graph captures new gradients or hyper-parameters for a second time; "
@@ -75,7 +75,7 @@ class DeviceArray:
         return self._array
 
     def reserve_pinned(self) -> None:
-        """Reserve pinned memory for the next capture, unless some is reserved."""
+        """Reserve pinned memory for the next capture, unless it is reserved already."""
         if self._reserved is None and self._device.type == "cuda":
             self._reserved = torch.empty(
                 self._shape, dtype=torch.int64, device="cpu", pin_memory=True
@@ -85,19 +85,19 @@ class DeviceArray:
 class NormScratch:
     """Memory for the norm of one set of gradients, reused from step to step.
 
-    Each caller that computes a norm owns one. Callers do not share it, because their kernels may
+    Each caller that computes a norm owns one. Callers cannot share it, because their kernels may
     run at the same time on two streams, and one CUDA graph may capture both.
     """
 
     def __init__(self) -> None:
-        self.layouts: dict[tuple[Any, ...], Any] = {}  # of the backend, least recently used first
+        self.layouts: dict[tuple[Any, ...], Any] = {}  # of cuda.py, least recently used first
 
 
 class GradientAddresses:
     """Addresses and variants of gradients (see ``triton_adamw.py``): int64 ``[2, n]`` on a device.
 
     Args:
-        row_variants: for each gradient, the flags of its variant that depend on its row only.
+        row_variants: for each gradient, the flags of its variant that its parameter determines.
         device: device of the array.
     """
 
@@ -112,7 +112,7 @@ class GradientAddresses:
         self.array = DeviceArray((2, len(row_variants)), device)
 
     def upload(self, grads: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """Upload the array if it has changed; return it, and its distinct variants in order."""
+        """Upload the array if it has changed. Return it and its distinct variants, sorted."""
         pointers, dtypes = data_pointers(grads), [g.dtype for g in grads]
         if (pointers, dtypes) != self._key:
             fp32, unaligned, is_fp32 = self._fp32_flag, self._unaligned_flag, torch.float32
@@ -132,7 +132,7 @@ class GradientAddresses:
 def chunk_map(numels: Sequence[int] | np.ndarray, chunk: int) -> Tensor:
     """Return the row and the chunk of each program: int32 ``[programs, 2]`` on the CPU.
 
-    An empty row has one program too, which increments its step.
+    An empty row has one program too: without any program, the kernel would not count its step.
     """
     counts = np.maximum(-(-np.asarray(numels, np.int64) // chunk), 1)
     row = np.repeat(np.arange(len(counts)), counts)
@@ -153,7 +153,7 @@ def data_pointers(tensors: list[Tensor]) -> list[int]:
 def double_bits(x: float) -> int:
     """Return the bits of a double as a signed integer.
 
-    A Python float argument would reach a Triton kernel as float32.
+    Triton would pass a Python float to a kernel as float32.
     """
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
@@ -164,13 +164,13 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def device_context(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which Triton launches on ``device``: it uses torch's current device."""
+    """Return a context that makes ``device`` current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def warps(threads: int, device: torch.device) -> int:
-    """Return the number of warps of ``threads``. A warp has 32 threads, on most AMD devices 64."""
+    """Return the number of warps of ``threads``. A warp has 32 threads, or 64 on most AMD GPUs."""
     return threads // (
         torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     )

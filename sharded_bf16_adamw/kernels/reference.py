@@ -4,15 +4,16 @@ Notation for one element at step ``t`` (1-based):
 
 * ``g, p, m, v, c``: gradient, parameter, exp_avg, exp_avg_sq and correction as they are *stored*.
   The true weight is ``p + c``.
-* ``mn, vn, pn, cn``: their fp32 successors, before they are rounded to the stored dtype.
+* ``mn, vn, pn, cn``: the new values of ``m, v, p, c``. All but ``pn`` are fp32, not yet rounded to
+  the stored dtype.
 * RTNE: round to nearest, ties to even, as a cast to bfloat16 does.
 * SR: stochastic rounding. It rounds up with a probability equal to the discarded fraction, so that
   the mean error is zero.
 
 The random bits of SR are a hash of the element's own stored bits and the step. They need no
 generator, seed or index, so they do not depend on how the parameter is sharded, and replicas agree
-without communication. All arithmetic of the hash is 16-bit: a CPU then hashes two elements in the
-space of one float32, and the hash dominates the cost of a step there.
+without communication. The hash uses 16-bit words: a CPU then hashes two elements in one 32-bit
+lane, and the hash is the largest cost of a step on a CPU.
 
 Sources: the correction term is Kahan-style compensation as in "Revisiting BFloat16 Training"
 (Zamirai et al., arXiv:2010.06192) and the ``adamw_bfloat16`` library. The hash combines the folded
@@ -33,7 +34,7 @@ from torch import Tensor
 from .backend import PRECISION_SUMS, Hyperparams, Runs, StepArgs, TensorLists
 from .device_memory import NormScratch
 
-CHUNK = 1 << 16  # elements per pass: its temporaries stay in a CPU's second-level cache
+CHUNK = 1 << 16  # elements per pass, so that the temporaries stay in a CPU's second-level cache
 
 # Odd multipliers of the hash. Of thousands of random sets, none was measurably better.
 SPREAD_M, SPREAD_V, SPREAD_C = 0x1643, 0x6771, 0xC09D
@@ -59,7 +60,7 @@ class StepScalars(NamedTuple):
 def power(base: float, exponent: int) -> float:
     """Return ``base ** exponent`` by repeated squaring in double.
 
-    The bits are the same on every machine, unlike those of ``pow`` of a C library.
+    It has the same bits on every machine, unlike ``pow`` of a C library.
     """
     result = 1.0
     while exponent:
@@ -76,7 +77,7 @@ def step_scalars(step: int, hyper: Hyperparams) -> StepScalars:
     lr = float(lr)
 
     def f32(x: float) -> float:
-        # an infinite step size is the user's choice of lr, as in torch
+        # a huge lr gives an infinite step size without a warning, as in torch
         with np.errstate(over="ignore"):
             return float(np.float32(x))
 
@@ -163,10 +164,7 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
 
 @functools.cache
 def double_device(device: torch.device) -> torch.device:
-    """Return the device for float64 arithmetic on tensors of ``device``.
-
-    It is the CPU if the device has no float64: MPS and some XPUs.
-    """
+    """Return ``device``, or the CPU if the device has no float64 (MPS and some XPUs)."""
     has_double = device.type != "mps" and (
         device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64
     )
@@ -178,12 +176,12 @@ def _update_bf16(
 ) -> None:
     """Update a chunk of a bfloat16 parameter in place.
 
-    Each fp32 operation is rounded by itself: no fused multiply-add.
+    Every fp32 operation rounds its result: no fused multiply-add.
     """
     rm, rv, rc = _random_bits(g, p, m, v, c, step_key(s.step))
     p32, c32 = p.float(), c.float()
     mn, vn, upd = _moments(g.float() * scale, m.float(), v.float(), s)
-    # p + c only scales the decay: storing the sum would lose the low bits
+    # only the decay uses p + c: this fp32 sum loses low bits of c
     d = c32 - (s.lr_weight_decay * (p32 + c32) + upd)
     pn = (p32 + d).bfloat16()
     cn = (p32 - pn.float()) + d
@@ -194,7 +192,7 @@ def _update_bf16(
 
 
 def _update_fp32(p: Tensor, g: Tensor, m: Tensor, v: Tensor, scale: float, s: StepScalars) -> None:
-    """Update a chunk of a float32 parameter: the same rule without correction and rounding."""
+    """Update a chunk of a float32 parameter in place, without correction and rounding."""
     mn, vn, upd = _moments(g.float() * scale, m, v, s)
     p.sub_(s.lr_weight_decay * p + upd)
     v.copy_(vn)
@@ -220,8 +218,8 @@ def stochastic_round(x: Tensor, r: Tensor) -> Tensor:
         r: int32 of the same shape, uniform on [0, 65535].
 
     Returns:
-        bfloat16. Infinity stays infinity and NaN stays NaN (rounding up would wrap an all-ones
-        payload to zero).
+        bfloat16. Infinity stays infinity. NaN stays NaN, although rounding its bits up could
+        overflow into zero.
     """
     bits = x.view(torch.int32)
     rounded = ((bits >> 16) + ((bits & 0xFFFF) > r)).to(torch.int16).view(torch.bfloat16)
@@ -250,14 +248,14 @@ def _random_bits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hash the stored bits of each element and the :func:`step_key`.
 
-    All arithmetic is modulo 2^16, except the product of two halves of the inputs. Its high and low
-    half are folded (as in the "mum" of wyhash): one multiplication that mixes 32 bits. Alone it
-    would favour some results (a factor of 0 gives 0 for any other factor). The key, different at
-    each step, is part of both factors and of the fold, so that no value is favoured over time.
+    All arithmetic is modulo 2^16, except one product of two 16-bit words. Folding its high half
+    into its low half (the "mum" of wyhash) mixes 32 bits with one multiplication. By itself the
+    fold favours some results: a factor of 0 gives 0 for any other factor. So the key, which differs
+    at each step, is part of both factors and of the result, and favours no value over time.
 
     Returns:
-        The random bits for m, v and c, int32 on [0, 65535]. They may depend on each other: each
-        alone is unbiased.
+        The random bits for m, v and c, int32 on [0, 65535]. Each is unbiased; they may depend on
+        each other.
     """
     low, high = key & 0xFFFF, key >> 16
     x = (_pattern(g) ^ _pattern(m) * SPREAD_M ^ _pattern(c) * SPREAD_C ^ low) & 0xFFFF
@@ -269,9 +267,9 @@ def _random_bits(
 
 
 def _pattern(x: Tensor) -> Tensor:
-    """Return the 16 stored bits of a bfloat16 tensor as int32.
+    """Return the bits of each element that are hashed: 16 bits, as int32.
 
-    A float32 gradient that bfloat16 holds exactly folds to the same bits.
+    A float32 gradient that bfloat16 holds exactly folds to the bits of that bfloat16.
     """
     if x.dtype == torch.float32:
         bits = x.view(torch.int32)
@@ -280,10 +278,10 @@ def _pattern(x: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Return the float32 square root, correctly rounded.
+    """Return the correctly rounded float32 square root.
 
-    On the CPU, torch's float32 square root is one bit off for 17 % of values. Through double it is
-    correctly rounded.
+    On the CPU, torch's float32 square root is an ulp off for 17 % of values, so this computes it in
+    double. A device without float64 keeps its own.
     """
     if double_device(x.device) != x.device:
         return x.sqrt()

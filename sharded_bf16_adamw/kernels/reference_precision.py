@@ -1,7 +1,7 @@
 """The sums of ``precision_stats`` in plain PyTorch. The fused kernels match them.
 
-The reference takes the step on copies of a chunk, so the *effective* change is that of the very
-bits that a step stores. See ``PRECISION_SUMS`` in ``backend.py`` for the terms.
+The *effective* change comes from the bits that a step stores, since the step is taken on copies of
+each chunk. See ``PRECISION_SUMS`` in ``backend.py`` for the terms.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .reference import CHUNK, ReferenceTable, _moments, double_device, step_scal
 def add_sums(
     total: Tensor, row: ParamTensors, g: Tensor, hyper: Hyperparams, grad_scale: Tensor | None
 ) -> None:
-    """Add the sums of one parameter to ``total``, a row in the order of ``PRECISION_SUMS``.
+    """Add the sums of one parameter, or of a run of its elements, to ``total``.
 
     Args:
-        total: float64.
+        total: float64, in the order of ``PRECISION_SUMS``.
         row: the parameter and its states, dense and of the same strides.
-        g: its gradient, of these strides.
+        g: its gradient, of the same strides.
         hyper: hyper-parameters of its group.
         grad_scale: see :class:`.backend.StepArgs`.
     """
@@ -45,12 +45,12 @@ def add_sums(
         plain = (p32 - update).to(p.dtype).float() - p32
         effective = new[0].float() - p32
         if c is not None:
-            # both changes are exact unless they are large, unlike the change of p + c
+            # the two changes separately: unless they are large they are exact, but p + c is rounded
             effective += new[3].float() - c.float()
-        own = _sums(
+        sums = _sums(
             p, c, weight=weight, update=update, effective=effective, plain=plain, m=mn, v=vn
         )
-        total += own.to(total.device)
+        total += sums.to(total.device)
 
 
 def _sums(
@@ -84,11 +84,11 @@ def _sums(
 
 
 def _correction_sq(p: Tensor, c: Tensor) -> Tensor:
-    """Return the sum of squares of ``c`` in units of the last place of ``p``.
+    """Return the sum of squares of ``c`` in ulps of ``p``.
 
-    The unit is the distance to the next bfloat16 number away from zero: 2^-7 of the power of two
-    below ``p``. A subnormal ``p`` has the unit of the smallest normal number. The divisor is 64
-    units, because a single unit may be subnormal, and the sum is multiplied by 64 squared.
+    An ulp is 2^-7 of the largest power of two up to ``|p|``; a subnormal ``p`` has the ulp of the
+    smallest normal number. One ulp may be subnormal in float32, so ``c`` is divided by 64 ulps, and
+    the sum multiplied by 64 squared.
     """
     power_of_two = (p.view(torch.int16) & 0x7F80).view(torch.bfloat16).float()
     in_64_ulps = c.float() / (power_of_two.clamp(min=torch.finfo(torch.bfloat16).tiny) * 0.5)
@@ -96,7 +96,7 @@ def _correction_sq(p: Tensor, c: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the dot product, 0-dim float64: float32 would not hold squares of second moments."""
+    """Return the 0-dim float64 dot product: squares of second moments underflow in float32."""
     device = double_device(a.device)
     wide = a.to(device, torch.float64)
     return torch.dot(wide, wide if a is b else b.to(device, torch.float64))

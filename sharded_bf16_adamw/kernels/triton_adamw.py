@@ -1,9 +1,9 @@
-"""The Triton kernel of the update rule: one launch updates all tensors of a CUDA or ROCm device.
+"""The Triton kernel of the update rule: one launch updates many tensors of a CUDA or ROCm device.
 
 Terms:
 
-* row: one parameter. ``rows`` holds the addresses of its tensors, its length and its group, as
-  int64 (see the ``ROW_*`` offsets).
+* row: one parameter. Its row of ``param_table`` holds the addresses of its tensors, its number of
+  elements and its group, as int64 (see the ``ROW_*`` offsets).
 * group: rows that share hyper-parameters. ``hypers`` holds them as int64 (see the ``HYPER_*``
   offsets).
 * chunk: ``chunk`` consecutive elements of one row, the work of one program. ``chunks`` maps
@@ -13,7 +13,7 @@ Terms:
 
 The arithmetic follows ``reference.py`` operation by operation. Launch with
 ``enable_fp_fusion=False``: a fused multiply-add rounds once, but the rule rounds twice. Scalars
-that the rule computes in double arrive as the bits of a double.
+that the rule computes in double are passed as the bits of a double.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,9 +23,9 @@ import triton.language as tl
 
 from . import reference
 
-# elements per iteration: 8 bfloat16 = 16 bytes a thread with 128 threads
+# elements per iteration: each of 128 threads loads 8 bfloat16, which are 16 bytes
 BLOCK = tl.constexpr(1024)
-# The rest of a chunk takes one element a thread: otherwise masks would need many registers.
+# elements per iteration in the masked rest of a chunk: one per thread, since masks need registers
 TAIL = tl.constexpr(128)
 
 ROW_WIDTH = tl.constexpr(8)
@@ -38,13 +38,13 @@ ROW_NUMEL = tl.constexpr(5)
 ROW_GROUP = tl.constexpr(6)
 
 HYPER_WIDTH = tl.constexpr(8)
-HYPER_LR = tl.constexpr(0)  # like the next four, the bits of a double
+HYPER_LR = tl.constexpr(0)  # bits of a double, like the next four
 HYPER_BETA1 = tl.constexpr(1)
 HYPER_BETA2 = tl.constexpr(2)
 HYPER_EPS = tl.constexpr(3)
 HYPER_WEIGHT_DECAY = tl.constexpr(4)
 HYPER_MAXIMIZE = tl.constexpr(5)  # 0 or 1
-HYPER_LR_ADDRESS = tl.constexpr(6)  # of a tensor that replaces HYPER_LR, or 0
+HYPER_LR_ADDRESS = tl.constexpr(6)  # of a tensor to read instead of HYPER_LR, or 0
 HYPER_LR_DOUBLE = tl.constexpr(7)  # 1 if that tensor is float64, 0 if it is float32
 
 FP32_GRAD = tl.constexpr(1)
@@ -67,23 +67,23 @@ LOWBIAS_SECOND = tl.constexpr(reference.LOWBIAS_SECOND)
 
 THREADS = BLOCK.value // 8
 
-BLOCK_ROWS = tl.constexpr(128)
+BLOCK_ROWS = tl.constexpr(128)  # rows per iteration when steps are incremented
 
 _SCALAR_POINTERS = ["grad_scale", "found_inf"]  # 0-dim tensors may be views at any address
 
 
 @triton.jit(do_not_specialize=["n_rows", "chunk"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
 def adamw_kernel(
-    rows,  # *int64 [n_rows, ROW_WIDTH]
+    param_table,  # *int64 [n_rows, ROW_WIDTH]
     grads,  # *int64 [2, n_rows]: addresses, then variants
     hypers,  # *int64 [groups, HYPER_WIDTH]
     chunks,  # *int32 [programs, 2]: row, chunk of the row
-    finished,  # *int32 [1]: programs that have read their step; zero between launches
+    done_counter,  # *int32 [1]: programs that have read their step; zero between launches
     n_rows,
     chunk,  # elements of one program, a multiple of BLOCK
     grad_scale,  # *float of one element, or None
     found_inf,  # *float of one element, or None
-    variant: tl.constexpr,  # rows of other variants belong to other launches
+    variant: tl.constexpr,  # only rows of this variant are updated
     fp32_param: tl.constexpr,
     hardware_cast: tl.constexpr,  # False in the interpreter, whose casts to bfloat16 truncate
     flushing_sqrt: tl.constexpr,  # True on AMD: see _square_root
@@ -91,10 +91,10 @@ def adamw_kernel(
     """Take one step of all rows of one variant."""
     active = True
     if found_inf is not None:
-        active = tl.load(found_inf) == 0.0  # a NaN flag skips, too
+        active = tl.load(found_inf) == 0.0  # NaN skips the step, too
     if active:
         _update_chunk(
-            rows,
+            param_table,
             grads,
             hypers,
             chunks,
@@ -106,17 +106,17 @@ def adamw_kernel(
             hardware_cast,
             flushing_sqrt,
         )
-        _count_steps(rows, grads, finished, n_rows, variant)
+        _increment_steps(param_table, grads, done_counter, n_rows, variant)
 
 
-# At every launch Triton compares the global constants that the kernel itself names with their
-# values at compile time. For all constants this takes longer than the rest of the launch. Constants
-# that only the functions below name are merely part of the compiled kernel's key.
+# The kernel itself names no global constants: at every launch Triton would compare each with its
+# value at compile time, which takes longer than the rest of the launch. The constants of the
+# functions below are only part of the compiled kernel's cache key.
 
 
 @triton.jit
 def _update_chunk(
-    rows,
+    param_table,
     grads,
     hypers,
     chunks,
@@ -132,8 +132,10 @@ def _update_chunk(
     program = tl.program_id(0)
     row = tl.load(chunks + 2 * program)
     if tl.load(grads + n_rows + row) == variant:
-        scale, key, scalars = _row_scalars(rows + row * ROW_WIDTH, hypers, grad_scale)
-        g, p, m, v, c, n = _chunk_pointers(rows, grads, chunks, row, chunk, variant, fp32_param)
+        scale, key, scalars = _row_scalars(param_table + row * ROW_WIDTH, hypers, grad_scale)
+        g, p, m, v, c, n = _chunk_pointers(
+            param_table, grads, chunks, row, chunk, variant, fp32_param
+        )
         offsets = tl.arange(0, BLOCK)
         full = n - n % BLOCK
         for i in range(0, full, BLOCK):
@@ -174,12 +176,12 @@ def _update_chunk(
 
 @triton.jit
 def _row_scalars(this_row, hypers, grad_scale):
-    """Return the factor of the gradients, the hash of the step and its scalars."""
+    """Return the factor of the gradients, the hash of the step, and the step's scalars."""
     scale = tl.full((), 1.0, tl.float32)
     if grad_scale is not None:
         scale = _without_payload(tl.load(grad_scale).to(tl.float32).to(tl.uint32, bitcast=True))
     hyper = hypers + tl.load(this_row + ROW_GROUP) * HYPER_WIDTH
-    # a product: 0 - x loses the sign of zero
+    # not 0 - x, which loses the sign of zero
     scale = tl.where(tl.load(hyper + HYPER_MAXIMIZE) != 0, scale * -1.0, scale)
     step = tl.load(tl.load(this_row + ROW_STEP).to(tl.pointer_type(tl.float32)))
     t = (step + 1.0).to(tl.int32)
@@ -188,10 +190,10 @@ def _row_scalars(this_row, hypers, grad_scale):
 
 @triton.jit
 def _chunk_pointers(
-    rows, grads, chunks, row, chunk, variant: tl.constexpr, fp32_param: tl.constexpr
+    param_table, grads, chunks, row, chunk, variant: tl.constexpr, fp32_param: tl.constexpr
 ):
-    """Return pointers to the first elements of this program's chunk, and their number."""
-    this_row = rows + row * ROW_WIDTH
+    """Return pointers to the start of this program's chunk, and its number of elements."""
+    this_row = param_table + row * ROW_WIDTH
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * chunk
     n = tl.minimum(tl.load(this_row + ROW_NUMEL) - start, chunk).to(tl.int32)
     g = _pointer(
@@ -208,20 +210,20 @@ def _chunk_pointers(
 
 
 @triton.jit
-def _count_steps(rows, grads, finished, n_rows, variant: tl.constexpr):
-    """Increment the steps of all rows of this variant.
+def _increment_steps(param_table, grads, done_counter, n_rows, variant: tl.constexpr):
+    """Increment the steps of all rows of this variant in the program that finishes last.
 
-    Every program reads its row's step, so only the last program to finish may write. The barrier
-    makes the reads of all threads happen before this program counts as finished.
+    By then every program has read its row's step: the barrier orders the reads of all threads
+    before this program is counted.
     """
     tl.debug_barrier()
-    if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(finished, 0)
+    if tl.atomic_add(done_counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(done_counter, 0)
         for first in range(0, n_rows, BLOCK_ROWS):
             index = first + tl.arange(0, BLOCK_ROWS)
             mask = index < n_rows
             mask = mask & (tl.load(grads + n_rows + index, mask=mask, other=-1) == variant)
-            step = tl.load(rows + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(
+            step = tl.load(param_table + index * ROW_WIDTH + ROW_STEP, mask=mask, other=0).to(
                 tl.pointer_type(tl.float32)
             )
             tl.store(step, tl.load(step, mask=mask, other=0.0) + 1.0, mask=mask)
@@ -243,7 +245,7 @@ def _update(
     hardware_cast,
     flushing_sqrt: tl.constexpr,
 ):
-    """Update the elements ``i`` of one row; with ``mask`` None all of them exist."""
+    """Update the elements ``i`` of one row. ``mask`` is None if all of them exist."""
     if fp32_param:
         _update_fp32(g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt)
     else:
@@ -299,10 +301,11 @@ def _new_bf16(
     hardware_cast: tl.constexpr,
     flushing_sqrt: tl.constexpr,
 ):
-    """Return what the step makes of some elements.
+    """Compute the step of some elements without storing it.
 
-    In this order: the bits of the old p and c; those of the new p; new c, m and v, not yet rounded;
-    the change of p + c with its sign reversed; and random bits for v.
+    Returns:
+        The bits of the old p and c, the bits of the new p, the new c, m and v before rounding, the
+        update (minus the change of p + c), and the random bits for v.
     """
     g_bits = tl.load(g, mask=mask)
     p16 = tl.load(p, mask=mask).to(tl.uint32)
@@ -332,7 +335,7 @@ def _update_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
 
 @triton.jit
 def _new_fp32(g, p, m, v, mask, scale, scalars, flushing_sqrt: tl.constexpr):
-    """Return the old p, the new m and v, and the change of p with its sign reversed."""
+    """Return the old p, the new m and v, and the update (minus the change of p)."""
     p32 = tl.load(p, mask=mask).to(tl.float32, bitcast=True)
     m32 = tl.load(m, mask=mask).to(tl.float32, bitcast=True)
     v32 = tl.load(v, mask=mask).to(tl.float32, bitcast=True)
@@ -359,9 +362,9 @@ def _moments(g, m, v, scalars, flushing_sqrt: tl.constexpr):
 def _square_root(x, flushing_sqrt: tl.constexpr):
     """Return the square root, rounded to nearest.
 
-    For AMD some versions of Triton (3.6) refine the hardware's reciprocal root, which treats
-    subnormal numbers as zero: their root is then NaN. Below 2^-96 the remainder is subnormal and
-    the root is an ulp off. Scaling such numbers by powers of two is exact.
+    On AMD, some versions of Triton (3.6) refine the hardware's reciprocal square root. It flushes
+    subnormal numbers to zero, so their root becomes NaN. Below 2^-96 the refinement's remainder is
+    subnormal, so the root is an ulp off. Scaling such numbers up by a power of two is exact.
     """
     if flushing_sqrt:
         tiny = x < TINY
@@ -373,7 +376,7 @@ def _square_root(x, flushing_sqrt: tl.constexpr):
 
 @triton.jit
 def _step_scalars(t, hyper):
-    """Compute ``reference.step_scalars`` in double and round each once to float32."""
+    """Return ``reference.step_scalars``, computed in double and each rounded once to float32."""
     lr = _double_at(hyper + HYPER_LR)
     lr_address = tl.load(hyper + HYPER_LR_ADDRESS)
     if lr_address != 0:
@@ -418,7 +421,7 @@ def _double_at(address):
 
 @triton.jit
 def _pointer(address, start, fp32: tl.constexpr, aligned: tl.constexpr):
-    """Return a pointer to element ``start`` of the tensor at ``address``, typed as bit patterns."""
+    """Return a pointer to element ``start`` of the tensor at ``address``, as unsigned integers."""
     pointer = address.to(tl.pointer_type(tl.uint32 if fp32 else tl.uint16)) + start
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -427,13 +430,13 @@ def _pointer(address, start, fp32: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _widen(bits):
-    """Return the float32 of a bfloat16 whose 16 bits are in a uint32."""
+    """Return as float32 the bfloat16 whose 16 bits are in a uint32."""
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _gradient(bits):
-    """Return the float32 of a gradient loaded as uint16 (bfloat16) or uint32 (float32)."""
+    """Return as float32 a gradient that was loaded as uint16 (bfloat16) or uint32 (float32)."""
     if bits.dtype == tl.uint32:
         return _without_payload(bits)
     else:
@@ -461,9 +464,9 @@ def _lowbias32(x):
 
 @triton.jit
 def _random_bits(g, p, m, v, c, key):
-    """Compute ``reference._random_bits`` before the last multiplications.
+    """Compute the random bits for v; times ``DRAW_M`` or ``DRAW_C`` they are those for m or c.
 
-    The arguments and the result are uint32; only the low halves matter.
+    See ``reference._random_bits``. Arguments and result are uint32; only the low halves matter.
     """
     x = (g ^ m * SPREAD_M ^ c * SPREAD_C ^ key) & 0xFFFF
     w = (p ^ v * SPREAD_V ^ key >> 16) & 0xFFFF
@@ -478,7 +481,7 @@ def _round_nearest(x, hardware_cast: tl.constexpr):
     if hardware_cast:
         return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)
-    # NaN stays: see _stochastic_round
+    # NaN stays NaN: see _stochastic_round
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16)
 
 
@@ -486,9 +489,9 @@ def _round_nearest(x, hardware_cast: tl.constexpr):
 def _stochastic_round(x, r):
     """Round float32 to the bits of a bfloat16: up if the discarded bits exceed the low 16 of ``r``.
 
-    NVIDIA's NaN 0x7fffffff would wrap to -0.0 and is lowered first, which costs less than a test
-    for NaN. On other devices a computed NaN has the payload of an operand, and those end in 16 zero
-    bits: see ``_without_payload``.
+    Rounding up NVIDIA's NaN 0x7fffffff would overflow into -0.0. The minimum prevents it, and costs
+    less than a test for NaN. On other devices a computed NaN has the payload of an operand, whose
+    last 16 bits are zero: see ``_without_payload``.
     """
     bits = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
     # not ~r: Triton's interpreter makes -1 a uint32 for it, which numpy 2.5 refuses
@@ -499,7 +502,7 @@ def _stochastic_round(x, r):
 
 @triton.jit
 def _without_payload(bits):
-    """Return the float32 of a bit pattern. Every NaN becomes the same one."""
+    """Return as float32 a uint32 bit pattern, with every NaN replaced by the canonical one."""
     return (
         tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
         .to(tl.uint32)

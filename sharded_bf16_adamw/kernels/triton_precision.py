@@ -1,8 +1,8 @@
 """The Triton kernel of ``precision_stats``: what a step would change, added up without storing it.
 
-One launch reads all tensors of one variant (see ``triton_adamw.py``, whose functions compute the
-step), with the same access pattern as the update. Each program adds up its chunk: values of an
-element are float32, their products and sums float64. The backend adds up the programs.
+One launch reads all tensors of one variant, with the access pattern of the update. The functions of
+``triton_adamw.py`` compute the step. Each program adds up its chunk: the values of an element are
+float32, their products and sums float64. ``cuda.py`` adds up the programs.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -33,7 +33,7 @@ PER_THREAD = tl.constexpr(BLOCK.value // TAIL.value)  # elements of one 16-byte 
 
 @triton.jit(do_not_specialize=["n_rows", "chunk"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
 def precision_kernel(
-    rows,  # *int64 [n_rows, ROW_WIDTH]
+    param_table,  # *int64 [n_rows, ROW_WIDTH]
     grads,  # *int64 [2, n_rows]: addresses, then variants
     hypers,  # *int64 [groups, HYPER_WIDTH]
     chunks,  # *int32 [programs, 2]: row, chunk of the row; only of rows of this variant
@@ -48,7 +48,7 @@ def precision_kernel(
 ):
     """Store the sums of each program's chunk."""
     _sum_chunk(
-        rows,
+        param_table,
         grads,
         hypers,
         chunks,
@@ -64,7 +64,7 @@ def precision_kernel(
 
 @triton.jit
 def _sum_chunk(
-    rows,
+    param_table,
     grads,
     hypers,
     chunks,
@@ -78,13 +78,13 @@ def _sum_chunk(
 ):
     """Add up one chunk.
 
-    Not part of the kernel itself, because of its global constants: see ``triton_adamw.py``.
+    A separate function because it names global constants: see ``triton_adamw.py``.
     """
     row = tl.load(chunks + 2 * tl.program_id(0))
-    scale, key, scalars = _row_scalars(rows + row * ROW_WIDTH, hypers, grad_scale)
-    g, p, m, v, c, n = _chunk_pointers(rows, grads, chunks, row, chunk, variant, fp32_param)
-    # A row of offsets is one thread's, so that its elements are added up in its registers: adjacent
-    # ones, or if a vector load is not possible, those that let a warp read adjacent ones.
+    scale, key, scalars = _row_scalars(param_table + row * ROW_WIDTH, hypers, grad_scale)
+    g, p, m, v, c, n = _chunk_pointers(param_table, grads, chunks, row, chunk, variant, fp32_param)
+    # Each row of offsets belongs to one thread, which adds up its elements in registers. They are
+    # adjacent for a vector load. Without vector loads, a warp's threads read adjacent elements.
     lanes = tl.arange(0, TAIL)[:, None]
     if (UNALIGNED_ROW & variant) == 0:
         offsets = lanes * PER_THREAD + tl.arange(0, PER_THREAD)[None, :]
@@ -134,7 +134,7 @@ def _sum_chunk(
     tl.store(to + 1, 0.0 if fp32_param else n.to(tl.float64))
     for j in tl.static_range(10):
         total = tl.sum(sums[j], axis=0).to(tl.float64)
-        if j == 5 or j == 6:  # the update has the sign of a descent
+        if j == 5 or j == 6:  # an update is subtracted, so a change along it is negative
             total = -total
         if j == 7:
             total = total * (64.0 * 64.0)
@@ -158,7 +158,7 @@ def _add(
     hardware_cast: tl.constexpr,
     flushing_sqrt: tl.constexpr,
 ):
-    """Return ``sums``, one of each a row of ``i``, with the elements ``i`` of one parameter."""
+    """Return ``sums``, which have one entry per row of ``i``, plus those of the elements ``i``."""
     if fp32_param:
         weight, m32, v32, update = _new_fp32(
             g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt
@@ -220,10 +220,9 @@ def _squares(x):
 
 @triton.jit
 def _per_64_ulps(p16):
-    """Return the inverse of 64 times the distance to the next bfloat16 above the bits ``p16``.
+    """Return the inverse of 64 ulps of the bfloat16 with the bits ``p16``.
 
-    The inverse of fewer may be infinite. The distance is 2^-7 of the power of two below, and for a
-    subnormal number that of the smallest normal one.
+    The inverse of one ulp may be infinite. See ``reference_precision._correction_sq`` for the ulp.
     """
     exponent = tl.maximum(p16 & 0x7F80, 0x80)
     return _widen(0x7F80 - exponent)

@@ -158,7 +158,7 @@ def test_one_launch_a_step_and_two_with_clipping() -> None:
     model, grads = Model(), random_grads(1)
 
     def clipped() -> None:
-        _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0, model.scratch)
+        _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
         take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
 
     assert kernels_in(lambda: take_step(model.table, grads, **HYPER)) == ["adamw_kernel"]
@@ -177,10 +177,12 @@ def test_no_host_sync() -> None:
     model, grads = Model(), random_grads(1)
     moved = [g.clone() for g in grads]
     lr = torch.tensor(1e-3, device="cuda")
-    cuda.grad_norm_clip(grads, 1.0, model.scratch)
+    cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
     with no_host_sync():
         for own in (grads, grads, moved, grads):
-            sum_sq, _, coefficient, found_inf = cuda.grad_norm_clip(own, 1.0, model.scratch)
+            sum_sq, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(
+                own, 1.0, model.scratch
+            )
             cuda.clip_coefficient(sum_sq, 1.0)
             take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf)
             take_step(model.table, own, **HYPER | {"lr": lr})
@@ -213,13 +215,13 @@ def test_found_inf_skips_on_the_device() -> None:
     take_step(model.table, grads, **HYPER)
     before = [x.clone() for x in model.tensors()]
     grads[0].view(-1)[123] = float("nan")
-    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0)
+    _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0)
     take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
     assert differing("after", model.tensors(), before) == []
 
 
 def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
-    _, _, coefficient, found_inf = cuda.grad_norm_clip(grads, 1.0, model.scratch)
+    _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
     take_step(model.table, grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
 
 

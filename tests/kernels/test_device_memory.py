@@ -115,7 +115,7 @@ def layout_of(scratch: NormScratch, *lengths: int) -> Any:
 
 
 def memory(layout: Any) -> set[int]:
-    return {layout.partials.data_ptr(), layout.finished.data_ptr()}
+    return {layout.partials.data_ptr(), layout.done_counter.data_ptr()}
 
 
 def test_owners_share_no_scratch(capturing: SimpleNamespace) -> None:

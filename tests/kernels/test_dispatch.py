@@ -280,8 +280,8 @@ def test_norm_and_clip_on_a_device_without_float64():
         total, kernels.grad_sum_sq(plain, backend="reference")
     )
     for found, wanted in zip(
-        kernels.grad_norm_clip(grads, 1.0),
-        kernels.grad_norm_clip(plain, 1.0, backend="reference"),
+        kernels.norm_and_clip_coefficient(grads, 1.0),
+        kernels.norm_and_clip_coefficient(plain, 1.0, backend="reference"),
         strict=True,
     ):
         assert torch.equal(found, wanted)

@@ -344,7 +344,7 @@ def host_side() -> dict[str, Any]:
         take_step(table_of_empty, only_empty, **HYPER)
         results["step of an empty parameter"] = float(table_of_empty._tensors[-1])
         results["steps"] = [float(x) for x in columns["steps"]]
-        results["counter"] = int(table._by_dtype[0].finished)
+        results["counter"] = int(table._by_dtype[0].done_counter)
         return results
     finally:
         triton_adamw.adamw_kernel, device_memory.upload, cuda.upload = kernel, upload, upload
@@ -466,6 +466,6 @@ def signatures(target: str) -> list[tuple[str, str]]:
                 maximize=n == 1,
             )
         table.precision_sums(StepArgs(rows, [Hyperparams(**HYPER)]))
-        cuda.grad_norm_clip(rows, float(n))
+        cuda.norm_and_clip_coefficient(rows, float(n))
         cuda.clip_coefficient(cuda.grad_sum_sq(rows), 1.0)
     return [(x.metadata.name, x.hash) for x in compiled]

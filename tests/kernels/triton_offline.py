@@ -26,24 +26,24 @@ LOAD_16 = r"\bLDG\.E\S*\.128|(?:global|buffer)_load_dwordx4"
 STORE_16 = r"\bSTG\.E\S*\.128|(?:global|buffer)_store_dwordx4"
 
 ADAMW_ARGUMENTS: dict[str, str] = {
-    "rows": "*i64",
+    "param_table": "*i64",
     "grads": "*i64",
     "hypers": "*i64",
     "chunks": "*i32",
-    "finished": "*i32",
+    "done_counter": "*i32",
     "n_rows": "i32",
     "chunk": "i32",
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
 }
-PRECISION_ARGUMENTS = {name: t for name, t in ADAMW_ARGUMENTS.items() if name != "finished"}
+PRECISION_ARGUMENTS = {name: t for name, t in ADAMW_ARGUMENTS.items() if name != "done_counter"}
 PRECISION_ARGUMENTS["partials"] = "*fp64"
 NORM_ARGUMENTS: dict[str, str] = {
     "numels": "*i64",
     "grads": "*i64",
     "chunks": "*i32",
     "partials": "*fp64",
-    "finished": "*i32",
+    "done_counter": "*i32",
     "sum_sq": "*fp64",
     "clip": "*fp32",
     "n_rows": "i32",

@@ -1,4 +1,4 @@
-/* The exported functions: a step of many tensors, the sums of what it would change, and the sum of squares of many tensors. See cpu.py. */
+/* The exported functions: a step of many tensors, the sums of precision_stats, and the sum of squares of many tensors. See cpu.py. */
 #include "native.h"
 
 #include <math.h>
@@ -7,12 +7,12 @@
 #include <immintrin.h>
 #endif
 
-#define BLOCKS_AHEAD 4        /* prefetch distance */
+#define BLOCKS_AHEAD 4        /* prefetch distance of blocks */
 #define STEPS_AHEAD 16        /* prefetch distance of step counts */
 #define SMALL (2 * SBA_BLOCK) /* below this many elements, waking a helper costs more than it saves */
 
-/* The update rule needs plain IEEE arithmetic. torch.set_flush_denormal and others change the mode of a thread, so every thread that
- * computes sets the default mode first and restores the old one. */
+/* The update rule needs plain IEEE arithmetic. torch.set_flush_denormal and other code change a thread's mode, so every thread that
+ * computes sets the default mode first and restores the old mode afterwards. */
 #if defined(__x86_64__)
 typedef unsigned fp_mode;
 static fp_mode enter_ieee(void) {
@@ -41,13 +41,13 @@ static void leave_ieee(fp_mode old) { (void)old; }
 typedef struct {
     int64_t tensors, numel;
     sba_plan plan;
-    /* Per tensor, fixed: */
-    sba_run *run; /* but each step sets g */
+    /* Per tensor: */
+    sba_run *run; /* each step sets g, the other fields are fixed */
     float **step; /* 0-dim step count */
     unsigned char *p_is_f32;
     int64_t *group; /* index into the hyper-parameters of a step */
     /* Of the current step: */
-    sba_scalars *scalars; /* one for consecutive tensors of one group with equal step counts */
+    sba_scalars *scalars; /* shared by consecutive tensors of one group with equal step counts */
     int64_t *scalars_of;  /* per tensor: index into scalars */
     const sba_kernels *kernels;
     const unsigned char *g_is_f32;
@@ -66,7 +66,7 @@ SBA_EXPORT void sba_table_free(sba_table *t) {
     free(t);
 }
 
-/* Return a table of tensors, or NULL if memory is short. `address` has five rows of `tensors` addresses: p, m, v, c (0 for a float32
+/* Return a new table, or NULL if memory is short. `address` has five rows of `tensors` addresses: p, m, v, c (0 for a float32
  * parameter) and step. Release with sba_table_free. */
 SBA_EXPORT sba_table *sba_table_new(int64_t tensors, const int64_t *address, const int64_t *numel, const unsigned char *p_is_f32,
                                     const int64_t *group) {
@@ -105,10 +105,10 @@ static double power(double base, uint64_t exponent) {
     return result;
 }
 
-/* Round to float32. Every NaN becomes the same one, so that no payload bit can carry in the roundings (see simd_kernels.inc.h). */
+/* Round to float32. Every NaN becomes the canonical one, whose payload cannot carry when it is rounded (see simd_kernels.inc.h). */
 static float f32(double x) { return x == x ? (float)x : NAN; }
 
-/* The hash of the step, like lowbias32() of reference.py. */
+/* Hash a step count, like lowbias32() of reference.py. */
 static uint32_t lowbias32(uint32_t x) {
     x ^= x >> 16;
     x *= SBA_LOWBIAS_FIRST;
@@ -133,7 +133,7 @@ static sba_scalars scalars_of_step(double step, const sba_hyper *h) {
     };
 }
 
-/* Compute the scalars of every tensor's next step, and increment its step count if it is taken. Most tensors of a group share them. */
+/* Set each tensor's gradient and the scalars of its next step, and increment its step count if that step is `taken`. */
 static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *grads, const sba_hyper *hypers, int taken) {
     int64_t used = 0, last_group = 0;
     float last = 0;
@@ -149,7 +149,7 @@ static __attribute__((noinline)) void begin_step(sba_table *t, const int64_t *gr
     }
 }
 
-/* Prefetch the start of a block: the hardware cannot predict where small tensors lie. */
+/* Prefetch the start of a block: the hardware cannot predict the addresses of small tensors. */
 static void prefetch_block(const sba_table *t, const sba_block *block) {
     const sba_run *run = &t->run[block->tensor];
     int p_is_f32 = t->p_is_f32[block->tensor];
@@ -168,11 +168,11 @@ static void step_chunk(void *context, int64_t chunk) {
     for (int64_t k = t->plan.chunk[chunk]; k < end; k++) {
         if (k + BLOCKS_AHEAD < end) prefetch_block(t, &t->plan.block[k + BLOCKS_AHEAD]);
         const sba_block *block = &t->plan.block[k];
-        const sba_run *whole = &t->run[block->tensor];
+        const sba_run *tensor = &t->run[block->tensor];
         int p_is_f32 = t->p_is_f32[block->tensor], g_is_f32 = t->g_is_f32[block->tensor];
         int64_t at = block->begin * (p_is_f32 ? 4 : 2);
-        char *g = whole->g + block->begin * (g_is_f32 ? 4 : 2);
-        sba_run run = {whole->p + at, g, whole->m + at, whole->v + at, p_is_f32 ? NULL : whole->c + at, block->count};
+        char *g = tensor->g + block->begin * (g_is_f32 ? 4 : 2);
+        sba_run run = {tensor->p + at, g, tensor->m + at, tensor->v + at, p_is_f32 ? NULL : tensor->c + at, block->count};
         const sba_scalars *s = &t->scalars[t->scalars_of[block->tensor]];
         if (t->sums)
             t->kernels->precision[p_is_f32][g_is_f32][s->grad_scale != 1.0f](&run, s, t->sums + k * SBA_SUMS);
@@ -182,9 +182,9 @@ static void step_chunk(void *context, int64_t chunk) {
     leave_ieee(old);
 }
 
-static __attribute__((noinline)) void add_blocks(const sba_table *t, const double *of_blocks, double *sums) {
+static __attribute__((noinline)) void add_blocks(const sba_table *t, const double *block_sums, double *sums) {
     for (int64_t k = 0; k < t->plan.blocks; k++)
-        for (int i = 0; i < SBA_SUMS; i++) sums[t->group[t->plan.block[k].tensor] * SBA_SUMS + i] += of_blocks[k * SBA_SUMS + i];
+        for (int i = 0; i < SBA_SUMS; i++) sums[t->group[t->plan.block[k].tensor] * SBA_SUMS + i] += block_sums[k * SBA_SUMS + i];
 }
 
 static void run_step(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers, int threads, int isa,
@@ -198,23 +198,23 @@ static void run_step(sba_table *t, const int64_t *grads, const unsigned char *g_
     sba_parallel(step_chunk, t, t->plan.chunks, t->numel < SMALL ? 1 : threads);
 }
 
-/* Take one step. `grads` (addresses) and `g_is_f32` have one entry a tensor, `hypers` one a group. A table serves one call at a time. */
+/* Take one step; one call at a time per table. `grads` (addresses) and `g_is_f32` have one entry per tensor, `hypers` one per group. */
 SBA_EXPORT void sba_table_update(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers,
                                  int threads, int isa) {
     run_step(t, grads, g_is_f32, hypers, threads, isa, NULL);
 }
 
-/* Add to `sums`, SBA_SUMS a group, what that step would change, with the same bits for any number of threads. Return 0, or -1 if memory
- * is short. */
+/* Add the sums of that step to `sums`, SBA_SUMS per group, without taking it. Any number of threads gives the same bits. Return 0, or
+ * -1 if memory is short. */
 SBA_EXPORT int sba_table_precision_sums(sba_table *t, const int64_t *grads, const unsigned char *g_is_f32, const sba_hyper *hypers,
                                         int threads, int isa, double *sums) {
-    double *of_blocks = malloc((t->plan.blocks + 1) * SBA_SUMS * sizeof *of_blocks);
-    if (!of_blocks) return -1;
-    run_step(t, grads, g_is_f32, hypers, threads, isa, of_blocks);
+    double *block_sums = malloc((t->plan.blocks + 1) * SBA_SUMS * sizeof *block_sums);
+    if (!block_sums) return -1;
+    run_step(t, grads, g_is_f32, hypers, threads, isa, block_sums);
     fp_mode old = enter_ieee();
-    add_blocks(t, of_blocks, sums);
+    add_blocks(t, block_sums, sums);
     leave_ieee(old);
-    free(of_blocks);
+    free(block_sums);
     return 0;
 }
 
@@ -225,7 +225,7 @@ typedef struct {
     const sba_kernels *kernels;
     const int64_t *address;
     const unsigned char *is_f32;
-    double *sum; /* one a block */
+    double *sum; /* one per block */
 } sum_sq;
 
 static void sum_sq_chunk(void *context, int64_t chunk) {
@@ -246,8 +246,8 @@ static __attribute__((noinline)) double sum_in_order(const double *x, int64_t co
     return total;
 }
 
-/* Return the sum of squares of all tensors, with the same bits for any number of threads and any instruction set. -1 if memory is
- * short. */
+/* Return the sum of squares of all tensors, or -1 if memory is short. Any number of threads and any instruction set give the same
+ * bits. */
 SBA_EXPORT double sba_sum_sq(int64_t tensors, const int64_t *address, const int64_t *numel, const unsigned char *is_f32, int threads,
                              int isa) {
     sum_sq s = {.kernels = sba_kernels_of(isa), .address = address, .is_f32 = is_f32};
@@ -269,5 +269,5 @@ SBA_EXPORT double sba_sum_sq(int64_t tensors, const int64_t *address, const int6
 
 SBA_EXPORT int sba_isa_supported(int isa) { return sba_kernels_of(isa) != 0; }
 
-/* Increment this whenever the update rule or an exported function changes: cpu.py refuses a library of another version. */
+/* Increment this and ABI_VERSION in cpu.py whenever the update rule or an exported function changes: cpu.py requires equal versions. */
 SBA_EXPORT int sba_abi_version(void) { return 5; }

@@ -1,4 +1,4 @@
-/* The kernels of every instruction set that the target may have. simd_kernels.inc.h is included once for each. */
+/* The kernels of every instruction set that the target may support. simd_kernels.inc.h is included once for each. */
 #include <math.h>
 #include <string.h>
 
@@ -41,8 +41,8 @@
 #define HALF_EVENS(a, b) SHUFFLED_HALF(JOIN(EVENS, HALF_W), a, b)
 #define HALF_ODDS(a, b) SHUFFLED_HALF(JOIN(ODDS, HALF_W), a, b)
 
-#define AHEAD 2048 /* bytes. Hardware prefetchers stop at each page: alone they leave 20 % of the memory bandwidth unused */
-#define STREAMS 8  /* of a sum of squares: 40 % faster than one stream for gradients that are not in a cache */
+#define AHEAD 2048 /* prefetch distance in bytes. Hardware prefetchers stop at each page, which costs 20 % of the memory bandwidth */
+#define STREAMS 8  /* parts that a sum of squares reads in parallel: 40 % faster than one for gradients that are not in a cache */
 #define PREFETCH(r, i, write) \
     do { \
         __builtin_prefetch((r)->p + 2 * (i) + AHEAD, write); \
@@ -52,24 +52,24 @@
         __builtin_prefetch((r)->g + 2 * (i) + AHEAD); \
     } while (0)
 
-/* The values of an element that are added up for precision_stats, in the order of the sums from SBA_WEIGHT_SQ on. */
+/* The values of an element for precision_stats. The sum of value i has the index SBA_WEIGHT_SQ + i. */
 enum { WEIGHT, UPDATE, EFFECTIVE, PLAIN, CORRECTION, FIRST, SECOND, VALUES };
-#define SBA_VALUES 256
+#define SBA_VALUES 256 /* elements in a buffer */
 typedef struct {
     float value[VALUES][SBA_VALUES] __attribute__((aligned(64)));
 } sba_values;
 
-/* Baseline: instructions that every processor of the target has.
+/* Baseline: instructions that every processor of the target supports. The macros of an instruction set:
  *
  * EVEN           low halves of words, shifted up
- * PACK           words of the high halves of two vectors
- * MULTIPLY_HIGH  high half of a product, in 16-bit lanes
- * HIGH_BYTES     high byte, in 16-bit lanes
- * RTNE, SR       words of bf16 rounded from two vectors of float32 bits. SR rounds up where the low half exceeds the 16 random bits,
- *                that is where adding their complement carries
+ * PACK           words from the high halves of two vectors
+ * MULTIPLY_HIGH  high half of the product of 16-bit lanes
+ * HIGH_BYTES     high byte of each 16-bit lane, shifted down
+ * RTNE, SR       words of bf16, rounded from two vectors of float32 bits. SR rounds up where the low half exceeds the 16 random bits.
+ *                Adding their complement carries exactly there
  * WIDEN          float to double
- * ADD_PRODUCT    add x * y
- * KEEP           keep a vector in a register, instead of rebuilding it from immediates in every iteration */
+ * ADD_PRODUCT    sum + x * y
+ * KEEP           keep a vector in a register, since compilers may rebuild it from immediates in every iteration */
 #define ISA baseline
 #define TARGET
 #define W 4
@@ -129,8 +129,8 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #define ADD_PRODUCT(sum, x, y) ((avx2_d)_mm256_fmadd_pd((__m256d)(x), (__m256d)(y), (__m256d)(sum)))
 #include "simd_kernels.inc.h"
 
-/* With 512 bits only two ports compute, and shifts, roots and quotients all need the same one. Byte shuffles use the other, so they
- * replace shifts. Both roundings are comparisons in 16-bit lanes that mask a subtraction of -1. */
+/* 512-bit instructions execute on two ports, and shifts, roots and quotients all need the same one. Byte shuffles use the other port, so
+ * they replace shifts. Both roundings compare 16-bit lanes, and subtract -1 where they round up. */
 #undef ISA
 #undef TARGET
 #undef W
@@ -152,14 +152,14 @@ static inline no_shuffles no_shuffles_of(void) { return (no_shuffles){0}; }
 #define HALF_W 8
 #define KEEP(x) __asm__("" : "+v"(x))
 typedef struct {
-    __m512i up, down, bytes_down; /* move halves of words up or down, or high bytes of halves down, and fill with zeros */
+    __m512i up, down, bytes_down; /* shuffles that move halves of words up or down, or high bytes of halves down, and fill with zeros */
     __m512i one, half, minus_one; /* in 16-bit lanes: 1, 0x8000, -1 */
-    __mmask64 low, high;          /* the bytes of the low and of the high halves */
+    __mmask64 low, high;          /* the bytes of the low halves, of the high halves */
 } avx512_shuffles;
 static inline __attribute__((always_inline)) TARGET avx512_shuffles avx512_shuffles_of(void) {
     const __m512i word = _mm512_broadcast_i32x4(_mm_setr_epi32(0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c));
     avx512_shuffles s = {
-        .up = _mm512_or_si512(word, _mm512_set1_epi32(0x01008080)), /* 0x80: a zero */
+        .up = _mm512_or_si512(word, _mm512_set1_epi32(0x01008080)), /* 0x80 gives a zero byte */
         .down = _mm512_or_si512(word, _mm512_set1_epi32((int)0x80800302)),
         .bytes_down = _mm512_or_si512(word, _mm512_set1_epi32((int)0x80038001)),
         .one = _mm512_set1_epi16(1),
@@ -195,7 +195,7 @@ static inline __attribute__((always_inline)) TARGET __m512i avx512_sr(__m512i ev
 }
 static inline __attribute__((always_inline)) TARGET __m512i avx512_rtne(__m512i even, __m512i odd, const avx512_shuffles *s) {
     __m512i kept = avx512_kept(even, odd, s);
-    __m512i least = _mm512_ternarylogic_epi32(kept, s->one, s->half, 0xae); /* ~kept & 1 | 0x8000: a tie rounds up only from odd */
+    __m512i least = _mm512_ternarylogic_epi32(kept, s->one, s->half, 0xae); /* ~kept & 1 | 0x8000: a tie rounds up only if kept is odd */
     __mmask32 up = _mm512_cmpge_epu16_mask(avx512_discarded(even, odd, s), least);
     return _mm512_mask_sub_epi16(kept, up, kept, s->minus_one);
 }

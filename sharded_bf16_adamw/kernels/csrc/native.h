@@ -1,7 +1,7 @@
 /* Shared declarations of the native CPU library. api.c exports a plain C ABI that cpu.py loads with ctypes.
  *
- * block:  consecutive elements of one tensor, at most SBA_BLOCK; the unit of the fixed order in which squares are summed.
- * chunk:  consecutive blocks that one thread claims at once. Small tensors share a chunk; a large tensor spans many.
+ * block:  consecutive elements of one tensor, at most SBA_BLOCK. Sums are computed per block and added in the order of the blocks.
+ * chunk:  consecutive blocks, the unit of work that threads claim. Small tensors share a chunk; a large tensor spans many.
  * plan:   the blocks and chunks of a list of tensors.
  */
 #ifndef SBA_NATIVE_H
@@ -30,7 +30,7 @@
 #define SBA_LOWBIAS_FIRST 0x7feb352du
 #define SBA_LOWBIAS_SECOND 0x846ca68bu
 
-/* Scalars of one step. Every field but the first is rounded once from double. */
+/* Scalars of one step. Every field but step_key is rounded once from double. */
 typedef struct {
     uint32_t step_key; /* the hash of the step */
     float beta1, one_minus_beta1, beta2, one_minus_beta2;
@@ -43,13 +43,13 @@ typedef struct {
     double lr, beta1, beta2, eps, weight_decay, grad_scale;
 } sba_hyper;
 
-/* Consecutive elements of one parameter. Pointers need only the alignment of an element; c is NULL for a float32 parameter. */
+/* Consecutive elements of one parameter. c is NULL for a float32 parameter. Pointers need only the alignment of an element. */
 typedef struct {
     char *p, *g, *m, *v, *c;
     int64_t count;
 } sba_run;
 
-/* What a step would change, added up for precision_stats; PRECISION_SUMS in backend.py describes each. */
+/* The sums of precision_stats; PRECISION_SUMS in backend.py describes each. */
 enum {
     SBA_ELEMENTS,
     SBA_CORRECTED,
@@ -68,9 +68,9 @@ enum {
 
 /* The kernels of one instruction set. */
 typedef struct {
-    /* [parameter is float32][gradient is float32][multiply it by grad_scale] */
+    /* [parameter is float32][gradient is float32][gradient is multiplied by grad_scale] */
     void (*update[2][2][2])(const sba_run *, const sba_scalars *);
-    void (*precision[2][2][2])(const sba_run *, const sba_scalars *, double *sums); /* stores SBA_SUMS; at most SBA_BLOCK elements */
+    void (*precision[2][2][2])(const sba_run *, const sba_scalars *, double *sums); /* at most SBA_BLOCK elements */
     double (*sum_sq[2])(const char *, int64_t); /* [float32]; at most SBA_BLOCK elements */
 } sba_kernels;
 
@@ -86,7 +86,7 @@ typedef struct {
 typedef struct {
     int64_t blocks, chunks;
     sba_block *block;
-    int64_t *chunk; /* first block of each chunk, and one past the last */
+    int64_t *chunk; /* first block of each chunk, then the number of blocks */
 } sba_plan;
 
 /* Cut tensors of `numel` elements into blocks and chunks. Return 0, or -1 if memory is short. Release with sba_plan_free. */

@@ -1,4 +1,4 @@
-/* A plan: the blocks and chunks of a list of tensors. */
+/* Plans; see native.h. */
 #include <stdlib.h>
 
 #include "native.h"
@@ -13,7 +13,7 @@ int sba_plan_make(sba_plan *plan, const int64_t *numel, int64_t tensors) {
         sba_plan_free(plan);
         return -1;
     }
-    int64_t room = 0;
+    int64_t room = 0; /* the last chunk takes further blocks while this is positive */
     for (int64_t i = 0; i < tensors; i++)
         for (int64_t begin = 0; begin < numel[i]; begin += SBA_BLOCK) {
             int64_t count = numel[i] - begin < SBA_BLOCK ? numel[i] - begin : SBA_BLOCK;

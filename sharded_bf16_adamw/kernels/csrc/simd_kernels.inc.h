@@ -1,13 +1,11 @@
-/* The kernels, written once. isa.c includes this file once for each instruction set, and defines ISA, TARGET, W and macros of
- * instructions before.
+/* The kernels, written once. isa.c defines ISA, TARGET, W and macros for an instruction set, and then includes this file.
  *
- * The kernels read memory as uint32 words of two bf16. Shift the low half up, or mask it off, and what remains *is* the float32 of
- * the same value: no conversion instruction, and no flushing of subnormals. A vector holds W words. "Even" elements are the low
- * halves, "odd" ones the high halves. Arithmetic takes one half of each word at a time; hash and rounding take both, in 16-bit lanes.
+ * The kernels read memory as uint32 words of two bf16. Shifting the low half up, or masking it off, leaves the float32 of the same
+ * value, without a conversion instruction and without flushing subnormals. A vector holds W words. "Even" elements are the low halves,
+ * "odd" elements the high halves. Arithmetic works on one half of each word at a time, hash and rounding on both, in 16-bit lanes.
  *
- * SR and RTNE do not guard NaN. Every NaN in these kernels has zeros in the low 16 bits of its payload, because it comes from a bf16
- * value, a canonical scalar or the processor. So neither can round a NaN up and out of the mantissa. A float32 gradient is the only
- * exception: it is made canonical when it is read.
+ * SR and RTNE do not test for NaN. They round no NaN to a number, because the low 16 bits of every NaN are zero: it comes from a bf16
+ * value, a canonical scalar or the processor. Only a float32 gradient may be another NaN, so it is made canonical when it is read.
  */
 typedef uint32_t NAME(u) __attribute__((vector_size(4 * W)));
 typedef uint16_t NAME(h) __attribute__((vector_size(4 * W)));
@@ -25,7 +23,7 @@ typedef double NAME(d) __attribute__((vector_size(4 * W)));
 #define LOAD(address) ((U) * (const NAME(u_memory) *)(address))
 #define STORE(address, x) (*(NAME(u_memory) *)(address) = (NAME(u_memory))(x))
 
-/* Constants of the loop over 2 W elements, besides the scalars. */
+/* Vector constants of the loop. */
 typedef struct {
     H spread_m, spread_v, spread_c, mix, draw_m, draw_c, key_low, key_high; /* of the hash */
     NAME(shuffles) shuffles;
@@ -51,7 +49,7 @@ INLINE NAME(constants) NAME(constants_of)(const sba_scalars *s) {
     };
 }
 
-/* The random bits for v, m and c: 16 bits a 16-bit lane, for both elements of a word at once. See _random_bits in reference.py. */
+/* The random bits for v, m and c, one draw per 16-bit lane. See _random_bits in reference.py. */
 typedef struct {
     U v, m, c;
 } NAME(draws);
@@ -69,7 +67,7 @@ INLINE U NAME(canonical)(U g) {
     return (g & ~nan) | (nan & 0x7fc00000u);
 }
 
-/* The new moments, with the operations in the order of _moments in reference.py. */
+/* Compute the new moments, with the operations in the order of _moments in reference.py. */
 INLINE void NAME(moments)(F g, F m, F v, F *mn, F *vn, const sba_scalars *s, int scaled) {
     if (scaled) g = g * s->grad_scale;
     *mn = s->beta1 * m + s->one_minus_beta1 * g;
@@ -80,7 +78,8 @@ INLINE F NAME(update_of)(F numerator, F root, const sba_scalars *s) {
     return numerator / (root * s->inv_sqrt_bias_correction2 + s->eps);
 }
 
-/* Elements between the two stages of NAME(update): new moments, numerator and root of the denominator, then the quotient. */
+/* One element per lane, between the two stages of NAME(update): old p and c, new moments, numerator and root of the denominator, and
+ * after NAME(divide) their quotient upd. */
 typedef struct {
     F p, c, m, v, numerator, root, upd;
 } NAME(lane);
@@ -91,7 +90,7 @@ typedef struct {
 
 #define ODD(word) ((word) & 0xffff0000u)
 
-/* Compute the new moments of one element per lane, unrounded, and the inputs of the second stage. */
+/* Compute the new moments, not yet rounded, and the inputs of the division. */
 INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, NAME(lane) *l, const sba_scalars *s, int scaled) {
     NAME(moments)(g, m, v, &l->m, &l->v, s, scaled);
     l->root = SQRT(l->v);
@@ -100,7 +99,7 @@ INLINE void NAME(begin_lane)(F g, F p, F m, F v, F c, NAME(lane) *l, const sba_s
     l->c = c;
 }
 
-/* First stage for 2 W elements of a bf16 parameter, without its stores. */
+/* First stage for 2 W elements of a bf16 parameter, without stores and division. */
 INLINE NAME(lanes) NAME(load)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32, int scaled) {
     const char *g = r->g + i * (g_is_f32 ? 4 : 2);
     U ge, go, gw;
@@ -123,7 +122,7 @@ INLINE NAME(lanes) NAME(load)(const sba_run *r, int64_t i, const sba_scalars *s,
     return l;
 }
 
-/* First stage for 2 W elements of a bf16 parameter: store m and v. */
+/* First stage for 2 W elements of a bf16 parameter, without the division: store m and v. */
 INLINE NAME(lanes) NAME(begin)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int g_is_f32,
                                int scaled) {
     NAME(lanes) l = NAME(load)(r, i, s, k, g_is_f32, scaled);
@@ -138,10 +137,10 @@ INLINE void NAME(divide)(NAME(lanes) *l, const sba_scalars *s) {
     l->odd.upd = NAME(update_of)(l->odd.numerator, l->odd.root, s);
 }
 
-/* The whole change of p + c, with its sign reversed. */
+/* Return the update: minus the change of p + c. */
 INLINE F NAME(change)(const NAME(lane) *l, const sba_scalars *s) { return s->lr_weight_decay * (l->p + l->c) + l->upd; }
 
-/* The second stage's new p and c, as they are stored. */
+/* Compute the new p and c as they are stored. */
 INLINE void NAME(weights)(const NAME(lanes) *l, U *p, U *c, const sba_scalars *s, const NAME(constants) *k) {
     (void)k; /* only the macros of some instruction sets use it */
     F even = l->even.c - NAME(change)(&l->even, s), odd = l->odd.c - NAME(change)(&l->odd, s);
@@ -159,7 +158,7 @@ INLINE void NAME(finish)(const NAME(lanes) *l, const sba_run *r, int64_t i, cons
     STORE(r->c + 2 * i, c);
 }
 
-/* W elements of a float32 parameter: the old p, the new moments and the change of p, with its sign reversed. */
+/* W elements of a float32 parameter: the old p, the new moments and the update (minus the change of p). */
 typedef struct {
     F p, m, v, change;
 } NAME(lane_f32);
@@ -199,7 +198,7 @@ INLINE void NAME(steps_f32)(char *p, char *g, char *m, char *v, const sba_scalar
     NAME(step_f32)(p + 4 * W, second, m + 4 * W, v + 4 * W, s, scaled);
 }
 
-/* Update 2 W elements of any parameter, both stages. */
+/* Update 2 W elements of any parameter. */
 INLINE void NAME(steps)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32,
                         int scaled) {
     if (p_is_f32) {
@@ -217,7 +216,7 @@ typedef struct {
     sba_run run; /* points to the arrays */
 } __attribute__((aligned(64))) NAME(tail);
 
-/* Copy the elements of a run from i on to the tail, or from the tail. */
+/* Copy the elements of a run from i on into the tail, or `back` from it. */
 INLINE void NAME(copy_tail)(NAME(tail) *t, const sba_run *r, int64_t i, int p_is_f32, int g_is_f32, int back) {
     char *end[5] = {r->p, r->g, r->m, r->v, r->c};
     for (int a = 0; a < (p_is_f32 ? 4 : 5); a++) {
@@ -230,7 +229,7 @@ INLINE void NAME(copy_tail)(NAME(tail) *t, const sba_run *r, int64_t i, int p_is
     t->run = (sba_run){t->array[0], t->array[1], t->array[2], t->array[3], t->array[4], 2 * W};
 }
 
-/* Update the last elements of a run in padded copies: the same code, no masks. */
+/* Update the last elements of a run in padded copies, by the same code without masks. */
 INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s, const NAME(constants) *k, int p_is_f32, int g_is_f32,
                               int scaled) {
     NAME(tail) padded = {0};
@@ -239,10 +238,10 @@ INLINE void NAME(update_tail)(const sba_run *r, int64_t i, const sba_scalars *s,
     NAME(copy_tail)(&padded, r, i, p_is_f32, g_is_f32, 1);
 }
 
-/* The second stage of one vector runs between the two parts of the first stage of the next. This fills the long latency of a root and
- * a quotient with work that needs neither, and the processor's window reaches the next loads (85 % -> 90 % of the memory bandwidth). */
+/* Update a run. The second stage of one vector runs between the two parts of the first stage of the next vector. Its work does not wait
+ * for the slow root and quotient, so the out-of-order window reaches the next loads (85 % -> 90 % of the memory bandwidth). */
 INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, int p_is_f32, int g_is_f32, int scaled) {
-    const sba_run run = *shared_run, *r = &run; /* local copies cannot alias the stores, so they stay in registers */
+    const sba_run run = *shared_run, *r = &run; /* stores cannot alias local copies, so these stay in registers */
     const sba_scalars scalars = *shared, *s = &scalars;
     const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
     int64_t i = 0, whole = r->count - r->count % (2 * W);
@@ -262,7 +261,7 @@ INLINE void NAME(update)(const sba_run *shared_run, const sba_scalars *shared, i
     if (i < r->count) NAME(update_tail)(r, i, s, k, p_is_f32, g_is_f32, scaled);
 }
 
-/* p: parameter is float32; g: gradient is float32; c: multiply it by grad_scale. */
+/* p: parameter is float32; g: gradient is float32; c: gradient is multiplied by grad_scale. */
 #define UPDATE(p, g, c) \
     static TARGET void NAME(update_##p##g##c)(const sba_run *r, const sba_scalars *s) { NAME(update)(r, s, p, g, c); }
 #define UPDATES(p, g) UPDATE(p, g, 0) UPDATE(p, g, 1)
@@ -282,11 +281,10 @@ INLINE void NAME(store_values)(sba_values *to, int64_t i, const F x[VALUES]) {
     for (int j = 0; j < VALUES; j++) STORE(&to->value[j][i], (U)x[j]);
 }
 
-/* The correction in units of 64 times the distance to the next bf16 number above p (fewer may be no normal number): times two to the
- * power of 255 - 127 - the exponent. */
+/* Return c in units of 64 ulps of p; one ulp may be subnormal. The factor is a power of two with the biased exponent 255 - p's. */
 INLINE F NAME(in_64_ulps)(F p, F c) {
     U exponent = (U)p & 0x7f800000u;
-    exponent += (U)(exponent == (U){0}) & 0x00800000u; /* of a subnormal number */
+    exponent += (U)(exponent == (U){0}) & 0x00800000u; /* a subnormal p has the ulp of the smallest normal number */
     return c * (F)(0x7f800000u - exponent);
 }
 
@@ -300,7 +298,7 @@ INLINE void NAME(lane_values_f32)(sba_values *to, int64_t i, const NAME(lane_f32
     NAME(store_values)(to, i, (F[VALUES]){l->p, l->change, change, change, (F){0}, l->m, l->v});
 }
 
-/* Second stage for 2 W elements of a bf16 parameter, from what NAME(finish) would store. */
+/* Store the values of 2 W elements of a bf16 parameter, from what NAME(finish) would store. */
 INLINE void NAME(finish_values)(sba_values *to, int64_t i, const NAME(lanes) *l, const sba_scalars *s, const NAME(constants) *k) {
     U p, c;
     NAME(weights)(l, &p, &c, s, k);
@@ -321,7 +319,7 @@ INLINE void NAME(values_f32)(sba_values *to, int64_t at, const sba_run *r, int64
     NAME(lane_values_f32)(to, at + W, &b);
 }
 
-/* Store the values of `count` elements from `start` on, a multiple of 2 W. The order of the stages is that of NAME(update). */
+/* Store the values of `count` elements from `start` on; `count` is a multiple of 2 W. The stages interleave as in NAME(update). */
 INLINE void NAME(values)(sba_values *to, const sba_run *r, int64_t start, int64_t count, const sba_scalars *s, const NAME(constants) *k,
                          int p_is_f32, int g_is_f32, int scaled) {
     if (p_is_f32) {
@@ -340,9 +338,9 @@ INLINE void NAME(values)(sba_values *to, const sba_run *r, int64_t start, int64_
     NAME(finish_values)(to, count - 2 * W, &l, s, k);
 }
 
-/* Sums of values, in lanes. */
+/* Sums of values, one per lane. */
 typedef struct {
-    NAME(d) dot[VALUES]; /* with itself, or of the changes with the update */
+    NAME(d) dot[VALUES]; /* of EFFECTIVE and PLAIN with UPDATE, of the others with themselves */
     U updates, lost, carried;
 } NAME(sums);
 
@@ -364,8 +362,8 @@ INLINE void NAME(add_values)(NAME(sums) *shared, const sba_values *from, int64_t
     *shared = t;
 }
 
-/* Store the sums of a run. The values of a few hundred elements at a time stay in the first-level cache: the conversion to double is
- * cheapest on the way from memory, and one loop for all would need twice the registers that there are. */
+/* Store the sums of a run. One loop computes the values of a few hundred elements and a second adds them up, since a single loop would
+ * need twice the available registers. The values stay in the first-level cache, and converting them to double is cheapest in a load. */
 INLINE void NAME(precision)(const sba_run *r, const sba_scalars *shared, double *sums, int p_is_f32, int g_is_f32, int scaled) {
     const sba_scalars scalars = *shared, *s = &scalars;
     const NAME(constants) constants = NAME(constants_of)(s), *k = &constants;
@@ -381,7 +379,7 @@ INLINE void NAME(precision)(const sba_run *r, const sba_scalars *shared, double 
         NAME(tail) padded = {0};
         NAME(copy_tail)(&padded, r, whole, p_is_f32, g_is_f32, 0);
         NAME(values)(&values, &padded.run, 0, 2 * W, s, k, p_is_f32, g_is_f32, scaled);
-        for (int i = 0; i < 2 * W; i++) { /* values of the padding need not be zero: an eps of 0 makes NaN */
+        for (int i = 0; i < 2 * W; i++) { /* clear the padding: with an eps of 0 its values are NaN */
             int element = p_is_f32 ? i : 2 * (i % W) + i / W;
             for (int j = 0; element >= rest && j < VALUES; j++) values.value[j][i] = 0;
         }
@@ -421,7 +419,7 @@ PRECISIONS(1, 1)
         sum = ADD_PRODUCT(sum, x, x); \
     } while (0)
 
-/* Add the squares of 32 elements to 32 fp64 lanes, for any W, so that every instruction set sums in the same order. */
+/* Add the squares of 32 elements to 32 fp64 lanes: the same lanes for any W, so that every instruction set sums in the same order. */
 INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     for (int k = 0; k < 32 / W; k++) {
         HALF a, b;
@@ -439,8 +437,8 @@ INLINE void NAME(squares)(const char *x, NAME(d) lane[2][32 / W], int is_f32) {
     }
 }
 
-/* Sum a run as STREAMS equal parts in parallel: the processor prefetches for each, whereas a single stream mostly waits for memory. The
- * remainder comes last. */
+/* Sum the squares of a run. STREAMS equal parts are read in parallel, because the processor prefetches each of them, whereas a single
+ * stream mostly waits for memory. The remainder comes last. */
 INLINE double NAME(sum_sq)(const char *x, int64_t count, int is_f32) {
     NAME(d) lane[2][32 / W] = {{{0}}};
     const int64_t size = is_f32 ? 4 : 2, part = count / (32 * STREAMS) * 32, tail = count % 32;
