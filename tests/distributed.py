@@ -7,11 +7,13 @@ call creates its own process group.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import io
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -72,10 +74,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         for rank, (_, connection) in enumerate(_pool[:world_size]):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"no answer after {TIMEOUT + 20} s")
+                    raise TimeoutError(f"no answer after {TIMEOUT + 20} s, in")
                 ok, payload = connection.recv()
-            except (EOFError, OSError, TimeoutError) as error:
-                ok, payload = False, f"the process died or hung: {error!r}"
+            except TimeoutError as error:
+                ok, payload = False, f"{error}\n{_stack(rank, Path(directory))}"
+            except (EOFError, OSError) as error:
+                ok, payload = False, f"the process died: {error!r}"
             if ok:
                 results.append(torch.load(io.BytesIO(payload), weights_only=False))
             else:
@@ -84,6 +88,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         stop_workers()  # their state is unknown
         raise AssertionError("\n".join(failures))
     return results
+
+
+def _stack(rank: int, directory: Path) -> str:
+    """Return the stacks of all threads of a worker that does not answer."""
+    os.kill(_pool[rank][0].pid, signal.SIGUSR2)
+    time.sleep(1.0)
+    path = directory / f"stack{rank}"
+    return path.read_text() if path.exists() else "its imports"
 
 
 def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any) -> list[int]:
@@ -174,7 +186,9 @@ def _serve(connection: Connection) -> None:
         gc.collect()
         gc.freeze()
         try:
-            connection.send((True, _run(rank, world_size, store, function, args)))
+            with Path(store).with_name(f"stack{rank}").open("w") as stack:
+                faulthandler.register(signal.SIGUSR2, stack, all_threads=True)
+                connection.send((True, _run(rank, world_size, store, function, args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
 
