@@ -178,7 +178,8 @@ class FusedAdamW:
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: a state differs from its parameter in its number of elements or its device.
+        ValueError: ``backend`` is unknown, unavailable or for other devices, or a state differs
+            from its parameter in its number of elements or its device.
         TypeError: a tensor has a dtype that is not listed above.
     """
 
@@ -343,8 +344,8 @@ def adamw_bf16_(
         backend: one of ``BACKENDS``, or None to choose by device.
 
     Raises:
-        ValueError: ``backend`` is unknown or unavailable, or a tensor differs from its parameter in
-            its number of elements or its device.
+        ValueError: ``backend`` is unknown, unavailable or for other devices, or a tensor differs
+            from its parameter in its number of elements or its device.
         TypeError: a tensor has a dtype that is not listed above.
     """
     if not params:
@@ -394,7 +395,11 @@ def _module(backend: str) -> ModuleType:
 
 @functools.cache
 def backend_module(device: torch.device, backend: str | None) -> ModuleType:
-    """Return a backend's module, by default that of the device; warn about a fallback."""
+    """Return a backend's module, by default that of the device; warn about a fallback.
+
+    Raises:
+        ValueError: see :func:`check_backend`; or the backend is for tensors of other devices.
+    """
     if backend is None:
         backend = _BY_DEVICE.get(device.type, "reference")
         reason = _module(backend).unavailable_reason(device)
@@ -408,6 +413,11 @@ def backend_module(device: torch.device, backend: str | None) -> ModuleType:
             backend = "reference"
     else:
         check_backend(backend)
+        if backend not in ("reference", _BY_DEVICE.get(device.type)):
+            raise ValueError(
+                f"backend {backend!r} cannot read tensors on {device.type}; use None to choose by "
+                "device"
+            )
     logger.info("AdamW_BF16 uses the %s backend on %s", backend, device)
     return _module(backend)
 

@@ -48,6 +48,17 @@ def test_unknown_backend():
         )
 
 
+@pytest.mark.parametrize(
+    ("backend", "device"), [("native", "cuda"), ("native", "meta"), ("triton", "cpu")]
+)
+def test_backend_of_other_devices(backend, device, monkeypatch):
+    """It would read the addresses of another memory, which ends the process."""
+    monkeypatch.setattr(kernels.backend, "check_backend", lambda backend: None)
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot read tensors on {device}"):
+        kernels.backend.backend_module(torch.device(device), backend)
+    assert kernels.backend.backend_module(torch.device(device), "reference") is kernels.reference
+
+
 # the column of (p, g, m, v, c, step) to replace, its replacement, and the message
 WRONG = {
     "parameter dtype": (0, torch.Tensor.half, "parameter 1 has dtype torch.float16"),
