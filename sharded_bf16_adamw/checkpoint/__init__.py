@@ -9,10 +9,10 @@ so that they load under any other layout and world size::
             manifest.json      size and checksum of every file, hyper-parameters, the caller's
                                extra data; written last
             .metadata          DCP: which file holds each shard
-            .chunks            the same in a compact form, if there are many shards
-            __0_0.distcp ...   DCP: one or more files a rank
+            .chunks            the same in a compact form, only if there are many shards
+            __0_0.distcp ...   DCP: one or more files per rank
 
-Keys within: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
+Keys of tensors: ``model.<fqn>``, ``optimizer.state.<fqn>.exp_avg`` and ``rng.<rank>.cpu``.
 """
 
 from .async_save import wait_for_save as wait_for_save

@@ -5,7 +5,7 @@ Example::
     python -m sharded_bf16_adamw.checkpoint inspect runs/a/checkpoints
 
 Needs no GPU, no torchrun and no model code, and executes no pickle. Exit codes: 0 success; 1 a file
-is damaged or does not fit; 2 wrong use (a path, an option). An error is one sentence on stderr.
+is damaged or does not fit; 2 wrong use (a path, an option). Errors go to stderr, one sentence each.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Compare every file with its checksum, with ``--all`` of all checkpoints of a run."""
+    """Verify the checksums of a checkpoint, or with ``--all`` of every checkpoint of the run."""
     latest = find_checkpoint(args.path)
     is_run = args.all and latest != Path(args.path)
     root = find_root(args.path)
@@ -175,27 +175,27 @@ def _import(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     """Remove all checkpoints that are older than the newest ``--keep`` undamaged ones.
 
-    Directories without a manifest are named and left alone: their age is unknown, and a copy to one
-    may be under way.
+    Directories without a manifest are reported and kept: their age is unknown, and a copy into one
+    may be in progress.
     """
     root = find_root(args.root)
     _report_incomplete(incomplete_checkpoints(root))
     checkpoints = complete_checkpoints(root)
     if not checkpoints:
         raise no_checkpoint(root)
-    whole: list[Path] = []
+    undamaged: list[Path] = []
     for path in reversed(checkpoints):
         problems = _find_problems(path)
         if problems:
             print(f"{path}: damaged, so it does not count: {'; '.join(problems)}", file=sys.stderr)
             continue
-        whole.append(path)
-        if len(whole) == args.keep:
+        undamaged.append(path)
+        if len(undamaged) == args.keep:
             break
-    if not whole:
+    if not undamaged:
         raise ValueError(f"no checkpoint at {root} is whole, so none was removed")
     has_failed = False
-    for path in checkpoints[: checkpoints.index(whole[-1])]:
+    for path in checkpoints[: checkpoints.index(undamaged[-1])]:
         if not _has_readable_manifest(path):
             continue  # its age is unknown
         try:
@@ -213,7 +213,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _find_problems(path: Path) -> list[str]:
-    """Return a sentence for each problem with a checkpoint's files; empty if it is whole."""
+    """Return a sentence for each problem with a checkpoint's files, or an empty list."""
     try:
         files = read_manifest(path).files
     except (FileNotFoundError, ValueError) as error:  # removed in the meantime, or damaged
@@ -244,7 +244,7 @@ def _has_readable_manifest(path: Path) -> bool:
 
 
 def _describe_blocks(reader: CheckpointReader, key: str) -> str:
-    """Return the number of blocks of a tensor on disk, and the sharded dimensions: "4 (dim 0)"."""
+    """Describe how a tensor is split on disk: "4 (dim 0)" if into 4 blocks along dim 0."""
     blocks = reader.blocks[key]
     sharded_dims = [
         str(dim)
@@ -265,7 +265,7 @@ def _format_bytes(count: float) -> str:
 
 @contextmanager
 def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if that is a terminal and tqdm is installed."""
+    """Yield a function that advances a progress bar, if tqdm is installed and stderr a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -283,7 +283,7 @@ def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors as the commands do."""
+    """A parser that raises UsageError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""

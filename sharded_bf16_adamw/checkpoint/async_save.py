@@ -1,8 +1,8 @@
-"""Saves in threads, each over a process group of its own, so that they never mix with training.
+"""Asynchronous saves: each runs in its own thread, over its own process group.
 
-Each thread has at most one save in flight. Threads that save several models do not wait for each
-other, and each gets the errors of its own saves. Errors of a thread that has ended are raised in
-whichever thread waits next.
+So its collectives never mix with those of training. A calling thread has at most one save in
+flight: its next save or load first waits for that one and raises its error. If the calling thread
+has ended, the next thread that waits raises the error.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class _Pending(threading.Thread):
             _borrowed.discard(self._group)
 
     def concerns_this_thread(self) -> bool:
-        """Return True if this thread, or a thread that has ended, has started the save."""
+        """Return True if the current thread, or one that has ended, started the save."""
         return self.caller is threading.current_thread() or not self.caller.is_alive()
 
 
-_pending: list[_Pending] = []  # in the order of their start, until their errors were raised
+_pending: list[_Pending] = []  # in the order of their start, until waited for
 _lock = threading.Lock()  # guards _pending
-# gloo groups of the same ranks, by the caller's group
+# For each caller's group, gloo groups of the same ranks.
 _groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()
-_borrowed: set[dist.ProcessGroup] = set()  # of saves in flight
+_borrowed: set[dist.ProcessGroup] = set()  # groups of saves in flight
 
 
 def start(function: Callable[[Group], None], group: Group) -> None:
     """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`.
 
-    The caller has waited for its previous save.
+    Call :func:`wait_for_own_saves` first.
     """
     pending = _Pending(function, group)
     pending.start()
@@ -67,10 +67,10 @@ def start(function: Callable[[Group], None], group: Group) -> None:
 
 
 def wait_for_save() -> None:
-    """Wait until the asynchronous saves of this process, if any, are on the disk.
+    """Wait until all asynchronous saves of this process are on the disk.
 
-    Waits for the saves of all threads, but raises only the errors of saves started by this thread
-    or by a thread that has ended. Other threads get the errors of their own saves.
+    Raises only the errors of saves that this thread, or a thread that has ended, started. Other
+    threads raise the errors of their own saves.
 
     Raises:
         RuntimeError: a save failed on some rank; earlier checkpoints are untouched. Each error is
@@ -103,7 +103,7 @@ def wait_for_own_saves() -> None:
         first.join()
         with _lock:
             if first not in _pending:
-                continue  # another thread has waited for it too
+                continue  # another thread waited too, and has removed it
             _pending.remove(first)
         if first.error is not None:
             raise first.error
@@ -128,7 +128,7 @@ def borrow_group(group: Group) -> Group:
     def first_free() -> int:
         return next((i for i, other in enumerate(known) if other not in _borrowed), len(known))
 
-    # Rank 0 decides, because its thread is the last one to finish a save.
+    # Rank 0 decides: once its save has ended, all ranks have entered that save's last collective.
     index = call_on_rank_0("cannot save", first_free, group)
     if index == len(known):
         known.append(new_cpu_group(dist.get_process_group_ranks(parent)))

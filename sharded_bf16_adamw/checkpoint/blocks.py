@@ -1,7 +1,7 @@
-"""The parts of tensors that a rank holds, under every sharding strategy.
+"""The blocks of a tensor that a rank holds, under every sharding strategy.
 
-A *block* is a box of a full tensor. A plain tensor is one block on every rank. A DTensor is one
-block on each rank, possibly an empty one.
+A *block* is a rectangular part of a full tensor. Each rank holds all of a plain tensor as one
+block, and at most one non-empty block of a DTensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..sharding.dtensor import to_local
 
 
 class Block(NamedTuple):
-    """A box of a tensor: where it begins and its shape."""
+    """A rectangular part of a tensor: its offset and size in each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -29,14 +29,14 @@ class Block(NamedTuple):
         return math.prod(self.sizes)
 
     def view_in(self, full_tensor: Tensor) -> Tensor:
-        """Return a view of this box of ``full_tensor``."""
+        """Return a view of this block of ``full_tensor``."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             full_tensor = full_tensor.narrow(dim, offset, size)
         return full_tensor
 
 
 def local_blocks(tensor: Tensor) -> Iterator[tuple[Block, Tensor]]:
-    """Yield each non-empty block of ``tensor`` on this rank, with the memory that holds it."""
+    """Yield each non-empty block of ``tensor`` on this rank, with its local tensor."""
     if isinstance(tensor, ShardedTensor):  # FSDP1 without a device mesh
         for shard in tensor.local_shards():
             metadata = shard.metadata
@@ -59,7 +59,7 @@ def local_boxes(tensor: Tensor, known: dict[Any, list[Block]]) -> list[Block]:
 
     Args:
         tensor: the tensor.
-        known: results for DTensors by layout; a weight and its states have one layout.
+        known: cache of results by DTensor layout; a weight and its states share one layout.
     """
     if not isinstance(tensor, DTensor):
         return [block for block, _ in local_blocks(tensor)]

@@ -1,8 +1,8 @@
-"""The places of the chunks of a checkpoint's tensors, in columns of integers.
+"""The chunks of a checkpoint's tensors and their places in files, as columns of integers.
 
 DCP describes each chunk by four objects. With 1,024 ranks and 1,200 tensors that is a pickle of
-150 MB, which takes seconds to read. A table of the same chunks has 1 MB in a file, and a rank that
-loads makes objects for the few chunks that it reads.
+150 MB, which takes seconds to read. A table of the same chunks is a file of 1 MB, and a rank that
+loads builds objects only for the chunks that it reads.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .blocks import Block, local_boxes
 from .manifest import is_file_name
 
 _NONE = np.zeros(0, np.int64)
-_COMPRESSION = 1  # of zlib; higher levels take several times as long
+_COMPRESSION = 1  # zlib's level; higher ones take several times as long
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a checkpoint, by its chunks.
+    """A saved tensor: its chunks and where they are.
 
     Attributes:
         size: global shape.
-        properties: dtype; other properties only in a table that was not read from a file.
+        properties: torch's properties; only the dtype if the table was read from a file.
         boxes: int64 of shape (2, dimensions, chunks): offsets and sizes.
-        places: int64 of shape (3, chunks): the file's number in the table, offset and length.
+        places: int64 of shape (3, chunks): index in ``ChunkTable.files``, offset and length.
     """
 
     size: torch.Size
@@ -49,7 +49,7 @@ class SavedTensor(NamedTuple):
     places: np.ndarray
 
     def blocks(self) -> list[Block]:
-        """Return the chunks' boxes."""
+        """Return the chunks as blocks."""
         if not self.size:
             return [Block((), ())] * self.places.shape[1]
         offsets, sizes = (
@@ -74,7 +74,7 @@ class ChunkTable:
     Attributes:
         tensors: the chunks of each tensor, by key.
         files: names of the files with tensors.
-        planner_data: of DCP's metadata; empty if read from a file.
+        planner_data: that of DCP's ``Metadata``; empty if the table was read from a file.
     """
 
     tensors: dict[str, SavedTensor]
@@ -112,9 +112,9 @@ class ChunkTable:
                 info = storage.get(MetadataIndex(key, chunk.offsets))
                 if info is None:
                     raise ValueError(f"it does not say where {key} is")
-                number = files.setdefault(info.relative_path, len(files))
-                places.append((number, info.offset, info.length))
-            boxes = [[chunk.offsets for chunk in entry.chunks], [c.sizes for c in entry.chunks]]
+                file_index = files.setdefault(info.relative_path, len(files))
+                places.append((file_index, info.offset, info.length))
+            boxes = [[c.offsets for c in entry.chunks], [c.sizes for c in entry.chunks]]
             shape = 2, len(entry.chunks), len(entry.size)
             tensors[key] = SavedTensor(
                 entry.size,
@@ -125,7 +125,7 @@ class ChunkTable:
         return cls(tensors, list(files), metadata.planner_data or {})
 
     def plan_reads(self, tensors: dict[str, Any]) -> tuple[LoadPlan, Metadata]:
-        """Reshard: plan which saved chunks this rank reads into its local shards of ``tensors``.
+        """Plan which saved chunks this rank reads into its local shards of ``tensors``.
 
         Returns:
             DCP's plan, and the metadata of the chunks in it.
@@ -142,26 +142,26 @@ class ChunkTable:
             items += create_read_items_for_chunk_list(key, entry, chunks)
         return LoadPlan(items), metadata
 
-    def _add(self, metadata: Metadata, key: str, numbers: np.ndarray) -> None:
-        """Add the chunks of a tensor with these indices to DCP's metadata."""
+    def _add(self, metadata: Metadata, key: str, indices: np.ndarray) -> None:
+        """Add the chunks ``indices`` of a tensor to DCP's metadata."""
         size, properties, boxes, places = self.tensors[key]
-        offsets, sizes = boxes[:, :, numbers].transpose(0, 2, 1).tolist()
+        offsets, sizes = boxes[:, :, indices].transpose(0, 2, 1).tolist()
         chunks = [
-            ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes_))
-            for offset, sizes_ in zip(offsets, sizes, strict=True)
+            ChunkStorageMetadata(torch.Size(chunk_offsets), torch.Size(chunk_sizes))
+            for chunk_offsets, chunk_sizes in zip(offsets, sizes, strict=True)
         ]
         metadata.state_dict_metadata[key] = TensorStorageMetadata(properties, size, chunks)
-        for index, (chunk, (number, offset, length)) in enumerate(
-            zip(chunks, places[:, numbers].T.tolist(), strict=True)
+        for index, (chunk, (file_index, offset, length)) in enumerate(
+            zip(chunks, places[:, indices].T.tolist(), strict=True)
         ):
             metadata.storage_data[MetadataIndex(key, chunk.offsets, index)] = _StorageInfo(
-                self.files[number], offset, length
+                self.files[file_index], offset, length
             )
 
     # ------------------------------------------------------------------------------- in a file
 
     def to_bytes(self) -> bytes:
-        """Return the table as a line of JSON and compressed, delta-encoded columns."""
+        """Serialize the table: a line of JSON, then compressed, delta-encoded columns."""
         header = {
             "files": self.files,
             "tensors": [
@@ -181,7 +181,7 @@ class ChunkTable:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ChunkTable:
-        """Inverse of :meth:`to_bytes`; of a tensor's properties only the dtype is restored.
+        """Inverse of :meth:`to_bytes`, except that only the dtype of the properties is restored.
 
         Raises:
             ValueError: ``content`` is not a table.

@@ -31,23 +31,23 @@ from .manifest import Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-# Without a lock, a leftover that has not changed for this time is dead. A save whose ranks hang
-# fails sooner, because collectives time out.
+# Without a lock, a leftover that has not changed for this long counts as dead. A save whose ranks
+# hang fails sooner, because collectives time out.
 DEAD_AFTER_S = 3600
 SEEN_WITHIN_S = 10.0  # network file systems cache folders, so files of other hosts appear late
 UNPUBLISHED = 0  # serial number of a manifest before publish() assigns the next one
-_locks: dict[Path, RootLock | None] = {}  # of this process's saves, by partial folder
+_locks: dict[Path, RootLock | None] = {}  # locks of this process's saves, by partial folder
 _published: dict[Path, int] = {}  # serial number that this process published last, by root
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
     """Remove leftovers of dead saves, and create an empty folder to write to.
 
-    :func:`release` or :func:`abandon` ends the save.
+    End the save by :func:`release` or :func:`abandon`.
 
     Returns:
-        The partial folder, and the checkpoint's future path: a free name, because a resumed run may
-        save the same step again.
+        The partial folder, and the checkpoint's future path. Its name is still free: a resumed run
+        may save a step again.
 
     Raises:
         RuntimeError: another save to ``root`` is in progress, or another job has saved there since
@@ -135,8 +135,8 @@ def abandon_on_error(begun: list[Path]) -> Iterator[None]:
         raise
 
 
-def check_folder_visible(root: Path, folder: Path, rank: int, does: str = "has created") -> None:
-    """Check that this rank sees a folder in ``root`` that rank 0 has created, or is to read.
+def check_folder_visible(root: Path, folder: Path, rank: int, action: str = "has created") -> None:
+    """Check that this rank sees a folder in ``root`` that rank 0 has created or reads.
 
     A new folder's name is unique, so no other folder can be mistaken for it.
 
@@ -145,13 +145,13 @@ def check_folder_visible(root: Path, folder: Path, rank: int, does: str = "has c
     """
     if not _becomes_true(folder.is_dir, root):
         raise ValueError(
-            f"rank {rank} does not see {folder}, which rank 0 {does}: {root} is not the same "
+            f"rank {rank} does not see {folder}, which rank 0 {action}: {root} is not the same "
             "folder for all ranks; give a root on a file system that they share"
         )
 
 
 def check_files_visible(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) -> None:
-    """Check that this rank sees every file that the ranks have written, with its size.
+    """Check that this rank sees every file that the ranks have written, in full size.
 
     Raises:
         OSError: a file is missing or has another size.
@@ -200,10 +200,10 @@ def _size(path: Path) -> int | None:
 
 
 def _discard_leftovers(partial: Path) -> None:
-    """Remove leftovers of dead saves to the root of ``partial``.
+    """Remove the leftovers of dead saves in the root of ``partial``.
 
-    A save of this machine is dead if this process has the root's lock. Any save is dead if nothing
-    in its folder has changed for ``DEAD_AFTER_S``.
+    While this process has the root's lock, every other save of this machine is dead. Any save is
+    dead if nothing in its folder has changed for ``DEAD_AFTER_S``.
     """
     root, locked = partial.parent, _locks[partial] is not None
     now = partial.stat().st_mtime  # by the file system's clock
@@ -216,7 +216,7 @@ def _discard_leftovers(partial: Path) -> None:
             try:
                 if dead or now - _last_change(path) > DEAD_AFTER_S:
                     hidden = root / f"{REMOVED}{name}"
-                    os.rename(path, hidden)  # a save that is alive after all then fails as a whole
+                    os.rename(path, hidden)  # if the save is alive after all, it fails as a whole
                     discard(hidden)
             except FileNotFoundError:
                 pass  # another process has removed or published it

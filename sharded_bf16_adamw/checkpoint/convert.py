@@ -1,4 +1,4 @@
-"""Convert weights of other trainings to a new checkpoint, without the model's code."""
+"""Convert weights of another training run to a new checkpoint, without the model's code."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def convert_fp32(
     progress: Progress | None = None,
     **hyperparameters: Any,
 ) -> Path:
-    """Write a new checkpoint from weights of another training, without the model's code.
+    """Write a new checkpoint from weights of another training run, without the model's code.
 
-    Holds the model in memory. In a distributed run every rank may call it, or rank 0 alone. Rank 0
-    reads and writes, and waits for no other rank. The others return once it is done, and raise if
+    Holds the model in memory. In a distributed run, call it on every rank or on rank 0 alone. Rank
+    0 does all the work and waits for no other rank. The others return when it is done, and raise if
     it failed.
 
     Args:
         source: as for :func:`import_fp32`.
-        root: directory for the checkpoints of a run, which must not have one yet. The step of the
-            new one is that of ``optimizer_state``.
+        root: directory for the checkpoints of a new run, without a checkpoint. The new one gets the
+            step of ``optimizer_state``, or 0.
         optimizer_state: as for :func:`import_fp32`.
         fp32: patterns (``["*norm*"]``) of the parameters that are float32 in the model. All others
             become bfloat16.
@@ -57,8 +57,7 @@ def convert_fp32(
         FileExistsError: there is a checkpoint under ``root``.
         FileNotFoundError: ``source`` or ``optimizer_state`` does not exist.
         ValueError: as for :func:`import_fp32`, or a pattern matches no name.
-        RuntimeError: as for :func:`save`; on other ranks than 0 also for every other error of rank
-            0.
+        RuntimeError: as for :func:`save`; on other ranks than 0, also for other errors of rank 0.
 
     Examples:
         >>> import torch
@@ -85,9 +84,9 @@ def convert_fp32(
 
 
 def _build_model(weights: WeightsSource, fp32: list[str], buffers: list[str]) -> nn.Module:
-    """Return modules that hold uninitialized parameters and buffers of the names of ``weights``."""
+    """Build modules with an uninitialized parameter or buffer for each name in ``weights``."""
     model = nn.Module()
-    params: dict[str, nn.Parameter] = {}  # by the first of several tied names
+    params: dict[str, nn.Parameter] = {}  # by name, tied ones by their first name
     first_of = {name: tied[0] for tied in weights.ties for name in tied}
     for name, info in weights.infos.items():
         module = model
@@ -129,9 +128,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Divide the model's parameters into groups as in the optimizer state.
+    """Divide the model's parameters into the groups of the optimizer state.
 
-    Parameters that the state does not name join the first group.
+    Parameters that a state keyed by names lacks join the first group.
     """
     params = dict(model.named_parameters())
     if state is None:

@@ -1,8 +1,8 @@
 """DCP's file writer and reader, with checksums of the files and a restricted unpickler.
 
-The format is DCP's: ``torch.distributed.checkpoint.load`` reads the tensors of these folders.
-Tensors are read by ``torch.load(weights_only=True)``, repeated small ones directly from their bytes
-(see :mod:`.tensor_reader`). Everything else is JSON in the manifest.
+The format is DCP's, so ``torch.distributed.checkpoint.load`` can read the tensors too. This reader
+calls ``torch.load(weights_only=True)``, and reads repeated small tensors directly from their bytes
+(see :mod:`.tensor_reader`). Everything that is not a tensor is JSON in the manifest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .tensor_writer import TensorWriter, without_crc32
 
 METADATA = ".metadata"
 CHUNKS = ".chunks"  # compact copy of METADATA's chunk table, written if there are many chunks
-MANY = 20_000  # chunks from which reading METADATA takes longer than a tenth of a second
+CHUNKS_FILE_THRESHOLD = 20_000  # chunks; reading more of them from METADATA takes over 0.1 s
 
 
 class ChecksummedWriter(FileSystemWriter):
@@ -63,7 +63,7 @@ class ChecksummedWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         """Write this rank's files."""
-        # DCP copies ahead without blocking, and then synchronizes the current device only.
+        # DCP copies ahead with non_blocking, and then synchronizes the current device only.
         devices = {
             data.device
             for data in map(planner.resolve_data, plan.items)
@@ -80,7 +80,7 @@ class ChecksummedWriter(FileSystemWriter):
     ) -> TorchFuture[list[WriteResult]]:
         """Write the files of DCP's queue; repeated small tensors bypass ``torch.save``.
 
-        A torch that does not call this method writes the same bytes, but more slowly.
+        If torch stops calling this private method, torch writes the same bytes more slowly.
         """
         files = [file_queue.get_nowait() for _ in range(file_queue.qsize())]
         results: list[WriteResult] = []
@@ -99,26 +99,26 @@ class ChecksummedWriter(FileSystemWriter):
         return written
 
     def write_metadata(self, table: ChunkTable) -> None:
-        """Write the metadata, as DCP's ``finish`` does. On rank 0."""
-        rest = Metadata(
+        """Write the metadata as DCP's ``finish`` does. Call it on rank 0 only."""
+        metadata = Metadata(
             {}, table.planner_data, {}, self.storage_meta(), version=filesystem.CURRENT_DCP_VERSION
         )
         temporary = Path(self.path) / f"{METADATA}.tmp"
         with self.fs.create_stream(temporary, "wb") as stream:
-            if table.chunks >= MANY:
-                dump_metadata(table, rest, stream)
+            if table.chunks >= CHUNKS_FILE_THRESHOLD:
+                dump_metadata(table, metadata, stream)
             else:
-                whole = table.to_metadata()
-                rest.state_dict_metadata = whole.state_dict_metadata
-                rest.storage_data = whole.storage_data
-                pickle.dump(rest, stream)
+                of_chunks = table.to_metadata()
+                metadata.state_dict_metadata = of_chunks.state_dict_metadata
+                metadata.storage_data = of_chunks.storage_data
+                pickle.dump(metadata, stream)
         self.fs.rename(temporary, Path(self.path) / METADATA)
-        if table.chunks >= MANY:
+        if table.chunks >= CHUNKS_FILE_THRESHOLD:
             with self.fs.create_stream(Path(self.path) / CHUNKS, "wb") as stream:
                 stream.write(table.to_bytes())
 
     def storage_meta(self) -> StorageMeta:
-        """Return DCP's metadata without ``checkpoint_id``, the Path of the unfinished folder."""
+        """Return DCP's ``StorageMeta`` without ``checkpoint_id``, which is the partial folder."""
         return StorageMeta(save_id=self.save_id)
 
 
@@ -130,7 +130,7 @@ def _on_cpu(
     Args:
         planner: resolves the items.
         items: tensors only.
-        copy_ahead: bytes to copy from the current GPU ahead; 0 if any tensor is elsewhere.
+        copy_ahead: bytes to copy ahead from the current GPU; 0 if another GPU has a tensor too.
     """
     assert all(item.type != WriteItemType.BYTE_IO for item in items)
     overlapping_loader = getattr(filesystem, "_OverlappingCpuLoader", None)
@@ -146,8 +146,8 @@ def _on_cpu(
             yield tensor.detach().cpu(), item
 
 
-class PlainReader(FileSystemReader):
-    """DCP reader of the files of :class:`ChecksummedWriter`.
+class ChunkReader(FileSystemReader):
+    """DCP reader of planned chunks from the files of :class:`ChecksummedWriter`.
 
     Args:
         path: the checkpoint's folder.
@@ -181,9 +181,9 @@ class PlainReader(FileSystemReader):
 
 
 def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
-    """Return the chunks of the checkpoint at ``path`` as :meth:`ChunkTable.to_bytes` does.
+    """Return the chunk table of the checkpoint at ``path``, as :meth:`ChunkTable.to_bytes` does.
 
-    The file's checksum is compared before its content is parsed.
+    Compares the file's checksum before it parses the content.
 
     Args:
         path: the checkpoint's folder.
@@ -221,7 +221,7 @@ def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
 
 
 def parse_metadata(content: bytes) -> Metadata:
-    """Unpickle DCP metadata; it may name only the classes that describe tensors.
+    """Unpickle DCP metadata, with only the classes that describe tensors.
 
     Raises:
         ValueError: ``content`` names other classes, is not a pickle, or is not the metadata of

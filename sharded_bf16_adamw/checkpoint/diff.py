@@ -27,7 +27,7 @@ class Comparison:
         loadable: keys of tensors that the checkpoint has with the same shape and dtype.
         missing_states: keys of states that the checkpoint lacks although it has the weight. Their
             tensors become zero.
-        plain: values that are not tensors, by key.
+        plain: values to load that are not tensors, by key; the current one if none was saved.
         groups: the optimizer's groups, with the saved options.
         mismatches: a sentence without a full stop for each key that does not fit.
     """
@@ -106,14 +106,14 @@ def compare(
 
 
 def params_with_state(keys: Iterable[str], manifest: Manifest) -> set[str]:
-    """Return the parameters that have a state among the tensors' keys or in the manifest."""
+    """Return the parameters with a saved state: in ``keys`` of tensors or in the manifest."""
     return {fqn for key in chain(keys, manifest.values) if (fqn := param_of_state(key)) is not None}
 
 
 def merge_loaded(
     current: CheckpointState, comparison: Comparison, loaded: dict[str, Any]
 ) -> CheckpointState:
-    """Return the loaded tensors and values, and the current ones for everything else."""
+    """Return the loaded tensors and values, and the current ones where nothing was loaded."""
     return CheckpointState(
         {**current.tensors, **{key: loaded[key] for key in comparison.loadable}},
         comparison.plain,
@@ -161,13 +161,14 @@ def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: 
 
     Which options exist depends on versions and on other code (a scheduler's ``initial_lr``), so an
     option that only one side has is not a mismatch. An option is loaded if it was saved with the
-    same value for all parameters of a current group. Groups may have been divided differently if
-    that holds for every option. A group without parameters is identified by its index.
+    same value for all parameters of a current group. The groups may have been divided differently
+    if that holds for every option. :func:`match_groups` matches groups without parameters.
     """
     options_of = {fqn: group.options for group in saved for fqn in group.params}
     matches = match_groups([group.params for group in current], [group.params for group in saved])
     for group, match in zip(current, matches, strict=True):
         options = dict(group.options)
+        # An unmatched empty group continues at the last position of any saved schedule.
         if not group.params and match is None and "schedule_step" in options:
             options["schedule_step"] = max(
                 (decode(other.options.get("schedule_step", 0)) for other in saved), default=0
@@ -183,7 +184,7 @@ def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: 
                 for fqn in group.params
                 if name in options_of.get(fqn, {})
             }
-            # "param_names" is not an option but the names that the caller gave the parameters.
+            # "param_names" is not an option: it has the names that the caller gave the parameters.
             if not values or name == "param_names":
                 continue
             first = next(iter(values))

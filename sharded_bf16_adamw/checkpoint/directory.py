@@ -1,7 +1,7 @@
 """The folders under a root: find complete checkpoints, and remove old ones.
 
-A name that starts with a dot is temporary: nobody reads it. A checkpoint appears by one rename and
-disappears by one. Its files are flushed to the disk before a rename, and the parent folder after.
+A folder whose name starts with a dot is temporary and is not read. One rename publishes a
+checkpoint, and one removes it. Files are flushed before publication, the parent folder after each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint at ``path``, or the latest of a run, or None."""
+    """Return the checkpoint at ``path``, or the latest of the run at ``path``, or None."""
     path = Path(path)
     return path if _has_manifest(path) else latest(find_root(path))
 
@@ -106,8 +106,8 @@ def no_checkpoint(path: str | os.PathLike[str]) -> FileNotFoundError:
 def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint under ``root`` whose files all match their checksums.
 
-    Starts with :func:`latest` and goes back in the order of saving, so that an undamaged latest
-    checkpoint is the only one that is read. Not collective: in a distributed run call it on rank 0,
+    Starts with :func:`latest` and goes back in the order of saving, so it reads only the latest
+    checkpoint if that is undamaged. Not collective: in a distributed run call it on rank 0,
     broadcast the path, and pass that to :func:`load` on every rank.
 
     Args:
@@ -157,9 +157,9 @@ def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
 
     Not collective: call it on one process.
 
-    If the process is killed, each checkpoint is complete or gone. Folders without a manifest are
-    left alone. A checkpoint that cannot be removed, for example because another user owns it,
-    causes a warning; the others are removed.
+    Even if the process is killed, each checkpoint is complete or gone. Folders without a manifest
+    are left alone. A checkpoint that cannot be removed, for example because another user owns
+    it, causes a warning; the others are removed.
 
     Args:
         root: folder of all checkpoints of a run.
@@ -198,10 +198,10 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Return serial number and folder of each checkpoint that may be read, in the order of saving.
+    """Return serial number and folder of each checkpoint, in the order of saving.
 
-    Skips checkpoints that cannot be read: their age is unknown, and a save must not fail because of
-    them.
+    A damaged manifest counts as serial number 0. Checkpoints whose manifest cannot be read are
+    skipped: a save must not fail because of them.
     """
     found = []
     for path in _named_as_checkpoints(root):
@@ -215,9 +215,9 @@ def readable_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def incomplete_checkpoints(root: Path) -> list[Path]:
-    """Return the folders that have a checkpoint's name but no manifest, by name.
+    """Return the folders that have a checkpoint's name but no manifest, sorted by name.
 
-    A save never leaves one: a copy or a removal was interrupted.
+    An interrupted copy or removal leaves them; a save never does.
     """
     return sorted(path for path in _named_as_checkpoints(root) if not _has_manifest(path))
 
@@ -233,7 +233,7 @@ def _named_as_checkpoints(root: Path) -> list[Path]:
 
 
 def _has_manifest(path: Path) -> bool:
-    """Return whether the folder has a manifest.
+    """Return True if the folder has a manifest.
 
     Raises if permission is denied, unlike ``Path.is_file`` in some versions of Python.
     """
@@ -273,7 +273,7 @@ def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
 
 
 def remove_all(paths: list[Path]) -> list[Path]:
-    """Remove checkpoints, warn of those that cannot be removed, and return the others."""
+    """Remove checkpoints, warn about those that cannot be removed, and return the removed ones."""
     removed = []
     for path in paths:
         try:
@@ -289,7 +289,7 @@ def remove_all(paths: list[Path]) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, file or link that nobody reads; warn if something is left."""
+    """Remove a temporary folder, file or link, and warn if something is left."""
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -344,5 +344,5 @@ def _serial(path: Path) -> int:
 
 
 def _step(path: Path) -> int:
-    """``step-00000200-2`` -> 200."""
+    """Return the step in a checkpoint's name: ``step-00000200-2`` -> 200."""
     return int(path.name.split("-")[1])

@@ -81,11 +81,11 @@ class Divergences(NamedTuple):
 
 
 class _Inventory(NamedTuple):
-    """The tensors and values of one rank, as known without communication.
+    """One rank's tensors and values, as it describes them to the other ranks.
 
     Attributes:
         plain: fingerprints of plain tensors and of values that are not tensors.
-        partial: the mesh's ranks, for each DTensor whose mesh does not span all ranks.
+        partial: the ranks of the mesh of each DTensor whose mesh does not span all ranks.
         params: names of the parameters that every rank must have.
     """
 
@@ -105,13 +105,13 @@ def resolve_divergence(
 
     Args:
         state: this rank's tensors, under the names of ``names``.
-        names: this rank's names; changed in place if stages get names of their own.
+        names: this rank's names; changed in place if tensors get one name for each stage.
         group: the ranks that save.
-        on_divergence: ``"raise"``, or ``"first"`` to leave out replicas that differ from that of
-            the first rank. None raises too, with a message that does not offer ``"first"``.
+        on_divergence: ``"raise"``, or ``"first"`` to save only the first rank's replica of a tensor
+            that differs. None raises too, with a message that does not offer ``"first"``.
 
     Raises:
-        ValueError: on every rank, if replicas differ; with their names.
+        ValueError: on every rank, if replicas differ or a rank lacks a parameter it should have.
     """
     params = sorted(fqn for options in state.groups for fqn in options.params)
     within, between_stages, unshared = find_divergences(
@@ -192,7 +192,7 @@ def find_divergences(
             for key, value in tensors.items()
             if isinstance(value, DTensor) and (groups := replica_groups(value))
         ]
-        numbers = checksums([replica.tensor for replica in replicas])
+        replica_checksums = checksums([replica.tensor for replica in replicas])
     partial = {key: ranks for key, ranks in mesh_ranks.items() if ranks and ranks != all_ranks}
     inventory = _Inventory(plain, partial, params)
     digests = all_gather_object(_digest(stage, inventory), group)
@@ -219,7 +219,7 @@ def find_divergences(
     index_of = {rank_: index for index, rank_ in enumerate(all_ranks)}
     differing_replicas = [
         (name, index_of[ranks[0]], index_of[ranks[1]])
-        for name, ranks, _ in find_differences(replicas, numbers)
+        for name, ranks, _ in find_differences(replicas, replica_checksums)
     ]
     within += {
         key: Divergence(key, (first, second))
@@ -262,14 +262,14 @@ def _has_earlier_replica(value: Any) -> bool:
 
 def _fingerprints(tensors: dict[str, Tensor]) -> dict[str, Fingerprint]:
     blocks = {key: list(local_blocks(value)) for key, value in tensors.items()}
-    numbers = iter(
+    block_checksums = iter(
         checksums([_compared_part(key, x) for key, parts in blocks.items() for _, x in parts])
     )
     return {
         key: Fingerprint(
             tuple(tensors[key].shape),
             str(tensors[key].dtype),
-            ", ".join(f"{block.offsets} {next(numbers)}" for block, _ in parts),
+            ", ".join(f"{block.offsets} {next(block_checksums)}" for block, _ in parts),
         )
         for key, parts in blocks.items()
     }
@@ -329,8 +329,8 @@ def _compare(
     within: dict[tuple[str, int | None], Divergence] = {}
     for index, (fingerprints, stage) in enumerate(zip(fingerprints_of_ranks, stages, strict=True)):
         for key, fingerprint in fingerprints.items():
-            # Compare a DTensor's block only with a block at the same offsets, the text before its
-            # checksum.
+            # Compare a DTensor's block only with blocks at the same offsets. In the text, the
+            # offsets come before the checksum.
             blocks = fingerprint.blocks
             offsets = blocks.rpartition(" ")[0] if fingerprint.dtype else blocks.partition(" ")[0]
             earlier, expected = first.setdefault((key, stage, offsets), (index, fingerprint))

@@ -54,22 +54,22 @@ def export_fp32(
     """Write the weights of a checkpoint as safetensors files with an index, as Hugging Face does.
 
     Needs no GPU, no process group and no model. Needs memory for a few times the largest tensor.
-    The checkpoint is verified first. ``out`` appears only when it is complete. An asynchronous save
-    of this process is waited for.
+    Waits for this thread's asynchronous save, then verifies the checkpoint. ``out`` appears only
+    when it is complete.
 
-    In a distributed run every rank may call it, or rank 0 alone. Rank 0 reads and writes, and waits
-    for no other rank. The others return once it is done, and raise if it failed. With ``parallel``
-    it is collective, and each rank reads and writes its share of the files.
+    In a distributed run, call it on every rank or on rank 0 alone. Rank 0 does all the work and
+    waits for no other rank. The others return when it is done, and raise if it failed. With
+    ``parallel`` it is collective, and each rank reads and writes its share of the files.
 
     Args:
         path: a checkpoint's directory, or the root of a run, which stands for its latest.
         out: a directory that does not exist yet.
-        dtype: torch.float32 writes ``p + correction`` of each bfloat16 parameter, torch.bfloat16
-            writes ``p``. Tensors of other dtypes (float32 parameters, buffers) keep theirs.
+        dtype: of the bfloat16 tensors. Parameters are written as ``p + correction`` in
+            torch.float32, as ``p`` in torch.bfloat16. Tensors of other dtypes keep theirs.
         max_shard_bytes: maximum size of a file in bytes, without its header. A larger tensor has a
             file to itself.
         progress: called with the number of bytes of each tensor that this rank has written.
-        group: process group whose first rank writes, or all with ``parallel``; None for all ranks.
+        group: process group whose first rank writes (all with ``parallel``); None for all ranks.
         ema: write the average of :class:`EMA` instead of the weights. A tensor without one, such as
             a buffer, is written as it is.
         config_from: folder of a Hugging Face model whose config, tokenizer and code are copied to
@@ -158,7 +158,7 @@ def _export(
             raise FileExistsError(f"{out} exists already; give the name of a new directory")
         reader = CheckpointReader(checkpoint)
         reader.verify(rank(group), world_size(group))
-        widened = torch.bfloat16 if dtype == torch.float32 else None
+        widened = torch.bfloat16 if dtype == torch.float32 else None  # dtype to write in float32
         corrections = _state_keys(reader, "correction") if widened else {}
         averages = _average_keys(reader) if ema else {}
         infos = _exported_infos(reader, widened)
@@ -248,7 +248,7 @@ def _copy_config(source: Path, out: Path, dtype: torch.dtype) -> None:
         if is_config and file.is_file():
             shutil.copyfile(file, out / file.name)
     content = json.loads(config.read_text())
-    for key in {"dtype", "torch_dtype"} & content.keys():  # torch_dtype before 4.56
+    for key in {"dtype", "torch_dtype"} & content.keys():  # transformers before 4.56: torch_dtype
         content[key] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -272,15 +272,15 @@ def _state_keys(reader: CheckpointReader, name: str) -> dict[str, str | None]:
 def _infer_ties(reader: CheckpointReader, keys: dict[str, str | None]) -> dict[str, str | None]:
     """Infer the tied names of an old checkpoint, whose manifest does not record them.
 
-    A weight without a state is taken as tied to one with a state if all their bits are the same.
+    A weight without a state is taken as tied to one with a state if all their elements are equal.
     Constant weights (all ones, all zeros) are skipped: they may be equal without being tied.
     """
-    for key in [key for key, correction in keys.items() if correction is None]:
+    for key in [key for key, state in keys.items() if state is None]:
         info = reader.infos[key]
         candidates = [
             other
-            for other, correction in keys.items()
-            if correction is not None and reader.infos[other] == info
+            for other, state in keys.items()
+            if state is not None and reader.infos[other] == info
         ]
         if candidates:
             weight = reader.read(key)

@@ -1,4 +1,4 @@
-"""State that is not in plain tensors: extra states, quantised tensors, entries of no parameter."""
+"""Extra states of modules, quantised tensors, and optimizer state that has no parameter."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .chunk_table import ChunkTable
 from .manifest import Manifest, decode
 
 MODEL, STATE, ENTRY = "model.", "optimizer.state.", "optimizer.entry."  # prefixes of keys
-PART = ":"  # separates a quantised tensor's key from its parts: model.layer.weight:scale
+PART = ":"  # between a quantised tensor's key and the name of a part: model.layer.weight:scale
 EXTRA_STATE = "_extra_state"
-_MAX_ENTRY_NUMEL = 1024  # of a tensor that goes into the manifest
+_MAX_ENTRY_NUMEL = 1024  # elements of a tensor in the manifest
 
 # ------------------------------------------------------------------ wrapper subclasses (quantised)
 
@@ -52,7 +52,7 @@ def flatten_subclass(key: str, tensor: Any) -> dict[str, Any]:
 
 
 def drop_subclass(tensor: Any) -> Any:
-    """Return the same memory as a plain tensor.
+    """Return a plain tensor that shares the memory of ``tensor``.
 
     A file with a user's class in it could not be loaded without executing code.
     """
@@ -70,13 +70,13 @@ def drop_subclass(tensor: Any) -> Any:
 
 
 def is_extra_state(key: str) -> bool:
-    """Return True for the key of a result of ``nn.Module.get_extra_state``."""
+    """Return True if ``key`` holds a result of ``nn.Module.get_extra_state``."""
     # A checkpoint may add the rank: _extra_state@pp0.
     return key.rpartition(".")[2].partition("@")[0] == EXTRA_STATE
 
 
 def set_extra_states(model: nn.Module, states: dict[str, Any]) -> None:
-    """Call ``set_extra_state`` of the modules that have the given keys."""
+    """Call ``set_extra_state`` of each module that has a state in ``states``."""
     model = unwrap(model)
     for prefix, module in model.named_modules():
         key = clean_fqn(model, f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
@@ -120,7 +120,7 @@ def _max_numel(value: Any) -> int:
 def adopt_saved_specs(
     tensors: dict[str, Any], plain: dict[str, Any], table: ChunkTable, manifest: Manifest
 ) -> None:
-    """Take kind and size of extra states, and of entries without a parameter, from a checkpoint.
+    """Adapt extra states, and entries without a parameter, to the kind and size that were saved.
 
     Args:
         tensors: the model's and optimizer's tensors by key; changed in place.
@@ -137,6 +137,6 @@ def adopt_saved_specs(
             tensors.pop(key, None)
             plain[key] = decode(manifest.values[key])
     for key in [key for key in plain if key.startswith(ENTRY) and key not in manifest.values]:
-        del plain[key]  # not in the checkpoint, so the optimizer keeps its entry
+        del plain[key]  # not saved, so the optimizer keeps its entry
     entries = {key: value for key, value in manifest.values.items() if key.startswith(ENTRY)}
     plain.update({key: decode(value) for key, value in entries.items()})

@@ -1,8 +1,8 @@
 """Checksums of a checkpoint's files: computed while a file is written, compared when it is read.
 
-They are CRC-32 (``zlib.crc32``): part of Python's standard library, cheaper than the cryptographic
-hashes there, and certain to detect damage that spans at most 32 bits. Other damage passes with a
-probability of 2^-32. CRC-32 protects from accidents, not from deliberate changes.
+They are CRC-32 (``zlib.crc32``), cheaper than the cryptographic hashes of Python's standard
+library. CRC-32 always detects damage that spans at most 32 bits, and misses other damage with a
+probability of 2^-32. It protects from accidents, not from deliberate changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-_HASH_IN_THREAD = 1 << 20  # bytes from which a thread that hashes during the write pays
+_HASH_IN_THREAD = 1 << 20  # bytes from which hashing in a thread pays
 _BLOCK = 1 << 22  # bytes read at a time
 
 
@@ -54,7 +54,7 @@ class ChecksummedFiles(FileSystem):
                 yield stream
                 stream.close()
             except Exception:
-                # torch.save reports a full disk as an unexpected position
+                # torch.save hides the OSError of a full disk behind an error about positions
                 if stream.error is not None:
                     raise stream.error from None
                 raise
@@ -112,7 +112,7 @@ class _ChecksummedStream(io.IOBase):
             self._file.flush()
 
     def close(self) -> None:
-        """Close, and flush to the disk: an error of that is an error of the save."""
+        """Flush to the disk and close, so that an error of the flush is an error of the save."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())

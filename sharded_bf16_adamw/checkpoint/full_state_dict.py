@@ -305,12 +305,12 @@ def _find_mismatches(
 
 
 def _merge_infos(infos_of_ranks: list[dict[Key, ShardInfo]]) -> dict[Key, ShardInfo]:
-    """Return all tensors of all ranks, in the order of rank 0. Empty on the other ranks."""
+    """Return the tensors of all ranks, rank 0's first. On other ranks the result is empty."""
     return {key: info for infos in infos_of_ranks for key, info in infos.items()}
 
 
 def _copy_options(group: dict[str, Any]) -> dict[str, Any]:
-    """Copy a group. A tensor in it (lr) moves to CPU memory."""
+    """Copy a group's options. A tensor among them (lr) moves to CPU memory."""
     return {
         key: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         for key, value in group.items()

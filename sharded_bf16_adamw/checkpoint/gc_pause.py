@@ -17,8 +17,8 @@ def gc_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector in the body.
 
     The collector traverses all live objects again and again while their number grows. For the plan
-    of 1,024 ranks that takes several times as long as all other work. Do not wait long for other
-    ranks in the body, because training in another thread also runs without the collector meanwhile.
+    of 1,024 ranks that takes several times as long as all other work. The body must not wait long
+    for other ranks: training in another thread also runs without the collector meanwhile.
 
     Examples:
         >>> import gc

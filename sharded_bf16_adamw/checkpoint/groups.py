@@ -7,8 +7,8 @@ def match_groups(current: list[list[str]], saved: list[list[str]]) -> list[int |
     """Return the index of the saved group whose options each current group takes, or None.
 
     A group with parameters takes the saved group that has all of them. A group without parameters
-    takes the saved group at the same place if both sides have equally many groups. If both sides
-    have equally many empty groups, the n-th empty group takes the n-th empty one.
+    takes the saved group at the same index if both sides have equally many groups. Otherwise, if
+    both sides have equally many empty groups, the n-th empty group takes the n-th empty saved one.
 
     Examples:
         >>> match_groups([["a"], []], [["a", "b"], []])

@@ -1,4 +1,4 @@
-"""Open weights and optimizer states of other trainings, without executing any code.
+"""Open weights and optimizer states of other training runs, without executing any code.
 
 The formats are safetensors, and torch files with ``weights_only=True``.
 """
@@ -29,7 +29,7 @@ class WeightsSource(Protocol):
 
     Attributes:
         infos: shape and dtype of each tensor.
-        ties: sets of tied names, as far as the source tells.
+        ties: sets of tied names, if the source records them.
     """
 
     infos: dict[str, TensorInfo]
@@ -125,7 +125,7 @@ def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:
-    """Load tensors and plain data that ``torch.save`` wrote, mapped if the format allows.
+    """Load tensors and plain data that ``torch.save`` wrote, memory-mapped if possible.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -151,7 +151,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
 
 
 def _nested_dict(content: Any, keys: tuple[str, ...]) -> Any:
-    """Return the dict under the first of ``keys`` that has one, else ``content``."""
+    """Return the dict under the first of ``keys`` that holds a dict, else ``content``."""
     if not isinstance(content, Mapping):
         return content
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)

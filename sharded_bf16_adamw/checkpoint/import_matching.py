@@ -97,7 +97,7 @@ def key_states_by_name(
         current_groups: this optimizer's groups, with the names of their parameters.
 
     Raises:
-        ValueError: it is keyed by integers, and its groups are not those of this optimizer.
+        ValueError: the groups of a state keyed by integers do not fit this optimizer or the states.
     """
     states, groups = state_dict["state"], state_dict["param_groups"]
     if states and all(isinstance(key, str) for key in states):
@@ -134,7 +134,7 @@ def merge_tied_states(
     source_ties: list[list[str]],
     current_params: set[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Key each state of a tied parameter by the name that this optimizer has for it.
+    """Rename imported states and groups of tied parameters to this optimizer's names.
 
     Args:
         states: imported states by name.

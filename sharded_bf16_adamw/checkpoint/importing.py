@@ -79,8 +79,8 @@ def import_fp32(
     ``source``, one tensor at a time.
 
     A bfloat16 parameter becomes ``p``, the weight rounded to nearest, and ``correction``, the
-    rounded remainder (see :mod:`sharded_bf16_adamw.checkpoint.export` for the bound). A frozen one
-    has a correction only if it has a state, in ``optimizer_state`` or already in ``optimizer``.
+    rounded remainder (see :mod:`sharded_bf16_adamw.checkpoint.export` for the bound). A frozen
+    parameter gets a correction only if it has a state in ``optimizer_state`` or ``optimizer``.
     Moments are rounded stochastically, with random bits that depend on the values alone. So the
     result is the same for every sharding strategy and number of ranks.
 
@@ -94,19 +94,18 @@ def import_fp32(
         optimizer_state: the state of a ``torch.optim.AdamW`` in any floating dtype: a torch file or
             a dict. It is keyed by integers, in the order of this optimizer's groups and parameters,
             or by names, as FSDP and ``get_optimizer_state_dict`` return it. Its lr, betas, eps,
-            weight_decay and maximize replace the optimizer's. So do its decouple_lr and max_lr, or
-            if it has none, False and None, since torch multiplies the decay by lr. An optimizer
-            with a schedule keeps it and continues at the state's step. None: moments and steps
-            become zero; hyperparameters and the position in the schedule stay.
+            weight_decay, maximize, decouple_lr and max_lr replace the optimizer's. A state of torch
+            lacks the last two, which become False and None: torch multiplies the decay by lr. An
+            optimizer with a schedule keeps it and continues at the state's step. None: moments and
+            steps become zero; hyperparameters and the position in the schedule stay.
         progress: called with the number of bytes of each tensor filled.
         group: the ranks that hold the model, if several models share a job; None for all ranks.
 
     Raises:
         ValueError: a missing key, an unexpected key, a size mismatch, tied names with different
             values, or a file that is damaged or of another kind. Nothing is changed.
-        RuntimeError: a rank cannot find or read a file, and nothing is changed. Or a rank failed
-            while it filled the tensors: some weights are then new and some old, as the message
-            says.
+        RuntimeError: a rank cannot find or read a file; nothing is changed. Or a rank failed while
+            it filled the tensors; the message says that some weights are new and some old.
 
     Examples:
         >>> import torch
@@ -211,7 +210,7 @@ def _fill_errors(group: dist.ProcessGroup | None) -> Iterator[None]:
     with raise_on_all_ranks(f"{message}; import again or load a checkpoint", group):
         try:
             yield
-        except ValueError as error:  # it would be raised without the message
+        except ValueError as error:  # a ValueError would be raised without the message
             raise RuntimeError(str(error)) from error
 
 
@@ -245,8 +244,8 @@ def _set_hyperparams(
 
     Args:
         optimizer: its groups are changed in place.
-        groups: these groups, with the names of their parameters.
-        imported_groups: for each of these groups, the imported group to copy from, or {}.
+        groups: the optimizer's groups, with the names of their parameters.
+        imported_groups: for each of ``groups``, the imported group to copy from, or {}.
         imported_states: imported states by name.
     """
     for live, group, imported in zip(optimizer.param_groups, groups, imported_groups, strict=True):

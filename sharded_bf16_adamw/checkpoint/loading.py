@@ -1,4 +1,4 @@
-"""Read a checkpoint. Everything is checked before anything changes."""
+"""Load a checkpoint. Everything is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from .async_save import wait_for_own_saves
 from .chunk_table import ChunkTable
 from .commit import check_folder_visible
-from .dcp_storage import PlainReader, read_chunks
+from .dcp_storage import ChunkReader, read_chunks
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import existing_checkpoint, find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
@@ -61,7 +61,7 @@ class LoadResult:
     Attributes:
         extra: the caller's data, an empty dict if none was saved.
         path: the checkpoint's folder.
-        step: the position at which the checkpoint was saved.
+        step: the step that was passed to :func:`save`.
         mismatches: with ``strict=False``, a sentence for each difference between the checkpoint and
             the model and optimizer.
     """
@@ -109,8 +109,8 @@ def load(
 
     Collective: every rank of ``group`` calls it.
 
-    Restores weights, optimizer states and groups, and torch's random state on each rank that also
-    existed in the saving run. Parameters that had no optimizer state when saved (they never had a
+    Restores weights, optimizer states and groups. Restores torch's random state on each rank that
+    the saving run also had. Parameters that had no optimizer state when saved (they never had a
     gradient) start at step 0. Before anything changes, every file is compared with its checksum
     (each rank reads its share), and names, shapes and dtypes are compared with the model's.
 
@@ -125,12 +125,12 @@ def load(
             difference in ``mismatches`` of the result. Keys that other ranks have (pipeline stages,
             experts) are not unexpected.
         missing_ok: return None on every rank, instead of raising, if rank 0 finds no checkpoint at
-            ``path``. Then either all ranks resume or none; ranks that each call :func:`latest` may
-            see different states of a network file system.
+            ``path``. So either all ranks resume or none. If each rank called :func:`latest`
+            instead, ranks could see different states of a network file system.
         group: the ranks that hold the model, if a job trains several models; None for all ranks.
 
     Returns:
-        The ``extra``, step and path that were saved, and the mismatches, as attributes.
+        The saved step and ``extra``, the checkpoint's folder, and the mismatches.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``, and ``missing_ok`` is false.
@@ -251,10 +251,10 @@ def _find(path: Path) -> tuple[Path, Manifest] | None:
 
 
 def _check_files(folder: Path, manifest: Manifest, group: Group) -> ChunkTable:
-    """Check all files, each rank its share, and return the saved tensors. Collective.
+    """Check all files, each rank its share, and return the chunk table. Collective.
 
-    Rank 0 reads the table of chunks and sends it: a read on every rank would load the file system,
-    and parsing DCP's metadata takes seconds if many ranks have saved.
+    Rank 0 reads the table and broadcasts it: a read on every rank would load the file system, and
+    parsing DCP's metadata takes seconds if many ranks have saved.
 
     Raises:
         ValueError: a file is damaged or missing.
@@ -284,11 +284,11 @@ def _read_into(tensors: dict[str, Any], folder: Path, table: ChunkTable, group: 
         plan, metadata = table.plan_reads(tensors)
         planner.set_up_planner(tensors, metadata, rank(group) == 0)
         plan = planner.finish_plan(plan)
-    PlainReader(folder, metadata).read_data(plan, planner).wait()
+    ChunkReader(folder, metadata).read_data(plan, planner).wait()
 
 
 def _share(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:
-    """Return the files that a rank checks: largest first, each to the rank with fewest bytes."""
+    """Return a rank's share of the files: the largest first, each to the rank with fewest bytes."""
     loads = [0] * world_size
     share = {}
     for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):

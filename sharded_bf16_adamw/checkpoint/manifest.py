@@ -16,8 +16,8 @@ from torch import Tensor
 from .file_checksums import FileRecord, crc32_text
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the folder; 1 had no checksums and stored hyper-parameters as pickles
-_UNKNOWN = "0" * 8  # placeholder of the manifest's own checksum while it is computed
+FORMAT = 2  # of the checkpoint; format 1 had no checksums and pickled the hyperparameters
+_PLACEHOLDER = "0" * 8  # stands for the manifest's own checksum while that is computed
 _TUPLE, _TENSOR = "__tuple__", "__tensor__"
 
 
@@ -33,18 +33,18 @@ class Manifest:
     """The content of ``manifest.json``.
 
     Attributes:
-        step: position of the run.
-        serial: counter of the saves under one root. It orders checkpoints by age also where a
-            resumed run went back in steps.
+        step: training step.
+        serial: number of the save under its root. It orders checkpoints by age even if a resumed
+            run repeats steps.
         world_size: number of ranks that saved.
         strategy: description of the sharding, for people to read.
-        versions: of torch and of this package.
+        versions: versions of torch and of this package.
         groups: the optimizer's parameter groups, with options encoded by :func:`encode`.
         values: all values of model and optimizer that are not tensors, by key, encoded by
             :func:`encode`.
         extra: the caller's data.
         files: records of all files but the manifest.
-        ties: names that share one tensor of the model, the name of the optimizer's state first.
+        ties: lists of names that share one tensor; the optimizer state is under the first name.
             None in checkpoints of older versions.
     """
 
@@ -67,16 +67,16 @@ class Manifest:
             "groups": [group._asdict() for group in self.groups],
             "files": {name: record._asdict() for name, record in sorted(self.files.items())},
         }
-        blank = json.dumps({**body, "checksum": _UNKNOWN}, indent=1).encode() + b"\n"
-        return _with_checksum(blank, _UNKNOWN, crc32_text(zlib.crc32(blank)))
+        content = json.dumps({**body, "checksum": _PLACEHOLDER}, indent=1).encode() + b"\n"
+        return _with_checksum(content, _PLACEHOLDER, crc32_text(zlib.crc32(content)))
 
     @staticmethod
     def from_bytes(content: bytes) -> Manifest:
         """Inverse of :meth:`to_bytes`.
 
         Raises:
-            ValueError: the content is damaged or of another format. The message does not name the
-                file.
+            ValueError: the content is damaged or has another format. The message does not name
+                the file.
         """
         try:
             body = json.loads(content)
@@ -84,9 +84,9 @@ class Manifest:
             version = body.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ValueError("it is damaged: it is not JSON that save() writes") from None
-        if not isinstance(checksum, str) or len(checksum) != len(_UNKNOWN):
+        if not isinstance(checksum, str) or len(checksum) != len(_PLACEHOLDER):
             raise ValueError("it is damaged: its checksum is unreadable")
-        if crc32_text(zlib.crc32(_with_checksum(content, checksum, _UNKNOWN))) != checksum:
+        if crc32_text(zlib.crc32(_with_checksum(content, checksum, _PLACEHOLDER))) != checksum:
             raise ValueError("it is damaged: its checksum does not match its content")
         if version != FORMAT:
             raise ValueError(f"it is of format {version} but this version reads format {FORMAT}")
@@ -94,15 +94,15 @@ class Manifest:
             files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
             groups = [ParamGroup(**group) for group in body.pop("groups")]
             manifest = Manifest(**body, groups=groups, files=files)
-            understood = manifest._is_well_formed()
+            is_well_formed = manifest._is_well_formed()
         except (KeyError, AttributeError, TypeError):
-            understood = False
-        if not understood:
+            is_well_formed = False
+        if not is_well_formed:
             raise ValueError("its checksum is right, but this version does not write such content")
-        foreign = [name for name in files if not is_file_name(name)]
-        if foreign:
+        invalid = [name for name in files if not is_file_name(name)]
+        if invalid:
             raise ValueError(
-                f"it names {foreign[0]!r}, which is not a file in the checkpoint's folder"
+                f"it names {invalid[0]!r}, which is not a file in the checkpoint's folder"
             )
         return manifest
 
@@ -153,7 +153,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def is_file_name(name: object) -> bool:
-    """Return whether ``name``, read from an untrusted file, stays within a given folder."""
+    """Return True if ``name``, from an untrusted file, names a file and has no folder part."""
     return (
         isinstance(name, str)
         and Path(name).name == name
@@ -163,7 +163,7 @@ def is_file_name(name: object) -> bool:
 
 
 def _with_checksum(content: bytes, old: str, new: str) -> bytes:
-    """Replace the value of ``checksum``, the last key."""
+    """Replace the value of the last key, ``checksum``."""
     before, key, after = content.rpartition(b'"checksum": "')
     return before + key + after.replace(old.encode(), new.encode(), 1)
 
@@ -172,7 +172,7 @@ def _with_checksum(content: bytes, old: str, new: str) -> bytes:
 
 
 def encode(value: Any) -> Any:
-    """Return plain data as JSON can hold it, without loss.
+    """Convert plain data to values that JSON can hold, without loss.
 
     Tuples become ``{"__tuple__": [0.9, 0.95]}``; tensors of a few elements, such as a learning
     rate, ``{"__tensor__": 0.1, "dtype": "float32"}``.
@@ -220,7 +220,7 @@ def decode(value: Any) -> Any:
 def as_tensor(value: Any) -> Tensor:
     """Return a tensor unchanged, and any other value as a tensor on the CPU.
 
-    ``torch.as_tensor`` would move tensors to the default device.
+    ``torch.as_tensor`` without ``device`` would move a tensor to the default device.
     """
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 

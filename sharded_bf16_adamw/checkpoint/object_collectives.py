@@ -31,7 +31,7 @@ def world_size(group: Group = None) -> int:
 
 
 def global_rank(group_rank: int, group: Group = None) -> int:
-    """Return the rank in the default group of a rank of ``group``."""
+    """Convert a rank of ``group`` to the rank in the default group."""
     return group_rank if group is None else dist.get_global_rank(group, group_rank)
 
 
@@ -48,7 +48,7 @@ def all_gather_object(value: Result, group: Group = None) -> list[Result]:
 def is_true_on_any_rank(value: bool, group: Group = None) -> bool:
     """Return True if any rank's ``value`` is true. Collective.
 
-    With many ranks, one integer costs much less than an object of each rank.
+    All-reduces one integer, which is much cheaper than gathering an object from every rank.
     """
     if _is_single_process(group):
         return value
@@ -91,16 +91,16 @@ def broadcast_object(value: Result, group: Group = None) -> Result:
 
 
 def known_on_other_ranks(unknown: set[str], group: Group = None) -> set[str]:
-    """Return the names unknown to this rank that another rank knows. Collective.
+    """Return the names in this rank's ``unknown`` that another rank knows. Collective.
 
-    Pipeline stages and experts have such names.
+    For example, names of another pipeline stage or of experts on another rank.
     """
     return unknown - unknown.intersection(*all_gather_object(unknown, group))
 
 
 @contextmanager
 def local_collectives() -> Iterator[None]:
-    """Make the collectives of this module local in the body, as in a single process."""
+    """Make the collectives of this module act as in a single process while the body runs."""
     token = _are_local.set(True)
     try:
         yield
@@ -111,8 +111,8 @@ def local_collectives() -> Iterator[None]:
 def _is_single_process(group: Group) -> bool:
     """Return True if this process communicates with no other.
 
-    Raise if its process group was destroyed: the process must not publish its part of a checkpoint
-    as the whole.
+    Raise if ``group`` was destroyed: this rank must not publish its part of a checkpoint as the
+    whole.
     """
     if group is not None and not dist.is_initialized():
         raise RuntimeError(
@@ -124,7 +124,7 @@ def _is_single_process(group: Group) -> bool:
 
 @contextmanager
 def _explain_failed_collective(group: Group) -> Iterator[None]:
-    """Replace torch's error about a failed collective by one that gives its likely causes."""
+    """Replace torch's error about a failed collective by one that names the likely causes."""
     try:
         yield
     except RuntimeError as error:

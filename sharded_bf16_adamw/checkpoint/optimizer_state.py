@@ -1,4 +1,4 @@
-"""Checks of model and optimizer, and the optimizer's states that exist before a save or load."""
+"""Check model and optimizer before a save or load, and create or remove optimizer states."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..names import clean_fqn, flat_params, named_tensors, unwrap
 def check_model_and_optimizer(call: str, model: Any, optimizer: Any) -> None:
     """Raise ValueError unless both are of the right type, belong together and have values.
 
-    Not collective: call it within ``raise_on_all_ranks``, before any collective that would block
-    the other ranks.
+    Also reshard FSDP2 modules. Not collective: call it within ``raise_on_all_ranks``, before the
+    first collective.
 
     Args:
-        call: the caller's signature, which shows the order of arguments.
+        call: signature of the public function, to show the order of arguments in a message.
         model: the caller's model.
         optimizer: the caller's optimizer.
     """
@@ -73,17 +73,17 @@ def init_state(optimizer: torch.optim.Optimizer, only_if_empty: bool = False) ->
     """Create the optimizer's states.
 
     ``AdamW_BF16`` creates them at step 0. For other optimizers torch takes a step with zero
-    gradients, which counts as a step.
+    gradients, which counts as a step. Torch does nothing if a parameter has a gradient.
 
     Args:
         optimizer: any optimizer of torch.
-        only_if_empty: do nothing if a parameter has a state.
+        only_if_empty: do nothing if any parameter has a state, as always for other optimizers.
     """
     has_some = any(isinstance(key, Tensor) for key in optimizer.state)
     init = getattr(optimizer, "init_state", None)
     if init is None and not has_some:
         entries = non_param_entries(optimizer)
-        optimizer.state.clear()  # torch takes an optimizer with any entry for initialized
+        optimizer.state.clear()  # torch regards an optimizer with any entry as initialized
         _init_optim_state(optimizer)
         optimizer.state.update(entries)
     elif init is not None and not (only_if_empty and has_some):
@@ -97,7 +97,7 @@ def init_frozen_states(
     saved_in_groups: Iterable[str],
     to_saved: Callable[[str], str] = str,
 ) -> None:
-    """Create the states of frozen parameters that are to be loaded, for AdamW_BF16 only.
+    """Create states of frozen parameters for which the checkpoint has states. AdamW_BF16 only.
 
     A frozen parameter's correction is part of the weight, and the moments are needed if training
     unfreezes the parameter later.
@@ -106,9 +106,8 @@ def init_frozen_states(
         model: the module, wrapped or not.
         optimizer: its optimizer.
         saved: names of the parameters whose states were saved.
-        saved_in_groups: names of the parameters that were in a group. A parameter that is in no
-            group now gets a state only if it was in no group when saved. Otherwise nothing would
-            use the state.
+        saved_in_groups: names of the parameters that were in a group when saved. A parameter that
+            was in a group then but is in none now gets no state, because nothing would use it.
         to_saved: maps an FQN to its name in ``saved``.
     """
     init = getattr(optimizer, "init_state", None)
@@ -118,8 +117,8 @@ def init_frozen_states(
     in_groups = {param for group in optimizer.param_groups for param in group["params"]}
     init(
         param
-        for param, own in _saved_names(model, to_saved).items()
-        if not saved.isdisjoint(own) and (param in in_groups or saved_in_groups.isdisjoint(own))
+        for param, names in _saved_names(model, to_saved).items()
+        if not saved.isdisjoint(names) and (param in in_groups or saved_in_groups.isdisjoint(names))
     )
 
 
@@ -138,8 +137,8 @@ def drop_averages(
         to_saved: maps an FQN to its name in ``missing``.
     """
     if missing:
-        for param, own in _saved_names(model, to_saved).items():
-            if not set(missing).isdisjoint(own) and param in optimizer.state:
+        for param, names in _saved_names(model, to_saved).items():
+            if not set(missing).isdisjoint(names) and param in optimizer.state:
                 optimizer.state[param].pop("ema", None)
 
 
@@ -158,7 +157,7 @@ def _saved_names(model: nn.Module, to_saved: Callable[[str], str]) -> dict[Any, 
 
 @contextmanager
 def rollback_new_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Remove the states that the body created if it fails: a failed load changes nothing."""
+    """Remove the states that the body created if it raises: a failed load changes nothing."""
     had_state = {
         key for key, state in optimizer.state.items() if state or not isinstance(key, Tensor)
     }
@@ -173,7 +172,7 @@ def rollback_new_state(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def non_param_entries(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
     """Return the entries of ``optimizer.state`` that belong to no parameter.
 
-    torch's own optimizers keep such entries too.
+    ``torch.optim.Optimizer.state_dict`` supports such entries.
     """
     return {key: entry for key, entry in optimizer.state.items() if not isinstance(key, Tensor)}
 

@@ -1,8 +1,8 @@
-"""The plan of an optimizer's last save, for its next save with the same layouts.
+"""A cache of save plans: the next save of an optimizer reuses its plan if the layout is the same.
 
-Each rank keeps its part of the plan from the end of a save that succeeded on all ranks until the
-next save takes it out. So the plan of a failed save is never used again. Ranks compare the plan's
-identity before they use it: they all use it, or all build a new plan.
+Each rank stores its part of the plan after a save that succeeded on all ranks. The next save
+removes it from the cache first, so the plan of a failed save is never reused. Ranks compare the
+plans' identities: either all of them reuse the plan, or all build a new one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class PlannedSave:
     """One rank's part of the plan of a save.
 
     Attributes:
-        layout: of the tensors on this rank, as :func:`layout_of` returns it.
-        identity: a text that no other plan has; the same on all ranks.
+        layout: result of :func:`layout_of` for the tensors of this rank.
+        identity: unique string of the plan, the same on all ranks.
         plan: the items that this rank writes.
-        to_chunks: on rank 0, :attr:`.save_plan.MergedPlan.to_chunks`.
+        to_chunks: :attr:`.save_plan.MergedPlan.to_chunks` on rank 0, None on other ranks.
     """
 
     layout: Layout | None
@@ -45,41 +45,41 @@ class PlannedSave:
     to_chunks: Callable[[list[Locations]], ChunkTable] | None
 
 
-_kept: weakref.WeakKeyDictionary[Optimizer, PlannedSave] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # guards _kept
+_plans: weakref.WeakKeyDictionary[Optimizer, PlannedSave] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # guards _plans
 
 
-def take(optimizer: Optimizer, layout: Layout | None) -> PlannedSave | None:
-    """Take the optimizer's plan out of the cache. Return it if it is of the same layout."""
+def pop_plan(optimizer: Optimizer, layout: Layout | None) -> PlannedSave | None:
+    """Remove the optimizer's plan from the cache, and return it if it has the same layout."""
     with _lock:
-        known = _kept.pop(optimizer, None)
-    return known if known is not None and layout is not None and known.layout == layout else None
+        cached = _plans.pop(optimizer, None)
+    return cached if cached and layout is not None and cached.layout == layout else None
 
 
-def keep(optimizer: Optimizer, planned: PlannedSave) -> None:
-    """Keep the plan of a save that succeeded on all ranks for the optimizer's next save."""
+def store_plan(optimizer: Optimizer, planned: PlannedSave) -> None:
+    """Store the plan of a save that succeeded on all ranks, for the optimizer's next save."""
     with _lock:
-        _kept[optimizer] = planned
+        _plans[optimizer] = planned
 
 
 def layout_of(tensors: dict[str, Any], group: Group) -> Layout | None:
-    """Return all that this rank's local plan depends on, or None if some of it is unknown."""
+    """Return everything that this rank's local plan depends on, or None if some is unknown."""
     ranks = tuple(dist.get_process_group_ranks(group)) if dist.is_initialized() else ()
     layout: list[Any] = [ranks, rank(group)]
     for key, tensor in tensors.items():
         if type(tensor) is DTensor:
             local = to_local(tensor)
             if type(local) not in (Tensor, nn.Parameter):
-                return None  # it may plan its own items, as torchrec's does
-            where = tensor.device_mesh, tensor.placements
-            layout.append((key, tensor.shape, where, _properties(local)))
+                return None  # a subclass may create its own write items, as torchrec's does
+            sharding = tensor.device_mesh, tensor.placements
+            layout.append((key, tensor.shape, sharding, _properties(local)))
         elif type(tensor) is ShardedTensor:
-            whole = tensor.metadata()
+            metadata = tensor.metadata()
             shards = [
                 (list(shard.metadata.shard_offsets), list(shard.metadata.shard_sizes))
                 for shard in tensor.local_shards()
             ]
-            layout.append((key, whole.size, shards, whole.tensor_properties))
+            layout.append((key, metadata.size, shards, metadata.tensor_properties))
         elif type(tensor) in (Tensor, nn.Parameter):
             layout.append((key, tensor.shape, _properties(tensor)))
         else:

@@ -1,4 +1,4 @@
-"""A rank's plan of a save as a table of integers, which is sent instead of DCP's objects."""
+"""A rank's save plan as tables of integers, which ranks send instead of DCP's objects."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-_OF_ONE_RANK = "rng."  # prefix of FQNs that only one rank has
+_RANK_LOCAL_PREFIX = "rng."  # of FQNs that only one rank has
 
 
 class PlanTable(NamedTuple):
-    """A rank's local plan in two sections, in the order of the plan.
+    """A rank's local plan in its order, in two sections. The second has only rank-local FQNs.
 
     The first section's header is the same on all ranks that shard a model alike.
     """
@@ -39,7 +39,7 @@ class Section(NamedTuple):
     """Write items.
 
     Attributes:
-        header: FQNs, types, properties and global sizes, as :class:`SectionHeader` reads them.
+        header: FQNs, types, properties and global sizes, which :class:`SectionHeader` parses.
         chunks: int64 of shape (2, columns): all offsets, then all sizes. Each item has one column
             per dimension, and a scalar has one column (offset 0, size 1).
     """
@@ -49,12 +49,12 @@ class Section(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The items of a rank's local plan that the rank is to write.
+    """The items of a rank's local plan that the rank must write.
 
     Attributes:
         positions: int32, positions in the local plan.
-        hints: int32, the index of each item's chunk in the metadata.
-        storage_data: the plan's data from the storage writer.
+        hints: int32, the index of each item's chunk among its tensor's chunks in the metadata.
+        storage_data: ``SavePlan.storage_data``, from the storage writer.
     """
 
     positions: bytes
@@ -63,7 +63,7 @@ class Assignment(NamedTuple):
 
 
 class Locations(NamedTuple):
-    """The places where a rank has written the items of its plan.
+    """The places in files where a rank wrote the items of its plan.
 
     Attributes:
         files: file names.
@@ -76,7 +76,7 @@ class Locations(NamedTuple):
 
 
 class NotTabularError(Exception):
-    """The tables cannot express a plan, or cannot show that it is valid."""
+    """Tables cannot express a plan, or cannot show that it is valid."""
 
 
 def to_table(plan: SavePlan) -> PlanTable | SavePlan:
@@ -106,7 +106,7 @@ def to_assigned(plan: SavePlan, assignment: Assignment | SavePlan) -> SavePlan:
 
 
 def to_locations(plan: SavePlan, results: list[WriteResult]) -> Locations:
-    """Return where the storage writer has written the items of ``plan``."""
+    """Return where the storage writer wrote the items of ``plan``."""
     written = {result.index: result.storage_data for result in results}
     files: dict[str, int] = {}
     rows = []
@@ -126,7 +126,7 @@ def _to_table(plan: SavePlan) -> PlanTable:
     ):
         raise NotTabularError
     end = len(fqns)
-    while end and fqns[end - 1].startswith(_OF_ONE_RANK):
+    while end and fqns[end - 1].startswith(_RANK_LOCAL_PREFIX):
         end -= 1
     return PlanTable((_to_section(plan.items[:end]), _to_section(plan.items[end:])))
 

@@ -1,4 +1,4 @@
-"""Errors that are raised on all ranks instead of one, and checks of arguments on all ranks.
+"""Raise one rank's error on all ranks, and check arguments on all ranks.
 
 A rank that raises alone leaves the others blocked in the next collective.
 """
@@ -32,7 +32,7 @@ from .object_collectives import (
 
 _POLL_S = 0.05  # interval at which the store is polled
 _SHOWN = 3  # problems listed in one error message
-_calls: Counter[str] = Counter()  # of call_on_rank_0_via_store(), by operation, path and ranks
+_calls: Counter[str] = Counter()  # of call_on_rank_0_via_store, by operation, path and ranks
 
 
 @contextmanager
@@ -44,14 +44,13 @@ def raise_on_all_ranks(message: str, group: Group = None) -> Iterator[None]:
         group: process group; None for all ranks.
 
     Raises:
-        ValueError: the lowest rank that failed raised a ValueError; with its message.
-        RuntimeError: the lowest rank that failed raised another error; names the rank and the
-            error.
+        ValueError: the lowest rank that failed raised one; has the first line of its message.
+        RuntimeError: the lowest rank that failed raised another error; names rank and error.
     """
     error: BaseException | None = None
     try:
         yield
-    except (Exception, CheckpointException) as caught:  # DCP's is a BaseException
+    except (Exception, CheckpointException) as caught:  # the latter is a BaseException
         error = caught
     if not is_true_on_any_rank(error is not None, group):
         return
@@ -83,16 +82,16 @@ def call_on_rank_0_via_store(
 
     Args:
         what: the operation's name in messages.
-        path: path that the operation writes. Each rank counts its calls for the same path.
-        function: must need no other rank. In it, :mod:`.object_collectives` are local.
+        path: path that the operation writes. A rank's n-th call for a path gets the result of the
+            first rank's n-th call for it.
+        function: must need no other rank. :mod:`.object_collectives` are local while it runs.
         group: process group; None for all ranks.
 
     Returns:
         The result of ``function``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: ``function`` raised one; on every rank that
-            calls.
+        FileExistsError, FileNotFoundError, ValueError: ``function`` raised it on the first rank.
         RuntimeError: ``function`` raised another error (which the first rank raises unchanged), or
             the first rank did not call within the timeout of the process group.
     """
@@ -115,12 +114,12 @@ def call_on_rank_0_via_store(
             raise
         store.set("outcome", json.dumps([None, result]))
         return result
-    if not _is_set(store, "started", _timeout(store)):
+    if not _wait_for_key(store, "started", _timeout(store)):
         raise RuntimeError(
             f"rank {ranks[0]} has not called {what} for {path} within {_timeout(store)}; "
             f"call it on every rank, or on rank {ranks[0]} alone"
         )
-    _is_set(store, "outcome", None)  # no timeout: an export may take hours
+    _wait_for_key(store, "outcome", None)  # no timeout: an export may take hours
     kind, text = json.loads(store.get("outcome"))
     if kind is not None:
         raise _unpack_error(f"{what} failed on rank {ranks[0]}: ", kind, text)
@@ -139,7 +138,7 @@ def join_problems(problems: Sequence[str], noun: str = "differences") -> str:
 
 
 def _pack_error(error: BaseException, kept: tuple[type[Exception], ...]) -> tuple[str, str]:
-    """Return an error as the name of its type in ``kept``, or "", and one line of text."""
+    """Return the error's type in ``kept`` by name, or "" for another type, and its text."""
     kind = next((known.__name__ for known in kept if isinstance(error, known)), "")
     return kind, str(error) if kind and not isinstance(error, ValueError) else _one_line(error)
 
@@ -151,8 +150,8 @@ def _unpack_error(prefix: str, kind: str, text: str) -> Exception:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return type and first line of an error; of a ValueError the line alone."""
-    if isinstance(error, CheckpointException):  # collects the errors of all ranks
+    """Return type and first line of an error; for a ValueError, only the line."""
+    if isinstance(error, CheckpointException):  # holds the errors of all ranks
         failures = error.failures
         if failures:
             error = failures[min(failures)][0]
@@ -160,8 +159,8 @@ def _one_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0]
 
 
-def _is_set(store: dist.Store, key: str, timeout: timedelta | None) -> bool:
-    """Wait until ``key`` is set, and return whether it is."""
+def _wait_for_key(store: dist.Store, key: str, timeout: timedelta | None) -> bool:
+    """Wait until ``key`` is set, and return True. Return False after ``timeout``, if given."""
     deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
     while not store.check([key]):
         if deadline is not None and time.monotonic() > deadline:
@@ -202,9 +201,9 @@ def check_same_on_all_ranks(arguments: dict[str, Any], group: Group = None) -> N
         arguments: values by their names in messages.
         group: process group; None for all ranks.
     """
-    rows = all_gather_object(list(arguments.values()), group)
-    for index, row in enumerate(rows):
-        for name, first, other in zip(arguments, rows[0], row, strict=True):
+    values_of_ranks = all_gather_object(list(arguments.values()), group)
+    for index, values in enumerate(values_of_ranks):
+        for name, first, other in zip(arguments, values_of_ranks[0], values, strict=True):
             if other != first:
                 raise ValueError(
                     f"ranks give different values of {name}: {first!r} on rank "

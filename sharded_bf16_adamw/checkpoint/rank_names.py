@@ -1,14 +1,15 @@
 """Checkpoint names for different tensors that have the same FQN on several ranks.
 
-Names in a checkpoint are unique, but experts and pipeline stages have FQNs that are unique only on
-their own rank. The checkpoint's names add what is missing::
+Names in a checkpoint are unique, but the FQNs of experts and pipeline stages are unique only on
+their own rank. The checkpoint's names add an expert number, an ``ep`` rank or a stage::
 
-    rank 1 of ep: moe.experts.0.weight, of 2 on each rank         ->  moe.experts.2.weight
-    rank 1 of ep: moe.w1 (not a ModuleList: experts not numbered) ->  moe.w1@ep1
-    stage 1 of pp: layers.0.weight, unlike that of stage 0        ->  layers.0.weight@pp1
+    rank 1 of ep, 2 experts on each rank: moe.experts.0.weight    ->  moe.experts.2.weight
+    rank 1 of ep, experts not in a ModuleList: moe.w1             ->  moe.w1@ep1
+    stage 1 of pp, stage 0 has another weight: layers.0.weight    ->  layers.0.weight@pp1
 
-If one layer's name needs its stage, the names of all layers in that list get it. Otherwise a layer
-number that only one stage has would look global to a pipeline that is cut elsewhere.
+If the name of one layer gets its stage, so do the names of all layers in that list. Otherwise a
+number that only one stage has would look like one of the whole model, and a pipeline with other
+stage boundaries would load a wrong layer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RankNames:
         optimizer: its ``model_parallel``, if any, tells which parameters differ between ranks.
 
     Raises:
-        ValueError: a module or parameter named as an expert is not part of the model, or FSDP1 is
+        ValueError: a module or parameter given as an expert is not part of the model, or FSDP1 is
             combined with pipeline stages or experts.
     """
 
@@ -85,19 +86,19 @@ class RankNames:
     def to_fqn(self, name: str) -> str:
         """Return this rank's FQN for a name in a checkpoint. Inverse of :meth:`to_saved`.
 
-        Only names of this rank's parameters, buffers and extra states change.
+        Names of other ranks' tensors and extra states are returned unchanged.
         """
         if self._fqn_of_saved is None:
             self._fqn_of_saved = {self.to_saved(fqn): fqn for fqn in self._fqns}
         return self._fqn_of_saved.get(name, name)
 
     def with_stage(self, name: str) -> str:
-        """Append this rank's stage to a checkpoint's name if the name is marked to have one."""
+        """Append this rank's stage to a checkpoint's name that is marked to have one."""
         has_stage = name in self._stage_names or name.startswith(tuple(self._stage_lists))
         return f"{name}@pp{self.stage}" if has_stage else name
 
     def mark_stage_names(self, names: Iterable[str]) -> None:
-        """Mark these names, and all names in the same lists of layers, to have their stage."""
+        """Mark names, and all names in the same lists of layers, to have a stage appended."""
         for name in names:
             prefix = _list_prefix(name)
             if prefix is None:
@@ -107,7 +108,7 @@ class RankNames:
         self._fqn_of_saved = None
 
     def adopt_stages(self, saved: Iterable[str]) -> None:
-        """Mark the names that have this rank's stage among ``saved``, the names in a checkpoint."""
+        """Mark each name that was saved with this rank's stage. ``saved``: a checkpoint's names."""
         if self.stage is not None:
             suffix = f"@pp{self.stage}"
             self._stage_names.update(
@@ -118,21 +119,21 @@ class RankNames:
     def _with_expert(self, fqn: str) -> str:
         if self._ep_group is None:
             return fqn
-        by_rank = f"{fqn}@ep{self._ep_rank}"
+        with_rank = f"{fqn}@ep{self._ep_rank}"
         if fqn in self._expert_params:
-            return by_rank
+            return with_rank
         for module, count in self._expert_modules.items():
             if not fqn.startswith(f"{module}."):
                 continue
             index, _, rest = fqn.removeprefix(f"{module}.").partition(".")
             if count is None or not index.isdecimal():  # not a list, or the list's own extra state
-                return by_rank
+                return with_rank
             return f"{module}.{int(index) + self._first_expert[module]}.{rest}"
         return fqn
 
 
 def _state_dict_fqns(model: nn.Module) -> list[str]:
-    """Return the FQNs of parameters, buffers and possible extra states."""
+    """Return the FQNs of parameters and buffers, and of every module's possible extra state."""
     names = [name for name, _ in named_tensors(model)]
     names += [
         f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
@@ -142,7 +143,7 @@ def _state_dict_fqns(model: nn.Module) -> list[str]:
 
 
 def _list_prefix(name: str) -> str | None:
-    """``blocks.layers.0.weight`` -> ``blocks.layers.``; None if no segment is a number."""
+    """Return ``blocks.layers.`` for ``blocks.layers.0.weight``, None if it is not in a list."""
     segments = name.split(".")
     index = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
     return ".".join([*segments[:index], ""]) if index else None
@@ -151,7 +152,7 @@ def _list_prefix(name: str) -> str | None:
 def _find_experts(
     model: nn.Module, parallel: ModelParallel
 ) -> tuple[dict[str, int | None], set[str]]:
-    """Return the expert modules, with the length of a ``ModuleList``, and expert parameters."""
+    """Return expert modules (a ``ModuleList`` with its length) and expert parameters, by FQN."""
     experts = {id(expert): expert for expert in parallel.experts}  # type: ignore[union-attr]
     if not experts:
         return {}, set()
@@ -176,7 +177,7 @@ def _find_experts(
             f"a {type(expert).__name__} in ModelParallel(experts=...) is not part of this model; "
             "name the modules that hold the experts"
         )
-    for fqn, module in modules:  # a ModuleList counts as named if all of its modules are
+    for fqn, module in modules:  # a ModuleList of experts only counts as an expert
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         if all(id(child) in experts for child in module):

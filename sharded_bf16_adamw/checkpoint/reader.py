@@ -26,19 +26,19 @@ def _natural_order(item: tuple[str, Any]) -> list[str | int]:
 class CheckpointReader:
     """An open checkpoint that :func:`sharded_bf16_adamw.save` wrote.
 
-    No pickle is executed: the metadata goes through an unpickler that only knows the classes of
-    tensor metadata, and the tensors through ``torch.load(weights_only=True)``.
+    Reading executes no code from the checkpoint: the unpickler of the metadata knows only the
+    classes of tensor metadata, and tensors are read by ``torch.load(weights_only=True)``.
 
     Attributes:
         path: the checkpoint's directory.
         manifest: its manifest.
-        infos: shape and dtype of each tensor by key, such as ``model.layer.weight``, ordered by
-            key with numbers as numbers (the order in the metadata depends on the ranks).
+        infos: shape and dtype of each tensor by key, such as ``model.layer.weight``. Keys are
+            sorted, with ``layers.2`` before ``layers.10``.
         blocks: the parts of each tensor on disk, which show how it was sharded.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: manifest or metadata are damaged.
+        ValueError: the manifest or the metadata is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,7 +68,7 @@ class CheckpointReader:
             raise self._error("; ".join(damage))
 
     def read(self, key: str) -> Tensor:
-        """Return a full tensor in CPU memory. Needs memory for one more block if it was sharded.
+        """Return a full tensor in CPU memory. If it was sharded, needs memory for one more block.
 
         Raises:
             ValueError: a block cannot be read.

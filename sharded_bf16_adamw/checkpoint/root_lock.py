@@ -1,8 +1,8 @@
-"""A lock on a root that one save at a time holds, so that a second job there gets an error.
+"""A lock on a root folder that one save at a time holds, so that a second job gets an error.
 
-The lock is an flock: the kernel releases it when its process dies. A network file system may share
-it with other hosts, keep it on one host, or have no locks. So nothing relies on the lock alone:
-every temporary name of a save is unique.
+The lock is an ``flock``, which the kernel releases when the process dies. On a network file system
+it may apply to all hosts or to one host only, or be unavailable. So saves do not rely on the lock
+alone: their temporary names are unique.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RootLockedError(RuntimeError):
     """Another save holds the lock.
 
     Attributes:
-        holder: its process and machine.
+        holder: process and machine of that save.
     """
 
     def __init__(self, message: str, holder: str) -> None:
@@ -37,8 +37,8 @@ class RootLock:
 
     Raises:
         RootLockedError: another save holds the lock.
-        OSError: the root cannot be written to; or, with an errno of ``_NO_LOCKS``, its file system
-            has no locks.
+        OSError: the root cannot be written to, or its file system has no locks (an errno in
+            ``_NO_LOCKS``).
     """
 
     def __init__(self, root: Path) -> None:
@@ -88,16 +88,13 @@ def lock_if_possible(root: Path) -> RootLock | None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        if error.errno != errno.EBADF:  # EBADF: another user's file on a network file system
+        if error.errno != errno.EBADF:  # EBADF: NFS cannot lock another user's file; keep it
             (root / LOCK).unlink(missing_ok=True)
         return None
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open the lock's file, and return its descriptor and whether it is writable.
-
-    Another user's file is not writable.
-    """
+    """Open the lock's file; return its descriptor and whether this user may write to it."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
     except PermissionError:

@@ -1,8 +1,8 @@
 """Read and write safetensors files, alone or sharded with an index as Hugging Face models are.
 
-The ``safetensors`` library reads. It cannot write: its ``save_file`` takes all tensors of a file at
-once, while an export holds one tensor at a time. So :func:`write_file` writes the format itself:
-the header's length in 8 little-endian bytes, a JSON header, and the raw bytes of the tensors::
+The ``safetensors`` library reads the files. Its ``save_file`` needs all tensors of a file at once,
+but an export holds one tensor at a time. So :func:`write_file` writes the format itself: the
+header's length in 8 little-endian bytes, a JSON header, and the raw bytes of the tensors::
 
     {"__metadata__": {"format": "pt"},
      "w": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}}
@@ -62,9 +62,9 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFile:
-    """An open safetensors file. On opening, the library checks the header and the file's size.
+    """An open safetensors file, whose header and size the library has checked.
 
-    The file is mapped, so it must not be truncated while it is open.
+    The file is memory-mapped, so it must not be truncated while it is open.
 
     Attributes:
         infos: shape and dtype of each tensor by name, in the order of the file.
@@ -93,7 +93,7 @@ class SafetensorsFile:
             self.infos[name] = TensorInfo(tuple(header.get_shape()), DTYPES[header.get_dtype()])
 
     def read(self, name: str, block: Block | None = None) -> Tensor:
-        """Return a tensor, or one block of it, mapped into CPU memory: only used parts are read."""
+        """Return a tensor or one block of it, memory-mapped: only the parts in use are read."""
         with torch.device("cpu"):  # the caller's default device would apply otherwise
             tensor: Tensor = self._file.get_tensor(name)
         return tensor if block is None else block.view_in(tensor)
@@ -150,8 +150,7 @@ def write_file(
     Args:
         path: the file.
         infos: shape and dtype of each tensor, in the order of the file.
-        get_tensor: returns the tensor of a name in CPU memory, with its shape and dtype in
-            ``infos``.
+        get_tensor: returns the named tensor, in CPU memory, with the shape and dtype in ``infos``.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -185,8 +184,8 @@ def write_sharded(
 ) -> None:
     """Write files of at most ``max_shard_bytes`` of tensors and their index into ``directory``.
 
-    A larger tensor has a file to itself. Several ranks share the files, which then are small enough
-    that every rank has one. Rank 0 writes the index.
+    A larger tensor has a file to itself. If several ranks write, each writes a share of the files,
+    and a file has at most ``1 / world_size`` of all bytes. Rank 0 writes the index.
     """
     share = -(-_total_bytes(infos.values()) // world_size)
     shards = _split_into_shards(infos, min(max_shard_bytes, share))

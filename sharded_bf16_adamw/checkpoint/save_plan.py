@@ -1,10 +1,10 @@
-"""The plan of a save for all ranks, computed on tables instead of DCP's objects.
+"""The global plan of a save, computed on tables instead of DCP's objects.
 
 With 1,024 ranks and 1,200 tensors there are a million write items, and DCP's planner takes a minute
-on rank 0 while all GPUs are idle. Here each rank sends a table of integers, and rank 0 answers with
-the positions of the items that the rank is to write. The result is that of DCP's
-``DefaultSavePlanner.create_global_plan``: a plan that the tables cannot express, or that may be
-invalid, is given to DCP's planner.
+on rank 0 while all GPUs are idle. Instead, each rank sends tables of integers, and rank 0 replies
+with the positions of the items that the rank must write. The result equals that of DCP's
+``DefaultSavePlanner.create_global_plan``, which is called if the tables cannot express the plan or
+the plan may be invalid.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MergedPlan(NamedTuple):
 
     Attributes:
         assignments: the argument of :func:`to_assigned` for each rank.
-        to_chunks: returns all chunks, from the locations of all ranks.
+        to_chunks: returns all chunks, given the locations of all ranks.
     """
 
     assignments: list[Assignment | SavePlan]
@@ -52,7 +52,7 @@ def merge_plans(
     planner: DefaultSavePlanner,
     prepare: Callable[[list[SavePlan]], list[SavePlan]],
 ) -> MergedPlan:
-    """Assign each write item that several ranks have to one of these ranks, and check the result.
+    """Assign each replicated write item to one of its ranks, and check the result.
 
     Args:
         tables: results of :func:`to_table`, in rank order.
@@ -76,14 +76,15 @@ def merge_plans(
         [to_plan(table) if isinstance(table, PlanTable) else table for table in tables]
     )
 
-    # The plans, with objects for each write item of each rank, are not kept with to_chunks.
+    # to_chunks stays in the plan cache, so it must not hold the plans: they have an object for each
+    # write item of each rank. In this table, an item's number replaces its offset in a file.
     indices = [item.index for plan in plans for item in plan.items]
     num_items = len(indices)
     numbers = {index: _StorageInfo("", number, 0) for number, index in enumerate(indices)}
     numbered = ChunkTable.from_metadata(replace(metadata, storage_data=numbers))
 
-    def to_chunks(of_ranks: list[Locations]) -> ChunkTable:
-        files, places = _join(of_ranks)
+    def to_chunks(locations: list[Locations]) -> ChunkTable:
+        files, places = _join(locations)
         assert places.shape[1] == num_items, "each rank tells the place of each of its write items"
         tensors = {
             fqn: tensor._replace(places=places[:, tensor.places[1]])
@@ -94,11 +95,11 @@ def merge_plans(
     return MergedPlan(list(prepare(plans)), to_chunks)
 
 
-def _join(of_ranks: list[Locations]) -> tuple[list[str], np.ndarray]:
-    """Return all files, and file number, offset and length of each write item: (3, items)."""
+def _join(locations: list[Locations]) -> tuple[list[str], np.ndarray]:
+    """Return all file names, and each write item's file number, offset and length: (3, items)."""
     files: dict[str, int] = {}
     parts = []
-    for names, columns in of_ranks:
+    for names, columns in locations:
         numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
         places = np.frombuffer(columns, np.int64).reshape(3, -1)
         parts.append(np.stack([numbers[places[0]], places[1], places[2]]))
@@ -106,18 +107,18 @@ def _join(of_ranks: list[Locations]) -> tuple[list[str], np.ndarray]:
 
 
 class _Tensor(NamedTuple):
-    """Global size and properties of an FQN, equal on all ranks."""
+    """Global size and properties of a tensor, equal on all ranks."""
 
     size: torch.Size
     properties: TensorProperties
 
 
-class _Block:
-    """All sections with the same header.
+class _StackedSections:
+    """All sections with the same header at the same position of the ranks' plans.
 
     Attributes:
         ranks: the ranks that have such a section, in order.
-        first: the position of the section's first item in the plans of these ranks.
+        first: the position of the section's first item in the plans.
         chunks: int64 of shape (ranks, 2, columns), as in :class:`Section`.
     """
 
@@ -132,22 +133,22 @@ class _Block:
 
 
 class _Entry(NamedTuple):
-    """A write item that the ranks of a block have in common; ``start`` is its first column."""
+    """A write item in each of the stacked sections; ``start`` is its first column."""
 
-    block: _Block
+    stack: _StackedSections
     start: int
     is_shard: bool
 
 
 class _Merger:
-    """DCP's global plan on arrays with an element for each write item of each rank.
+    """DCP's global plan, computed on arrays with one element per write item of each rank.
 
     The elements are in DCP's order: by rank, then by position in the rank's plan.
     """
 
     def __init__(self, tables: list[PlanTable]) -> None:
         self._world = len(tables)
-        self._blocks: list[_Block] = []
+        self._stacks: list[_StackedSections] = []
         self._read(tables)
         self._index_tensors()
         self._flatten()
@@ -157,7 +158,7 @@ class _Merger:
         self._cut()
 
     def _read(self, tables: list[PlanTable]) -> None:
-        known: dict[tuple[bytes, int], _Block] = {}
+        stacks: dict[tuple[bytes, int], _StackedSections] = {}
         headers: dict[bytes, SectionHeader] = {}
         for rank, table in enumerate(tables):
             first = 0
@@ -166,19 +167,19 @@ class _Merger:
                     headers[packed] = SectionHeader(packed)
                 header = headers[packed]
                 if header.fqns:
-                    block = known.setdefault((packed, first), _Block(header, first))
-                    block.ranks.append(rank)
-                    block.parts.append(chunks)
+                    stack = stacks.setdefault((packed, first), _StackedSections(header, first))
+                    stack.ranks.append(rank)
+                    stack.parts.append(chunks)
                 first += len(header.fqns)
-        self._blocks = list(known.values())
-        for block in self._blocks:
-            block.finish()
+        self._stacks = list(stacks.values())
+        for stack in self._stacks:
+            stack.finish()
 
     def _index_tensors(self) -> None:
-        """Assign each FQN a number, and a range of integers: one for each possible offset."""
+        """Assign each FQN a number, and a range of keys: one key for each possible offset."""
         self._tensors: dict[str, _Tensor] = {}
-        for block in self._blocks:
-            header = block.header
+        for stack in self._stacks:
+            header = stack.header
             tensors = map(_Tensor, header.sizes, header.properties)
             for fqn, tensor in zip(header.fqns, tensors, strict=True):
                 if self._tensors.setdefault(fqn, tensor) != tensor:
@@ -188,22 +189,22 @@ class _Merger:
         nbytes = [
             prod(each.size) * each.properties.dtype.itemsize or 1 for each in self._tensors.values()
         ]
-        items = sum(len(block.ranks) * len(block.header.fqns) for block in self._blocks)
+        items = sum(len(stack.ranks) * len(stack.header.fqns) for stack in self._stacks)
         if max([*ends[-1:], max(nbytes, default=0) * items]) >= _MAX_INT:
             raise NotTabularError
         self._bases = [0, *ends[:-1]]
-        self._nbytes = np.array(nbytes, np.int64)  # of the full tensor, as DCP balances
+        self._nbytes = np.array(nbytes, np.int64)  # of the full tensors, by which DCP balances
 
     def _flatten(self) -> None:
-        """Fill the arrays: rank, position, FQN's number, key, entry, and row in the block.
+        """Fill the arrays: rank, position, FQN's number, key, entry, and row in the stack.
 
-        The key is an integer that is equal for replicas only.
+        Two items have the same key only if they are replicas.
         """
         columns: list[list[Any]] = []
         self._entries: list[_Entry] = []
-        for block in self._blocks:
-            header = block.header
-            offsets, sizes, shape = block.chunks[:, 0], block.chunks[:, 1], np.array(header.shape)
+        for stack in self._stacks:
+            header = stack.header
+            offsets, sizes, shape = stack.chunks[:, 0], stack.chunks[:, 1], np.array(header.shape)
             if (offsets < 0).any() or (sizes < 0).any() or (sizes > shape - offsets).any():
                 raise NotTabularError
             weights = [
@@ -214,11 +215,11 @@ class _Merger:
             fqns = np.array([self._numbers[fqn] for fqn in header.fqns])
             bases = np.array([self._bases[fqn] for fqn in fqns], np.int64)
             keys = np.add.reduceat(offsets * np.array(weights, np.int64), header.starts, axis=1)
-            rows, items = keys.shape
+            rows, items = keys.shape  # one row per rank of the stack
             columns.append(
                 [
-                    np.repeat(block.ranks, items),
-                    np.tile(block.first + np.arange(items), rows),
+                    np.repeat(stack.ranks, items),
+                    np.tile(stack.first + np.arange(items), rows),
                     np.tile(fqns, rows),
                     (keys + bases).ravel(),
                     np.tile(len(self._entries) + np.arange(items), rows),
@@ -226,7 +227,7 @@ class _Merger:
                 ]
             )
             self._entries += [
-                _Entry(block, start, is_shard)
+                _Entry(stack, start, is_shard)
                 for start, is_shard in zip(header.starts, header.is_shard, strict=True)
             ]
         joined = [np.concatenate(column) for column in zip(*columns, strict=True)] or [
@@ -246,13 +247,13 @@ class _Merger:
         ends = np.append(starts[1:], count)
         replicated = np.flatnonzero(ends - starts > 1)
         replicated = replicated[np.argsort(order[starts[replicated]])]  # in DCP's order
-        # Bytes of items without replicas, from the start of the rank's plan up to each item. DCP
-        # assigns a key while it reads the plan of the key's first rank, so of all ranks with the
-        # key only the first one has such bytes yet.
-        alone = np.zeros(count, np.int64)
-        singles = order[starts[ends - starts == 1]]
-        alone[singles] = self._nbytes[self._fqn[singles]]
-        before = np.cumsum(alone) - alone
+        # DCP assigns a key when it reads the plan of the key's first rank. The later ranks' plans
+        # have not been read then, so of the key's ranks only the first has bytes of unreplicated
+        # items yet: those before the key's item in its plan.
+        unreplicated_bytes = np.zeros(count, np.int64)
+        unreplicated = order[starts[ends - starts == 1]]
+        unreplicated_bytes[unreplicated] = self._nbytes[self._fqn[unreplicated]]
+        before = np.cumsum(unreplicated_bytes) - unreplicated_bytes
         rank_starts = np.searchsorted(self._rank, np.arange(self._world))
         before -= before[np.minimum(rank_starts, count - 1)][self._rank] if count else 0
         loads = [0] * self._world
@@ -262,10 +263,10 @@ class _Merger:
             holders = set(ranks)
             if len(holders) != len(ranks):
                 raise NotTabularError
-            own, nbytes = int(before[items[0]]), int(self._nbytes[self._fqn[items[0]]])
-            loads[ranks[0]] += own
-            chosen = min(holders, key=loads.__getitem__)  # DCP takes the first in the set's order
-            loads[ranks[0]] -= own
+            first_bytes, nbytes = int(before[items[0]]), int(self._nbytes[self._fqn[items[0]]])
+            loads[ranks[0]] += first_bytes
+            chosen = min(holders, key=loads.__getitem__)  # ties: in the set's order, as in DCP
+            loads[ranks[0]] -= first_bytes
             loads[chosen] += nbytes
             self._kept[items] = False
             self._kept[items[ranks.index(chosen)]] = True
@@ -278,7 +279,7 @@ class _Merger:
         self._hint = np.full(len(self._kept), -1)
         lengths = np.diff(np.append(starts, len(by_fqn)))
         self._hint[by_fqn] = np.arange(len(by_fqn)) - np.repeat(starts, lengths)
-        # items of each FQN, in the order of the metadata's FQNs
+        # items per FQN, in the metadata's order
         parts = np.split(by_fqn, starts[1:]) if len(by_fqn) else []
         self._items = sorted(parts, key=lambda items: int(items[0]))
         self._fqns = list(self._tensors)
@@ -286,9 +287,9 @@ class _Merger:
     def _validate(self) -> None:
         """Collect the chunks, and check them as DCP does.
 
-        Where a check fails, DCP's planner raises its own error.
+        If a check fails, DCP's planner takes over and raises its own error.
         """
-        self._boxes: list[np.ndarray] = []  # of each FQN, in the metadata's order
+        self._boxes: list[np.ndarray] = []  # per FQN, in the metadata's order
         for items in self._items:
             size = self._tensors[self._fqns[self._fqn[items[0]]]].size
             chunks = self._chunks(items)
@@ -311,27 +312,27 @@ class _Merger:
         result = np.empty((len(items), 2, dims), np.int64)
         entries = self._entry[items]
         for entry in np.unique(entries):
-            here = entries == entry
-            block, start, _ = self._entries[entry]
-            result[here] = block.chunks[self._row[items[here]], :, start : start + dims]
+            mask = entries == entry
+            stack, start, _ = self._entries[entry]
+            result[mask] = stack.chunks[self._row[items[mask]], :, start : start + dims]
         return result
 
     def _cut(self) -> None:
-        """Cut positions and hints into parts for each rank, and free all other arrays."""
+        """Split positions and hints by rank, and free all other arrays."""
         kept = np.flatnonzero(self._kept)
         starts = np.searchsorted(self._rank[kept], np.arange(self._world + 1))
         columns = [column[kept].astype(np.int32) for column in (self._position, self._hint)]
         self._parts = [
             [column[start:end].tobytes() for column in columns] for start, end in pairwise(starts)
         ]
-        number = np.cumsum(self._kept) - 1  # among the items of all assignments
+        number = np.cumsum(self._kept) - 1  # among the kept items of all ranks
         self._order = [number[items].astype(np.int32) for items in self._items]
         self._fqns = [self._fqns[self._fqn[items[0]]] for items in self._items]
         self._mappings: dict[str, tuple[str]] = {}  # in DCP's order
-        for block in sorted(self._blocks, key=lambda block: (-block.ranks[-1], block.first)):
-            self._mappings.update({fqn: (fqn,) for fqn in block.header.fqns})
+        for stack in sorted(self._stacks, key=lambda stack: (-stack.ranks[-1], stack.first)):
+            self._mappings.update({fqn: (fqn,) for fqn in stack.header.fqns})
         del self._kept, self._rank, self._position, self._hint, self._key, self._fqn, self._entry
-        del self._row, self._items, self._blocks, self._entries, self._nbytes
+        del self._row, self._items, self._stacks, self._entries, self._nbytes
 
     def assignments(self, storage_data: list[Any]) -> list[Assignment | SavePlan]:
         return [
@@ -339,8 +340,8 @@ class _Merger:
             for (positions, hints), data in zip(self._parts, storage_data, strict=True)
         ]
 
-    def to_chunks(self, of_ranks: list[Locations]) -> ChunkTable:
-        files, places = _join(of_ranks)
+    def to_chunks(self, locations: list[Locations]) -> ChunkTable:
+        files, places = _join(locations)
         tensors = {
             fqn: SavedTensor(*self._tensors[fqn], boxes, places[:, order])
             for fqn, boxes, order in zip(self._fqns, self._boxes, self._order, strict=True)
@@ -349,13 +350,13 @@ class _Merger:
 
 
 def _are_disjoint(chunks: np.ndarray, size: np.ndarray) -> bool:
-    """Return True if chunks with different offsets certainly do not overlap.
+    """Return True if chunks with different offsets cannot overlap.
 
-    That holds if in each dimension, all chunks that begin at one offset end before the next offset.
+    This is so if, in each dimension, no chunk reaches beyond the next offset of another chunk.
     """
     empty = (chunks[:, 1] == 0).any(axis=1)
     if not (chunks[empty, 0] == size).any(axis=1).all():
-        return False  # DCP may find that an empty chunk overlaps with the chunk around it
+        return False  # to DCP, an empty chunk may overlap the chunk around it
     offsets, ends = chunks[~empty, 0], chunks[~empty].sum(axis=1)
     for dim in range(len(size)):
         starts, index = np.unique(offsets[:, dim], return_inverse=True)

@@ -1,6 +1,6 @@
 """Write a checkpoint: plan on all ranks, write in parallel, publish once all files are on disk.
 
-If any rank fails, :func:`.rank_errors.raise_on_all_ranks` raises on all of them, and
+If any rank fails, :func:`.rank_errors.raise_on_all_ranks` raises on all ranks, and
 :func:`.commit.abandon_on_error` removes the unpublished folder.
 """
 
@@ -99,8 +99,8 @@ def save(
         root: folder of all checkpoints of one run, on a file system that every rank sees. While a
             save is in progress, another save to the same root raises. On a file system without
             locks both proceed, and neither harms the other.
-        step: position of the run, not negative. Saving a step again, as a resumed run does,
-            replaces the older save of that step. The new folder gets a name of its own, such as
+        step: training step, not negative. Saving a step again, as a resumed run does, replaces the
+            older save of that step. The new folder gets a name of its own, such as
             ``step-00000200-2``.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
@@ -179,13 +179,13 @@ def save(
             ties = find_ties(model, names)
         with gc_paused():
             packed = gather_object(pickle.dumps((own_groups, own_values, ties)), group)
-            # Most ranks send equal bytes, and of equal ones only the first matters below.
-            of_ranks = [pickle.loads(each) for each in dict.fromkeys(packed)]
+            # Most ranks send equal bytes, and duplicates would not change the result.
+            unpacked = [pickle.loads(each) for each in dict.fromkeys(packed)]
         manifest = None
         if rank(group) == 0:
-            groups = merge_param_groups([groups for groups, _, _ in of_ranks])
+            groups = merge_param_groups([groups for groups, _, _ in unpacked])
             values = {
-                key: value for _, values, _ in reversed(of_ranks) for key, value in values.items()
+                key: value for _, values, _ in reversed(unpacked) for key, value in values.items()
             }
             manifest = Manifest(
                 step=step,
@@ -196,7 +196,7 @@ def save(
                 groups=groups,
                 values=values,
                 extra=extra,
-                ties=merge_ties([ties for _, _, ties in of_ranks]),
+                ties=merge_ties([ties for _, _, ties in unpacked]),
             )
         writer = ChecksummedWriter(partial)
         planner: SavePlanner
@@ -227,7 +227,7 @@ def save(
 
 @dataclass
 class _Save:
-    """A planned save. It reads model and optimizer only through the tensors of ``planner``."""
+    """A planned save. It reads model and optimizer only through ``planner``."""
 
     partial: Path
     final: Path
@@ -256,19 +256,19 @@ class _Save:
                 if isinstance(self.planner, StagedPlanner):
                     self.planner.give_back()
             with gc_paused():  # all ranks have written, so no rank waits long for another
-                of_ranks = gather_object((locations, self.writer.files), group)
+                gathered = gather_object((locations, self.writer.files), group)
             with raise_on_all_ranks(failed, group):
                 if rank(group) == 0:
-                    self._finish([where for where, _ in of_ranks], [files for _, files in of_ranks])
+                    self._finish([each for each, _ in gathered], [files for _, files in gathered])
         optimizer = self.optimizer()
         if optimizer is not None:
-            plan_cache.keep(optimizer, self.planned)
+            plan_cache.store_plan(optimizer, self.planned)
 
-    def _finish(self, of_ranks: list[Locations], files: list[dict[str, FileRecord]]) -> None:
+    def _finish(self, locations: list[Locations], files: list[dict[str, FileRecord]]) -> None:
         assert self.planned.to_chunks is not None and self.manifest is not None
         check_files_visible(self.partial, files)
         with gc_paused():
-            self.writer.write_metadata(self.planned.to_chunks(of_ranks))
+            self.writer.write_metadata(self.planned.to_chunks(locations))
         self.manifest.files = {
             name: record for part in [*files, self.writer.files] for name, record in part.items()
         }
@@ -292,7 +292,7 @@ def _plan(
 ) -> tuple[DefaultSavePlanner, PlannedSave]:
     """Plan what each rank writes. Replicas are written once, spread over the ranks. Collective.
 
-    If no rank's layout has changed since the optimizer's last save, its plan is used again.
+    Reuse the plan of the optimizer's last save if no rank's layout has changed since.
 
     Returns:
         The planner of ``tensors``, and this rank's plan.
@@ -303,11 +303,11 @@ def _plan(
         planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=is_first)
         writer.set_up_storage_writer(is_first, rank=rank(group), use_collectives=True)
         layout = plan_cache.layout_of(tensors, group)
-        known = plan_cache.take(optimizer, layout)
-    identities = set(all_gather_object(known and known.identity, group))
-    if known is not None and len(identities) == 1:
-        planner.finish_plan(known.plan)
-        return planner, known
+        cached = plan_cache.pop_plan(optimizer, layout)
+    identities = set(all_gather_object(cached and cached.identity, group))
+    if cached is not None and len(identities) == 1:
+        planner.finish_plan(cached.plan)
+        return planner, cached
     with raise_on_all_ranks(failed, group):
         local_plan = writer.prepare_local_plan(planner.create_local_plan())
         table = to_table(local_plan)

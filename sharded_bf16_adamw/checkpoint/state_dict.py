@@ -71,8 +71,8 @@ def get_state(
 ) -> CheckpointState:
     """Return the state of model and optimizer. Create optimizer states if there are none at all.
 
-    Tensors are those of model and optimizer, not copies, except under FSDP1, where the call is
-    collective. Keys contain the names in a checkpoint, by ``names``.
+    The tensors are live. Under FSDP1 they are copies, and the call is collective. Keys contain
+    checkpoint names, to which ``names`` maps the FQNs.
     """
     own = {clean_fqn(model, name): tensor for name, tensor in named_tensors(unwrap(model))}
     tensors: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def get_optimizer_state(
 ) -> CheckpointState:
     """Return the optimizer's part of :func:`get_state`, without entries that have no parameter.
 
-    ``ungrouped`` is that of :func:`.torch_state_dict.sharded_optimizer_state`.
+    For ``ungrouped`` see :func:`.torch_state_dict.sharded_optimizer_state`.
     """
     state_dict = sharded_optimizer_state(model, optimizer, ungrouped)
     tensors: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def _split(values: dict[str, Any], tensors: dict[str, Any], plain: dict[str, Any
 def set_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, names: RankNames
 ) -> None:
-    """Inverse of :func:`get_state`. Live tensors already hold their values."""
+    """Inverse of :func:`get_state`. Live tensors already hold the loaded values."""
     flat = {
         _with_fqn(key, names.to_fqn): value
         for key, value in {**state.tensors, **state.plain}.items()
@@ -147,7 +147,7 @@ def set_state(
         )
         for live, group in zip(optimizer.param_groups, state.groups, strict=True):
             for name, value in group.options.items():
-                live.setdefault(name, value)  # torch loads only options that the group already has
+                live.setdefault(name, value)  # if load_state_dict() drops new options
     entries: dict[Any, Any] = optimizer.state
     entries.update(_section(ENTRY, state.plain))
 
@@ -181,13 +181,13 @@ def _are_live(model: nn.Module, optimizer: torch.optim.Optimizer, state: Checkpo
 
 
 def _address(value: Any) -> tuple[int, int]:
-    """Return address and numel of this rank's shard; empty shards are all alike."""
+    """Return address and numel of this rank's shard, ``(0, 0)`` if it is empty."""
     local = to_local(value) if isinstance(value, Tensor) else torch.empty(0, device="cpu")
     return (local.data_ptr(), local.numel()) if local.numel() else (0, 0)
 
 
 def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> None:
-    """Load groups with ``load_state_dict``, for its checks and hooks, and keep the states."""
+    """Load groups by ``load_state_dict()``, so that its hooks run, and keep the states."""
     states = dict(optimizer.state)
     indices = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
     loaded = [
@@ -199,7 +199,7 @@ def _set_options(optimizer: torch.optim.Optimizer, groups: list[ParamGroup]) -> 
 
 
 def with_stages(state: CheckpointState, names: RankNames) -> CheckpointState:
-    """Return ``state`` with the names that :meth:`RankNames.mark_stage_names` has changed since."""
+    """Return ``state`` with the stage appended to the names that are marked in ``names``."""
 
     def rename(values: dict[str, Any]) -> dict[str, Any]:
         return {_with_fqn(key, names.with_stage): value for key, value in values.items()}
@@ -265,7 +265,7 @@ def get_rng_state(group: Group = None, every_device: bool = False) -> dict[str, 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
     """Inverse of :func:`get_rng_state`."""
-    # sorted: the current GPU's state before those by index, which win where both are present
+    # sorted: a state with a GPU's index comes later and overwrites that of the current GPU
     for key in sorted(state):
         kind, _, index = key.split(".", 2)[2].partition(".")
         if kind == "cpu":
@@ -275,10 +275,7 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 
 def _is_used(gpu: int) -> bool:
-    """Return True if this process has a context on the GPU.
-
-    Without a context, no random numbers were drawn on the GPU.
-    """
+    """Return True if this process has a context on the GPU, as drawing random numbers needs."""
     return torch._C._cuda_hasPrimaryContext(gpu)  # type: ignore[attr-defined]
 
 
@@ -323,7 +320,7 @@ def _describe_mesh(mesh: DeviceMesh) -> str:
 
 
 def split_state_key(key: str) -> tuple[str, str]:
-    """``optimizer.state.layer.weight.exp_avg`` -> ``("layer.weight", "exp_avg")``."""
+    """Split ``optimizer.state.layer.weight.exp_avg`` into ``("layer.weight", "exp_avg")``."""
     fqn, _, name = key.removeprefix(STATE).rpartition(".")
     return fqn, name
 
@@ -339,7 +336,7 @@ def fqn_of(key: str) -> str:
 
 
 def _with_fqn(key: str, rename: Callable[[str], str]) -> str:
-    """Return a key with its FQN renamed: ``model.a`` -> ``model.<rename(a)>``."""
+    """Rename the FQN in a key: ``model.a`` -> ``model.<rename(a)>``."""
     fqn = param_of_state(key)
     if fqn is None:
         name, *parts = key.removeprefix(MODEL).split(PART)

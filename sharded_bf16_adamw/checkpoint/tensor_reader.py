@@ -1,7 +1,7 @@
 """Read small tensors as ``torch.load`` does, without calling it for each of them.
 
 The inverse of :mod:`.tensor_writer`: the bytes around a tensor's data determine its dtype and
-shape. So the data between equal bytes are those of a tensor of the same dtype and shape.
+shape. If they equal those of an earlier tensor, only the data have to be read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Known(NamedTuple):
     size: torch.Size
 
     def parse(self, content: bytearray) -> Tensor | None:
-        """Return the tensor in ``content``, sharing memory, or None if the template differs."""
+        """Return the tensor in ``content``, sharing memory; None if the template does not match."""
         head, tail = self.template
         if not content.startswith(head) or not content.endswith(tail):
             return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config
 
-MAX_BYTES = 1 << 20  # of a small tensor; for larger ones writing outweighs those 0.3 ms
+MAX_BYTES = 1 << 20  # of a small tensor; for larger ones 0.3 ms are negligible
 _Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
@@ -77,7 +77,7 @@ def build_template(tensor: Tensor) -> Template | None:
 
 
 def without_crc32() -> AbstractContextManager[None]:
-    """Return a context in which ``torch.save`` adds no checksum; that of the file is cheaper."""
+    """Return a context in which ``torch.save`` adds no checksum. The file has its own."""
     return config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
 
 
@@ -88,7 +88,7 @@ def _saved(tensor: Tensor) -> bytes:
 
 
 def is_small_and_plain(tensor: Tensor) -> bool:
-    """Return True if ``tensor`` is small and has no other properties than dtype and shape."""
+    """Return True if ``tensor`` is small and on CPU, with nothing to save but its elements."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
@@ -101,7 +101,7 @@ def is_small_and_plain(tensor: Tensor) -> bool:
 
 
 def _data(tensor: Tensor) -> np.ndarray:
-    """Return the memory of a contiguous tensor in CPU memory as bytes."""
+    """Return the bytes of a contiguous CPU tensor, sharing memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 

@@ -32,8 +32,7 @@ Pair = tuple[str, str]  # two names whose saved values are compared
 def find_ties(model: nn.Module, rank_names: RankNames) -> list[list[str]]:
     """Return the model's sets of tied names, as names in a checkpoint.
 
-    The first name of each set has the state.
-    Buffers that share memory also count as tied.
+    The first name of each set has the state. Buffers that share memory also count as tied.
     """
     model = unwrap(model)
     ties: dict[Any, list[str]] = {}
@@ -91,8 +90,8 @@ def align_ties(
     }
     affected.update({id(tied): tied for tied in ties})
     targets = list(affected.values())
-    sources = [saved.sources_of(target) for target in targets]
-    pairs = [(source[0][0], other[0]) for source in sources for other in source[1:]]
+    sources_of_targets = [saved.sources_of(target) for target in targets]
+    pairs = [(sources[0][0], other[0]) for sources in sources_of_targets for other in sources[1:]]
     pairs_of_ranks = gather_object(pairs, group)
     different = call_on_rank_0(
         f"cannot compare tied names in the checkpoint {folder}",
@@ -101,9 +100,9 @@ def align_ties(
         ),
         group,
     )
-    for target, source in zip(targets, sources, strict=True):
-        if source:
-            saved.redirect(target, source)
+    for target, sources in zip(targets, sources_of_targets, strict=True):
+        if sources:
+            saved.redirect(target, sources)
     saved.rewrite()
     return [
         f"{first} and {other} are tied in the model but were saved with different "
@@ -185,7 +184,7 @@ class _SavedNames:
 
 
 def _all_names(model: nn.Module, rank_names: RankNames) -> list[str]:
-    """Return the saved names of all parameters and buffers, including those in flat parameters."""
+    """Return the checkpoint's names of all parameters and buffers, also in flat parameters."""
     names = [name for name, _ in named_tensors(model)]
     names += [prefix + name for prefix, flat in flat_params(model) for name in flat._fqns]
     return list(dict.fromkeys(rank_names.to_saved(clean_fqn(model, name)) for name in names))
@@ -226,7 +225,7 @@ def _states_by_name(keys: Iterable[str], manifest: Manifest) -> dict[str, list[s
 
 
 def _differences(folder: Path, manifest: Manifest, pairs: set[Pair]) -> dict[Pair, str]:
-    """Return the kind of values that differ, for each pair whose saved values differ."""
+    """Return which values differ, for each pair of names whose saved values differ."""
     if not pairs:
         return {}
     reader = CheckpointReader(folder)

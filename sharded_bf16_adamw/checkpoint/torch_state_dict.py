@@ -30,7 +30,7 @@ _ORDER = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "correction": 3}
 def sharded_model_state(model: nn.Module) -> dict[str, Any]:
     """Return the model's tensors by FQN.
 
-    They are the live tensors, except under FSDP1, where the call is collective.
+    The tensors are live. Under FSDP1 they are copies, and the call is collective.
     """
     model = unwrap(model)
     with _sharded_by_fsdp1(model):
@@ -38,7 +38,7 @@ def sharded_model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_sharded_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Inverse of :func:`sharded_model_state`, for copies; wrapper subclasses may be missing."""
+    """Inverse of :func:`sharded_model_state` for copies. Wrapper subclasses may be missing."""
     model = unwrap(model)
     with _sharded_by_fsdp1(model):
         result = model.load_state_dict(
@@ -58,13 +58,13 @@ def sharded_optimizer_state(
 ) -> dict[str, Any]:
     """Return the optimizer's state dict by FQN. Create the states if there are none.
 
-    Tensors are the live ones, except under FSDP1, where the call is collective.
+    The tensors are live. Under FSDP1 they are copies, and the call is collective.
 
     Args:
         model: the module, wrapped or not.
         optimizer: its optimizer.
-        ungrouped: include states of model parameters that were frozen by removal from their groups,
-            because the correction is still part of the weight.
+        ungrouped: include states of model parameters that are in no group (frozen by removal from
+            it), because the correction is still part of the weight.
 
     Returns:
         For example ``{"state": {"layer.weight": {"step": ..., "exp_avg": ...}},
@@ -93,7 +93,7 @@ def set_sharded_optimizer_state(
     state: dict[str, Any],
     ungrouped: bool = False,
 ) -> None:
-    """Inverse of :func:`sharded_optimizer_state`, for copies."""
+    """Inverse of :func:`sharded_optimizer_state` for copies."""
     model = unwrap(model)
     with _named_states_only(model, optimizer, ungrouped) as num_groups:
         _sort_states(optimizer)
@@ -124,7 +124,7 @@ def _param_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str
 
 
 def _rename_params(state_dict: dict[str, Any], rename: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return a copy of an optimizer's state dict with other keys for the parameters."""
+    """Return a copy of an optimizer's state dict with the parameters' keys renamed."""
     groups = [
         {**group, "params": [rename(key) for key in group["params"]]}
         for group in state_dict["param_groups"]
@@ -143,7 +143,7 @@ def _fsdp1_group(model: nn.Module) -> ProcessGroup | None:
 
 @contextmanager
 def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
-    """Let FSDP1's state dicts hold sharded tensors, and silence its warnings about itself."""
+    """Make FSDP1's state dicts hold sharded tensors, and silence torch's warnings about itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings(
@@ -166,10 +166,10 @@ def _sharded_by_fsdp1(model: nn.Module) -> Iterator[None]:
 def _named_states_only(
     model: nn.Module, optimizer: torch.optim.Optimizer, ungrouped: bool
 ) -> Iterator[int]:
-    """Hide from torch the states of tensors in no group and entries of no parameter.
+    """Hide states of tensors in no group, and entries of no parameter, from torch's functions.
 
-    With ``ungrouped``, a temporary last group holds the model's own parameters that are in no
-    group.
+    With ``ungrouped``, a temporary last group holds the model's parameters that have a state but
+    are in no group.
 
     Yields:
         The number of groups without the temporary one.
@@ -192,9 +192,9 @@ def _named_states_only(
 def _sort_states(optimizer: torch.optim.Optimizer) -> None:
     """Sort each parameter's states in the order in which an optimizer creates them.
 
-    torch's FSDP1 code gathers states one by one in the order of each rank's own dict. It builds
-    these dicts in the order of a set, which differs between ranks: one moment would end up in the
-    place of another.
+    FSDP1 gathers states one by one, in the order of each rank's dict. It also builds these dicts in
+    the order of a set, which differs between ranks. Without the sort, it could mix ``exp_avg`` of
+    one rank with ``exp_avg_sq`` of another.
     """
     for key, state in optimizer.state.items():
         if not isinstance(key, Tensor):

@@ -1,6 +1,6 @@
 """Send blocks of tensors between rank 0 and the other ranks, in one order for all ranks.
 
-Blocks travel between CPUs, because rank 0 holds the full tensors in CPU memory. NCCL would create a
+Blocks are sent from and to CPU memory, where rank 0 holds the full tensors. NCCL would create a
 communicator, with buffers on both GPUs, for every pair of ranks that send and receive.
 """
 
@@ -28,12 +28,12 @@ class ShardInfo(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A block that travels between rank 0 and other ranks.
+    """A block that is sent between rank 0 and other ranks.
 
     Attributes:
         key: key of the tensor.
-        block: the box of the tensor.
-        index_on: the block's index among the local blocks of each participating rank, by rank.
+        block: the block of the full tensor.
+        index_on: maps each rank whose shard takes part to the block's index in its local blocks.
     """
 
     key: Key
@@ -113,7 +113,7 @@ def scatter_block(
 
 
 def init_cpu_group(group: Group) -> None:
-    """Create the group of the transfers. All ranks call it, also those without a transfer."""
+    """Create the process group for transfers. Collective, also for ranks without a transfer."""
     if dist.is_initialized():
         cpu_group(group)
 
@@ -138,7 +138,7 @@ def _broadcast(tensor: Tensor, group: Group) -> None:
 
 
 def _cpu_buffer(tensor: Tensor, copy_values: bool) -> Tensor:
-    """Return the bytes of ``tensor`` as a 1-D CPU tensor: its own memory if possible or a copy."""
+    """Return a 1-D uint8 CPU tensor for ``tensor``: its own memory if possible, else a buffer."""
     if copy_values:
         tensor = tensor.cpu().contiguous()
     elif not tensor.is_cpu or not tensor.is_contiguous():

@@ -40,9 +40,9 @@ def save_worker(rank: int, world: int, root: str, case: Case) -> None:
     train(module, optimizer, 2)
     save(folder(root, case), 2, module, optimizer, keep=1)
     train(module, optimizer, 1)
-    many = 0 if CASES.index(case) % 2 else dcp_storage.MANY
+    many = 0 if CASES.index(case) % 2 else dcp_storage.CHUNKS_FILE_THRESHOLD
     with (
-        patch.object(dcp_storage, "MANY", many),
+        patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", many),
         patch.object(DefaultSavePlanner, "create_local_plan", side_effect=AssertionError),
     ):
         path = save(folder(root, case), 3, module, optimizer, {"saved by": case[0]}, keep=1)

@@ -20,7 +20,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorP
 from sharded_bf16_adamw import AdamW_BF16, load, save, verify
 from sharded_bf16_adamw.checkpoint import dcp_storage
 from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable, SavedTensor
-from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, MANY, parse_metadata, read_chunks
+from sharded_bf16_adamw.checkpoint.dcp_storage import (
+    CHUNKS,
+    CHUNKS_FILE_THRESHOLD,
+    parse_metadata,
+    read_chunks,
+)
 from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord, crc32_text
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 from sharded_bf16_adamw.checkpoint.metadata_pickle import dump_metadata
@@ -158,7 +163,7 @@ def trained(seed: int) -> tuple[torch.nn.Module, AdamW_BF16]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Return a checkpoint that was saved as one of many chunks."""
-    with patch.object(dcp_storage, "MANY", 0):
+    with patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         return save(tmp_path, 1, *trained(0))
 
 
@@ -167,7 +172,7 @@ def test_table_is_written_for_many_chunks_only(tmp_path, path):
         *(".metadata", ".chunks", "__0_0.distcp", "manifest.json")
     }
     few = save(tmp_path, 2, *trained(0))
-    assert not (few / CHUNKS).exists() and MANY > 10_000
+    assert not (few / CHUNKS).exists() and CHUNKS_FILE_THRESHOLD > 10_000
     chunks = ChunkTable.from_bytes((path / CHUNKS).read_bytes()).to_metadata()
     metadata = pickle.loads((path / ".metadata").read_bytes())
     assert chunks.storage_data == metadata.storage_data
@@ -206,7 +211,7 @@ def test_damaged_table_is_refused(path, damage):
 def test_stale_table_is_refused(tmp_path, path):
     """A table of another checkpoint is a valid one."""
     other = torch.nn.Linear(4, 3).bfloat16()
-    with patch.object(dcp_storage, "MANY", 0):
+    with patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         newer = save(tmp_path, 2, other, AdamW_BF16(other.parameters(), lr=1e-2))
     (path / CHUNKS).write_bytes((newer / CHUNKS).read_bytes())
     with pytest.raises(ValueError, match=r"\.chunks is not what was written; load another"):

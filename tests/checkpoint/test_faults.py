@@ -313,7 +313,7 @@ def test_read_error_after_the_check_is_reported(saved, target, monkeypatch):
     def fails(self, plan, planner):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(dcp_storage.PlainReader, "read_data", fails)
+    monkeypatch.setattr(dcp_storage.ChunkReader, "read_data", fails)
     with pytest.raises(
         RuntimeError,
         match=r"the model may be partly loaded, because the checkpoint .* could not be read "

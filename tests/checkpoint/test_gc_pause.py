@@ -74,7 +74,7 @@ def test_collector_is_paused_in_planning_finishing_and_parsing_only(tmp_path, mo
         (ChecksummedWriter, "write_metadata"),
         (dcp_storage._MetadataUnpickler, "find_class"),
         (DefaultLoadPlanner, "finish_plan"),
-        (dcp_storage.PlainReader, "read_data"),
+        (dcp_storage.ChunkReader, "read_data"),
     ):
         watch(owner, name)
     model = nn.Linear(4, 2).bfloat16()
@@ -86,6 +86,6 @@ def test_collector_is_paused_in_planning_finishing_and_parsing_only(tmp_path, mo
         "ChecksummedWriter.write_metadata": False,
         "_MetadataUnpickler.find_class": False,
         "DefaultLoadPlanner.finish_plan": False,
-        "PlainReader.read_data": True,
+        "ChunkReader.read_data": True,
     }
     assert gc.isenabled()

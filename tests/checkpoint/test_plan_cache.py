@@ -131,7 +131,7 @@ def test_changed_layout_is_planned_anew(tmp_path, change):
     with counted() as counts:
         path = save(tmp_path, 2, model, optimizer)
     assert tuple(counts) == PLANNED
-    with patch.object(plan_cache, "take", lambda *_: None):
+    with patch.object(plan_cache, "pop_plan", lambda *_: None):
         assert saved_metadata(path) == saved_metadata(save(tmp_path, 3, model, optimizer))
 
 
@@ -144,7 +144,7 @@ def test_failed_save_leaves_no_plan(tmp_path, async_):
         pytest.raises(RuntimeError, match="disk"),
     ):
         save_and_wait(tmp_path, model, optimizer, async_)
-    assert optimizer not in plan_cache._kept
+    assert optimizer not in plan_cache._plans
     with counted() as counts:
         save(tmp_path, 3, model, optimizer)
     assert tuple(counts) == PLANNED
@@ -239,7 +239,7 @@ def failing_rank_worker(rank: int, world: int, root: str, where: str) -> list[tu
         for async_ in (True, False):
             with pytest.raises(RuntimeError, match=r"on rank \d, OSError: disk"):
                 save_and_wait(root, model, optimizer, async_)
-            assert optimizer not in plan_cache._kept
+            assert optimizer not in plan_cache._plans
     outcomes = []
     for number in (3, 4):
         with counted() as counts:
@@ -267,9 +267,9 @@ def lost_plan_worker(rank: int, world: int, root: str) -> list[tuple[int, ...]]:
             path = save(root, number, model, optimizer)
         outcomes.append(tuple(counts))
         if number == 1 and rank == 1:  # as if this rank had not kept the plan of another save
-            plan_cache._kept[optimizer].identity = "another"
+            plan_cache._plans[optimizer].identity = "another"
         if number == 2 and rank == 0:
-            del plan_cache._kept[optimizer]
+            del plan_cache._plans[optimizer]
     expected = state(model, optimizer)
     other = trained(seed=9)
     load(path, *other)
@@ -305,7 +305,7 @@ def layouts_worker(rank: int, world: int, root: str, name: str) -> None:
     train(module, optimizer, 1)
     save(root, 1, module, optimizer)
     train(module, optimizer, 1)
-    with counted() as counts, patch.object(dcp_storage, "MANY", 0):
+    with counted() as counts, patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         cached = save(root, 2, module, optimizer, async_=True)
         expected = everything(module, optimizer)
         train(module, optimizer, 1)
@@ -316,7 +316,7 @@ def layouts_worker(rank: int, world: int, root: str, name: str) -> None:
     found, options = everything(again, optimizer_again)
     found = {key: found[key] for key in expected[0]}  # without states at step 0
     assert_same_bits((found, options), expected)
-    with patch.object(plan_cache, "take", lambda *_: None):
+    with patch.object(plan_cache, "pop_plan", lambda *_: None):
         planned = save(root, 3, module, optimizer)
     if rank == 0:
         assert saved_metadata(cached) == saved_metadata(planned)

@@ -44,7 +44,7 @@ def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Any]:
 
 def has_plan(optimizer: AdamW_BF16) -> Any:
     """Return the identity of the plan in the cache."""
-    planned = plan_cache._kept.get(optimizer)
+    planned = plan_cache._plans.get(optimizer)
     return planned and planned.identity
 
 

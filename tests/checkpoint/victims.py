@@ -168,7 +168,7 @@ def _rank(action: str, root: Path, rank: int, world: int, at: int | None) -> Non
             timeout=timedelta(seconds=SURVIVOR_TIMEOUT_S),
         )
     if action.startswith("repeated"):
-        dcp_storage.MANY = 0  # write the files of a checkpoint with many chunks
+        dcp_storage.CHUNKS_FILE_THRESHOLD = 0  # write the files of a checkpoint with many chunks
         _repeated_state.append(make(3, world > 1))
         save(f"{root}.first", 1, *_repeated_state[0], extra={"step": 1})
         # Fails if the save builds a plan instead of reusing the cached one.
