@@ -58,10 +58,10 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else type checkers would take every name for one of the package's
+if not TYPE_CHECKING:  # with this function type checkers would accept any attribute name
 
     def __getattr__(name: str) -> Any:
-        """Import what saves and loads when it is first used: importing DCP takes a second."""
+        """Import :mod:`.checkpoint` on first use, because importing DCP takes a second."""
         if name in __all__ or name == "checkpoint":
             checkpoint = importlib.import_module(".checkpoint", __name__)
             return checkpoint if name == "checkpoint" else getattr(checkpoint, name)

@@ -14,8 +14,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(p: Tensor, correction: Tensor) -> Tensor:
-    """Return the float32 value of a pair. Inverse of :func:`split`, up to 2^-17 of the value.
+    """Return ``p + correction`` in float32: the value given to :func:`split`, up to 2^-17 of it.
 
-    :mod:`.checkpoint.export` has the exact bound.
+    :mod:`.checkpoint.export` states the exact bound.
     """
     return p.float() + correction.float()

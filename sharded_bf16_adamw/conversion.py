@@ -17,11 +17,11 @@ def to_bf16_(model: nn.Module, keep_fp32: str | None) -> dict[Tensor, Tensor]:
 
     Args:
         model: the module, plain or sharded by ``fully_shard`` or tensor parallelism.
-        keep_fp32: regular expression; parameters and buffers in whose FQN it is found keep their
-            dtype.
+        keep_fp32: regular expression; parameters and buffers whose FQN it matches, anywhere in the
+            name, keep their dtype.
 
     Returns:
-        The correction of each converted parameter, bfloat16, sharded like the parameter. Parameters
+        The bfloat16 correction of each converted parameter, sharded like the parameter. Parameters
         stay the same objects.
 
     Raises:
@@ -31,9 +31,10 @@ def to_bf16_(model: nn.Module, keep_fp32: str | None) -> dict[Tensor, Tensor]:
     plain = unwrap(model)
     if has_fsdp1(model) or any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ValueError(
-            "the model is wrapped by DistributedDataParallel or FullyShardedDataParallel, which "
-            "have laid out buffers for float32; call from_fp32() before DistributedDataParallel, "
-            "and use fully_shard (FSDP2) in place of FullyShardedDataParallel"
+            "the model is wrapped by DistributedDataParallel or FullyShardedDataParallel, whose "
+            "buffers are already laid out for float32; call from_fp32() before "
+            "DistributedDataParallel, and use fully_shard (FSDP2) in place of "
+            "FullyShardedDataParallel"
         )
     kept: set[Tensor] = set()
     if keep_fp32 is not None:

@@ -28,7 +28,7 @@ from .torch_types import is_dtensor, is_fsdp1, is_fsdp2
 CPU_CHUNK = 1 << 16  # elements: smaller chunks add call overhead, larger ones leave the cache
 DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
-UPDATES = "ema_updates"  # key of each param_group for the number of updates
+UPDATES = "ema_updates"  # key in param_groups of the number of updates
 HASH_MULTIPLIER = 0x2C1B3C6D  # odd; multiplies the average's bits
 
 
@@ -36,10 +36,10 @@ class EMA:
     """Exponential moving average of the true weights ``p + correction``, for evaluation.
 
     The average takes 2 bytes per element of a bfloat16 parameter and 4 of a float32 one. It is part
-    of the optimizer's state, as ``optimizer.state[param]["ema"]``, and sharded like it.
+    of the optimizer's state, as ``optimizer.state[param]["ema"]``, and sharded like the moments.
     :func:`save`, :func:`load` and ``optimizer.state_dict()`` include it. Build the EMA before you
-    load a checkpoint that contains an average. The average starts at the model's weights at
-    construction. Buffers are not averaged.
+    load a checkpoint that contains an average. A new average starts at the model's current weights.
+    Buffers are not averaged.
 
     ``decay`` may be changed at any time, for a warm-up of the average.
 
@@ -97,12 +97,12 @@ class EMA:
     def update(self) -> None:
         """Move the average to ``decay * ema + (1 - decay) * weight``. Call it after each step.
 
-        Needs no communication and does not wait for the device. If the loaded state of a parameter
-        has no average, the average starts at its current weight.
+        Needs no communication and does not wait for the device. A parameter whose state has no
+        average, such as one added later, starts it at its current weight.
 
         Raises:
-            RuntimeError: the weights are swapped, a backward pass has updated a part of them, or a
-                CUDA graph captures the call, which would replay the same random bits.
+            RuntimeError: the weights are swapped, ``step_in_backward`` is in the middle of a step,
+                or a CUDA graph captures the call, which would replay the same random bits.
         """
         self._check_not_swapped("ema.update()")
         self._optimizer._check_between_steps("ema.update()")
@@ -129,15 +129,15 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """Use the average as the model's weights within a ``with`` block.
 
-        On exit, even after an error, all weights and corrections are restored bit for bit. For a
-        moment it takes a copy of the largest local shard, with ZeRO of the largest parameter.
-        Collective with FSDP1 and ZeRO: every rank calls it. In the context ``model.state_dict()``
-        and ``optimizer.true_weights()`` are those of the average, and the optimizer cannot be
-        stepped, saved or loaded.
+        On exit, even after an error, all weights and corrections are restored bit for bit. The swap
+        temporarily allocates a copy of the largest local shard, or with ZeRO of the largest
+        parameter. Collective with FSDP1 and ZeRO: every rank calls it. In the context
+        ``model.state_dict()`` and ``optimizer.true_weights()`` return the average, and the
+        optimizer cannot be stepped, saved or loaded.
 
         Raises:
-            RuntimeError: the weights are swapped already, or a backward pass has updated a part of
-                them.
+            RuntimeError: the weights are swapped already, or ``step_in_backward`` is in the middle
+                of a step.
         """
         self._check_not_swapped("ema.swapped()")
         optimizer = self._optimizer
@@ -184,12 +184,12 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Exchange the values of each parameter with those of its average: of all, or of none."""
+        """Swap all parameters with their averages. On an error, undo the swap and raise."""
         self._reshard_modules()
         for index, pair in enumerate(pairs):
             try:
                 self._exchange(*pair)
-            except BaseException:  # full memory, for example
+            except BaseException:  # such as out of memory
                 for done in pairs[:index]:
                     self._exchange(*done)
                 raise
@@ -266,8 +266,8 @@ def _update_chunk_(e: Tensor, p: Tensor, c: Tensor, weight: float, key: int) -> 
 def stochastic_sum(x: Tensor, delta: Tensor, r: Tensor) -> Tensor:
     """Return ``x + delta`` rounded stochastically to bfloat16.
 
-    The fp32 sum loses a ``delta`` below 2^-17 of a bfloat16 ulp, as is usual with a decay near 1.
-    So the rounding also uses the error of that sum, and compares with 32 random bits.
+    The fp32 sum loses a ``delta`` below 2^-17 of a bfloat16 ulp, common with a decay near 1. So the
+    rounding also uses the error of that sum, and compares with 32 random bits.
 
     Args:
         x: float32, any shape; holds bfloat16 values.

@@ -4,7 +4,7 @@ Example::
 
     python -m sharded_bf16_adamw.env
 
-Needs neither a GPU nor Triton. Never raises: whatever fails is a line of the report.
+Needs neither a GPU nor Triton. Never raises: a check that fails becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -66,27 +66,27 @@ SLOW_IF_SET = {
 
 @dataclass
 class Facts:
-    """The state of this machine and this process. Empty fields could not be found out."""
+    """Facts about this machine and this process. A field stays empty if its value is unknown."""
 
     versions: dict[str, str] = field(default_factory=dict)
     platform: dict[str, str] = field(default_factory=dict)
-    backends: dict[str, str | None] = field(default_factory=dict)  # reason if not available
+    backends: dict[str, str | None] = field(default_factory=dict)  # None if available, else why not
     gpus: list[str] = field(default_factory=list)
     process_groups: dict[str, bool] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)  # warnings and errors met meanwhile
-    isa: str | None = None  # the CPU instruction set in use
-    isas: list[str] = field(default_factory=list)  # that this processor has, slowest first
+    problems: list[str] = field(default_factory=list)  # warnings and errors raised while gathering
+    isa: str | None = None  # CPU instruction set in use
+    isas: list[str] = field(default_factory=list)  # those that the processor has, slowest first
     machine: str = ""
-    threads: int = 0  # of a step on CPU
-    cpus: int = 0  # that this process may use
+    threads: int = 0  # used by a step on CPU
+    cpus: int = 0  # usable by this process
     accelerator: str | None = None  # device type
-    gpu_support: str | None = None  # that torch was built with
+    gpu_support: str | None = None  # CUDA or ROCm version that torch was built with
     nvidia_driver: str | None = None
 
 
 def gather_facts() -> Facts:
-    """Find out everything that :func:`report` prints. Never raises."""
+    """Collect everything that :func:`report` prints. Never raises."""
     facts = Facts()
     for gather in (
         _gather_variables,
@@ -109,7 +109,7 @@ def gather_facts() -> Facts:
 
 
 def slow_parts(facts: Facts) -> list[str]:
-    """Return what is slow and what to do about it, one sentence or two for each."""
+    """Return a short text for each cause of slowness: what is slow, and how to fix it."""
     return [*_slow_on_cpu(facts), *_slow_on_gpu(facts), *_slow_variables(facts)]
 
 
@@ -130,7 +130,7 @@ def report(facts: Facts) -> str:
         "Process groups": [", ".join(groups) or "none"],
         "Environment variables": _rows(facts.variables) or ["none of those that matter is set"],
         "Warnings and errors": facts.problems,
-        "What is slow here, and why": [f"- {sentence}" for sentence in slow],
+        "What is slow on this machine, and why": [f"- {sentence}" for sentence in slow],
     }
     blocks = [
         "\n".join([title, *(f"  {line}" for row in lines for line in row.splitlines())])
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.parse_args(argv)
     text = report(gather_facts())
-    print(text.encode("ascii", "backslashreplace").decode())  # stdout may know ASCII only
+    print(text.encode("ascii", "backslashreplace").decode())  # stdout may support only ASCII
     return 0
 
 
@@ -212,7 +212,7 @@ def _gather_gpus(facts: Facts) -> None:
 
 
 def _gather_gpu_models(facts: Facts) -> None:
-    """Check the backend once for each model: the check needs memory of the GPU."""
+    """List the GPUs. Check the backend once per model, since a check takes GPU memory."""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         facts.gpus.append(
@@ -318,7 +318,7 @@ def _slow_variables(facts: Facts) -> list[str]:
 
 
 def cpu_model() -> str:
-    """Return the processor's name, or as much of it as the system tells."""
+    """Return the processor's model name as far as the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
@@ -343,7 +343,7 @@ def _compiler() -> str:
 
 
 def _usable_cpus() -> int:
-    """Return the number of CPUs by affinity and by the container's quota, at least 1."""
+    """Return the number of CPUs that affinity and the container's quota allow, at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:

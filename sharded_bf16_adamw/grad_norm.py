@@ -18,9 +18,9 @@ from .kernels import (
     NormScratch,
     clip_coefficient,
     double_device,
-    grad_norm_clip,
     grad_sum_sq,
     is_capturing,
+    norm_and_clip_coefficient,
 )
 from .sharding.base import Sharding
 from .sharding.dtensor import group_by
@@ -30,7 +30,7 @@ from .sharding.replicas import in_shared_order
 from .torch_types import is_dtensor
 
 SumKey = tuple[bool, Key]
-"""Parameters whose gradients are summed together: whether they are experts, their shard groups."""
+"""Key of gradients that are summed together: whether their parameters are experts, shard groups."""
 
 _device_of = attrgetter("device")
 
@@ -54,7 +54,7 @@ class PendingClip:
         self.captured = is_capturing(grad_scale.device)
 
     def check_capture(self) -> None:
-        """Raise RuntimeError if a CUDA graph captures the clipping but not its step, or reverse."""
+        """Raise RuntimeError if a CUDA graph captures only one of the clipping and its step."""
         if self.grad_scale is not None and is_capturing(self.grad_scale.device) != self.captured:
             raise RuntimeError(
                 "a CUDA graph captures only one of clip_grad_norm_() and the step() that it "
@@ -67,18 +67,18 @@ class PendingClip:
 
 
 class ReplicaGradCheck:
-    """A check that replicas have equal gradients, raised late on an accelerator.
+    """A check that replicas have equal gradients.
 
-    On the CPU the call that finds a mismatch raises. On an accelerator the next call raises, so
-    that no step waits for its own result. Every rank raises in both cases.
+    On the CPU the call that finds a mismatch raises. On CUDA the next call raises, so that no step
+    waits for its own result. Every rank raises in both cases.
     """
 
     def __init__(self) -> None:
-        self._mismatch: Tensor | None = None  # on the CPU
+        self._mismatch: Tensor | None = None  # recorded, not raised yet
         self._copied: Any = None  # CUDA event recorded after the copy to the CPU
 
     def record(self, mismatch: Tensor) -> None:
-        """Record a 0-dim ``mismatch``, positive if gradients differ. On the CPU, raise now."""
+        """Record a 0-dim ``mismatch``, positive if gradients differ. Raise now unless on CUDA."""
         if is_capturing(mismatch.device):
             return
         if not mismatch.is_cuda:
@@ -119,7 +119,7 @@ class GroupInfo:
     keys: list[SumKey]  # per parameter
     param_of_key: dict[SumKey, Tensor]  # the key's sum is on this parameter's device
     replica_groups: set[dist.ProcessGroup]
-    is_plain: bool  # no parameter is a DTensor, so gradients need no unwrapping
+    is_plain: bool  # no shard is a DTensor, so gradients need no unwrapping
 
     @cached_property
     def key_of(self) -> dict[int, SumKey]:
@@ -147,7 +147,7 @@ class GradNorm:
         )
         self._infos: dict[int, GroupInfo] = {}  # by the group's index
         self._replica_check = ReplicaGradCheck()
-        # Kernel scratch memory, one for each set of gradients that is summed separately.
+        # Kernel scratch memory for each set of gradients that is summed separately.
         self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)
 
     def compute(
@@ -173,7 +173,7 @@ class GradNorm:
         is_sharded = any(shard_groups for info in infos for _, shard_groups in info.param_of_key)
         is_local = self._plain_are_replicas and not replica_groups and not is_sharded
         if all_grads and is_local and len(set(map(_device_of, all_grads))) == 1:
-            return grad_norm_clip(all_grads, max_norm, backend, self._scratch[()])
+            return norm_and_clip_coefficient(all_grads, max_norm, backend, self._scratch[()])
         sums = zero_sums(infos)
         for index, (_, params, _) in enumerate(group_grads):
             for key, total in self.sums_by_key(index, params, local_grads[index], backend):
@@ -202,7 +202,7 @@ class GradNorm:
         """Yield this rank's sums of squares of some gradients of one parameter group.
 
         Args:
-            index: of the group, whose info exists (:meth:`group_infos`).
+            index: the group's index; :meth:`group_infos` has built its info.
             params: some of its parameters.
             local_grads: the local shards of their gradients.
             backend: the optimizer's backend.
@@ -223,7 +223,7 @@ class GradNorm:
         """Add up sums over all ranks; see :func:`.sharding.global_norm.all_reduce_sums`.
 
         Args:
-            sums: by the keys of all parameters, with a gradient or without.
+            sums: one for each key of :func:`zero_sums`.
             replica_groups: see :func:`shared_replica_groups`.
         """
         dense = {groups: value for (is_expert, groups), value in sums.items() if not is_expert}
@@ -253,7 +253,7 @@ class GradNorm:
 
 
 def zero_sums(infos: list[GroupInfo]) -> dict[SumKey, Tensor]:
-    """Return a sum of squares for each key, so that every rank takes part in every all-reduce."""
+    """Return a zero for each key, so that ranks without gradients take part in each all-reduce."""
     devices = {key: p.device for info in infos for key, p in info.param_of_key.items()}
     return {
         key: torch.zeros((), dtype=torch.float64, device=double_device(device))
@@ -262,5 +262,5 @@ def zero_sums(infos: list[GroupInfo]) -> dict[SumKey, Tensor]:
 
 
 def shared_replica_groups(infos: list[GroupInfo]) -> list[dist.ProcessGroup]:
-    """Return the groups whose ranks hold replicas, in an order that all their ranks share."""
+    """Return the groups whose ranks hold replicas, in the same order on every rank."""
     return in_shared_order({group for info in infos for group in info.replica_groups})

@@ -16,7 +16,7 @@ from .validation import DTYPES, param_name
 GroupGrads = tuple[dict[str, Any], list[Tensor], list[Any]]
 """A parameter group, its parameters that have a gradient, and these gradients."""
 
-# Searches for replaced parameters that learn nothing, because no module has a gradient.
+# Limit on inconclusive searches for replaced parameters: those in which no module has a gradient.
 MAX_STALE_CHECKS = 6
 STRIDED = frozenset({torch.strided})
 _dtype_of, _layout_of = attrgetter("dtype"), attrgetter("layout")
@@ -66,7 +66,7 @@ class GradCollector:
                 "FullyShardedDataParallel, so it holds parameters that the model no longer uses "
                 "and that would not be trained; build AdamW_BF16(model.parameters()) afterwards"
             )
-        # The check walks all objects of the process, so not in every step.
+        # The check walks all objects of the process, so it does not run in every step.
         self._stale_checks_left = 0 if is_stale is False else self._stale_checks_left - 1
 
 

@@ -77,7 +77,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def flat_params(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield each flat parameter of FSDP1 with the prefix of the names in it."""
+    """Yield each flat parameter of FSDP1, after the name prefix of its original parameters."""
     for prefix, module in model.named_modules():
         if is_fsdp1(module) and module._handle is not None:
             yield f"{prefix}." if prefix else "", module._handle.flat_param
@@ -86,9 +86,8 @@ def flat_params(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Remove the outermost wrappers of Lightning Fabric, activation checkpointing and compilation.
 
-    Fabric's wrapper holds the same parameters under two names. The wrapper of activation
-    checkpointing has a ``named_parameters()`` that makes FSDP1 drop the segment of a user's
-    submodule called ``module``.
+    Fabric's wrapper lists each parameter under two names. The ``named_parameters()`` of activation
+    checkpointing makes FSDP1 also drop the segment of a user's submodule called ``module``.
     """
     while (wrapper := _wrapper_segment(model)) in (FABRIC, CHECKPOINT, COMPILE):
         model = model._modules[wrapper]  # type: ignore[assignment]
@@ -96,7 +95,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def has_fsdp1(model: nn.Module) -> bool:
-    """Return True if FSDP1 wraps any part: torch then returns copies as state, not live tensors."""
+    """Return True if FSDP1 wraps any part of the model: its states are then copies, not live."""
     return any(is_fsdp1(module) for module in model.modules())
 
 
@@ -114,7 +113,7 @@ def _wrapper_segment(module: nn.Module) -> str | None:
 
 
 def _is_fabric_wrapper(module: nn.Module) -> bool:
-    """Return True for Fabric's wrapper: it holds the wrapped and the plain module, nothing else."""
+    """Return True if the module holds only a wrapped and an original module, as Fabric's does."""
     if module._modules.get(FABRIC) is None:
         return False
     return {*module._modules, *module._parameters, *module._buffers} <= {FABRIC, _FABRIC_ORIGINAL}

@@ -57,17 +57,17 @@ class AdamW_BF16(PrecisionMeasured):
         maximize: ascend instead of descend.
         decouple_lr: scale the weight decay by ``lr / max_lr`` instead of ``lr``, so that it follows
             the schedule but not the size of the learning rate. ``weight_decay`` is then the share
-            of a weight that a step at the peak takes off, such as 1e-5.
+            of a weight that a step at the peak removes, such as 1e-5.
         max_lr: peak of the learning rate, for ``decouple_lr``. By default ``lr``, or the peak of
             an :class:`LR` or :class:`WSD`.
         capturable: allow a CUDA graph to capture a step. ``lr`` must then be a float32 or float64
             tensor on the parameters' device, since a graph would replay any other value unchanged.
         skip_nonfinite: if any rank's gradient holds inf or NaN, change no parameter, state or step
-            count on any rank, and count the step in ``skipped_steps``. The gradients at a call of
-            :meth:`clip_grad_norm_` decide: do not modify them between it and the step.
-        step_in_backward: update each parameter inside the backward pass and free its gradient.
-            :meth:`step` ends each step; all its backward passes but the last run inside
-            :meth:`accumulate`. See ``docs/step_in_backward.md``.
+            count on any rank, and count the step in ``skipped_steps``. :meth:`clip_grad_norm_`, if
+            called, makes this decision, so do not modify gradients between it and the step.
+        step_in_backward: update each parameter inside the backward pass and free its gradient. Run
+            all backward passes of a step but the last inside :meth:`accumulate`, and end the step
+            with :meth:`step`. See ``docs/step_in_backward.md``.
         clip_in_backward: gradient clipping for ``step_in_backward``; see :class:`ClipInBackward`.
         model_parallel: the process groups over which plain parameters differ, such as pipeline
             stages; see :class:`ModelParallel`. None: plain parameters are replicas on every rank.
@@ -203,7 +203,8 @@ class AdamW_BF16(PrecisionMeasured):
         """Reduce gradients, update every parameter that has one, and all-gather weights.
 
         Collective with ``sharding=ZeRO(...)``. With ``skip_nonfinite``, also collective if
-        :meth:`clip_grad_norm_` is. Every rank then calls it. After an error nothing has changed.
+        :meth:`clip_grad_norm_` is. Every rank then calls it. An error leaves weights and states
+        unchanged, except with ``step_in_backward`` or if another rank has died.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -252,7 +253,7 @@ class AdamW_BF16(PrecisionMeasured):
                 plan.update_(local_grads, hyperparams, self._clip.grad_scale, found_inf)
         self._sharding.all_gather_params()
         if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
-            self.wait()  # they may read weights
+            self.wait()  # the hooks may read weights
         self._clip.clear()
         if in_backward is not None:
             in_backward.end_step()
@@ -277,8 +278,8 @@ class AdamW_BF16(PrecisionMeasured):
 
         Raises:
             ValueError: ``max_norm`` is not positive.
-            RuntimeError: ``step_in_backward`` has used the gradients; gradients that should be
-                equal on several ranks differ (on an accelerator a later call raises this); or
+            RuntimeError: the optimizer has ``step_in_backward``; gradients that should be
+                equal on several ranks differ (on CUDA a later call raises this); or
                 another rank has died or hangs.
         """
         self._check_keeps_grads(

@@ -22,7 +22,7 @@ class ParamGroups(list[dict[str, Any]]):
     def __init__(self, groups: Iterable[dict[str, Any]], patterns: Iterable[str]) -> None:
         super().__init__(groups)
         self._patterns = list(patterns)
-        # An optimizer fills its defaults into the dicts.
+        # Format the options now: an optimizer adds its defaults to the dicts.
         self._options = [
             ", ".join(f"{key}={value!r}" for key, value in group.items() if key not in _RESERVED)
             for group in self
@@ -73,9 +73,9 @@ def param_groups(
         ``print()`` of it shows a table of the parameters in each group.
 
     Raises:
-        ValueError: a pattern is not a regular expression or matches no parameter, patterns before
-            it match all of its parameters, an option is ``params`` or ``param_names``, or FSDP1
-            has flattened several parameters into one.
+        ValueError: a pattern is not a regular expression, matches no parameter, or matches only
+            parameters of earlier patterns; an option is ``params`` or ``param_names``; or FSDP1 has
+            flattened several parameters into one.
 
     Examples:
         >>> import torch
@@ -148,8 +148,8 @@ def _check_options(pattern: str, options: Mapping[str, Any]) -> None:
     for key in _RESERVED:
         if key in options:
             raise ValueError(
-                f"the options of pattern {pattern!r} contain {key!r}, which the pattern decides; "
-                "remove it"
+                f"the options of pattern {pattern!r} contain {key!r}, which param_groups() sets "
+                "itself; remove it"
             )
 
 
@@ -168,7 +168,7 @@ def _no_match(pattern: str, names: dict[Tensor, list[str]]) -> str:
 
 
 def _collapsed(group: dict[str, Any]) -> list[tuple[str, list[Tensor]]]:
-    """Return the parameters by name, with ``*`` for indices in which several names differ."""
+    """Join parameters whose names differ only in indices; such names have ``*`` for each index."""
     found: dict[str, list[tuple[str, Tensor]]] = {}
     for name, param in zip(group["param_names"], group["params"], strict=True):
         key = ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -15,18 +15,15 @@ logger = logging.getLogger("sharded_bf16_adamw")
 
 
 class ParamLog:
-    """The log lines about the parameters of one optimizer, which is sharded by ``sharding``."""
+    """The log lines about the parameters of one optimizer."""
 
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
-        # parameters that were added as float32; None after a step, or in an unpickled optimizer
+        # number of parameters added as float32; None after a step, or in an unpickled optimizer
         self._num_float32: int | None = None
 
     def start(self, params: list[Tensor]) -> None:
-        """Log the parameters that the constructor was given.
-
-        Warns if none is bfloat16: most likely the model was not converted.
-        """
+        """Log the constructor's parameters. Warn if none is bfloat16: the model is unconverted."""
         self._log(params)
         self._num_float32 = _count_float32(params)
         if params and self._num_float32 == len(params):

@@ -1,14 +1,14 @@
 """The elements that ``precision_stats(fraction=...)`` reads: a stratified random sample.
 
-A parameter is cut into *blocks* of consecutive rows, and every ``one_in`` consecutive blocks are a
-*stratum*, of which one block is drawn. Rows that do not fill a stratum are always read: the end of
-a parameter, and all of a small parameter. So the estimated sum over the parameter is ``one_in``
-times the sum over the drawn blocks, plus the sum over the other rows. It is unbiased, since each
-block is drawn with the same probability, and exact for a count of elements.
+A parameter is cut into *blocks* of consecutive rows. Every ``one_in`` consecutive blocks form a
+*stratum*, and one block of each stratum is drawn. The rows at the end that do not fill a stratum,
+often all of a small parameter, are always read. So the estimated sum over the parameter is
+``one_in`` times the sum over the drawn blocks, plus the sum over these rows. It is unbiased, since
+each block is drawn with the same probability, and exact for the number of elements.
 
 The draw is a hash of the step, the parameter's position in the optimizer, and the stratum's
 position in the full parameter. So each step draws other blocks, and all ranks draw the same blocks
-under every sharding: a rank reads the parts of the drawn blocks that its shard holds.
+under every sharding. A rank reads the parts of the drawn blocks that its shard holds.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .kernels import Runs, lowbias32
 from .sharding.dtensor import to_local
 from .sharding.shard_rows import shard_rows
 
-BLOCK = 4096  # elements: reading less at a place would waste prefetched memory
-MAX_STRATA = 4096  # about, per parameter; a large one has larger blocks, to spare the host
-GOLDEN = 0x9E3779B9  # odd, so that no two of 2^32 steps have equal multiples modulo 2^32
+BLOCK = 4096  # elements; smaller reads would waste prefetched memory
+MAX_STRATA = 4096  # per parameter, roughly; large ones get larger blocks, to save host time
+GOLDEN = 0x9E3779B9  # odd, so that its products with 2^32 steps differ modulo 2^32
 
 
 class _Strata(NamedTuple):
-    """The strata in which a rank has elements, an int64 each per stratum and range of rows."""
+    """The strata that a rank holds a part of: int64 arrays, one entry per stratum and row range."""
 
     params: np.ndarray
-    indices: np.ndarray  # of the stratum in the full parameter
-    origins: np.ndarray  # local index of the first block's first element; negative if before it
-    block_numels: np.ndarray  # local elements of a block
-    begins: np.ndarray  # local elements of the range
-    ends: np.ndarray
+    indices: np.ndarray  # the stratum's index in the full parameter
+    origins: np.ndarray  # local index of the stratum's first element; may lie before the range
+    block_numels: np.ndarray  # number of local elements in a block
+    begins: np.ndarray  # local index of the range's first element
+    ends: np.ndarray  # local index after the range's last element in a stratum
 
 
 class StratifiedSample:
@@ -46,10 +46,10 @@ class StratifiedSample:
     Args:
         shards: the parameters' shards, as :meth:`.sharding.base.Sharding.shard` returns them.
         positions: the parameters' positions in the optimizer, equal on all ranks.
-        rows: for each parameter the row of the result.
-        n_rows: number of rows of the result. As many rows for drawn blocks follow: see
-            :meth:`total`.
-        one_in: blocks of a stratum; 1 to read everything.
+        rows: for each parameter the row of the result that it adds to.
+        n_rows: number of rows of the result. The runs have twice as many: the drawn blocks add to
+            the second half, which :meth:`total` scales.
+        one_in: number of blocks in a stratum; 1 reads everything.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class StratifiedSample:
         return Runs(params, begins, counts, rows, self._whole.n_rows)
 
     def total(self, sums: Tensor) -> Tensor:
-        """Return the estimated sums over all elements, ``[n_rows, ...]``, from those of a draw."""
+        """Return the estimated sums over all elements, ``[n_rows, ...]``, from sums of a draw."""
         whole, drawn = sums.split(self._n_rows)
         return torch.add(whole, drawn, alpha=self.one_in)
 
 
 def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return the columns of :class:`_Strata` after the first, and the runs that are always read."""
+    """Return the columns of :class:`_Strata` after the first; begins and ends of the other rows."""
     numel = to_local(shard).numel()
     rows = shard_rows(shard) if one_in > 1 and numel else None
     n_strata = 0
@@ -114,14 +114,14 @@ def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray
     sampled = np.clip(n_strata * stratum_rows - starts, 0, rows.range_rows)  # rows of each range
     first = starts // stratum_rows
     counts = np.where(sampled > 0, (starts + sampled - 1) // stratum_rows - first + 1, 0)
-    of = np.repeat(np.arange(len(starts)), counts)
-    indices = first[of] + np.arange(len(of)) - np.repeat(counts.cumsum() - counts, counts)
+    ranges = np.repeat(np.arange(len(starts)), counts)
+    indices = first[ranges] + np.arange(len(ranges)) - np.repeat(counts.cumsum() - counts, counts)
     columns = [
         indices,
-        local[of] + (indices * stratum_rows - starts[of]) * width,
-        np.full(len(of), block_rows * width),
-        local[of],
-        (local + sampled * width)[of],
+        local[ranges] + (indices * stratum_rows - starts[ranges]) * width,
+        np.full(len(ranges), block_rows * width),
+        local[ranges],
+        (local + sampled * width)[ranges],
     ]
     rest = sampled < rows.range_rows
     return columns, (local + sampled * width)[rest], (local + rows.range_rows * width)[rest]
@@ -129,5 +129,5 @@ def _strata_of(shard: Tensor, one_in: int) -> tuple[list[np.ndarray], np.ndarray
 
 def _hash(x: np.ndarray) -> np.ndarray:
     """Return 32 random bits of the low 32 bits of each int64."""
-    hashed = lowbias32(torch.from_numpy(x.astype(np.int32)))  # which keeps the low bits
+    hashed = lowbias32(torch.from_numpy(x.astype(np.int32)))  # astype() keeps the low bits
     return hashed.numpy().astype(np.int64) & 0xFFFFFFFF

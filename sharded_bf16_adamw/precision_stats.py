@@ -36,23 +36,24 @@ MAX_COMPARED = 1 << 20  # so that float64 holds sums of squares exactly
 class PrecisionStats:
     """Precision of one step, over all ranks: see :meth:`AdamW_BF16.precision_stats`.
 
-    Every value is a 0-dim float64 tensor on the parameters' device; reading one waits for it. The
-    *intended update* of a weight is ``lr * (weight_decay * (p + correction) + m / (sqrt(v) +
-    eps))`` with bias-corrected moments, before any rounding. The *effective update* is the change
-    of the stored true weight ``p + correction``. A *plain weight* has the parameter's dtype and no
-    correction; it is updated by rounding ``p - update`` to nearest.
+    Every value is a 0-dim float64 tensor on the parameters' device; reading one waits for the
+    device. The *intended update* of a weight is ``lr * (weight_decay * (p + correction) + m /
+    (sqrt(v) + eps))`` with bias-corrected moments, before any rounding. The *effective update* is
+    the change of the stored true weight ``p + correction``. A *plain weight* has the parameter's
+    dtype and no correction; it is updated by rounding ``p - update`` to nearest.
 
     Attributes:
         elements: elements that the step updates, each counted once.
         updates: elements whose intended update is not zero.
         lost_share: share of ``updates`` that leave a plain weight as it is.
-        carried_share: share of ``updates`` that leave a plain weight as it is and do change the
-            true weight. The difference from ``lost_share`` is the share that stochastic rounding of
-            the correction rounds to zero; other updates, which it rounds up, make up for them.
+        carried_share: share of ``updates`` that leave a plain weight as it is but change the true
+            weight. The rest of ``lost_share`` is rounded to zero in the correction; stochastic
+            rounding makes up for it by rounding other updates up.
         edq: effective descent quality. Collage (arXiv:2405.03637) defines EDQ as the projection of
             the effective update on the direction of the intended one,
-            ``dot(intended / norm(intended), effective)``. This is EDQ over ``norm(intended)``: 1 if
-            nothing is lost, 0 if the weights do not move, above 1 if rounding enlarges the update.
+            ``dot(intended / norm(intended), effective)``. This value is EDQ divided by
+            ``norm(intended)``: 1 if nothing is lost, 0 if the weights do not move, above 1 if
+            rounding enlarges the update.
         plain_edq: the same for plain weights.
         correction_rms: root mean square of the stored corrections, each in units of its weight's
             last place (the distance to the next bfloat16 number away from zero), over the
@@ -62,7 +63,7 @@ class PrecisionStats:
         update_ratio: ``update_norm / weight_norm``.
         exp_avg_norm: 2-norm of the first moments after the step, before they are rounded.
         exp_avg_sq_norm: 2-norm of the second moments after the step, before they are rounded.
-        groups: the same of each parameter group, in the order of ``param_groups``.
+        groups: the same statistics of each parameter group, in the order of ``param_groups``.
         fractions_differ: whether ranks gave different fractions; every value is then NaN. None in
             ``groups``.
 
@@ -145,13 +146,13 @@ class PrecisionPass:
             states: the optimizer's states; a missing one counts as zeros and is not created.
             grad_scale: 0-dim float32 factor of the gradients, or None.
             backend: see :class:`.kernels.FusedAdamW`.
-            one_in: blocks of which one is read; see :class:`.StratifiedSample`.
+            one_in: read one of this many blocks; see :class:`.StratifiedSample`.
 
         Raises:
             RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is
                 captured.
-            ValueError: ranks gave another ``one_in``; on an accelerator
-                :meth:`PrecisionStats.as_dict` raises it instead.
+            ValueError: ranks gave different ``one_in``; on CUDA :meth:`PrecisionStats.as_dict`
+                raises it instead.
         """
         if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
             raise RuntimeError(
@@ -218,8 +219,8 @@ class PrecisionPass:
     ) -> StratifiedSample:
         """Return the sample of a plan's parameters; reuse the last sample of the same plan."""
         if self._sample is not None:
-            of_plan, of_infos, sample = self._sample
-            if of_plan() is plan and sample.one_in == one_in and all(map(is_, infos, of_infos)):
+            plan_ref, old_infos, sample = self._sample
+            if plan_ref() is plan and sample.one_in == one_in and all(map(is_, infos, old_infos)):
                 return sample
         position_of = {id(p): i for i, p in enumerate(p for info in infos for p in info.params)}
         number_of = {key: number for number, key in enumerate(keys)}
@@ -236,7 +237,7 @@ class PrecisionPass:
 
 
 def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
-    """Return a state of zeros, all of which share one tensor."""
+    """Return a state of zeros, whose moments and correction share one tensor."""
     zeros = zeros_like_shard(sharding.shard(param), param.dtype)
     step = torch.zeros((), dtype=torch.float32, device=param.device)
     keys = STATE_KEYS if param.dtype == torch.bfloat16 else STATE_KEYS[:-1]
@@ -246,14 +247,14 @@ def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
 def _moments(one_in: int, like: Tensor) -> Tensor:
     """Return a row of 1, x and x * x for each row of ``like``; x stands for the fraction.
 
-    The sums of these over ranks tell whether x varies, without an exchange of its own.
+    Their sums over ranks tell whether x differs between ranks, without a collective of their own.
     """
     x = min(one_in, MAX_COMPARED)
     return torch.cat([torch.full_like(like[:, :1], value) for value in (1, x, x * x)], 1)
 
 
 def _vary(moments: Tensor) -> Tensor:
-    """Return whether x varies, from sums of :func:`_moments`; False if they are not finite."""
+    """Return whether x differs between ranks, from summed :func:`_moments`; False if not finite."""
     count, first, second = moments[0].unbind()
     return count * second > first.square()
 
@@ -261,8 +262,8 @@ def _vary(moments: Tensor) -> Tensor:
 def _check_fractions(differ: bool) -> None:
     if differ:
         raise ValueError(
-            "precision_stats() got another fraction on some ranks than on others, so there are no "
-            "statistics of all ranks; give every rank the same fraction"
+            "precision_stats() got different fractions on different ranks; give every rank the "
+            "same fraction"
         )
 
 
@@ -306,18 +307,18 @@ class PrecisionMeasured(WeightAccess):
 
         Args:
             fraction: share of the elements to read, rounded to one over a whole number. Below 1 the
-                statistics are estimates from blocks of elements that change with the step, are the
-                same under every sharding, and do not depend on any random state.
+                statistics are estimates from blocks of elements. The blocks change with the step,
+                are the same under every sharding, and do not depend on any random state.
 
         Returns:
             The statistics of all ranks together, and of each parameter group; NaN if a gradient
             that was read is not finite, or if replicas have different gradients there.
 
         Raises:
-            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. The
-                latter is raised by :meth:`.PrecisionStats.as_dict` on an accelerator.
-            RuntimeError: ``step_in_backward`` has used the gradients; a state or gradient does not
-                fit its parameter; a CUDA graph captures the call; or another rank has died.
+            ValueError: ``fraction`` is not above 0 and at most 1, or differs between ranks. On CUDA
+                :meth:`.PrecisionStats.as_dict` raises the latter.
+            RuntimeError: the optimizer has ``step_in_backward``; a state or gradient does not fit
+                its parameter; a CUDA graph captures the call; or another rank has died.
         """
         self._check_keeps_grads("precision_stats()")
         if not 0.0 < fraction <= 1.0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_OFF = nullcontext()  # reusable; making one for each step costs more than entering it
+_OFF = nullcontext()  # reused, because creating one costs more than entering it
 
 
 def profiler_range(name: str) -> AbstractContextManager[Any]:

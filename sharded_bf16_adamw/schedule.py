@@ -73,9 +73,9 @@ class WSD:
     ``t = (step - warmup_steps - stable_steps) / decay_steps`` and ``f(t) = 1 - t`` (``"linear"``)
     or ``1 - sqrt(t)`` (``"1-sqrt"``), as in Hägele et al., arXiv:2405.18392. After it, ``floor``.
 
-    No step of a training of ``warmup_steps + stable_steps + decay_steps`` steps has the learning
-    rate 0. To decide on the end later, start with ``stable_steps=None`` and resume with the number:
-    a checkpoint stores the position, not the schedule.
+    In ``warmup_steps + stable_steps + decay_steps`` steps no learning rate is 0 (unless ``lr`` is).
+    To decide on the end later, start with ``stable_steps=None`` and resume with the number: a
+    checkpoint stores the position, not the schedule.
 
     Args:
         lr: the peak.
@@ -195,14 +195,14 @@ def init_lr(group: dict[str, Any], schedule: Schedule | None) -> None:
         return
     if schedule is not None and not isinstance(schedule, (LR, WSD)):
         raise ValueError(
-            f"decouple_lr=True needs the peak of the learning rate, which lr_function={schedule!r} "
-            "does not tell; pass max_lr="
+            f"decouple_lr=True needs the peak of the learning rate, which is unknown for "
+            f"lr_function={schedule!r}; pass max_lr="
         )
     group["max_lr"] = float(group["lr"] if schedule is None else schedule.lr)
 
 
 def scheduled_lrs(schedule: Schedule | None, groups: list[dict[str, Any]]) -> list[float | None]:
-    """Return each group's next lr, or None if other code has overwritten it, which then stands.
+    """Return each group's next lr, or None if the group keeps its own or other code has set it.
 
     torch's schedulers overwrite ``"lr"``. So does torch's checkpoint code: it takes a step at
     ``lr = 0`` to create the states.

@@ -22,7 +22,7 @@ from .validation import param_name
 
 
 class SerializableOptimizer(SteppedInBackward):
-    """A torch optimizer with a sharding strategy, which its loaded states follow."""
+    """A torch optimizer whose sharding strategy also shards the states that it loads."""
 
     _PICKLED: tuple[str, ...] = ()  # attributes to pickle beside torch's
     _is_built = False
@@ -73,7 +73,7 @@ class SerializableOptimizer(SteppedInBackward):
         return text + ")"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickle and deepcopy. Raise TypeError if it has process groups."""
+        """Return the state for pickle and deepcopy. Raise TypeError if it needs process groups."""
         self._check_between_steps("a copy of the optimizer")
         self._sharding.check_picklable()
         if self.model_parallel is not None:
@@ -129,8 +129,8 @@ def from_adamw_bfloat16(state_dict: dict[str, Any], groups: list[dict[str, Any]]
     """Convert a state dict of the ``adamw_bfloat16`` library; return any other unchanged.
 
     Its ``shift`` is the correction. Its groups have no ``lr``, so they get the ``lr`` of
-    ``groups``. ``accumulated_decay``, decay that is not yet applied to the weight, is dropped: it
-    starts at a random value and is at most half a percent of the weight.
+    ``groups``. ``accumulated_decay`` (decay not yet applied to the weight) is dropped: it starts at
+    a random value and is at most half a percent of the weight.
     """
     loaded = state_dict["param_groups"]
     if not loaded or not all("lr_function" in group and "lr" not in group for group in loaded):
@@ -158,7 +158,7 @@ def complete_loaded(loaded: dict[str, Any], sharding: Sharding) -> None:
     """
     schedule_step = 0
     if any("schedule_step" not in group for group in loaded["param_groups"]):
-        # Of torch.optim.AdamW: the schedule continues at its step.
+        # A state of torch.optim.AdamW: continue the schedule at its step count.
         states = [state for key, state in loaded["state"].items() if isinstance(key, Tensor)]
         schedule_step = max((int(state.get("step", 0)) for state in states), default=0)
     dropped = 0

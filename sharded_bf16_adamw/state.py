@@ -22,7 +22,7 @@ ALL_STATE_KEYS = (*STATE_KEYS, "ema")  # "ema" only with :class:`.ema.EMA`
 
 
 def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step, sharded like its shard.
+    """Return the state of a parameter before its first step, sharded as its shard is.
 
     On an accelerator ``step`` is on the device too, so that reading it costs no sync.
     """
@@ -40,7 +40,7 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
 def states_for(
     params: list[Tensor], names: list[str], states: dict[Tensor, Any], sharding: Sharding
 ) -> list[dict[str, Any]]:
-    """Return each parameter's state from ``states``, or a new one, which is not stored.
+    """Return each parameter's state. A missing one is created, but not stored in ``states``.
 
     Raises:
         RuntimeError: a state does not fit its parameter.
@@ -152,7 +152,7 @@ def hide_ungrouped_states(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         if optimizer.state is original:
-            original.clear()  # appending would change the order, and make step() rebuild its plan
+            original.clear()  # a changed order would make step() rebuild its plan
             original.update(states)
         else:  # the body has loaded new states
             optimizer.state.update(hidden)
@@ -207,6 +207,6 @@ def _replicas(
     if weight_groups:
         yield Replica(f"parameter {name}", to_local(param), weight_groups)
     if state_groups:
-        for key in ALL_STATE_KEYS:  # the same on every rank, whatever the order of its dict
+        for key in ALL_STATE_KEYS:  # one order on all ranks; those of the dicts may differ
             value = to_local(state.get(key, torch.empty(0, device=param.device)))
             yield Replica(f"{key} of parameter {name}", value, state_groups)

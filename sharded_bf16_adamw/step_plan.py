@@ -37,9 +37,9 @@ class StepPlan:
 
     Args:
         groups: for each parameter group its parameters with a gradient, plain or DTensor; at least
-            one in all.
+            one parameter in total.
         states: the state of each parameter, group after group, as :func:`.state.new_state` makes
-            it; each fits its parameter (:func:`.state.check_state`).
+            it. Each has passed :func:`.state.check_state`.
         names: each parameter's name for messages.
         sharding: the optimizer's sharding strategy.
         backend: see :class:`.kernels.FusedAdamW`.
@@ -98,7 +98,7 @@ class StepPlan:
 
     @property
     def captured(self) -> bool:
-        """True if a CUDA graph reads from it; see :attr:`.kernels.FusedAdamW.captured`."""
+        """True if a CUDA graph reads a table; see :attr:`.kernels.FusedAdamW.captured`."""
         return any(table.captured for _, _, table in self._tables)
 
     def local_grads(self, grads: list[Tensor]) -> list[Tensor]:
@@ -182,7 +182,7 @@ class StepPlan:
         return [*map(Tensor.numel, params), *contiguous, *strides]
 
     def _read_addresses(self) -> list[int] | None:
-        """Read every tensor's address. None, never valid, if a state holds a non-tensor."""
+        """Read every tensor's address. None (never valid) if a state holds a non-tensor."""
         tensors = chain(self.params, chain.from_iterable(map(dict.values, self._states)))
         try:
             return list(map(Tensor.data_ptr, tensors if self._is_plain else map(to_local, tensors)))
@@ -304,7 +304,7 @@ def hyperparams_of(group: dict[str, Any]) -> Hyperparams:
 
 
 def hyperparams_at(lrs: list[float | None], groups: list[dict[str, Any]]) -> list[Hyperparams]:
-    """Return the hyperparameters of each group at learning rates of :func:`scheduled_lrs`."""
+    """Return each group's hyperparameters at the learning rates of :func:`scheduled_lrs`."""
     return [
         hyperparams_of(group if lr is None else {**group, "lr": lr})
         for group, lr in zip(groups, lrs, strict=True)

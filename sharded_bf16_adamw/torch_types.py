@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-_dtensor: Any = None  # the class, once found: the check runs for each tensor in each step
+_dtensor: Any = None  # the class, cached because each step checks each tensor
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:

@@ -32,7 +32,7 @@ class WeightAccess(SerializableOptimizer):
     ) -> _Optimizer:
         r"""Convert a float32 model to bfloat16 in place, and return an optimizer for it.
 
-        ``model.bfloat16()`` drops the rounding error of each weight. Here it becomes the
+        ``model.bfloat16()`` drops the rounding error of each weight. This method keeps it as the
         ``correction``, so that ``p + correction`` is the float32 weight up to 2^-17 of it. All
         floating-point parameters and buffers become bfloat16; parameters stay the same objects, and
         gradients are dropped. A parameter that is frozen or not in ``params`` is rounded without a
@@ -42,14 +42,14 @@ class WeightAccess(SerializableOptimizer):
             model: the module, plain or sharded by ``fully_shard`` or tensor parallelism, before its
                 first forward pass. Call this before DistributedDataParallel.
             params: as in the constructor; None for ``model.parameters()``.
-            keep_fp32: a regular expression. Parameters and buffers in whose name
-                :func:`re.search` finds it keep their dtype.
+            keep_fp32: regular expression; parameters and buffers whose name :func:`re.search`
+                matches keep their dtype.
             options: arguments of the constructor, by keyword.
 
         Raises:
-            ValueError, TypeError: as in the constructor, when the model is converted already; or
-                the model cannot be converted, or ``keep_fp32`` matches nothing. Then nothing has
-                changed.
+            ValueError: the model cannot be converted, ``keep_fp32`` matches nothing, or ZeRO has
+                ``broadcast_initial``. Nothing is changed.
+            ValueError, TypeError: as in the constructor. The model is converted by then.
 
         Examples:
             >>> import torch
@@ -66,9 +66,9 @@ class WeightAccess(SerializableOptimizer):
         zero = options.get("sharding")
         if zero is not None and zero.broadcast_initial:
             raise ValueError(
-                "ZeRO(broadcast_initial=True) copies the weights of the first rank but not what "
-                "their rounding leaves; build the same float32 model on every rank, or broadcast "
-                "it before from_fp32()"
+                "ZeRO(broadcast_initial=True) copies the weights of the first rank but not their "
+                "corrections; build the same float32 model on every rank, or broadcast it before "
+                "from_fp32()"
             )
         corrections = to_bf16_(model, keep_fp32)
         optimizer = cls(model.parameters() if params is None else params, **options)
@@ -85,7 +85,7 @@ class WeightAccess(SerializableOptimizer):
         Does nothing without ``ZeRO(overlap_gather=True)``. With it, call this after a step before
         code outside the model's forward pass reads or writes weights. Forward passes,
         ``state_dict``, ``load_state_dict`` and this package's functions wait by themselves.
-        Collective: every rank waits, or runs the next forward pass.
+        Collective: every rank calls it or runs the next forward pass.
 
         Raises:
             RuntimeError: another rank has died or hangs, or a weight was changed meanwhile. This
@@ -98,7 +98,7 @@ class WeightAccess(SerializableOptimizer):
         """Yield ``(parameter, weight)`` for every parameter, frozen or not.
 
         ``weight`` is ``p + correction``, a new float32 tensor, sharded like the parameter, or with
-        ZeRO like its state. For averages of weights, export and evaluation.
+        ZeRO like its state. Use it for averages of weights, export and evaluation.
         """
         self._check_between_steps("true_weights()")
         self.wait()
@@ -141,7 +141,7 @@ class WeightAccess(SerializableOptimizer):
         check_replicas(*collect_replicas(self, self._sharding, self.model_parallel))
 
     def init_state(self, params: Iterable[Tensor] | None = None) -> None:
-        """Create missing states at step 0 now, before the first gradient, as targets of a load.
+        """Create missing states, at step 0, without waiting for the first gradient.
 
         Args:
             params: the parameters; None for every trainable one.

@@ -149,7 +149,7 @@ def test_state_of_torchs_adamw_is_coupled():
 
 
 def test_unusable_peaks_are_errors_and_a_large_decay_warns():
-    with pytest.raises(ValueError, match=r"does not tell; pass max_lr="):
+    with pytest.raises(ValueError, match=r"which is unknown for lr_function=.*; pass max_lr="):
         AdamW_BF16([param(2)], lr_function=lambda step: 0.1, weight_decay=0.0, decouple_lr=True)
     for options in ({"lr": 0.0}, {"lr": 1.0, "max_lr": -1.0}, {"lr": 1.0, "max_lr": torch.inf}):
         with pytest.raises(ValueError, match="Invalid max_lr"):

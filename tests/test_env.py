@@ -63,7 +63,7 @@ def test_command_reports_versions_and_back_ends_without_a_compiler(repo, tmp_pat
         "GPUs",
         "Process groups",
         "Environment variables",
-        "What is slow here, and why",
+        "What is slow on this machine, and why",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Gradients that are updated together, because a launch has a cost of its own.
+"""Batches of gradients that are used in one update, because each kernel launch has a fixed cost.
 
 [Note: gradients that share memory]
 All gradients of one FSDP2 group are views of one buffer, which is freed only with the last view. So
@@ -39,10 +39,10 @@ class Batch:
 
 
 class Batcher:
-    """Collects gradients into a batch until it is full.
+    """A collector of gradients into a batch, until it is full.
 
     Attributes:
-        batch: the gradients that wait for their update, which sets it to None.
+        batch: the gradients that wait for their update; the update sets this to None.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Batcher:
             if batch.nbytes >= BATCH_BYTES:
                 flush()
         elif batch is None and is_shared and grad.storage_offset():
-            self._storage_ends.clear()  # one was not the last in its storage: record all anew
+            self._storage_ends.clear()  # an end was wrong: record all anew
         if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
             flush()
         if self.batch is None:

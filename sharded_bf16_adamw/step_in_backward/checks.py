@@ -1,4 +1,4 @@
-"""Checks of options and of misuse. Each raises before anything changes, and tells the remedy."""
+"""Checks of options and of misuse. Each raises before it changes anything, and tells the remedy."""
 
 from __future__ import annotations
 
@@ -107,9 +107,8 @@ def check_backward_mode(device: torch.device) -> None:
     compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
     if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
         raise RuntimeError(
-            "compiled autograd runs this backward pass and never tells step_in_backward=True "
-            "that it ended; turn torch._dynamo.config.compiled_autograd off, or leave the "
-            "option out"
+            "compiled autograd runs this backward pass, and step_in_backward=True cannot detect "
+            "its end; turn torch._dynamo.config.compiled_autograd off, or leave the option out"
         )
 
 
@@ -154,7 +153,7 @@ def _differs(a: Hyperparams, b: Hyperparams) -> bool:
 
 
 def second_gradient_message(name: str, num_passes: int) -> str:
-    """Return the error of a second gradient in a step of ``num_passes`` unfinished passes."""
+    """Return the error of a second gradient in one step, with ``num_passes`` unfinished passes."""
     message = (
         f"parameter {name} got a second gradient before step(), after the first "
         "was used; step_in_backward=True takes one backward pass a step, so run earlier ones "
@@ -167,7 +166,7 @@ def second_gradient_message(name: str, num_passes: int) -> str:
 
 
 def failure_message(caller: str, updated: int, params: Collection[Tensor]) -> str:
-    """Return the error of a call after a pass that raised when ``updated`` parameters were new."""
+    """Return the error of a call after a failed pass that had updated ``updated`` parameters."""
     if not updated:
         return (
             f"{caller} was called after a backward pass that raised before any parameter was "

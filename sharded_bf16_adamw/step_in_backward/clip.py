@@ -1,4 +1,4 @@
-"""Gradient clipping for ``step_in_backward=True``, where all gradients never exist at once."""
+"""Gradient clipping for ``step_in_backward=True``, where the gradients never all exist at once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ClipInBackward:
     Args:
         max_norm: upper bound on a 2-norm, as in :func:`torch.nn.utils.clip_grad_norm_`.
         by: ``"previous_step"`` scales all gradients by ``min(1, max_norm / (norm + 1e-6))``, where
-            ``norm`` is the global norm of the step before, over all ranks. A spike's own step is
-            not clipped; its norm scales the next step. The first step and a step after an inf or
-            NaN norm are not scaled. ``"param"`` scales each parameter's gradient by its own norm;
-            it requires unsharded parameters.
+            ``norm`` is the global norm of the previous step, over all ranks. So a spike is not
+            clipped in its own step; its norm scales the next one. The first step and a step after
+            an inf or NaN norm are not scaled. ``"param"`` scales each parameter's gradient by its
+            own norm; it requires unsharded parameters.
 
     Raises:
         ValueError: ``max_norm`` is not positive, or ``by`` is not one of its two values.
@@ -76,16 +76,13 @@ class PreviousStepClip:
         self._max_norm, self._groups = max_norm, groups
         self._grad_norm, self._backend = grad_norm, backend
         self._infos = grad_norm.group_infos([(group, [], []) for group in groups])
-        # By key and batch, computed on the batch's stream.
+        # One for each key and batch, computed on the batch's stream.
         self._sums: list[tuple[SumKey, Tensor]] = []
         self._scales: dict[torch.device, Tensor] = {}
         self._sum_sq: Tensor | None = None  # over all ranks
 
     def scale(self, device: torch.device) -> Tensor | None:
-        """Return this step's gradient scale, 0-dim float32 on ``device``; None on the first step.
-
-        Cached per device, because several streams read it.
-        """
+        """Return this step's gradient scale, 0-dim float32 on ``device``, or None at first."""
         sum_sq = previous_sum_sq(self._groups)
         if sum_sq is not None and device not in self._scales:
             on_device = sum_sq.to(double_device(device))
@@ -116,7 +113,7 @@ class PreviousStepClip:
         self._sum_sq = total
 
     def end_step(self) -> None:
-        """Keep the reduced norm for the next step."""
+        """Store the reduced sum of squares for the next step."""
         for group in self._groups:
             group[_PREVIOUS] = self._sum_sq
 

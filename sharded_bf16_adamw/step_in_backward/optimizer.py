@@ -26,7 +26,7 @@ class SteppedInBackward(torch.optim.Optimizer):
         """Forget a step whose backward pass has raised under ``step_in_backward=True``.
 
         Its gradients are dropped. Parameters that it has updated stay updated, so load a checkpoint
-        afterwards. Collective with ``sharding=ZeRO(...)``, also for a rank that has raised before
+        afterwards. Collective with ``sharding=ZeRO(...)``, even for a rank that has raised before
         its backward pass: every rank calls it, or gets an error from ``step()`` and then calls it.
         """
         if self._in_backward is not None:

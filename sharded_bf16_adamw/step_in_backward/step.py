@@ -9,10 +9,10 @@ One optimizer step is one *round*::
 
 [Note: when a gradient is final]
 A post-accumulate-grad hook runs once autograd has added a gradient to ``param.grad``. FSDP2 calls
-the hook once it has reduced a gradient. Both are the whole gradient of a backward pass, which is
-final if the pass is the last of the step. Earlier passes run inside ``accumulate()``, or under
-FSDP2 without gradient sync, where no hook runs. A second gradient in one round would update its
-parameter twice, so the hook raises before it touches that parameter.
+the hook once it has reduced a gradient. Either way the hook sees the whole gradient of a backward
+pass, which is final if the pass is the last of the step. Earlier passes run inside
+``accumulate()``, where hooks do nothing, or under FSDP2 without gradient sync, where no hook runs.
+A second gradient in one round would update its parameter twice, so the hook raises instead.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ _hooks = GradHooks(torch._disable_dynamo)
 class RoundState(Enum):
     """The progress of the current step."""
 
-    IDLE = auto()  # no parameter was updated since the last step()
-    RUNNING = auto()  # parameters were updated, and step() has yet to end the round
-    FAILED = auto()  # a backward pass has ended early
+    IDLE = auto()  # no final gradient since the last step()
+    RUNNING = auto()  # gradients were used, and step() has yet to end the round
+    FAILED = auto()  # a backward pass has not ended: it raised, or it still runs
 
 
 @dataclass
 class Round:
-    """The hyper-parameters of a step, read at its first final gradient, and its progress since."""
+    """The hyper-parameters of a step, read at its first final gradient, and its progress."""
 
     lrs: list[float | None]  # see :func:`sharded_bf16_adamw.schedule.scheduled_lrs`
     group_hypers: list[Hyperparams]  # as read from the groups
     hypers: list[Hyperparams]  # the same, but with the learning rates of the schedule
     clip: PreviousStepClip | None = None
     taken: set[Tensor] = field(default_factory=set)  # parameters updated or in the batch
-    updated: int = 0
+    updated: int = 0  # number of parameters
     backward_passes: set[int] = field(default_factory=set)  # autograd's ids of unfinished passes
     streams: set[torch.cuda.Stream] = field(default_factory=set)  # that have run updates
 
@@ -235,7 +235,7 @@ class StepInBackward:
                 plan.update_(part_grads, round_.hypers, scale, found_inf=None)
 
     def _grad_scale(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
-        """Return the factor of gradients, 0-dim float32; add them to the norm for the next step."""
+        """Return the gradients' clip coefficient, if any, and add them to the norm of this step."""
         optimizer = self._get_optimizer()
         if self.clip is None:
             return None
@@ -330,14 +330,14 @@ class StepInBackward:
     def begin_step(
         self, gradients: list[GroupGrads]
     ) -> tuple[list[float | None], list[GroupGrads]]:
-        """Update the remaining parameters of the batch.
+        """Update the parameters that are still in the batch.
 
         Args:
             gradients: for each group, the gradients that no hook saw.
 
         Returns:
             The learning rates of this step, and the gradients that :meth:`.AdamW_BF16.step` is to
-            use: all of ``gradients``, or none with clipping.
+            use: all of ``gradients``, or none with clipping, which updates them in the batch.
 
         Raises:
             RuntimeError: a gradient belongs to a parameter that was updated in this round, or

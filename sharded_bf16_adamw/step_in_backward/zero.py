@@ -1,4 +1,4 @@
-"""The step inside the backward pass under ZeRO stage 2, which calls for the updates.
+"""The step inside the backward pass under ZeRO stage 2.
 
 See [Note: updates of ZeRO inside the backward pass] in
 :mod:`sharded_bf16_adamw.sharding.zero.in_backward`. The round is that of :mod:`.step`, but its
@@ -31,13 +31,13 @@ class ZeroStepInBackward(StepInBackward):
     def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
         optimizer._sharding.updates = self
         self._has_failed = False  # on every rank
-        self._was_dropped = False  # by an error that step() has raised on every rank
+        self._was_dropped = False  # step() has raised on every rank and dropped this step
         self.has_accumulated = False
         super().__init__(optimizer, clip)
 
     @property
     def _stage(self) -> Stage2InBackward:
-        # Not an attribute: in a reference cycle the optimizer's hooks would outlive it.
+        # Not stored: with a reference cycle the hooks would outlive the optimizer.
         stage: Stage2InBackward = self._get_optimizer()._sharding
         return stage
 
@@ -68,7 +68,7 @@ class ZeroStepInBackward(StepInBackward):
             self._round.streams.add(torch.cuda.current_stream(param.device))
 
     def has_taken(self, param: Tensor) -> bool:
-        """Return True if the parameter's final gradient was ready since the last step."""
+        """Return True if the parameter's final gradient has become ready since the last step."""
         return self._round is not None and param in self._round.taken
 
     def update(self, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -84,7 +84,7 @@ class ZeroStepInBackward(StepInBackward):
                 self._update(batch, self._round)
 
     def forget_plans(self) -> None:
-        """Drop the step plans for the sets of parameters of earlier updates."""
+        """Drop the step plans: later updates will have other sets of parameters."""
         self._plans.clear()
 
     def reset(self) -> None:
@@ -93,7 +93,7 @@ class ZeroStepInBackward(StepInBackward):
         self._was_dropped = True
 
     def fail(self) -> None:
-        """Refuse further steps until the user abandons this step: weights are old and new ones."""
+        """Refuse further steps until the user abandons this one, which has updated some weights."""
         self._has_failed = True
 
     # --------------------------------------------------------------------- at and between the steps

@@ -182,13 +182,13 @@ def fractions_worker(rank, world, name):
     optimizer = make_optimizer(wrapped)
     backward(wrapped, make_batch(0))
     optimizer.clip_grad_norm_(CLIP)
-    with pytest.raises(ValueError, match="got another fraction on some ranks than on others"):
+    with pytest.raises(ValueError, match="got different fractions on different ranks"):
         optimizer.precision_stats(1 / 1000 if rank == 1 else 1 / 1001)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # as on an accelerator
+        # as on CUDA
         monkeypatch.setattr(precision_stats, "_check_fractions", lambda differ: None)
         stats = optimizer.precision_stats(1 / 3 if rank == 1 else 1.0)
-    with pytest.raises(ValueError, match="got another fraction on some ranks than on others"):
+    with pytest.raises(ValueError, match="got different fractions on different ranks"):
         stats.as_dict()
     assert stats.edq.isnan() and all(group.edq.isnan() for group in stats.groups)
     assert float(optimizer.precision_stats(1 / 3).edq) > 0
