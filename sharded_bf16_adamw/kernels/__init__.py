@@ -4,7 +4,7 @@
 backend   device                             source
 ========= ================================== ====================================================
 native    CPU                                ``cpu.py`` over the C library of ``csrc/``
-triton    CUDA and ROCm                      ``cuda.py``, ``triton_*.py``
+triton    CUDA and ROCm                      ``cuda*.py``, ``triton_*.py``
 reference any; defines the exact result      ``reference.py``, ``reference_precision.py``
 ========= ================================== ====================================================
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_bf16_adamw.kernels import cuda, device_memory
+from sharded_bf16_adamw.kernels import cuda, cuda_norm, device_memory
 from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch, double_bits
 from sharded_bf16_adamw.kernels.reference import Hyperparams
 
@@ -24,8 +24,6 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """
     state = SimpleNamespace(now=False, stream=1)
     empty, to = torch.empty, Tensor.to
-    monkeypatch.setattr(device_memory, "is_capturing", lambda device: state.now)
-    monkeypatch.setattr(device_memory, "upload", lambda host, device: host.clone())
 
     def of_cpu(function: Any) -> Any:
         def call(
@@ -40,8 +38,9 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(torch, "empty", of_cpu(empty))
     monkeypatch.setattr(torch, "zeros", of_cpu(torch.zeros))
-    monkeypatch.setattr(cuda, "is_capturing", lambda device: state.now)
-    monkeypatch.setattr(cuda, "upload", lambda host, device: host.clone())
+    for module in (device_memory, cuda, cuda_norm):
+        monkeypatch.setattr(module, "is_capturing", lambda device: state.now)
+        monkeypatch.setattr(module, "upload", lambda host, device: host.clone())
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=state.stream)
     )
@@ -111,7 +110,7 @@ def test_captured_arrays_are_kept(capturing: SimpleNamespace) -> None:
 
 def layout_of(scratch: NormScratch, *lengths: int) -> Any:
     pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
-    return cuda._norm_layout(lengths, DEVICE, scratch)  # type: ignore[arg-type]
+    return cuda_norm._norm_layout(lengths, DEVICE, scratch)  # type: ignore[arg-type]
 
 
 def memory(layout: Any) -> set[int]:
@@ -150,9 +149,9 @@ def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) 
 
 def test_old_scratch_is_released(capturing: SimpleNamespace) -> None:
     scratch = NormScratch()
-    for length in range(3 * cuda.MAX_LAYOUTS):
+    for length in range(3 * cuda_norm.MAX_LAYOUTS):
         layout_of(scratch, length)
-    assert len(scratch.layouts) == cuda.MAX_LAYOUTS
+    assert len(scratch.layouts) == cuda_norm.MAX_LAYOUTS
 
 
 # ---------------------------------------------------------------------------------- learning rates

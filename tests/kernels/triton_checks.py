@@ -356,9 +356,9 @@ def graphs() -> dict[str, Any]:
     import weakref
 
     from sharded_bf16_adamw import AdamW_BF16, grad_norm, step_plan
-    from sharded_bf16_adamw.kernels import backend, device_memory
+    from sharded_bf16_adamw.kernels import backend, cuda_norm, device_memory
 
-    modules = (backend, step_plan, grad_norm, device_memory, cuda)
+    modules = (backend, step_plan, grad_norm, device_memory, cuda, cuda_norm)
     truth, known, reason_of = (
         device_memory.is_capturing,
         backend._BY_DEVICE,
