@@ -18,16 +18,24 @@ def is_evaluation_due(run: Run) -> bool:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """Return the mean loss over the held-out windows. Collective: the ranks share the windows."""
+    """Return the mean loss over the held-out windows, without dropout.
+
+    Collective: each rank computes a part, in micro-batches, since a whole batch may not fit.
+    """
     args, world = run.args, run.world
     total = torch.zeros((), device=world.device)
-    for index in range(args.eval_batches):
-        run.supervisor.stop_if_requested()
-        run.supervisor.beat(f"the evaluation after step {run.step}")
-        batch = run.data.held_out_batch(index, args.eval_batches, args.batch_size)
-        local = batch[world.batch_slice].to(world.device)
-        total += compute_loss(run.wrapped_model, local) / args.eval_batches
-    return all_reduce_mean(world, total)[0]
+    run.wrapped_model.eval()
+    try:
+        for index in range(args.eval_batches):
+            run.supervisor.stop_if_requested()
+            run.supervisor.beat(f"the evaluation after step {run.step}")
+            batch = run.data.held_out_batch(index, args.eval_batches, args.batch_size)
+            local = batch[world.batch_slice].to(world.device)
+            for micro_batch in local.chunk(args.grad_accum):
+                total += compute_loss(run.wrapped_model, micro_batch)
+    finally:
+        run.wrapped_model.train()
+    return all_reduce_mean(world, total / (args.eval_batches * args.grad_accum))[0]
 
 
 def evaluate(run: Run, reporters: Reporters) -> None:
