@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model", "tekken.json", "*.tik
 
 def _transformers() -> Any:
     try:
-        return importlib.import_module("transformers")  # mypy would check it for minutes
+        return importlib.import_module("transformers")  # mypy checks an import for minutes
     except ImportError:
         raise UsageError(
             "--model needs the transformers package: install it with pip install transformers."
@@ -28,11 +28,11 @@ def _transformers() -> Any:
 
 
 def max_positions(folder: str) -> int | None:
-    """Return the longest sequence of the model in a folder, None if its config does not tell."""
+    """Return ``max_position_embeddings`` of a folder's ``config.json``, or None if it has none."""
     try:
         value = json.loads(Path(folder, "config.json").read_text())["max_position_embeddings"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # read_config raises
+        return None  # read_config() reports a folder without a valid config
     return value if isinstance(value, int) else None
 
 
@@ -62,15 +62,15 @@ def read_config(folder: str, seq_len: int) -> Any:
 
 
 def build(folder: str, config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build the causal language model of a config, from int64 tokens ``(B, T)`` to their logits.
+    """Build the causal language model of a config; it maps int64 tokens ``(B, T)`` to logits.
 
-    Its parameters are of ``dtype`` and on the meta device. Buffers that are not in checkpoints,
-    such as rotary frequencies, have their values. Float32 parameters compute in bfloat16.
+    Parameters have ``dtype`` and are on the meta device. Buffers have their values, since some are
+    in no checkpoint, such as rotary frequencies. Float32 parameters run under bfloat16 autocast.
     """
 
-    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> Any:  # as the stub has it
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> Any:
         if param.is_meta:
-            return None  # a tied parameter that was replaced before
+            return None  # a tied parameter, already replaced
         meta = torch.empty_like(param, dtype=dtype, device="meta")
         return nn.Parameter(meta, param.requires_grad)
 
@@ -102,9 +102,11 @@ class FolderTokenizer:
         auto = _transformers().AutoTokenizer
         try:
             if not any(match for name in TOKENIZER_FILES for match in Path(folder).glob(name)):
-                raise FileNotFoundError("no file of one")  # transformers may make an empty one
+                raise FileNotFoundError(
+                    "it has no tokenizer file"
+                )  # transformers may build an empty one
             self._tokenizer = auto.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of many types
+        except Exception as error:  # transformers raises errors of many types
             raise UsageError(
                 f"--model {folder} has no tokenizer that transformers reads ({_line(error)}): "
                 "give --data .bin files of token ids."
@@ -122,7 +124,7 @@ class FolderTokenizer:
 
 def _unusable(folder: str, error: Exception) -> UsageError:
     return UsageError(
-        f"--model {folder} is no causal language model that transformers can build "
+        f"--model {folder} cannot be built by transformers as a causal language model "
         f"({_line(error)}): give another folder."
     )
 

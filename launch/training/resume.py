@@ -21,7 +21,7 @@ from training.world import call_on_rank_0
 
 
 def resume(run: Run) -> None:
-    """Load the checkpoint to resume from, if any; by default this run's latest in ``--out``."""
+    """Load the checkpoint to resume from, if any, and the loop's state. Collective."""
     path = find_checkpoint(run.args)
     if path is None:
         return
@@ -56,15 +56,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def find_newest_good(args: argparse.Namespace, damaged: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, to fall back to. Collective.
+    """Return the newest undamaged checkpoint, or None if there is none. Collective.
 
-    Return None if ``--resume`` is given, if none is undamaged, or if ``damaged`` itself passes its
-    checksums.
+    Also return None if ``--resume`` is given, or if ``damaged`` itself passes its checksums.
+
+    Raises:
+        UsageError: on all ranks, if that checkpoint is of another configuration.
     """
     if args.resume is not None:
         return None
-    found = call_on_rank_0(_call_with_usage_errors, _newest_good, damaged.parent)
-    return None if found == damaged else found
+    return call_on_rank_0(_call_with_usage_errors, _find_other, args, damaged)
 
 
 def suggest_newest_good(args: argparse.Namespace, path: Path) -> str:
@@ -80,6 +81,14 @@ def _call_with_usage_errors(function: Any, *args: Any) -> Any:
             f"{error.filename or 'a file of the checkpoints'} cannot be read ({error.strerror}): "
             "give a directory that you may read."
         ) from error
+
+
+def _find_other(args: argparse.Namespace, damaged: Path) -> Path | None:
+    path = _newest_good(damaged.parent)
+    if path is None or path == damaged:
+        return None
+    _check_same_config(path, args)
+    return path
 
 
 def _find(args: argparse.Namespace) -> Path | None:
@@ -111,7 +120,7 @@ def _select(args: argparse.Namespace) -> Path | None:
 
 
 def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
-    """Return the latest checkpoint of a run of the same configuration in ``--out``."""
+    """Return the latest checkpoint in ``--out``, which must have the same configuration."""
     path = directory.latest(root)
     if path is None:
         if directory.incomplete_checkpoints(root) or (root.parent / "metrics.jsonl").exists():
@@ -124,6 +133,11 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
     except ValueError:
         path = _required_newest_good(root)
         assert path is not None
+    _check_same_config(path, args)
+    return path
+
+
+def _check_same_config(path: Path, args: argparse.Namespace) -> None:
     saved = _read_manifest(path, args).extra["config"]
     changed = changes(vars(args), saved, operational=False)
     if changed:
@@ -132,13 +146,12 @@ def _find_own(args: argparse.Namespace, root: Path) -> Path | None:
             f"({'; '.join(changed)}): give the same options to continue it, add --resume auto to "
             "continue it with these, or give another --out to start from scratch."
         )
-    return path
 
 
 def _find_given(args: argparse.Namespace, root: Path) -> Path:
-    """Return the latest checkpoint that this command has saved to ``--out``, else that at ``PATH``.
+    """Return the checkpoint at ``--resume PATH``, or the latest that this command has saved since.
 
-    A restarted command continues from its own checkpoint, not from ``--resume PATH`` again.
+    So a command that is started again does not start over from ``PATH``.
     """
     given = Path(args.resume)
     path = directory.find_checkpoint(given) or directory.latest(given / "checkpoints")
@@ -203,7 +216,7 @@ def _read_manifest(path: Path, args: argparse.Namespace) -> Manifest:
 
 
 def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Raise UsageError if the checkpoint is of another model or optimizer."""
+    """Raise UsageError if the checkpoint has another model or optimizer."""
     given = vars(args)
     if (saved.get("model") is None) != (given["model"] is None):
         name = "preset" if saved.get("model") is None else "model"
@@ -221,7 +234,7 @@ def _check_model(path: Path, args: argparse.Namespace, saved: dict[str, Any]) ->
 
 
 def _note_changes(args: argparse.Namespace, manifest: Manifest) -> None:
-    """Print how this run differs from the one that saved the checkpoint."""
+    """Print how options, processes and learning rate differ from those of the checkpoint."""
     step, saved = manifest.extra["step"], manifest.extra["config"]
     changed = changes(vars(args), saved, operational=True)
     if manifest.world_size != dist.get_world_size():

@@ -15,13 +15,13 @@ from sharded_bf16_adamw import save, wait_for_save
 from sharded_bf16_adamw.sharding.dtensor import to_local
 from training.divergence import recovery_hint
 from training.errors import DivergedError, RunError
-from training.hf_export import export_hf
+from training.hf_export import export_hf, export_hf_if_missing
 from training.run_state import Run
 from training.world import true_on_all_ranks
 
 
 def is_save_due(run: Run) -> bool:
-    """Return True if this step is to be saved. A step with a non-finite loss or norm is not."""
+    """Return True if a save is due. Steps with a non-finite loss or norm are not saved."""
     every = run.args.save_every
     if not every or run.step % every != 0:
         return False
@@ -34,16 +34,47 @@ def is_save_due(run: Run) -> bool:
 
 
 def save_checkpoint(run: Run, in_background: bool) -> None:
-    """Save all that a resumed run needs, once the previous save is done.
+    """Wait for the previous save, then save all that a resumed run needs. Collective.
 
     The position in the data is not saved: it follows from the step. After a non-finite loss all
-    older checkpoints are kept, since the new one may be of diverged training.
+    older checkpoints are kept, since training may have diverged.
 
     Raises:
         DivergedError: a weight or an optimizer state is not finite; nothing is saved.
-        RunError: a rank could not write, or the previous save failed.
+        RunError: a rank could not write, or the previous save failed; this step is then saved.
     """
     run.supervisor.beat(f"the save of step {run.step}")
+    _wait_for_background_save(run)
+    _save(run, in_background)
+
+
+def save_last_step(run: Run) -> None:
+    """Save and export the last step unless that is done. Collective.
+
+    Raises:
+        DivergedError, RunError: as :func:`save_checkpoint`.
+    """
+    run.supervisor.beat("the last save")
+    _wait_for_background_save(run)
+    if run.last_checkpoint_step != run.step:
+        _save(run, in_background=False)
+    elif run.args.export_hf is not None:
+        # The run may have been killed before the export, or have had no --export-hf.
+        with save_errors():
+            export_hf_if_missing(run.args, run.last_checkpoint)
+
+
+def _wait_for_background_save(run: Run) -> None:
+    """Wait for the save in flight. If it failed, save this step, then raise the error."""
+    try:
+        with save_errors():
+            wait_for_save()
+    except RunError:
+        _save(run, in_background=False)
+        raise
+
+
+def _save(run: Run, in_background: bool) -> None:
     if not true_on_all_ranks(run.world, state_is_finite(run.optimizer)):
         raise DivergedError(
             f"a weight or an optimizer state is not finite after step {run.step}, "
@@ -80,10 +111,10 @@ def save_checkpoint(run: Run, in_background: bool) -> None:
 
 @contextmanager
 def save_errors() -> Iterator[None]:
-    """Raise a RunError, on all ranks, for the error of a failed save."""
+    """Raise the error of a failed save, which every rank raises, as a RunError."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # the latter of unsuitable folders
+    except (RuntimeError, ValueError) as error:  # ValueError: an unsuitable folder
         raise RunError(f"{error}.") from error
 
 
@@ -101,16 +132,3 @@ def state_is_finite(optimizer: torch.optim.Optimizer) -> bool:
     local = [x for x in local if x.numel() and x.is_floating_point()]
     # The largest magnitude is inf or NaN if any element is, and needs no temporary tensor.
     return bool(nn.utils.get_total_norm(local, math.inf).isfinite())
-
-
-def save_last_step(run: Run) -> None:
-    """Save the last step unless it is saved. Then raise the error of a failed background save."""
-    run.supervisor.beat("the last save")
-    try:
-        with save_errors():
-            wait_for_save()
-    except RunError:
-        save_checkpoint(run, in_background=False)
-        raise
-    if run.last_checkpoint_step != run.step:
-        save_checkpoint(run, in_background=False)

@@ -155,17 +155,17 @@ def saved_tensors(out_dir: Path) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize(("failing", "steps"), [(4, 5), (4, 4)])
+@pytest.mark.parametrize(("steps", "last"), [(5, 5), (4, 4), (9, 6)])
 def test_failed_background_save_ends_the_run_after_a_last_save(
-    tmp_path, capsys, saves, failing, steps
+    tmp_path, capsys, saves, steps, last
 ):
-    saves[1].add(failing)
+    saves[1].add(4)
     assert run("--out", tmp_path, f"--steps {steps} --save-every 2") == 1
     message = r"cannot save the checkpoint \S*step-00000004: on rank 0, OSError: .*No space left"
     assert re.fullmatch(rf"error: {message}[^\n]*\n", capsys.readouterr().err)
     assert not dist.is_initialized()
-    assert saves[0] == [(2, True), (steps, False)]
-    assert latest(tmp_path / "checkpoints").name == f"step-{steps:08d}"
+    assert saves[0] == [(2, True), (last, False)]
+    assert latest(tmp_path / "checkpoints").name == f"step-{last:08d}"
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -260,6 +260,18 @@ def test_only_checkpoint_that_is_damaged_is_named_with_its_damage(tmp_path, caps
     assert run("--out", tmp_path, "--steps 2") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"__0_0\.distcp is not what was .*; no checkpoint in .* is undamaged$", error)
+
+
+def test_fallback_to_a_checkpoint_of_another_configuration_is_an_error(tmp_path, capsys):
+    options = "--steps 4 --save-every 2"
+    assert run("--out", tmp_path, options, "--lr 1e-3") == 0
+    damage(latest(tmp_path / "checkpoints"), "manifest.json")
+    assert run("--out", tmp_path, options, "--lr 2e-3 --resume newest-good") == 0
+    damage(latest(tmp_path / "checkpoints"), "*.distcp")
+    capsys.readouterr()
+    assert run("--out", tmp_path, options, "--lr 2e-3") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run of another configuration" in error and "--lr was 0.001, now 0.002" in error
 
 
 def test_folder_that_is_unsuitable_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -156,6 +156,8 @@ def test_stopped_on_two_ranks_resumed_on_one_exported_and_loaded_back(folder, op
     assert held_out(curve(whole))[-1] < held_out(curve(whole))[0] - 0.1
     last = latest(stopped / "checkpoints")
     assert [path.name for path in (stopped / "hf").glob("step-*")] == [last.name]
+    shutil.rmtree(stopped / "hf")  # as if killed between the last save and its export
+    assert run("--out", stopped, options, "--keep 1 --export-hf bfloat16 --resume auto") == 0
     reader = CheckpointReader(last)
     for name, value in loaded(stopped / "hf/latest").items():
         assert value.dtype == torch.bfloat16
@@ -205,7 +207,7 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "no folder": (lambda f, t: f"--model {t}", "--model .* has no config.json: give the folder"),
     "unknown model": (
         lambda f, t: f"--model {with_type(f, t, 'zzz')}",
-        "--model .* is no causal language model that transformers can build",
+        "--model .* cannot be built by transformers as a causal language model",
     ),
     "no weights": (
         lambda f, t: f"--model {without(f, t, '*safetensors*')}",
