@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
+from sharded_bf16_adamw.kernels.backend import check_backend
 from training import hugging_face
 from training.errors import UsageError
 from training.model import GPT, PRESETS, Config
 from training.optimizers import OPTIMIZERS
 from training.options import model_name
 from training.strategies import STRATEGIES, Strategy
-from training.world import World
+from training.world import World, call_on_all_ranks
 
 WEIGHT_DTYPES = {name: spec.weight_dtype for name, spec in OPTIMIZERS.items()}
-ANNOUNCED = 500_000_000  # parameters of a model that takes a while to build
+ANNOUNCED = 500_000_000  # building a model with this many parameters or more is announced
 Schedule = Callable[[int], float]
 
 
@@ -42,7 +42,7 @@ def set_seeds(args: argparse.Namespace) -> None:
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """Return the config of ``--preset``, or of ``--model``; both have a ``vocab_size``.
+    """Return the config of ``--preset`` or of ``--model``; each has a ``vocab_size``.
 
     Raises:
         UsageError: ``--model`` is not a folder that ``transformers`` can use.
@@ -61,7 +61,7 @@ def build_model(
     of ``--model`` are read later.
 
     Raises:
-        UsageError: ``--strategy`` or transformers cannot shard or build the model.
+        UsageError: ``--strategy`` cannot shard the model, or transformers cannot build it.
     """
     dtype = WEIGHT_DTYPES[args.optimizer]
     mesh_shape = strategy.mesh_shape(world.size)
@@ -74,7 +74,7 @@ def build_model(
             "fsdp2."
         )
     else:
-        model = hugging_face.build(args.model, config, dtype)
+        model = call_on_all_ranks(hugging_face.build, args.model, config, dtype)
     num_params = sum(p.numel() for p in model.parameters())
     is_announced = world.rank == 0 and num_params >= ANNOUNCED
     if is_announced:
@@ -91,15 +91,15 @@ def build_model(
             print(f"initializing the weights on {world.device.type}", flush=True)
         model.init_weights(args.seed)
     else:
-        for param in model.parameters():  # ZeRO compares the weights of ranks before they are read
+        for param in model.parameters():  # ZeRO compares the ranks' weights before --model is read
             param.detach().zero_()
     return model, strategy.wrap(model, mesh), num_params
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Replace meta parameters by uninitialized ones on the device; keep ties, move buffers there.
+    """Allocate the meta parameters on the device, uninitialized; keep ties and values of buffers.
 
-    Done after sharding, when ``to_empty`` allocates this rank's shards only.
+    Call it after sharding: ``to_empty`` then allocates only this rank's shards.
     """
     ties = [
         (module, name, param)
@@ -108,22 +108,25 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     ]
     buffers = dict(model.named_buffers())
     model.to_empty(device=device)
-    first: dict[nn.Parameter, nn.Parameter] = {}
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
     for module, name, param in ties:
-        setattr(module, name, first.setdefault(param, getattr(module, name)))
+        setattr(module, name, replacements.setdefault(param, getattr(module, name)))
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 
 
 def make_optimizer(
-    args: argparse.Namespace, model: nn.Module, schedule: Schedule
+    args: argparse.Namespace, world: World, model: nn.Module, schedule: Schedule
 ) -> torch.optim.Optimizer:
-    """Build an AdamW that applies weight decay to matrices, not to gains of norms or biases.
+    """Build the optimizer, without weight decay for biases and the weights of norms. Collective.
 
     Raises:
-        UsageError: the strategy shards AdamW_BF16 only, or a hyperparameter is invalid.
+        UsageError: the strategy does not support the optimizer, the optimizer is not available on
+            a rank, or a hyperparameter is invalid.
     """
-    # By name and not by ndim, since FSDP1 flattens matrices.
+    spec = OPTIMIZERS[args.optimizer]
+    call_on_all_ranks(_check_available, args, world.device)
+    # Not by ndim: FSDP1 flattens matrices.
     vectors = {
         id(p)
         for module in model.modules()
@@ -135,18 +138,12 @@ def make_optimizer(
         {"params": [p for p in model.parameters() if id(p) in vectors], "weight_decay": 0.0},
     ]
     common = {"betas": tuple(args.betas), "weight_decay": args.weight_decay}
-    device = next(model.parameters()).device
-    world = World(dist.get_rank(), dist.get_world_size(), device)
     sharding = STRATEGIES[args.strategy].sharding(world.mesh())
     if sharding is not None and args.optimizer != "bf16":
         raise UsageError(
             f"--strategy {args.strategy} shards --optimizer bf16 only, not {args.optimizer}: "
             "use --strategy ddp or fsdp2."
         )
-    spec = OPTIMIZERS[args.optimizer]
-    reason = spec.unavailable_reason(device.type == "cuda")
-    if reason is not None:
-        raise UsageError(f"--optimizer {args.optimizer} {reason}.")
     try:
         if spec.path is None:
             backend = args.optimizer_backend
@@ -156,6 +153,18 @@ def make_optimizer(
         return spec.make(groups, lr=schedule(0), **common)
     except ValueError as error:
         raise UsageError(f"{error}; see --help") from error
+
+
+def _check_available(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UsageError if this machine lacks the optimizer's package or its kernels."""
+    reason = OPTIMIZERS[args.optimizer].unavailable_reason(device.type == "cuda")
+    if reason is not None:
+        raise UsageError(f"--optimizer {args.optimizer} {reason}.")
+    if args.optimizer == "bf16":
+        try:
+            check_backend(args.optimizer_backend)
+        except ValueError as error:
+            raise UsageError(f"{error}; see --help") from error
 
 
 def make_schedule(args: argparse.Namespace) -> Schedule:

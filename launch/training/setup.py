@@ -28,8 +28,6 @@ from training.world import World, call_on_all_ranks, call_on_rank_0_only, init_w
 def set_up(args: argparse.Namespace, supervisor: Supervisor) -> Iterator[Run]:
     """Join the process group, lock ``--out``, build model and optimizer, and resume if possible.
 
-    A run resumes if there is a checkpoint of it.
-
     Yields:
         The run; ``--out`` is locked until the context ends.
 
@@ -79,7 +77,7 @@ def build_run(
         strategy=strategy,
         model=model,
         wrapped_model=wrapped_model,
-        optimizer=make_optimizer(args, model, schedule),
+        optimizer=make_optimizer(args, world, model, schedule),
         schedule=schedule,
         num_params=num_params,
         supervisor=supervisor,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import distributed
 import pytest
 import torch
 import torch.distributed as dist
 import train
+from training import build
 from training.errors import UsageError
+from training.optimizers import OptimizerSpec
 from training.options import parse_args
 from training.world import call_on_all_ranks
 
@@ -254,6 +258,27 @@ def fail_on_rank_1(rank: int, world_size: int) -> str:
 
 def test_error_on_one_rank_is_raised_on_all():
     assert distributed.run_ranks(2, fail_on_rank_1) == ["no disk", "no disk"]
+
+
+def train_without_a_package_on_rank_1(rank: int, world_size: int, out: str, what: str) -> Any:
+    real = OptimizerSpec.unavailable_reason, build.check_backend
+    try:
+        if rank == 1 and what == "package":
+            OptimizerSpec.unavailable_reason = lambda self, has_cuda: "needs a package"
+        if rank == 1 and what == "backend":
+            build.check_backend = mock.Mock(side_effect=ValueError("no compiler"))
+        return printed_on_ranks(rank, world_size, out, "--strategy ddp --preset nano --steps 1")
+    finally:
+        OptimizerSpec.unavailable_reason, build.check_backend = real
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("package", "--optimizer bf16 needs a package."), ("backend", "no comp")]
+)
+def test_optimizer_that_one_machine_lacks_is_an_error_on_all_ranks(tmp_path, what, message):
+    results = distributed.run_ranks(2, train_without_a_package_on_rank_1, str(tmp_path), what)
+    assert [code for code, *_ in results] == [2, 2]
+    assert f"error: {message}" in results[0][2] and results[1][2] == ""
 
 
 def test_single_refuses_several_ranks(tmp_path):
