@@ -37,6 +37,9 @@ from training.world import all_reduce_mean
 
 from sharded_bf16_adamw import wait_for_save
 
+# Enough for a median of step times, since the first steps also compile and load kernels.
+MEDIAN_STEPS = 5
+
 
 def main(argv: list[str] | None = None) -> int:
     initialized_before = dist.is_initialized()
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, supervisor: Supervisor) -> int:
-    """Train to the last step, or until the run shall stop; return the exit code."""
+    """Train to the last step or until a stop signal; return the exit code."""
     supervisor.grace, supervisor.step_timeout = args.grace, args.step_timeout
     with set_up(args, supervisor) as run, open_reporters(run) as reporters:
         try:
@@ -68,7 +71,7 @@ def train_and_save(run: Run, reporters: Reporters) -> bool:
     except StopTraining:
         stopped = True
     except DivergedError:
-        # A save in flight is good: nothing is saved once a loss is not finite.
+        # The save in flight is of a finite step, so the run can resume from it.
         with save_errors():
             wait_for_save()
         raise
@@ -106,22 +109,24 @@ def train_loop(run: Run, reporters: Reporters) -> None:
             supervisor.stop_if_requested()
         if is_evaluation_due(run):
             evaluate(run, reporters)
-        if is_save_due(run):
+        is_saved = is_save_due(run)
+        if is_saved:
             save_checkpoint(run, in_background=args.async_save)
-        note_short_grace(run)
+        if is_saved or len(run.loop_seconds) == MEDIAN_STEPS:
+            note_short_grace(run)
 
 
 def note_short_grace(run: Run) -> None:
     """Print a note, once, if a stop signal would end the run before its last save."""
-    steps = 5  # the first ones also compile and load kernels
-    if run.world.rank != 0 or len(run.loop_seconds) != steps:
+    if run.world.rank != 0 or run.is_grace_noted or len(run.loop_seconds) < MEDIAN_STEPS:
         return
     needed = statistics.median(run.loop_seconds) / run.args.grad_accum + run.save_seconds
     if needed > USABLE_GRACE_FRACTION * run.args.grace:
+        run.is_grace_noted = True
         print(
-            f"note: --grace {run.args.grace:g} is short: a step and a save take {needed:.1f} s, so "
-            "a stop signal may end the run before its last save; give the scheduler and --grace "
-            "more time (torchrun reads TORCH_ELASTIC_SHUTDOWN_TIMEOUT)",
+            f"note: --grace {run.args.grace:g} is short: a micro-batch and a save take "
+            f"{needed:.1f} s, so a stop signal may end the run before its last save; give the "
+            "scheduler and --grace more time (torchrun reads TORCH_ELASTIC_SHUTDOWN_TIMEOUT)",
             file=sys.stderr,
         )
 

@@ -12,19 +12,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.command_line import count, nonempty, positive, seed
+from training.command_line import count, nonempty, positive, seed, vocab_size
 from training.errors import UsageError
 
 CONFIG_FILE = "config.toml"
 WIDTH = 100
-# Options that do not change the training. All others are the run's configuration.
+# Options that do not change the training: a resumed run only prints how they differ.
 OPERATIONAL = {
     *("strategy", "device", "deterministic", "optimizer_backend", "grad_accum"),
     *("eval_every", "eval_batches", "save_every", "async_save", "keep", "export_hf"),
     *("check_replicas", "precision_stats", "precision_fraction", "max_nonfinite"),
     *("tensorboard", "wandb"),
 }
-# Options whose change a resumed run does not even mention.
+# Options whose change a resumed run does not print. All others are the run's configuration.
 UNMENTIONED = {"config", "out", "resume", "progress", "print_every", "grace", "step_timeout"}
 
 
@@ -32,9 +32,9 @@ UNMENTIONED = {"config", "out", "resume", "progress", "print_every", "grace", "s
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the values of a TOML file, by attribute of ``args``.
+    """Return the values of a TOML file, keyed by attribute of ``args``.
 
-    Keys are options without the dashes in front, such as ``batch-size = 64``,
+    The keys of the file are options without their leading dashes, such as ``batch-size = 64``,
     ``betas = [0.9, 0.95]`` and ``async-save = false``.
 
     Raises:
@@ -47,7 +47,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise UsageError(
             f"--config {path} cannot be read ({error.strerror}): check the path."
         ) from error
-    except ValueError as error:  # also of bytes that are not UTF-8
+    except ValueError as error:  # also raised for bytes that are not UTF-8
         raise UsageError(f"--config {path} is not TOML ({error}): correct it.") from error
     actions = {
         action.dest: action for action in parser._actions if action.dest not in ("help", "config")
@@ -89,7 +89,7 @@ def _suggestion(name: str, actions: Mapping[str, Any]) -> str:
 
 
 def _checked(action: argparse.Action, value: Any) -> Any:
-    """Return the value that argparse would return for a TOML value.
+    """Convert a TOML value as argparse converts the text of an option.
 
     Raises:
         ValueError: the value has the wrong type, or is not among the choices.
@@ -113,24 +113,24 @@ def _checked_one(convert: Any, value: Any) -> Any:
     if convert in (None, nonempty):
         text = _typed(value, (str,), "a string")
         return text if convert is None else nonempty(text)
-    is_whole = convert in (positive, count, seed)
+    is_whole = convert in (positive, count, seed, vocab_size)
     expected = "a whole number" if is_whole else "a number"
     return convert(repr(_typed(value, (int,) if is_whole else (int, float), expected)))
 
 
 def _typed(value: Any, types: tuple[type, ...], expected: str) -> Any:
-    if type(value) not in types:  # isinstance(True, int) holds
+    if type(value) not in types:  # not isinstance, since a bool is an int
         raise ValueError(f"expected {expected}, not {value!r}")
     return value
 
 
 def to_toml(args: argparse.Namespace) -> str:
-    """Return all options that are set as TOML. Inverse of :func:`read_config`."""
+    """Return the options that are not None, as TOML. Inverse of :func:`read_config`."""
     return "".join(f"{key} = {value}\n" for key, value in _items(args))
 
 
 def shown(args: argparse.Namespace) -> str:
-    """Return all options as a paragraph for a terminal."""
+    """Return the options that are not None, as a paragraph for a terminal."""
     text = ", ".join(f"{key}={value}" for key, value in _items(args))
     indent = "  "
     return textwrap.fill(
@@ -149,7 +149,7 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
-    # JSON writes strings, integers and booleans as TOML does, except one control character.
+    # JSON writes strings, integers and booleans as TOML does, except for DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from sharded_bf16_adamw import AdamW_BF16
-from training.errors import DivergedError
+from training.errors import DivergedError, is_out_of_memory
 from training.run_state import Run
 
 
@@ -17,12 +19,14 @@ def check_nonfinite(run: Run) -> None:
 
 
 def check_replicas(run: Run) -> None:
-    """Every ``--check-replicas``: raise DivergedError if weights or states of ranks differ."""
+    """Raise DivergedError if replicas differ between ranks, every ``--check-replicas`` steps."""
     every = run.args.check_replicas
     if every and run.step % every == 0 and isinstance(run.optimizer, AdamW_BF16):
         try:
             run.optimizer.check_replicas()
         except RuntimeError as error:
+            if is_out_of_memory(error) or isinstance(error, dist.DistError):
+                raise
             raise DivergedError(f"at step {run.step}, {error}") from error
 
 

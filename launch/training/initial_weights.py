@@ -1,4 +1,4 @@
-"""Initial weights from a checkpoint or another model: ``train.py --init-from`` and --model."""
+"""Initial weights from a checkpoint or another model: ``--init-from`` and ``--model``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, import_fp32, load
 from sharded_bf16_adamw.checkpoint.directory import find_checkpoint
+from sharded_bf16_adamw.sharding.dtensor import to_local
 from training.build import set_seeds
 from training.errors import UsageError
 from training.world import call_on_rank_0
@@ -35,11 +36,11 @@ def init_from(
             return
         if args.init_moments:
             raise UsageError(
-                f"--init-moments needs a checkpoint, but --init-from {source} is none: leave it "
-                "out, or give a checkpoint."
+                f"--init-moments needs a checkpoint, but --init-from {source} is not one: leave "
+                "out --init-moments, or give a checkpoint."
             )
         if not isinstance(optimizer, AdamW_BF16):
-            # Needed for import_fp32 only. It copies weights to float32 parameters unchanged.
+            # import_fp32 needs one. It copies weights to float32 parameters unchanged.
             optimizer = AdamW_BF16(wrapped_model.parameters(), lr=0.0)
         import_fp32(source, wrapped_model, optimizer)
     except (OSError, ValueError, RuntimeError) as error:
@@ -64,13 +65,21 @@ def _find(source: str) -> Path | None:
 def _load(
     args: argparse.Namespace, path: Path, wrapped_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Load weights and states; hyperparameters, schedule and seed stay those of this run."""
+    """Load weights and states; keep the hyperparameters, schedule and seed of this run."""
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     load(path, wrapped_model, optimizer)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     if not args.init_moments:
-        for state in optimizer.state.values():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                state[key].zero_()
+        clear_moments(optimizer)
     set_seeds(args)
+
+
+def clear_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Set moments and steps to zero; keep other states, such as corrections of the weights."""
+    for state in optimizer.state.values():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if key in state:  # optimi keeps the step in the group
+                local = to_local(state[key])
+                # not zero_(), which torchao's quantized moments lack
+                local.copy_(torch.zeros(local.shape, device=local.device))

@@ -1,4 +1,4 @@
-"""The model, the optimizer and the state of the training loop, for all parts of ``train.py``."""
+"""The state of a run that all parts of ``train.py`` share."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ class Run:
         supervisor: tells if a rank was asked to stop, and ends a run that hangs.
         spike_filter: finds outliers for ``--skip-spikes``.
         step: optimizer steps taken.
-        evaluated_step: the last step after which the model was evaluated, -1 before.
+        evaluated_step: the last step after which the model was evaluated, -1 if there is none.
         held_out_loss: the loss of that evaluation.
         step_seconds: duration of each optimizer step of this process.
         loop_seconds: duration of each whole step of this process, without evaluations and saves.
         save_seconds: duration of the last save that training waited for.
+        is_grace_noted: True once a note about a short ``--grace`` is printed.
         last_checkpoint: the last checkpoint that was saved or loaded.
-        last_checkpoint_step: the step of ``last_checkpoint``, -1 without one.
+        last_checkpoint_step: the step of ``last_checkpoint``, -1 if there is none.
         nonfinite_steps: steps whose loss or gradient norm was not finite.
-        consecutive_nonfinite: number of steps since the last finite one.
-        last_is_finite: whether the last losses and the last gradient norm were finite.
-        precision: statistics of the last step, or None unless ``--precision-stats`` asked for them.
+        consecutive_nonfinite: such steps since the last finite one.
+        last_is_finite: whether the last step's loss and norm, and its evaluation, were finite.
+        precision: the last step's ``--precision-stats``, or None if they were not due.
     """
 
     args: argparse.Namespace
@@ -60,6 +61,7 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     loop_seconds: list[float] = field(default_factory=list)
     save_seconds: float = 0.0
+    is_grace_noted: bool = False
     last_checkpoint: Path | None = None
     last_checkpoint_step: int = -1
     nonfinite_steps: int = 0

@@ -26,25 +26,24 @@ HANG_REPORT_S = 3.0  # time for every live rank to report that it hangs too
 
 
 class StopTraining(Exception):  # noqa: N818  # no error
-    """A rank was asked to stop. Raised on all ranks together."""
+    """A rank was asked to stop; raised on all ranks together."""
 
 
 class Supervisor:
-    """Thread that handles stop signals and hangs while the main thread is blocked.
+    """A thread that handles stop signals and hangs, even while the main thread is blocked.
 
     A stop signal sets :attr:`requested`, which the training loop polls. The thread ends the process
 
-    * when ``grace`` is almost over: a save is abandoned, and a later run resumes from the last
-      complete checkpoint;
+    * when ``grace`` is almost over, which abandons a save in flight;
     * at once after a second Ctrl-C;
-    * when the loop has not called :meth:`beat` for ``step_timeout`` seconds: a rank hangs.
+    * when the main thread has not called :meth:`beat` for ``step_timeout`` seconds.
 
     Use it as a context manager; on exit it restores the signal handlers.
 
     Attributes:
         grace: seconds between a stop signal and the end of the process.
-        step_timeout: seconds between two calls of :meth:`beat`; 0 disables the check.
-        requested: True once this rank, or another rank, has received a stop signal.
+        step_timeout: maximum seconds between two calls of :meth:`beat`; 0 disables the check.
+        requested: True once this rank has received a stop signal or learned of another rank's.
     """
 
     def __init__(self) -> None:
@@ -60,8 +59,8 @@ class Supervisor:
         self._closed = False
 
     def __enter__(self) -> Supervisor:
-        # Python runs handlers on the main thread, which may be blocked. It writes signals to this
-        # file descriptor at once.
+        # Python runs signal handlers on the main thread, which may be blocked, but writes the
+        # signal's number to this file descriptor at once.
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._receiver.settimeout(POLL_S)
@@ -84,13 +83,13 @@ class Supervisor:
         self._receiver.close()
 
     def beat(self, doing: str) -> None:
-        """Note progress of the main thread, and its next task for messages."""
+        """Record progress of the main thread; ``doing`` names its next task in messages."""
         self._doing = doing
         self._idle_s = 0.0
         self._is_watched = True
 
     def rest(self, doing: str) -> None:
-        """Note that the main thread is about to do something that has no time limit."""
+        """Record that the next task of the main thread has no time limit."""
         self._doing = doing
         self._is_watched = False
 
@@ -102,9 +101,9 @@ class Supervisor:
     def stop_if_requested(self) -> None:
         """Raise StopTraining if a rank was asked to stop. Collective.
 
-        The ranks take over the earliest deadline.
+        All ranks adopt the earliest deadline.
         """
-        # On the CPU, which needs no synchronization with the device.
+        # A CPU tensor, since reading one does not synchronize with the GPU.
         seconds_left = torch.tensor(self.seconds_left(), dtype=torch.float64)
         dist.all_reduce(seconds_left, op=dist.ReduceOp.MIN)
         if math.isfinite(seconds_left.item()):
@@ -116,7 +115,7 @@ class Supervisor:
         return self._deadline - time.monotonic()
 
     def _handle(self, signum: int, frame: Any) -> None:
-        # The rest of the grace period is for the end of the interpreter and of torchrun.
+        # The rest of the grace period is for the interpreter and torchrun to exit.
         self.request(USABLE_GRACE_FRACTION * self.grace)
 
     def _watch(self) -> None:
@@ -130,8 +129,9 @@ class Supervisor:
                 if signum in STOP_SIGNALS:
                     self._handle_in_thread(signal.Signals(signum))
             now = time.monotonic()
-            # The time in which the whole process was suspended does not count as idle.
-            self._idle_s += min(now - before, 2 * POLL_S)
+            # Time during which the whole process was suspended does not count as idle.
+            elapsed = min(now - before, 2 * POLL_S)
+            self._idle_s += elapsed  # no call in between: beat() may set it to 0
             before = now
             if self.seconds_left() < 0:
                 end_now(STOPPED, f"--grace {self.grace:g} s is over in {self._doing}")
@@ -141,7 +141,7 @@ class Supervisor:
     def _handle_in_thread(self, signum: signal.Signals) -> None:
         self._interrupts += signum == signal.SIGINT
         if self._interrupts > 1:
-            end_now(ABORTED, "aborted; the last complete checkpoint counts")
+            end_now(ABORTED, "aborted; the same command resumes from the last complete checkpoint")
         self._handle(signum, None)
         if rank() == 0 and (signum == signal.SIGINT or not self._announced):
             again = "; Ctrl-C again aborts" if signum == signal.SIGINT else ""
@@ -162,14 +162,14 @@ class Supervisor:
         return None if found[0] is None else reason + found[0]
 
     def _report_hang(self) -> str | None:
-        # A new client, since the main thread may be blocked in a call of the existing one.
+        # A new client, since the main thread may be blocked in a call on the existing one.
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set(f"hangs/{rank()}", self._doing)
         time.sleep(HANG_REPORT_S)
         ranks = range(dist.get_world_size())
         doing = {r: store.get(f"hangs/{r}").decode() for r in ranks if store.check([f"hangs/{r}"])}
         if rank() != min(doing):
-            time.sleep(POLL_S)  # the lowest rank prints before torchrun ends all
+            time.sleep(POLL_S)  # let the lowest rank print before torchrun ends all ranks
             return None
         silent = [r for r in ranks if r not in doing]
         if silent:
@@ -177,7 +177,7 @@ class Supervisor:
                 f"rank(s) {', '.join(map(str, silent))} gave no sign of life while the "
                 f"others were in {self._doing}; a process is stopped or its machine hangs"
             )
-        return "; ".join(f"rank {r} in {place}" for r, place in doing.items())
+        return "; ".join(f"rank {r} in {task}" for r, task in doing.items())
 
 
 def end_now(code: int, reason: str | None) -> NoReturn:

@@ -18,7 +18,7 @@ from training.world import synchronize, true_on_all_ranks
 
 
 def backward(run: Run) -> Tensor:
-    """Accumulate the gradients of this rank's part of the step's batch.
+    """Accumulate the gradients of this rank's part of the global batch.
 
     Returns:
         The mean loss of this rank's sequences, a 0-dim fp32 tensor.
@@ -47,7 +47,7 @@ def compute_loss(module: nn.Module, batch: Tensor) -> Tensor:
 
 
 def update(run: Run, loss: float) -> float:
-    """Clip, step and clear the gradients.
+    """Clip the gradients, take the optimizer step, and clear the gradients.
 
     ``--skip-nonfinite`` skips steps whose loss or norm is not finite, ``--skip-spikes`` steps whose
     loss or norm is an outlier. A skipped step only advances the schedule.
@@ -69,7 +69,7 @@ def update(run: Run, loss: float) -> float:
         )
     norm_before = float(norm)
     is_finite = true_on_all_ranks(run.world, math.isfinite(loss) and math.isfinite(norm_before))
-    # Ranks must agree, since the norm may differ in its last bit between them.
+    # Ranks must agree, although their norms may differ in the last bit.
     is_spike = bool(run.args.skip_spikes) and is_finite
     if is_spike:
         is_spike = not true_on_all_ranks(
@@ -78,7 +78,7 @@ def update(run: Run, loss: float) -> float:
     run.spike_filter.skipped += is_spike
     if is_spike or (not is_finite and run.args.skip_nonfinite):
         optimizer.zero_grad()  # without gradients, step() only advances the schedule
-    start += measure_precision(run, is_finite)
+    start += measure_precision(run, is_finite and not is_spike)
     optimizer.step()
     synchronize(run.world.device)
     run.step_seconds.append(time.perf_counter() - start)
@@ -110,13 +110,13 @@ def clip_in_fp32(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def measure_precision(run: Run, is_finite: bool) -> float:
-    """Set ``run.precision`` if the next step is due; return the seconds that this took."""
+def measure_precision(run: Run, has_grads: bool) -> float:
+    """Set ``run.precision`` to the next step's statistics, if due; return the seconds taken."""
     start = time.perf_counter()
     every, optimizer = run.args.precision_stats, run.optimizer
     is_due = every and (run.step + 1) % every == 0
     run.precision = None
-    if is_due and is_finite and isinstance(optimizer, AdamW_BF16):
+    if is_due and has_grads and isinstance(optimizer, AdamW_BF16):
         run.precision = optimizer.precision_stats(run.args.precision_fraction)
         synchronize(run.world.device)
     return time.perf_counter() - start

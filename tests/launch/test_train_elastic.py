@@ -78,7 +78,7 @@ def test_second_run_into_one_directory_is_refused(tmp_path, capsys, monkeypatch)
     lock = RootLock(tmp_path)
     assert run("--out", tmp_path, "--steps 1") == 2
     message = f"error: --out {tmp_path} is in use: process {os.getpid()} on "
-    advice = f"trains there now; give another --out, or remove {tmp_path}/.writer if "
+    advice = f"is training there; give another --out, or remove {tmp_path}/.writer if "
     assert re.fullmatch(rf"{message}[^\n]* {advice}[^\n]*\n", capsys.readouterr().err)
     lock.release()
     assert run("--out", tmp_path, "--steps 1") == 0
@@ -225,7 +225,12 @@ sys.exit(train.main())
     ("signals", "grace", "code", "message"),
     [
         ((signal.SIGUSR1,), 2, STOPPED, "--grace 2 s is over in the save of step 1"),
-        ((signal.SIGINT, signal.SIGINT), 600, 130, "aborted; the last complete checkpoint counts"),
+        (
+            (signal.SIGINT, signal.SIGINT),
+            600,
+            130,
+            "aborted; the same command resumes from the last complete checkpoint",
+        ),
     ],
 )
 def test_run_exits_within_grace_period_if_save_hangs(tmp_path, signals, grace, code, message):
@@ -266,6 +271,19 @@ def test_short_grace_is_noted(tmp_path, capsys):
     assert re.fullmatch(r"note: --grace 1e-06 is short: [^\n]*\n", capsys.readouterr().err)
     assert run("--out", tmp_path / "long", "--preset nano --steps 6") == 0
     assert capsys.readouterr().err == ""
+
+
+def test_short_grace_is_noted_after_the_first_long_save_and_once(tmp_path, capsys, monkeypatch):
+    def save_slowly(run, in_background):
+        real(run, in_background)
+        run.save_seconds = 100.0
+
+    real = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", save_slowly)
+    options = "--preset nano --steps 16 --save-every 8 --grace 99"
+    assert run("--out", tmp_path, options) == 0
+    note = r"note: --grace 99 is short: [^\n]* save take 100[^\n]*\n"
+    assert re.fullmatch(note, capsys.readouterr().err)
 
 
 def test_rank_that_hangs_ends_the_job_with_its_number(tmp_path):

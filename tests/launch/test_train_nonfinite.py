@@ -184,7 +184,7 @@ def test_resume_restores_the_count_of_nonfinite_steps(tmp_path):
 
 def test_spike_is_skipped_and_counted_also_by_a_resumed_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(spikes, "WINDOW", 8)
-    options = "--preset nano --steps 12 --skip-spikes 20 --save-every 8 --keep 9"
+    options = "--steps 12 --skip-spikes 20 --save-every 8 --keep 9 --precision-stats 1"
     # The second spike, which the resumed run repeats, exceeds the first one in the window.
     factors = iter((1e4, 1e8, 1e8))
     with FaultyLoss({6, 10}, lambda loss: loss * next(factors)) as faulty:
@@ -194,6 +194,8 @@ def test_spike_is_skipped_and_counted_also_by_a_resumed_run(tmp_path, capsys, mo
         counts = [line["spikes"] for line in step_lines(tmp_path)]
         assert counts == [0] * 6 + [1] * 4 + [2] * 2
         lines = strict_lines(tmp_path)
+        measured = [line["step"] for line in lines if "weight_norm" in line]
+        assert measured == [1, 2, 3, 4, 5, 6, 8, 9, 10, 12], "of steps that were taken"
         shutil.rmtree(tmp_path / "checkpoints/step-00000012")
         assert run("--out", tmp_path, options) == 0
     assert "steps 8 to 12" in capsys.readouterr().out

@@ -57,6 +57,7 @@ def test_a_flag_replaces_the_model_of_the_file(tmp_path, text, flags, expected):
         ('config = "other.toml"', 'has the unknown key "config"'),
         ('"a\\nb" = 1', r'has the unknown key "a\nb"'),
         ("[optimizer]\nlr = 1", "the key \"optimizer\": expected a string, not {'lr': 1}"),
+        ("vocab-size = 1.5", 'the key "vocab-size": expected a whole number, not 1.5'),
         ('steps = "4"', "the key \"steps\": expected a whole number, not '4'"),
         ("steps = true", 'the key "steps": expected a whole number, not True'),
         ("steps = 4.0", 'the key "steps": expected a whole number, not 4.0'),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from training.initial_weights import clear_moments
 
 from sharded_bf16_adamw import convert_fp32, export_fp32, latest
 from sharded_bf16_adamw.checkpoint.export import join
@@ -63,6 +64,26 @@ def test_moments_are_taken_if_asked_for_and_the_schedule_starts_anew(
     grown = sum(float(m.float().sum()) for m in moments.values())
     before = sum(float(m.float().sum()) for m in old.values())
     assert (grown > before) == (steps == 4)
+
+
+@pytest.mark.parametrize("optimizer", ["torch-bf16", "torch-fp32"])
+def test_moments_of_any_optimizer_are_cleared(tmp_path, optimizer):
+    options = f"{NANO} --optimizer {optimizer} --steps 1 --lr 0"
+    assert run("--out", tmp_path / "first", options) == 0
+    assert run("--out", tmp_path / "new", options, "--init-from", tmp_path / "first") == 0
+    first, new = (read(tmp_path / name, ".exp_avg_sq") for name in ("first", "new"))
+    assert first.keys() == new.keys() and len(new) > 10
+    assert {int(step) for step in read(tmp_path / "new", ".step").values()} == {1}
+
+
+def test_moments_of_optimizers_with_other_states_are_cleared():
+    """optimi keeps the step in the group."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.state[param] = {"exp_avg": torch.ones(3), "kahan_comp": torch.ones(3)}
+    clear_moments(optimizer)
+    assert optimizer.state[param]["exp_avg"].tolist() == [0.0, 0.0, 0.0]
+    assert optimizer.state[param]["kahan_comp"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_imported_and_exported_weights_start_a_run(tmp_path, first):
