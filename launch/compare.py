@@ -15,6 +15,8 @@ import hashlib
 import math
 import os
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
             job.result()
     results = {name: read_result(folder, name, args.seeds) for name in names}
     options = [*(["--optimizers", *args.optimizers] if args.optimizers else []), *train_args]
-    command = " ".join(["python launch/compare.py", f"--seeds {args.seeds}", *options])
+    command = shlex.join(["python", "launch/compare.py", "--seeds", str(args.seeds), *options])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     text = f"{table(results)}\n\nRepeat with `{command}`; this was on {device}."
     print(text)
@@ -100,7 +102,7 @@ def compare(args: argparse.Namespace, train_args: list[str]) -> int:
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return this script's arguments, and the remaining ones, for ``train.py``."""
+    """Return this script's arguments, and the list of those for ``train.py``."""
     parser = Parser("compare.py", __doc__)
     parser.add_argument(
         "--seeds", type=positive, default=6, help="runs of each optimizer (default: 6)"
@@ -163,7 +165,7 @@ def is_available(name: str) -> bool:
 
 
 def steps_within_budget(args: argparse.Namespace, runs: int, train_args: list[str]) -> int:
-    """Return the steps per run so that ``runs`` consecutive runs fit in ``--budget``.
+    """Return the steps per run with which ``runs`` consecutive runs fit into ``--budget``.
 
     Two short baseline runs separate the time per step from the start-up time.
     """
@@ -171,8 +173,11 @@ def steps_within_budget(args: argparse.Namespace, runs: int, train_args: list[st
     for steps in (1, 1 + CALIBRATION_STEPS):
         start = time.perf_counter()
         path = args.out / "calibration" / str(steps)
-        calibration_args = [*train_args, "--steps", str(steps)]
-        run_train(path, BASELINE, 0, calibration_args, args.jobs > 1, force=True)
+        # The default, about twelve evaluations in a run, would be one after each of these steps.
+        eval_every = ["--eval-every", str(1 + CALIBRATION_STEPS)]
+        calibration_args = [*eval_every, *train_args, "--steps", str(steps)]
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier comparison: it would resume
+        run_train(path, BASELINE, 0, calibration_args, args.jobs > 1)
         seconds.append(time.perf_counter() - start)
     per_step = max(seconds[1] - seconds[0], 1e-3) / CALIBRATION_STEPS
     steps = int((args.budget * 60 / runs - seconds[0]) / per_step)
@@ -186,15 +191,10 @@ def steps_within_budget(args: argparse.Namespace, runs: int, train_args: list[st
 
 
 def run_train(
-    path: Path,
-    optimizer: str,
-    seed: int,
-    train_args: list[str],
-    single_thread: bool,
-    force: bool = False,
+    path: Path, optimizer: str, seed: int, train_args: list[str], single_thread: bool
 ) -> None:
-    """Run ``train.py`` in one process. Skip a finished run unless ``force``."""
-    if (path / "finished").exists() and not force:
+    """Run ``train.py`` in one process. Skip a finished run."""
+    if (path / "finished").exists():
         return
     path.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPO / "launch" / "train.py"), "--optimizer", optimizer]
@@ -238,7 +238,7 @@ def bytes_per_param(name: str, result: Result) -> tuple[int, float]:
 
 
 def table(results: dict[str, Result]) -> str:
-    """Return a Markdown table: mean held-out loss, and the gap to fp32 paired by seed."""
+    """Return a Markdown table of mean held-out losses and their gaps to fp32, paired by seed."""
     losses = {
         name: [curve[max(curve)] for curve in result.curves] for name, result in results.items()
     }
@@ -268,7 +268,7 @@ def write_docs(docs: Path, model: str, results: dict[str, Result], text: str) ->
 
 
 def plot(results: dict[str, Result], path: Path) -> None:
-    """Plot held-out loss, the gap to fp32, both with the range over seeds, and memory."""
+    """Plot the held-out loss and the gap to fp32, with their ranges over seeds, and memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
