@@ -9,12 +9,12 @@
     torchrun --nproc-per-node 2 launch/benchmark.py zero
     torchrun --nproc-per-node 2 launch/benchmark.py loop
 
-``step`` times the optimizer step and is the default; ``gpu-checks`` checks what only a GPU can
-show; ``checkpoint`` times saving and loading; ``plan`` measures the part of a save and a load that
-grows with the number of ranks, without those ranks; ``gather`` measures the memory of gathering the
-optimizer state; ``zero`` compares ZeRO with torch's; ``exchange`` times what its ranks exchange
-on the host; ``loop`` compares whole training steps under several strategies. Each has its own
-``--help``. A usage error ends it with exit code 2 and one sentence.
+``step`` times the optimizer step and is the default; ``gpu-checks`` checks the step on a GPU;
+``checkpoint`` times saving and loading; ``plan`` measures the part of a save and a load that grows
+with the number of ranks, in one process; ``gather`` measures the memory of gathering the optimizer
+state; ``zero`` compares ZeRO with torch's; ``exchange`` times what the ranks of ZeRO exchange on
+the host; ``loop`` compares whole training steps under several strategies. Each has its own
+``--help``. A usage error prints one sentence, and the exit code is 2.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""torchrun for ``train.py`` under a scheduler: it takes the same arguments.
+"""torchrun for ``train.py`` under a scheduler, with torchrun's arguments.
 
     python launch/elastic.py --nproc-per-node 8 --max-restarts 3 launch/train.py --preset 1b
 
-torchrun exits with code 1 whatever ended its workers. This command exits with 75 if the run was
-stopped and the same command continues it, also after a signal to torchrun itself, even while it
-waits for other nodes before there are workers. Else it exits with the exit code of the worker that
-failed first. It also passes SIGUSR1 on, which would kill torchrun.
+torchrun exits with code 1 whatever ended its workers. This command exits with the code of the
+worker that failed first, or with 1 if a signal killed it. After a signal to torchrun itself, even
+while that waits for other nodes, it exits with 75: the same command continues the run. SIGUSR1,
+which would kill torchrun, is passed on to the workers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 def main(argv: list[str] | None = None) -> int:
     # torchrun reads the defaults of its options from PET_*
     handled = os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS)
-    for name in handled.split(","):  # torchrun does so only when it starts workers
-        with suppress(KeyError, OSError):  # torchrun warns of an unknown one and goes on
+    for name in handled.split(","):  # torchrun handles them only once it starts workers
+        with suppress(KeyError, OSError):  # as torchrun, which warns of unknown names
             signal.signal(signal.Signals[name.strip()], _stop)
     try:
         torchrun(argv)

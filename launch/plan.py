@@ -3,10 +3,10 @@
     python launch/plan.py --preset 8b --world-size 64 --memory 72
     python launch/plan.py --config config.json --world-size 1024 --strategy fsdp2 hsdp --recompute
 
-Nothing is trained and no memory is taken. ``--config`` is that of a Llama-like Hugging Face model.
-Prints bytes in GB (10^9) for each strategy at the moment of a step that takes most memory. With
-``--memory``, names the strategy that sends least among those that fit, and exits with code 1 if
-none does. A usage error ends it with exit code 2 and one sentence.
+It trains nothing and allocates no model. ``--config`` is the config.json of a Llama-like Hugging
+Face model. Prints bytes in GB (10^9) for each strategy at the moment of a step that takes most
+memory. With ``--memory``, names the strategy that sends least among those that fit, and exits with
+code 1 if none does. A usage error prints one sentence, and the exit code is 2.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 #     sbatch --nodes 4 --gpus-per-node 8 launch/slurm.sh --preset 1b --data texts/ --out runs/1b
 #
 # Arguments after the script go to train.py. One torchrun per node starts a process per GPU (or
-# NPROC_PER_NODE of them), and restarts them up to MAX_RESTARTS times (3) after one has died. LEAD
-# seconds before the time limit training saves and stops, and the job is requeued to continue, on
+# NPROC_PER_NODE processes), and restarts them up to MAX_RESTARTS times (3) after one has died. LEAD
+# seconds before the time limit training saves and stops, and the job is requeued. It continues on
 # as many nodes as it then gets. Slurm itself requeues a job that it preempts or whose node fails.
-# A job that scancel ends is not requeued. For another lead, change it below and in --signal.
+# A job that scancel ends is not requeued. To change LEAD, change it below and in --signal.
 #
 #SBATCH --job-name=train
 #SBATCH --ntasks-per-node=1
@@ -22,7 +22,7 @@ STOPPED=75 # train.py's exit code: the same command continues
 # torchrun kills its workers after this time; train.py takes it as its --grace.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$((LEAD - 30))}"
 
-# Slurm runs a copy of this script, whose path says nothing; the job starts where sbatch ran.
+# Slurm runs a copy of this script in the directory where sbatch ran.
 if [ ! -f launch/train.py ]; then
     echo "error: $PWD has no launch/train.py: submit the job from the root of the repository." >&2
     exit 2
@@ -34,7 +34,7 @@ stop() { # only the batch shell gets Slurm's signal; torchrun and train.py save 
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
 trap stop USR1
-trap '' TERM # wait for training to end
+trap '' TERM # outlive it, to wait for training to end
 
 # This shell runs on the first node, where torchrun opens the port.
 port="${RDZV_PORT:-$(python -c 'import socket
@@ -52,12 +52,13 @@ srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON
 training=$!
 wait "$training"
 code=$?
-while kill -0 "$training" 2> /dev/null; do # a trap interrupts wait before the process has ended
+while kill -0 "$training" 2> /dev/null; do # wait also returns when a trap has run
     wait "$training"
     code=$?
 done
-# 0 is done, 1 failed, 2 wrong usage. A node whose torchrun ends last may have been killed by srun,
-# which returns the highest code. The state is another one after scancel and after preemption.
+# Codes 0 (done), 1 (failed) and 2 (wrong usage) stand. srun returns the highest code of all nodes,
+# and may have killed the last torchrun, so any higher code means stopped. After scancel and after
+# preemption the job is not RUNNING, and must not be requeued.
 if [ "$stopping" = yes ] && [ "$code" -gt 2 ]; then
     code=$STOPPED
     if [[ "$(scontrol show job "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then

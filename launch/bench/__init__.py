@@ -1,1 +1,1 @@
-"""Modules of ``benchmark.py``. Each of its subcommands is the ``main`` of one of them."""
+"""Modules of ``benchmark.py``. Each subcommand is the ``main`` of the module of its name."""

@@ -1,7 +1,7 @@
-"""The memory bandwidth of plain loops on the CPU, for ``benchmark.py`` to compare steps with.
+"""Plain loops on the CPU, whose memory bandwidth ``benchmark.py`` compares steps with.
 
-``bandwidth.c`` is compiled on first use, with the flags of ``setup.py`` and together with the
-thread pool of the package, into a temporary folder.
+The first call compiles ``bandwidth.c`` and the thread pool of the package into a temporary folder,
+with the flags of ``setup.py``.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ FLAGS = "-std=gnu11 -O3 -ffp-contract=off -fno-math-errno -Wno-psabi -pthread -f
 
 
 def copy_bandwidth(arrays: Sequence[Tensor]) -> None:
-    """Read five arrays and write all but the first with their own values: the traffic of a step.
+    """Read five arrays and write all but the first back unchanged: the traffic of a step.
 
     Args:
         arrays: five contiguous bfloat16 tensors of one size, in the roles g, p, m, v, c.
     """
     assert len(arrays) == 5 and all(a.is_contiguous() and a.dtype == torch.bfloat16 for a in arrays)
     assert len({a.numel() for a in arrays}) == 1
-    _library().copy_bandwidth(_int64(map(Tensor.data_ptr, arrays)), arrays[0].nbytes, *_how())
+    addresses = _int64(map(Tensor.data_ptr, arrays))
+    _library().copy_bandwidth(addresses, arrays[0].nbytes, *_threads_and_isa())
 
 
 def read_bandwidth(tensors: Sequence[Tensor]) -> int:
     """Read contiguous bfloat16 tensors: the traffic of a gradient norm.
 
     Returns:
-        The exclusive or of all whole 64-byte blocks, folded to 32 bits.
+        The XOR of all whole 64-byte blocks, folded to 32 bits.
     """
     assert all(x.is_contiguous() and x.dtype == torch.bfloat16 for x in tensors)
     address, numel = _int64(map(Tensor.data_ptr, tensors)), _int64(map(Tensor.numel, tensors))
-    return int(_library().read_bandwidth(len(tensors), address, numel, *_how()))
+    return int(_library().read_bandwidth(len(tensors), address, numel, *_threads_and_isa()))
 
 
 def _int64(values: map[int]) -> ctypes.Array[ctypes.c_int64]:
@@ -53,8 +54,8 @@ def _int64(values: map[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(numbers)).from_buffer(numbers)
 
 
-def _how() -> tuple[int, int]:
-    """Return the number of threads and the instruction set, both as the package's steps use."""
+def _threads_and_isa() -> tuple[int, int]:
+    """Return the thread count and the index of the instruction set that the package uses."""
     return torch.get_num_threads(), cpu.ISAS.index(cpu.selected_isa())
 
 

@@ -5,12 +5,12 @@
     torchrun --nproc-per-node 2 launch/benchmark.py checkpoint --gb 1 --replicated
 
 An asynchronous save slows training by its call, and then by its writing thread, which takes CPU
-cores and memory bandwidth. ``hold-up`` is the sum: how much longer steps took from the call until
-the checkpoint was on the disk.
+cores and memory bandwidth. ``hold-up`` is the sum: the time from the call until the checkpoint is
+on the disk, minus the time that the same steps take alone.
 
 Saves, loads and plain reads and writes take turns in one run on one disk, so that a busy machine
-slows all of them alike. Ratios are medians over rounds. ``--replicated`` keeps the full model on
-every rank, and also times the comparison of replicas that is part of each save.
+slows all of them alike. Ratios are medians over rounds. On several ranks the comparison of
+replicas, a part of each save, is timed too. ``--replicated`` keeps the full model on every rank.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sharded_bf16_adamw.sharding.dtensor import to_local
 BLOCK = 1 << 23  # bytes per plain read or write
 BYTES_PER_PARAMETER = 8  # bf16 weight, two moments and correction
 WIDTH = 2048
-ROWS = 64  # of a training step's batch, on each rank
+BATCH_SIZE = 64  # on each rank
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     try:
         for index in range(args.rounds + 1):
             figures = measure(root, model, optimizer, plain_first=bool(index % 2))
-            if index == 0:  # warms up
+            if index == 0:  # warm-up
                 continue
             rounds.append(figures)
             if world.rank == 0:
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def build(gb: float, device: torch.device, sharded: bool) -> tuple[nn.Module, AdamW_BF16]:
-    """Build layers of 4M parameters each, with ``gb`` of weights and states together."""
+    """Build layers of 4M parameters each: ``gb`` GB of weights and states in all."""
     torch.manual_seed(0)
     count = max(1, round(gb * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
     linear = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count)]
@@ -110,8 +110,8 @@ def measure(
 ) -> dict[str, float]:
     """Return the seconds of one round.
 
-    Writing after something else can be several times slower. So both writes begin with an empty
-    directory, and rounds alternate in which comes first.
+    A write that follows other I/O can be several times slower. So save and plain write both start
+    with an empty directory, and take turns in being first.
     """
     figures = {}
     root, plain = directory / "run", directory / f"plain-{dist.get_rank()}"
@@ -127,14 +127,14 @@ def measure(
     }
     if dist.get_world_size() > 1:
         names = RankNames(model, optimizer)
-        found = get_state(model, optimizer, names)
+        state = get_state(model, optimizer, names)
         make_empty(directory)  # wait for writes of the previous round
-        figures["comparing"] = timed(lambda: find_divergences(found, None, None, []))
+        figures["comparing"] = timed(lambda: find_divergences(state, None, None, []))
     order = list(reversed(writes)) if plain_first else list(writes)
     for name in order:
         make_empty(directory)
         figures[name] = timed(writes[name])
-    writes[order[0]]()  # make_empty has removed its files
+    writes[order[0]]()  # again, since make_empty has removed its files
     dist.barrier()
     path = latest(root)
     assert path is not None
@@ -168,12 +168,12 @@ def measure(
 
 def train_step(model: nn.Module, optimizer: AdamW_BF16) -> None:
     device = next(model.parameters()).device
-    model(torch.ones(ROWS, WIDTH, dtype=torch.bfloat16, device=device)).sum().backward()
+    model(torch.ones(BATCH_SIZE, WIDTH, dtype=torch.bfloat16, device=device)).sum().backward()
     optimizer.step(zero_grad=True)
 
 
 def true_on_all_ranks(condition: bool) -> bool:
-    """Make all ranks agree, so that they take the same number of steps."""
+    """Return True if the condition holds on all ranks, which then take equally many steps."""
     count = torch.tensor(int(condition))
     dist.all_reduce(count)
     return int(count) == dist.get_world_size()
@@ -205,7 +205,7 @@ def barrier() -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file in the simplest way that reaches the disk."""
+    """Write a file with plain writes and an fsync."""
     view = memoryview(content)
     with open(path, "wb", buffering=0) as file:
         for start in range(0, len(view), BLOCK):

@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO-2 as a contender of ``benchmark.py loop``: bf16 weights with fp32 masters.
+"""DeepSpeed's ZeRO-2 as a setup of ``benchmark.py loop``: bf16 weights with fp32 masters.
 
-It runs on CPUs with gloo too. Then it compiles an operator when it first starts.
+It also runs on CPUs with gloo, where its first start compiles an operator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_installed() -> bool:
 
 
 class EngineStep:
-    """A DeepSpeed engine as an optimizer: ``step()``, and the states that it keeps."""
+    """The optimizer interface of a DeepSpeed engine, which is itself the wrapped model."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -30,27 +30,27 @@ class EngineStep:
         self._engine.step()
 
     def zero_grad(self) -> None:
-        """Do nothing: the engine's step has freed the gradients."""
+        """Do nothing, since the engine's step has freed the gradients."""
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """The moments and the fp32 master of each shard of this rank, which is one flat tensor."""
+        """Moments and fp32 master weights of this rank's shards, each one flat tensor."""
         optimizer = self._engine.optimizer.optimizer
         return {master: {**state, "master": master} for master, state in optimizer.state.items()}
 
 
 def build(model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, EngineStep]:
-    """Return the engine, which is a module, and its optimizer.
+    """Return the engine, which is the wrapped model, and its optimizer.
 
     Args:
-        model: of bfloat16 weights, the same on every rank.
-        options: of ``torch.optim.AdamW``.
+        model: a model with bfloat16 weights, the same on every rank.
+        options: arguments of ``torch.optim.AdamW``.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     params = list(model.parameters())
-    bucket = min(BUCKET_BYTES // 2, sum(p.numel() for p in params))  # allocated as a whole
+    bucket = min(BUCKET_BYTES // 2, sum(p.numel() for p in params))  # elements, all allocated
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},

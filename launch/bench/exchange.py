@@ -1,15 +1,15 @@
-"""Time the messages of ZeRO's ranks other than gradients, weights and norms.
+"""Time what the ranks of ZeRO exchange beside gradients, weights and norms.
 
     python launch/benchmark.py exchange --ranks 2 4 8 16 32
 
-``agree`` is an exchange of full reports, as in the first steps and after a change. ``any_rank`` is
-the exchange of a steady step on NCCL, on a two-dimensional mesh and in stage 1. On gloo and one
-dimension, a steady step of stage 2 sends a flag with its last bucket: ``bucket`` is the bucket's
-reduce-scatter without the flag, ``bucket_with_flag`` with it.
+``agree`` exchanges full reports, as in the first steps and after a change. ``any_rank`` exchanges
+one flag, as a steady step does on NCCL, on a two-dimensional mesh and in stage 1. On gloo and a
+one-dimensional mesh, a steady step of stage 2 sends its flag with the last bucket: ``bucket`` is
+the reduce-scatter of a bucket without the flag, ``bucket_with_flag`` with it.
 
-Prints milliseconds on rank 0: the median, and the lowest, which other work on the machine disturbs
-least. The cases take turns, each after a barrier. All ranks are processes of this machine. If there
-are more ranks than CPUs, the CPUs limit the times, not a network.
+Prints milliseconds on rank 0: the median, and the minimum, which other load disturbs least. The
+exchanges take turns, each after a barrier. All ranks are processes of this machine. With more ranks
+than CPUs, the CPUs limit the times.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 from sharded_bf16_adamw.sharding.zero.reduce_scatter import PendingReduce
 
 
-def contenders(args: argparse.Namespace, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
+def make_exchanges(args: argparse.Namespace, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
     collectives = HostCollectives(mesh)
     report = [0] * (2 * args.parameters)
 
-    def bucket(flags: int) -> float:
-        rows = torch.zeros(mesh.size(), args.row_numel + flags, dtype=torch.bfloat16)
-        return PendingReduce(rows, mesh, rows.dtype, collectives.group).wait()[-1].item()
+    def reduce_bucket(flags: int) -> float:
+        grads = torch.zeros(mesh.size(), args.row_numel + flags, dtype=torch.bfloat16)
+        return PendingReduce(grads, mesh, grads.dtype, collectives.group).wait()[-1].item()
 
     return {
         "agree": lambda: collectives.all_reduce_max(report),
         "any_rank": lambda: collectives.any_rank(False),
-        "bucket": lambda: bucket(0),
-        "bucket_with_flag": lambda: bucket(1),
+        "bucket": lambda: reduce_bucket(0),
+        "bucket_with_flag": lambda: reduce_bucket(1),
     }
 
 
 def measure(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> None:
-    """Measure as one of the ranks; rank 0 writes the result to ``folder``."""
+    """Run one rank of the measurement; rank 0 writes the result to ``folder``."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    functions = contenders(args, init_device_mesh("cpu", (ranks,)))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    exchanges = make_exchanges(args, init_device_mesh("cpu", (ranks,)))
+    seconds: dict[str, list[float]] = {name: [] for name in exchanges}
     for turn in range(args.repeats):
-        for name, function in list(functions.items())[:: 1 if turn % 2 else -1]:
+        for name, exchange in list(exchanges.items())[:: 1 if turn % 2 else -1]:
             dist.barrier()
             start = time.perf_counter()
-            function()
+            exchange()
             seconds[name].append(time.perf_counter() - start)
     if rank == 0:
         result = {

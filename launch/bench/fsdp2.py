@@ -1,7 +1,4 @@
-"""Time clipping and a step on an FSDP2 model over 2 gloo ranks, for ``benchmark.py --fsdp2``.
-
-Compares ours with ``torch.nn.utils.clip_grad_norm_`` and torch's AdamW.
-"""
+"""Compare clipping and a step with torch's on FSDP2 over 2 gloo ranks: ``benchmark.py --fsdp2``."""
 
 from __future__ import annotations
 
@@ -30,11 +27,11 @@ def measure_fsdp2(rounds: int) -> dict[str, Any]:
 
     Returns:
         ``times``: seconds of the slowest rank by round, for ``<contender> clip`` and ``<contender>
-        step``; ``clip_ratio``: torch's time of clipping over ours, median over rounds; ``ratios``:
-        each other contender's time of clip and step over ours, median over rounds.
+        step``; ``clip_ratio``: torch's clipping time over ours; ``ratios``: each other contender's
+        time of clip and step over ours. Both ratios are medians over rounds.
     """
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_rank, (directory, rounds), nprocs=RANKS)
+        mp.spawn(_run_rank, (directory, rounds), nprocs=RANKS)
         times = json.loads((Path(directory) / "times.json").read_text())
     return {"ranks": RANKS, "parameters": 2 * LAYERS, "times": times, **ratios(times)}
 
@@ -53,7 +50,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _rank(rank: int, directory: str, rounds: int) -> None:
+def _run_rank(rank: int, directory: str, rounds: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)

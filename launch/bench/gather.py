@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 launch/benchmark.py gather
 
 Each rank samples its resident memory in a thread. The figure is the peak minus the memory before
-the call; for rank 0 also minus the size of the result. ``--with-torch`` also measures torch's full
-state dict. Runs on CPUs with gloo, on Linux.
+the call; for rank 0 there is a second one without the result. ``--with-torch`` measures torch's
+full state dict instead of scattering. Runs on CPUs with gloo, on Linux.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -61,7 +61,7 @@ def peak_of(function: Callable[[], Any]) -> tuple[Any, int, float]:
 
 
 def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16]:
-    """Build square layers and an optimizer with filled states; unwritten memory is not resident."""
+    """Build square layers and an optimizer, and fill its states so that they are resident."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     linear = [nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)]
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     join_process_group("gloo")
     torch.set_num_threads(1)
     model, optimizer = build(args.strategy, args.layers, args.width)
-    tensor, states = 2 * args.width**2, 3 * args.layers
+    tensor_bytes, num_states = 2 * args.width**2, 3 * args.layers
     calls: dict[str, Callable[[], Any]] = {
         "gather": lambda: gather_full_state_dict(model, optimizer)
     }
@@ -106,32 +106,32 @@ def main(argv: list[str]) -> int:
         )
     if dist.get_rank() == 0:
         print(
-            f"{args.strategy}, {dist.get_world_size()} ranks: {states} state tensors of "
-            f"{tensor / MB:.1f} MB, {states * tensor / MB:.0f} MB in all"
+            f"{args.strategy}, {dist.get_world_size()} ranks: {num_states} state tensors of "
+            f"{tensor_bytes / MB:.1f} MB, {num_states * tensor_bytes / MB:.0f} MB in all"
         )
     full: Any = None
     peak_of(lambda: dist.all_gather_object([None] * dist.get_world_size(), "warm up"))
     for name, call in calls.items():
         full = None
         full, peak, seconds = peak_of(call)
-        report(name, peak, seconds, states * tensor)
+        report(name, peak, seconds, num_states * tensor_bytes)
     if not args.with_torch:
         _, peak, seconds = peak_of(lambda: scatter_full_state_dict(model, optimizer, full))
         report("scatter", peak, seconds, 0)
-        rank = dist.get_rank() + 1
+        filled = dist.get_rank() + 1  # by build()
         for state in optimizer.state.values():
-            first: Tensor = state["exp_avg"]
-            assert args.strategy == "ddp" or bool((first.to_local() == rank).all())  # type: ignore[attr-defined]
+            assert args.strategy == "ddp" or bool((to_local(state["exp_avg"]) == filled).all())
     dist.destroy_process_group()
     return 0
 
 
-def report(name: str, peak: int, seconds: float, result: int) -> None:
-    """Print every rank's peak; rank 0's also without the result's bytes."""
+def report(name: str, peak: int, seconds: float, result_bytes: int) -> None:
+    """Print every rank's peak, and rank 0's also without the result."""
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, peak)
     if dist.get_rank() == 0:
-        extra = f" ({(peaks[0] - result) / MB:+.1f} beside the result)" if result else ""
+        without = (peaks[0] - result_bytes) / MB
+        extra = f" ({without:+.1f} beside the result)" if result_bytes else ""
         others = ", ".join(f"{value / MB:.1f}" for value in peaks[1:])
         print(
             f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; "

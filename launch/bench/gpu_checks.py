@@ -1,9 +1,9 @@
-"""Check what only a GPU can show of the step, and print PASS or FAIL lines.
+"""Run those checks of the optimizer step that need a GPU, and print PASS or FAIL lines.
 
     python launch/benchmark.py gpu-checks
 
-The checks: bits of the CPU reference, launches, host syncs, CUDA graphs and memory.
-``benchmark.py --device cuda`` runs them first. The exit status is 1 if a check fails.
+They compare bits with the CPU reference, and check kernel launches, host syncs, CUDA graphs and
+memory. ``benchmark.py --device cuda`` runs them first. The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Check:
 
 
 def run_checks(device: torch.device) -> list[Check]:
-    """Run and print all checks. A check that raises has failed; the others still run."""
+    """Run and print all checks. A check that raises counts as failed; the others still run."""
     checks: dict[str, Callable[[torch.device], tuple[bool, str]]] = {
         "bits of the CPU reference": check_bits,
         "1 launch a step, 2 with clipping, at most 3 with skip_nonfinite": check_launches,
@@ -70,8 +70,8 @@ def run_checks(device: torch.device) -> list[Check]:
 
 
 def check_bits(device: torch.device, sizes: tuple[int, ...] = SIZES) -> tuple[bool, str]:
-    """Compare an update of random bits with the CPU reference, over dtypes, alignments, options."""
-    # Dtypes of parameters and gradients, and their misalignments in elements.
+    """Compare updates of random bits with the CPU reference, for dtypes, alignments and options."""
+    # Dtypes of parameters and gradients, then their offsets from an aligned address, in elements.
     cases = list(product((BF16, FP32), (BF16, FP32), (0, 1), (0, 3)))
     option_sets: list[dict[str, Any]] = [
         {},
@@ -113,7 +113,7 @@ def differing_tensors(
     param_offset: int,
     grad_offset: int,
 ) -> list[str]:
-    """Return each tensor that differs from the reference's after one update.
+    """Name each tensor that differs from the CPU reference after one update.
 
     Offsets are in elements from the start of an allocation.
     """
@@ -151,24 +151,24 @@ def differing_tensors(
     flags |= {key: x.to(device) for key, x in flags.items() if isinstance(x, Tensor)}
     tensors = kernels.TensorLists(**on_device, groups=groups)
     cuda.make_table(tensors).update_(kernels.StepArgs(grads_on_device, hypers, **flags))
-    wanted, found = {**columns, "grads": grads}, {**on_device, "grads": grads_on_device}
+    expected, found = {**columns, "grads": grads}, {**on_device, "grads": grads_on_device}
     return [
         f"{name}[{i}], {sizes[i]} elements"
-        for name, column in wanted.items()
+        for name, column in expected.items()
         for i, x in enumerate(column)
         if x is not None and not same_bits(x, found[name][i])
     ]
 
 
 def patterns(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return random bits: every exponent, subnormals, infinities, NaNs; a tenth from SPECIAL."""
+    """Return random bits of all exponents, subnormals, infinities and NaNs; a tenth is SPECIAL."""
     words = torch.randint(-(2**15), 2**15, (n, 2), generator=generator).to(torch.int16)
     special = SPECIAL.view(torch.int16)
     chosen = special[torch.randint(len(special), (n,), generator=generator)]
-    where = torch.rand(n, generator=generator) < 0.1
-    words[:, 1] = torch.where(where, chosen, words[:, 1])
+    is_special = torch.rand(n, generator=generator) < 0.1
+    words[:, 1] = torch.where(is_special, chosen, words[:, 1])
     # float32 infinity and zero have zero low bits
-    words[:, 0] *= ~(where & (torch.rand(n, generator=generator) < 0.5))
+    words[:, 0] *= ~(is_special & (torch.rand(n, generator=generator) < 0.5))
     if dtype == FP32:
         return words.view(torch.int32).flatten().view(FP32)
     return words[:, 1].contiguous().view(BF16)
@@ -194,7 +194,7 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 class Twin:
-    """One of several identical optimizers of random bf16 parameters in two groups."""
+    """An optimizer of random bf16 parameters in two groups. All twins start with the same bits."""
 
     def __init__(self, device: torch.device, **options: Any) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
@@ -229,8 +229,8 @@ class Twin:
 def kernels_launched(function: Callable[[], Any]) -> list[str]:
     """Return the names of the kernels that a call launches, without copies and fills.
 
-    Two calls precede the profile, since the first compiles and uploads. A profile without any event
-    is repeated: occasionally one loses its events.
+    Two unprofiled calls come first, since the first compiles and uploads. An empty profile is
+    repeated, because the profiler occasionally loses its events.
     """
     function()
     function()
@@ -241,14 +241,14 @@ def kernels_launched(function: Callable[[], Any]) -> list[str]:
             function()
             torch.cuda.synchronize()
         # torch annotates each optimizer step, which is not a kernel.
-        kernels = [
+        skipped = ("Memcpy", "Memset", "Context Sync")
+        names = [
             event.name
             for event in profile.events()
             if event.device_type == torch.autograd.DeviceType.CUDA
             and not getattr(event, "is_user_annotation", False)
+            and not event.name.startswith(skipped)
         ]
-        skipped = ("Memcpy", "Memset", "Context Sync")
-        names = [name for name in kernels if not name.startswith(skipped)]
         if names:
             break
     return names
@@ -326,11 +326,11 @@ def check_graph(device: torch.device) -> tuple[bool, str]:
         torch.cuda.synchronize()
         pairs = zip(eager.tensors(), captured.tensors(), strict=True)
         wrong = [i for i, (x, y) in enumerate(pairs) if not same_bits(x, y)]
-        taken = float(captured.optimizer.state[captured.params[0]]["step"])
-        if wrong or taken != 3 + replays:
+        steps = float(captured.optimizer.state[captured.params[0]]["step"])
+        if wrong or steps != 3 + replays:
             return False, (
                 f"{name}: tensors {wrong} differ after {replays} replays, "
-                f"and {taken:.0f} steps were counted, not {3 + replays}"
+                f"and {steps:.0f} steps were counted, not {3 + replays}"
             )
     return True, (
         f"step and clip_grad_norm_ + step, {replays} replays each "

@@ -2,17 +2,16 @@
 
     torchrun --nproc-per-node 2 launch/benchmark.py loop --model tiny 60m --docs
 
-Every contender trains the same GPT on the same random tokens: forward, backward, optimizer, without
-clipping. Each round runs all in a random order, and builds a new model for each. A ratio is the
-median over rounds of the ratio within a round.
+Every setup trains the same GPT on the same random tokens: forward, backward, optimizer, without
+clipping. Each round runs all setups in a random order, and builds a new model for each. A ratio is
+the median over rounds of the ratio within a round.
 
-Memory is that of rank 0, in bytes per parameter of the model, in a step on one sequence of 16
-tokens, so that activations are few. Weights, optimizer states and the peak of the gradients in
-``param.grad`` are counted tensor by tensor. The rest of the peak of all live tensors is activations
-and communication buffers, with the gradients in them. The growth of the process in the same step is
-a second measurement: the peak of resident memory, or of the bytes that CUDA's allocator gave out,
-minus the bytes in use before the model was built. Bytes sent are those of ring algorithms, the
-minimum.
+Memory is measured on rank 0, in bytes per parameter of the model, in a step on one sequence of 16
+tokens, which needs few activations. Weights, optimizer states and the peak of ``param.grad`` are
+counted tensor by tensor. Activations and buffers are the rest of the peak of all live tensors;
+buffers include gradients in flight. The growth of the process is a second measurement of the same
+step: the peak of resident memory, or of the bytes that CUDA's allocator gave out, minus the bytes
+in use before the model was built. Bytes sent are those of ring algorithms, which send least.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ MODELS = {
 }
 WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)
 BASELINE, DEEPSPEED = "torch-fsdp2", "deepspeed-zero2"
-PARTS = ("weights", "states", "gradients", "rest")
+PARTS = ("weights", "states", "gradients", "activations_and_buffers")
 LEGEND = """\
 *Peak* counts tensors. *Process* is the growth in the same step of resident memory, which includes
 gloo's buffers and memory that `malloc` keeps; on a GPU, of CUDA's allocated bytes. Constant
@@ -66,8 +65,8 @@ OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model wrapper and an optimizer to compare.
+class Setup:
+    """A model wrapper and an optimizer to compare with others.
 
     Attributes:
         label: name in tables.
@@ -122,23 +121,23 @@ def our_zero(
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
-CONTENDERS = {
-    BASELINE: Contender("torch FSDP2 + AdamW, fp32 weights, bf16 forward", _FP32, torch_fsdp2),
-    "torch-zero1": Contender("DDP + ZeroRedundancyOptimizer(AdamW), fp32", _FP32, torch_zero1),
-    DEEPSPEED: Contender("DeepSpeed ZeRO 2, bf16, fp32 masters", _BF16, deepspeed_zero2),
-    "fsdp2": Contender("ours, FSDP2", _BF16, our_fsdp2),
-    "fsdp2-in-backward": Contender(
+SETUPS = {
+    BASELINE: Setup("torch FSDP2 + AdamW, fp32 weights, bf16 forward", _FP32, torch_fsdp2),
+    "torch-zero1": Setup("DDP + ZeroRedundancyOptimizer(AdamW), fp32", _FP32, torch_zero1),
+    DEEPSPEED: Setup("DeepSpeed ZeRO 2, bf16, fp32 masters", _BF16, deepspeed_zero2),
+    "fsdp2": Setup("ours, FSDP2", _BF16, our_fsdp2),
+    "fsdp2-in-backward": Setup(
         "ours, FSDP2, step_in_backward", _BF16, partial(our_fsdp2, in_backward=True)
     ),
-    "zero1": Contender("ours, ZeRO 1", _BF16, partial(our_zero, stage=1)),
-    "zero1-overlap": Contender(
+    "zero1": Setup("ours, ZeRO 1", _BF16, partial(our_zero, stage=1)),
+    "zero1-overlap": Setup(
         "ours, ZeRO 1, overlap_gather", _BF16, partial(our_zero, stage=1, overlap_gather=True)
     ),
-    "zero2": Contender("ours, ZeRO 2", _BF16, partial(our_zero, stage=2)),
-    "zero2-in-backward": Contender(
+    "zero2": Setup("ours, ZeRO 2", _BF16, partial(our_zero, stage=2)),
+    "zero2-in-backward": Setup(
         "ours, ZeRO 2, step_in_backward", _BF16, partial(our_zero, stage=2, in_backward=True)
     ),
-    "zero2-overlap": Contender(
+    "zero2-overlap": Setup(
         "ours, ZeRO 2, overlap_gather, static_graph",
         _BF16,
         partial(our_zero, stage=2, overlap_gather=True, static_graph=True),
@@ -158,10 +157,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=CONTENDERS,
-        default=list(CONTENDERS),
+        choices=SETUPS,
+        default=list(SETUPS),
         metavar="NAME",
-        help=f"compare {BASELINE} with these only, of {', '.join(CONTENDERS)} (default: all)",
+        help=f"compare {BASELINE} with these only, of {', '.join(SETUPS)} (default: all)",
     )
     parser.add_argument(
         "--rounds", type=positive, default=5, help="repetitions of the comparison (default: 5)"
@@ -202,8 +201,8 @@ def main(argv: list[str]) -> int:
 
 
 @dataclass
-class Figures:
-    """The figures of one contender, in bytes on rank 0 unless stated otherwise.
+class Measurement:
+    """Measurements of one setup on rank 0, in bytes unless stated otherwise.
 
     Attributes:
         seconds: seconds of a step, by round.
@@ -215,21 +214,21 @@ class Figures:
     weights: int = 0
     states: int = 0
     gradients: int = 0
-    rest: int = 0
+    activations_and_buffers: int = 0
     growth: int | None = None
 
 
 class Training:
     """A model and optimizer after two warm-up steps, which create states and buckets."""
 
-    def __init__(self, contender: Contender, config: Config, world: World) -> None:
+    def __init__(self, setup: Setup, config: Config, world: World) -> None:
         self.used_before = used_bytes(world.device)
         with torch.device("meta"):
-            model = GPT(config).to(contender.dtype)
+            model = GPT(config).to(setup.dtype)
         model.to_empty(device=world.device)
         model.init_weights(0)
         self.world, self.model = world, model
-        self.wrapped_model, self.optimizer = contender.build(model, world)
+        self.wrapped_model, self.optimizer = setup.build(model, world)
         generator = torch.Generator().manual_seed(world.rank)
         size = (max(1, config.batch_size // world.size), config.seq_len + 1)
         self.batch = torch.randint(256, size, generator=generator).to(world.device)
@@ -244,7 +243,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def wait(self) -> None:
-        """Wait for weights that ``overlap_gather`` still gathers."""
+        """Wait for all-gathers of weights that ``overlap_gather`` has left in flight."""
         if isinstance(self.optimizer, AdamW_BF16):
             self.optimizer.wait()
 
@@ -260,7 +259,7 @@ class Training:
         return (time.perf_counter() - start) / steps
 
     def memory(self) -> dict[str, Any]:
-        """Return the bytes of this rank by part, and the bytes that it sends in a step."""
+        """Return the fields of :class:`Measurement` other than ``seconds``."""
         params = list(self.wrapped_model.parameters())
         states = [
             x
@@ -274,7 +273,7 @@ class Training:
             LiveBytes() as live,
         ):
             for tensor in (*params, *states):
-                to_local(tensor).detach()  # an operation, so that LiveBytes counts the tensor
+                to_local(tensor).detach()  # LiveBytes counts a tensor from its first use on
             self.step(self.batch[:1, :17])
             self.wait()
         parts = {
@@ -284,7 +283,7 @@ class Training:
         }
         return {
             **parts,
-            "rest": live.peak - sum(parts.values()),
+            "activations_and_buffers": live.peak - sum(parts.values()),
             "growth": peak[0] - self.used_before if self.used_before is not None else None,
             "sent_bytes": live.sent_bytes,
         }
@@ -311,23 +310,23 @@ def measure(
     config: Config, names: list[str], world: World, rounds: int, steps: int
 ) -> dict[str, Any]:
     for name in names:  # load libraries before memory is measured
-        Training(CONTENDERS[name], WARM_UP, world)
-    figures = {name: Figures([]) for name in names}
+        Training(SETUPS[name], WARM_UP, world)
+    measurements = {name: Measurement([]) for name in names}
     tokens = 0
     order = random.Random(0)  # the same on every rank
     for index in range(rounds):
         for name in order.sample(names, len(names)):
-            training = Training(CONTENDERS[name], config, world)
-            figures[name].seconds.append(training.timed(steps))
+            training = Training(SETUPS[name], config, world)
+            measurements[name].seconds.append(training.timed(steps))
             tokens = training.tokens
             if index == 0:
                 for part, value in training.memory().items():
-                    setattr(figures[name], part, value)
+                    setattr(measurements[name], part, value)
             del training
     return {
         "parameters": config.num_params,
         "tokens": tokens,
-        "contenders": {name: asdict(each) for name, each in figures.items()},
+        "setups": {name: asdict(each) for name, each in measurements.items()},
     }
 
 
@@ -336,20 +335,21 @@ def measure(
 
 def table(model: str, result: dict[str, Any], ranks: int) -> str:
     """Return a Markdown table of one model."""
-    parameters, found = result["parameters"], result["contenders"]
+    parameters, setups = result["parameters"], result["setups"]
+    parts = " | ".join(part.replace("_", " ") for part in PARTS)
     rows = [
         f"**{model}**, {parameters / 1e6:.1f} million parameters, {ranks} ranks",
         "",
-        f"| | tokens/s | time, ratio | sent | {' | '.join(PARTS)} | peak | process |",
+        f"| | tokens/s | time, ratio | sent | {parts} | peak | process |",
         f"|---|--:|--:|--:|{'--:|' * (len(PARTS) + 2)}",
     ]
-    base = found[BASELINE]["seconds"]
-    for name, each in found.items():
+    base = setups[BASELINE]["seconds"]
+    for name, each in setups.items():
         ratio = statistics.median(a / b for a, b in zip(each["seconds"], base, strict=True))
         speed = result["tokens"] / statistics.median(each["seconds"])
-        parts = [each[part] / parameters for part in PARTS]
-        cells = [CONTENDERS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
-        cells += [f"{value:.2f}" for value in (each["sent_bytes"] / parameters, *parts, sum(parts))]
+        sizes = [each[part] / parameters for part in PARTS]
+        cells = [SETUPS[name].label, f"{speed:,.0f}", f"{ratio:.2f}"]
+        cells += [f"{value:.2f}" for value in (each["sent_bytes"] / parameters, *sizes, sum(sizes))]
         growth = each["growth"]
         cells.append("unknown" if growth is None else f"{growth / parameters:.2f}")
         rows.append(f"| {' | '.join(cells)} |")
@@ -370,18 +370,18 @@ def write_docs(run: dict[str, Any], argv: list[str]) -> None:
 
 
 def plot(run: dict[str, Any], path: Path) -> None:
-    """Draw the peak memory of each contender and model, by part."""
+    """Plot the peak memory of each setup and model, by part."""
     from matplotlib.figure import Figure
 
     models = run["models"]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     all_axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, (model, result) in zip(all_axes, models.items(), strict=True):
-        labels = [CONTENDERS[name].label for name in result["contenders"]]
+        labels = [SETUPS[name].label for name in result["setups"]]
         left = [0.0] * len(labels)
         for part in PARTS:
-            values = [each[part] / result["parameters"] for each in result["contenders"].values()]
-            axes.barh(labels, values, left=left, label=part)
+            values = [each[part] / result["parameters"] for each in result["setups"].values()]
+            axes.barh(labels, values, left=left, label=part.replace("_", " "))
             left = [a + b for a, b in zip(left, values, strict=True)]
         title = f"{model}, {run['ranks']} ranks"
         axes.set(xlabel="bytes per parameter on rank 0", title=title)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_between_markers(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace the text between two marker lines of a file; append them if it has neither.
+    """Replace the text between two marker lines of a file; append both if it has neither.
 
     Raises:
         ValueError: the file has one marker without the other, or in the wrong order.

@@ -1,7 +1,7 @@
 """Interleaved timing of optimizers.
 
-Every contender takes one turn per round, so that a disturbance of the machine affects all of them,
-and only times of the same round are compared.
+Every contender takes one turn per round, so that other load on the machine affects all of them.
+Only times of the same round are compared.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def split_by_memory(
 ) -> tuple[list[list[Contender]], list[Contender]]:
     """Split the contenders into batches that fit into memory together.
 
-    The first contender (ours) is in every batch. Each batch also holds the ceilings that its
-    members are compared with.
+    The first contender (ours) is in every batch. Each batch also has the ceilings that its members
+    are compared with.
 
     Args:
         contenders: ours first.
@@ -59,7 +59,7 @@ def split_by_memory(
         free: bytes of free memory.
 
     Returns:
-        The batches, and the contenders that do not fit even alone with the first.
+        The batches, and the contenders that do not even fit together with the first alone.
     """
     budget = MEMORY_SHARE * free
     by_key = {c.key: c for c in contenders}
@@ -117,13 +117,13 @@ def measure_size(
         shapes: of the parameters.
         device: of the parameters.
         rounds: stop a batch after this many rounds.
-        seconds: stop a batch after this time, but not before ``MIN_ROUNDS``.
-        turn: seconds of a turn. A turn takes as many steps as fit, and at least one; an untimed
-            step comes first unless steps are long.
+        seconds: start no further round of a batch after this time, but run ``MIN_ROUNDS``.
+        turn: minimum seconds of a turn, which times one or more steps. An untimed step comes first
+            unless steps are long.
         log: called with progress messages.
 
     Returns:
-        ``{"batches": [Times], "failures": {key: reason}}``. Every batch has its own times of ours.
+        ``{"batches": [Times], "failures": {key: reason}}``. Every batch times the first contender.
     """
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     slow = [c for c in contenders if numel > c.max_numel]
@@ -176,9 +176,9 @@ def measure(
 ) -> Times:
     """Time each runner once per round, after two warm-up rounds.
 
-    A runner that raises is removed and its reason added to ``failures``. The order is random in
-    each round: in a fixed or rotating order, a runner would always find the caches as the same
-    other runner left them.
+    A runner that raises is removed, and the reason is added to ``failures``. The order is random in
+    each round: in a fixed or rotating order, a runner would always follow the same other runner and
+    find the caches as that one left them.
     """
     repeats: dict[str, int] = {}
     warm: dict[str, bool] = {}
@@ -214,7 +214,7 @@ def measure(
 def _take_turn(runner: Runner, repeats: int, device: torch.device, *, warm: bool) -> float:
     """Return the seconds per step.
 
-    With ``warm``, an untimed step comes first, so that the caches are as between consecutive steps.
+    With ``warm``, an untimed step first fills the caches, as between consecutive steps.
     """
     runner.before()
     if warm:
@@ -230,7 +230,7 @@ def _take_turn(runner: Runner, repeats: int, device: torch.device, *, warm: bool
 
 
 def failure_reason(error: Exception, package: str | None) -> str:
-    """Return one short line for a table."""
+    """Return the reason as one short line for a table."""
     if isinstance(error, ModuleNotFoundError) and package is not None:
         missing = error.name or package
         if missing.partition(".")[0] in {package, package.removeprefix("torch-")}:
@@ -241,15 +241,12 @@ def failure_reason(error: Exception, package: str | None) -> str:
 
 
 def times_of(result: dict[str, Any], key: str) -> list[float]:
-    """Return a contender's seconds per step by round, in its first batch; [] if not measured."""
+    """Return a contender's seconds per step by round, from its first batch; [] if not measured."""
     return next((times[key] for times in result["batches"] if times.get(key)), [])
 
 
 def ratio(result: dict[str, Any], key: str, to: str) -> float | None:
-    """Return the median over rounds of the time of ``key`` over that of ``to``.
-
-    None if no batch has both.
-    """
+    """Return the median over rounds of ``key``'s time over ``to``'s; None if no batch has both."""
     for times in result["batches"]:
         if times.get(key) and times.get(to):
             return statistics.median(a / b for a, b in zip(times[key], times[to], strict=True))

@@ -1,10 +1,10 @@
 """Contenders of ``benchmark.py step``: our step, those of other libraries, and plain copies.
 
-Optimizers allocate their own parameters, gradients and states. Two kinds of contenders run on the
-same tensors as our step, since the pages of two equal sets of tensors differ in speed: variants
-that isolate a part of our step, such as the cost of clipping, and the copy ceiling, which for many
-tensors runs on one flat copy of them. Gradients are set once and kept, so a step is the work of the
-optimizer alone. A contender whose package is missing raises ImportError when it is made.
+Optimizers allocate their own parameters, gradients and states. Variants of our step, such as a step
+with clipping, run on our step's tensors instead, because equal tensors on other memory pages differ
+in speed. So does the CPU's copy ceiling, but on a flat copy if there are several tensors. Gradients
+are set once and kept, so a step is the work of the optimizer alone. A contender whose package is
+missing raises ImportError when it is made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sharded_bf16_adamw.kernels import cpu
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 BYTES_PER_PARAM = 18  # our step reads g, p, m, v, c and writes p, m, v, c, 2 bytes each
-SAMPLE = 1 / 8  # fraction of precision_stats
+SAMPLE = 1 / 8  # argument of precision_stats
 BF16, FP32 = torch.bfloat16, torch.float32
 # Colors of bars.
 OURS, FP32_TORCH, BF16_TORCH, OTHER = "tab:blue", "tab:green", "tab:red", "tab:orange"
@@ -44,7 +44,7 @@ class Runner:
     Attributes:
         step: the function to time.
         before: runs before each turn, untimed.
-        optimizer: lends its tensors to contenders with ``runs_on``.
+        optimizer: the optimizer whose tensors contenders with ``runs_on`` share.
     """
 
     step: Callable[[], Any]
@@ -61,9 +61,9 @@ class Contender:
         label: name in the tables; says what the time includes.
         make: takes the parameters' shapes and a device, and with ``runs_on`` also that contender's
             optimizer; returns a :class:`Runner`.
-        memory: peak bytes per parameter, temporaries included.
+        memory: peak bytes per parameter with temporaries, beside the tensors of ``runs_on``.
         package: package to install for it.
-        ceiling: key of the copy whose time is 100 % of the memory bandwidth for it.
+        ceiling: key of the copy that stands for 100 % of the memory bandwidth.
         color: of its bar.
         max_numel: elements above which it is not measured, because a step takes seconds.
         runs_on: key of the contender on whose tensors it runs.
@@ -81,7 +81,7 @@ class Contender:
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    """Return all contenders of a device, ours first, also those whose packages are missing."""
+    """Return all contenders of a device, ours first, including those whose package is missing."""
     isas = cpu.supported_isas() if device.type == "cpu" and cpu.unavailable_reason() is None else []
     return [*_ours(device, isas), *_torch(), *_others(device), *_ceilings(device, isas)]
 
@@ -147,7 +147,7 @@ def _make_measured(
 
 
 def _make_reading(shapes: Shapes, device: torch.device, ours: AdamW_BF16) -> Runner:
-    """Make the lower bound of clipping: the norm must read the gradients before the step does."""
+    """Make a lower bound of clipping, whose norm reads all gradients before the step."""
     grads = _columns(ours)[0]
 
     def read_and_step() -> None:
@@ -206,10 +206,10 @@ def _torch() -> list[Contender]:
 def _make_fp32(
     shapes: Shapes, device: torch.device, *, options: dict[str, Any], bf16_grads: bool = False
 ) -> Runner:
-    """Make mixed precision: fp32 master weights and moments, copied to the model's bf16 weights.
+    """Make mixed precision: fp32 master weights and moments, and a bf16 copy of the weights.
 
-    With ``bf16_grads`` the gradients arrive in bf16, as for bf16 weights, and are copied to fp32
-    first. Without, they are in fp32 already, which favours this contender.
+    With ``bf16_grads`` a step first copies bf16 gradients to fp32, as bf16 weights need. Without,
+    the gradients are fp32 already, which favours this contender.
     """
     master = _parameters(shapes, device, FP32)
     optimizer = torch.optim.AdamW(master, **HYPER, **options)
@@ -278,7 +278,7 @@ def _make_flashoptim(shapes: Shapes, device: torch.device) -> Runner:
 def _make_torchao(shapes: Shapes, device: torch.device) -> Runner:
     from torchao.optim import AdamW8bit
 
-    torch._dynamo.reset()  # it compiles for each shape, and refuses the ninth
+    torch._dynamo.reset()  # it recompiles for each shape, and the ninth is an error
     return Runner(AdamW8bit(_parameters(shapes, device, BF16), **HYPER).step)
 
 
@@ -325,7 +325,7 @@ def _make_copy(shapes: Shapes, device: torch.device) -> Runner:
 
 
 def _random_words(count: int, device: torch.device) -> Tensor:
-    """Return random int32: zeros take less power to move, so on a GPU less time."""
+    """Return random int32, since zeros take less power to move, and on a GPU also less time."""
     return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32, device=device)
 
 
@@ -336,7 +336,7 @@ def _numel(shapes: Shapes) -> int:
 def _parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Return parameters with gradients, of the magnitudes of a trained network.
 
-    So there are no subnormals, which would slow some contenders.
+    Subnormals would slow some contenders.
     """
     generator = torch.Generator(device).manual_seed(0)
     params: list[Tensor] = []

@@ -1,15 +1,15 @@
-"""Measure what grows with the number of ranks in saves and a load, without those ranks.
+"""Measure the part of a save and a load that grows with the number of ranks, in one process.
 
     python launch/benchmark.py plan --ranks 1024 --tensors 1200
 
-One process stands for all ranks of FSDP2. It is rank 0 of a process group of torch's ``fake``
-backend, and runs ``save`` twice and ``load`` once. Messages of the other ranks are made from those
-of rank 0, and unpickled as if received: all shards have equally many rows, so only offsets, random
-states and file names differ. Files of other ranks are links to rank 0's file. The metadata are
-those of a real save, and ``load`` plans all reads but reads no tensor.
+The process is rank 0 of FSDP2 in a process group of torch's ``fake`` backend. It runs ``save``
+twice and ``load`` once. It makes the messages of the other ranks from its own, and unpickles them
+as if received: all shards have equally many rows, so only offsets, random states and file names
+differ. Files of other ranks are links to rank 0's file. The metadata is that of a real save.
+``load`` plans all reads but reads no tensor.
 
-Prints CPU seconds, without the time to make messages, and the growth of resident memory from before
-the first save to its peak.
+Prints CPU seconds, without those for making messages, and by how much the saves raise the peak of
+resident memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.errors import UsageError
 from sharded_bf16_adamw import AdamW_BF16, wait_for_save
 from sharded_bf16_adamw.checkpoint import async_save, loading, saving
 from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable
-from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, METADATA, PlainReader
+from sharded_bf16_adamw.checkpoint.dcp_storage import CHUNKS, METADATA, ChunkReader
 from sharded_bf16_adamw.checkpoint.optimizer_state import init_state
 from sharded_bf16_adamw.checkpoint.plan_table import Locations, PlanTable, SectionHeader
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def build(ranks: int, tensors: int) -> tuple[nn.Module, AdamW_BF16]:
-    """Build parameters of one row a rank, sharded by FSDP2, and their states."""
+    """Build parameters with one row per rank, sharded by FSDP2, and their states."""
     torch.manual_seed(0)
     linear = [nn.Linear(COLUMNS, ranks, bias=False).bfloat16() for _ in range(tensors // PER_PARAM)]
     model = nn.Sequential(*linear)
@@ -105,11 +105,11 @@ def build(ranks: int, tensors: int) -> tuple[nn.Module, AdamW_BF16]:
 def simulate(
     model: nn.Module, optimizer: AdamW_BF16, ranks: int, folder: Path
 ) -> tuple[dict[str, float], list[Path]]:
-    """Return the figures, and the checkpoints that were saved."""
+    """Return the figures, and the paths of the checkpoints."""
     figures: dict[str, float] = {}
     others, paths = OtherRanks(ranks, folder), []
     memory = peak_bytes()
-    with others.in_collectives():
+    with others.patch_collectives():
         for step, which in ((1, "first"), (2, "repeated")):
             others.sent = 0
             with (
@@ -129,7 +129,7 @@ def simulate(
             if (paths[0] / name).exists():
                 figures[f"saves: {name}, MB"] = (paths[0] / name).stat().st_size / MB
         with (
-            patch.object(PlainReader, "read_data", read_nothing),
+            patch.object(ChunkReader, "read_data", read_nothing),
             others.timed(ChunkTable, "from_bytes") as parse,
             others.timed(loading, "_read_into") as plan,
             others.timed(loading, "load") as call,
@@ -151,7 +151,7 @@ def read_nothing(*_: Any) -> Future[None]:
 
 @dataclass
 class OtherRanks:
-    """Other ranks than this process, which is rank 0: makes their messages for collectives.
+    """The ranks other than this process (rank 0), whose messages it makes in collectives.
 
     Attributes:
         ranks: number of ranks, this one included.
@@ -159,7 +159,7 @@ class OtherRanks:
         sent: bytes of this rank's messages.
         excluded: CPU seconds for making the messages of other ranks, by thread.
         positions: for each rank, the items that it writes.
-        lengths: of each item, its length in a file.
+        lengths: the length in a file of each item.
     """
 
     ranks: int
@@ -170,7 +170,7 @@ class OtherRanks:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @contextmanager
-    def in_collectives(self) -> Iterator[None]:
+    def patch_collectives(self) -> Iterator[None]:
         with (
             patch.object(dist, "all_gather_object", self.all_gather_object),
             patch.object(dist, "gather_object", self.gather_object),
@@ -210,7 +210,7 @@ class OtherRanks:
         values[:] = pickle.loads(pickle.dumps(values))
 
     def message_of_rank(self, value: Any, rank: int) -> Any:
-        """Return the message of ``rank`` in the collective in which rank 0 sends ``value``."""
+        """Return what ``rank`` sends in the collective in which rank 0 sends ``value``."""
         if isinstance(value, PlanTable):
             if rank == 0:
                 self.lengths = item_lengths(value)
@@ -218,8 +218,7 @@ class OtherRanks:
         if isinstance(value, tuple) and value and isinstance(value[0], Locations):
             locations, files = value
             lengths = self.lengths[self.positions[rank]]
-            places = np.stack([0 * lengths, np.cumsum(lengths) - lengths, lengths])
-            columns = places.tobytes()
+            columns = np.stack([0 * lengths, np.cumsum(lengths) - lengths, lengths]).tobytes()
             assert rank or columns == locations.columns
             name = f"__{rank}_0.distcp"
             if rank:
@@ -236,7 +235,7 @@ class OtherRanks:
 
     @contextmanager
     def timed(self, owner: Any, name: str) -> Iterator[list[float]]:
-        """Time each call of a function in the body: CPU seconds of the thread that calls."""
+        """Yield a list that gets the CPU seconds of each call, in the thread that calls."""
         seconds: list[float] = []
         function = getattr(owner, name)
 
@@ -252,7 +251,7 @@ class OtherRanks:
 
 
 def table_of_rank(table: PlanTable, rank: int) -> PlanTable:
-    """Return rank 0's table as another rank makes it."""
+    """Return the table of ``rank``, made from rank 0's."""
     shared, own = table.sections
     header, chunks = (
         SectionHeader(shared.header),
@@ -289,7 +288,7 @@ def item_lengths(table: PlanTable) -> np.ndarray:
 
 @cache
 def saved_bytes(dtype: torch.dtype, sizes: torch.Size) -> int:
-    """Return the length of a tensor that is saved."""
+    """Return the length in a file of a tensor."""
     buffer = io.BytesIO()
     with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(torch.empty(sizes, dtype=dtype), buffer)

@@ -17,11 +17,11 @@ from sharded_bf16_adamw.env import cpu_model
 from sharded_bf16_adamw.kernels import cpu
 
 MIN_TRAFFIC = 1 << 16  # elements: with fewer, a share of the memory bandwidth is meaningless
-LIMITS = (0.1, 3000.0)  # of the plot: the time over ours, with room for figures
+LIMITS = (0.1, 3000.0)  # of the plot's x-axis, with room for the figures beside the bars
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return the properties of the machine that the figures depend on."""
+    """Return the properties of the machine and software that the figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     isa = cpu.selected_isa() if device.type == "cpu" and cpu.unavailable_reason() is None else None
     has_affinity = hasattr(os, "sched_getaffinity")
@@ -100,17 +100,17 @@ def markdown(run: dict[str, Any], targets: list[str]) -> str:
         "2^30), or tensors x elements. Forward and backward passes are not included.",
     ]
     for threads in dict.fromkeys(result["threads"] for result in run["results"]):
-        own = [result for result in run["results"] if result["threads"] == threads]
+        results = [result for result in run["results"] if result["threads"] == threads]
         if run["machine"]["device"] != "cuda":
             parts.append(f"**{threads} thread{'s' if threads > 1 else ''}**")
-        head = [
-            "| | " + " | ".join(result["size"] for result in own) + " |",
-            "|---|" + "---:|" * len(own),
+        lines = [
+            "| | " + " | ".join(result["size"] for result in results) + " |",
+            "|---|" + "---:|" * len(results),
         ]
-        for index, row in enumerate(own[0]["rows"]):
-            cells = [_cell(result["rows"][index]) for result in own]
-            head.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(head))
+        for index, row in enumerate(results[0]["rows"]):
+            cells = [_cell(result["rows"][index]) for result in results]
+            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
     if "fsdp2" in run:
         fsdp2, ratios = run["fsdp2"], run["fsdp2"]["ratios"]
         parts.append(
@@ -147,7 +147,7 @@ def write_section(path: Path, device: str, text: str) -> None:
 
 
 def plot(run: dict[str, Any], path: Path) -> bool:
-    """Plot the time over ours on a log scale, a panel for each size, at the first thread count.
+    """Plot the time over ours on a log scale, a panel per size, for the first thread count.
 
     Returns:
         False if matplotlib is not installed.
@@ -156,17 +156,18 @@ def plot(run: dict[str, Any], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    own = [result for result in run["results"] if result["threads"] == run["results"][0]["threads"]]
-    measured = {row["key"] for result in own for row in result["rows"] if row["ratio"] is not None}
-    shown = [row for row in own[0]["rows"] if row["key"] in measured]
-    columns, lines = min(3, len(own)), -(-len(own) // 3)
+    threads = run["results"][0]["threads"]
+    panels = [result for result in run["results"] if result["threads"] == threads]
+    measured = {row["key"] for panel in panels for row in panel["rows"] if row["ratio"] is not None}
+    shown = [row for row in panels[0]["rows"] if row["key"] in measured]
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     size = (3.5 + 2.4 * columns, (0.8 + 0.3 * len(shown)) * lines)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    for axis in axes.flat[len(own) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, result in zip(axes.flat, own, strict=False):
-        by_key = {row["key"]: row for row in result["rows"]}
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        by_key = {row["key"]: row for row in panel["rows"]}
         for at, row in enumerate(shown):
             value = by_key[row["key"]]["ratio"]
             if value is not None:
@@ -175,12 +176,12 @@ def plot(run: dict[str, Any], path: Path) -> bool:
                 axis.barh(at, end - 1, left=1, color=row["color"])
                 axis.text(1.15 * max(end, 1), at, f"{value:.2f}{cut}", va="center", fontsize=9)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set(title=result["size"], xlim=LIMITS, xscale="log", xlabel="time over AdamW_BF16")
+        axis.set(title=panel["size"], xlim=LIMITS, xscale="log", xlabel="time over AdamW_BF16")
         axis.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         axis.set_yticks(range(len(shown)), [row["label"] for row in shown], fontsize=9)
     axes[0][0].invert_yaxis()
-    threads = "" if run["machine"]["device"] == "cuda" else f", {own[0]['threads']} thread(s)"
-    figure.suptitle(f"{run['machine']['name']}{threads}", fontsize=9)
+    suffix = "" if run["machine"]["device"] == "cuda" else f", {threads} thread(s)"
+    figure.suptitle(f"{run['machine']['name']}{suffix}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True

@@ -1,4 +1,4 @@
-"""Memory in use as reported by Linux or CUDA's allocator, to compare with a count of tensors."""
+"""Memory in use, as Linux or CUDA's allocator reports it, to compare with a count of tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_S = 0.001
 def used_bytes(device: torch.device) -> int | None:
     """Return the bytes in use: resident memory, or on CUDA what its allocator has given out.
 
-    On the CPU, first return freed memory to the system. None if the system does not report it.
+    On the CPU, freed memory is first returned to the system. None if the system reports no bytes.
     """
     gc.collect()
     if device.type == "cuda":
@@ -34,8 +34,8 @@ def used_bytes(device: torch.device) -> int | None:
 def peak_bytes(device: torch.device) -> Iterator[list[int]]:
     """Yield a list to which the peak of :func:`used_bytes` in the context is appended, if known.
 
-    On the CPU it is the peak that Linux records (VmHWM). If this process may not reset VmHWM, a
-    thread samples VmRSS instead and may miss a short peak.
+    On the CPU, Linux records the peak (VmHWM). If this process may not reset VmHWM, a thread
+    samples VmRSS instead, and may miss a short peak.
     """
     peak: list[int] = []
     resident = used_bytes(device)

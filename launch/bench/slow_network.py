@@ -1,4 +1,4 @@
-"""A slow network for benchmarks: every collective takes some time, one after another."""
+"""A simulated slow network for benchmarks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COLLECTIVES = (
 class SlowNetwork:
     """A network that carries one collective at a time, each for ``delay`` seconds.
 
-    It wraps torch.distributed's Python functions. A collective runs as usual, but counts as
-    completed only once the network has carried it.
+    It wraps torch.distributed's Python functions. A collective runs as usual, but completes only
+    once the network has carried it.
 
     Attributes:
         delay: seconds for each collective.

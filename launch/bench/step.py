@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
             result["rows"] = rows(chosen, result)
             run["results"].append(result)
             print(plain_table(result), flush=True)
-            write_json(args.json, run)  # an interrupted run loses no finished size
+            write_json(args.json, run)  # an interrupted run keeps its finished sizes
     if args.fsdp2:
         run["fsdp2"] = measure_fsdp2(args.rounds)
     judged = targets(run)
@@ -173,7 +173,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def command(argv: list[str]) -> str:
-    """Return the command line, without its output files."""
+    """Return the command line without its output files."""
     words: list[str] = []
     skip = False
     for word in argv:

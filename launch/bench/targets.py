@@ -1,4 +1,4 @@
-"""Speed targets of the project, and checks of a run of ``benchmark.py step`` against them."""
+"""Speed targets of the project, and the check of a run of ``benchmark.py step`` against them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.measure import parse_size, ratio, times_of
 
 @dataclass(frozen=True)
 class Target:
-    """A target and its measured figure; ``met`` is None if the run did not measure it."""
+    """A target and its measured figure; ``met`` is None if the run has not measured it."""
 
     name: str
     figure: str

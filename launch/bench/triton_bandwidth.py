@@ -28,7 +28,7 @@ def _copy_kernel(g, p, m, v, c, n, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 def copy_bandwidth_(arrays: Sequence[Tensor]) -> None:
-    """Read five arrays, and write all but the first in place.
+    """Read five arrays and overwrite all but the first.
 
     Args:
         arrays: g, p, m, v and c: five contiguous int32 tensors of one size, a multiple of 16, on

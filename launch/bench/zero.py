@@ -7,8 +7,8 @@ communication may overlap. Bytes sent are those of ring algorithms, the minimum:
 the tensor for a reduce-scatter, all-gather, all-to-all or broadcast, twice that for an all-reduce.
 
 ``delayed`` shows the gain of ``overlap_gather`` on slow networks: collectives run one after
-another, each with a delay. ``compute_ms`` is a step without delays, ``network_ms`` the sum of the
-delays, and ``ratio`` the time of a step over the larger of the two, its lower bound.
+another, each with a delay. ``compute_ms`` is a step without delays, and ``network_ms`` the sum of
+the delays. ``ratio`` is the time of a step over its lower bound, the larger of these two.
 ``uncovered_ms`` is the network time that is not hidden behind compute.
 """
 
@@ -38,14 +38,14 @@ from sharded_bf16_adamw import AdamW_BF16, ZeRO
 STEPS_IN_A_ROW = 3  # timed together, since the gather of a step ends in the next one
 
 
-def layers(args: argparse.Namespace, device: torch.device) -> nn.Sequential:
+def build_layers(args: argparse.Namespace, device: torch.device) -> nn.Sequential:
     torch.manual_seed(0)
     linear = [nn.Linear(args.width, args.width, bias=False) for _ in range(args.layers)]
     return nn.Sequential(*linear).to(device, torch.bfloat16)
 
 
 def make_ddp(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], None]:
-    module = DistributedDataParallel(layers(args, device), gradient_as_bucket_view=True)
+    module = DistributedDataParallel(build_layers(args, device), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(
         module.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3
     )
@@ -55,8 +55,8 @@ def make_ddp(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor
 def make_zero(
     args: argparse.Namespace, device: torch.device, overlap: bool | None = None
 ) -> Callable[[Tensor], None]:
-    """Return a step of ZeRO; with a bucket for each layer, if ``overlap`` is given."""
-    module = layers(args, device)
+    """Return a step with ZeRO-2; if ``overlap`` is given, with one bucket per layer."""
+    module = build_layers(args, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sharding = ZeRO(mesh, bucket_size_mb=args.bucket_size_mb)
     if overlap is not None:
@@ -120,7 +120,7 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
         (name, delay): [] for delay in delays for name in contenders
     }
     network_ms: dict[tuple[str, float], float] = {}
-    for step in contenders.values():  # find the order of gradients and of reads
+    for step in contenders.values():  # record the orders of gradients and of reads
         for _ in range(3):
             step(x)
     for turn in range(args.repeats):
@@ -128,7 +128,7 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
             step = contenders[name]
             dist.barrier()
             network.delay = delay / 1e3
-            step(x)  # leaves as much in flight as the timed steps
+            step(x)  # so that as much is in flight before the timed steps as after them
             synchronize(world.device)
             start, carried = time.perf_counter(), network.carried
             for _ in range(STEPS_IN_A_ROW):
@@ -154,7 +154,7 @@ def measure_delayed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sent_bytes(step: Callable[[Tensor], None], x: Tensor) -> float:
-    """Return the bytes that a step sends. Earlier steps have found the order of gradients."""
+    """Return the bytes that a step sends, after steps that recorded the order of gradients."""
     with LiveBytes() as live:
         step(x)
     return live.sent_bytes
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of each rank")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if available"
     )
     parser.add_json()
     args = parser.parse_args(argv)

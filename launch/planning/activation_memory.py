@@ -1,6 +1,6 @@
 """Activations and tensor-parallel traffic, measured on the meta device.
 
-A step of the same model with one and with two layers runs forward and backward on tensors without
+The model runs forward and backward with one and with two layers, on meta tensors, which take no
 memory. Each further layer adds as much as the second, since all layers are alike.
 """
 
@@ -42,16 +42,16 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes of one micro-batch on a rank, without weights; see :func:`_run` for gradients.
+    """Bytes of one micro-batch on a rank, without weights. :func:`_run_step` defines the phases.
 
     Attributes:
         block_shapes: local shapes of the parameters of a layer.
         root_shapes: local shapes of the other parameters: embedding, last norm, head.
-        loss: peak of live bytes until the gradient of the logits is known.
-        head: peak from then on until the gradient of the last layer's output is known.
-        block: peak during the backward pass of the last layer, its gradients included.
-        embedding: peak after the backward pass of the first layer, the embedding's gradient
-            included.
+        loss: peak of live bytes until the gradient of the logits is ready.
+        head: peak from then on until the gradient of the last layer's output is ready.
+        block: peak during the backward pass of the last layer, including its gradients.
+        embedding: peak after the backward pass of the first layer, including the embedding's
+            gradient.
         sent_bytes: bytes that tensor parallelism sends.
     """
 
@@ -83,7 +83,7 @@ def measure_activation_memory(
         seq_len: tokens of a sequence.
         tensor_ranks: ranks over which each layer is sharded.
         recompute: checkpoint the activations of each layer.
-        device: "cuda" or "cpu"; kernels of the two save different tensors for the backward pass.
+        device: "cuda" or "cpu", whose kernels save different tensors for the backward pass.
 
     Examples:
         >>> from planning.models import from_preset
@@ -98,7 +98,7 @@ def measure_activation_memory(
         for model in models:
             _shard(model, tensor_ranks)
         with _kernels_of(device):
-            (one, one_sent), (two, two_sent) = (_run(model, tokens, recompute) for model in models)
+            (one, one_sent), (two, two_sent) = (_run_step(m, tokens, recompute) for m in models)
         local = list(map(to_local, models[0].parameters()))
         in_block = set(map(id, models[0].blocks[0].parameters()))
         is_block = [id(p) in in_block for p in models[0].parameters()]
@@ -122,38 +122,37 @@ def _shard(model: GPT, tensor_ranks: int) -> None:
             model.head.weight = model.embedding.weight
 
 
-def _run(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]:
-    """Return the peaks of the phases of a step, and the bytes that it sends.
+def _run_step(model: GPT, tokens: Tensor, recompute: bool) -> tuple[list[int], float]:
+    """Return the peak of each phase of a step, without weights, and the bytes that the step sends.
 
     A phase ends when the gradient of the logits, of a layer's output (last layer first), or of the
-    first layer's input is ready; the last one ends with the backward pass. Gradients of weights are
-    freed at the end of each phase.
+    first layer's input is ready; the last phase ends with the backward pass. The end of a phase
+    frees the gradients of weights.
     """
     peaks: list[int] = []
 
-    def end_part(grad: Tensor | None = None) -> None:
+    def end_phase(grad: Tensor | None = None) -> None:
         peaks.append(live.peak)
         model.zero_grad()
         live.reset_peak()
 
-    def end_part_at_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        output.register_hook(end_part)
+    def end_phase_at_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.register_hook(end_phase)
 
-    def end_part_at_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        inputs[0].register_hook(end_part)
+    def end_phase_at_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(end_phase)
 
-    model.blocks[0].register_forward_pre_hook(end_part_at_input)
+    model.blocks[0].register_forward_pre_hook(end_phase_at_input)
     for module in (*model.blocks, model):
-        module.register_forward_hook(end_part_at_output)
+        module.register_forward_hook(end_phase_at_output)
     if recompute:
         for block in model.blocks:
             block.forward = _checkpointed(block.forward)
-    weights = {id(p): p for p in model.parameters()}.values()
-    locals_ = list(map(to_local, weights))
+    weight_bytes = sum(to_local(p).nbytes for p in model.parameters())
     with LiveBytes() as live:
         F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
-        end_part()
-    return [peak - sum(p.nbytes for p in locals_) for peak in peaks], live.sent_bytes
+        end_phase()
+    return [peak - weight_bytes for peak in peaks], live.sent_bytes
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,8 +163,8 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _kernels_of(device: str) -> Iterator[None]:
     """Use the device's kernels where the meta device's would save other tensors for the backward.
 
-    Both devices run flash attention. CUDA also has a kernel for RMSNorm. A TorchFunctionMode would
-    not see the operations that a checkpoint recomputes.
+    Both devices run flash attention. CUDA also has a kernel for RMSNorm. The functions are patched
+    because a TorchFunctionMode would not see operations that a checkpoint recomputes.
     """
     aten = torch.ops.aten
     flash = (
@@ -201,4 +200,4 @@ def fake_ranks(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it keeps meshes whose groups are destroyed
+        _clear_sharding_prop_cache()  # its entries refer to the destroyed process group

@@ -1,4 +1,4 @@
-"""Peak bytes of live tensors, and bytes sent to other ranks, of a region of code."""
+"""Peak bytes of live tensors, and bytes sent to other ranks, in a region of code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-# By operator: its name in torch.distributed, the passes over a ring of n ranks, in each of which a
-# rank sends (n - 1) / n of the tensor, and the index of the argument that is the tensor. The
-# functional all-gather has the input as its argument, 1 / n of the tensor.
+# Operator: (function of torch.distributed, passes over the ring, index of the tensor argument). In
+# each pass, each of n ranks sends (n - 1) / n of the tensor. The argument of the functional
+# all-gather is its input, 1 / n of the tensor.
 COLLECTIVES = {
     "c10d.allreduce_": ("all_reduce", 2, 0),
     "c10d.broadcast_": ("broadcast", 1, 0),
@@ -36,10 +36,10 @@ class Collective(NamedTuple):
     """A collective that this rank has called.
 
     Attributes:
-        name: the function of torch.distributed, by its name since torch 2.13.
+        name: function of torch.distributed, by its name since torch 2.13.
         nbytes: bytes of its tensor.
-        sent: bytes that this rank sends in a ring, the algorithm that sends least. For a
-            broadcast: the mean over ranks.
+        sent: bytes that this rank sends with a ring algorithm, which sends least; for a broadcast
+            the mean over ranks.
         dtype: of its tensor.
     """
 
@@ -50,9 +50,9 @@ class Collective(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counter of live storages and of collectives; also counts tensors on the meta device.
+    """Counter of live storages, also on the meta device, and of collectives.
 
-    A storage that was allocated before is counted from its first use on.
+    A storage that was allocated before the context counts from its first use on.
 
     Attributes:
         peak: most live bytes after an operation since :meth:`reset_peak`.
@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
-            return NotImplemented  # counted in their operations on the wrapped tensors
+            return NotImplemented  # their operations on the wrapped tensors are counted
         name = str(function).rpartition(".")[0]
         if name in COLLECTIVES:
             self.on_collective(_collective(name, args))
@@ -119,7 +119,7 @@ def _collective(operator: str, args: tuple[Any, ...]) -> Collective:
 
 def _group_size(args: tuple[Any, ...]) -> int:
     """Return the size of the process group among the arguments of a collective."""
-    reduce_ops = ("sum", "avg", "max", "min", "product")  # which are strings too
+    reduce_ops = ("sum", "avg", "max", "min", "product")  # strings, as names of groups are
     for arg in reversed(args):
         if isinstance(arg, str) and arg.lower() not in reduce_ops:
             name: Any = arg

@@ -1,17 +1,19 @@
 """Formulas for the bytes per rank of each ``train.py`` strategy.
 
 Weights and states persist. Gradients, buffers and activations do not, so each *phase* of a step has
-its own sum; the peak is the largest:
+its own sum. The largest sum is the peak:
 
+* *build*: FSDP1 shards the full model;
 * *loss*: all activations and the logits;
 * *head*: from the gradient of the logits to that of the last layer's output;
-* *backward*: the backward pass of a layer, and of the embedding. Every layer frees the same
-  activations and leaves the same gradients, so the peak is at one of the first or last two;
+* *backward*: the backward pass of a layer, or of the embedding. Every layer frees the same
+  activations and leaves the same gradients, so only the first two and the last two layers count;
+* *reduce*: FSDP on gloo reduces the gradients of a layer;
 * *end*: the last gradients are reduced;
 * *update*: the optimizer's step.
 
-``numel`` counts elements, all other quantities are bytes. ``shard`` is the largest shard on any
-rank.
+Sizes are bytes, except that ``numel`` and ``shard`` count elements. ``shard`` is the largest shard
+on any rank.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ class Part:
 
     @classmethod
     def of(cls, shapes: Iterable[torch.Size], ranks: int) -> Part:
-        """Return the part with these shapes, each sharded as ZeRO does (:func:`choose_shard_dim`).
+        """Return the part with these shapes, each sharded as by ZeRO (:func:`choose_shard_dim`).
 
-        FSDP2 shards dimension 0; that differs only if it is smaller than ``ranks``. FSDP1 splits a
-        layer's elements evenly, which gives slightly smaller shards.
+        FSDP2 shards dimension 0, so it differs only where that is smaller than ``ranks``. FSDP1
+        splits a layer's elements evenly, which gives slightly smaller shards.
 
         Examples:
             >>> Part.of([torch.Size([5, 2])], ranks=4)
@@ -80,8 +82,8 @@ class Job:
         data_ranks: number of ranks over which gradients are averaged.
         block: parameters of one layer.
         root: all other parameters.
-        head_numel: elements of the last norm and the head (also if tied), whose gradients come
-            first.
+        head_numel: elements of the last norm and the (perhaps tied) head, whose gradients are
+            ready first.
         activations: measured memory of one micro-batch.
         weight_bytes: bytes per element of a weight.
         is_adamw_bf16: True for AdamW_BF16, False for torch's AdamW.
@@ -141,7 +143,7 @@ class Phase:
 
 
 def weights(job: Job) -> int:
-    """Return the bytes of weights: FSDP shards them, all others need them whole."""
+    """Return the bytes of weights. Besides tensor parallelism, only FSDP shards them."""
     return job.weight_bytes * (job.shard if job.is_fsdp else job.numel)
 
 
@@ -149,16 +151,16 @@ def states(job: Job) -> int:
     """Return the bytes of optimizer states, which have the dtype of the weights.
 
     AdamW_BF16 has two moments and a correction, torch's AdamW two moments. Both have one float32
-    step for each parameter. ZeRO shards them too.
+    step for each parameter. FSDP and ZeRO shard all but the steps.
     """
     tensors = job.layers * job.block.tensors + job.root.tensors
     return (3 if job.is_adamw_bf16 else 2) * job.weight_bytes * job.shard + FP32_BYTES * tensors
 
 
 def phases(job: Job) -> Iterator[Phase]:
-    """Yield the phases that may have the peak memory; for FSDP1 also building the model."""
+    """Yield the phases that may have the peak memory."""
     measured, layers = job.activations, job.layers
-    if job.strategy == "fsdp1":  # starts from the full model, before there are states
+    if job.strategy == "fsdp1":  # it shards the full model, before there are states
         built = job.weight_bytes * (job.numel + job.block.numel)
         yield Phase("build", 0, built - weights(job) - states(job), 0)
     yield Phase("loss", gradients(job, -1), loss_buffers(job), measured.loss(layers))
@@ -170,11 +172,11 @@ def phases(job: Job) -> Iterator[Phase]:
         used = measured.block(layers - done) if done < layers else measured.embedding
         yield Phase("backward", gradients(job, done), backward_buffers(job, done), used)
     if job.is_fsdp and not job.is_cuda:
-        # By now FSDP2's reduce-scatter input contains the layer's accumulated gradients.
-        copied = job.micro_batches > 1 and job.strategy != "fsdp1"
+        # FSDP2 has moved the layer's accumulated gradients into its reduce-scatter input.
+        is_moved = job.micro_batches > 1 and job.strategy != "fsdp1"
         for done in sorted({0, layers - 1}):
             used = round(measured.block.per_further_layer) * (layers - 1 - done)
-            kept = gradients(job, done) - copied * FP32_BYTES * job.block.numel
+            kept = gradients(job, done) - is_moved * FP32_BYTES * job.block.numel
             yield Phase("reduce", kept, gloo_buffers(job, done), used)
     yield Phase("end", gradients(job, layers + 1), end_buffers(job), 0)
     yield Phase("update", gradients(job, layers + 1), update_buffers(job), 0)
@@ -183,24 +185,24 @@ def phases(job: Job) -> Iterator[Phase]:
 def gradients(job: Job, done: int) -> int:
     """Return the bytes of gradients that are kept; ``done`` as in ``Job.numel_with_grad``.
 
-    Gradients that a strategy has yet to reduce count as buffers, unless earlier micro-batches left
-    them: those are unsharded, in the dtypes that docs/strategies.md lists.
+    Unreduced gradients count as buffers, except those that earlier micro-batches have accumulated.
+    These are unsharded, in the dtypes that docs/strategies.md lists.
     """
     complete, accumulates = job.numel_with_grad(done), job.micro_batches > 1
     if job.strategy in ("ddp", "zero1"):
         return job.weight_bytes * job.numel  # DDP keeps its buckets; gradients are views
     if job.strategy == "zero2":
         reduced = complete
-        if job.in_backward:  # step() updates buckets still in flight after the backward pass
+        if job.in_backward:  # only the buckets that are still in flight after the backward pass
             last = MAX_IN_FLIGHT + (not job.is_cuda)
             reduced = sum(_buckets(job)[-last:]) if done > job.layers else 0
         return FP32_BYTES * (reduced // job.ranks + accumulates * (job.numel - complete))
     if job.is_fsdp:  # the root's gradients are reduced last
         finished = min(max(done, 0), job.layers)
         reduced = job.shard if done > job.layers else finished * job.block.shard
-        left = 0 if done > job.layers else job.numel - finished * job.block.numel
+        unreduced = 0 if done > job.layers else job.numel - finished * job.block.numel
         kept = 0 if job.in_backward else job.weight_bytes * reduced
-        return kept + accumulates * left * (
+        return kept + accumulates * unreduced * (
             job.weight_bytes if job.strategy == "fsdp1" else FP32_BYTES
         )
     if accumulates:
@@ -231,15 +233,15 @@ def head_buffers(job: Job) -> int:
 def backward_buffers(job: Job, done: int) -> int:
     """Return the bytes of buffers during the backward pass of a layer, or of the embedding.
 
-    FSDP has the root and the layer unsharded, the next layer prefetched, the unreduced gradients of
-    the head, and FSDP2 also the float32 reduce-scatter input of the layer before.
+    FSDP has the root and the layer unsharded, the next layer prefetched, and unreduced gradients of
+    the head. FSDP2 also has the float32 reduce-scatter input of the previous layer.
     """
     if job.strategy == "zero2":
         return zero2_buffers(job, done)
     if not job.is_fsdp:
         return 0
     unsharded = job.root.numel + min(2, job.layers - done) * job.block.numel
-    head = job.head_numel if job.micro_batches == 1 else 0  # else among the accumulated gradients
+    head = job.head_numel if job.micro_batches == 1 else 0  # else they are accumulated
     reducing = FP32_BYTES * job.block.numel if done and job.strategy != "fsdp1" else 0
     return job.weight_bytes * (unsharded + head) + reducing + _all_reduced(job, done)
 
@@ -252,7 +254,7 @@ def _all_reduced(job: Job, done: int) -> int:
 def gloo_buffers(job: Job, done: int) -> int:
     """Return the bytes of buffers while FSDP reduces the gradients of a layer on gloo.
 
-    The layer is sharded again by then, but gloo reduces a copy of the reduce-scatter input.
+    The layer is already resharded, but gloo reduces a copy of the reduce-scatter input.
     """
     unsharded = job.root.numel + min(1, job.layers - done - 1) * job.block.numel
     head = job.head_numel if job.micro_batches == 1 else 0
@@ -285,9 +287,9 @@ def end_buffers(job: Job) -> int:
 def zero2_buffers(job: Job, done: int) -> int:
     """Return the bytes of ZeRO-2's buckets while the gradients after ``done`` layers arrive.
 
-    One bucket fills up while others are in flight. Each has a float32 reduce-scatter input. The
-    output is a shard. On gloo it is as long as the input: an all-to-all, whose output each rank
-    sums.
+    One bucket fills up while others are in flight. Each has a float32 reduce-scatter input, and in
+    flight also an output. On NCCL the output is a shard. On gloo it is as large as the input: an
+    all-to-all, whose output each rank sums.
     """
     begin, end = job.numel_with_grad(done), job.numel_with_grad(done + 1)
     buckets = _buckets(job)
@@ -297,7 +299,7 @@ def zero2_buffers(job: Job, done: int) -> int:
         if start < end and stop > begin:
             in_flight = buckets[max(0, index - MAX_IN_FLIGHT) : index]
             peak = max(peak, FP32_BYTES * numel + _in_flight(job, in_flight))
-            if stop <= end:  # it is launched
+            if stop <= end:  # the bucket is full and launched
                 in_flight = buckets[max(0, index + 1 - MAX_IN_FLIGHT) : index + 1]
                 peak = max(peak, _in_flight(job, in_flight))
         start = stop
@@ -317,26 +319,26 @@ def _in_flight(job: Job, buckets: list[int]) -> int:
 def zero2_in_backward(job: Job) -> Iterator[Phase]:
     """Yield the phases of ZeRO-2 from the first gradient on, with ``step_in_backward``.
 
-    For a slow network: a bucket is received only when too many are in flight, and two all-gathers
-    of updated weights stay in flight. The activations of a layer shrink as its gradients arrive.
-    Two moments of each bucket count: when it is allocated, and when it is full and waits for the
-    oldest in flight, whose shard is then updated.
+    The network is assumed to be slow: ``MAX_IN_FLIGHT`` buckets and as many all-gathers of updated
+    weights stay in flight. The activations of a layer shrink as its gradients arrive. Each bucket
+    counts when it is allocated, and when it is full and waits for the oldest bucket in flight,
+    whose shard is then updated.
     """
     buckets = _buckets(job)
     accumulates = job.micro_batches > 1
     start = 0
-    in_flight: list[int] = []
-    received: list[int] = []
+    in_flight: list[int] = []  # elements of buckets, the oldest first
+    updated: list[int] = []
     for index, numel in enumerate(buckets):
         for complete, is_full in ((start, False), (start + numel, True)):
             kept = FP32_BYTES * accumulates * (job.numel - complete)
-            gathered = sorted(received)[-MAX_IN_FLIGHT:]
+            gathered = sorted(updated)[-MAX_IN_FLIGHT:]
             buffers = round(job.weight_bytes * sum(gathered) * (1 + 1 / job.ranks))
             buffers += FP32_BYTES * numel + (1 if job.is_cuda else 2) * FP32_BYTES * sum(in_flight)
-            # On gloo, step() sends the last bucket, whatever is in flight.
-            is_sent = index == len(buckets) - 1 and not job.is_cuda
-            buffers += is_sent * is_full * FP32_BYTES * numel
-            summed = numel if is_sent else in_flight[0] if len(in_flight) == MAX_IN_FLIGHT else 0
+            # On gloo, step() launches the last bucket at once, whatever is in flight.
+            in_step = index == len(buckets) - 1 and not job.is_cuda
+            buffers += in_step * is_full * FP32_BYTES * numel
+            summed = numel if in_step else in_flight[0] if len(in_flight) == MAX_IN_FLIGHT else 0
             if is_full:
                 shard = summed // job.ranks
                 blocks = 0 if job.is_cuda else min(2 * SUM_BLOCK_NUMEL, shard)
@@ -344,7 +346,7 @@ def zero2_in_backward(job: Job) -> Iterator[Phase]:
             yield Phase("backward", kept, buffers, _activations(job, complete))
         start += numel
         in_flight.append(numel)
-        received += in_flight[:-MAX_IN_FLIGHT]
+        updated += in_flight[:-MAX_IN_FLIGHT]
         del in_flight[:-MAX_IN_FLIGHT]
     yield Phase("update", gradients(job, job.layers + 1), update_buffers(job), 0)
 
@@ -356,9 +358,9 @@ def _activations(job: Job, complete: int) -> int:
 
 
 def _buckets(job: Job) -> list[int]:
-    """Return the elements of ZeRO's buckets, in the order in which gradients arrive.
+    """Return the elements of each of ZeRO's buckets, in the order in which gradients arrive.
 
-    A bucket holds at least one parameter.
+    A bucket has at least one parameter.
     """
     limit = BUCKET_BYTES // job.weight_bytes
     embedding, *head = job.activations.root_shapes
@@ -373,9 +375,9 @@ def _buckets(job: Job) -> list[int]:
 def update_buffers(job: Job) -> int:
     """Return the bytes of buffers of the optimizer's step.
 
-    AdamW_BF16 needs none. ZeRO all-gathers weights in buckets, but large ones in place. torch's
-    AdamW allocates the square roots of all second moments at once on CUDA. On a CPU it allocates
-    two tensors for one parameter at a time.
+    AdamW_BF16 needs none. ZeRO all-gathers weights through buckets, except in place those that are
+    larger than a bucket. torch's AdamW allocates the square roots of all second moments at once on
+    CUDA, and on a CPU two tensors for one parameter at a time.
     """
     if not job.is_adamw_bf16:
         shapes = [*job.activations.root_shapes, *job.activations.block_shapes]

@@ -74,7 +74,7 @@ def from_config(path: Path) -> Shape:
     if not isinstance(config, dict):
         raise UsageError(f"--config {path} holds no JSON object: give a config.json.")
     dim, ffn, layers, heads, vocab_size = (_size(path, config, key) for key in SIZES)
-    key = "num_key_value_heads"  # null or missing without grouped queries
+    key = "num_key_value_heads"  # null or missing without grouped-query attention
     kv_heads = _size(path, {key: config.get(key) or heads}, key)
     has_experts = config.get("num_local_experts") or config.get("num_experts")
     has_biases = config.get("attention_bias") or config.get("mlp_bias")
@@ -112,7 +112,7 @@ def build(shape: Shape, layers: int, dtype: torch.dtype) -> GPT:
             heads=shape.heads,
             ffn=shape.ffn,
             vocab_size=shape.vocab_size,
-            # Only training reads these.
+            # Only training uses these.
             **{"seq_len": 0, "batch_size": 0, "steps": 0, "lr": 0},
         )
         model = GPT(config)

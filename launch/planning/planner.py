@@ -89,7 +89,7 @@ def plan(shape: Shape, world_size: int, strategy: str, options: Options) -> Plan
 
 
 def make_job(shape: Shape, world_size: int, strategy: str, options: Options) -> Job:
-    """Return the inputs of the formulas; see :func:`plan`."""
+    """Return the inputs of the formulas; raises as :func:`plan` does."""
     mesh_shape = STRATEGIES[strategy].mesh_shape(world_size)
     tensor_ranks = mesh_shape.get("tensor", 1)
     data_ranks = world_size // tensor_ranks
@@ -164,7 +164,7 @@ def _check(
 def plan_all(
     shape: Shape, world_size: int, strategies: Iterable[str], options: Options
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Return the plans of the strategies that can run, and a reason for each of the others."""
+    """Return the plans of the strategies that can run, and why each of the others cannot."""
     plans, refused = [], {}
     for strategy in strategies:
         try:
@@ -177,7 +177,7 @@ def plan_all(
 def cheapest(plans: Iterable[Plan], memory: float) -> Plan | None:
     """Return the plan that sends least among those that take at most ``memory`` bytes, if any.
 
-    Of plans that send the same, return the one with the least memory.
+    Among plans that send equally many bytes, return the one that takes least memory.
     """
     fitting = [plan for plan in plans if plan.total <= memory]
     return min(fitting, key=lambda plan: (plan.sent_bytes, plan.total), default=None)

@@ -18,7 +18,7 @@ COLUMNS = ("strategy", "grad-accum", "weights", "gradients", "states", "buffers"
 
 
 def table(plans: Iterable[Plan], memory: float | None = None) -> str:
-    """Return a Markdown table of plans in GB, and whether each fits into ``memory`` bytes."""
+    """Return a Markdown table of plans in GB, with ``memory`` also whether each fits into it."""
     names = [*COLUMNS, "**total**", "sent", *(["fits"] if memory else [])]
     rows = [names, ["---"] * len(names)]
     for each in plans:
@@ -47,7 +47,7 @@ def docs(options: Options) -> str:
 
 
 def plot(options: dict[str, Options], path: Path) -> None:
-    """Plot memory over the number of GPUs; ``options`` of each optimizer by its label."""
+    """Plot memory over the number of GPUs, for two optimizers: ``options`` by label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, by the ring algorithms, which send least."""
+"""Bytes that a rank sends in a step with ring algorithms, which send least."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def all_reduce(nbytes: float, ranks: int) -> float:
 
 
 def sent_bytes(job: Job) -> int:
-    """Return the bytes of a step, without norms and flags: those are a few bytes per parameter."""
+    """Return the bytes that a rank sends in a step, without the few of norms and flags."""
     tensor_parallel = job.micro_batches * job.activations.sent_bytes(job.layers)
     return round(tensor_parallel + _data_parallel(job))
 
@@ -37,8 +37,8 @@ def _data_parallel(job: Job) -> float:
         return reduced + gather(weights, job.ranks)
     if not job.is_fsdp:
         return 0.0
-    # Every micro-batch gathers weights for the forward and for the backward pass, but FSDP1 keeps
-    # the root in between.
+    # Each micro-batch gathers weights for the forward and again for the backward pass, but FSDP1
+    # keeps the root in between.
     twice = blocks if job.strategy == "fsdp1" else job.numel
     gathered = gather(job.weight_bytes * (job.numel + twice), job.ranks)
     replicas = all_reduce(FP32_BYTES * job.shard, 2) if job.strategy == "hsdp" else 0.0

@@ -1,4 +1,4 @@
-"""Command lines of ``launch/``: a parser, types of its arguments, and files that it names."""
+"""Parser, argument types and ``--json`` output of the commands in ``launch/``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from training.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors as UsageError, and takes no abbreviations of options.
+    """An argument parser that raises UsageError and accepts no abbreviated options.
 
-    ``--help`` shows the description as it is, such as a module's docstring.
+    ``--help`` keeps the line breaks of the description, which may be a module's docstring.
     """
 
     def __init__(self, prog: str | None = None, description: str | None = None) -> None:
@@ -106,14 +106,14 @@ def vocab_size(text: str) -> int:
 
 
 def nonempty(text: str) -> str:
-    """Return a name or path; an unset variable of a shell must not be taken for no option."""
+    """Return a name or path; reject empty text, such as from an unset shell variable."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("the value is empty" if not text else "it has a NUL byte")
     return text
 
 
 def output_file(text: str) -> Path:
-    """Return the path of a file, so that no long run ends without its output; make its folder."""
+    """Return the path of a file; create its folder, and reject a file that cannot be written."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
@@ -124,7 +124,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """Return the path of a folder that can be written to; make it if it does not exist."""
+    """Return the path of a writable folder; create it if it does not exist."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -144,6 +144,6 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Return True if a module can be imported; a folder of its name does not count."""
+    """Return True if a module is installed; a folder with its name does not count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None

@@ -1,11 +1,11 @@
 """Training data: text files, ``.jsonl`` files, ``.bin`` files of token ids, or folders of one kind.
 
-A batch is a pure function of the seed and the step. So a checkpoint's data position is its step, a
-resumed run sees the batches of an uninterrupted one, and the global batch does not depend on the
-number of ranks.
+A batch is a pure function of the seed and the step. So the step of a checkpoint is also its
+position in the data, a resumed run gets the same batches as an uninterrupted one, and the global
+batch does not depend on the number of ranks.
 
-Files are memory-mapped. Text that needs a tokenizer, and ``.jsonl`` files, are first written to a
-``.bin`` file of token ids, once and by rank 0.
+Files are memory-mapped. Before that, rank 0 tokenizes ``.jsonl`` files, and text that needs a
+tokenizer, into one ``.bin`` file, which later runs reuse.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CHARS_AT_ONCE = 1 << 20  # characters that a tokenizer gets in one call
 
 
 class Tokenizer(Protocol):
-    """Text to token ids.
+    """A mapping from text to token ids.
 
     Attributes:
         vocab_size: number of token ids.
-        eos_token_id: token id after each text, or None.
-        key: identifies the tokenizer.
+        eos_token_id: token id that ends each text, or None.
+        key: identifies the tokenizer in the names of cached files.
     """
 
     vocab_size: int
@@ -50,10 +50,9 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids; byte 0, which no text has, ends each text.
+    """UTF-8 bytes as token ids, for ``.jsonl`` files; byte 0 ends each text.
 
-    It is for ``.jsonl`` files. Plain text without a tokenizer is memory-mapped as it is, with
-    nothing between files.
+    Text files do without it: their bytes are memory-mapped, with no separator between files.
     """
 
     vocab_size = 256
@@ -66,10 +65,7 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Files of one kind: "text", ".jsonl" or ".bin".
-
-    ``name`` is the name of the data in messages.
-    """
+    """Files of one kind ("text", ".jsonl" or ".bin"); ``name`` stands for them in messages."""
 
     name: str
     kind: str
@@ -77,7 +73,7 @@ class DataFiles:
 
 
 class MemmapTokens:
-    """Token ids of several files, one after another, read on demand."""
+    """Concatenated token ids of several files, read on demand."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype[Any]) -> None:
         sizes = [(path, path.stat().st_size // dtype.itemsize) for path in paths]
@@ -107,11 +103,11 @@ def _memmap(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Token ids, of which the first ``num_train_tokens`` are for training, the rest held out.
+    """Token ids: the first ``num_train_tokens`` for training, the others held out.
 
     Attributes:
-        tokens: all token ids: an array or MemmapTokens.
-        num_train_tokens: token ids before the held-out ones.
+        tokens: all token ids.
+        num_train_tokens: number of token ids before the held-out ones.
         seq_len: tokens in a sequence.
         vocab_size: number of token ids that the model knows.
         name: name of the data in messages.
@@ -159,12 +155,12 @@ def find_files(path: str | None) -> DataFiles:
     """List the data files.
 
     Args:
-        path: a file, a folder, of which all visible files below it are listed, or None for the
-            standard library's sources.
+        path: a file; or a folder, for all visible files below it; or None for the sources of
+            Python's standard library.
 
     Raises:
-        UsageError: ``path`` is missing or unreadable, holds nothing, several kinds of files, or
-            binaries of another format.
+        UsageError: ``path`` is missing, unreadable or empty, or holds files of several kinds or
+            binary files other than ``.bin``.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -216,7 +212,7 @@ def load_dataset(
     token_dtype: str | None = None,
     cache: str | os.PathLike[str] = ".",
 ) -> TokenDataset:
-    """Open the data. Tokenize it first if there is no file of its token ids yet.
+    """Open the data; if it must be tokenized and the cache lacks it, tokenize it first.
 
     In a distributed run every rank calls this function, and rank 0 tokenizes.
 
@@ -224,13 +220,13 @@ def load_dataset(
         files: the result of :func:`find_files`.
         seq_len: tokens in a sequence.
         vocab_size: number of token ids that the model knows.
-        tokenizer: for text; None: use the text's UTF-8 bytes.
+        tokenizer: tokenizer of the text; None for its UTF-8 bytes.
         token_dtype: "uint16" or "uint32", the integers of ``.bin`` files; None for the smallest
-            that holds all of ``vocab_size``.
-        cache: folder for files of token ids; a later run with the same data reuses them.
+            that holds all ids below ``vocab_size``.
+        cache: folder for tokenized data, which a later run with the same data reuses.
 
     Raises:
-        UsageError: the data is malformed, or too short for one sequence in each part.
+        UsageError: the data is malformed, or too short for a training and a held-out sequence.
     """
     paths, unit = files.paths, "tokens"
     dtype = np.dtype(token_dtype or ("uint16" if vocab_size <= 1 << 16 else "uint32"))
@@ -276,14 +272,14 @@ def _tokenize_once(
     # The other ranks wait on the store, since tokenizing may exceed a collective's timeout.
     try:
         return Path(call_on_rank_0_via_store("tokenize", folder, tokenize))
-    except UsageError:  # which is a ValueError
+    except UsageError:  # a ValueError too
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"--data {files.name}: {error}") from error
 
 
 class _TextPart(NamedTuple):
-    """A part of a text, up to a line break, and whether it is the last part of its text."""
+    """A part of a text, which ends at a line break or at the end of the text."""
 
     text: str
     is_last: bool
@@ -300,7 +296,7 @@ def _tokenize(files: DataFiles, tokenizer: Tokenizer, dtype: np.dtype[Any], path
 
 
 def _batches(parts: Iterator[_TextPart]) -> Iterator[list[_TextPart]]:
-    """Yield parts in lists of about ``CHARS_AT_ONCE`` characters, for tokenizers with threads."""
+    """Yield lists of parts with about ``CHARS_AT_ONCE`` characters, for tokenizers with threads."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
@@ -313,7 +309,7 @@ def _batches(parts: Iterator[_TextPart]) -> Iterator[list[_TextPart]]:
 
 
 def _text_parts(files: DataFiles) -> Iterator[_TextPart]:
-    """Yield the lines of ``.jsonl`` files as texts of one part, and text files in several parts."""
+    """Yield each line of a ``.jsonl`` file as one part, and each text file in several parts."""
     for path in files.paths:
         try:
             with path.open(encoding="utf-8", newline="") as file:

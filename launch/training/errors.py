@@ -1,4 +1,4 @@
-"""Errors that end a command of ``launch/`` with one sentence, and the exit codes."""
+"""Errors that a command of ``launch/`` prints as one sentence, and its exit codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from training.rendezvous import local_rank, rank
 
 FAILED = 1
 WRONG_USAGE = 2
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
-REPORT_S = 10.0  # time for the first rank of a machine to print an error that each rank finds
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the run
+REPORT_S = 10.0  # how long a rank waits for the first rank of its machine to print an error
 POLL_S = 0.02
 
 
@@ -32,10 +32,10 @@ class DivergedError(RunError):
 
 
 def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambda: False) -> int:
-    """Return the exit code of a command; print its error once, not on every rank.
+    """Run a command and return its exit code; print its error once, not on every rank.
 
     Args:
-        command: the command.
+        command: returns its exit code.
         is_stopped: returns True once this process has handled a stop signal.
 
     Raises:
@@ -50,7 +50,7 @@ def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambd
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # Not only on the first rank: another one may have the larger part.
+        # On every rank that fails, since the first rank may have enough memory.
         print(f"error: rank {rank()}: {out_of_memory_reason(error)}", file=sys.stderr)
         # A caller that destroys the process group would wait for the other ranks, which wait for
         # this one in a collective.
@@ -58,7 +58,7 @@ def exit_code(command: Callable[[], int], is_stopped: Callable[[], bool] = lambd
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not allocate memory, on a GPU or on the CPU."""
+    """Return True if torch could not allocate memory, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -73,11 +73,11 @@ def out_of_memory_reason(error: RuntimeError) -> str:
 
 
 def _is_reporter(is_stopped: Callable[[], bool]) -> bool:
-    """Return whether this rank prints an error.
+    """Return True if this rank prints an error: once the ranks have joined, only rank 0.
 
-    Before the ranks have joined, the first rank of each machine does: another machine may lack what
-    this one has. The others wait for it, because torchrun ends all ranks once one has ended. If it
-    does not end, it has no error.
+    Before, the first rank of each machine prints, since machines may fail differently. Its other
+    ranks wait, because torchrun ends all ranks once one has ended. A rank that is alive after
+    ``REPORT_S`` prints too, since the first rank had no error.
     """
     if rank() == 0 or dist.is_initialized():
         return rank() == 0

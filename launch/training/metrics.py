@@ -21,8 +21,7 @@ class MetricsFile:
     Losses are in nats per token. A non-finite value, which JSON lacks, is ``null``.
 
     Args:
-        path: the file. Lines of steps after ``start`` are dropped, since a resumed run repeats
-            these steps.
+        path: the file; lines of steps after ``start`` are dropped, since the run repeats them.
         start: steps taken before this run.
         evaluated: False if the run repeats the evaluation of step ``start``.
 

@@ -60,10 +60,10 @@ PRESETS = {
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Return True if bfloat16 matrix products run in hardware, as on any device but a CPU.
+    """Return False for a CPU without AVX512-BF16, else True.
 
-    Without AVX512-BF16 a CPU emulates them, ten times slower than fp32. The same holds for the
-    backward pass of attention.
+    Such a CPU emulates bfloat16 matrix products and the backward pass of attention, which takes ten
+    times as long as in fp32.
     """
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
@@ -77,7 +77,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         if not has_fast_bf16(x.device):
-            # The same result: products of bf16 are exact in fp32; sum in fp32, round once.
+            # Equal to a bf16 kernel: exact products, an fp32 sum, and one rounding.
             return F.linear(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
 
@@ -155,7 +155,7 @@ class GPT(nn.Module):
     """Decoder: int64 tokens ``(B, T)`` to bfloat16 logits ``(B, T, V)``.
 
     Build it under ``torch.device("meta")``, shard it, call ``to_empty(device=...)``, then
-    ``init_weights``. So no rank allocates more than its own shards and one full parameter.
+    ``init_weights``. Then no rank allocates more than its own shards and one full parameter.
     """
 
     def __init__(self, config: Config) -> None:
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         """
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, dtype=torch.float32, device=parameter.device)
-            if parameter.ndim > 1:  # those with one dimension are weights of norms
+            if parameter.ndim > 1:  # weights of norms stay 1
                 # A hash of 32 bits, since CPU generators ignore higher bits of a seed.
                 hashed = zlib.crc32(f"{seed}.{name}".encode())
                 generator = torch.Generator(parameter.device).manual_seed(hashed)

@@ -40,11 +40,13 @@ def preset_default(name: str) -> str:
     value = getattr(PRESETS[DEFAULT_PRESET], name)
     of_model = getattr(MODEL_DEFAULTS, name)
     at_most = "at most " if name == "seq_len" else ""
-    return f"default: by --preset, {DEFAULT_PRESET}: {value}; with --model {at_most}{of_model}"
+    return (
+        f"default: that of --preset ({DEFAULT_PRESET}: {value}); {at_most}{of_model} with --model"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and complete the arguments; the result holds plain data, so a checkpoint can store it.
+    """Parse the arguments and fill in defaults; the result is plain data that JSON can hold.
 
     Raises:
         UsageError: an argument, or a key of ``--config``, is unknown, malformed or out of range.
@@ -78,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line and its ``--config``, whose values options override."""
+    """Parse the command line and the file of ``--config``, which it overrides."""
     parser = Parser("train.py", "Train a GPT with bf16 weights, on one process or under torchrun.")
     parser.add_argument(
         "--config",
@@ -201,7 +203,7 @@ def _add_data(add: Callable[..., Any]) -> None:
         "--seed",
         type=seed,
         default=0,
-        help="of the initial weights and the batches (default: %(default)s)",
+        help="seed of the initial weights and the batches (default: %(default)s)",
     )
 
 
@@ -245,7 +247,7 @@ def _add_optimizer(add: Callable[..., Any]) -> None:
     add(
         "--final-lr",
         type=nonnegative,
-        help="of the cosine schedule (default: a thousandth of --lr)",
+        help="last learning rate of the cosine schedule (default: a thousandth of --lr)",
     )
     add("--betas", type=finite, nargs=2, default=(0.9, 0.999), help="default: 0.9 0.999")
     add("--weight-decay", type=finite, default=0.1, help="of the matrices (default: %(default)s)")
@@ -296,7 +298,7 @@ def _add_run(add: Callable[..., Any]) -> None:
         type=count,
         metavar="STEPS",
         default=200,
-        help="0: at the end only (default: %(default)s)",
+        help="steps between saves; 0: at the end only (default: %(default)s)",
     )
     add(
         "--async-save",
@@ -384,13 +386,14 @@ def _add_reports(add: Callable[..., Any]) -> None:
         "--print-every",
         type=positive,
         metavar="STEPS",
-        help="a line of progress, where stderr is not a terminal (default: a fiftieth of --steps)",
+        help="steps between lines of progress if stderr is not a terminal (default: a fiftieth of "
+        "--steps)",
     )
     add("--no-progress", dest="progress", action="store_false", help="no progress bar or lines")
 
 
 def options_without_effect(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a note for each option that has no effect.
+    """Yield notes on options without effect, and on a warm-up that is longer than the run.
 
     They are not errors, so that one command line can serve several optimizers.
     """

@@ -1,4 +1,4 @@
-"""The folder ``--out``: one run at a time, and its configuration."""
+"""The folder ``--out``: its lock, and the configuration stored in it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def lock_out_dir(args: argparse.Namespace) -> RootLock | None:
             except RootLockedError as error:
                 if time.monotonic() > deadline:
                     raise UsageError(
-                        f"--out {out_dir} is in use: {error.holder} trains there now; give another "
-                        f"--out, or remove {out_dir / LOCK} if that process no longer exists."
+                        f"--out {out_dir} is in use: {error.holder} is training there; give "
+                        f"another --out, or remove {out_dir / LOCK} if that process no longer "
+                        "exists."
                     ) from None
             time.sleep(0.1)
     except OSError as error:

@@ -20,7 +20,7 @@ class Panel:
     Attributes:
         title: title of the panel.
         curves: label of each curve, by its key in ``metrics.jsonl``.
-        limits: limits of the vertical axis; None is free.
+        limits: limits of the vertical axis; None for automatic.
     """
 
     title: str
@@ -48,8 +48,8 @@ PRECISION_PANELS = (
     Panel("norm of moments", {"exp_avg_norm": "exp_avg", "exp_avg_sq_norm": "exp_avg_sq"}),
 )
 COLUMNS = 3
-FEW = 50  # a curve of fewer points has a marker at each
-LOG_RATIO = 30.0  # largest over smallest value above which the axis is logarithmic
+FEW = 50  # a curve of fewer points has a marker at each point
+LOG_RATIO = 30.0  # logarithmic axis if the largest value exceeds this multiple of the smallest
 
 
 class Picture:
@@ -66,7 +66,7 @@ class Picture:
         self._metrics, self._path, self._title = metrics, path, title
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Do nothing: ``metrics.jsonl`` also has the values from before the run was resumed."""
+        """Do nothing: ``metrics.jsonl`` has these values, and those before the run was resumed."""
 
     def close(self, failed: bool) -> None:
         if draw(self._metrics, self._path, self._title):
@@ -78,7 +78,7 @@ class Picture:
 def draw(metrics: Path, path: Path, title: str) -> bool:
     """Draw a run; return False if matplotlib is not installed.
 
-    Losses are on top. Below them is a panel for each of the other values that the run has reported.
+    Losses are on top. Below them are the panels whose values the run has reported.
     """
     try:
         from matplotlib.figure import Figure
@@ -93,8 +93,8 @@ def draw(metrics: Path, path: Path, title: str) -> bool:
     top = figure.add_subplot(grid[0, :])
     _draw_panel(top, LOSS, curves)
     for index, panel in enumerate(panels):
-        place = grid[1 + index // COLUMNS, index % COLUMNS]
-        _draw_panel(figure.add_subplot(place, sharex=top), panel, curves)
+        cell = grid[1 + index // COLUMNS, index % COLUMNS]
+        _draw_panel(figure.add_subplot(cell, sharex=top), panel, curves)
     top.set_xlabel("step")
     top.xaxis.set_major_locator(MaxNLocator(5, integer=True))  # also for the panels that share x
     figure.suptitle(title)
@@ -103,7 +103,7 @@ def draw(metrics: Path, path: Path, title: str) -> bool:
 
 
 def _curves(metrics: Path) -> dict[str, Curve]:
-    """Return the steps and values of each key."""
+    """Return steps and values of each key; null as NaN."""
     curves: dict[str, Curve] = {}
     for line in read_metrics(metrics):
         for key, value in line.items():

@@ -1,4 +1,4 @@
-"""Join the processes of a job, also after torchrun has restarted them."""
+"""Join the processes of a job, also when torchrun has restarted them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def store_of_attempt(store: dist.Store, own: int, size: int) -> dist.Store:
 
     torchrun keeps its store when it restarts the workers. So the store still holds the addresses of
     dead workers, and ``init_process_group`` would wait for them. ``TORCHELASTIC_RESTART_COUNT``
-    does not name an attempt: agents of several nodes count only their own restarts. So rank 0
-    draws a name and tells it to each rank that asks. Each question has its own token, so that no
-    rank takes the answer of an earlier attempt.
+    does not identify an attempt: the agent of each node counts only its own restarts. So rank 0
+    draws a random name and sends it to each rank that asks. Each request has a token of its own, so
+    that no rank takes an answer from an earlier attempt.
     """
     if own != 0:
         token = uuid.uuid4().hex
@@ -55,7 +55,7 @@ def store_of_attempt(store: dist.Store, own: int, size: int) -> dist.Store:
     deadline = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
     while missing:
         for other in missing:
-            if store.check([f"ask/{other}"]):  # maybe still the question of a dead process
+            if store.check([f"ask/{other}"]):  # may be the request of a dead process
                 store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
         missing = {other for other in missing if not store.check([f"{name}/joined/{other}"])}
         if time.monotonic() > deadline:

@@ -31,7 +31,7 @@ SHOWN = {
 
 
 class Reporter(Protocol):
-    """A place to which the values of a run go.
+    """A destination for the values of a run.
 
     Attributes:
         name: the reporter's name in a note about its failure.
@@ -40,16 +40,16 @@ class Reporter(Protocol):
     name: str
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take values that belong together; ``step`` counts the optimizer steps taken."""
+        """Report values as of ``step``, the number of optimizer steps taken."""
 
     def close(self, failed: bool) -> None:
-        """End the report of a run, which may have ended with an error."""
+        """End the report; ``failed`` is True if the run ended with an error."""
 
 
 class Reporters:
-    """Reporters as one, and a context that closes them.
+    """Several reporters as one, and a context manager that closes them.
 
-    An error of a reporter does not end training. A note tells of its first error.
+    An error of a reporter does not end training. The first one of each is printed as a note.
     """
 
     def __init__(self, *reporters: Reporter) -> None:
@@ -122,7 +122,7 @@ def _open_all(run: Run) -> Reporters:
 def _note(name: str, error: Exception, consequence: str) -> None:
     reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     reason = reason.splitlines()[0].rstrip(".")
-    with suppress(OSError):  # of stderr itself
+    with suppress(OSError):  # stderr itself may fail
         below_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_bar}note: {name}: {reason}; {consequence}", file=sys.stderr)
 
@@ -163,7 +163,7 @@ class Progress:
 
 
 class TensorBoard:
-    """Event files in a folder. Hides the values of steps after ``start`` that it already holds."""
+    """Event files in a folder; hides the values of steps after ``start`` that are in it already."""
 
     name = "TensorBoard"
 
@@ -181,7 +181,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run. Its id is in ``wandb-run.txt``, so a resumed training continues it."""
+    """A W&B run. A resumed run continues it: its id is in ``wandb-run.txt``."""
 
     name = "W&B"
 
@@ -201,7 +201,7 @@ class WandB:
         )
         path.write_text(self._run.id)
         self._run.config.update(config, allow_val_change=True)
-        # A resumed training may repeat steps. W&B's own step counter would drop those.
+        # A resumed run may repeat steps, and W&B's own step counter would drop those.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

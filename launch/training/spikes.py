@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient norm is an outlier among the recent ones."""
+"""Detection of steps whose loss or gradient norm is an outlier among recent ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ WINDOW = 128
 
 
 class SpikeFilter:
-    """A window of the last losses and gradient norms.
+    """A filter for outliers among the last ``WINDOW`` losses and gradient norms.
 
-    The rule is that of OLMo-core's ``SkipStepOptimizer``. Outliers enter the window too, so that a
-    lasting change of level is accepted after a while. Nothing is an outlier until the window is
-    half full.
+    The rule is that of OLMo-core's ``SkipStepOptimizer``. Outliers enter the window too, so a
+    lasting change of level is soon accepted. Nothing is an outlier until the window is half full.
 
     Args:
         sigma: number of standard deviations above the mean beyond which a value is an outlier.
@@ -41,6 +40,6 @@ class SpikeFilter:
         return {"skipped": self.skipped, "window": [list(pair) for pair in self._window]}
 
     def load(self, state: dict[str, object]) -> None:
-        """Continue from :meth:`state`."""
+        """Restore what :meth:`state` returned."""
         self.skipped = state["skipped"]  # type: ignore[assignment]
         self._window.extend((loss, norm) for loss, norm in state["window"])  # type: ignore[attr-defined]

@@ -25,15 +25,14 @@ from training.tensor_parallel import parallelize
 
 @dataclass(frozen=True)
 class Strategy:
-    """The steps in which strategies differ.
+    """The functions in which strategies differ.
 
     Attributes:
         shard: replaces parameters by shards, before memory is allocated.
         wrap: takes the initialized model; returns the wrapped model, which is the one to call.
-        no_sync: takes the wrapped model and its optimizer; returns a context in which gradients
-            accumulate without being reduced, for all micro-batches of a step but the last.
-        sharding: takes the mesh; returns AdamW_BF16's ``sharding`` argument, which is not None for
-            ZeRO.
+        no_sync: takes the wrapped model and its optimizer; returns a context for all micro-batches
+            but the last, in which gradients accumulate without being reduced.
+        sharding: takes the mesh; returns AdamW_BF16's ``sharding`` argument, None except for ZeRO.
         mesh_shape: takes the world size; returns the size of each mesh dimension by name. Ranks
             that differ only along "tensor" get the same sequences, other ranks different ones.
     """
@@ -46,7 +45,7 @@ class Strategy:
 
 
 def _layers(model: nn.Module) -> Iterable[nn.Module]:
-    """Return the layers, each an FSDP unit: the modules of the model's first ModuleList."""
+    """Return the model's layers, the FSDP units: the modules of its first ModuleList."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return next(lists, ())
 
@@ -83,8 +82,8 @@ def _fsdp2_shard(model: nn.Module, mesh: DeviceMesh) -> None:
     # bf16 sums over many ranks and micro-batches would lose bits.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*_layers(model), model):
-        # By default the root would stay unsharded after an evaluation, and torch's checkpoint
-        # code would not recognize its parameters.
+        # By default the root stays unsharded after an evaluation, and torch's checkpoint code
+        # does not recognize its parameters.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -147,8 +146,8 @@ def _fsdp2_tensor_parallel_shard(model: GPT, mesh: DeviceMesh) -> None:
 def _half(world_size: int) -> int:
     if world_size % 2:
         raise UsageError(
-            f"this --strategy arranges the processes in pairs, but there are {world_size}: "
-            "start an even number of them."
+            f"this --strategy needs an even number of processes, not {world_size}: start an even "
+            "number of them."
         )
     return world_size // 2
 

@@ -52,9 +52,9 @@ def optimizer_state_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of optimizer state on this rank, and their sum over all ranks. Collective.
 
-    A DTensor counts with its local shard, a quantized tensor of torchao with its parts.
+    Counts a DTensor's local shard, and the parts of a quantized tensor of torchao.
     """
-    # Not every entry of optimizer.state need be a parameter's dict.
+    # Some entries of optimizer.state may not be a parameter's dict.
     states = [state for state in optimizer.state.values() if isinstance(state, dict)]
     tensors = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
     local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]

@@ -2,7 +2,7 @@
 
 The attention heads, the hidden units of the feed-forward networks, and the vocabulary dimension of
 the embedding and the output head are sharded. Between these modules activations are sharded along
-the sequence, so on each rank the gradient of a norm's weight is a partial sum over its positions.
+the sequence, so each rank's gradient of a norm's weight is a partial sum, over its own positions.
 """
 
 from __future__ import annotations

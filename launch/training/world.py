@@ -127,6 +127,6 @@ def true_on_all_ranks(world: World, condition: bool) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a time excludes earlier work."""
+    """Wait for the device, so that a timer excludes earlier work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
