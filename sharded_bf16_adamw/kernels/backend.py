@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -216,6 +216,7 @@ class FusedAdamW:
             args: see :class:`StepArgs`. Shapes and devices of the gradients are not checked.
 
         Raises:
+            TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
             RuntimeError: a CUDA graph captures the step of a parameter that needs copies.
         """
         if self._strided and is_capturing(self._params[0].device):
@@ -284,6 +285,7 @@ class FusedAdamW:
         Each comes with its arguments, whose gradients have the parameters' strides; the indices of
         its parameters; and pairs of an original tensor and its contiguous copy in the table.
         """
+        check_grad_dtypes(g.dtype for g in args.grads)
         if self._table is not None:
             grads = args.grads
             if not (self._all_contiguous and all(map(Tensor.is_contiguous, grads))):
@@ -420,6 +422,14 @@ def backend_module(device: torch.device, backend: str | None) -> ModuleType:
             )
     logger.info("AdamW_BF16 uses the %s backend on %s", backend, device)
     return _module(backend)
+
+
+def check_grad_dtypes(dtypes: Iterable[torch.dtype]) -> None:
+    """Raise TypeError unless every dtype is bfloat16 or float32."""
+    for dtype in set(dtypes) - {torch.bfloat16, torch.float32}:
+        raise TypeError(
+            f"a gradient has dtype {dtype}; only bfloat16 and float32 gradients are supported"
+        )
 
 
 def _check_row(index: int, p: Tensor, m: Tensor, v: Tensor, c: Tensor | None, step: Tensor) -> None:

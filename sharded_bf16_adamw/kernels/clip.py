@@ -22,6 +22,9 @@ def grad_sum_sq(
     Returns:
         0-dim float64, so that the sums of all ranks can be added before the square root. It is on
         the gradients' device, or on the CPU if that has no float64 (:func:`double_device`).
+
+    Raises:
+        TypeError: a gradient is neither bfloat16 nor float32.
     """
     return backend_module(grads[0].device, backend).grad_sum_sq(grads, scratch)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import PRECISION_SUMS, Runs, StepArgs, TensorLists
+from .backend import PRECISION_SUMS, Runs, StepArgs, TensorLists, check_grad_dtypes
 from .device_memory import NormScratch
 
 # in the order of csrc/native.h; every processor supports the baseline of its architecture
@@ -339,11 +339,7 @@ def _isa_number(name: str, origin: str) -> int:
 def _float32_flags(dtypes: list[torch.dtype]) -> bytes:
     """Return one byte for each gradient: 1 if it is float32, else 0."""
     found = set(dtypes)
-    for dtype in found:
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise TypeError(
-                f"a gradient has dtype {dtype}; only bfloat16 and float32 gradients are supported"
-            )
+    check_grad_dtypes(found)
     if torch.float32 not in found:
         return bytes(len(dtypes))
     return bytes(dtype is torch.float32 for dtype in dtypes)

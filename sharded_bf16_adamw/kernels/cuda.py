@@ -132,8 +132,9 @@ class TritonTable:
             if is_capturing(self.device):
                 self._captured_hypers.append(args.hypers)
             hypers = self._hypers.upload_if_changed(values)
-            for params in self._by_dtype:
-                params.launch(args, hypers)
+            # An upload may raise, so all come before the first launch.
+            for params, grads in [(x, x.upload_grads(args)) for x in self._by_dtype]:
+                params.launch(args, hypers, *grads)
 
     def precision_sums(self, args: StepArgs, runs: Runs | None = None) -> Tensor:
         """Add up the sums of one step; see :meth:`.backend.FusedAdamW.precision_sums`.
@@ -226,11 +227,30 @@ class _SameDtypeParams:
         self.done_counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.grads = GradientAddresses([unaligned if x else 0 for x in unaligned_rows], device)
 
-    def launch(self, args: StepArgs, hypers: Tensor) -> None:
-        """Update the parameters. ``hypers`` is the kernel's hyper-parameter array."""
+    def upload_grads(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the gradients' addresses on the device, and the chunks of each variant."""
+        grad_addresses, variants = self.grads.upload([args.grads[i] for i in self.indices])
+        if len(variants) == 1:
+            return grad_addresses, {variants[0]: self.chunks}
+        return grad_addresses, self._chunks_by_variant(variants)
+
+    def launch(
+        self,
+        args: StepArgs,
+        hypers: Tensor,
+        grad_addresses: Tensor,
+        chunks_by_variant: dict[int, Tensor],
+    ) -> None:
+        """Update the parameters.
+
+        Args:
+            args: those of the step.
+            hypers: the kernel's hyper-parameter array.
+            grad_addresses: of :meth:`upload_grads`.
+            chunks_by_variant: of :meth:`upload_grads`.
+        """
         from .triton_adamw import adamw_kernel
 
-        grad_addresses, chunks_by_variant = self._upload_grads(args)
         for variant, chunks in chunks_by_variant.items():
             adamw_kernel[(chunks.shape[0],)](
                 self.param_table,
@@ -248,7 +268,7 @@ class _SameDtypeParams:
 
     def add_precision_sums(self, total: Tensor, args: StepArgs, hypers: Tensor) -> None:
         """Add each group's sums to its row of ``total``."""
-        grad_addresses, chunks_by_variant = self._upload_grads(args)
+        grad_addresses, chunks_by_variant = self.upload_grads(args)
         param_of_program = self._all_chunks[:, 0].numpy()
         group_of_program = np.array(self.groups)[param_of_program]
         variant_of_program = np.array(self.grads.variants)[param_of_program]
@@ -342,13 +362,6 @@ class _SameDtypeParams:
         rows, counts = row_of_program[starts].tolist(), np.diff(starts, append=len(row_of_program))
         for row, row_partials in zip(rows, partials.split(counts.tolist()), strict=True):
             total[row] += row_partials.sum(0)
-
-    def _upload_grads(self, args: StepArgs) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the gradients' addresses on the device, and the chunks of each variant."""
-        grad_addresses, variants = self.grads.upload([args.grads[i] for i in self.indices])
-        if len(variants) == 1:
-            return grad_addresses, {variants[0]: self.chunks}
-        return grad_addresses, self._chunks_by_variant(variants)
 
     def _options(self) -> dict[str, Any]:
         from .triton_adamw import THREADS

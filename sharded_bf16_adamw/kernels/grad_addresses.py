@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import check_grad_dtypes
 from .device_memory import ALIGNMENT, DeviceArray
 
 
@@ -30,6 +31,7 @@ class GradientAddresses:
         """Upload the array if it has changed. Return it and its distinct variants, sorted."""
         pointers, dtypes = list(map(Tensor.data_ptr, grads)), [g.dtype for g in grads]
         if (pointers, dtypes) != self._key:
+            check_grad_dtypes(dtypes)
             fp32, unaligned, is_fp32 = self._fp32_flag, self._unaligned_flag, torch.float32
             self.variants = [
                 variant

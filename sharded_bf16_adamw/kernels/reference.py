@@ -31,7 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import PRECISION_SUMS, Hyperparams, Runs, StepArgs, TensorLists
+from .backend import (
+    PRECISION_SUMS,
+    Hyperparams,
+    Runs,
+    StepArgs,
+    TensorLists,
+    check_grad_dtypes,
+)
 from .device_memory import NormScratch
 
 CHUNK = 1 << 16  # elements per pass, so that the temporaries stay in a CPU's second-level cache
@@ -106,6 +113,7 @@ class ReferenceTable:
         grads, hypers, grad_scale, found_inf = args
         if found_inf is not None and found_inf.item() != 0:
             return
+        check_grad_dtypes(g.dtype for g in grads)
         scale = 1.0 if grad_scale is None else float(grad_scale)
         # most parameters of a group share their step
         scalars: dict[tuple[int, int], StepScalars] = {}
@@ -154,6 +162,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 
 def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tensor:
     """Sum the squares of all elements; see :func:`.clip.grad_sum_sq`."""
+    check_grad_dtypes(g.dtype for g in grads)
     device = double_device(grads[0].device) if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for g in grads:

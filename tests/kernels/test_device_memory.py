@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from sharded_bf16_adamw.kernels import cuda, cuda_norm, device_memory
 from sharded_bf16_adamw.kernels.device_memory import DeviceArray, NormScratch, double_bits
+from sharded_bf16_adamw.kernels.grad_addresses import GradientAddresses
 from sharded_bf16_adamw.kernels.reference import Hyperparams
+
+from .tables import table_of, take_step
 
 EAGER, OTHER, THIRD = [[1, 1], [0, 0]], [[2, 2], [0, 0]], [[3, 3], [0, 0]]
 
@@ -103,6 +107,35 @@ def test_captured_arrays_are_kept(capturing: SimpleNamespace) -> None:
     capturing.now = False
     array.upload_if_changed(OTHER)
     assert any(kept is eager for kept, _ in array.captured) and eager.tolist() == EAGER
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_gradients_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    """The kernels would read their bits as bfloat16."""
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    addresses, grad = GradientAddresses([0, 0], torch.device("cpu")), torch.ones(8).bfloat16()
+    addresses.upload([grad, grad])
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"a gradient has dtype {dtype}; only bfloat16"):
+            addresses.upload([grad, grad.to(dtype)])
+
+
+def test_no_kernel_is_launched_if_a_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of bfloat16 parameters would come before the one of float32 parameters."""
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    from sharded_bf16_adamw.kernels import triton_adamw
+
+    kernel = mock.MagicMock()
+    monkeypatch.setattr(triton_adamw, "adamw_kernel", kernel)
+    params = [torch.ones(8).bfloat16(), torch.ones(8)]
+    corrections = [torch.zeros(8).bfloat16(), None]
+    table = table_of(cuda, params, params, params, corrections, [torch.zeros(())] * 2)
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+    with pytest.raises(TypeError, match=r"a gradient has dtype torch\.float16"):
+        take_step(table, [params[0], params[1].half()], **hyper)
+    assert not kernel.mock_calls
+    take_step(table, [*params], **hyper)
+    assert kernel.__getitem__.call_count == 2
 
 
 # ----------------------------------------------------------------------------- scratch of the norm

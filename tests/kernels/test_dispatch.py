@@ -98,6 +98,12 @@ WRONG = {
         lambda x: x.to("meta"),
         "gradient 1 has 100 elements on meta but its parameter 100 on cpu",
     ),
+    "gradient dtype": (1, torch.Tensor.half, "a gradient has dtype torch.float16"),
+    "gradient dtype, strided": (
+        1,
+        lambda x: x.double().repeat(2, 1).t()[:, 0],
+        "a gradient has dtype torch.float64",
+    ),
     "step device": (
         5,
         lambda x: x.to("meta"),
@@ -243,6 +249,11 @@ def test_grad_sum_sq(backend, dtype):
     exact = sum(np.square(g.double().numpy()).sum() for g in grads)
     assert total.dtype == torch.float64 and total.shape == ()
     assert total.item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_grad_sum_sq_of_another_dtype(backend):
+    with pytest.raises(TypeError, match="float16; only bfloat16 and float32"):
+        kernels.grad_sum_sq([torch.ones(3), torch.ones(3).half()], backend=backend)
 
 
 def test_grad_sum_sq_mixed(backend):
