@@ -11,6 +11,7 @@ number of updates, as in :mod:`.kernels.reference`, so they do not depend on sha
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import is_capturing
-from .kernels.reference import lowbias32, step_key
+from .kernels.reference import _pattern, lowbias32, step_key
 from .optimizer import AdamW_BF16
 from .sharding.dtensor import to_local
 from .torch_types import is_dtensor, is_fsdp1, is_fsdp2
@@ -30,6 +31,14 @@ DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
 UPDATES = "ema_updates"  # key in param_groups of the number of updates
 HASH_MULTIPLIER = 0x2C1B3C6D  # odd; multiplies the average's bits
+INSIDE_SWAPPED = (
+    "the model's weights are its average inside ema.swapped(), so the optimizer cannot be stepped, "
+    "saved or loaded; leave the with block first, or restart from a checkpoint if ema.swapped() "
+    "itself has raised"
+)
+
+# Optimizer -> weak reference to its EMA.
+_ema_of: weakref.WeakKeyDictionary[AdamW_BF16, weakref.ref[EMA]] = weakref.WeakKeyDictionary()
 
 
 class EMA:
@@ -51,6 +60,7 @@ class EMA:
     Raises:
         TypeError: the optimizer is not an :class:`AdamW_BF16`.
         ValueError: ``decay`` is out of range.
+        RuntimeError: the optimizer has another EMA.
 
     Examples:
         >>> import torch
@@ -74,6 +84,13 @@ class EMA:
                 "weights"
             )
         _check_decay(decay)
+        other = _ema_of.get(optimizer)
+        if other is not None and other() is not None:
+            raise RuntimeError(
+                "the optimizer has an EMA already, and its state holds one average for each "
+                "parameter; use that EMA, or delete it before you build another"
+            )
+        _ema_of[optimizer] = weakref.ref(self)
         self._model = model
         self._optimizer = optimizer
         self._is_swapped = False
@@ -133,7 +150,8 @@ class EMA:
         temporarily allocates a copy of the largest local shard, or with ZeRO of the largest
         parameter. Collective with FSDP1 and ZeRO: every rank calls it. In the context
         ``model.state_dict()`` and ``optimizer.true_weights()`` return the average, and the
-        optimizer cannot be stepped, saved or loaded.
+        optimizer cannot be stepped, saved or loaded. If the all-gather of ZeRO fails, that stays
+        so after the context.
 
         Raises:
             RuntimeError: the weights are swapped already, or ``step_in_backward`` is in the middle
@@ -145,33 +163,36 @@ class EMA:
         optimizer.wait()  # a ZeRO all-gather in flight would overwrite the average
 
         def refuse(*_: Any) -> None:
-            raise RuntimeError(
-                "the model's weights are its average inside ema.swapped(), so the optimizer cannot "
-                "be stepped, saved or loaded; leave the with block first"
-            )
+            raise RuntimeError(INSIDE_SWAPPED)
 
         swapped = [(param, state) for param, state, _ in self._states() if "ema" in state]
         states = [dict(state) for _, state in swapped]
         pairs = [(param, state["ema"]) for param, state in swapped]
-        self._swap(pairs)
+        self._swap_shards(pairs)
         self._is_swapped = True
         hooks = [
             optimizer.register_step_pre_hook(refuse),
             optimizer.register_state_dict_pre_hook(refuse),
             optimizer.register_load_state_dict_pre_hook(refuse),
         ]
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.refusal = INSIDE_SWAPPED
         # Hide the correction and the average, which belong to the original weights.
         for _, state in swapped:
             state.pop("correction", None)
             del state["ema"]
+        self._all_gather(pairs)
         try:
             yield
         finally:
-            self._swap(pairs)
+            self._swap_shards(pairs)
             for (_, state), original in zip(swapped, states, strict=True):
                 state.clear()
                 state.update(original)
+            self._all_gather(pairs)
             self._is_swapped = False
+            if optimizer._in_backward is not None:
+                optimizer._in_backward.refusal = None
             for hook in hooks:
                 hook.remove()
 
@@ -183,8 +204,8 @@ class EMA:
                 yield param, state, self._optimizer._sharding.shard(param).detach()
 
     @torch.no_grad()
-    def _swap(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Swap all parameters with their averages. On an error, undo the swap and raise."""
+    def _swap_shards(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Swap all local shards with their averages. On an error, undo the swap and raise."""
         self._reshard_modules()
         for index, pair in enumerate(pairs):
             try:
@@ -195,18 +216,22 @@ class EMA:
                 raise
 
     def _exchange(self, param: Tensor, average: Tensor) -> None:
-        shard = self._optimizer._sharding.shard(param).detach()
-        weight, local = to_local(shard), to_local(average)
+        weight = to_local(self._optimizer._sharding.shard(param).detach())
+        local = to_local(average)
         kept = weight.clone()
         weight.copy_(local)
         local.copy_(kept)
-        try:
+
+    @torch.no_grad()
+    def _all_gather(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """All-gather the swapped shards of ZeRO.
+
+        An error is not undone: that would take all-gathers, which a rank that fails alone cannot do.
+        """
+        for param, _ in pairs:
+            shard = self._optimizer._sharding.shard(param).detach()
             if is_dtensor(shard) and not is_dtensor(param):  # ZeRO
                 param.copy_(shard.full_tensor())
-        except BaseException:
-            local.copy_(weight)
-            weight.copy_(kept)
-            raise
 
     def _reshard_modules(self) -> None:
         """Reshard FSDP's modules: the root may still be unsharded after an evaluation."""
@@ -288,8 +313,3 @@ def stochastic_sum(x: Tensor, delta: Tensor, r: Tensor) -> Tensor:
     rounds_up = surplus > (low.float() + 0.5) * 2.0**-16
     rounded = ((bits >> 16) + rounds_up).to(torch.int16).view(torch.bfloat16)
     return torch.where(total.isnan(), math.nan, rounded)
-
-
-def _pattern(x: Tensor) -> Tensor:
-    """Return the 16 stored bits of a bfloat16 tensor as int32."""
-    return x.view(torch.int16).to(torch.int32) & 0xFFFF

@@ -199,8 +199,9 @@ def test_parameters_without_gradient_and_late_groups_are_averaged():
     assert [group["ema_updates"] for group in optimizer.param_groups] == [1, 1]
 
 
-def test_average_with_step_in_backward():
-    model, optimizer, ema = build(param(8), step_in_backward=True)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_average_with_step_in_backward(dtype):
+    model, optimizer, ema = build(param(8, dtype=dtype), step_in_backward=True)
     (model[0].float().sum()).backward()
     with pytest.raises(RuntimeError, match=r"ema\.update\(\)"):
         ema.update()
@@ -208,8 +209,13 @@ def test_average_with_step_in_backward():
         pass
     optimizer.step()
     ema.update()
-    with ema.swapped(), pytest.raises(RuntimeError, match="correction"):
+    before = snapshot(optimizer)
+    with ema.swapped(), pytest.raises(RuntimeError, match=r"inside ema\.swapped\(\), so the opt"):
         (model[0].float().sum()).backward()
+    assert equal(snapshot(optimizer), before)
+    (model[0].float().sum()).backward()
+    optimizer.step()
+    assert not equal(snapshot(optimizer), before)
 
 
 def test_wrong_arguments_are_errors():
@@ -224,6 +230,16 @@ def test_wrong_arguments_are_errors():
     with pytest.raises(ValueError, match=r"Invalid decay: 1.1; it must be from 0 to 1"):
         ema.decay = 1.1
     assert ema.decay == 0.5
+
+
+def test_second_average_of_an_optimizer_is_an_error():
+    """Both would move the one average in the optimizer's state."""
+    model, optimizer, ema = build()
+    with pytest.raises(RuntimeError, match="the optimizer has an EMA already"):
+        EMA(model, optimizer, decay=0.5)
+    ema.update()
+    del ema
+    EMA(model, optimizer, decay=0.5).update()
 
 
 def test_captured_update_is_an_error_that_counts_nothing(monkeypatch):

@@ -79,6 +79,9 @@ class StepInBackward:
     Args:
         optimizer: an ``AdamW_BF16`` whose gradients torch reduces; held by a weak reference.
         clip: see :class:`.ClipInBackward`.
+
+    Attributes:
+        refusal: message of the error that a round raises instead of starting; None lets it start.
     """
 
     def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
@@ -87,6 +90,7 @@ class StepInBackward:
         self._round: Round | None = None
         self._batcher = Batcher()
         self._is_accumulating = False
+        self.refusal: str | None = None
         self._lock = threading.RLock()  # autograd has a thread for each device
         self._hooked: Any = WeakIdKeyDictionary()
         self._group_of: dict[Tensor, int] = {}
@@ -166,6 +170,8 @@ class StepInBackward:
 
     def _start_round(self, param: Tensor) -> Round:
         """Read the hyper-parameters, and check the groups if they changed since the last round."""
+        if self.refusal is not None:
+            raise RuntimeError(self.refusal)
         optimizer = self._get_optimizer()
         groups = optimizer.param_groups
         checks.check_backward_mode(param.device)

@@ -68,7 +68,7 @@ def worker(rank, world, name):
 
 
 def full_memory_worker(rank, world):
-    """The all-gather of the third parameter fails on all ranks."""
+    """The third parameter has no memory for its swap, then for its all-gather."""
     wrapped = BY_NAME["ZeRO-2"].wrap(Layers(), world)
     optimizer = make_optimizer(wrapped)
     ema = EMA(wrapped.module, optimizer, decay=0.8)
@@ -76,23 +76,40 @@ def full_memory_worker(rank, world):
     optimizer.step(zero_grad=True)
     ema.update()
     before = local_tensors(optimizer)
-    calls = itertools.count()
-    full_tensor = DTensor.full_tensor
+    all_gather, calls = DTensor.full_tensor, itertools.count()
 
-    def fail_once(tensor):
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError
-        return full_tensor(tensor)
+    def failing(function):
+        calls = itertools.count()
+
+        def fail_once(*args):
+            if next(calls) == 2:
+                raise torch.OutOfMemoryError
+            return function(*args)
+
+        return fail_once
+
+    def counted(tensor):
+        next(calls)
+        return all_gather(tensor)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(DTensor, "full_tensor", fail_once)
+        patched.setattr(DTensor, "full_tensor", counted)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(ema, "_exchange", failing(ema._exchange))
+            with pytest.raises(torch.OutOfMemoryError), ema.swapped():
+                raise AssertionError("not entered")
+        # Other ranks might not have failed, so no all-gather undoes the swap.
+        assert next(calls) == 0 and all(map(torch.equal, before, local_tensors(optimizer)))
+        optimizer.state_dict()
+        patched.setattr(DTensor, "full_tensor", failing(counted))
         with pytest.raises(torch.OutOfMemoryError), ema.swapped():
             raise AssertionError("not entered")
-    assert next(calls) > 3 and all(map(torch.equal, before, local_tensors(optimizer)))
-    optimizer.state_dict()
+    assert next(calls) == 1 + 2
+    with pytest.raises(RuntimeError, match=r"restart from a checkpoint if ema\.swapped\(\) itself"):
+        optimizer.step()
 
 
-def test_swap_that_fails_halfway_is_undone():
+def test_swap_that_fails_on_one_rank_exchanges_nothing_more():
     run_ranks(2, full_memory_worker)
 
 
