@@ -32,7 +32,7 @@ SUBJECTS = {
 # Advice for messages that give none, by a part of the message.
 ADVICE = {
     "damaged, so it does not count": "`prune` counts undamaged ones only; remove it yourself.",
-    "no checkpoint at … is whole": "Keep what is there: a damaged checkpoint may be partly usable.",
+    "every checkpoint at … is damaged": "Keep what is there: a damaged checkpoint may be partly usable.",
     "an asynchronous save failed": "The checkpoint before it is still the latest. The text after "
     "the colon is the reason; save again.",
     "it is not the metadata of a checkpoint": "Part of *the checkpoint … cannot be used*.",
@@ -46,7 +46,7 @@ ADVICE = {
     "`manifest.json`, `versions`).",
     "is not what was written": "`newest_good(root)` finds the newest checkpoint that is undamaged.",
     "bytes, not the … that were written": "`newest_good(root)` finds one that is undamaged.",
-    "its checksum is right, but this version": "A newer version wrote it: install that.",
+    "its structure is unknown to this version": "A newer version wrote it: install that.",
     "extra must be plain data that JSON can hold": "Convert tensors and arrays to lists, and own "
     "classes to dicts.",
     "differ between ranks and are saved as on the first rank": "See [tensors that differ between "
@@ -59,7 +59,6 @@ ADVICE = {
     "the native library was not built (": "Install a C compiler, then this package again.",
     "the native library … does not load": "Install this package again on this machine.",
     "no memory for": "The host is out of memory.",
-    "update_ needs": "Lists of one call belong together: one entry for each parameter or group.",
     "has … elements on … but its parameter": "Make it like the parameter: same size and device.",
     "must be a 0-dim float32 tensor": "Make it with `torch.zeros((), device=param.device)`.",
     "Tensor lr must be 1-element": "Give a float, or `torch.tensor(1e-3)`.",

@@ -198,6 +198,7 @@ class FusedAdamW:
         self._params = params
         self._rows = list(tensors.rows())
         self._groups = tensors.group_indices()
+        self._group_count = max(self._groups) + 1
         for index, row in enumerate(self._rows):
             _check_row(index, *row)
         self._all_contiguous = all(x is None or x.is_contiguous() for x in chain(*tensors[:4]))
@@ -216,9 +217,11 @@ class FusedAdamW:
             args: see :class:`StepArgs`. Shapes and devices of the gradients are not checked.
 
         Raises:
+            ValueError: there is not one gradient per parameter, or a group has no hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
             RuntimeError: a CUDA graph captures the step of a parameter that needs copies.
         """
+        self._check_lengths(args)
         if self._strided and is_capturing(self._params[0].device):
             shape = tuple(self._params[self._strided[0]].shape)
             raise RuntimeError(
@@ -249,6 +252,7 @@ class FusedAdamW:
             float64 ``[rows, len(PRECISION_SUMS)]`` on the parameters' device, or on the CPU if that
             has no float64.
         """
+        self._check_lengths(args)
         parts = [
             table.precision_sums(
                 table_args,
@@ -264,6 +268,18 @@ class FusedAdamW:
     def captured(self) -> bool:
         """True if a CUDA graph has captured a step; its replays read this object's memory."""
         return getattr(self._table, "captured", False)
+
+    def _check_lengths(self, args: StepArgs) -> None:
+        if len(args.grads) != len(self._params):
+            raise ValueError(
+                f"StepArgs.grads has {len(args.grads)} gradients for {len(self._params)} "
+                "parameters; pass one per parameter"
+            )
+        if len(args.hypers) < self._group_count:
+            raise ValueError(
+                f"StepArgs.hypers has {len(args.hypers)} entries for {self._group_count} groups; "
+                "pass one per group"
+            )
 
     def _make_table(self, rows: Sequence[ParamTensors], indices: list[int]) -> BackendTable:
         groups = [self._groups[i] for i in indices]

@@ -115,7 +115,6 @@ class NativeTable:
         Several threads may step different tables at the same time.
 
         Raises:
-            ValueError: there is not one gradient per parameter, or a group has no hyper-parameters.
             TypeError: a gradient is neither bfloat16 nor float32. Nothing was changed.
         """
         if args.found_inf is not None and args.found_inf.item() != 0:
@@ -166,17 +165,8 @@ class NativeTable:
             self._library.sba_table_free(handle)
 
     def _arguments(self, args: StepArgs) -> tuple[Any, ...]:
-        """Check the arguments of a step, and return those of the library's functions."""
+        """Check the gradients' dtypes, and return the arguments of the library's functions."""
         grads, hypers, grad_scale, _ = args
-        if len(grads) != len(self._grad_address):
-            raise ValueError(
-                f"update_ needs one gradient for each of the {len(self._grad_address)} parameters, "
-                f"but got {len(grads)}"
-            )
-        if len(hypers) < self._groups:
-            raise ValueError(
-                f"update_ needs hyper-parameters for {self._groups} groups, but got {len(hypers)}"
-            )
         dtypes = list(map(_dtype_of, grads))
         if dtypes != self._grad_dtypes:
             self._grad_is_f32[:] = list(_float32_flags(dtypes))

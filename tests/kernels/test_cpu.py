@@ -337,10 +337,6 @@ def test_wrong_gradients_raise_before_anything_changes() -> None:
     before = problem.copy()
     (g, p, m, v, c), steps = (list(column) for column in problem.columns), problem.steps
     table = table_of(cpu, p, m, v, c, steps)
-    with pytest.raises(ValueError, match="one gradient for each of the 1 parameters, but got 2"):
-        take_step(table, [*g, *g], **HYPER)
-    with pytest.raises(ValueError, match="hyper-parameters for 3 groups, but got 1"):
-        take_step(table_of(cpu, p, m, v, c, steps, [2]), g, **HYPER)
     for grads in ([g[0].half()], [g[0].double()]):
         with pytest.raises(TypeError, match="only bfloat16 and float32 gradients"):
             take_step(table, grads, **HYPER)

@@ -167,6 +167,20 @@ def test_each_group_has_its_own_hyperparameters(backend):
     assert counts[0] == counts[1]
 
 
+def test_arguments_for_other_parameters_or_groups_are_errors(backend):
+    (p, g, m, v, c), step = layout_checks.typical(8, 64), torch.zeros(())
+    hyper = kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1)
+    table = kernels.FusedAdamW([p], [m], [v], [c], [step], groups=[2], backend=backend)
+    for grads, hypers, message in (
+        ([g, g], [hyper] * 3, "StepArgs.grads has 2 gradients for 1 parameters; pass one per par"),
+        ([g], [hyper] * 2, "StepArgs.hypers has 2 entries for 3 groups; pass one per group"),
+    ):
+        for call in (table.update_, table.precision_sums):
+            with pytest.raises(ValueError, match=message):
+                call(kernels.StepArgs(grads, hypers))
+    assert step == 0
+
+
 def test_many_steps_of_one_object_equal_separate_calls(backend):
     """Also if a gradient's layout or dtype changes in between."""
     states = [
