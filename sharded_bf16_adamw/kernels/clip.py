@@ -64,5 +64,5 @@ def norm_and_clip_coefficient(
     """
     module = backend_module(grads[0].device, backend)
     if hasattr(module, "norm_and_clip_coefficient"):
-        return module.norm_and_clip_coefficient(grads, max_norm, scratch)[-3:]
+        return module.norm_and_clip_coefficient(grads, max_norm, scratch)
     return clip_coefficient(module.grad_sum_sq(grads, scratch), max_norm, backend)

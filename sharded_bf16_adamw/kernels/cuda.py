@@ -128,10 +128,9 @@ class TritonTable:
                 captures an ``lr`` tensor of another device or dtype, whose value it would freeze.
         """
         with device_context(self.device):
-            values = [_hyper_values(h, self.device) for h in args.hypers[: self._group_count]]
+            hypers = self._upload_hypers(args)
             if is_capturing(self.device):
                 self._captured_hypers.append(args.hypers)
-            hypers = self._hypers.upload_if_changed(values)
             # An upload may raise, so all come before the first launch.
             for params, grads in [(x, x.upload_grads(args)) for x in self._by_dtype]:
                 params.launch(args, hypers, *grads)
@@ -145,8 +144,7 @@ class TritonTable:
         shape = len(args.hypers) if runs is None else runs.n_rows, len(PRECISION_SUMS)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         with device_context(self.device):
-            values = [_hyper_values(h, self.device) for h in args.hypers[: self._group_count]]
-            hypers = self._hypers.upload_if_changed(values)
+            hypers = self._upload_hypers(args)
             for params in self._by_dtype:
                 if runs is None:
                     params.add_precision_sums(total, args, hypers)
@@ -154,6 +152,11 @@ class TritonTable:
                     param_runs = runs.of_params(params.indices)
                     params.add_precision_sums_of_runs(param_runs, total, args, hypers)
         return total
+
+    def _upload_hypers(self, args: StepArgs) -> Tensor:
+        """Return the kernel's hyper-parameter array; see :func:`_hyper_values`."""
+        hypers = args.hypers[: self._group_count]
+        return self._hypers.upload_if_changed([_hyper_values(h, self.device) for h in hypers])
 
     @property
     def captured(self) -> bool:

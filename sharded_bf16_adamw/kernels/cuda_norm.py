@@ -33,15 +33,11 @@ def grad_sum_sq(grads: list[Tensor], scratch: NormScratch | None = None) -> Tens
 
 def norm_and_clip_coefficient(
     grads: list[Tensor], max_norm: float, scratch: NormScratch | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return :func:`grad_sum_sq` and its :func:`clip_coefficient`, from one launch.
-
-    Returns:
-        The sum of squares, then the results of :func:`clip_coefficient`.
-    """
-    sum_sq, clip = _norm(grads, max_norm, scratch)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`clip_coefficient` of :func:`grad_sum_sq`, from one launch."""
+    clip = _norm(grads, max_norm, scratch)[1]
     assert clip is not None
-    return sum_sq, clip[0], clip[1], clip[2]
+    return clip[0], clip[1], clip[2]
 
 
 def clip_coefficient(sum_sq: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:

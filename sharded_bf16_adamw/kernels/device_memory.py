@@ -23,7 +23,10 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes of one vector load
-WARM_UP = "take a step like it before each capture, as for every captured torch.optim optimizer"
+WARM_UP = (
+    "take an eager step of the same parameters before each capture, as for every captured "
+    "torch.optim optimizer"
+)
 
 
 class DeviceArray:
@@ -60,8 +63,8 @@ class DeviceArray:
             # graph must not use it.
             if self._reserved is None:
                 raise RuntimeError(
-                    "a CUDA graph captures new gradients or hyper-parameters for a second time; "
-                    f"{WARM_UP}"
+                    "a CUDA graph captures gradients at new addresses or other hyper-parameters, "
+                    f"but no eager step has run since the last capture; {WARM_UP}"
                 )
             self._reserved.copy_(host)
             array = self._reserved.to(self._device, non_blocking=True)

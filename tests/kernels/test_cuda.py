@@ -158,7 +158,7 @@ def test_one_launch_a_step_and_two_with_clipping() -> None:
     model, grads = Model(), random_grads(1)
 
     def clipped() -> None:
-        _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
+        _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
         take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
 
     assert kernels_in(lambda: take_step(model.table, grads, **HYPER)) == ["adamw_kernel"]
@@ -180,10 +180,8 @@ def test_no_host_sync() -> None:
     cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
     with no_host_sync():
         for own in (grads, grads, moved, grads):
-            sum_sq, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(
-                own, 1.0, model.scratch
-            )
-            cuda.clip_coefficient(sum_sq, 1.0)
+            _, coefficient, found_inf = cuda.norm_and_clip_coefficient(own, 1.0, model.scratch)
+            cuda.clip_coefficient(cuda.grad_sum_sq(own, model.scratch), 1.0)
             take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf)
             take_step(model.table, own, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
@@ -215,13 +213,13 @@ def test_found_inf_skips_on_the_device() -> None:
     take_step(model.table, grads, **HYPER)
     before = [x.clone() for x in model.tensors()]
     grads[0].view(-1)[123] = float("nan")
-    _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0)
+    _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0)
     take_step(model.table, grads, **HYPER, grad_scale=coefficient, found_inf=found_inf)
     assert differing("after", model.tensors(), before) == []
 
 
 def clipped_step(model: Model, grads: list[Tensor], lr: Tensor) -> None:
-    _, _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
+    _, coefficient, found_inf = cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
     take_step(model.table, grads, **HYPER | {"lr": lr}, grad_scale=coefficient, found_inf=found_inf)
 
 
@@ -291,12 +289,12 @@ def test_one_graph_captures_two_clipped_models_of_equal_shapes() -> None:
 def test_capture_without_a_step_before_is_refused() -> None:
     model, grads = Model(), random_grads(1)
     with (
-        pytest.raises(RuntimeError, match="take a step like it before each capture"),
+        pytest.raises(RuntimeError, match="take an eager step of the same parameters before"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         table_of(cuda, model.params, *model.states, model.steps)  # type: ignore[arg-type]
     with (
-        pytest.raises(RuntimeError, match="take a step like it before each capture"),
+        pytest.raises(RuntimeError, match="take an eager step of the same parameters before"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         cuda.grad_sum_sq([g[:0] for g in grads])

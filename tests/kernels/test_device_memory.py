@@ -95,7 +95,7 @@ def test_second_capture_without_a_step_is_refused(capturing: SimpleNamespace) ->
     array.upload_if_changed(EAGER)
     capturing.now = True
     array.upload_if_changed(OTHER)
-    with pytest.raises(RuntimeError, match="take a step like it before each capture"):
+    with pytest.raises(RuntimeError, match="no eager step has run since the last capt"):
         array.upload_if_changed(THIRD)
 
 
@@ -176,7 +176,7 @@ def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) 
     for scratch in scratches:
         addresses, _ = layout_of(scratch, 3, 5).grads.upload(static)
         assert addresses[0].tolist() == [x.data_ptr() for x in static]
-    with pytest.raises(RuntimeError, match="take a step like it before each capture"):
+    with pytest.raises(RuntimeError, match="take an eager step of the same parameters before each"):
         layout_of(NormScratch(), 3, 5)
 
 

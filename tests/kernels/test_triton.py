@@ -93,8 +93,8 @@ def test_launches_and_uploads(interpreted: Run) -> None:
 
 def test_captured_plans_are_kept_and_half_a_clipped_step_is_refused(interpreted: Run) -> None:
     first = (
-        "a CUDA graph captures a step of these 3 parameters for the first time; take a step like "
-        "it before each capture"
+        "a CUDA graph captures a step of these 3 parameters for the first time; take an eager step "
+        "of the same parameters before each capture"
     )
     half = (
         "a CUDA graph captures only one of clip_grad_norm_() and the step() that it belongs to; "
@@ -187,7 +187,7 @@ def test_device_error_does_not_select_another_back_end(
         cuda.unavailable_reason()
     monkeypatch.setattr(cuda, "is_capturing", lambda device: True)
     with pytest.raises(
-        RuntimeError, match="captures the first use of cuda:0; take a step like it before"
+        RuntimeError, match="captures the first use of cuda:0; take an eager step of"
     ):
         cuda.unavailable_reason()
     monkeypatch.setattr(cuda, "is_capturing", lambda device: False)
