@@ -13,7 +13,6 @@ import io
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import tempfile
 import time
@@ -74,28 +73,24 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         for rank, (_, connection) in enumerate(_pool[:world_size]):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"no answer after {TIMEOUT + 20} s, in")
+                    raise TimeoutError(f"no answer after {TIMEOUT + 20} s")
                 ok, payload = connection.recv()
-            except TimeoutError as error:
-                ok, payload = False, f"{error}\n{_stack(rank, Path(directory))}"
-            except (EOFError, OSError) as error:
-                ok, payload = False, f"the process died: {error!r}"
+            except (EOFError, OSError, TimeoutError) as error:
+                ok, payload = False, f"the process died or hung: {error!r}"
             if ok:
                 results.append(torch.load(io.BytesIO(payload), weights_only=False))
             else:
-                failures.append(f"rank {rank}:\n{payload}")
+                failures.append(f"rank {rank}:\n{payload}\n{_stack(Path(directory), rank)}")
     if failures:
         stop_workers()  # their state is unknown
         raise AssertionError("\n".join(failures))
     return results
 
 
-def _stack(rank: int, directory: Path) -> str:
-    """Return the stacks of all threads of a worker that does not answer."""
-    os.kill(_pool[rank][0].pid, signal.SIGUSR2)
-    time.sleep(1.0)
+def _stack(directory: Path, rank: int) -> str:
+    """Return where a rank was that hung: the stacks of its threads, just before the timeout."""
     path = directory / f"stack{rank}"
-    return path.read_text() if path.exists() else "its imports"
+    return path.read_text() if path.exists() else ""
 
 
 def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any) -> list[int]:
@@ -185,12 +180,14 @@ def _serve(connection: Connection) -> None:
         # ZeRO and FSDP1 search all objects for modules; hide the 300,000 of torch from that search.
         gc.collect()
         gc.freeze()
-        try:
-            with Path(store).with_name(f"stack{rank}").open("w") as stack:
-                faulthandler.register(signal.SIGUSR2, stack, all_threads=True)
-                connection.send((True, _run(rank, world_size, store, function, args)))
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
+        with Path(store).with_name(f"stack{rank}").open("w") as stack:
+            faulthandler.dump_traceback_later(TIMEOUT - 5, file=stack)
+            try:
+                answer: Any = (True, _run(rank, world_size, store, function, args))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            faulthandler.cancel_dump_traceback_later()
+        connection.send(answer)
 
 
 def _run(
