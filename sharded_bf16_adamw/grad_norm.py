@@ -137,6 +137,9 @@ class GradNorm:
     Args:
         sharding: the optimizer's sharding strategy.
         parallel: the groups over which plain parameters differ.
+
+    Attributes:
+        replica_check: records the mismatch that :meth:`all_reduce` returns.
     """
 
     def __init__(self, sharding: Sharding, parallel: ModelParallel | None = None) -> None:
@@ -146,7 +149,7 @@ class GradNorm:
             parallel.group("pp") is None and parallel.group("ep") is None
         )
         self._infos: dict[int, GroupInfo] = {}  # by the group's index
-        self._replica_check = ReplicaGradCheck()
+        self.replica_check = ReplicaGradCheck()
         # Kernel scratch memory for each set of gradients that is summed separately.
         self._scratch: defaultdict[Any, NormScratch] = defaultdict(NormScratch)
 
@@ -162,7 +165,7 @@ class GradNorm:
         Raises:
             RuntimeError: replicas have different gradients; see :class:`ReplicaGradCheck`.
         """
-        self.raise_if_mismatch()
+        self.replica_check.raise_if_mismatch()
         infos = self.group_infos(group_grads)
         local_grads = [
             grads if info.is_plain else self._sharding.local_grads(params)
@@ -180,16 +183,8 @@ class GradNorm:
                 sums[key] += total.to(sums[key].device)
         total, mismatch = self.all_reduce(sums, replica_groups)
         if not is_local:
-            self.record_mismatch(mismatch)
+            self.replica_check.record(mismatch)
         return clip_coefficient(total, max_norm, backend)
-
-    def record_mismatch(self, mismatch: Tensor) -> None:
-        """Record the mismatch that :meth:`all_reduce` returned; see :class:`ReplicaGradCheck`."""
-        self._replica_check.record(mismatch)
-
-    def raise_if_mismatch(self) -> None:
-        """Raise RuntimeError if the last recorded mismatch has not been raised yet."""
-        self._replica_check.raise_if_mismatch()
 
     def sums_by_key(
         self,

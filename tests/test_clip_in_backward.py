@@ -9,8 +9,11 @@ from small_optimizers import BF16, equal, snapshot
 from torch import nn
 
 from sharded_bf16_adamw import AdamW_BF16, ClipInBackward, load, save
+from sharded_bf16_adamw.grad_norm import GradNorm
 from sharded_bf16_adamw.kernels import clip_coefficient
+from sharded_bf16_adamw.sharding.torch_managed import TorchManaged
 from sharded_bf16_adamw.step_in_backward import batch
+from sharded_bf16_adamw.step_in_backward.clip import PreviousStepClip
 
 WIDTH = 16
 
@@ -145,6 +148,27 @@ def test_a_step_without_gradients_has_norm_0():
     train_in_backward(model, optimizer, range(1))
     optimizer.step()
     assert optimizer.previous_grad_norm == 0
+
+
+def test_a_step_without_parameters_has_norm_zero():
+    """A pipeline stage may have no parameters of any group."""
+    optimizer = AdamW_BF16(
+        [{"params": []}], lr=1e-2, step_in_backward=True, clip_in_backward=ClipInBackward(1.0)
+    )
+    optimizer.step()
+    assert optimizer.previous_grad_norm == 0
+
+
+def test_each_stream_computes_the_scale_for_itself():
+    """A stream would have to wait for what another one computes."""
+    groups = [{"params": [], "previous_grad_sum_sq": torch.tensor(4.0, dtype=torch.float64)}]
+    clip = PreviousStepClip(1.0, groups, GradNorm(TorchManaged()), None)
+    cpu, streams = torch.device("cpu"), ("compute", "reduce-scatter")
+    scales = [clip.scale(cpu, stream) for stream in streams]
+    assert scales[0] is not scales[1] and scales[0] == scales[1] == pytest.approx(0.5)
+    assert all(
+        clip.scale(cpu, stream) is each for stream, each in zip(streams, scales, strict=True)
+    )
 
 
 def restored(how, model, optimizer, path):

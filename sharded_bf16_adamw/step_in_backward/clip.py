@@ -78,17 +78,22 @@ class PreviousStepClip:
         self._infos = grad_norm.group_infos([(group, [], []) for group in groups])
         # One for each key and batch, computed on the batch's stream.
         self._sums: list[tuple[SumKey, Tensor]] = []
-        self._scales: dict[torch.device, Tensor] = {}
+        self._scales: dict[tuple[torch.device, torch.cuda.Stream | None], Tensor] = {}
         self._sum_sq: Tensor | None = None  # over all ranks
 
-    def scale(self, device: torch.device) -> Tensor | None:
-        """Return this step's gradient scale, 0-dim float32 on ``device``, or None at first."""
-        sum_sq = previous_sum_sq(self._groups)
-        if sum_sq is not None and device not in self._scales:
+    def scale(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor | None:
+        """Return this step's gradient scale, 0-dim float32 on ``device``, or None at first.
+
+        Args:
+            device: the gradients' device.
+            stream: its current stream. Another stream would have to wait for the result.
+        """
+        sum_sq, key = previous_sum_sq(self._groups), (device, stream)
+        if sum_sq is not None and key not in self._scales:
             on_device = sum_sq.to(double_device(device))
             _, scale, found_inf = clip_coefficient(on_device, self._max_norm, self._backend)
-            self._scales[device] = torch.where(found_inf == 0, scale, 1.0).to(device)
-        return self._scales.get(device)
+            self._scales[key] = torch.where(found_inf == 0, scale, 1.0).to(device)
+        return self._scales.get(key)
 
     def add(self, index: int, params: list[Tensor], local_grads: list[Tensor], batch: Any) -> None:
         """Add gradients of one group to the norm of this step.
@@ -109,7 +114,7 @@ class PreviousStepClip:
                 total.record_stream(torch.cuda.current_stream(total.device))
             sums[key] += total.to(sums[key].device)
         total, mismatch = self._grad_norm.all_reduce(sums, shared_replica_groups(self._infos))
-        self._grad_norm.record_mismatch(mismatch)
+        self._grad_norm.replica_check.record(mismatch)
         self._sum_sq = total
 
     def end_step(self) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..gradients import GroupGrads, check_grads
+from ..gradients import GroupGrads, check_grads, wrong_numel
 from ..kernels import Hyperparams, clip_coefficient, grad_sum_sq
 from ..schedule import scheduled_lrs
 from ..sharding.dtensor import group_by, to_local
@@ -136,7 +136,8 @@ class StepInBackward:
             return
         with self._lock:
             if self._round is None:
-                self._round = self._start_round(param)
+                checks.check_backward_mode(param.device)
+                self._round = self._start_round()
             index = self._group_of.get(param)
             if index is None:  # taken out of its group since it was hooked
                 if not self._round.taken:
@@ -159,22 +160,18 @@ class StepInBackward:
         # the same order on every rank, but batches may end at different parameters.
         local = self._get_optimizer()._sharding.local_grads([param])[0]
         if local.numel() != to_local(param).numel():
-            raise RuntimeError(
-                f"the gradient of parameter {name_in_group(group, param)} has {local.numel()} "
-                f"elements but the parameter has {to_local(param).numel()}; resize parameters only "
-                "before the forward pass"
-            )
+            name = name_in_group(group, param)
+            raise wrong_numel(name, local.numel(), to_local(param).numel())
         param.grad = None
         self._round.taken.add(param)
         self._batcher.add(param, local, self._flush)
 
-    def _start_round(self, param: Tensor) -> Round:
+    def _start_round(self) -> Round:
         """Read the hyper-parameters, and check the groups if they changed since the last round."""
         if self.refusal is not None:
             raise RuntimeError(self.refusal)
         optimizer = self._get_optimizer()
         groups = optimizer.param_groups
-        checks.check_backward_mode(param.device)
         group_of = {param: index for index, group in enumerate(groups) for param in group["params"]}
         if group_of.keys() != self._group_of.keys():
             self._check_groups()
@@ -190,7 +187,7 @@ class StepInBackward:
         if self.clip is None or self.clip.by != "previous_step":
             return None
         optimizer = self._get_optimizer()
-        optimizer._grad_norm.raise_if_mismatch()
+        optimizer._grad_norm.replica_check.raise_if_mismatch()
         return PreviousStepClip(
             self.clip.max_norm, optimizer.param_groups, optimizer._grad_norm, optimizer.backend
         )
@@ -232,7 +229,7 @@ class StepInBackward:
             if self.clip is not None and self.clip.by == "param":
                 parts = [([param], [grad]) for param, grad in zip(params, grads, strict=True)]
             plans = [self._current_plan(part) for part, _ in parts]
-            scales = [self._grad_scale(*part) for part in parts]
+            scales = [self._grad_scale(*part, batch.stream) for part in parts]
             round_.updated += len(params)  # even if the kernel fails
             self._batcher.batch = None
             if batch.stream is not None:
@@ -240,7 +237,9 @@ class StepInBackward:
             for plan, (_, part_grads), scale in zip(plans, parts, scales, strict=True):
                 plan.update_(part_grads, round_.hypers, scale, found_inf=None)
 
-    def _grad_scale(self, params: list[Tensor], grads: list[Tensor]) -> Tensor | None:
+    def _grad_scale(
+        self, params: list[Tensor], grads: list[Tensor], stream: torch.cuda.Stream | None
+    ) -> Tensor | None:
         """Return the gradients' clip coefficient, if any, and add them to the norm of this step."""
         optimizer = self._get_optimizer()
         if self.clip is None:
@@ -253,7 +252,7 @@ class StepInBackward:
         for index, pairs in groups.items():
             own_params, own_grads = map(list, zip(*pairs, strict=True))
             self._round.clip.add(index, own_params, own_grads, id(params[0]))
-        return self._round.clip.scale(grads[0].device)
+        return self._round.clip.scale(grads[0].device, stream)
 
     def _current_plan(self, params: list[Tensor]) -> StepPlan:
         """Return the cached plan of a batch if it is still valid, else build one.
@@ -354,7 +353,7 @@ class StepInBackward:
         optimizer = self._get_optimizer()
         self._check_groups()
         if self._round is None and self.clip is not None:
-            self._round = self._start_round(optimizer._all_params()[0])
+            self._round = self._start_round()
         if self._round is None:
             return scheduled_lrs(optimizer.lr_function, optimizer.param_groups), gradients
         self.check_not_failed("step()")

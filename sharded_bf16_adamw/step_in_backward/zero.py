@@ -19,7 +19,7 @@ from ..sharding.zero.in_backward import LOAD_ADVICE, Stage2InBackward
 from . import checks
 from .batch import Batch
 from .clip import ClipInBackward
-from .step import RoundState, StepInBackward
+from .step import Round, RoundState, StepInBackward
 
 
 class ZeroStepInBackward(StepInBackward):
@@ -56,9 +56,9 @@ class ZeroStepInBackward(StepInBackward):
 
     # --------------------------------------------------------------------- during the backward pass
 
-    def _start_round(self, param: Tensor) -> Any:
+    def _start_round(self) -> Round:
         self._was_dropped = False
-        return super()._start_round(param)
+        return super()._start_round()
 
     def _take(self, group: dict[str, Any], param: Tensor) -> None:
         """Note that the gradient is final. The stage moves it into its bucket."""
@@ -131,7 +131,7 @@ class ZeroStepInBackward(StepInBackward):
         """Update the remaining parameters; see :meth:`.StepInBackward.begin_step`."""
         self._check_groups()
         if self._round is None:
-            self._round = self._start_round(self._get_optimizer()._all_params()[0])
+            self._round = self._start_round()
         checks.check_hyperparams_kept(self._get_optimizer().param_groups, self._round.group_hypers)
         try:
             for params, grads in self._stage.take_grads():
