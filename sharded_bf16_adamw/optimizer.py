@@ -168,9 +168,9 @@ class AdamW_BF16(PrecisionMeasured):
             if group["decouple_lr"]:
                 check_max_lr(group["max_lr"], group["weight_decay"])
             names = [param_name(group, index) for index in range(len(group["params"]))]
-            self._sharding.add_params(group["params"], names)
             if self._in_backward is not None:
                 self._in_backward.add_params()
+            self._sharding.add_params(group["params"], names)
         except BaseException:  # lr_function may raise anything
             self.param_groups.pop()
             raise
@@ -245,7 +245,10 @@ class AdamW_BF16(PrecisionMeasured):
         local_grads = [] if plan is None else plan.local_grads(grads)
         if found_inf is not None:
             skipped = self._skipped
-            self._skipped = found_inf.clone() if skipped is None else skipped.add_(found_inf)
+            if skipped is None:
+                self._skipped = found_inf.clone()
+            else:  # with gradients on other devices than before, found_inf may be on another one
+                skipped.add_(found_inf.to(skipped.device))
         apply_lrs(self.param_groups, lrs)
         if plan is not None:
             with profiler_range("AdamW_BF16::update"):
