@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .sharding.base import Sharding
 from .sharding.dtensor import to_local, zeros_like_shard
+from .sharding.fsdp1 import is_flattened
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import Replica
 from .torch_types import is_dtensor
@@ -178,7 +179,7 @@ def collect_replicas(
         group = edp if id(param) in experts else dp
         replicas += _replicas(param, optimizer.state.get(param, {}), names[param], sharding, group)
     problem = None
-    has_plain = any(type(param) is nn.Parameter for param in params)
+    has_plain = any(_is_plain(param, sharding) for param in params)
     if parallel is not None and dp is None and not replicas and has_plain:
         problem = (
             f"rank {dist.get_rank()} has no replicas to compare: it is unknown which ranks hold "
@@ -201,7 +202,7 @@ def _replicas(
     """
     weight_groups = sharding.weight_replica_groups(param)
     state_groups = sharding.replica_groups(param)
-    is_plain = not is_dtensor(sharding.shard(param)) and not sharding.shard_groups(param)
+    is_plain = _is_plain(param, sharding)
     if is_plain and not weight_groups and dp is not None and dist.get_world_size(dp) > 1:
         weight_groups = state_groups = (dp,)
     if weight_groups:
@@ -210,3 +211,8 @@ def _replicas(
         for key in ALL_STATE_KEYS:  # one order on all ranks; those of the dicts may differ
             value = to_local(state.get(key, torch.empty(0, device=param.device)))
             yield Replica(f"{key} of parameter {name}", value, state_groups)
+
+
+def _is_plain(param: Tensor, sharding: Sharding) -> bool:
+    """Return True if no mesh and no FSDP1 module tells which ranks share the parameter."""
+    return not is_dtensor(sharding.shard(param)) and not is_flattened(param)

@@ -190,10 +190,13 @@ def test_different_parameters_are_reported():
 def nothing_to_compare_worker(rank: int, world: int) -> str:
     fully_sharded = fully_shard(nn.Linear(4, 4).bfloat16())
     AdamW_BF16(fully_sharded.parameters(), lr=1e-2).check_replicas()  # has no replicas
+    parallel = ModelParallel(pp=dist.group.WORLD)
+    fully_sharded = FullyShardedDataParallel(
+        nn.Linear(4, 4).bfloat16(), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    AdamW_BF16(fully_sharded.parameters(), lr=1e-2, model_parallel=parallel).check_replicas()
     optimizer = AdamW_BF16(
-        [nn.Parameter(torch.ones(4).bfloat16())],
-        lr=1e-2,
-        model_parallel=ModelParallel(pp=dist.group.WORLD),
+        [nn.Parameter(torch.ones(4).bfloat16())], lr=1e-2, model_parallel=parallel
     )
     with pytest.raises(RuntimeError) as caught:
         optimizer.check_replicas()
