@@ -15,10 +15,14 @@ LARGE_DECAY = 1e-3  # per step; weights would halve in 700 steps
 
 
 def param_name(group: dict[str, Any], index: int) -> str:
-    """Return a parameter's name for messages: its FQN if known, else its index and shape."""
-    if "param_names" in group:
-        return f"{group['param_names'][index]!r}"
-    param = group["params"][index]
+    """Return a parameter's name for messages: its FQN if known, else its index and shape.
+
+    The names are unknown once other code has added to ``group["params"]`` or taken from it.
+    """
+    names, params = group.get("param_names", []), group["params"]
+    if len(names) == len(params):
+        return f"{names[index]!r}"
+    param = params[index]
     return f"{index} ({'of a lazy module' if is_lazy(param) else f'shape {tuple(param.shape)}'})"
 
 

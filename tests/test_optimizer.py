@@ -9,6 +9,7 @@ from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
 from sharded_bf16_adamw.kernels import backend_for
+from sharded_bf16_adamw.validation import param_name
 
 
 class TestConstructor:
@@ -129,6 +130,14 @@ class TestConstructor:
         optimizer = AdamW_BF16(model.named_parameters(), lr=1e-3)
         assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
         assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+    def test_messages_name_no_other_parameter_after_a_group_was_edited(self):
+        group = AdamW_BF16([("a", param(2)), ("b", param(3))], lr=1e-3).param_groups[0]
+        assert param_name(group, 1) == "'b'"
+        del group["params"][0]
+        assert param_name(group, 0) == "0 (shape (3,))"
+        group["params"] += [param(4), param(5)]
+        assert param_name(group, 2) == "2 (shape (5,))"
 
 
 class TestState:
