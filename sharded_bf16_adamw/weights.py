@@ -12,6 +12,7 @@ from .conversion import to_bf16_
 from .serialization import SerializableOptimizer
 from .sharding.dtensor import to_local
 from .sharding.replicas import check_replicas
+from .sharding.zero.config import ZeRO
 from .state import collect_replicas, new_state
 
 _Optimizer = TypeVar("_Optimizer", bound="WeightAccess")
@@ -64,7 +65,7 @@ class WeightAccess(SerializableOptimizer):
             True
         """
         zero = options.get("sharding")
-        if zero is not None and zero.broadcast_initial:
+        if isinstance(zero, ZeRO) and zero.broadcast_initial:
             raise ValueError(
                 "ZeRO(broadcast_initial=True) copies the weights of the first rank but not their "
                 "corrections; build the same float32 model on every rank, or broadcast it before "

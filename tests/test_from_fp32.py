@@ -130,6 +130,8 @@ def test_what_cannot_be_converted_is_an_error_and_unchanged():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(ValueError, match=r"as it was before model\.bfloat16"):
         AdamW_BF16.from_fp32(model.bfloat16(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"Invalid sharding: .*; give ZeRO\(mesh\)"):
+        AdamW_BF16.from_fp32(Model(), lr=1e-3, sharding=object())
 
 
 def test_wrapped_by_ddp_is_an_error():
