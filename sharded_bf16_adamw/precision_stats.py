@@ -134,7 +134,7 @@ class PrecisionPass:
         states: dict[Tensor, Any],
         grad_scale: Tensor | None,
         backend: str | None,
-        one_in: int,
+        fraction: float,
     ) -> PrecisionStats:
         """Compute the statistics of the step with these gradients, without taking it.
 
@@ -146,13 +146,13 @@ class PrecisionPass:
             states: the optimizer's states; a missing one counts as zeros and is not created.
             grad_scale: 0-dim float32 factor of the gradients, or None.
             backend: see :class:`.kernels.FusedAdamW`.
-            one_in: read one of this many blocks; see :class:`.StratifiedSample`.
+            fraction: share of the elements to read.
 
         Raises:
             RuntimeError: a state or a gradient does not fit its parameter, or a CUDA graph is
                 captured.
-            ValueError: ranks gave different ``one_in``; on CUDA :meth:`PrecisionStats.as_dict`
-                raises it instead.
+            ValueError: ``fraction`` is invalid, or ranks gave different ones; on CUDA
+                :meth:`PrecisionStats.as_dict` raises the latter instead.
         """
         if any(is_capturing(param.device) for _, params, _ in group_grads for param in params[:1]):
             raise RuntimeError(
@@ -170,6 +170,9 @@ class PrecisionPass:
             )
             for key in keys
         }
+        # A rank with an invalid fraction takes part in all collectives, so that every rank raises.
+        is_valid = 0.0 < fraction <= 1.0
+        one_in = round(1.0 / fraction) if is_valid else 1
         plan = self._plan(group_grads, states, backend)
         if plan is not None:
             grads = plan.local_grads([grad for _, _, grads in group_grads for grad in grads])
@@ -181,8 +184,11 @@ class PrecisionPass:
                 total = found if sample is None else sample.total(found)
                 for key, own in zip(keys, total.view(shape), strict=True):
                     sums[key] += own.to(sums[key].device)
-        sums = {key: torch.cat([own, _moments(one_in, own)], 1) for key, own in sums.items()}
+        x = one_in if is_valid else 0
+        sums = {key: torch.cat([own, _moments(x, own)], 1) for key, own in sums.items()}
         total, mismatch = self._grad_norm.all_reduce(sums, shared_replica_groups(infos))
+        if not is_valid:
+            raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
         total, moments = total.split([shape[2], total.shape[1] - shape[2]], 1)
         fractions_differ = _vary(moments) | (mismatch[:, shape[2] :] > 0).any()
         if not fractions_differ.is_cuda:
@@ -244,12 +250,12 @@ def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     return dict.fromkeys(keys, zeros) | {"step": step}
 
 
-def _moments(one_in: int, like: Tensor) -> Tensor:
+def _moments(x: int, like: Tensor) -> Tensor:
     """Return a row of 1, x and x * x for each row of ``like``; x stands for the fraction.
 
     Their sums over ranks tell whether x differs between ranks, without a collective of their own.
     """
-    x = min(one_in, MAX_COMPARED)
+    x = min(x, MAX_COMPARED)
     return torch.cat([torch.full_like(like[:, :1], value) for value in (1, x, x * x)], 1)
 
 
@@ -321,8 +327,6 @@ class PrecisionMeasured(WeightAccess):
                 its parameter; a CUDA graph captures the call; or another rank has died.
         """
         self._check_keeps_grads("precision_stats()")
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(f"Invalid fraction: {fraction}; it must be above 0 and at most 1")
         self._sharding.reduce_grads(Caller.STATS)
         grads = self._grads.collect(self.param_groups)
         lrs = scheduled_lrs(self.lr_function, self.param_groups)
@@ -333,5 +337,5 @@ class PrecisionMeasured(WeightAccess):
             self.state,
             grad_scale=self._clip.grad_scale,
             backend=self.backend,
-            one_in=round(1.0 / fraction),
+            fraction=fraction,
         )

@@ -190,6 +190,9 @@ def fractions_worker(rank, world, name):
         stats = optimizer.precision_stats(1 / 3 if rank == 1 else 1.0)
     with pytest.raises(ValueError, match="got different fractions on different ranks"):
         stats.as_dict()
+    message = "Invalid fraction: 2.0" if rank == 1 else "got different fractions on different ranks"
+    with pytest.raises(ValueError, match=message):
+        optimizer.precision_stats(2.0 if rank == 1 else 1.0)
     assert stats.edq.isnan() and all(group.edq.isnan() for group in stats.groups)
     assert float(optimizer.precision_stats(1 / 3).edq) > 0
 
