@@ -152,8 +152,6 @@ def resolve_lr(
     if lr is None:
         lr_function = LR() if lr_function is None else lr_function
         lr = lr_at(lr_function, 0)
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
     if capturable and not isinstance(lr, Tensor):
         raise ValueError(
             "capturable=True needs lr as a one-element tensor: a captured graph replays without "
