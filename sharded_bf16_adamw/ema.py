@@ -226,7 +226,7 @@ class EMA:
     def _all_gather(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """All-gather the swapped shards of ZeRO.
 
-        An error is not undone: that would take all-gathers, which a rank that fails alone cannot do.
+        An error is not undone: that would take all-gathers, and this rank may have failed alone.
         """
         for param, _ in pairs:
             shard = self._optimizer._sharding.shard(param).detach()
