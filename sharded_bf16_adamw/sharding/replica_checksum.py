@@ -20,7 +20,7 @@ _MULTIPLIER = 0x2851F42D4C957F2E  # even, so the weights, its multiples plus one
 
 
 def text_checksum(text: str) -> int:
-    """Return a checksum of a text that fits into an int64, negated too."""
+    """Return a checksum of a text that fits into an int64."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 

@@ -81,9 +81,10 @@ class HostCollectives:
     def are_equal(self, values: Sequence[int]) -> list[bool]:
         """Return for each value whether it is equal on all ranks."""
         count = len(values)
-        extremes = self.all_reduce_max([*values, *[-value for value in values]])
+        # The maximum of ~value gives the minimum. Unlike -value, it always fits into 64 bits.
+        extremes = self.all_reduce_max([*values, *[~value for value in values]])
         return [
-            highest == -lowest
+            highest == ~lowest
             for highest, lowest in zip(extremes[:count], extremes[count:], strict=True)
         ]
 

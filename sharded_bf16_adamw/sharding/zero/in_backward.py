@@ -58,8 +58,8 @@ LOAD_ADVICE = (
 REPEAT_ADVICE = "call optimizer.zero_grad() on every rank, and repeat the backward pass"
 ABANDONED_ERROR = "another rank has dropped this step by abandon_step() or zero_grad()"
 UNEVEN_ERROR = (
-    "some ranks ran more backward passes than others, which had used their gradients before the "
-    "last ones came; run as many on every rank, all but the last inside optimizer.accumulate()"
+    "ranks ran different numbers of backward passes in this step, and some had already used their "
+    "gradients; run the same number on every rank, all but the last inside optimizer.accumulate()"
 )
 
 
@@ -289,17 +289,12 @@ class GatherInBackward(AllGather):
 
     def __init__(self, policy: ZeRO) -> None:
         super().__init__(policy)
-        self._has_own_group = False
+        device = torch.device(policy.mesh.device_type)
+        self._group = new_group_like(self._group, device)
         self.buckets: list[Bucket] = []
         self._waiting: list[list[ZeroParam]] = []
         self._in_flight: list[PendingAllGather] = []
         self.reset()
-
-    def add_params(self, zero_params: list[ZeroParam]) -> None:
-        # Not in the constructor: Stage.add_params() first checks that every rank uses this class.
-        if not self._has_own_group and self._ranks > 1:
-            device = torch.device(self._policy.mesh.device_type)
-            self._group, self._has_own_group = new_group_like(self._group, device), True
 
     def add(self, zero_params: list[ZeroParam]) -> None:
         """Add the next bucket, all of whose parameters were updated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...profiling import profiler_range
 from ...torch_types import is_dtensor
 from ..comm_errors import comm_errors
+from ..replica_checksum import text_checksum
 from .all_gather import AllGather
 from .host_collectives import HostCollectives
 from .overlapped_gather import OverlappedGather, wait_for_all_gathers
@@ -41,6 +43,7 @@ class Stage:
         self._policy = policy
         self._mesh = policy.mesh
         self._collectives = HostCollectives(policy.mesh)
+        self._check_same_options()
         self._zero_params: dict[Tensor, ZeroParam] = {}  # in the order of groups
         self._owners = ParamOwners([])
         self._with_grad: list[ZeroParam] = []  # have a gradient on any rank; same on all ranks
@@ -56,23 +59,7 @@ class Stage:
     def add_params(self, params: list[Tensor], names: list[str]) -> None:
         named = list(zip(params, names, strict=True))
         problems = [param_problem(param, name, self._mesh) for param, name in named]
-        options = {
-            "static_graph of ZeRO": self._policy.static_graph,
-            "fp32_sum of ZeRO": self._policy.fp32_sum,
-            "step_in_backward": self.STEPS_IN_BACKWARD,
-        }
-        flags = self._collectives.all_reduce_max(
-            [*options.values(), *[not value for value in options.values()]],
-            next(filter(None, problems), None),
-            ValueError,
-        )
-        for name, some, others in zip(
-            options, flags[: len(options)], flags[len(options) :], strict=True
-        ):
-            if some and others:
-                raise ValueError(
-                    f"{name} is True on some ranks and False on others; give every rank the same"
-                )
+        self._collectives.all_reduce_max([], next(filter(None, problems), None), ValueError)
         check_same_parameters(self._collectives, params, names)
         wait_for_all_gathers(params)
         if self._policy.broadcast_initial:
@@ -158,6 +145,22 @@ class Stage:
             if param.grad is not None and (problem := grad_problem(param.grad)):
                 return f"the gradient of parameter {zero_param.name} {problem}"
         return self._owners.replaced_problem()
+
+    def _check_same_options(self) -> None:
+        """Raise ValueError on all ranks unless they have the same options. Collective."""
+        options = {
+            each.name: getattr(self._policy, each.name)
+            for each in fields(self._policy)
+            if each.name not in ("mesh", "model")
+        }
+        options["step_in_backward"] = self.STEPS_IN_BACKWARD
+        are_equal = self._collectives.are_equal([text_checksum(repr(v)) for v in options.values()])
+        differing = [name for name, equal in zip(options, are_equal, strict=True) if not equal]
+        if differing:
+            raise ValueError(
+                f"the ranks of ZeRO have different options: {', '.join(differing)}; give every "
+                "rank the same"
+            )
 
     def _broadcast_weights(self, params: list[Tensor]) -> None:
         """Copy the weights of the first rank of the mesh to all ranks."""

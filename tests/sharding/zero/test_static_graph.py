@@ -13,7 +13,7 @@ from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_bf16_adamw import AdamW_BF16, ZeRO
+from sharded_bf16_adamw import AdamW_BF16
 
 from . import loop_cases as loops
 from .cases import (
@@ -26,7 +26,6 @@ from .cases import (
     mean_gradients,
     mesh_of,
     new_optimizer,
-    one_dimensional,
     rank_gradients,
     traffic,
     train,
@@ -363,20 +362,3 @@ def test_stale_gradients_until_zero_grad():
         optimizer.step(zero_grad=True)
     for found in run_ranks(2, stale_worker):
         assert_same_bits(found, collect(model, optimizer))
-
-
-def differing_worker(rank, world, stage, option):
-    with pytest.raises(ValueError, match=f"{option} of ZeRO is True on some ranks and False on"):
-        AdamW_BF16(
-            nn.Linear(2, 2).bfloat16().parameters(),
-            sharding=ZeRO(
-                one_dimensional(), stage=stage, broadcast_initial=True, **{option: rank == 1}
-            ),
-        )
-
-
-@pytest.mark.parametrize(
-    ("stage", "option"), [(1, "static_graph"), (2, "static_graph"), (2, "fp32_sum")]
-)
-def test_option_of_some_ranks_only(stage, option):
-    run_ranks(2, differing_worker, stage, option)

@@ -212,12 +212,8 @@ def consensus_worker(rank, world):
         ([2**60 + rank], [2**60 + 1]),
     ):
         assert collectives.all_reduce_max(values) == expected
-    assert collectives.are_equal([2**62 - 1, 2**62 - 1 - rank, -4, rank]) == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    values = [2**63 - 1, 2**63 - 1 - rank, -(2**63), rank - 2**63, -4, rank]
+    assert collectives.are_equal(values) == [True, False, True, False, True, False]
 
 
 def test_consensus_takes_a_byte_for_a_flag_and_any_integer():
