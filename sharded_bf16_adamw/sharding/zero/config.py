@@ -7,6 +7,7 @@ arXiv:2006.15704.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -107,13 +108,21 @@ class ZeRO:
                 "Invalid mesh: this rank is not in it; build the optimizer only on the ranks of "
                 "the mesh"
             )
+        ranks = self.mesh.mesh
+        if any((ranks.diff(dim=dim) < 0).any() for dim in range(ranks.ndim)):
+            raise ValueError(
+                f"Invalid mesh: its ranks {ranks.tolist()} do not ascend, but those of torch's "
+                "process groups do; give a mesh with ascending ranks in each dimension"
+            )
         if self.stage not in (1, 2):
             raise ValueError(
                 f"Invalid stage: {self.stage}; ZeRO has 1 (beside DDP) and 2 (on the plain "
                 "module); for stage 3 use FSDP2"
             )
-        if not self.bucket_size_mb > 0:
-            raise ValueError(f"Invalid bucket_size_mb: {self.bucket_size_mb}; it must be positive")
+        if not 0 < self.bucket_size_mb < math.inf:
+            raise ValueError(
+                f"Invalid bucket_size_mb: {self.bucket_size_mb}; it must be positive and finite"
+            )
         if self.max_in_flight < 1:
             raise ValueError(f"Invalid max_in_flight: {self.max_in_flight}; it must be at least 1")
         if self.reduce_dtype not in (None, torch.bfloat16, torch.float32):
@@ -134,7 +143,7 @@ class ZeRO:
             raise ValueError(
                 f"Invalid overlap_gather: {self.overlap_gather} with model: "
                 f"{type(self.model).__name__}; give ZeRO(mesh, overlap_gather=True, model=model) "
-                "the module that you call in each step, or neither"
+                "the module that you call in each step, or give neither option"
             )
 
     @property

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -208,6 +208,14 @@ def cubic_mesh(rank, world):
     ZeRO(init_device_mesh("cpu", (2, 1, 1)))
 
 
+def descending_mesh(rank, world):
+    ZeRO(DeviceMesh("cpu", [1, 0]))
+
+
+def infinite_buckets(rank, world):
+    zero(bucket_size_mb=float("inf"))
+
+
 def overlap_without_a_model(rank, world):
     zero(overlap_gather=True)
 
@@ -350,6 +358,8 @@ MISUSES = [
     (stage_3, ValueError, "Invalid stage: 3"),
     (no_mesh, ValueError, "Invalid mesh: .* ZeRO needs a DeviceMesh"),
     (cubic_mesh, ValueError, "Invalid mesh: it has 3 dimensions"),
+    (descending_mesh, ValueError, r"Invalid mesh: its ranks \[1, 0\] do not ascend"),
+    (infinite_buckets, ValueError, "Invalid bucket_size_mb: inf; it must be positive and finite"),
     (overlap_without_a_model, ValueError, "overlap_gather: True with model: NoneType; give ZeRO"),
     (
         a_model_without_overlap,
@@ -380,3 +390,27 @@ def misuse_worker(rank, world, number):
 )
 def test_misuse_is_an_error_on_every_rank(number):
     run_ranks(2, misuse_worker, number)
+
+
+OPTIONS_OF_RANKS = [
+    ({"stage": 1}, {}, "stage"),
+    ({"bucket_size_mb": 1.0}, {}, "bucket_size_mb"),
+    ({"reduce_dtype": torch.float32, "fp32_sum": True}, {}, "reduce_dtype, fp32_sum"),
+    ({"stage": 1, "static_graph": True}, {"stage": 1}, "static_graph"),
+    ({"broadcast_initial": True}, {}, "broadcast_initial"),
+    ({"overlap_gather": True}, {}, "overlap_gather"),
+]
+
+
+def options_worker(rank, world):
+    model = linears()
+    for of_ranks in OPTIONS_OF_RANKS:
+        options = dict(of_ranks[rank])
+        if "overlap_gather" in options:
+            options["model"] = model
+        with pytest.raises(ValueError, match=f"different options: {of_ranks[-1]}; give every rank"):
+            AdamW_BF16(model.parameters(), sharding=zero(**options))
+
+
+def test_options_that_differ_between_ranks_are_an_error():
+    run_ranks(2, options_worker)
