@@ -88,7 +88,7 @@ class OverlappedGather(AllGather):
         self._pending: set[int] = set()  # buckets not yet copied into the parameters
         self._in_flight: dict[int, PendingAllGather] = {}
         self._next_launch = 0
-        self._versions: dict[Tensor, int] = {}  # param._version right after step()
+        self._versions: dict[Tensor, tuple[int, int]] = {}  # right after step(); see _version()
         self._failure: BaseException | None = None
         self._in_forward = False  # whether the model's forward pass is running
         self._has_returned = False  # whether it has ended without an error
@@ -117,7 +117,7 @@ class OverlappedGather(AllGather):
             self._assign_buckets(zero_params, is_blocking=bool(new))
         self._buckets_of = zero_params
         self._hook_params(zero_params)
-        self._versions = {each.param: each.param._version for each in zero_params}
+        self._versions = {each.param: _version(each.param) for each in zero_params}
         self._pending = set(range(len(self._buckets)))
         self._next_launch = 0
         self._guarded(self._launch_more)
@@ -157,13 +157,13 @@ class OverlappedGather(AllGather):
             zero_param = self._zero_params[index]
             readers.setdefault(zero_param, self._readers.get(zero_param, set()))
             readers[zero_param].update(map(self._model.get_submodule, fqns))
-        self._recordings_left -= 1
+        self._recordings_left = MAX_RECORDINGS if readers else self._recordings_left - 1
         if not readers and self._recordings_left > 0:
             return  # start() will record the next forward pass
         if not readers:
             logger.warning(
-                "overlap_gather of ZeRO has no effect: no forward pass in training mode of the "
-                "given model, without compiled modules, was seen after step()"
+                "overlap_gather of ZeRO has no effect: no training forward pass of the given "
+                "model, uncompiled, was seen after step()"
             )
         for module in self._model.modules():
             for param in module._parameters.values():
@@ -233,7 +233,7 @@ class OverlappedGather(AllGather):
         while index not in self._in_flight:
             self._unpack(next(iter(self._in_flight)))
         for zero_param in self._buckets[index]:
-            if zero_param.param._version != self._versions[zero_param.param]:
+            if _version(zero_param.param) != self._versions[zero_param.param]:
                 raise RuntimeError(
                     f"parameter {zero_param.name} was changed between step() and the forward pass, "
                     "while ZeRO(overlap_gather=True) still gathered its updated weights; call "
@@ -344,6 +344,11 @@ class ModuleHook:
         if self._gather is not None:
             self._gather.check_picklable()
         return ModuleHook, (None, self._method)
+
+
+def _version(param: Tensor) -> tuple[int, int]:
+    """Return numbers that change if ``param`` is written, except in place through ``.data``."""
+    return param._version, param.data_ptr()  # param.data = other changes only the second
 
 
 def _is_compiled(module: nn.Module) -> bool:

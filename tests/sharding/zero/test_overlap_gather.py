@@ -201,19 +201,24 @@ class LossInModel(nn.Sequential):
 
 
 def no_output_worker(rank, world):
-    """The first two steps have gradients set by hand, so no forward pass comes between them."""
+    """Gradients are set by hand in the first two steps of a group, without a forward pass."""
     model = LossInModel(*layers())
-    optimizer = optimizer_of(model)
+    *named, late = model.named_parameters()
+    optimizer = optimizer_of(model, named)
     with late_network() as network:
-        for step in range(4):
-            if step < 2:
+        for step in range(7):
+            if step == 4:
+                optimizer.add_param_group({"params": [late]})
+            if step in (0, 1, 4, 5):
                 for param in model.parameters():
                     param.grad = torch.ones_like(param)
             else:
                 model(batch(step))
                 model.loss.backward()
+            network.new_step()
             optimizer.step(zero_grad=True)
-            assert bool(network.in_flight) == (step > 1)
+            assert bool(network.in_flight) == (step in (2, 3, 6))
+        assert network.in_flight[0].number == 0, "step() waits for no bucket"
         optimizer.wait()
 
 

@@ -164,14 +164,23 @@ def test_loaded_weights_stay():
     run_ranks(2, loaded_worker)
 
 
+@torch.no_grad()
+def write_in_place(weight):
+    weight.mul_(0.5)
+
+
+def write_data(weight):
+    weight.data = weight.data * 0.5
+
+
 def written_worker(rank, world):
-    model, optimizer = steady()
-    with torch.no_grad():
-        model[3].weight.mul_(0.5)
-    with pytest.raises(RuntimeError, match=r"'3.weight' was changed .* call optimizer.wait\(\)"):
-        model(batch())
-    with pytest.raises(RuntimeError, match=r"an earlier all-gather .* restart all ranks"):
-        optimizer.step()
+    for write in (write_in_place, write_data):
+        model, optimizer = steady()
+        write(model[3].weight)
+        with pytest.raises(RuntimeError, match=r"'3.weight' was changed .* optimizer.wait\(\)"):
+            model(batch())
+        with pytest.raises(RuntimeError, match=r"an earlier all-gather .* restart all ranks"):
+            optimizer.step()
 
 
 def test_writing_to_weights_in_flight_is_an_error():
