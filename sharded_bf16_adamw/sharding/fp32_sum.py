@@ -81,7 +81,7 @@ class Fp32SumReduceScatter:
                 several meshes, for which torch accepts no custom reduce-scatter.
         """
         modules: list[Any] = [each for each in model.modules() if is_fsdp2(each)]
-        if not modules:
+        if not any(map(_has_sharded_params, modules)):
             raise ValueError(
                 "Fp32SumReduceScatter.install got a model without FSDP2 modules; call fully_shard "
                 "on the model first"
@@ -125,7 +125,7 @@ class Fp32SumReduceScatter:
         """
         if async_op:
             raise ValueError(
-                "Fp32SumReduceScatter got async_op=True, but is done when it returns; leave it out"
+                "Fp32SumReduceScatter got async_op=True, but is synchronous; leave async_op out"
             )
         divisor = _divisor(op, group.size(), output_tensor.dtype)
         grads = input_tensor.to(WIRE_DTYPE).view(group.size(), -1)
@@ -133,6 +133,14 @@ class Fp32SumReduceScatter:
         with comm_errors(OPERATION, dist.get_process_group_ranks(group)):
             dist.all_to_all_single(received, grads, group=group)
         sum_over_ranks(received, output_tensor, divisor)
+
+
+def _has_sharded_params(module: Any) -> bool:
+    """Return whether the FSDP2 module shards parameters, unlike one of torch's ``replicate``."""
+    state = module._get_fsdp_state()
+    # Before torch 2.13 a module has at most one group.
+    groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
+    return any(hasattr(getattr(each, "mesh_info", None), "shard_process_group") for each in groups)
 
 
 def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
@@ -150,5 +158,6 @@ def _divisor(op: Any, ranks: int, dtype: torch.dtype) -> float:
     if op == dist.ReduceOp.PREMUL_SUM:
         return 1.0 / op.__getstate__()[1]  # its only accessor
     raise ValueError(
-        f"Fp32SumReduceScatter got {op}, but sums and averages only; use it for FSDP2 gradients"
+        f"Fp32SumReduceScatter got {op}, but supports only sums and averages; use it for FSDP2 "
+        "gradients"
     )

@@ -11,6 +11,7 @@ from bits import same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed import ReduceOp
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -222,7 +223,7 @@ def test_blocks_of_a_sum_are_those_of_the_whole(numel, monkeypatch):
 
 
 REFUSED = [
-    (FP32, ReduceOp.MAX, False, "but sums and averages only"),
+    (FP32, ReduceOp.MAX, False, "but supports only sums and averages"),
     (BF16, ReduceOp.SUM, False, r"set_force_sum_reduction_for_comms\(True\) makes FSDP2 divide"),
     (FP32, ReduceOp.AVG, True, "got async_op=True"),
 ]
@@ -237,9 +238,13 @@ def refused_worker(rank, world):
                 comm(torch.empty(1, dtype=dtype), grads.to(dtype), group, op, async_op=async_op)
         with pytest.raises(RuntimeError, match="averaging gradients between ranks 0, 1 failed on"):
             comm(torch.empty(1), grads, group, ReduceOp.AVG)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("replicate",))
+    replicated = replicate(nn.Linear(4, 4), mesh=mesh)  # FSDP2 that all-reduces
+    with pytest.raises(ValueError, match="without FSDP2 modules"):
+        Fp32SumReduceScatter.install(replicated)
 
 
-def test_errors_of_the_collective():
+def test_what_is_refused():
     run_ranks(2, refused_worker)
 
 
