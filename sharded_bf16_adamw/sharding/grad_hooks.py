@@ -17,14 +17,18 @@ class GradHooks:
         decorator: applied to each hook.
 
     Attributes:
-        owner_of: for each parameter a weak reference to its newest owner.
-        changes: number of changes of ``owner_of``.
+        changes: number of owners added to parameters.
     """
 
     def __init__(self, decorator: Callable[[Any], Any] = lambda hook: hook) -> None:
         self._decorator = decorator
-        self.owner_of: Any = WeakIdKeyDictionary()
+        self._owners: Any = WeakIdKeyDictionary()  # weak references of each parameter, newest last
         self.changes = 0
+
+    def owner_of(self, param: Tensor) -> Any:
+        """Return the newest owner of the parameter that is alive, or None."""
+        owners = (reference() for reference in reversed(self._owners.get(param, [])))
+        return next((owner for owner in owners if owner is not None), None)
 
     def add(
         self, owner: Any, params: Iterable[Tensor], hooked: Any, call: Callable[[Any, Tensor], None]
@@ -40,14 +44,15 @@ class GradHooks:
         me = weakref.ref(owner)
 
         def on_grad_ready(param: Tensor) -> None:
-            alive, newest = me(), self.owner_of.get(param)
-            if alive is not None and (newest is me or newest is None or newest() is None):
+            alive = me()
+            if alive is not None and self.owner_of(param) is alive:
                 call(alive, param)
 
         hook = self._decorator(on_grad_ready)
         for param in params:
             if param.requires_grad and param not in hooked:
                 hooked[param] = True
-                self.owner_of[param] = me
+                older = [each for each in self._owners.get(param, []) if each() is not None]
+                self._owners[param] = [*older, me]
                 self.changes += 1
                 weakref.finalize(owner, param.register_post_accumulate_grad_hook(hook).remove)

@@ -380,7 +380,7 @@ class Stage2(Stage):
     def _find_claimed(self) -> ZeroParam | None:
         """Return the first parameter whose gradients another optimizer takes, or None."""
         for param, zero_param in self._zero_params.items():
-            if param in _hooks.owner_of and _hooks.owner_of[param]() not in (None, self):
+            if _hooks.owner_of(param) not in (None, self):
                 return zero_param
         return None
 
