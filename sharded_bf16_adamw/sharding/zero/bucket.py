@@ -168,12 +168,8 @@ class _ReplicatedReduce(PendingReduce):
 
     def __init__(self, grads: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         all_reduce_mean(grads, mesh)
-        self._mean = grads.to(dtype)
+        self._mean, self._dtype = grads, dtype
         self._replicate_work = None
-
-    def wait(self) -> Tensor:
-        assert self._mean is not None
-        return self._mean
 
 
 def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[list[ZeroParam]]:
@@ -193,5 +189,6 @@ def split_by_size(zero_params: Iterable[ZeroParam], bucket_bytes: int) -> list[l
         if bucket and filled + size > bucket_bytes:
             result.append(bucket)
             bucket, filled = [], 0
-        open_buckets[key] = ([*bucket, zero_param], filled + size)
+        bucket.append(zero_param)
+        open_buckets[key] = (bucket, filled + size)
     return result + [bucket for bucket, _ in open_buckets.values()]

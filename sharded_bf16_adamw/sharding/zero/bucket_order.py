@@ -39,6 +39,7 @@ class BucketOrder:
     launches last of them: it is the *closing* bucket, see [Note: Closing bucket].
 
     Attributes:
+        params: all parameters, in the order in which they fill buckets.
         buckets: all buckets, in launch order.
         num_active: number of active buckets.
         bucket_of: the bucket of each parameter. An empty parameter has none.
@@ -48,20 +49,15 @@ class BucketOrder:
     def __init__(self, policy: ZeRO) -> None:
         self._policy = policy
         self._carries_flag = not policy.static_graph and can_carry_flag(policy.mesh)
+        self.params: list[ZeroParam] = []
         self.buckets: list[Bucket] = []
         self.num_active = 0
         self.bucket_of: dict[ZeroParam, Bucket] = {}
         self.built_for: list[ZeroParam] = []
         self._next = 0  # index of the active bucket to launch next
-        self._order: list[ZeroParam] = []
         self._state = OrderState.GUESSED
         self._recorded: dict[ZeroParam, None] = {}
         self._last_with_grad: list[ZeroParam] = []
-
-    @property
-    def params(self) -> list[ZeroParam]:
-        """All parameters, in the order in which they fill buckets."""
-        return self._order
 
     @property
     def has_recorded(self) -> bool:
@@ -80,9 +76,9 @@ class BucketOrder:
     def reset(self, zero_params: Iterable[ZeroParam]) -> None:
         """Build buckets for other parameters, in a guessed order."""
         # Gradients become ready in roughly the reverse order of construction.
-        self._order = list(reversed(list(zero_params)))
+        self.params = list(reversed(list(zero_params)))
         self._state, self._recorded = OrderState.GUESSED, {}
-        self._assign(self._order)
+        self._assign(self.params)
 
     def record(self, zero_param: ZeroParam) -> None:
         """Record that the parameter's gradient is ready."""
@@ -124,9 +120,9 @@ class BucketOrder:
         if self._state is OrderState.RECORDED:
             index_of = {zero_param: index for index, zero_param in enumerate(zero_params)}
             order = [*self._recorded]
-            order += [each for each in self._order if each not in self._recorded]
+            order += [each for each in self.params if each not in self._recorded]
             indices = collectives.broadcast_from_first([index_of[each] for each in order])
-            self._order = [zero_params[index] for index in indices]
+            self.params = [zero_params[index] for index in indices]
             self._state, self._recorded = OrderState.FIXED, {}
         elif with_grad != last or with_grad == self.built_for:
             return False
@@ -141,7 +137,7 @@ class BucketOrder:
         assert not any(bucket.is_pending for bucket in self.buckets)
         size = self._policy.bucket_bytes
         chosen = {zero_param for zero_param in active if not zero_param.is_replicated}
-        nonempty = [zero_param for zero_param in self._order if zero_param.param.numel()]
+        nonempty = [zero_param for zero_param in self.params if zero_param.param.numel()]
         first = split_by_size([each for each in nonempty if each in chosen], size)
         rest = split_by_size([each for each in nonempty if each not in chosen], size)
         if first:
