@@ -78,7 +78,7 @@ def timeout_errors(call: Call, ranks: Sequence[int]) -> Iterator[None]:
         yield
         return
     # After an agreement, a step exchanges only because of new gradients.
-    what = call.caller.value + (" with other gradients" if call.caller is Caller.STEP else "")
+    what = call.caller.value + (" with new gradients" if call.caller is Caller.STEP else "")
     when = "after clip_grad_norm_(), precision_stats() or a failed step()"
     with comm_errors(f"calling {what} {when}, which must happen on every rank or on none,", ranks):
         yield

@@ -243,7 +243,7 @@ def measured_instead(model, optimizer, rank):
 
 
 INSTEAD_OF_STEP = [
-    (one_more_backward, "calling step() with other gradients"),
+    (one_more_backward, "calling step() with new gradients"),
     (cleared_instead, "calling zero_grad()"),
     (added_instead, "calling add_param_group()"),
     (clipped_again, "calling clip_grad_norm_()"),
