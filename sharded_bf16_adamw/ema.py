@@ -31,7 +31,7 @@ DEVICE_CHUNK = 1 << 20  # elements: enough to saturate a GPU
 
 UPDATES = "ema_updates"  # key in param_groups of the number of updates
 HASH_MULTIPLIER = 0x2C1B3C6D  # odd; multiplies the average's bits
-INSIDE_SWAPPED = (
+INSIDE_SWAPPED_ERROR = (
     "the model's weights are its average inside ema.swapped(), so the optimizer cannot be stepped, "
     "saved or loaded; leave the with block first, or restart from a checkpoint if ema.swapped() "
     "itself has raised"
@@ -163,7 +163,7 @@ class EMA:
         optimizer.wait()  # a ZeRO all-gather in flight would overwrite the average
 
         def refuse(*_: Any) -> None:
-            raise RuntimeError(INSIDE_SWAPPED)
+            raise RuntimeError(INSIDE_SWAPPED_ERROR)
 
         swapped = [(param, state) for param, state, _ in self._states() if "ema" in state]
         states = [dict(state) for _, state in swapped]
@@ -176,7 +176,7 @@ class EMA:
             optimizer.register_load_state_dict_pre_hook(refuse),
         ]
         if optimizer._in_backward is not None:
-            optimizer._in_backward.refusal = INSIDE_SWAPPED
+            optimizer._in_backward.refusal = INSIDE_SWAPPED_ERROR
         # Hide the correction and the average, which belong to the original weights.
         for _, state in swapped:
             state.pop("correction", None)
