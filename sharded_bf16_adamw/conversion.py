@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .bf16_split import split
 from .names import clean_fqn, has_fsdp1, named_tensors, unwrap
 from .param_groups import compile_pattern
-from .sharding.dtensor import to_local, zeros_like_shard
+from .sharding.dtensor import to_local
 
 
 def to_bf16_(model: nn.Module, keep_fp32: str | None) -> dict[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def to_bf16_(model: nn.Module, keep_fp32: str | None) -> dict[Tensor, Tensor]:
         if tensor in kept or not tensor.is_floating_point() or tensor.dtype == torch.bfloat16:
             return tensor
         if isinstance(tensor, nn.Parameter):
-            correction = corrections[tensor] = zeros_like_shard(tensor, torch.bfloat16)
+            correction = corrections[tensor] = torch.zeros_like(tensor, dtype=torch.bfloat16)
             to_local(correction).copy_(split(to_local(tensor).float())[1])
         return tensor.to(torch.bfloat16)
 

@@ -22,7 +22,6 @@ from .kernels import PRECISION_SUMS, Hyperparams, double_device, is_capturing
 from .precision_sample import StratifiedSample
 from .schedule import Schedule, scheduled_lrs
 from .sharding.base import Caller, Sharding
-from .sharding.dtensor import zeros_like_shard
 from .state import STATE_KEYS, check_state
 from .step_plan import StepPlan, StepPlanCache, hyperparams_at
 from .validation import param_names
@@ -244,7 +243,7 @@ class PrecisionPass:
 
 def _zero_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     """Return a state of zeros, whose moments and correction share one tensor."""
-    zeros = zeros_like_shard(sharding.shard(param), param.dtype)
+    zeros = torch.zeros_like(sharding.shard(param), dtype=param.dtype)
     step = torch.zeros((), dtype=torch.float32, device=param.device)
     keys = STATE_KEYS if param.dtype == torch.bfloat16 else STATE_KEYS[:-1]
     return dict.fromkeys(keys, zeros) | {"step": step}

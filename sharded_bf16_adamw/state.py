@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .sharding.base import Sharding
-from .sharding.dtensor import to_local, zeros_like_shard
+from .sharding.dtensor import to_local
 from .sharding.fsdp1 import is_flattened
 from .sharding.model_parallel import ModelParallel
 from .sharding.replicas import Replica
@@ -30,11 +30,11 @@ def new_state(param: Tensor, sharding: Sharding) -> dict[str, Tensor]:
     shard = sharding.shard(param)
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "exp_avg": zeros_like_shard(shard, param.dtype),
-        "exp_avg_sq": zeros_like_shard(shard, param.dtype),
+        "exp_avg": torch.zeros_like(shard, dtype=param.dtype),
+        "exp_avg_sq": torch.zeros_like(shard, dtype=param.dtype),
     }
     if param.dtype == torch.bfloat16:
-        state["correction"] = zeros_like_shard(shard, torch.bfloat16)
+        state["correction"] = torch.zeros_like(shard, dtype=torch.bfloat16)
     return state
 
 
@@ -122,7 +122,9 @@ def complete_state(state: dict[str, Any], param: Tensor, name: str, sharding: Sh
     state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
     state.pop("max_exp_avg_sq", None)  # of amsgrad, which this update rule does not have
     if param.dtype == torch.bfloat16:
-        state.setdefault("correction", zeros_like_shard(sharding.shard(param), torch.bfloat16))
+        state.setdefault(
+            "correction", torch.zeros_like(sharding.shard(param), dtype=torch.bfloat16)
+        )
     else:
         state.pop("correction", None)
     # The same order on every rank: torch's FSDP1 code gathers a state in the order of each dict.

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,17 +46,6 @@ def local_grad(param: Tensor) -> Tensor:
     if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return to_local(grad)
-
-
-def zeros_like_shard(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros with the sharding of ``param``.
-
-    For a DTensor they are a DTensor with the same mesh, placements and global shape, even if shards
-    are uneven or empty. For a plain tensor they have its shape and strides.
-    """
-    return torch.zeros_like(
-        param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
-    )
 
 
 def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:

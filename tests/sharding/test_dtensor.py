@@ -9,11 +9,11 @@ from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_bf16_adamw import AdamW_BF16
-from sharded_bf16_adamw.sharding.dtensor import shard_groups, to_local, zeros_like_shard
+from sharded_bf16_adamw.sharding.dtensor import shard_groups, to_local
 from sharded_bf16_adamw.sharding.global_norm import all_reduce_sums
 
 BF16 = torch.bfloat16
@@ -23,8 +23,6 @@ def test_plain_parameters_have_no_group():
     param = nn.Parameter(torch.zeros(3, 4).t())
     assert shard_groups(param) == ()
     assert to_local(param) is param
-    zeros = zeros_like_shard(param, BF16)
-    assert zeros.stride() == param.stride() and zeros.dtype == BF16 and not zeros.requires_grad
 
 
 def test_empty_sums_are_zero():
@@ -58,26 +56,6 @@ def test_shard_groups_of_dtensors():
         [[0, 2], [2, 3]],
         [[1, 3], [2, 3]],
     ]
-
-
-def zeros_worker(rank, world):
-    """5 rows on 4 ranks are 2, 2, 1 and none."""
-    mesh = init_device_mesh("cpu", (world,))
-    param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, (Shard(0),)))
-    zeros = zeros_like_shard(param, BF16)
-    assert (
-        isinstance(zeros, DTensor)
-        and zeros.placements == param.placements
-        and zeros.shape == (5, 3)
-        and zeros.dtype == BF16
-    )
-    assert to_local(zeros).shape == to_local(param).shape and not to_local(zeros).any()
-    to_local(zeros).fill_(1.0)
-    return to_local(zeros).numel(), zeros.full_tensor().sum().item()
-
-
-def test_zeros_like_shard_of_uneven_shards():
-    assert run_ranks(4, zeros_worker) == [(6, 15.0), (6, 15.0), (3, 15.0), (0, 15.0)]
 
 
 def missing_gradients_worker(rank, world, with_gradient):
