@@ -48,7 +48,7 @@ class RankNames:
         self._pp_group, self._ep_group = parallel.group("pp"), parallel.group("ep")
         self._expert_modules, self._expert_params = _find_experts(model, parallel)
         self._stage_names: set[str] = set()
-        self._stage_lists: set[str] = set()  # prefixes, such as "layers."
+        self._stage_lists: set[str] = set()  # prefixes, such as "layers"
         self._fqns = _state_dict_fqns(unwrap(model))
         if has_fsdp1(model) and (self._pp_group is not None or self._ep_group is not None):
             raise ValueError(
@@ -94,7 +94,7 @@ class RankNames:
 
     def with_stage(self, name: str) -> str:
         """Append this rank's stage to a checkpoint's name that is marked to have one."""
-        has_stage = name in self._stage_names or name.startswith(tuple(self._stage_lists))
+        has_stage = name in self._stage_names or _list_prefix(name) in self._stage_lists
         return f"{name}@pp{self.stage}" if has_stage else name
 
     def mark_stage_names(self, names: Iterable[str]) -> None:
@@ -143,10 +143,13 @@ def _state_dict_fqns(model: nn.Module) -> list[str]:
 
 
 def _list_prefix(name: str) -> str | None:
-    """Return ``blocks.layers.`` for ``blocks.layers.0.weight``, None if it is not in a list."""
+    """Return ``blocks.layers`` for ``blocks.layers.0.weight``, None if it is not in a list.
+
+    If the model itself is a list (``nn.Sequential``), its prefix is ``""``.
+    """
     segments = name.split(".")
-    index = next((i for i, segment in enumerate(segments) if segment.isdecimal()), 0)
-    return ".".join([*segments[:index], ""]) if index else None
+    index = next((i for i, segment in enumerate(segments) if segment.isdecimal()), None)
+    return None if index is None else ".".join(segments[:index])
 
 
 def _find_experts(
