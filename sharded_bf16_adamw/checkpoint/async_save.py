@@ -14,10 +14,11 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import default_pg_timeout
 
-from ..sharding.collectives import new_cpu_group
-from .object_collectives import Group
-from .rank_errors import call_on_rank_0
+from ..sharding.collectives import device_for, new_cpu_group, timeout_of
+from .object_collectives import CPU, CollectiveError, Group
+from .rank_errors import call_on_rank_0, raise_on_all_ranks
 
 
 class _Pending(threading.Thread):
@@ -30,18 +31,33 @@ class _Pending(threading.Thread):
         super().__init__(name="checkpoint save")
         self._function: Callable[[Group], None] | None = function
         self._group = group
+        self._decided = threading.Event()
         self.caller = threading.current_thread()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
-        assert self._function is not None
+        self._decided.wait()
         try:
-            self._function(self._group)
+            if self._function is not None:
+                self._function(self._group)
         except Exception as error:
             self.error = error
         finally:
             self._function = None  # frees the staged copy
-            _borrowed.discard(self._group)
+            # gloo closes the connections of a group whose collective failed. No save may get it.
+            if not isinstance(self.error, CollectiveError):
+                _borrowed.discard(self._group)
+
+    def start_on_all_ranks(self) -> None:
+        """Start the thread if it can start on every rank, else raise on every rank. Collective."""
+        try:
+            with raise_on_all_ranks("cannot start the thread of a save", self._group):
+                self.start()
+        except BaseException as error:
+            self._function, self.error = None, error
+            raise
+        finally:
+            self._decided.set()
 
     def concerns_this_thread(self) -> bool:
         """Return True if the current thread, or one that has ended, started the save."""
@@ -52,16 +68,16 @@ _pending: list[_Pending] = []  # in the order of their start, until waited for
 _lock = threading.Lock()  # guards _pending
 # For each caller's group, gloo groups of the same ranks.
 _groups: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()
-_borrowed: set[dist.ProcessGroup] = set()  # groups of saves in flight
+_borrowed: set[dist.ProcessGroup] = set()  # groups of saves in flight, and broken groups
 
 
 def start(function: Callable[[Group], None], group: Group) -> None:
-    """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`.
+    """Run ``function(group)`` in a thread, with a group from :func:`borrow_group`. Collective.
 
     Call :func:`wait_for_own_saves` first.
     """
     pending = _Pending(function, group)
-    pending.start()
+    pending.start_on_all_ranks()
     with _lock:
         _pending.append(pending)
 
@@ -118,7 +134,10 @@ def _print_unraised_errors() -> None:
 
 
 def borrow_group(group: Group) -> Group:
-    """Return a gloo group of the same ranks that no save in flight uses. Collective."""
+    """Return a gloo group of the same ranks that no save in flight uses. Collective.
+
+    Its timeout is that of ``group``, but not shorter than torch's default.
+    """
     if not dist.is_initialized():
         return None
     parent = dist.group.WORLD if group is None else group
@@ -131,6 +150,8 @@ def borrow_group(group: Group) -> Group:
     # Rank 0 decides: once its save has ended, all ranks have entered that save's last collective.
     index = call_on_rank_0("cannot save", first_free, group)
     if index == len(known):
-        known.append(new_cpu_group(dist.get_process_group_ranks(parent)))
+        timeout = timeout_of(parent, device_for(parent, CPU)) or default_pg_timeout
+        ranks = dist.get_process_group_ranks(parent)
+        known.append(new_cpu_group(ranks, max(timeout, default_pg_timeout)))
     _borrowed.add(known[index])
     return known[index]

@@ -122,14 +122,18 @@ def _is_single_process(group: Group) -> bool:
     return not dist.is_initialized() or _are_local.get()
 
 
+class CollectiveError(RuntimeError):
+    """A collective failed. Its process group cannot be used any more."""
+
+
 @contextmanager
 def _explain_failed_collective(group: Group) -> Iterator[None]:
     """Replace torch's error about a failed collective by one that names the likely causes."""
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        raise CollectiveError(
             f"a checkpoint collective of rank {dist.get_rank()} and {world_size(group) - 1} other "
             "ranks failed: a rank has died, hangs or has not called the same function; "
-            "call it on every rank, or pass group= where only some ranks hold the model"
+            "call save or load on every rank, or pass group= where only some ranks hold the model"
         ) from error

@@ -121,7 +121,7 @@ def save(
         The checkpoint's folder; with ``async_`` its future path.
 
     Raises:
-        ValueError: an argument is invalid, ranks give different roots, a rank sees another folder
+        ValueError: an argument is invalid or differs between ranks, a rank sees another folder
             at ``root`` than the first rank, or tensors differ between ranks that should hold
             replicas according to ``AdamW_BF16(..., model_parallel=...)``; nothing is written.
         RuntimeError: a rank could not write, rank 0 does not see a file of another rank, another
@@ -147,7 +147,14 @@ def save(
         check_model_and_optimizer("save(root, step, model, optimizer)", model, optimizer)
         if on_divergence not in ("raise", "first"):
             raise ValueError(f"Invalid on_divergence: {on_divergence!r}; choose 'raise' or 'first'")
-    check_same_on_all_ranks({"the folder to save in": str(given), "async_": bool(async_)}, group)
+    check_same_on_all_ranks(
+        {
+            "the folder to save in": str(given),
+            "async_": bool(async_),
+            "on_divergence": on_divergence,
+        },
+        group,
+    )
 
     def prepare() -> tuple[Any, ...]:
         position = _integer(step)

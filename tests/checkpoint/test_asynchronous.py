@@ -10,15 +10,19 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 
 from sharded_bf16_adamw import latest, load, save, verify, wait_for_save
 from sharded_bf16_adamw.checkpoint import async_save, saving, staging
+from sharded_bf16_adamw.sharding.collectives import timeout_of
 
 from .victims import assert_holds, make, run, save_step
 
@@ -209,6 +213,38 @@ def training_worker(rank: int, world: int, root: str) -> None:
 def test_training_continues_and_each_rank_stages_its_share_only(tmp_path):
     run_ranks(3, training_worker, str(tmp_path))
     assert_holds(tmp_path, 4)
+
+
+@pytest.mark.parametrize(("what", "groups"), [("collective", 2), ("disk", 1)])
+def test_group_is_used_again_unless_its_collective_failed(what, groups, tmp_path, monkeypatch):
+    """gloo closes the group's connections. Other errors leave it intact."""
+    all_reduce = dist.all_reduce
+
+    def fails(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread().name == "checkpoint save":
+            raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+        return all_reduce(tensor, *args, **kwargs)
+
+    full_disk = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    two_hours = timedelta(hours=2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=two_hours)
+    try:
+        with monkeypatch.context() as patched:
+            if what == "collective":
+                patched.setattr(dist, "all_reduce", fails)
+            else:
+                patched.setattr(saving.ChecksummedWriter, "write_data", full_disk)
+            save_step(tmp_path, 1, sharded=False, async_=True)
+            with pytest.raises(RuntimeError, match=r"collective|No space left"):
+                wait_for_save()
+        path = save_step(tmp_path, 2, sharded=False, async_=True)
+        wait_for_save()
+        used = async_save._groups[dist.group.WORLD]
+        assert len(used) == groups
+        assert {timeout_of(group, torch.device("cpu")) for group in used} == {two_hours}
+    finally:
+        dist.destroy_process_group()
+    assert_holds(path, 2)
 
 
 # ---------------------------------------------------------------------------------- several threads
