@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..bf16_split import join
 from .async_save import wait_for_own_saves
+from .commit import check_folder_visible
 from .directory import existing_checkpoint, sync_folder
 from .extra_state import PART
 from .object_collectives import Group, rank, world_size
@@ -58,8 +59,10 @@ def export_fp32(
     when it is complete.
 
     In a distributed run, call it on every rank or on rank 0 alone. Rank 0 does all the work and
-    waits for no other rank. The others return when it is done, and raise if it failed. With
-    ``parallel`` it is collective, and each rank reads and writes its share of the files.
+    waits for no other rank. The others return when it is done, and raise if it failed. For one
+    ``out``, call it always on every rank or always on rank 0 alone: a rank's n-th call gets the
+    result of rank 0's n-th call. With ``parallel`` it is collective, and each rank reads and writes
+    its share of the files.
 
     Args:
         path: a checkpoint's directory, or the root of a run, which stands for its latest.
@@ -83,8 +86,8 @@ def export_fp32(
     Raises:
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is no checkpoint at ``path``, or no config.json at ``config_from``.
-        ValueError: the checkpoint is damaged or has no average, an argument is invalid, or
-            safetensors cannot hold a tensor. Nothing is written.
+        ValueError: the checkpoint is damaged or has no average, an argument is invalid, safetensors
+            cannot hold a tensor, or a rank does not see ``out``. Nothing is written.
         OSError: ``out`` cannot be written; on the other ranks this is a RuntimeError.
         RuntimeError: an asynchronous save in flight failed, or the rank that writes has not called
             within the timeout of the process group. With ``parallel``, any of the above but
@@ -183,6 +186,8 @@ def _export(
                     _copy_config(Path(config_from), partial, dtype)
 
         with raise_errors():
+            if parallel:
+                check_folder_visible(out.parent, partial, rank(group))
             share = (rank(group), world_size(group))
             write_sharded(partial, infos, get_tensor, max_shard_bytes, *share)
         with raise_errors():

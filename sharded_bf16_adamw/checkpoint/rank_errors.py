@@ -83,7 +83,8 @@ def call_on_rank_0_via_store(
     Args:
         what: the operation's name in messages.
         path: path that the operation writes. A rank's n-th call for a path gets the result of the
-            first rank's n-th call for it.
+            first rank's n-th call for it. So one path must not be written by the first rank alone
+            in some calls and by all ranks in others: the numbers would differ.
         function: must need no other rank. :mod:`.object_collectives` are local while it runs.
         group: process group; None for all ranks.
 

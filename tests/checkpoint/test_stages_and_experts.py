@@ -29,7 +29,7 @@ from sharded_bf16_adamw import (
     verify,
     wait_for_save,
 )
-from sharded_bf16_adamw.checkpoint import commit, divergence, saving
+from sharded_bf16_adamw.checkpoint import async_save, commit, divergence, saving
 
 from .test_tensor_subclasses import LoRA
 from .trainings import read_folder
@@ -48,33 +48,39 @@ def stages() -> ModelParallel:
     return ModelParallel(pp=dist.group.WORLD)
 
 
-def layers(count: int, first: float) -> nn.Module:
-    model = nn.ModuleDict(
-        {"layers": nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(count))}
-    ).bfloat16()
+def layers(count: int, first: float, root: str = "layers") -> nn.Module:
+    """Build a list of layers, named ``root`` unless that is empty."""
+    linears = [nn.Linear(3, 3, bias=False) for _ in range(count)]
+    model = nn.ModuleDict({root: nn.ModuleList(linears)}) if root else nn.Sequential(*linears)
+    model.bfloat16()
     with torch.no_grad():
         for index, param in enumerate(model.parameters()):
             param.fill_(first + index)
     return model
 
 
-def recut_worker(rank: int, world: int, root: str) -> tuple[str, list[float]]:
+def recut_worker(rank: int, world: int, folder: str) -> list[str]:
     """Save stages of 1 and 3 layers, each numbered from 0, and load them as 3 and 1."""
-    model = layers(1 + 2 * rank, 10.0 * rank)
-    save(root, 1, model, trained(model, model_parallel=stages()))
-    again = layers(1 + 2 * rank, -1.0)
-    load(root, again, trained(again, model_parallel=stages()))
-    same = [float(param.detach()[0, 0]) for param in again.parameters()]
-    assert same == [float(param.detach()[0, 0]) for param in model.parameters()]
-    other = layers(3 - 2 * rank, -1.0)
-    with pytest.raises(ValueError, match="missing key") as caught:
-        load(root, other, trained(other, model_parallel=stages()))
-    return str(caught.value), same
+    messages = []
+    for name in ("layers", ""):
+        root = f"{folder}/{name}run"
+        model = layers(1 + 2 * rank, 10.0 * rank, name)
+        save(root, 1, model, trained(model, model_parallel=stages()))
+        again = layers(1 + 2 * rank, -1.0, name)
+        load(root, again, trained(again, model_parallel=stages()))
+        same = [float(param.detach()[0, 0]) for param in again.parameters()]
+        assert same == [float(param.detach()[0, 0]) for param in model.parameters()]
+        other = layers(3 - 2 * rank, -1.0, name)
+        with pytest.raises(ValueError, match="missing key") as caught:
+            load(root, other, trained(other, model_parallel=stages()))
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_pipeline_cut_elsewhere_is_refused_if_stages_number_layers_from_0(tmp_path):
-    for message, _ in run_ranks(2, recut_worker, str(tmp_path)):
-        assert "missing key model.layers.1.weight" in message and "@pp" in message
+    for in_list, at_root in run_ranks(2, recut_worker, str(tmp_path)):
+        assert "missing key model.layers.1.weight" in in_list and "@pp" in in_list
+        assert "missing key model.1.weight" in at_root and "@pp" in at_root
 
 
 def first_worker(rank: int, world: int, root: str) -> tuple[list[float], list[float]]:
@@ -260,26 +266,33 @@ def wrong_on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
     def out_of_memory(tensors: Any) -> list[int]:
         raise torch.OutOfMemoryError("out of memory")
 
+    cannot_start = mock.Mock(side_effect=RuntimeError("can't start new thread"))
     calls: list[Any] = [
         lambda: save(root if rank == 0 else None, 1, model, optimizer),  # type: ignore[arg-type]
         lambda: load(root if rank == 0 else 7, model, optimizer),  # type: ignore[arg-type]
         lambda: save(root, 1, model, optimizer, async_=rank == 0),
         lambda: save(root, 1, model, optimizer),
+        lambda: save(root, 1, model, optimizer, on_divergence=("first", "raise")[rank]),
+        lambda: save(root, 1, model, optimizer, async_=True),
     ]
     for number, call in enumerate(calls):
+        start = cannot_start if number == 5 and rank == 1 else threading.Thread.start
         divergence.checksums = out_of_memory if number == 3 and rank == 1 else real  # type: ignore[assignment]
         try:
-            call()
+            with mock.patch.object(async_save._Pending, "start", start):
+                call()
             messages.append("no error")
         except (ValueError, RuntimeError) as error:
             messages.append(f"{type(error).__name__}: {error}")
     divergence.checksums = real  # type: ignore[assignment]
-    save(root, 2, model, optimizer)  # the ranks are still in step
+    for asynchronous in (True, False):  # the ranks are still in step
+        save(root, 2, model, optimizer, async_=asynchronous)
     return messages
 
 
 def test_error_on_one_rank_is_raised_on_all(tmp_path):
-    for root_, path, asynchronous, memory in run_ranks(2, wrong_on_one_rank_worker, str(tmp_path)):
+    results = run_ranks(2, wrong_on_one_rank_worker, str(tmp_path))
+    for root_, path, asynchronous, memory, on_divergence, thread in results:
         assert root_.startswith("ValueError: root must be a path, but it is of type NoneType;")
         assert path.startswith("ValueError: path must be a path, but it is of type int; pass")
         assert asynchronous.startswith(
@@ -287,6 +300,13 @@ def test_error_on_one_rank_is_raised_on_all(tmp_path):
         )
         assert memory.startswith(
             "RuntimeError: cannot compare tensors between ranks: on rank 1, OutOfMemoryError: out"
+        )
+        assert on_divergence.startswith(
+            "ValueError: ranks give different values of on_divergence: 'first' on rank 0 and"
+        )
+        assert thread == (
+            "RuntimeError: cannot start the thread of a save: on rank 1, RuntimeError: can't start "
+            "new thread"
         )
 
 
@@ -330,7 +350,7 @@ def test_two_threads_save_two_models_at_once(tmp_path):
     assert run_ranks(2, two_threads_worker, str(tmp_path)) == [[], []]
 
 
-def unshared_load_worker(rank: int, world: int, root: str) -> str:
+def unshared_worker(rank: int, world: int, root: str) -> list[str]:
     torch.manual_seed(0)
     model = nn.Linear(3, 3).bfloat16()
     optimizer = trained(model)
@@ -338,23 +358,33 @@ def unshared_load_worker(rank: int, world: int, root: str) -> str:
     before = os.getcwd()
     os.makedirs(f"{root}/node{rank}")
     os.chdir(root if rank == 0 else f"{root}/node{rank}")  # the same path, another disk
+    messages = []
     try:
-        with (
-            mock.patch.object(commit, "SEEN_WITHIN_S", 0.1),
-            pytest.raises(ValueError, match="does not see") as caught,
+        for call in (
+            lambda: load("shared", model, optimizer),
+            lambda: export_fp32(f"{root}/shared", "out", parallel=True),
         ):
-            load("shared", model, optimizer)
-        return str(caught.value)
+            with (
+                mock.patch.object(commit, "SEEN_WITHIN_S", 0.1),
+                pytest.raises(ValueError, match="does not see") as caught,
+            ):
+                call()
+            messages.append(str(caught.value))
     finally:
         os.chdir(before)
+    return messages
 
 
-def test_rank_that_does_not_see_the_checkpoint_is_named(tmp_path):
-    for message in run_ranks(2, unshared_load_worker, str(tmp_path)):
-        assert message.startswith(
+def test_rank_that_does_not_see_the_folder_is_named(tmp_path):
+    for of_load, of_export in run_ranks(2, unshared_worker, str(tmp_path)):
+        assert of_load.startswith(
             "rank 1 does not see shared/step-00000001, which rank 0 reads: shared is not the same "
             "folder for all ranks"
         )
+        assert of_export.startswith(
+            "rank 1 does not see .exporting-out, which rank 0 has created: . is not the same folder"
+        )
+    assert not list(tmp_path.rglob(".exporting-out"))
 
 
 def test_save_is_refused_after_another_jobs_save(tmp_path):
