@@ -145,7 +145,8 @@ def resolve_divergence(
             key for key, ranks, stage in within if stage == names.stage and own != ranks[0]
         }
         left_out = {key for key in differing if _mesh_ranks(state.tensors.get(key), {}) == ()}
-        left_out |= {key for key, value in state.tensors.items() if _has_earlier_replica(value)}
+        ranks = _global_ranks(group)
+        left_out |= {k for k, value in state.tensors.items() if _has_earlier_replica(value, ranks)}
         if own == 0:
             warnings.warn(
                 f"{len(keys)} tensors differ between ranks and are saved as on the first rank: "
@@ -175,11 +176,7 @@ def find_divergences(
     if world_size(group) == 1:
         return Divergences([], [], None)
     failure, tensors = "cannot compare tensors between ranks", state.tensors
-    all_ranks = (
-        tuple(range(dist.get_world_size()))
-        if group is None
-        else tuple(dist.get_process_group_ranks(group))
-    )
+    all_ranks = _global_ranks(group)
     with raise_on_all_ranks(failure, group):  # checksums may run out of memory
         known: dict[DeviceMesh, MeshRanks] = {}
         mesh_ranks = {key: _mesh_ranks(value, known) for key, value in tensors.items()}
@@ -190,7 +187,7 @@ def find_divergences(
         replicas = [
             Replica(key, _compared_part(key, to_local(value)), groups)
             for key, value in tensors.items()
-            if isinstance(value, DTensor) and (groups := replica_groups(value))
+            if isinstance(value, DTensor) and (groups := _replica_groups_within(value, all_ranks))
         ]
         replica_checksums = checksums([replica.tensor for replica in replicas])
     partial = {key: ranks for key, ranks in mesh_ranks.items() if ranks and ranks != all_ranks}
@@ -229,6 +226,11 @@ def find_divergences(
     return Divergences(within, sorted(between), unshared)
 
 
+def _global_ranks(group: Group) -> MeshRanks:
+    """Return the global ranks of a group, in the order of its ranks."""
+    return tuple(global_rank(index, group) for index in range(world_size(group)))
+
+
 def _mesh_ranks(value: Any, known: dict[DeviceMesh, MeshRanks]) -> MeshRanks | None:
     """Return the ranks of a DTensor's mesh, ``()`` for a plain tensor, None if not compared.
 
@@ -249,15 +251,24 @@ def _mesh_ranks(value: Any, known: dict[DeviceMesh, MeshRanks]) -> MeshRanks | N
     return () if is_plain else None  # a subclass (quantised weights) may have no bits of its own
 
 
-def _has_earlier_replica(value: Any) -> bool:
-    """Return True if an earlier rank of a DTensor's mesh has the same shard."""
-    if not isinstance(value, DTensor):
-        return False
-    coordinate = value.device_mesh.get_coordinate()
-    return coordinate is not None and any(
-        index and placement.is_replicate()
-        for index, placement in zip(coordinate, value.placements, strict=True)
+def _replica_groups_within(tensor: DTensor, ranks: MeshRanks) -> tuple[dist.ProcessGroup, ...]:
+    """Return the groups whose ranks hold replicas, but none that has ranks outside ``ranks``.
+
+    With HSDP the caller's group may be one replica. The other replicas then take no part.
+    """
+    return tuple(
+        group
+        for group in replica_groups(tensor)
+        if set(dist.get_process_group_ranks(group)) <= set(ranks)
     )
+
+
+def _has_earlier_replica(value: Any, ranks: MeshRanks) -> bool:
+    """Return True if an earlier rank of a DTensor's mesh, within ``ranks``, has the same shard."""
+    if not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is None:
+        return False
+    groups = _replica_groups_within(value, ranks)
+    return any(dist.get_group_rank(group, dist.get_rank()) > 0 for group in groups)
 
 
 def _fingerprints(tensors: dict[str, Tensor]) -> dict[str, Fingerprint]:

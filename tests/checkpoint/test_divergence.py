@@ -149,9 +149,28 @@ def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
         for param in other.parameters():
             to_local(param).zero_()
     load(root, other, other_optimizer)
-    return all(
+    assert all(
         torch.equal(to_local(param), value)
         for param, value in zip(other.parameters(), expected, strict=True)
+    )
+    return wrapper != "HSDP" or replica_is_saved_alone(rank, model, optimizer, root)
+
+
+def replica_is_saved_alone(rank: int, model: nn.Module, optimizer: AdamW_BF16, root: str) -> bool:
+    """Save each replica by itself, with a buffer that differs between its ranks."""
+    group = next(model.parameters()).device_mesh["shard"].get_group()
+    first = 2 * (rank // 2)
+    model.norm.running_mean.fill_(rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = save(f"{root}/{first}", 1, model, optimizer, group=group, on_divergence="first")
+    full = gather_full_state_dict(model, optimizer, group=group)
+    assert bool(full) == (rank == first)
+    other, other_optimizer = built("HSDP", 4)
+    load(path, other, other_optimizer, group=group)
+    return other.norm.running_mean[0] == first and all(
+        torch.equal(to_local(a), to_local(b))
+        for a, b in zip(other.parameters(), model.parameters(), strict=True)
     )
 
 
