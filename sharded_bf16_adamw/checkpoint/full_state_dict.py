@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..names import has_fsdp1
+from ..sharding.collectives import cpu_group
 from ..sharding.dtensor import group_by
 from .blocks import local_blocks
 from .diff import find_mismatch, raise_mismatches
 from .divergence import resolve_divergence
 from .groups import match_groups
+from .import_formats import refuse_shards
 from .manifest import ParamGroup, as_tensor
 from .object_collectives import Group, gather_object, rank, scatter_object
 from .optimizer_state import (
@@ -41,7 +43,6 @@ from .transport import (
     Key,
     ShardInfo,
     Transfer,
-    init_cpu_group,
     local_block,
     plan_transfers,
     receive,
@@ -264,7 +265,8 @@ def _gather_shard_infos(
             )
         tensors = {split_state_key(key): tensor for key, tensor in own_state.tensors.items()}
         infos = shard_infos(tensors)
-    init_cpu_group(group)
+    if dist.is_initialized():
+        cpu_group(group)  # creates it; collective also for ranks without a transfer
     return tensors, gather_object(infos, group)
 
 
@@ -274,7 +276,10 @@ def _names_and_groups(full: Any) -> tuple[list[str], list[dict[str, Any]]]:
             "the full state is of another model or optimizer: rank 0 must pass a dict with "
             '"state" and "param_groups"'
         )
-    return list(full["state"]), full["param_groups"]
+    for fqn, values in full["state"].items():
+        refuse_shards(f"the full state of {fqn}", values)
+    # lr may be a tensor on rank 0's GPU, on which the other ranks would open a context.
+    return list(full["state"]), list(map(_copy_options, full["param_groups"]))
 
 
 def _find_mismatches(

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from .blocks import Block
@@ -87,16 +88,13 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Weigh
     else:
         return _SafetensorsSource(Path(source))
     content = _nested_dict(content, _WEIGHTS_KEYS)
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
-    ):
+    problem = _not_a_dict_of_tensors(content)
+    if problem is not None:
         raise ValueError(
             f"{where} holds no state dict of tensors, neither itself nor under "
-            f"{', '.join(_WEIGHTS_KEYS)}; give the file of the weights"
+            f"{', '.join(_WEIGHTS_KEYS)} ({problem}); give the file of the weights"
         )
-    _refuse_shards(where, content)
+    refuse_shards(where, content)
     return _StateDictSource(content)
 
 
@@ -119,8 +117,8 @@ def open_optimizer_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
             f'{where} holds no optimizer state dict with "state" and "param_groups"; give the file '
             "of the optimizer"
         )
-    for values in content["state"].values():
-        _refuse_shards(where, values)
+    for name, values in content["state"].items():
+        refuse_shards(f"{where}: the state of {name}", values)
     return dict(content)
 
 
@@ -157,6 +155,18 @@ def _nested_dict(content: Any, keys: tuple[str, ...]) -> Any:
     return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
 
 
+def _not_a_dict_of_tensors(content: Any) -> str | None:
+    """Return why ``content`` is not a dict of tensors, None if it is one."""
+    if not isinstance(content, Mapping):
+        return f"it is of type {type(content).__name__}"
+    others = (
+        f"{name} is of type {type(value).__name__}"
+        for name, value in content.items()
+        if not isinstance(value, Tensor)
+    )
+    return next(others, None) if content else "it is empty"
+
+
 def _is_optimizer_state(content: Any) -> bool:
     if not isinstance(content, Mapping) or not {"state", "param_groups"} <= content.keys():
         return False
@@ -170,10 +180,13 @@ def _is_optimizer_state(content: Any) -> bool:
     )
 
 
-def _refuse_shards(where: str, tensors: Mapping[str, Any]) -> None:
-    """Refuse DTensors, since they are only parts of tensors."""
+def refuse_shards(where: str, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError if a tensor is a DTensor or ShardedTensor: this rank has only a shard of it.
+
+    Reading the full tensor would be collective.
+    """
     for name, value in tensors.items():
-        if isinstance(value, DTensor):
+        if isinstance(value, (DTensor, ShardedTensor)):
             raise ValueError(
                 f"{where}: {name} is a shard of a tensor; gather the full state dict first"
             )

@@ -77,9 +77,9 @@ def plan_transfers(
         expected = Block((), full_tensor.shape).numel
         if covered != expected:
             raise ValueError(
-                f"the ranks hold {covered} elements of {'.'.join(key)} in blocks that should make "
-                f"up {expected}; blocks cannot describe such uneven sharding, so choose sizes that "
-                "divide by the mesh"
+                f"the shards of {'.'.join(key)} have {covered} elements, but the full tensor has "
+                f"{expected}; this uneven sharding is not supported, so choose sizes divisible by "
+                "the mesh size"
             )
         for block, index_on in holders.items():
             chosen = index_on if replicas else dict([next(iter(index_on.items()))])
@@ -110,12 +110,6 @@ def scatter_block(
                 send(block, receiver, group)
     else:
         receive(local_block(tensors[transfer.key], transfer, group), 0, group)
-
-
-def init_cpu_group(group: Group) -> None:
-    """Create the process group for transfers. Collective, also for ranks without a transfer."""
-    if dist.is_initialized():
-        cpu_group(group)
 
 
 def send(tensor: Tensor, receiver: int, group: Group) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_bf16_adamw import AdamW_BF16
 from sharded_bf16_adamw.checkpoint import object_collectives, transport
 from sharded_bf16_adamw.checkpoint.full_state_dict import (
+    _names_and_groups,
     gather_full_state_dict,
     scatter_full_state_dict,
 )
@@ -322,6 +323,13 @@ def test_scatter_keeps_the_memory_of_a_tensor_lr():
     assert optimizer.param_groups[0]["lr"] is lr and float(lr) == 0.25
 
 
+def test_other_ranks_get_options_that_do_not_name_a_gpu_of_rank_0():
+    lr = torch.tensor(0.25)  # stands for one on a GPU
+    full = {"state": {}, "param_groups": [{"params": ["weight"], "lr": lr}]}
+    _, (group,) = _names_and_groups(full)
+    assert group == full["param_groups"][0] and group["lr"] is not lr, "a copy in CPU memory"
+
+
 def test_scatter_zeroes_states_that_the_full_state_lacks():
     full = single_process_state()
     del full["state"]["up.weight"]
@@ -405,15 +413,19 @@ def test_scatter_refuses_a_state_that_does_not_fit_and_changes_nothing(change, m
 def refused_everywhere_worker(rank: int, world: int) -> list[str]:
     """Scatter a wrong state, which only rank 0 has."""
     messages = []
+    module, optimizer = BY_NAME["FSDP2"].build(world, 0)
+    optimizer.init_state()
+    sharded = {"up.weight": optimizer.state[module.up.weight]}
     for given in (
         {},
+        {"state": sharded, "param_groups": [{"params": ["up.weight"]}]},
         {"state": {"up.weight": 5}, "param_groups": [{"params": ["up.weight"]}]},
         {"state": {}, "param_groups": [{}]},
     ):
         module, optimizer = BY_NAME["FSDP2"].build(world, 0)
         with pytest.raises(
             (ValueError, RuntimeError),
-            match=r"the full state is of another|cannot scatter the full state",
+            match=r"the full state (is of another|of up)|cannot scatter the full state",
         ) as caught:
             scatter_full_state_dict(module, optimizer, given if rank == 0 else None)
         messages.append(str(caught.value))
@@ -424,6 +436,10 @@ def refused_everywhere_worker(rank: int, world: int) -> list[str]:
 def test_every_rank_raises_the_error_of_rank_0():
     first, second = run_ranks(2, refused_everywhere_worker)
     assert first == second
+    assert first[1] == (
+        "the full state of up.weight: exp_avg is a shard of a tensor; gather the full state dict "
+        "first"
+    )
 
 
 def test_gather_refuses_a_state_that_is_not_a_tensor():
