@@ -15,6 +15,7 @@ from ..optimizer import AdamW_BF16
 from .directory import latest
 from .export import Progress
 from .import_formats import WeightsSource, open_optimizer_state, open_weights
+from .import_matching import is_keyed_by_names
 from .importing import import_fp32
 from .rank_errors import call_on_rank_0_via_store
 from .saving import save
@@ -36,7 +37,8 @@ def convert_fp32(
 
     Holds the model in memory. In a distributed run, call it on every rank or on rank 0 alone. Rank
     0 does all the work and waits for no other rank. The others return when it is done, and raise if
-    it failed.
+    it failed. For one ``root``, call it always on every rank or always on rank 0 alone: a rank's
+    n-th call gets the result of rank 0's n-th call.
 
     Args:
         source: as for :func:`import_fp32`.
@@ -56,7 +58,8 @@ def convert_fp32(
     Raises:
         FileExistsError: there is a checkpoint under ``root``.
         FileNotFoundError: ``source`` or ``optimizer_state`` does not exist.
-        ValueError: as for :func:`import_fp32`, or a pattern matches no name.
+        ValueError: as for :func:`import_fp32`, a pattern matches no name, or a weight is
+            quantised to 8 bits (float8).
         RuntimeError: as for :func:`save`; on other ranks than 0, also for other errors of rank 0.
 
     Examples:
@@ -84,7 +87,11 @@ def convert_fp32(
 
 
 def _build_model(weights: WeightsSource, fp32: list[str], buffers: list[str]) -> nn.Module:
-    """Build modules with an uninitialized parameter or buffer for each name in ``weights``."""
+    """Build modules with an uninitialized parameter or buffer for each name in ``weights``.
+
+    Raises:
+        ValueError: a parameter is quantised to 8 bits.
+    """
     model = nn.Module()
     params: dict[str, nn.Parameter] = {}  # by name, tied ones by their first name
     first_of = {name: tied[0] for tied in weights.ties for name in tied}
@@ -97,6 +104,11 @@ def _build_model(weights: WeightsSource, fp32: list[str], buffers: list[str]) ->
             module = module.get_submodule(parent)
         if not info.dtype.is_floating_point or _matches(name, buffers):
             module.register_buffer(leaf, torch.empty(info.shape, dtype=info.dtype, device="cpu"))
+        elif info.dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} is quantised to {info.dtype}, and its scale is a tensor of its own; "
+                "dequantise the weights first"
+            )
         else:
             dtype = torch.float32 if _matches(name, fp32) else torch.bfloat16
             param = params.get(first_of.get(name, name))
@@ -132,13 +144,21 @@ def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[
 
     Parameters that a state keyed by names lacks join the first group.
     """
-    params = dict(model.named_parameters())
+    params = list(model.parameters())
     if state is None:
-        return [{"params": list(params.values())}]
+        return [{"params": params}]
     groups = [group["params"] for group in state["param_groups"]]
-    if all(isinstance(name, str) for names in groups for name in names):
-        divided = [[params.pop(name) for name in names if name in params] for names in groups]
-        divided[0] += params.values()
+    if is_keyed_by_names(state["param_groups"]):
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        group_of = {
+            by_name[name]: index
+            for index, names in enumerate(groups)
+            for name in names
+            if name in by_name
+        }
+        divided: list[list[nn.Parameter]] = [[] for _ in groups]
+        for param in params:
+            divided[group_of.get(param, 0)].append(param)
         return [{"params": group} for group in divided]
     count = sum(map(len, groups))
     if count != len(params):
@@ -146,5 +166,5 @@ def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[
             f"the optimizer state has {count} parameters, but the weights have {len(params)} that "
             "are not buffers; list the names of the model's buffers in buffers="
         )
-    remaining = iter(params.values())
+    remaining = iter(params)
     return [{"params": [next(remaining) for _ in group]} for group in groups]

@@ -87,6 +87,11 @@ def _equal_in_source(source: WeightsSource, first: str, other: str, tensor: Tens
     )
 
 
+def is_keyed_by_names(groups: list[dict[str, Any]]) -> bool:
+    """Return True if an optimizer's state dict with these groups is keyed by parameter names."""
+    return all(isinstance(key, str) for group in groups for key in group["params"])
+
+
 def key_states_by_name(
     state_dict: dict[str, Any], current_groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -100,7 +105,7 @@ def key_states_by_name(
         ValueError: the groups of a state keyed by integers do not fit this optimizer or the states.
     """
     states, groups = state_dict["state"], state_dict["param_groups"]
-    if states and all(isinstance(key, str) for key in states):
+    if is_keyed_by_names(groups):
         return states, groups
     sizes = [len(group["params"]) for group in groups]
     current_sizes = [len(group["params"]) for group in current_groups]

@@ -206,8 +206,11 @@ def import_fp32(
 @contextmanager
 def _fill_errors(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Raise RuntimeError on every rank if the body failed on any rank. Collective."""
-    message = "the import failed halfway, so some weights are new and some are old"
-    with raise_on_all_ranks(f"{message}; import again or load a checkpoint", group):
+    message = (
+        "the import failed halfway, so some weights are new and some are old; import again or load "
+        "a checkpoint. The error"
+    )
+    with raise_on_all_ranks(message, group):
         try:
             yield
         except ValueError as error:  # a ValueError would be raised without the message

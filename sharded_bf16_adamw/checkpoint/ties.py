@@ -10,6 +10,7 @@ name, and the weight under each. If the model's ties differ from those saved::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,9 @@ def _merge_overlapping(ties: Iterable[list[str]]) -> list[list[str]]:
     """Merge sets that share a name. Drop sets of a single name."""
     merged: dict[str, list[str]] = {}
     for names in ties:
-        known = next((merged[name] for name in names if name in merged), [])
-        known += [name for name in dict.fromkeys(names) if name not in known]
-        merged.update(dict.fromkeys(known, known))
+        known = (merged[name] for name in names if name in merged)
+        union = list(dict.fromkeys(chain(*known, names)))
+        merged.update(dict.fromkeys(union, union))
     unique = {id(names): names for names in merged.values()}
     return [names for names in unique.values() if len(names) > 1]
 

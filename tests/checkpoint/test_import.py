@@ -12,6 +12,7 @@ from distributed import run_ranks
 
 from sharded_bf16_adamw import convert_fp32, import_fp32, load
 from sharded_bf16_adamw.checkpoint import importing
+from sharded_bf16_adamw.checkpoint.import_matching import key_states_by_name
 from sharded_bf16_adamw.checkpoint.reader import CheckpointReader
 
 from .layouts import BY_NAME, LAYOUTS, everything, train
@@ -167,6 +168,22 @@ def by_integers(named, more):
     }
 
 
+def test_groups_without_states_are_matched_by_name():
+    imported = [{"params": ["b"], "lr": 1.0}, {"params": ["a"], "lr": 2.0}]
+    current = [{"params": ["a"]}, {"params": ["b"]}]
+    found = key_states_by_name({"state": {}, "param_groups": imported}, current)
+    assert found == ({}, imported)
+
+
+def test_conversion_refuses_weights_that_have_scales_of_their_own(tmp_path):
+    quantised = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    weights = {"up.weight": quantised, "up.weight_scale_inv": torch.full((1, 1), 0.5)}
+    message = "^up.weight is quantised to torch.float8_e4m3fn, and its scale is a tensor of its own"
+    with pytest.raises(ValueError, match=message):
+        convert_fp32(weights, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 WRONG = {
     "missing": (
         lambda m, s: (weights_without(m, "up.bias"), s),
@@ -184,7 +201,10 @@ WRONG = {
         lambda m, s: ({**m.state_dict(), "up.bias": torch.ones(12).int()}, s),
         "dtype mismatch for up.bias: saved as torch.int32, but torch.bfloat16 in the model",
     ),
-    "no weights": (lambda m, s: ({"epoch": 3}, s), "the source holds no state dict of tensors"),
+    "no weights": (
+        lambda m, s: ({"epoch": 3}, s),
+        r"the source holds no state dict of tensors, .*\(epoch is of type int\); give",
+    ),
     "no state": (lambda m, s: (m.state_dict(), {"state": {}}), "holds no optimizer state dict"),
     "state is a list": (
         lambda m, s: (m.state_dict(), {**s, "state": [1]}),
@@ -314,6 +334,6 @@ def test_import_that_fails_halfway_says_so_on_every_rank(what):
     for (message,) in run_ranks(2, halfway_worker, what):
         assert message.startswith(
             "the import failed halfway, so some weights are new and some are old; import again or "
-            "load a checkpoint: on rank 1, "
+            "load a checkpoint. The error: on rank 1, "
         )
         assert "out of luck" in message

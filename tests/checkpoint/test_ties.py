@@ -31,6 +31,7 @@ from sharded_bf16_adamw import (
     scatter_full_state_dict,
 )
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
+from sharded_bf16_adamw.checkpoint.ties import merge_ties
 
 from .trainings import read_folder
 
@@ -302,6 +303,25 @@ def test_conversion_keeps_ties(tmp_path):
     assert read_manifest(path).ties == [["emb.weight", "head.weight"]]
     for here in ((), (0, 1)):
         load(path, *build(here, seed=1))
+
+
+def test_conversion_finds_the_group_of_a_parameter_by_any_of_its_names(tmp_path):
+    model, _, state = fp32_run((0, 1))
+    states = {"head.weight": state["state"]["emb.weight"], "more.weight": {}}
+    states["more.weight"] = state["state"]["more.weight"]
+    (group,) = state["param_groups"]
+    groups = [{**group, "params": ["more.weight"]}, {**group, "params": ["head.weight"], "lr": 0.5}]
+    path = convert_fp32(model.state_dict(), tmp_path, {"state": states, "param_groups": groups})
+    saved = read_manifest(path).groups
+    assert [(group.params, group.options["lr"]) for group in saved] == [
+        (["more.weight"], 1e-2),
+        (["emb.weight"], 0.5),
+    ]
+
+
+def test_sets_of_ties_that_a_later_one_connects_are_merged():
+    pairs = [["a", "b"], ["c", "d"], ["x", "y"], ["b", "c"]]
+    assert merge_ties([pairs]) == [["a", "b", "c", "d"], ["x", "y"]]
 
 
 def test_scatter_refuses_a_state_of_other_ties():
