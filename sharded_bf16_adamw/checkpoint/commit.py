@@ -37,7 +37,7 @@ DEAD_AFTER_S = 3600
 SEEN_WITHIN_S = 10.0  # network file systems cache folders, so files of other hosts appear late
 UNPUBLISHED = 0  # serial number of a manifest before publish() assigns the next one
 _locks: dict[Path, RootLock | None] = {}  # locks of this process's saves, by partial folder
-_published: dict[Path, int] = {}  # serial number that this process published last, by root
+_published: dict[Path, int] = {}  # serial number that this process published last, by resolved root
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
@@ -55,7 +55,7 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
     """
     _make_folders(root)
     serial, newest = max(readable_checkpoints(root), default=(0, root))
-    if serial > _published.get(root, serial):
+    if serial > _published.get(root.resolve(), serial):
         raise RuntimeError(
             f"another job has saved {newest} since this job's last save there; end one of the "
             "jobs, or give each a root of its own. Otherwise each would remove the other's "
@@ -92,7 +92,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
         raise FileExistsError(
             f"another job has saved {final} in the meantime; give each job a root of its own"
         ) from error
-    _published[root] = manifest.serial
+    _published[root.resolve()] = manifest.serial
     sync_folder(root)  # LATEST must not reach the disk before the folder that it names
     temporary = root / f"{NEW_LATEST}{unique_suffix()}"
     try:
@@ -146,7 +146,7 @@ def check_folder_visible(root: Path, folder: Path, rank: int, action: str = "has
     if not _becomes_true(folder.is_dir, root):
         raise ValueError(
             f"rank {rank} does not see {folder}, which rank 0 {action}: {root} is not the same "
-            "folder for all ranks; give a root on a file system that they share"
+            "folder for all ranks; give a path on a file system that they share"
         )
 
 

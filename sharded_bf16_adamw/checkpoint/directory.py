@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .file_checksums import crc32_text, find_damage
-from .manifest import MANIFEST, Manifest, read_manifest
+from .manifest import MANIFEST, Manifest, is_file_name, read_manifest
 
 LATEST = "LATEST"
 REMOVED = ".removed-"
@@ -59,11 +59,11 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     """
     root = Path(root)
     try:
-        path = root / (root / LATEST).read_text().strip()
+        name = (root / LATEST).read_text().strip()
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
-        path = root
-    if path.parent == root and path != root and _has_manifest(path):
-        return path
+        name = ""
+    if is_file_name(name) and _has_manifest(root / name):
+        return root / name
     complete = complete_checkpoints(root)
     return complete[-1] if complete else None
 
@@ -239,7 +239,9 @@ def _has_manifest(path: Path) -> bool:
     """
     try:
         return stat.S_ISREG(os.stat(path / MANIFEST).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
         return False
 
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 LOCK = ".writer"
@@ -66,14 +67,14 @@ class RootLock:
 
     def release(self) -> None:
         """Release the lock and remove its file."""
-        try:
+        # Another user's file or a lost disk causes an OSError. The save has ended all the same.
+        with suppress(OSError):
             if _is_at(self._descriptor, self._path):
                 os.unlink(self._path)
-        except OSError:
-            pass  # another user's file, or a lost disk: harmless
-        finally:
+        with suppress(OSError):
             # closing is not enough: a forked process may hold a copy of the descriptor
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        with suppress(OSError):
             os.close(self._descriptor)
 
 

@@ -134,35 +134,35 @@ def rewrite(path: Path, **changes: Any) -> None:
 STRANGE = {
     "another key": (
         {"more": 1},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "no groups": (
         {"groups": ...},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "groups of numbers": (
         {"groups": [1]},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "parameters that are no names": (
         {"groups": [{"params": [1], "options": {}}]},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "files in a list": (
         {"files": []},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "size that is no number": (
         {"files": {"a": {"bytes": "1", "crc32": ""}}},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "serial that is no number": (
         {"serial": "newest"},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "extra that is no dict": (
         {"extra": None},
-        "its checksum is right, but this version does not write such content",
+        "its checksum matches, but its structure is unknown to this version",
     ),
     "file elsewhere": (
         {"files": {"../a": {"bytes": 1, "crc32": ""}}},
@@ -200,8 +200,17 @@ def test_foreign_manifest_is_refused_and_later_saves_work(case, tmp_path):
 def test_deeply_nested_manifest_is_refused(tmp_path):
     path = save_step(tmp_path, 1, sharded=False)
     (path / "manifest.json").write_bytes(b"[" * 200_000)
-    with pytest.raises(ValueError, match=r"it is damaged: it is not JSON that save\(\) writes"):
+    with pytest.raises(ValueError, match=r"it is damaged: it is not a JSON manifest"):
         read_manifest(path)
+
+
+@pytest.mark.parametrize("content", ["", ".", "..", "a\0b", "x" * 300, "a/b"])
+def test_latest_that_names_no_folder_is_ignored(content, tmp_path):
+    checkpoint = tmp_path / "step-00000001"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "LATEST").write_text(content)
+    assert latest(tmp_path) == checkpoint
 
 
 def test_unknown_dtype_is_refused(tmp_path):

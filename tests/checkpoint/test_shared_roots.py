@@ -46,7 +46,7 @@ def test_root_on_node_local_disks_is_refused(tmp_path):
     first, second = run_ranks(2, node_local_worker, str(tmp_path), 0.1)
     assert first == second and "\n" not in first
     assert (
-        "run is not the same folder for all ranks; give a root on a file system that they share"
+        "run is not the same folder for all ranks; give a path on a file system that they share"
         in first
     )
     assert (
@@ -165,6 +165,28 @@ def test_failed_or_interrupted_save_releases_the_lock(tmp_path, monkeypatch):
                     save_step(tmp_path, 1, sharded=False)
             assert names(tmp_path) == [] and not commit._locks
     assert_holds(save_step(tmp_path, 1, sharded=False), 1)
+
+
+def test_save_succeeds_if_the_lock_cannot_be_released(tmp_path, monkeypatch):
+    """The server of a network file system was lost after the checkpoint was published."""
+    flock = root_lock.fcntl.flock
+
+    def lost(descriptor: int, operation: int) -> None:
+        if operation == root_lock.fcntl.LOCK_UN:
+            raise OSError(errno.EIO, "Input/output error")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(root_lock.fcntl, "flock", lost)
+    for step in (1, 2):
+        assert_holds(save_step(tmp_path, step, sharded=False), step)
+
+
+def test_one_root_under_two_paths_is_one_root(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for step, root in enumerate(("run", "link", "run/../run", "run")):
+        save_step(tmp_path / root, step, sharded=False, keep=1)
+    assert names(tmp_path / "run") == ["LATEST", "step-00000003"]
 
 
 def test_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
