@@ -50,8 +50,6 @@ class SavedTensor(NamedTuple):
 
     def blocks(self) -> list[Block]:
         """Return the chunks as blocks."""
-        if not self.size:
-            return [Block((), ())] * self.places.shape[1]
         offsets, sizes = (
             [tuple(row) for row in part] for part in self.boxes.transpose(0, 2, 1).tolist()
         )
@@ -111,7 +109,7 @@ class ChunkTable:
             for chunk in entry.chunks:
                 info = storage.get(MetadataIndex(key, chunk.offsets))
                 if info is None:
-                    raise ValueError(f"it does not say where {key} is")
+                    raise ValueError(f"it has no file and offset for a chunk of {key}")
                 file_index = files.setdefault(info.relative_path, len(files))
                 places.append((file_index, info.offset, info.length))
             boxes = [[c.offsets for c in entry.chunks], [c.sizes for c in entry.chunks]]
@@ -212,7 +210,7 @@ class ChunkTable:
         if len(numbers) != length:
             raise ValueError("it is too short or too long")
         boxes, places = (np.cumsum(part) for part in np.split(numbers, [box_ends[-1]]))
-        if length and (min(boxes.min(initial=0), places.min(initial=0)) < 0):
+        if min(boxes.min(initial=0), places.min(initial=0)) < 0:
             raise ValueError("it has negative numbers")
         tensors = {}
         for (key, dtype, size, count), box, place in zip(
@@ -225,7 +223,7 @@ class ChunkTable:
                 places[place : place + 3 * count].reshape(3, count),
             )
             if (tensors[key].places[0] >= len(files)).any():
-                raise ValueError(f"it does not say where {key} is")
+                raise ValueError(f"it has no file and offset for a chunk of {key}")
         return cls(tensors, files)
 
 

@@ -70,7 +70,8 @@ class ChecksummedWriter(FileSystemWriter):
             if isinstance(data, torch.Tensor)
         }
         gpus = devices - {torch.device("cpu")}
-        if not gpus or gpus != {torch.device("cuda", torch.cuda.current_device())}:
+        only_cuda = {gpu.type for gpu in gpus} == {"cuda"}  # else current_device() may raise
+        if not only_cuda or gpus != {torch.device("cuda", torch.cuda.current_device())}:
             self.per_thread_copy_ahead = 0
         with without_crc32():
             return super().write_data(plan, planner)
@@ -201,7 +202,10 @@ def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
     name = CHUNKS if CHUNKS in files else METADATA
     content = (path / name).read_bytes()
     if FileRecord(len(content), crc32_text(zlib.crc32(content))) != files[name]:
-        raise ValueError(f"{unusable}: {name} is not what was written; load another checkpoint")
+        raise ValueError(
+            f"{unusable}: {name} does not match its checksum in the manifest; load another "
+            "checkpoint"
+        )
     try:
         if name == METADATA:
             with gc_paused():
@@ -209,7 +213,7 @@ def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
                 content = table.to_bytes()
         else:
             table = ChunkTable.from_bytes(content)
-    except ValueError as error:
+    except Exception as error:  # crafted metadata can raise anything
         raise ValueError(f"{unusable}: {name}: {error}; load another checkpoint") from error
     unchecked = set(table.files) - set(files)
     if unchecked:

@@ -151,3 +151,15 @@ def find_damage(path: Path, files: dict[str, FileRecord]) -> list[str]:
                     f"{name} is not what was written (CRC-32 {crc32_text(crc)}, not {record.crc32})"
                 )
     return problems
+
+
+def share_of(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:
+    """Return a rank's share of the files: the largest first, each to the rank with fewest bytes."""
+    loads = [0] * world_size
+    share = {}
+    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        least = loads.index(min(loads))
+        loads[least] += record.bytes
+        if least == rank:
+            share[name] = record
+    return share

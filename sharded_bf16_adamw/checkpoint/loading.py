@@ -14,13 +14,14 @@ from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from .async_save import wait_for_own_saves
+from .blocks import local_blocks
 from .chunk_table import ChunkTable
 from .commit import check_folder_visible
 from .dcp_storage import ChunkReader, read_chunks
 from .diff import compare, keys_on_other_ranks, merge_loaded, params_with_state
 from .directory import existing_checkpoint, find_checkpoint, no_checkpoint
 from .extra_state import adopt_saved_specs
-from .file_checksums import FileRecord, find_damage
+from .file_checksums import find_damage, share_of
 from .gc_pause import gc_paused
 from .manifest import Manifest, read_manifest
 from .object_collectives import Group, rank, world_size
@@ -200,7 +201,8 @@ def load(
     ):
         _read_into(tensors, folder, table, group)
         for key in comparison.missing_states:
-            _zero_(state.tensors[key])
+            for _, local in local_blocks(state.tensors[key]):
+                local.zero_()
     # set_state is collective under FSDP1
     with raise_on_all_ranks(f"the model may be partly loaded from {folder}", group):
         set_state(model, optimizer, merge_loaded(state, comparison, tensors), names)
@@ -263,7 +265,7 @@ def _check_files(folder: Path, manifest: Manifest, group: Group) -> ChunkTable:
     failed = f"cannot load the checkpoint {folder}"
     with raise_on_all_ranks(failed, group):
         check_folder_visible(folder.parent, folder, rank(group), "reads")
-        damage = find_damage(folder, _share(manifest.files, rank(group), world_size(group)))
+        damage = find_damage(folder, share_of(manifest.files, rank(group), world_size(group)))
         if damage:
             raise ValueError(
                 f"the checkpoint {folder} cannot be used: {join_problems(damage, 'files')}; load "
@@ -287,18 +289,6 @@ def _read_into(tensors: dict[str, Any], folder: Path, table: ChunkTable, group: 
     ChunkReader(folder, metadata).read_data(plan, planner).wait()
 
 
-def _share(files: dict[str, FileRecord], rank: int, world_size: int) -> dict[str, FileRecord]:
-    """Return a rank's share of the files: the largest first, each to the rank with fewest bytes."""
-    loads = [0] * world_size
-    share = {}
-    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
-        least = loads.index(min(loads))
-        loads[least] += record.bytes
-        if least == rank:
-            share[name] = record
-    return share
-
-
 def _mismatch_message(folder: Path, differences: list[str], by_rank: bool) -> str:
     hint = (
         " (names with @pp or @ep load in the layout that saved them: see ModelParallel)"
@@ -313,10 +303,3 @@ def _mismatch_message(folder: Path, differences: list[str], by_rank: bool) -> st
         f"{hint}; build the model and optimizer as they were when it was saved, or load what fits "
         "with strict=False"
     )
-
-
-def _zero_(tensor: Any) -> None:
-    """Set this rank's shards to zero."""
-    is_sharded = hasattr(tensor, "local_shards")
-    for shard in [part.tensor for part in tensor.local_shards()] if is_sharded else [tensor]:
-        shard.detach().zero_()

@@ -83,7 +83,7 @@ class Manifest:
             checksum = body.pop("checksum")
             version = body.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ValueError("it is damaged: it is not JSON that save() writes") from None
+            raise ValueError("it is damaged: it is not a JSON manifest") from None
         if not isinstance(checksum, str) or len(checksum) != len(_PLACEHOLDER):
             raise ValueError("it is damaged: its checksum is unreadable")
         if crc32_text(zlib.crc32(_with_checksum(content, checksum, _PLACEHOLDER))) != checksum:
@@ -98,7 +98,10 @@ class Manifest:
         except (KeyError, AttributeError, TypeError):
             is_well_formed = False
         if not is_well_formed:
-            raise ValueError("its checksum is right, but this version does not write such content")
+            raise ValueError(
+                "its checksum matches, but its structure is unknown to this version; it may be "
+                "from a newer one"
+            )
         invalid = [name for name in files if not is_file_name(name)]
         if invalid:
             raise ValueError(

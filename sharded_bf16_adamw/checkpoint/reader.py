@@ -14,7 +14,7 @@ from .blocks import Block
 from .chunk_table import ChunkTable
 from .dcp_storage import METADATA, read_chunks
 from .directory import existing_checkpoint
-from .file_checksums import find_damage
+from .file_checksums import find_damage, share_of
 from .manifest import decode, read_manifest
 from .safetensors_io import TensorInfo
 
@@ -62,8 +62,7 @@ class CheckpointReader:
         Raises:
             ValueError: a file is damaged or missing; the message names it.
         """
-        share = dict(list(self.manifest.files.items())[rank::world_size])
-        damage = find_damage(self.path, share)
+        damage = find_damage(self.path, share_of(self.manifest.files, rank, world_size))
         if damage:
             raise self._error("; ".join(damage))
 
@@ -102,7 +101,9 @@ class CheckpointReader:
             ) from error
         expected = TensorInfo(self.blocks[key][index].sizes, self.infos[key].dtype)
         if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != expected:
-            raise self._error(f"{key} in {file_name} contradicts {METADATA}")
+            raise self._error(
+                f"{key} in {file_name} has another shape or dtype than {METADATA} says"
+            )
         return tensor
 
     def _error(self, reason: str) -> ValueError:

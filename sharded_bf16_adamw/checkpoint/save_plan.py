@@ -85,7 +85,7 @@ def merge_plans(
 
     def to_chunks(locations: list[Locations]) -> ChunkTable:
         files, places = _join(locations)
-        assert places.shape[1] == num_items, "each rank tells the place of each of its write items"
+        assert places.shape[1] == num_items, "a rank did not report where it wrote each item"
         tensors = {
             fqn: tensor._replace(places=places[:, tensor.places[1]])
             for fqn, tensor in numbered.tensors.items()

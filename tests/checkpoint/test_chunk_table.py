@@ -15,7 +15,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from sharded_bf16_adamw import AdamW_BF16, load, save, verify
 from sharded_bf16_adamw.checkpoint import dcp_storage
@@ -214,7 +219,7 @@ def test_stale_table_is_refused(tmp_path, path):
     with patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         newer = save(tmp_path, 2, other, AdamW_BF16(other.parameters(), lr=1e-2))
     (path / CHUNKS).write_bytes((newer / CHUNKS).read_bytes())
-    with pytest.raises(ValueError, match=r"\.chunks is not what was written; load another"):
+    with pytest.raises(ValueError, match=r"\.chunks does not match its checksum in the man"):
         read_chunks(path, read_manifest(path).files)
 
 
@@ -225,6 +230,26 @@ def test_broken_table_with_a_right_checksum_is_refused(path, name):
     files[CHUNKS] = FileRecord(len(BROKEN[name]), crc32_text(zlib.crc32(BROKEN[name])))
     with pytest.raises(ValueError, match=r"cannot be used: \.chunks: it is not a table"):
         read_chunks(path, files)
+
+
+def without_fields(kind: type) -> Any:
+    return object.__new__(kind)
+
+
+CRAFTED = {
+    "nothing": without_fields(Metadata),
+    "entry without fields": Metadata({"a": without_fields(TensorStorageMetadata)}, None, {}),
+    "entry that is no tensor's": Metadata({"a": StorageMeta()}, None, {}),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_metadata_with_a_right_checksum_is_refused(tmp_path, name):
+    content = pickle.dumps(CRAFTED[name])
+    (tmp_path / ".metadata").write_bytes(content)
+    files = {".metadata": FileRecord(len(content), crc32_text(zlib.crc32(content)))}
+    with pytest.raises(ValueError, match=r"cannot be used: \.metadata: .*load another checkpoint"):
+        read_chunks(tmp_path, files)
 
 
 @pytest.mark.parametrize("name", [".metadata", CHUNKS])

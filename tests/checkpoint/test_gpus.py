@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -137,6 +138,17 @@ def test_dcp_copies_ahead_from_the_current_gpu_only(gpus, monkeypatch, tmp_path,
     )
     ChecksummedWriter(tmp_path).write_data(planner.plan, planner)
     assert seen == [ahead]
+
+
+def test_writer_asks_for_no_current_gpu_if_the_device_is_not_cuda(monkeypatch, tmp_path):
+    """A tensor on the meta device stands for one on MPS or XPU."""
+    without_cuda = mock.Mock(side_effect=AssertionError("Torch not compiled with CUDA enabled"))
+    monkeypatch.setattr(torch.cuda, "current_device", without_cuda)
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *_: None)
+    planner = Planner({"elsewhere": torch.ones(1, device="meta")})
+    writer = ChecksummedWriter(tmp_path)
+    writer.write_data(planner.plan, planner)
+    assert writer.per_thread_copy_ahead == 0
 
 
 def loaded(saved: dict[str, Tensor]) -> None:
