@@ -77,10 +77,8 @@ def compare(
         if param is None or param in with_state:
             result.mismatches.append(mismatch)
         if param is not None:
-            weight = MODEL + param
-            if weight in saved and not _find_tensor_mismatch(
-                weight, saved, current.tensors[weight]
-            ):
+            weight = current.tensors.get(MODEL + param)  # None if it is a wrapper subclass
+            if weight is not None and not _find_tensor_mismatch(MODEL + param, saved, weight):
                 result.missing_states.append(key)
     for key, value in current.plain.items():
         result.plain[key] = decode(saved_plain[key]) if key in saved_plain else value
@@ -95,7 +93,8 @@ def compare(
     }
     for param in sorted(unused):
         result.mismatches.append(
-            f"unexpected state of {param}, which has none in this optimizer (is it in no group?)"
+            f"unexpected state of {param}: this optimizer has no state for it; add the parameter "
+            "to a group"
         )
     for key in [*saved, *saved_plain]:
         is_known = key in current.tensors or key in current.plain or key in on_other_ranks
@@ -194,7 +193,7 @@ def _compare_groups(saved: list[ParamGroup], current: list[ParamGroup], result: 
             elif name in group.options:
                 result.mismatches.append(
                     f"{name} was saved as {values[first]} for {first} and as {values[other]} for "
-                    f"{other}, but they are in one group"
+                    f"{other}, but one group of this optimizer has both"
                 )
         result.groups.append(ParamGroup(group.params, options))
 

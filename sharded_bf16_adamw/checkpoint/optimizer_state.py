@@ -84,8 +84,10 @@ def init_state(optimizer: torch.optim.Optimizer, only_if_empty: bool = False) ->
     if init is None and not has_some:
         entries = non_param_entries(optimizer)
         optimizer.state.clear()  # torch regards an optimizer with any entry as initialized
-        _init_optim_state(optimizer)
-        optimizer.state.update(entries)
+        try:
+            _init_optim_state(optimizer)
+        finally:
+            optimizer.state.update(entries)
     elif init is not None and not (only_if_empty and has_some):
         init()
 

@@ -145,9 +145,6 @@ def set_state(
             {"state": _unflatten(_section(STATE, flat), known), "param_groups": groups},
             ungrouped=True,
         )
-        for live, group in zip(optimizer.param_groups, state.groups, strict=True):
-            for name, value in group.options.items():
-                live.setdefault(name, value)  # if load_state_dict() drops new options
     entries: dict[Any, Any] = optimizer.state
     entries.update(_section(ENTRY, state.plain))
 

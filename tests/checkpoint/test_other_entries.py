@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 import torch
 from bits import same_bits
 
 from sharded_bf16_adamw import AdamW_BF16, gather_full_state_dict, load, save
+from sharded_bf16_adamw.checkpoint.optimizer_state import init_state
 
 from .two_layers import layers, states, take_steps, trained
 
@@ -51,6 +53,15 @@ def test_entry_of_no_parameter_is_kept(kind, tmp_path):
     if kind is AdamW_BF16:
         assert same_bits(states(fresh, resumed), states(model, optimizer))
         take_steps(fresh, resumed)
+
+
+def test_entry_is_kept_if_a_step_for_missing_states_fails(monkeypatch):
+    optimizer = torch.optim.AdamW(layers().parameters())
+    optimizer.state["epoch"] = 7
+    monkeypatch.setattr(optimizer, "step", mock.Mock(side_effect=RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        init_state(optimizer)
+    assert optimizer.state["epoch"] == 7
 
 
 def test_entry_that_cannot_be_saved_is_named(tmp_path):

@@ -119,6 +119,16 @@ def test_quantised_parameter_does_not_load_into_a_plain_one(tmp_path):
         load(tmp_path, plain, AdamW_BF16(plain.adapter.parameters(), lr=0.1))
 
 
+def test_plain_parameter_does_not_load_into_a_quantised_one_with_a_state(tmp_path):
+    plain = LoRA(0)
+    plain.base = nn.Parameter(torch.ones(4, 4, dtype=BF16), requires_grad=False)
+    save(tmp_path, 1, plain, AdamW_BF16(plain.adapter.parameters(), lr=0.1))
+    model, optimizer = quantised(seed=0)
+    optimizer.state[model.base] = {"correction": torch.zeros(4, 4, dtype=BF16)}
+    with pytest.raises(ValueError, match=r"missing key model.base:qdata; missing key model.base:"):
+        load(tmp_path, model, optimizer)
+
+
 class Named(Tensor):
     """A user's subclass with memory of its own."""
 
