@@ -32,7 +32,8 @@ SUBJECTS = {
 # Advice for messages that give none, by a part of the message.
 ADVICE = {
     "damaged, so it does not count": "`prune` counts undamaged ones only; remove it yourself.",
-    "every checkpoint at … is damaged": "Keep what is there: a damaged checkpoint may be partly usable.",
+    "every checkpoint at … is damaged": "Keep what is there: a damaged checkpoint may be partly "
+    "usable.",
     "an asynchronous save failed": "The checkpoint before it is still the latest. The text after "
     "the colon is the reason; save again.",
     "it is not the metadata of a checkpoint": "Part of *the checkpoint … cannot be used*.",

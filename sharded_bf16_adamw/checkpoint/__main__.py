@@ -5,7 +5,8 @@ Example::
     python -m sharded_bf16_adamw.checkpoint inspect runs/a/checkpoints
 
 Needs no GPU, no torchrun and no model code, and executes no pickle. Exit codes: 0 success; 1 a file
-is damaged or does not fit; 2 wrong use (a path, an option). Errors go to stderr, one sentence each.
+is damaged, does not fit or cannot be written; 2 wrong use (a path, an option). Errors go to stderr,
+one sentence each.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ from .reader import CheckpointReader
 from .state_dict import MODEL, STATE, split_state_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A full disk is an OSError too, but not wrong use.
+PATH_ERRORS = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -49,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parse_args(argv)
         return args.run(args)
-    except (UsageError, OSError) as error:
+    except (UsageError, *PATH_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -193,7 +202,7 @@ def _prune(args: argparse.Namespace) -> int:
         if len(undamaged) == args.keep:
             break
     if not undamaged:
-        raise ValueError(f"no checkpoint at {root} is whole, so none was removed")
+        raise ValueError(f"every checkpoint at {root} is damaged, so none was removed")
     has_failed = False
     for path in checkpoints[: checkpoints.index(undamaged[-1])]:
         if not _has_readable_manifest(path):
@@ -230,7 +239,7 @@ def _report_incomplete(paths: list[Path]) -> None:
     for path in paths:
         print(
             f"{path}: has no {MANIFEST}, so it is not a complete checkpoint; remove it if no copy "
-            "to it is under way",
+            "into it is in progress",
             file=sys.stderr,
         )
 
@@ -326,7 +335,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         command.set_defaults(run=run)
         return command.add_argument
 
-    path_help = "a checkpoint's directory, or that of a run or its checkpoints, for the latest"
+    path_help = "a checkpoint's directory, or a run's directory for its latest checkpoint"
     patterns: dict[str, object] = {"action": "append", "default": [], "metavar": "PATTERN"}
 
     add = add_command("inspect", _inspect, "print what a checkpoint holds")
@@ -345,7 +354,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="float32",
         help="float32: p + correction; bfloat16: p alone",
     )
-    add("--ema", action="store_true", help="write the average of EMA instead of the weights")
+    add("--ema", action="store_true", help="write the EMA of the weights instead of the weights")
     add(
         "--max-shard-size",
         type=_size,
@@ -371,14 +380,14 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eps", type=float)
     add("--weight-decay", type=float)
 
-    add = add_command("prune", _prune, "remove old checkpoints, never one of the newest whole ones")
+    add = add_command("prune", _prune, "remove old checkpoints, but keep the newest undamaged ones")
     add("root", help="directory of a run, or of its checkpoints")
     add(
         "--keep",
         type=_positive_int,
         required=True,
         metavar="N",
-        help="number of whole checkpoints to keep; damaged ones do not count",
+        help="number of undamaged checkpoints to keep",
     )
     add("--dry-run", action="store_true", help="only print what would be removed")
     return parser.parse_args(argv)

@@ -253,8 +253,8 @@ def test_verify_and_prune_report_directories_without_a_manifest(tmp_path, capsys
     code, out, err = run(capsys, "verify", "--all", tmp_path)
     assert code == 1 and out == f"{tmp_path}/step-00000001: ok\n{tmp_path}/step-00000003: ok\n"
     sentence = (
-        "has no manifest.json, so it is not a complete checkpoint; remove it if no copy to it is "
-        "under way"
+        "has no manifest.json, so it is not a complete checkpoint; remove it if no copy into it is "
+        "in progress"
     )
     assert err.splitlines() == [f"{path}: {sentence}" for path in (partly, empty)]
     code, out, pruned = run(capsys, "prune", tmp_path, "--keep", 1)
@@ -374,6 +374,18 @@ def test_damage_exits_with_1_and_one_sentence(tmp_path, capsys):
             and message in err
         )
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
+
+
+def test_full_disk_is_not_wrong_use(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "run")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = run(capsys, "export", tmp_path / "run", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err == f"error: [Errno 28] No space left on device: '{tmp_path}/out'\n"
 
 
 class Evil:
