@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sharded_bf16_adamw import LR, AdamW_BF16
-from sharded_bf16_adamw.kernels.backend import check_backend
+from sharded_bf16_adamw.kernels.backend import backend_module
 from training import hugging_face
 from training.errors import UsageError
 from training.model import GPT, PRESETS, Config
@@ -156,13 +156,13 @@ def make_optimizer(
 
 
 def _check_available(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise UsageError if this machine lacks the optimizer's package or its kernels."""
+    """Raise UsageError if this machine lacks the optimizer's package, or kernels for the device."""
     reason = OPTIMIZERS[args.optimizer].unavailable_reason(device.type == "cuda")
     if reason is not None:
         raise UsageError(f"--optimizer {args.optimizer} {reason}.")
-    if args.optimizer == "bf16":
+    if args.optimizer == "bf16" and args.optimizer_backend is not None:
         try:
-            check_backend(args.optimizer_backend)
+            backend_module(device, args.optimizer_backend)
         except ValueError as error:
             raise UsageError(f"{error}; see --help") from error
 

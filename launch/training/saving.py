@@ -58,7 +58,7 @@ def save_last_step(run: Run) -> None:
     _wait_for_background_save(run)
     if run.last_checkpoint_step != run.step:
         _save(run, in_background=False)
-    elif run.args.export_hf is not None:
+    elif run.args.export_hf is not None and run.last_checkpoint is not None:
         # The run may have been killed before the export, or have had no --export-hf.
         with save_errors():
             export_hf_if_missing(run.args, run.last_checkpoint)

@@ -261,15 +261,16 @@ def test_error_on_one_rank_is_raised_on_all():
 
 
 def train_without_a_package_on_rank_1(rank: int, world_size: int, out: str, what: str) -> Any:
-    real = OptimizerSpec.unavailable_reason, build.check_backend
+    real = OptimizerSpec.unavailable_reason, build.backend_module
     try:
         if rank == 1 and what == "package":
             OptimizerSpec.unavailable_reason = lambda self, has_cuda: "needs a package"
         if rank == 1 and what == "backend":
-            build.check_backend = mock.Mock(side_effect=ValueError("no compiler"))
-        return printed_on_ranks(rank, world_size, out, "--strategy ddp --preset nano --steps 1")
+            build.backend_module = mock.Mock(side_effect=ValueError("no compiler"))
+        options = "--strategy ddp --preset nano --steps 1 --optimizer-backend reference"
+        return printed_on_ranks(rank, world_size, out, options)
     finally:
-        OptimizerSpec.unavailable_reason, build.check_backend = real
+        OptimizerSpec.unavailable_reason, build.backend_module = real
 
 
 @pytest.mark.parametrize(
