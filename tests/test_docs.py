@@ -84,6 +84,7 @@ def test_code_of_page_runs(page, tmp_path):
     assert not any(codes), output
 
 
+@pytest.mark.exhaustive  # test_code_of_page_runs runs the same code in warm processes
 def test_code_of_the_readme_runs_under_torchrun(tmp_path):
     """As users start it: nothing has imported torch before."""
     (tmp_path / "page.py").write_text(script("README.md"))

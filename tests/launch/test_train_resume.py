@@ -91,7 +91,7 @@ def test_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_path
 
 
 def test_all_ranks_save_and_exit_if_one_is_told_to_stop(tmp_path):
-    options = "--steps 100_000 --save-every 1 --eval-every 100_000"
+    options = "--preset nano --steps 100_000 --save-every 1 --eval-every 100_000"
     process = start(2, "--out", tmp_path, options)
     wait_for_step(process, tmp_path, 3)
     ranks = workers(process)
