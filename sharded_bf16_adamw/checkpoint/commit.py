@@ -80,7 +80,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     Raises:
         FileExistsError: without a lock, another job has published a checkpoint of this name.
     """
-    root = final.parent
+    root, resolved = final.parent, final.parent.resolve()
     manifest.serial = 1 + max((serial for serial, _ in readable_checkpoints(root)), default=0)
     write_manifest(partial, manifest)
     sync_folder(partial)
@@ -92,7 +92,7 @@ def publish(partial: Path, final: Path, manifest: Manifest) -> None:
         raise FileExistsError(
             f"another job has saved {final} in the meantime; give each job a root of its own"
         ) from error
-    _published[root.resolve()] = manifest.serial
+    _published[resolved] = manifest.serial
     sync_folder(root)  # LATEST must not reach the disk before the folder that it names
     temporary = root / f"{NEW_LATEST}{unique_suffix()}"
     try:

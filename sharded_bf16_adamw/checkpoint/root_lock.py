@@ -67,15 +67,17 @@ class RootLock:
 
     def release(self) -> None:
         """Release the lock and remove its file."""
-        # Another user's file or a lost disk causes an OSError. The save has ended all the same.
-        with suppress(OSError):
+        try:
             if _is_at(self._descriptor, self._path):
                 os.unlink(self._path)
-        with suppress(OSError):
-            # closing is not enough: a forked process may hold a copy of the descriptor
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        with suppress(OSError):
-            os.close(self._descriptor)
+        except OSError:
+            pass  # another user's file, or a lost disk: harmless
+        finally:
+            with suppress(OSError):  # a lost file server: the save has ended all the same
+                # closing is not enough: a forked process may hold a copy of the descriptor
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            with suppress(OSError):
+                os.close(self._descriptor)
 
 
 def lock_if_possible(root: Path) -> RootLock | None:
