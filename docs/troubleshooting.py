@@ -83,9 +83,6 @@ ADVICE = {
     "stopping after this step": "The run saves and ends; the same command continues it.",
     "no progress for --step-timeout": "A rank hangs or is slow; the stacks that follow say where. "
     "Start the same command again.",
-    "--strategy single runs on one process, not ….": "Give `--world-size 1` or another strategy.",
-    "shards --optimizer bf16 only, not ….": "Give `--strategy ddp` or `fsdp2`.",
-    "are not divisible by … tensor-parallel ranks.": "Plan for a divisor of that number.",
 }
 MIN_WORDS = 3
 # Lists and variables of texts, and functions that return or yield them.

@@ -20,7 +20,6 @@ from bench.markers import write_between_markers
 from planning.models import Shape, from_config, from_preset
 from planning.planner import Options, cheapest, plan_all
 from planning.report import GB, docs, plot, table
-from training.build import WEIGHT_DTYPES
 from training.command_line import Parser, positive, positive_float
 from training.errors import UsageError, exit_code
 from training.model import PRESETS
@@ -77,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--optimizer",
-        choices=WEIGHT_DTYPES,
+        choices=("bf16", "torch-fp32", "torch-bf16"),
         default="bf16",
         help="bf16 is AdamW_BF16 (default: bf16)",
     )

@@ -11,6 +11,8 @@ import torch
 from training.errors import UsageError
 from training.model import GPT, PRESETS, Config, Linear
 
+# Models of these types have the layers of training.model.GPT: no biases, two norms, a gated MLP.
+MODEL_TYPES = ("llama", "mistral")
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -73,15 +75,20 @@ def from_config(path: Path) -> Shape:
         raise UsageError(f"--config {path} is not JSON ({error}): give a config.json.") from None
     if not isinstance(config, dict):
         raise UsageError(f"--config {path} holds no JSON object: give a config.json.")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UsageError(
+            f"--config {path} has model_type = {model_type!r}: only {' and '.join(MODEL_TYPES)}, "
+            "with the layers of Llama, can be planned."
+        )
     dim, ffn, layers, heads, vocab_size = (_size(path, config, key) for key in SIZES)
     key = "num_key_value_heads"  # null or missing without grouped-query attention
     kv_heads = _size(path, {key: config.get(key) or heads}, key)
-    has_experts = config.get("num_local_experts") or config.get("num_experts")
     has_biases = config.get("attention_bias") or config.get("mlp_bias")
     head_dim = config.get("head_dim") or dim // heads
-    if has_experts or has_biases or head_dim * heads != dim or heads % kv_heads:
+    if has_biases or head_dim * heads != dim or heads % kv_heads:
         raise UsageError(
-            f"--config {path} describes experts, biases or heads that do not make up the width: "
+            f"--config {path} describes biases or heads that do not make up the width: "
             "only models with the layers of Llama can be planned."
         )
     is_tied = bool(config.get("tie_word_embeddings", False))

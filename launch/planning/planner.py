@@ -136,10 +136,14 @@ def _check(
     shape: Shape, world_size: int, strategy: str, tensor_ranks: int, options: Options
 ) -> None:
     if strategy == "single" and world_size > 1:
-        raise UsageError(f"--strategy single runs on one process, not {world_size}.")
+        raise UsageError(
+            f"--strategy single runs on one process, not {world_size}: use --world-size 1 or "
+            "another --strategy."
+        )
     if strategy in ("zero1", "zero2") and options.optimizer != "bf16":
         raise UsageError(
-            f"--strategy {strategy} shards --optimizer bf16 only, not {options.optimizer}."
+            f"--strategy {strategy} shards --optimizer bf16 only, not {options.optimizer}: "
+            "use --strategy ddp or fsdp2."
         )
     if options.in_backward and (
         strategy in ("ddp", "fsdp1", "zero1") or options.optimizer != "bf16"
@@ -157,7 +161,8 @@ def _check(
     ):
         if number % tensor_ranks:
             raise UsageError(
-                f"the {number} {what} are not divisible by {tensor_ranks} tensor-parallel ranks."
+                f"the {number} {what} are not divisible by {tensor_ranks} tensor-parallel ranks: "
+                "use fewer ranks."
             )
 
 

@@ -220,6 +220,7 @@ def test_cheapest_sends_least_of_those_that_fit():
 
 def write_config(path, **changes):
     config = {
+        "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 176,
         "num_hidden_layers": 2,
@@ -238,7 +239,7 @@ def test_plan_of_a_hugging_face_config(tmp_path, capsys):
     assert command.main([*arguments.split(), "1"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[-1] == "sends least and fits: --strategy tp --grad-accum 2"
-    assert "single cannot run: --strategy single runs on one process, not 2." in output
+    assert "single cannot run: --strategy single runs on one process, not 2: use" in output
     assert command.main([*arguments.split(), "1e-6"]) == 1
     assert "nothing fits into 1e-06 GB" in capsys.readouterr().out
 
@@ -249,12 +250,13 @@ def test_plan_of_a_hugging_face_config(tmp_path, capsys):
         ("--world-size 0", "0 is not a positive number"),
         ("--memory nan", "--memory: nan is not a positive number"),
         ("--preset nano --strategy tp --world-size 3", "the 2 heads are not divisible by 3"),
-        ("--strategy hsdp --world-size 3", "but there are 3: start an even number"),
+        ("--strategy hsdp --world-size 3", "needs an even number of processes, not 3: start"),
         (
             "--strategy ddp --world-size 4 --batch-size 6",
             "6 is not a multiple of 4 = 4 rank",
         ),
         ("--strategy zero2 --optimizer torch-fp32", "shards --optimizer bf16 only"),
+        ("--optimizer optimi", "--optimizer: invalid choice: 'optimi'"),
         ("--strategy ddp --step-in-backward", "--step-in-backward does not work with"),
         ("--config missing.json", "missing.json cannot be read"),
         ("--config {config}", "has vocab_size = None, not a positive integer"),
@@ -268,11 +270,21 @@ def test_usage_errors_print_one_line_and_return_2(tmp_path, capsys, arguments, m
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_moe_config_is_an_error(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "describes biases or heads that do not make up the width: only"),
+        ({"head_dim": 32}, "describes biases or heads that do not make up the width: only"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "has model_type = 'deepseek_v3': "),
+        ({"model_type": "phi"}, "has model_type = 'phi': only llama and mistral, with the layers"),
+        ({"model_type": None}, "has model_type = None: "),
+    ],
+)
+def test_config_of_another_architecture_is_an_error(tmp_path, capsys, changes, message):
     path = tmp_path / "config.json"
-    write_config(path, num_local_experts=8)
+    write_config(path, **changes)
     assert command.main(["--config", str(path)]) == 2
-    assert "only models with the layers of Llama can be planned" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_live_bytes_follow_allocation_and_release():
