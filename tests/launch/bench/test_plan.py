@@ -1,4 +1,4 @@
-"""``benchmark.py plan``: its metadata are those of a save on as many real ranks."""
+"""``benchmark.py plan`` writes the metadata that a save on as many real ranks writes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def save_worker(rank: int, world: int, launch: str, root: str) -> None:
         save(root, step, model, optimizer)
 
 
-# Eight ranks take most of the time.
+# Eight ranks are the slowest.
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_simulation_has_the_metadata_of_real_ranks(ranks: int, repo: Path, tmp_path: Path) -> None:
     script = repo / "launch" / "benchmark.py"
     options = f"--ranks {ranks} --tensors {TENSORS} --metadata {tmp_path} --json {tmp_path}/j"
     subprocess.run([sys.executable, str(script), "plan", *options.split()], check=True)
-    # eight workers of run_ranks would stay until the last test
+    # run_ranks would keep its workers, up to eight, until the last test
     arguments = (save_worker, str(script.parent), str(tmp_path / "run"))
     assert run_ranks_that_die(ranks, *arguments) == [0] * ranks
     for name in ("step-00000001", "step-00000002"):

@@ -1,4 +1,4 @@
-"""launch/bench/resident.py: the growth of the process, measured by Linux or sampled."""
+"""launch/bench/resident.py: the peak growth of the process, recorded by Linux or sampled."""
 
 import threading
 from pathlib import Path
@@ -9,11 +9,11 @@ from bench import resident
 
 CPU = torch.device("cpu")
 NBYTES = 256 << 20
-pytestmark = pytest.mark.skipif(not resident.STATUS.exists(), reason="only Linux tells")
+pytestmark = pytest.mark.skipif(not resident.STATUS.exists(), reason="only Linux has this file")
 
 
 def growth(while_held=lambda: None):
-    """Return the growth that is measured while a tensor of NBYTES comes and goes."""
+    """Return the peak growth while a tensor of NBYTES is allocated and freed."""
     used = resident.used_bytes(CPU)
     with resident.peak_bytes(CPU) as peak:
         held = torch.ones(NBYTES, dtype=torch.uint8)
@@ -22,7 +22,7 @@ def growth(while_held=lambda: None):
     return peak[0] - used
 
 
-def test_linux_measures_what_came_and_went():
+def test_linux_records_the_peak_of_freed_memory():
     if not resident._reset_peak():
         pytest.skip("this process may not reset its peak")
     torch.ones(2 * NBYTES, dtype=torch.uint8)  # an earlier peak does not count
@@ -48,7 +48,7 @@ def test_memory_is_sampled_where_the_peak_cannot_be_reset(monkeypatch):
     assert growth(two_samples) == pytest.approx(NBYTES, rel=0.1)
 
 
-def test_nothing_is_known_where_the_system_does_not_tell(monkeypatch):
+def test_no_bytes_are_reported_if_the_system_has_none(monkeypatch):
     monkeypatch.setattr(resident, "STATUS", Path("/proc/self/none"))
     with resident.peak_bytes(CPU) as peak:
         pass

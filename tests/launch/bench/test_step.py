@@ -141,11 +141,11 @@ def fake(
 
 
 def test_rounds_are_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "LONG_STEP", 0.0)  # so that no untimed steps precede the others
+    monkeypatch.setattr(measure, "LONG_STEP", 0.0)  # no untimed warm-up steps
     log: list[str] = []
     contenders = [fake(key, log) for key in "abcd"]
     result = measure_size(contenders, [(10,)], CPU, **(FEW | {"rounds": 8}), log=lambda _: None)
-    rounds = [log[i : i + 4] for i in range(4, len(log), 4)]  # after the first steps
+    rounds = [log[i : i + 4] for i in range(4, len(log), 4)]  # after one step each when made
     assert len(rounds) == 10 and all(sorted(r) == list("abcd") for r in rounds)  # 2 to warm up
     assert len({tuple(r) for r in rounds}) > 4
     assert {len(x) for x in result["batches"][0].values()} == {8}
@@ -257,8 +257,8 @@ def test_contenders_of_ours_and_torch_step_all_parameters(monkeypatch: pytest.Mo
     weights = {}
     for c in optimizers.contenders(CPU):
         if c.package is None and c.color != optimizers.CEILING:
-            on = [runner_of_ours().optimizer] if c.runs_on else []  # has taken a step
-            runner = c.make([(300,), (5, 7)], CPU, *on)
+            owner = [runner_of_ours().optimizer] if c.runs_on else []  # has taken a step
+            runner = c.make([(300,), (5, 7)], CPU, *owner)
             before = [p.detach().clone() for p in made[-1]]
             runner.before()
             runner.step()
@@ -266,7 +266,7 @@ def test_contenders_of_ours_and_torch_step_all_parameters(monkeypatch: pytest.Mo
                 (p != q).float().mean() > 0.01 for p, q in zip(made[-1], before, strict=True)
             ), c.key
             if not c.runs_on:
-                runner.step()  # a second step, as for the others
+                runner.step()  # a second step, as the owner of shared tensors has taken
             weights[c.key] = [p.detach() for p in made[-1]]
     same = [key for key in weights if key.startswith("ours") and key != "ours-clip"]
     assert {"ours-reference", "ours-kernel"} <= set(same)

@@ -51,7 +51,7 @@ def nbytes(tensors):
 
 @contextmanager
 def in_backward_on_a_slow_network():
-    """Step in the backward pass in train.py; no collective completes before it is waited for.
+    """Let train.py step in the backward pass, and no collective complete before a wait for it.
 
     Otherwise the set of live tensors would depend on the machine's load.
     """
@@ -70,9 +70,8 @@ def in_backward_on_a_slow_network():
 def measure(rank, world_size, directory, strategy, optimizer, seq_len, accumulation, in_backward):
     """Return the bytes that this rank holds and sends in its third step.
 
-    The first two steps create the states and record the order of gradients. Their storages are
-    recorded, but live bytes are not summed after each operation, which would take a third of the
-    time.
+    The first two steps create the states and record the order of gradients. LiveBytes registers
+    their storages but does not sum them after each operation, which saves a third of the time.
     """
     options = f"--strategy {strategy} --optimizer {optimizer} --grad-accum {accumulation}"
     paths = f"--data {directory}/text --out {directory}/{seq_len}"
@@ -163,7 +162,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("strategy", "optimizer", "accumulation", "in_backward", "seq_len"),
     [
-        # By default each case runs with one length, in turn; the other is marked exhaustive.
+        # The two lengths alternate over the cases; the other length of a case is exhaustive.
         pytest.param(
             *case, seq_len, marks=[] if at == index % len(SEQ_LENS) else pytest.mark.exhaustive
         )
