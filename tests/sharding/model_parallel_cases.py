@@ -1,8 +1,8 @@
 """Jobs whose ranks hold different parameters, to compare with one process that holds them all.
 
-A model is a dict of parameters by the names that one process would use. Each rank builds its part
-of it. Its gradients are those that :func:`gradient` makes of name and step, as pipelines and expert
-parallelism would leave them after their own communication.
+A model is a dict of parameters by the names that one process would use. Each rank builds its part.
+:func:`gradient` makes the gradients from a parameter's name and the step, as they are after the
+communication of pipeline and expert parallelism.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    """Integers times a power of two: sums and means over ranks are exact."""
+    """Return integers times a power of two, whose sums and means over ranks are exact."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + 1000 * step)
     integers = torch.randint(-3, 4, shape, generator=generator).float()
     return (integers * 2.0 ** (step % 5 - 2)).to(
@@ -66,7 +66,7 @@ class Part:
     """The part of a model that one rank holds.
 
     Attributes:
-        names: for each local name the global one and, of a slice of a global tensor, which.
+        names: for each local name the global name, and the slice of the global tensor or None.
         group: the ranks that share the model; None for all.
     """
 
@@ -96,10 +96,7 @@ class Part:
             param.grad = grad
 
     def everything(self) -> dict[str, Tensor]:
-        """Return weights and states by global name.
-
-        The name of a slice of a global tensor holds its position.
-        """
+        """Return weights and states by global name; for a slice, it ends with ``[start]``."""
         found = {}
         for local, (name, part) in self.names.items():
             label = name if part is None else f"{name}[{part.start}]"
@@ -259,7 +256,7 @@ def experts(*, dense: str = "", uneven: bool = False) -> Callable[[int, int, int
 
 
 def stacked_experts(rank: int, world: int, seed: int) -> Part:
-    """Build a plain parameter of this rank's experts, whose numbers are unknown."""
+    """Build one plain parameter for all experts of this rank, whose global numbers are unknown."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     count = 4 // world
     names = {

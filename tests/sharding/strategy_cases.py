@@ -1,9 +1,9 @@
 """The strategies in the table of ``docs/strategies.md``, and a training run for all of them.
 
 The model's layers do not feed each other: each has inputs ``x`` and cotangents ``c`` of its own,
-and the loss is the sum of all ``(layer(x) * c).sum()``. So a weight's gradient is ``c.T @ x`` for
-any weights, and small integers for ``x`` and ``c`` (times a power of two) make every product, every
-sum over rows and every reduction over ranks exact in bfloat16.
+and the loss is the sum of all ``(layer(x) * c).sum()``. So a weight's gradient is ``c.T @ x``,
+whatever the weights are. If ``x`` and ``c`` are small integers (times a power of two), every
+product, every sum over rows and every reduction over ranks is exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHAPES = {  # (inputs, outputs)
     "single_precision": (7, 3),
 }
 GAIN = 10
-CLIP = 5.0  # clips the steps of larger gradients, and leaves the others
+CLIP = 5.0  # exceeded by the norms of some steps only
 Batch = dict[str, tuple[Tensor, Tensor]]  # x (rows, inputs) and c (rows, outputs) of each layer
 
 
@@ -199,7 +199,7 @@ def fp32_sum(
 
 
 def parallelize(model: nn.Module, mesh: Any) -> None:
-    """Shard columns, rows and, for the gain, the rows of its inputs.
+    """Shard weights by columns and by rows and, for the gain, its inputs by rows.
 
     ``single_row`` and ``single_precision`` stay whole on every rank.
     """
@@ -302,7 +302,10 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def backward(wrapped: Wrapped, batch: Batch) -> None:
-    """Compute the gradients of the whole batch: those averaged over ranks, times their number."""
+    """Run a backward pass on this rank's rows, with cotangents times the number of data ranks.
+
+    So the mean over ranks is the gradient of the whole batch.
+    """
     own = {
         name: (
             x[wrapped.data_rank :: wrapped.data_ranks],

@@ -1,4 +1,4 @@
-"""Clipping inside the backward pass by the norm of the step before, over all ranks."""
+"""Clipping inside the backward pass by the previous step's norm, over all ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def clipped_in_backward(wrapped):
 
 
 def scaled_steps(wrapped, sums):
-    """Train by ``step()``, scaled by the norm of the step before: the square root of its sum."""
+    """Train by ``step()``, scaled by the previous step's norm, the square root of its sum."""
     optimizer = AdamW_BF16(wrapped.module.parameters(), lr=1e-2, weight_decay=0.1)
     norms = []
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""CPU process groups of ranks that have created different numbers of groups."""
+"""CPU process groups between ranks that have created different numbers of groups."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class FakeCUDA(torch.Tensor):
 
 
 def nccl_only_worker(rank, world):
-    """CPUOffloadPolicy keeps gradients on the CPU; the mesh's groups stand for NCCL."""
+    """CPUOffloadPolicy keeps gradients on the CPU; the mesh's groups serve only "cuda"."""
     model = nn.Linear(8, 8, bias=False).bfloat16()
     fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)

@@ -59,7 +59,7 @@ def test_shard_groups_of_dtensors():
 
 
 def missing_gradients_worker(rank, world, with_gradient):
-    """Two parameters on different groups; ranks ``with_gradient`` have one of the shared one."""
+    """Two parameters on different groups; only ranks ``with_gradient`` have one for ``shared``."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     shared = nn.Parameter(
         DTensor.from_local(

@@ -1,4 +1,4 @@
-"""A rank that dies or hangs is one clear error on the others; if possible nothing has changed."""
+"""A rank that dies or hangs is one clear error on the others, before weights change if possible."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def die(*args, **kwargs):
 
 def arrange_death(moment, model, optimizer):
     if moment == "backward":
-        # The last gradient, when others are in flight.
+        # At the last gradient, while reductions of others are in flight.
         next(model.parameters()).register_post_accumulate_grad_hook(die)
     elif moment == "forward":
         next(model.children()).register_forward_pre_hook(die)
@@ -113,12 +113,12 @@ OVERLAPPED = r"all-gathering the updated weights \(in a forward pass, .*\)"
         ("ZeRO-2", "norm", True, "summing the gradient norm", True),
         ("ZeRO-2", "norm", False, "summing the gradient norm", True),
         ("ZeRO-2", "gather", False, "gathering the updated weights", False),
-        # the last bucket tells whether ranks have to agree anew
+        # the closing bucket carries the flag
         ("ZeRO-steady-2", "backward", True, AVERAGING, True),
         ("ZeRO-steady-2", "agreement", True, AVERAGING, True),
         ("ZeRO-steady-2", "norm", False, "summing the gradient norm", True),
         ("ZeRO-steady-1", "agreement", False, "agreeing on what to exchange", True),
-        # without an agreement, what waits for the dead rank first depends on how far it came
+        # without a consensus, the first collective to fail depends on how far the dead rank came
         ("ZeRO-static-2", "backward", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "agreement", True, f"({AVERAGING}|summing the gradient norm)", True),
         ("ZeRO-static-2", "gather", False, "gathering the updated weights", False),

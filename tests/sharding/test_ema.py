@@ -68,7 +68,7 @@ def worker(rank, world, name):
 
 
 def full_memory_worker(rank, world):
-    """The third parameter has no memory for its swap, then for its all-gather."""
+    """Run out of memory at the third parameter: first in its swap, then in its all-gather."""
     wrapped = BY_NAME["ZeRO-2"].wrap(Layers(), world)
     optimizer = make_optimizer(wrapped)
     ema = EMA(wrapped.module, optimizer, decay=0.8)
@@ -76,7 +76,7 @@ def full_memory_worker(rank, world):
     optimizer.step(zero_grad=True)
     ema.update()
     before = local_tensors(optimizer)
-    all_gather, calls = DTensor.full_tensor, itertools.count()
+    all_gather, gathers = DTensor.full_tensor, itertools.count()
 
     def failing(function):
         calls = itertools.count()
@@ -89,7 +89,7 @@ def full_memory_worker(rank, world):
         return fail_once
 
     def counted(tensor):
-        next(calls)
+        next(gathers)
         return all_gather(tensor)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -99,12 +99,12 @@ def full_memory_worker(rank, world):
             with pytest.raises(torch.OutOfMemoryError), ema.swapped():
                 raise AssertionError("not entered")
         # Other ranks might not have failed, so no all-gather undoes the swap.
-        assert next(calls) == 0 and all(map(torch.equal, before, local_tensors(optimizer)))
+        assert next(gathers) == 0 and all(map(torch.equal, before, local_tensors(optimizer)))
         optimizer.state_dict()
         patched.setattr(DTensor, "full_tensor", failing(counted))
         with pytest.raises(torch.OutOfMemoryError), ema.swapped():
             raise AssertionError("not entered")
-    assert next(calls) == 1 + 2
+    assert next(gathers) == 1 + 2
     with pytest.raises(RuntimeError, match=r"restart from a checkpoint if ema\.swapped\(\) itself"):
         optimizer.step()
 

@@ -88,7 +88,7 @@ def test_gradients_are_float32_sums_in_rank_order_rounded_once(name):
 
 
 def divided_worker(rank, world):
-    """``set_gradient_divide_factor``, with and without sums alone on the wire."""
+    """``set_gradient_divide_factor``, with and without ``set_force_sum_reduction_for_comms``."""
     grads = of_all_ranks(rank, world)
     for dtype, only_sums in ((BF16, False), (FP32, False), (FP32, True)):
         wrapped = wrap(str(world), layers(), world, dtype)
@@ -182,7 +182,7 @@ def test_bfloat16_is_sent():
 
 
 def late_worker(rank, world, late):
-    """Rank ``late`` comes to the collective after the others have sent."""
+    """Rank ``late`` enters the collective after the others."""
     group = dist.group.WORLD
     store = dist.distributed_c10d._get_default_store()
     # In float32: (2^24 + 1) - 2^24 = 0, but (2^24 - 2^24) + 1 = 1.
@@ -239,7 +239,7 @@ def refused_worker(rank, world):
         with pytest.raises(RuntimeError, match="averaging gradients between ranks 0, 1 failed on"):
             comm(torch.empty(1), grads, group, ReduceOp.AVG)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("replicate",))
-    replicated = replicate(nn.Linear(4, 4), mesh=mesh)  # FSDP2 that all-reduces
+    replicated = replicate(nn.Linear(4, 4), mesh=mesh)  # built on FSDP2, but it all-reduces
     with pytest.raises(ValueError, match="without FSDP2 modules"):
         Fp32SumReduceScatter.install(replicated)
 

@@ -22,8 +22,8 @@ BF16 = torch.bfloat16
 def built_too_early_worker(rank, world):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(BF16)
     optimizer = AdamW_BF16(model.parameters(), lr=1e-2)
-    wrap_of_model = wrap(model, use_orig_params=False)
-    wrap_of_model(torch.ones(1, 4, dtype=BF16)).sum().backward()
+    wrapped = wrap(model, use_orig_params=False)
+    wrapped(torch.ones(1, 4, dtype=BF16)).sum().backward()
     with pytest.raises(
         RuntimeError,
         match=r"built before .*FullyShardedDataParallel.*; "

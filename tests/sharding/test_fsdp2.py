@@ -151,7 +151,7 @@ def hybrid_norm_worker(rank, world):
         param.grad = torch.ones_like(param)
     squared = optimizer.clip_grad_norm_(1.0).item() ** 2
     optimizer.step(zero_grad=True)
-    if rank in (1, 3):  # both replicas of one shard, as a reduction would
+    if rank in (1, 3):  # both replicas of one shard, as after a reduction
         wrapped.module.wide.weight.grad = torch.full_like(wrapped.module.wide.weight, float("inf"))
     else:
         wrapped.module.wide.weight.grad = torch.ones_like(wrapped.module.wide.weight)

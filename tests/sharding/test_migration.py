@@ -1,4 +1,4 @@
-"""Check docs/migration.md on a ZeRO state in torch's AdamW; if torch changes, it must."""
+"""What docs/migration.md says of a ZeRO state in torch's AdamW: update the page if this fails."""
 
 import pytest
 import torch
@@ -21,8 +21,7 @@ def load_into_torch(rank, world_size):
         param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match=r"got mixed torch.Tensor and DTensor"):
         other.step()
-    return True
 
 
 def test_zero_state_loads_into_torch_adamw_but_does_not_step():
-    assert run_ranks(2, load_into_torch) == [True, True]
+    run_ranks(2, load_into_torch)

@@ -109,7 +109,7 @@ def flat_worker(rank, world):
 
 
 def test_flat_parameters_are_sampled_over_all_ranks():
-    """Those of FSDP1 with use_orig_params=False are parameters of their own."""
+    """FSDP1 with use_orig_params=False flattens parameters into one, sampled as a whole."""
     for whole, sampled in run_ranks(2, flat_worker):
         assert sampled["elements"] == whole["elements"]
         assert sampled["update_norm"] != whole["update_norm"]
@@ -117,7 +117,7 @@ def test_flat_parameters_are_sampled_over_all_ranks():
 
 
 SHAPE = (9, 7, 12)
-TWO_ROWS = 20  # elements of a block, at least
+TWO_ROWS = 20  # least elements of a block, which then has two rows of 12
 PLACEMENTS = {
     "replicated": (Replicate(), Replicate()),
     **{f"Shard({dim})": (Replicate(), Shard(dim)) for dim in range(3)},
@@ -129,7 +129,7 @@ PLACEMENTS = {
 
 
 def elements_of_draw(shard):
-    """Return the values in the drawn blocks of a shard, and those that are always read."""
+    """Return the values of a shard that are always read, and those in its drawn blocks."""
     runs = precision_sample.StratifiedSample([shard], [3], [0], 1, 4).draw(8)
     flat = to_local(shard).flatten().tolist()
     found = [[], []]

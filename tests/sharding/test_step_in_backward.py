@@ -95,7 +95,7 @@ def make_input(step, rank, width=32):
 
 
 def chain_worker(rank, world, with_sync):
-    """Two micro-batches a step; return what ``step()`` makes of them, and the option."""
+    """Train on two micro-batches per step; return the results of ``step()`` and of the option."""
     results = []
     for in_backward in (False, True):
         model = chain(world)
@@ -160,9 +160,9 @@ def test_weights_that_are_used_several_times():
 
 
 def memory_worker(rank, world, batch_groups):
-    """Return the bytes of one FSDP group's gradients, and the most bytes alive in each step.
+    """Return one FSDP group's gradient bytes, the peak bytes alive in each step, and a count.
 
-    Also return the number of updates in the last step.
+    The count is the number of updates in the last step.
     """
     model = chain(world)
     alive: dict[int, weakref.ref] = {}
@@ -202,7 +202,7 @@ def memory_worker(rank, world, batch_groups):
 @pytest.mark.parametrize(("batch_groups", "updates"), [(1, 8), (3, 3)])
 def test_gradients_alive_are_those_of_one_batch_of_fsdp_groups(batch_groups, updates):
     for group, peaks, count in run_ranks(2, memory_worker, batch_groups):
-        assert peaks[0] <= (batch_groups + 1) * group  # learns where groups end
+        assert peaks[0] <= (batch_groups + 1) * group  # the first step learns where groups end
         assert peaks[1:] == [batch_groups * group] * (STEPS - 1)
         assert count == updates
 

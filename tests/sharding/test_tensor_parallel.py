@@ -80,14 +80,14 @@ def partial_worker(rank, world):
     batch = {"gain": make_batch(0)["gain"]}
     model(batch).backward()
     weight = model.gain.weight
-    left = weight.grad.placements
+    placements = weight.grad.placements
     optimizer = AdamW_BF16([weight], lr=1e-2)
     norm = optimizer.clip_grad_norm_(1e9)
     optimizer.step()
     x, c = batch["gain"]
     whole = (x.double() * c.double()).sum(0)
     return (
-        left,
+        placements,
         norm.item(),
         whole.norm().item(),
         optimizer.state[weight]["exp_avg"].to_local(),
@@ -96,8 +96,8 @@ def partial_worker(rank, world):
 
 
 def test_partial_gradients_are_reduced():
-    for left, norm, expected_norm, exp_avg, expected in run_ranks(2, partial_worker):
-        assert left == (Partial(),), "what this test is about"
+    for placements, norm, expected_norm, exp_avg, expected in run_ranks(2, partial_worker):
+        assert placements == (Partial(),), "else there is nothing to reduce"
         assert norm == pytest.approx(expected_norm, rel=1e-6)
         torch.testing.assert_close(exp_avg, expected, rtol=2**-7, atol=0)
 

@@ -254,7 +254,7 @@ def backpressure_timeout(seconds: float) -> Iterator[None]:
 
 
 class NewBytes:
-    """Bytes of the tensors created since construction; ``peak`` is the maximum of all looks."""
+    """Bytes of the tensors created since construction; ``peak`` is the most that look() found."""
 
     def __init__(self, model: nn.Module) -> None:
         self._params = list(model.parameters())

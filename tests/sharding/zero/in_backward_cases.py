@@ -17,7 +17,7 @@ def in_backward_optimizer(model, shape, clip=None, **options):
 
 
 def layers(world, **options):
-    """Return a model of a layer per bucket and its optimizer, whose hooks wait for the oldest."""
+    """Return a model of a layer per bucket, and its optimizer, with one reduction at a time."""
     model, size = Linears(LAYERS, WIDTH), LAYER_BYTES / 2**20
     options = {"bucket_size_mb": size, "max_in_flight": 1, "shape": (world,), **options}
     return model, in_backward_optimizer(model, **options)

@@ -118,7 +118,7 @@ def a_rank_without_any_gradient(loop):
 
 def several_backwards(loop):
     for step in range(4):
-        with loop.optimizer.accumulate():  # for step_in_backward=True, else without effect
+        with loop.optimizer.accumulate():  # without effect unless step_in_backward=True
             loop.backward(7 * step)
             loop.backward(7 * step + 1)
         loop.backward(7 * step + 2)

@@ -1,4 +1,4 @@
-"""A network that delivers late, and models whose weights it gathers behind the forward pass."""
+"""A network that delivers late, and models that read weights in unusual ways."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Frozen(nn.Module):
 
 
 class CompiledFunction(nn.Module):
-    """A compiled function reads a weight, which is then seen by no hook."""
+    """A compiled function reads a weight, which no hook sees."""
 
     def __init__(self):
         super().__init__()

@@ -72,7 +72,7 @@ def bits_worker(rank, world, stage, clip, options):
     for p, state in states:
         assert state.to_local().numel() == own_numel(p.shape, rank, world)
         assert state.to_local().untyped_storage().nbytes() == state.to_local().nbytes, (
-            "no more memory than the rows"
+            "no more memory than the shard"
         )
     return collect(model, optimizer), norms
 
@@ -190,13 +190,13 @@ def test_nccl_gives_same_bits(shape, fp32_sum):
 def mean_worker(rank, world, with_nccl):
     """Compare with a sum in float32 in the order of ranks, rounded once."""
     torch.manual_seed(rank)
-    lines = torch.randn(world, 1000).bfloat16()
-    of_ranks = [torch.empty_like(lines) for _ in range(world)]
-    dist.all_gather(of_ranks, lines)
+    grads = torch.randn(world, 1000).bfloat16()
+    of_ranks = [torch.empty_like(grads) for _ in range(world)]
+    dist.all_gather(of_ranks, grads)
     total = functools.reduce(torch.add, [other[rank].float() for other in of_ranks])
     with like_nccl() if with_nccl else nullcontext():
         for dtype in (torch.bfloat16, torch.float32):
-            pending = PendingReduce(lines, one_dimensional(), dtype, fp32_sum=with_nccl)
+            pending = PendingReduce(grads, one_dimensional(), dtype, fp32_sum=with_nccl)
             assert torch.equal(pending.wait(), (total / world).to(dtype))
 
 
@@ -209,18 +209,18 @@ def test_mean_is_rounded_once(world, with_nccl):
 def two_dimensional_mean_worker(rank, world, with_nccl):
     """Sums are float32 between replicas too, and rounded once."""
     mesh = mesh_of((2, 2))
-    lines = torch.randn(2, 1000, generator=torch.Generator().manual_seed(rank)).bfloat16()
-    of_ranks = [torch.empty_like(lines) for _ in range(world)]
-    dist.all_gather(of_ranks, lines)
+    grads = torch.randn(2, 1000, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    of_ranks = [torch.empty_like(grads) for _ in range(world)]
+    dist.all_gather(of_ranks, grads)
     mine = [other[mesh.get_local_rank(1)].float() for other in of_ranks]
     mean = ((mine[0] + mine[1]) / 2 + (mine[2] + mine[3]) / 2) / 2
-    scalar = lines[0, 0].clone()
+    scalar = grads[0, 0].clone()
     param = ZeroParam(nn.Parameter(torch.zeros((), dtype=torch.bfloat16)), mesh, "scale")
     bucket = ReplicatedBucket([param], mesh, torch.bfloat16, torch.float32, True)
     bucket.add_grad(param, scalar)
     with like_nccl() if with_nccl else nullcontext():
         for dtype in (torch.bfloat16, torch.float32):
-            pending = PendingReduce(lines.clone(), mesh, dtype, fp32_sum=True)
+            pending = PendingReduce(grads.clone(), mesh, dtype, fp32_sum=True)
             assert torch.equal(pending.wait(), mean.to(dtype))
         scalars = [other[0, 0].float() for other in of_ranks]
         assert bucket.launch_reduce().wait().item() == pytest.approx(
@@ -237,14 +237,14 @@ def nccl_mean_worker(rank, world, shape):
     """Sums of small integers are exact in bfloat16, so only the division rounds."""
     mesh = mesh_of(shape)
     group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
-    shards = mesh.get_local_rank(mesh.ndim - 1)
-    lines = torch.randint(
+    shard = mesh.get_local_rank(mesh.ndim - 1)
+    grads = torch.randint(
         -8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)
     ).bfloat16()
-    of_ranks = [torch.empty_like(lines) for _ in range(ranks)]
-    dist.all_gather(of_ranks, lines, group=group)
-    total = functools.reduce(torch.add, [other[shards].float() for other in of_ranks])
-    whole = lines[0, :5].clone()
+    of_ranks = [torch.empty_like(grads) for _ in range(ranks)]
+    dist.all_gather(of_ranks, grads, group=group)
+    total = functools.reduce(torch.add, [other[shard].float() for other in of_ranks])
+    whole = grads[0, :5].clone()
     of_all = [torch.empty_like(whole) for _ in range(world)]
     dist.all_gather(of_all, whole)
     for dtype in (torch.bfloat16, torch.float32):
@@ -254,7 +254,7 @@ def nccl_mean_worker(rank, world, shape):
             dist.all_reduce(wanted, group=mesh.get_group(0))
             wanted = (wanted.float() / replicas).to(dtype)
         with like_nccl():
-            assert torch.equal(PendingReduce(lines.clone(), mesh, dtype).wait(), wanted)
+            assert torch.equal(PendingReduce(grads.clone(), mesh, dtype).wait(), wanted)
     with like_nccl():
         reduce_scatter.all_reduce_mean(whole, mesh)
     if not replicas:

@@ -61,7 +61,7 @@ def steps(model, optimizer, first, count):
         optimizer.step(zero_grad=True)
 
 
-def plain(model, optimizer):
+def collect_unwrapped(model, optimizer):
     return {
         name.removeprefix("module."): value for name, value in collect(model, optimizer).items()
     }
@@ -74,25 +74,27 @@ def save_worker(rank, world, root, strategy):
     dcp.save(
         get_optimizer_state_dict(model, optimizer, options=FLATTENED), checkpoint_id=f"{root}/torch"
     )
-    saved = plain(model, optimizer)
+    saved = collect_unwrapped(model, optimizer)
     steps(model, optimizer, 4, 2)
-    return saved, plain(model, optimizer)
+    return saved, collect_unwrapped(model, optimizer)
 
 
 def load_worker(rank, world, root, strategy):
     model, optimizer = build(strategy, fill=7.0)
     load(root, model, optimizer)
-    loaded = plain(model, optimizer)
+    loaded = collect_unwrapped(model, optimizer)
     other, other_optimizer = build(strategy, fill=7.0)
     # torch creates the states by a step with zero gradients.
     state = get_optimizer_state_dict(other, other_optimizer, options=FLATTENED)
     dcp.load(state, checkpoint_id=f"{root}/torch")
     set_optimizer_state_dict(other, other_optimizer, state, options=FLATTENED)
     by_torch = {
-        key: value for key, value in plain(other, other_optimizer).items() if key.count(".") == 2
+        key: value
+        for key, value in collect_unwrapped(other, other_optimizer).items()
+        if key.count(".") == 2
     }
     steps(model, optimizer, 4, 2)
-    return loaded, by_torch, plain(model, optimizer)
+    return loaded, by_torch, collect_unwrapped(model, optimizer)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ STEADY = {
     "in the first two of three": ([ALL, ALL, OTHERS], [OTHERS, ALL, ALL]),
     "another one only once more": ([ALL, {"large"}], [ALL, NONE]),
 }
-# Those of a single step after steady ones, in which all use everything once.
+# The same for one step between steady ones, in which each rank uses everything in a single pass.
 ONE_MORE = {
     "on a rank": ([ALL, {"large"}], [ALL]),
     "on the other rank": ([ALL], [ALL, {"even"}]),
@@ -74,7 +74,7 @@ class Training:
 
 @contextmanager
 def bits_exchanged():
-    """Record the exchanges of one bit alone."""
+    """Record the exchanges of the flag alone."""
     calls, any_rank = [], HostCollectives.any_rank
 
     def recorded(self, condition):
@@ -100,7 +100,7 @@ def worker(rank, world, cases):
 
 
 def check(cases):
-    """Compare with a single process, and return how often each case exchanged one bit alone."""
+    """Compare with a single process, and return how often each case exchanged the flag alone."""
     for found in run_ranks(2, worker, cases):
         exchanges = {name: int(result.pop("exchanges")) for name, result in found.items()}
         for name, patterns in cases.items():

@@ -305,7 +305,7 @@ def test_live_gradients_are_those_of_a_bucket_and_a_parameter(world):
 
 
 def order_worker(rank, world):
-    """Return the order of events in a backward pass, and the collectives with the option or not."""
+    """Compare the collectives with and without the option; return the events of the last step."""
     sent = []
     for options in ({}, {"step_in_backward": True}):
         model = Linears(LAYERS, WIDTH)
@@ -360,7 +360,7 @@ def early_reader_worker(rank, world):
                 assert not any(flags[: LAYERS - 1 - done]), "their gradients are yet to come"
             rows = [(p != before).any(1) for p, before in zip(params, old, strict=True)]
             share = WIDTH // world
-            for row in rows[1:]:  # all but the bucket that was sent last
+            for row in rows[1:]:  # all but the bucket that was launched last
                 assert row[rank * share : (rank + 1) * share].all()
                 assert not row[: rank * share].any() and not row[(rank + 1) * share :].any()
             optimizer.step()

@@ -32,7 +32,7 @@ def recovery_worker(rank, world, folder, failing):
     for fails in (False, True):
         model, optimizer = layers(world)
         root = f"{folder}/{fails}"
-        with backpressure_timeout(5.0):  # the others wait so long for a rank that has failed
+        with backpressure_timeout(5.0):  # how long the others wait for a failed rank
             for step in range(2):
                 backward(model, rank, step)
                 optimizer.step()
@@ -98,7 +98,6 @@ def error_worker(rank, world, error):
             param.grad = None
         backward(model, rank, 1)
         optimizer.step()
-    return [param.detach() for param in model.parameters()]
 
 
 @pytest.mark.parametrize("error", [second_pass, another_gradient, parameter_replaced])
@@ -156,7 +155,7 @@ def test_error_before_any_update_drops_the_gradients():
 def dropped_worker(rank, world):
     """Once a rank has dropped the step, the others' abandon_step() exchanges nothing.
 
-    It does again in the next step.
+    In the next step, abandon_step() is collective again.
     """
     results = []
     for fails in (False, True):
@@ -234,7 +233,7 @@ def test_step_that_is_dropped_again(run_pass):
 
 
 def uneven_worker(rank, world):
-    """Rank 0 runs one more backward pass. Rank 1 updates by what it takes for the last one."""
+    """Rank 0 runs one more backward pass; rank 1 updates weights in its only one."""
     model, optimizer = layers(world)
     with backpressure_timeout(60.0):
         if rank == 0:

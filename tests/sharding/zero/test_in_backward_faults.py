@@ -54,7 +54,7 @@ def accumulated(model, optimizer, rank, failing):
 
 
 def not_in_step(model, optimizer, rank, failing):
-    """The others abandon the step after their backward pass."""
+    """The others abandon the step after their backward pass, without step()."""
     if rank != failing:
         with backpressure_timeout(5.0):
             backward(model, rank, 2)

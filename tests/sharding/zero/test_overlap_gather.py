@@ -172,7 +172,7 @@ def test_compiled_modules_find_all_weights(how):
 
 
 def no_effect_worker(rank, world):
-    """No forward pass of the given model is seen: a warning, and weights come in step()."""
+    """No forward pass of the given model is seen: a warning, and step() waits for the weights."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -227,7 +227,7 @@ def test_pass_without_output_after_steps_without_a_pass_is_recorded():
 
 
 def outside_worker(rank, world):
-    """The loss's own weight is read outside the model: it is there when step() returns."""
+    """A weight that is read outside the model has arrived when step() returns."""
     model, scale = layers(), nn.Parameter(torch.ones(WIDTH).bfloat16())
     optimizer = optimizer_of(model, [*model.parameters(), scale])
     with late_network():

@@ -33,7 +33,7 @@ from .cases import (
 )
 from .loop_cases import ALL, FP32_SUMS, Loop, assert_loops_match, run_loops
 
-# In the first step the order of gradients is found, and broadcast; the second has final buckets.
+# The first step records and broadcasts the order of gradients; the second has the final buckets.
 STEPS_WITH_EXCHANGES, BROADCASTS = 2, 1
 
 
@@ -178,7 +178,7 @@ def test_added_group_is_agreed_on(stage, between):
 
 
 def not_averaged_worker(rank, world):
-    """The first gradients, zeros, do not show yet that nobody averages."""
+    """The first gradients are zeros, which are equal although nobody averages them."""
     model = Parameters()
     optimizer = new_optimizer(model, zero(1, static_graph=True))
     model({name: torch.zeros_like(grad) for name, grad in mean_gradients(0).items()}).backward()

@@ -293,7 +293,7 @@ MORE_BACKWARDS = {5: [rank_1_lacks_all], 6: [everything] * 2}  # additional back
 
 @contextmanager
 def closed_steps(allowed):
-    """Count calls of ``reduce_unless`` by success; if not ``allowed``, never expect repetition."""
+    """Count calls of ``reduce_unless`` by success; if not ``allowed``, no step becomes steady."""
     counts = Counter()
     reduce_unless = ClosingBucket.reduce_unless
 
