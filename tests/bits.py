@@ -24,7 +24,7 @@ SPECIAL = {
 
 
 def same_bits(actual: Any, expected: Any, *, any_nan: bool = False) -> bool:
-    """Return whether :func:`differences` finds none."""
+    """Return True if :func:`differences` finds none."""
     return not differences(actual, expected, any_nan=any_nan)
 
 
@@ -43,7 +43,7 @@ def differences(actual: Any, expected: Any, where: str = "", *, any_nan: bool = 
     Args:
         actual: what was found.
         expected: what it is compared with.
-        where: the name of both in the result.
+        where: a name, with which each line begins.
         any_nan: whether a NaN equals every NaN, not only one of the same bits.
 
     Returns:
@@ -112,5 +112,5 @@ def random_bits(n: int, dtype: torch.dtype, generator: torch.Generator, offset: 
         patterns = halves.view(torch.int32).flatten()
     else:
         patterns = halves[:, 1].contiguous()
-    use = torch.rand(n, generator=generator) < 0.2
-    return torch.where(use, chosen, patterns).view(dtype)[offset:]
+    is_special = torch.rand(n, generator=generator) < 0.2
+    return torch.where(is_special, chosen, patterns).view(dtype)[offset:]

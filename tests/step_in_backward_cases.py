@@ -63,7 +63,7 @@ class Checkpointed(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parameters of both dtypes, one of no element, one 0-dim, one with strides of its own."""
+    """Parameters of both dtypes, among them an empty, a 0-dim and a transposed one."""
 
     def __init__(self):
         super().__init__()

@@ -351,30 +351,31 @@ def test_step_may_be_an_integer_of_numpy_or_torch(step, tmp_path):
 
 def test_swapped_arguments_are_named_with_their_order(tmp_path):
     model, optimizer = trained()
-    of_save, of_load = (
+    save_order, load_order = (
         f"the order of arguments is {call}"
         for call in (r"save\(root, step, model, optimizer\)", r"load\(path, model, optimizer\)")
     )
     with pytest.raises(
         ValueError,
-        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_save}$",
+        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {save_order}$",
     ):
         save(tmp_path, 1, optimizer, model)
     with pytest.raises(
         ValueError,
-        match=f"^optimizer must be a torch.optim.Optimizer, but it is of type NoneType; {of_save}$",
+        match="^optimizer must be a torch.optim.Optimizer, but it is of type NoneType; "
+        f"{save_order}$",
     ):
         save(tmp_path, 1, model, None)
     assert not list(tmp_path.iterdir())
     save(tmp_path, 1, model, optimizer)
     with pytest.raises(
         ValueError,
-        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {of_load}$",
+        match=f"^model must be a torch.nn.Module, but it is of type AdamW_BF16; {load_order}$",
     ):
         load(tmp_path, optimizer, model)
     with pytest.raises(
         ValueError,
-        match=f"^optimizer must be a torch.optim.Optimizer, but it is of type int; {of_load}$",
+        match=f"^optimizer must be a torch.optim.Optimizer, but it is of type int; {load_order}$",
     ):
         load(tmp_path, model, 1)
 

@@ -1,4 +1,4 @@
-"""Clipping inside the backward pass, by the norm of the step before or of each parameter."""
+"""Clipping inside the backward pass, by the previous step's norm or by each parameter's own."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ def train_in_backward(model, optimizer, steps):
 
 
 def train_with_scales(model, optimizer, steps, max_norm):
-    """Take steps with the scale that the norm of the step before gives."""
+    """Take plain steps, each with the scale that the previous step's norm gives."""
     norms, scale = [], None
     for step in steps:
         make_loss(model, step).backward()
@@ -68,7 +68,7 @@ def optimizer_of(model, **options):
     return AdamW_BF16(groups_of(model), lr=1e-2, **options)
 
 
-def test_the_norm_of_the_step_before_scales_the_gradients():
+def test_the_previous_steps_norm_scales_the_gradients():
     ours, plain = make_model(), make_model()
     clipping = ClipInBackward(2.0)
     optimizer = optimizer_of(ours, step_in_backward=True, clip_in_backward=clipping)
@@ -150,7 +150,7 @@ def test_a_step_without_gradients_has_norm_0():
     assert optimizer.previous_grad_norm == 0
 
 
-def test_a_step_without_parameters_has_norm_zero():
+def test_a_step_without_parameters_has_norm_0():
     """A pipeline stage may have no parameters of any group."""
     optimizer = AdamW_BF16(
         [{"params": []}], lr=1e-2, step_in_backward=True, clip_in_backward=ClipInBackward(1.0)
@@ -160,7 +160,7 @@ def test_a_step_without_parameters_has_norm_zero():
 
 
 def test_each_stream_computes_the_scale_for_itself():
-    """A stream would have to wait for what another one computes."""
+    """A shared scale would make one stream wait for another."""
     groups = [{"params": [], "previous_grad_sum_sq": torch.tensor(4.0, dtype=torch.float64)}]
     clip = PreviousStepClip(1.0, groups, GradNorm(TorchManaged()), None)
     cpu, streams = torch.device("cpu"), ("compute", "reduce-scatter")
@@ -197,7 +197,7 @@ def test_the_norm_is_part_of_the_state(how, tmp_path):
     assert equal(*map(snapshot, (optimizer, resumed)))
 
 
-def test_a_step_that_is_abandoned_keeps_the_norm_of_the_one_before():
+def test_an_abandoned_step_keeps_the_previous_steps_norm():
     model = make_model()
     optimizer = optimizer_of(model, step_in_backward=True, clip_in_backward=ClipInBackward(2.0))
     (norm,) = train_in_backward(model, optimizer, range(1))

@@ -1,4 +1,4 @@
-"""No internal tensor follows ``torch.set_default_device``; with "meta" it would have no values."""
+"""Internal tensors ignore ``torch.set_default_device``; on "meta" they would have no values."""
 
 from collections.abc import Iterator
 

@@ -185,7 +185,7 @@ def test_optimizer_built_before_fully_shard_is_rejected(steps_before):
 
 @pytest.mark.parametrize(("with_grad", "searches"), [(True, 1), (False, 6)])
 def test_search_for_replaced_parameters_ends(with_grad, searches, monkeypatch):
-    """It walks all objects of the process."""
+    """It walks all objects of the process, so it must not run in every step."""
     found = []
     monkeypatch.setattr(
         gradients,
@@ -203,7 +203,7 @@ def test_search_for_replaced_parameters_ends(with_grad, searches, monkeypatch):
 
 
 def collectable_model_worker(rank, world):
-    """Unused parameters of an optimizer have the shapes of a sharded model that is garbage."""
+    """Step on unused parameters of the same shapes as a sharded model that is garbage."""
 
     def train_another():
         sharded = fully_shard(nn.Linear(5, 3).to(torch.bfloat16))
@@ -222,7 +222,7 @@ def test_garbage_model_is_not_taken_for_a_replacement():
 
 
 def raw_tensor_worker(rank, world):
-    """A tensor with a sharded parameter's shape was never a module's parameter."""
+    """Step on a tensor that was in no module but has the shape of a sharded parameter."""
     sharded = fully_shard(nn.Linear(4, 4).to(torch.bfloat16))
     prompt = torch.zeros(4, 4, dtype=torch.bfloat16, requires_grad=True)
     optimizers = [AdamW_BF16(sharded.parameters(), lr=1e-2), AdamW_BF16([prompt], lr=1e-2)]
@@ -256,10 +256,10 @@ def train_on_full_gradients(model, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize("of", [AdamW_BF16, torch.optim.AdamW])
-def test_fsdp2_loads_the_full_state_of_one_process(of):
+@pytest.mark.parametrize("optimizer_class", [AdamW_BF16, torch.optim.AdamW])
+def test_fsdp2_loads_the_full_state_of_one_process(optimizer_class):
     model = make_model()
-    optimizer = of(model.parameters(), lr=1e-2)
+    optimizer = optimizer_class(model.parameters(), lr=1e-2)
     for p, grad in zip(model.parameters(), full_gradients(0, model), strict=True):
         p.grad = grad
     optimizer.step()
@@ -309,7 +309,7 @@ def test_state_with_another_sharding_is_rejected():
 
 
 def second_model_worker(rank, world):
-    """Plain models without gradients beside an FSDP2 model were not replaced by it.
+    """An FSDP2 model has not replaced the parameters of plain models without gradients.
 
     One is alive and has the same shapes; the other is gone and has other shapes.
     """
@@ -334,7 +334,7 @@ def nonfinite_worker(rank, world):
     for step in range(2):
         for p, grad in zip(model.parameters(), full_gradients(step, model), strict=True):
             if step == 1 and p.shape == (13, 6):
-                grad[12, 5] = float("nan")  # only in the last rank's rows
+                grad[12, 5] = float("nan")  # in the last rank's shard alone
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
         if step == 1:
             before = collect(model, optimizer)

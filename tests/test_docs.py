@@ -76,7 +76,7 @@ def script(page: str) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in QUOTING | {*EXCLUDED}])
 def test_code_of_page_runs(page, tmp_path):
-    """In the order of the page, in one script; on two ranks if it needs a process group."""
+    """All blocks run in order as one script; on two ranks if they need a process group."""
     code = script(page)
     (tmp_path / "page.py").write_text(code)
     ranks = 2 if "init_process_group(" in code else None
@@ -86,7 +86,7 @@ def test_code_of_page_runs(page, tmp_path):
 
 @pytest.mark.exhaustive  # test_code_of_page_runs runs the same code in warm processes
 def test_code_of_the_readme_runs_under_torchrun(tmp_path):
-    """As users start it: nothing has imported torch before."""
+    """It is started as users do: nothing has imported torch before."""
     (tmp_path / "page.py").write_text(script("README.md"))
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 page.py"
     result = subprocess.run(

@@ -92,7 +92,7 @@ def test_inf_and_nan_stay():
 
 
 def test_average_follows_where_bfloat16_averaged_model_stalls():
-    """Weights near 1 move by 3e-4 a step; 0.001 of the distance is below half a step of bf16."""
+    """Weights near 1 move by 3e-4 a step; 0.001 of the distance is below half a bf16 ulp."""
     start = (1.0 + torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) / 2).to(BF16)
     model = nn.ParameterList([nn.Parameter(start.clone())])
     optimizer = AdamW_BF16(model.parameters(), lr=3e-4, weight_decay=0.0)
@@ -102,7 +102,7 @@ def test_average_follows_where_bfloat16_averaged_model_stalls():
     exact = start.double()
     for step in range(300):
         noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
-        model[0].grad = (1 + 0.3 * noise).to(BF16)  # or equal elements would get equal draws
+        model[0].grad = (1 + 0.3 * noise).to(BF16)  # equal elements would get equal draws
         optimizer.step(zero_grad=True)
         ema.update()
         torchs.update_parameters(model)
@@ -345,14 +345,13 @@ def test_state_dict_carries_the_average_and_its_count():
     for group in other.param_groups:
         assert group["ema_updates"] == 3
     model, other, ema = build()
-    train_with(other, ema, 3)  # the weights of then
+    train_with(other, ema, 3)  # so that the weights are those at the time of the save
     other.load_state_dict(saved)
     train_with(other, ema, 2)
     assert equal(snapshot(other), expected)
 
 
 def test_loaded_state_without_average_starts_one_at_the_weight():
-    _, plain = build()[:2]
     plain = AdamW_BF16([param(4, 8), param(8, seed=1)], lr=1e-2)
     train(plain, 2)
     model, optimizer, ema = build()

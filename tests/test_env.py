@@ -103,7 +103,7 @@ def test_names_what_is_slow_and_what_to_do(changes, expected):
     assert f"- {found}" in env.report(healthy(**changes))
 
 
-def test_a_compiler_does_not_mend_a_source_folder():
+def test_advice_for_a_source_folder_is_not_a_compiler():
     (found,) = env.slow_parts(healthy(backends={"native (CPU)": f"{cpu.SOURCE_FOLDER} /src"}))
     assert found.endswith(f"tens of times slower: {cpu.SOURCE_FOLDER} /src.")
 

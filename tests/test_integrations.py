@@ -88,7 +88,7 @@ def test_page_is_in_the_table_and_in_the_navigation(page, repo):
 
 
 def test_torch_adamw_takes_the_state_and_keeps_a_stale_correction():
-    """As the page on traps says; if torch changes that, the page must."""
+    """docs/integrations/index.md says so; if torch changes that, the page must change."""
     weight = torch.nn.Parameter(torch.linspace(1, 2, 64).bfloat16())
 
     def step(optimizer):

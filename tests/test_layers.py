@@ -53,7 +53,7 @@ ALLOWED = {
 
 
 def imported_layers(file: Path, package: Path) -> set[str]:
-    """Return the layers of the package that ``file`` imports, except its own."""
+    """Return the layers of the package that ``file`` imports, without its own layer."""
     parts = file.relative_to(package).with_suffix("").parts
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):

@@ -20,7 +20,7 @@ LOGGER = logging.getLogger("sharded_bf16_adamw")
 
 
 class Collector(logging.Handler):
-    """A handler that collects the package's log records from ``level`` up while active."""
+    """A handler that, while active, collects the package's log records from ``level`` up."""
 
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__(logging.NOTSET)
@@ -196,7 +196,7 @@ def sharded_worker(rank: int, world: int) -> list[tuple[list[str], int, str]]:
 
 
 def test_log_and_repr_show_bytes_of_this_rank():
-    """Rank 0 has the shard of 2 weight rows and 2 biases, rank 1 of one each."""
+    """Rank 0 holds 2 rows of the weight and 2 elements of the bias, rank 1 one of each."""
     for rank, results in enumerate(run_ranks(2, sharded_worker)):
         (fsdp2_log, fsdp2_bytes, fsdp2_repr), (zero_log, zero_bytes, zero_repr) = results
         assert fsdp2_log == [line(2, 0, (20, 10)[rank], fsdp2_bytes)]

@@ -28,7 +28,7 @@ class TestSaving:
         assert equal(snapshot(a), snapshot(b))
 
     def test_loaded_states_have_a_fixed_order(self):
-        """torch's FSDP1 code gathers in each rank's dict order, which its load takes from a set."""
+        """torch's FSDP1 code gathers states in dict order; on load that order comes from a set."""
         a, b = AdamW_BF16([param(30)]), AdamW_BF16([param(30)])
         train(a, 2)
         shuffled = a.state_dict()
@@ -84,7 +84,7 @@ class TestSaving:
         assert state["step"].item() == 2
 
     def test_state_of_adamw_bfloat16_loads_with_its_correction(self):
-        """Its ``state_dict()`` as version 0.2.0 writes it: a step that is a float, ``shift``."""
+        """Version 0.2.0 writes the step as a float, and the correction as ``shift``."""
         p = param(30)
         shift = torch.linspace(-1e-3, 1e-3, 30).bfloat16()
         source = {

@@ -60,7 +60,7 @@ class TestSchedule:
         assert optimizer.param_groups[0]["lr"] == 0.1 * 2
 
     def test_torch_scheduler_on_lr_function_warns_once(self):
-        """It takes the first lr of a warm-up as its base lr."""
+        """The scheduler takes the first lr of a warm-up as its base lr."""
         optimizer = AdamW_BF16([param(2)])
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
         with pytest.warns(

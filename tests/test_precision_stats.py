@@ -1,4 +1,4 @@
-"""precision_stats: against float64 on made cases, and without effect on the optimizer."""
+"""precision_stats: against float64 on constructed cases, and without effect on the optimizer."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ NAMES = (
 
 
 def stepped(optimizer):
-    """Take the step; return for each group its tensors before and after it, flat and in float64."""
+    """Take the step; return each parameter's tensors before and after it, flat and in float64."""
     groups = []
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -51,7 +51,7 @@ def correction_of(optimizer, p):
 def expected(rows, scale=1.0, weights=None):
     """Compute the statistics in float64 from the stored tensors before and after a step.
 
-    ``weights`` say for each row how often each element counts; once by default.
+    ``weights`` has a tensor for each row: how often each element counts, by default once.
     """
     p, p_new, c, c_new, u, m, v, ulps, plain, of_ulps = ([] for _ in range(10))
     weights = [torch.ones_like(row[4]) for row in rows] if weights is None else weights
@@ -298,7 +298,7 @@ class TestErrors:
 
 
 def test_capture_by_a_cuda_graph_is_refused(monkeypatch):
-    """Before the table is built: its own message would ask for a step like it before."""
+    """It is refused before a table is built, whose error would ask for an eager step."""
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = AdamW_BF16([weight], lr=1e-3)
     weight.grad = torch.ones_like(weight)

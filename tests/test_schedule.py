@@ -1,4 +1,4 @@
-"""The LR and WSD schedules by themselves."""
+"""The schedules LR and WSD, mostly without an optimizer."""
 
 import math
 import pickle
@@ -106,5 +106,5 @@ def test_wsd_drives_the_optimizer_and_can_be_pickled():
 
 
 def test_peak_is_exact_at_the_first_step_of_the_decay():
-    assert 1.2e-5 + (1e-4 - 1.2e-5) != 1e-4, "the closed form is not"
+    assert 1.2e-5 + (1e-4 - 1.2e-5) != 1e-4, "the closed form is not exact"
     assert wsd(lr=1e-4, floor=1.2e-5)(12) == 1e-4

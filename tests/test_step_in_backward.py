@@ -242,7 +242,7 @@ class TestHookCoverage:
         optimizer.step()
         assert torch.equal(removed, before) and removed.grad is not None
         removed.sum().backward()
-        optimizer.state_dict()  # does not raise: the gradient has started no step
+        optimizer.state_dict()  # does not raise, since that gradient has started no step
 
     def test_user_hook_registered_earlier_runs_first(self, update_each_param_alone):
         def halve(param):
@@ -260,7 +260,9 @@ class TestHookCoverage:
 
 class TestCopies:
     @pytest.mark.parametrize(
-        "duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
+        "duplicate",
+        [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))],
+        ids=["deepcopy", "pickle"],
     )
     def test_have_hooks_of_their_own(self, duplicate, update_each_param_alone):
         model = make_layers()

@@ -1,4 +1,4 @@
-"""Misuse of ``step_in_backward`` and failed backward passes raise, and tell the remedy."""
+"""Misuse of ``step_in_backward`` and failed backward passes raise errors that say what to do."""
 
 import copy
 
@@ -16,7 +16,7 @@ FAILED = r"after a backward pass that raised when \d+ of \d+ parameters were upd
 
 
 class TestSecondGradient:
-    """Trap: several backward passes before a step would take several steps."""
+    """Several backward passes before ``step()`` would update parameters several times."""
 
     def test_raises_before_anything_is_updated_again(self, batch_bytes):
         model = make_layers()
@@ -75,7 +75,7 @@ class TestSecondGradient:
 
 
 class TestUpstreamOfItself:
-    """Trap: a weight that the backward pass has yet to read when it is updated."""
+    """The backward pass must not update a weight that it has yet to read."""
 
     def test_a_detached_use_raises_autograds_error(self, update_each_param_alone):
         weight, other = [nn.Parameter(torch.ones(3, 3, dtype=BF16)) for _ in range(2)]

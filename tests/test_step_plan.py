@@ -85,7 +85,7 @@ def state_emptied(model, optimizer):
 
 @changes
 def memory_of_a_state_replaced(model, optimizer):
-    """Old recipes move a state to another device like this."""
+    """Old code that moves states to another device does this."""
     for state in optimizer.state.values():
         for value in state.values():
             value.data = value.data.clone()
@@ -271,7 +271,7 @@ def test_step_sees_a_new_size_at_the_same_address():
 
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_gradient_of_another_size_is_rejected(steps_before):
-    """A kernel would read beyond its end."""
+    """A kernel would read beyond the gradient's end."""
     first, param = nn.Parameter(torch.ones(4, dtype=BF16)), nn.Parameter(torch.ones(8, dtype=BF16))
     memory = param.data
     optimizer = AdamW_BF16([("first", first), ("second", param)], lr=1e-1)
@@ -374,7 +374,7 @@ def test_step_sees_new_strides_at_the_same_address():
     ],
 )
 def test_changes_alter_the_result_of_a_stale_plan(change, monkeypatch):
-    """With a plan that is never invalid, the test above fails."""
+    """test_next_step_sees_the_change fails if a plan is never invalid."""
     monkeypatch.setattr(StepPlan, "is_valid", lambda *_: True)
     cached, rebuilt = run(change, False), run(change, True)
     assert not all(torch.equal(a, b) for a, b in zip(cached, rebuilt, strict=True))

@@ -54,6 +54,6 @@ def test_every_advice_is_for_a_message(generator):
 
 
 def test_every_class_of_messages_has_some(generator):
-    """A subject whose files have moved would be empty, or its messages under another."""
+    """A class would have none if its files had moved."""
     sections = generator.sections().split("### ")[1:]
     assert all("\n- " in section for section in sections)

@@ -23,7 +23,7 @@ def skip_reason(backend: str) -> str | None:
         return None
     try:
         kernels.check_backend(backend)
-    except ValueError as error:  # no compiler at installation, for one
+    except ValueError as error:  # for example, there was no compiler at installation
         return str(error)
     return None
 

@@ -35,11 +35,11 @@ def storage(x: Tensor) -> Tensor:
 
 
 def check_layouts(update: Update) -> None:
-    """Check that tensors of any layouts, equal or mixed, get the bits of contiguous ones."""
+    """Check that the layouts of the five tensors, equal or different, do not change the bits."""
     start = typical(N, 60).map(lambda x: x.view(SHAPE))
     names = list(LAYOUTS)
     mixed = [tuple(names[(i + j) % len(names)] for j in range(5)) for i in range(len(names))]
-    own = [
+    one_differs = [
         ("contiguous",) * i + (name,) + ("contiguous",) * (4 - i)
         for name in names
         for i in range(5)
@@ -47,7 +47,7 @@ def check_layouts(update: Update) -> None:
     for wide in (False, True):
         state = start._replace(g=start.g.float()) if wide else start
         wanted = stepped(update, state.map(torch.flatten), 3).map(lambda x: x.view(SHAPE))
-        for layout in [*((name,) * 5 for name in names), *mixed, *own]:
+        for layout in [*((name,) * 5 for name in names), *mixed, *one_differs]:
             laid = State(*(LAYOUTS[name](x) for name, x in zip(layout, state, strict=True)))
             before = [(x.data_ptr(), x.stride()) for x in laid]
             take_step(update, laid, 3)
@@ -97,7 +97,7 @@ def check_expanded_gradient(update: Update) -> None:
 
 
 def check_skipped_in_any_layout(update: Update) -> None:
-    """Check that found_inf leaves tensors unchanged even if they had to be copied."""
+    """Check that found_inf leaves tensors unchanged also if the update works on copies of them."""
     state = typical(N, 64).map(lambda x: x.view(SHAPE))
     for name, lay in LAYOUTS.items():
         laid = state.map(lay)

@@ -10,9 +10,10 @@ from sharded_bf16_adamw.kernels import PRECISION_SUMS, Runs
 
 
 def some_runs(numels: list[int], groups: list[int]) -> Runs:
-    """Return runs of each parameter: from its start, from odd places, up to its end.
+    """Return runs of each parameter: at its start, at odd offsets, and up to its end.
 
-    They have a row of the result for each group, and those past the start another one.
+    The result has four rows. A run at the start adds to the row of its group (0 or 1), every other
+    run to the row of its group plus 2.
     """
     columns: list[tuple[int, int, int, int]] = []
     for i, (numel, group) in enumerate(zip(numels, groups, strict=True)):

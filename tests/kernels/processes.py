@@ -21,14 +21,14 @@ def pool(interpret: str) -> ProcessPoolExecutor:
 def _patch_once_per_launch() -> None:
     """Keep the interpreter from patching Triton's language anew in each function of a kernel.
 
-    That takes half of its time. An interpreter with other internals stays as it is.
+    The patching takes half of its time. An interpreter with other internals is left unchanged.
     """
     from triton.runtime import interpreter
 
     patch_language = interpreter._patch_lang
     if not hasattr(interpreter, "_LangPatchScope"):
         return
-    patched: dict[frozenset[str], Any] = {}  # by the modules that a function sees as the language
+    patched: dict[frozenset[str], Any] = {}  # by the names of the modules that are patched
 
     def patch_once(function: Any) -> Any:
         modules = (getattr(value, "__name__", "") for value in function.__globals__.values())

@@ -4,9 +4,9 @@ Terms:
 
 * program: one CTA. Its threads run together. Programs run one after another, in a shuffled order.
 * warp: 32 threads of consecutive numbers. Diverged threads of a program reconverge when their
-  program counters are equal: the threads with the lowest one run first. ``by_warp`` runs each warp
-  alone until it waits at a barrier, and detects races (see ``ptx_races.py``). So a missing barrier
-  shows, within a program and between programs.
+  program counters are equal: the threads with the lowest counter run first. ``by_warp`` runs each
+  warp alone until it waits at a barrier, and detects races (see ``ptx_races.py``). So it finds
+  missing barriers within a program and missing synchronization between programs.
 * lane: the index of a thread in a numpy array. A register is such an array, of unsigned integers.
 * mask: the lanes that execute an instruction; None for all.
 * guard: the predicate ``@%p`` of an instruction.
@@ -33,7 +33,7 @@ from .ptx_races import ATOMIC, READ, WRITE, AccessLog
 Mask = Any  # numpy.ndarray of bool, or None for all lanes
 
 WARP = 32
-# in lanes that were never written: negative as an integer, a tiny number as a float
+# The value of lanes that were never written: negative as an integer, a tiny number as a float.
 JUNK = 0xA5A5A5A5A5A5A5A5
 SYMBOL = "global_smem"  # the one shared array, at address 0 of shared memory
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
@@ -47,7 +47,7 @@ KINDS = {"ld": READ, "st": WRITE}
 
 
 class LaunchError(RuntimeError):
-    """A launch that a GPU would answer with an error, with foreign data or with a deadlock."""
+    """A launch that on a GPU would fail, deadlock, or access memory that is not its own."""
 
 
 # ---------------------------------------------------------------------------------------- parsing
@@ -336,7 +336,7 @@ class Program:
         return values if mask is None else values[mask]
 
     def write(self, register: str, values: Array, mask: Mask) -> None:
-        """Inverse of ``read``."""
+        """Set the register in the active lanes: the inverse of ``read``."""
         values = values.view(_unsigned(values.dtype.type))
         if mask is not None:
             old, active = self._values.get(register), values
@@ -431,7 +431,7 @@ def launch(
 ) -> None:
     """Run all programs of a launch.
 
-    With very many programs only the last ones run by warp, which takes long.
+    Running by warp is slow, so of many programs only the last 40 run by warp.
     """
     assert len(arguments) == len(kernel.parameters)
     log = AccessLog()

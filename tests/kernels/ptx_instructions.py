@@ -25,7 +25,7 @@ TYPES: dict[str, Any] = {
     "bf16": np.uint16,
     "bf16x2": np.uint32,
 }
-# result of every single-precision instruction; double precision keeps payloads
+# The only NaN that single-precision instructions return. Double-precision ones keep payloads.
 NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 

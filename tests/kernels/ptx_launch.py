@@ -2,7 +2,7 @@
 
 The host side is as on a GPU: the tables of ``cuda.py``, and Triton's specialization of a kernel by
 its arguments (multiples of 16, 1, None). Only the launch itself is the emulator's instead of the
-driver's. Use this module in processes that compile Triton.
+driver's. Use this module in processes where Triton compiles its kernels, not interprets them.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def norms(target: str, by_warp: bool = False) -> dict[str, tuple[Any, Any]]:
 
 
 def norms_of_one_model(target: str) -> list[float]:
-    """Return squared norms of the same gradients, each with another order of programs.
+    """Return squared norms of the same gradients, each from programs in another order.
 
-    The last is the reference's.
+    The last one is from the reference.
     """
     generator = torch.Generator().manual_seed(8)
     grads = [

@@ -72,11 +72,11 @@ class AccessLog:
         firsts = np.flatnonzero(np.diff(rows[:, CELL], prepend=rows[0, CELL] - 1))
         ends = np.append(firsts[1:], len(rows))
         thread = rows[:, PROGRAM] << 32 | rows[:, THREAD]
-        met = np.minimum.reduceat(thread, firsts) != np.maximum.reduceat(thread, firsts)
-        met &= np.maximum.reduceat(rows[:, KIND], firsts) > READ
+        contested = np.minimum.reduceat(thread, firsts) != np.maximum.reduceat(thread, firsts)
+        contested &= np.maximum.reduceat(rows[:, KIND], firsts) > READ  # one of them writes
         names = list(self._texts)
         found = set()
-        for first, end in zip(firsts[met], ends[met], strict=True):
+        for first, end in zip(firsts[contested], ends[contested], strict=True):
             cell = rows[first:end]
             sides = self._sides(cell)
             for access, side in zip(cell, sides, strict=True):
@@ -93,9 +93,9 @@ class AccessLog:
 
     @staticmethod
     def _unordered(cell: Any, sides: Any, access: Any, side: float) -> Any:
-        """Return a mask of a cell's accesses that are ordered neither before nor after one of them.
+        """Return a mask of a cell's accesses that are ordered neither before nor after ``access``.
 
-        Threads may store the same value at the same time.
+        Accesses of one instruction are no race: the emulator refuses different values.
         """
         by_program = (cell[:, THREAD] == access[THREAD]) | (cell[:, EPOCH] != access[EPOCH])
         by_tickets = np.where(

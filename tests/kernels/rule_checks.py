@@ -20,7 +20,7 @@ from .rule_oracle import Hyperparams, step_bf16
 
 Update = Callable[..., None]
 DEFAULT = Hyperparams()
-# zero to NaN; signs are added
+# bfloat16 patterns from zero to NaN; random_patterns adds the signs
 SPECIAL = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF]
 
 
@@ -114,7 +114,8 @@ def random_patterns(n: int, seed: int, grad: type = np.uint16) -> State:
 def check_oracle(update: Update, n: int = 1 << 15) -> None:
     """Check every bit against the oracle.
 
-    On random patterns and typical values, bfloat16 and float32 gradients, at small and large steps.
+    Inputs are random patterns and typical values, bfloat16 and float32 gradients, and small and
+    large steps.
     """
     for seed, (t, h) in enumerate(
         [
@@ -170,7 +171,7 @@ def z_score(f: np.ndarray, error: np.ndarray) -> float:
 def check_one_step_unbiased(update: Update, n: int = 1 << 20) -> None:
     """Check that stochastic rounding of m, v and c has no mean error.
 
-    Overall, and in each decile of the discarded fraction.
+    It has none overall, and none in any decile of the discarded fraction.
     """
     state = typical(n, 10)
     new, wanted = stepped(update, state, 7), expected(state, 7)
@@ -187,11 +188,11 @@ def check_one_step_unbiased(update: Update, n: int = 1 << 20) -> None:
 def check_uncorrelated(update: Update, n: int = 1 << 20) -> None:
     """Check that rounding errors correlate neither with their inputs nor with each other.
 
-    From element to element and from step to step.
+    Each error is compared with those of the next element and of the next step.
     """
     state = typical(n, 11)
     order = torch.argsort(state.g.float(), stable=True)
-    state = state.map(lambda x: x[order])  # neighbours alike
+    state = state.map(lambda x: x[order])  # so that neighbours have similar gradients
     now, later = stepped(update, state, 20), stepped(update, state, 21)
     for name, rounded in (("m", "mn"), ("v", "vn"), ("c", "cn")):
         e = [
@@ -230,9 +231,10 @@ def check_each_input_mixes(update: Update, steps: int = 32, n: int = 4096) -> No
 
 
 def assert_patternless(e: np.ndarray, patterns: np.ndarray, what: str) -> None:
-    """Assert that ``e[step, element]`` is uncorrelated.
+    """Assert that the errors ``e[step, element]`` have no pattern.
 
-    With every bit of the pattern, with the step before, and with elements 1 to 511 away.
+    They correlate with no bit of the input, nor with the errors of the previous step or of elements
+    1 to 511 away.
     """
     r = correlation(e[1:].ravel(), e[:-1].ravel())
     assert abs(r) < 0.02, f"{what}: steps correlate by {r:.3f}"
@@ -269,9 +271,9 @@ def check_layout_free(update: Update, n: int = 70_001) -> None:
 
 
 def check_nonfinite(update: Update) -> None:
-    """Check that NaN and infinity are preserved, whatever the payload.
+    """Check that NaN of any payload and infinity are preserved.
 
-    Finite values do not become infinite by rounding.
+    Rounding makes no finite value infinite.
     """
     n, quiet = 4096, Hyperparams(lr=0.0, weight_decay=0.0)
     base = typical(n, 14)
@@ -287,7 +289,7 @@ def check_nonfinite(update: Update) -> None:
     largest = torch.finfo(torch.bfloat16).max
     full = torch.full((n,), largest).bfloat16()
     keep = quiet._replace(beta1=0.0, beta2=0.0)  # m = g and v = g * g exactly
-    many = typical(1 << 19, 14)  # so that draws of 0 are among them
+    many = typical(1 << 19, 14)  # enough elements that some draw the random bits 0
     for sign in (1, -1):
         g = torch.full_like(many.g, sign * largest)
         assert (stepped(update, many._replace(g=g), 3, keep).m == g).all(), (

@@ -30,9 +30,9 @@ def v_ratios(
         gradients: returns the bfloat16 gradient of a 1-based step.
         p: bfloat16 parameter. Not changed.
         v: bfloat16 exp_avg_sq at the start. Not changed.
-        beta2: its decay rate.
-        steps: their number.
-        every: yield after so many steps.
+        beta2: the decay rate of v.
+        steps: the number of steps.
+        every: the number of steps between two results.
     """
     p, exact, v = p.clone(), v.double(), v.clone()
     m, c, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
@@ -75,7 +75,7 @@ def check_v_gaussian(update: Update, steps: int = 10_000, n: int = 4096) -> None
 def check_v_long_memory(update: Update, steps: int = 10_000, n: int = 4096) -> None:
     """Check v at beta2 = .9999.
 
-    One step changes it by a hundredth of bfloat16's resolution.
+    One step changes v by a hundredth of bfloat16's resolution.
     """
     gen = torch.Generator().manual_seed(21)
     p = torch.randn(n, generator=gen).bfloat16()
@@ -126,9 +126,10 @@ def displacement_slope(
     lr: float,
     wd: float,
 ) -> Tensor:
-    """Return the displacement of the true weight ``p + c`` relative to float64's, 0-dim float64.
+    """Return the ratio of the true weight's displacement to that in float64, 0-dim float64.
 
-    The slope is the least-squares one through the origin. ``p`` and ``c`` (bfloat16) are changed.
+    The true weight is ``p + c``; both (bfloat16) are changed in place. The ratio is the slope of
+    the least-squares line through the origin.
     """
     start = p.double() + c.double()
     m, v, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
@@ -149,7 +150,7 @@ def displacement_slope(
 def check_displacement(update: Update, steps: int = 3000, n: int = 8192) -> None:
     """Check that no update is lost.
 
-    Updates are 1e-5 and 1e-7 of the weight, far below bfloat16's resolution; and decay alone.
+    An update is 1e-5 or 1e-7 of the weight, far below bfloat16's resolution, or is decay alone.
     """
     gen = torch.Generator().manual_seed(23)
     size = 1 + torch.rand(n, generator=gen)  # so that lr / weight is lr, up to a factor of 2

@@ -83,7 +83,7 @@ MUTANTS = (
         ("check_one_step_unbiased", "check_displacement"),
     ),
     Mutant(
-        "p stochastically",
+        "p rounded stochastically",
         (("(p32 + d).bfloat16()", "stochastic_round(p32 + d, rv)"),),
         ("check_oracle",),
     ),
@@ -102,9 +102,11 @@ MUTANTS = (
         ((C_ROUNDED, "stochastic_round(cn, rc >> 4)"),),
         ("check_one_step_unbiased",),
     ),
-    Mutant("always up", ((ROUND_UP, "((bits & 0xFFFF) > 0)"),), ("check_one_step_unbiased",)),
     Mutant(
-        "up at equality, too",
+        "always rounded up", ((ROUND_UP, "((bits & 0xFFFF) > 0)"),), ("check_one_step_unbiased",)
+    ),
+    Mutant(
+        "rounded up at equality, too",
         ((ROUND_UP, "((bits & 0xFFFF) >= r)"),),
         ("check_nonfinite", "check_oracle"),
     ),
@@ -147,12 +149,12 @@ MUTANTS = (
         ("check_scaled",),
     ),
     Mutant(
-        "half of a float32 gradient not folded",
+        "low half of a float32 gradient not hashed",
         (("(bits >> 16 ^ bits) & 0xFFFF", "bits >> 16 & 0xFFFF"),),
         ("check_float32_gradient_folds", "check_oracle"),
     ),
     Mutant(
-        "float32 gradient folded by addition",
+        "high half of a float32 gradient not hashed",
         (("bits >> 16 ^ bits", "bits"),),
         ("check_float32_gradient_folds",),
     ),
@@ -173,7 +175,7 @@ MUTANTS = (
         ("check_oracle",),
     ),
     Mutant(
-        "eps inside",
+        "eps dropped",
         (("* s.inv_sqrt_bias_correction2 + s.eps)", "* s.inv_sqrt_bias_correction2)"),),
         ("check_oracle",),
     ),
@@ -222,7 +224,7 @@ MUTANTS = (
     ),
     # the dispatch
     Mutant(
-        "unlike strides walked alike",
+        "different strides taken for equal ones",
         (
             (
                 "all(x is None or x.stride() == p.stride() for x in tensors) and _is_dense(p)",
@@ -233,19 +235,19 @@ MUTANTS = (
         backend,
     ),
     Mutant(
-        "gaps walked over",
+        "gaps between elements updated",
         ((" for x in tensors) and _is_dense(p)", " for x in tensors)"),),
         ("check_outside_views",),
         backend,
     ),
     Mutant(
-        "only the parameter's layout looked at",
+        "only the parameter's layout checked",
         (("if all(x is None or x.is_contiguous() for x in tensors):", "if p.is_contiguous():"),),
         ("check_layouts",),
         backend,
     ),
     Mutant(
-        "the gradient's layout not looked at",
+        "the gradient's layout not checked",
         (("    if grad.stride() == param.stride() or (grad", "    if True or (grad"),),
         ("check_layouts", "check_expanded_gradient"),
         backend,

@@ -41,7 +41,7 @@ def assert_close(actual: Tensor, exact: Tensor, relative: float, what: str) -> N
 def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> None:
     """Check that float32 parameters follow AdamW in float64 to float32's precision.
 
-    With float32 and with bfloat16 gradients.
+    Their gradients are float32 or bfloat16.
     """
     gen, h = torch.Generator().manual_seed(30), Hyperparams(lr=1e-2)
     start = torch.randn(n, generator=gen)
@@ -52,7 +52,7 @@ def check_float32_parameters(update: Update, steps: int = 50, n: int = 3000) -> 
             for g in gradients:
                 update([p], [g], [m], [v], [None], [count], **h._asdict(), maximize=maximize)
             w, m64, v64 = float64_adamw(start, gradients, h, maximize)
-            # of .05, in weights of 1 with a resolution of 1e-7
+            # weights of size 1 have a resolution of 1e-7, and move by about .05
             assert_close(p - start, w - start.double(), 1e-5, "displacement")
             assert_close(m, m64, 1e-6, "exp_avg")
             assert_close(v, v64, 1e-6, "exp_avg_sq")
@@ -87,13 +87,14 @@ def check_tracks_float64(update: Update, steps: int = 200, n: int = 20_000) -> N
 def check_float32_gradient_folds(update: Update) -> None:
     """Check the hash of float32 gradients.
 
-    One that bfloat16 holds exactly gives the bits of the bfloat16 gradient. Its low bits matter.
+    A float32 gradient that bfloat16 holds exactly has the effect of that bfloat16 gradient. The low
+    bits of any other one reach the random bits.
     """
     state = typical(5000, 32)
     narrow, wide = stepped(update, state, 4), stepped(update, state._replace(g=state.g.float()), 4)
     assert_same_bits(wide._replace(g=narrow.g), narrow, "float32 gradient")
     finer = stepped(update, state._replace(g=state.g.float() * (1 + 2**-20)), 4)
-    # the change of the value itself affects almost none
+    # by its value alone, so small a change affects almost no element
     rounded_otherwise = (finer.v != narrow.v).float().mean().item()
     assert rounded_otherwise > 0.1, (
         "the low bits of a float32 gradient do not reach the random bits"
@@ -101,9 +102,9 @@ def check_float32_gradient_folds(update: Update) -> None:
 
 
 def check_found_inf(update: Update) -> None:
-    """Check that nothing changes unless found_inf is zero: no tensor, step or gradient.
+    """Check that a nonzero found_inf leaves every tensor, step and gradient unchanged.
 
-    Zero does not affect the step.
+    A found_inf of zero does not affect the step.
     """
     state = typical(5000, 33)
     new, count = state.map(torch.clone), torch.tensor(6.0)
@@ -126,9 +127,9 @@ def check_gradient_only_read(update: Update) -> None:
 
 
 def check_many_tensors(update: Update) -> None:
-    """Check tensors of mixed dtypes, sizes and steps in one call against separate calls.
+    """Check one call for tensors of mixed dtypes, sizes and steps against a call for each.
 
-    lr may be a tensor.
+    The lr of the one call is a number or a tensor.
     """
     h, sizes = Hyperparams(lr=2.0**-7), (1, 0, 7, 1024, 65_536, 65_539)
     for lr in (h.lr, torch.tensor(h.lr)):

@@ -9,18 +9,18 @@ from sharded_bf16_adamw.kernels import Hyperparams, StepArgs, TensorLists
 
 
 def table_of(backend: ModuleType, *columns: Any, **named: Any) -> Any:
-    """Return a backend's table of ``params`` to ``steps`` and, optionally, ``groups``."""
+    """Return a backend's table; the arguments are those of ``TensorLists``."""
     return backend.make_table(TensorLists(*columns, **named))
 
 
 def take_step(table: Any, grads: list[Tensor], **arguments: Any) -> None:
-    """Take a step of parameters that share their hyper-parameters."""
+    """Take a step of a table whose parameters share their hyper-parameters."""
     hyper, flags = split(arguments)
     table.update_(StepArgs(grads, [hyper], **flags))
 
 
 def split(arguments: dict[str, Any]) -> tuple[Hyperparams, dict[str, Any]]:
-    """Return the hyper-parameters among the arguments, and the others."""
+    """Split the arguments into hyper-parameters and flags of ``StepArgs``."""
     hyper = {name: value for name, value in arguments.items() if name in Hyperparams._fields}
     flags = {name: value for name, value in arguments.items() if name not in hyper}
     return Hyperparams(**hyper), flags

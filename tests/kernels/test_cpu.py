@@ -1,4 +1,4 @@
-"""The native CPU backend has the reference's bits, on every instruction set and any threads."""
+"""The native CPU backend has the reference's bits on each instruction set and number of threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def training_values(
 
 
 class Problem:
-    """Columns of tensors for one step. ``copy`` returns equal ones with the same alignments."""
+    """Columns of tensors for one step: values as in training, or ``wild``, random bits.
+
+    ``copy`` returns an equal problem whose tensors have the same alignments.
+    """
 
     def __init__(
         self,
@@ -143,9 +146,9 @@ def test_arguments_act_as_in_the_reference(isa: str, arguments: dict[str, object
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 @pytest.mark.parametrize("t", [1, 2, 1000, 2**20, 2**24])
 def test_subnormal_and_tied_values(isa: str, t: int) -> None:
-    """All 65536 patterns as the parameter and as v, with tiny m, g and c.
+    """The parameter and v have all 65536 patterns; m, g and c are tiny.
 
-    So sums tie, cancel and become subnormal.
+    So there are sums that tie, cancel or are subnormal.
     """
     cpu.select_isa(isa)
     problem = Problem([2**16], BF16, BF16, wild=True)

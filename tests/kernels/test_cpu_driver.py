@@ -86,7 +86,7 @@ def run_and_compare(
 ) -> None:
     """Run the driver and compare its results with the reference.
 
-    NaN at the same places, the same bits everywhere else.
+    They must be NaN at the same places and have the same bits everywhere else.
     """
     for wild in (False, True):
         run_and_compare_cases(cases(wild), command, folder, environment or {})
@@ -118,9 +118,9 @@ def run_and_compare_cases(
         table = table_of(reference, [p], [m], [v], c or [None], [case.step])
         take_step(table, [g], **HYPER, grad_scale=torch.tensor(SCALE))
     written = target.read_bytes()
-    one = 8 + sums.nbytes + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
-    assert len(written) >= one * CALLERS and len(written) % (one * CALLERS) == 0
-    for start in range(0, len(written), one):
+    size = 8 + sums.nbytes + sum(4 + sum(x.nbytes for x in case.columns) for case in all_cases)
+    assert len(written) >= size * CALLERS and len(written) % (size * CALLERS) == 0
+    for start in range(0, len(written), size):  # of one instruction set and caller
         assert struct.unpack_from("=d", written, start)[0] == pytest.approx(
             sum_sq, rel=1e-12, nan_ok=True
         )

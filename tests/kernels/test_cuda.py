@@ -41,7 +41,7 @@ def no_host_sync() -> Iterator[None]:
 def kernels_in(function: Any) -> list[str]:
     """Return the names of the kernels that a call launches, without copies and fills of the driver.
 
-    An empty profile is taken again: sometimes one loses its events.
+    Repeats an empty profile, because the profiler sometimes loses all events.
     """
     function()  # compiles and uploads what is new
     names: list[str] = []
@@ -179,23 +179,23 @@ def test_no_host_sync() -> None:
     lr = torch.tensor(1e-3, device="cuda")
     cuda.norm_and_clip_coefficient(grads, 1.0, model.scratch)
     with no_host_sync():
-        for own in (grads, grads, moved, grads):
-            _, coefficient, found_inf = cuda.norm_and_clip_coefficient(own, 1.0, model.scratch)
-            cuda.clip_coefficient(cuda.grad_sum_sq(own, model.scratch), 1.0)
-            take_step(model.table, own, **HYPER, grad_scale=coefficient, found_inf=found_inf)
-            take_step(model.table, own, **HYPER | {"lr": lr})
+        for some in (grads, grads, moved, grads):
+            _, coefficient, found_inf = cuda.norm_and_clip_coefficient(some, 1.0, model.scratch)
+            cuda.clip_coefficient(cuda.grad_sum_sq(some, model.scratch), 1.0)
+            take_step(model.table, some, **HYPER, grad_scale=coefficient, found_inf=found_inf)
+            take_step(model.table, some, **HYPER | {"lr": lr})
     assert [float(step) for step in model.steps] == [8.0] * len(SHAPES)
     with (
         no_host_sync(),
         pytest.raises(RuntimeError, match="synchroniz"),
-    ):  # the debug mode can see a sync
+    ):  # so the debug mode does detect a sync
         float(lr)
 
 
 def test_gradients_at_new_addresses() -> None:
-    """As after zero_grad(set_to_none=True).
+    """New gradients have new addresses, as after zero_grad(set_to_none=True).
 
-    Earlier gradients stay alive, so that none gets the address of another.
+    Earlier gradients stay alive, so that no gradient gets the address of another.
     """
     fixed, moving = Model(), Model()
     grads, kept = random_grads(1), []

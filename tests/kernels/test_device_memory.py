@@ -1,4 +1,4 @@
-"""Arrays on the device, with a simulated CUDA device and captures on the CPU."""
+"""Arrays on the device and captures by CUDA graphs, simulated on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(now=False, stream=1)
     empty, to = torch.empty, Tensor.to
 
-    def of_cpu(function: Any) -> Any:
+    def on_cpu(function: Any) -> Any:
         def call(
             *shape: object, pin_memory: bool = False, device: object = "cpu", **options: object
         ) -> Tensor:
@@ -40,8 +40,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         return call
 
-    monkeypatch.setattr(torch, "empty", of_cpu(empty))
-    monkeypatch.setattr(torch, "zeros", of_cpu(torch.zeros))
+    monkeypatch.setattr(torch, "empty", on_cpu(empty))
+    monkeypatch.setattr(torch, "zeros", on_cpu(torch.zeros))
     for module in (device_memory, cuda, cuda_norm):
         monkeypatch.setattr(module, "is_capturing", lambda device: state.now)
         monkeypatch.setattr(module, "upload", lambda host, device: host.clone())
@@ -121,7 +121,7 @@ def test_gradients_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_no_kernel_is_launched_if_a_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of bfloat16 parameters would come before the one of float32 parameters."""
+    """The kernel of the bfloat16 parameters would be launched before that of the float32 ones."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
     from sharded_bf16_adamw.kernels import triton_adamw
 
@@ -167,7 +167,7 @@ def test_owners_share_no_scratch(capturing: SimpleNamespace) -> None:
 
 
 def test_one_graph_captures_the_norms_of_two_owners(capturing: SimpleNamespace) -> None:
-    """The gradients have new addresses, which uses the pinned memory that each has reserved."""
+    """New addresses of the gradients need the pinned memory that each owner has reserved."""
     scratches = NormScratch(), NormScratch()
     warm, static = ([torch.ones(3), torch.ones(5)] for _ in range(2))
     for scratch in scratches:
@@ -194,7 +194,7 @@ def test_old_scratch_is_released(capturing: SimpleNamespace) -> None:
 def test_capture_refuses_a_learning_rate_that_it_would_freeze(
     capturing: SimpleNamespace, dtype: torch.dtype
 ) -> None:
-    """Eagerly any lr tensor works and is read at each step; a graph needs one on the device."""
+    """An eager step reads any lr tensor; a captured one needs a tensor on the device."""
     device, hyper = (
         torch.device("cuda", 0),
         Hyperparams(torch.tensor(0.5, dtype=dtype), 0.9, 0.99, 1e-8, 0.0),

@@ -51,8 +51,8 @@ def test_unknown_backend():
 @pytest.mark.parametrize(
     ("backend", "device"), [("native", "cuda"), ("native", "meta"), ("triton", "cpu")]
 )
-def test_backend_of_other_devices(backend, device, monkeypatch):
-    """It would read the addresses of another memory, which ends the process."""
+def test_backend_for_another_device_is_refused(backend, device, monkeypatch):
+    """Reading addresses of another device's memory would crash the process."""
     monkeypatch.setattr(kernels.backend, "check_backend", lambda backend: None)
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot read tensors on {device}"):
         kernels.backend.backend_module(torch.device(device), backend)
@@ -141,7 +141,7 @@ def test_wrong_tensors_raise_before_anything_changes(backend, what):
 
 
 def test_each_group_has_its_own_hyperparameters(backend):
-    """One call has the result of a call of the reference for each parameter."""
+    """One call has the same result as a call of the reference for each parameter."""
     hypers = [
         kernels.Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1),
         kernels.Hyperparams(torch.tensor(3e-4), 0.8, 0.99, 1e-6, 0.0, maximize=True),
@@ -182,7 +182,7 @@ def test_arguments_for_other_parameters_or_groups_are_errors(backend):
 
 
 def test_many_steps_of_one_object_equal_separate_calls(backend):
-    """Also if a gradient's layout or dtype changes in between."""
+    """They do also if a gradient's layout or dtype changes between steps."""
     states = [
         layout_checks.typical(layout_checks.N, seed).map(lambda x: x.view(layout_checks.SHAPE))
         for seed in (68, 69)
@@ -205,7 +205,7 @@ def test_many_steps_of_one_object_equal_separate_calls(backend):
 
 
 def test_default_backend_equals_the_reference():
-    """Whatever the backend of the CPU is on this machine."""
+    """This holds whichever backend this machine's CPU has."""
     state = layout_checks.typical(5000, 65)
     chosen, reference = (
         layout_checks.stepped(update_of(name), state, 3) for name in (None, "reference")

@@ -1,4 +1,4 @@
-"""The sums behind precision_stats: native kernels against the reference, layouts, errors."""
+"""The sums behind precision_stats: native kernels against the reference, runs, layouts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .precision_checks import mismatches, some_runs
 from .tables import split, table_of
 from .test_cpu import BF16, DTYPES, F32, HYPER, LENGTHS, Problem, assert_same_bits, settings
 
-__all__ = ["settings"]  # a fixture
+__all__ = ["settings"]  # an autouse fixture
 
 
 def sums_of(
@@ -94,7 +94,7 @@ def test_padding_is_not_counted(isa: str, length: int) -> None:
 
 @pytest.mark.parametrize("isa", cpu.supported_isas())
 def test_any_weight_and_correction(isa: str) -> None:
-    """All 65536 patterns as the parameter: its last place has a size for each exponent."""
+    """The parameter has every finite pattern, since each exponent has an ulp of its own."""
     cpu.select_isa(isa)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
     every = every[every.isfinite()]
@@ -125,7 +125,7 @@ def test_only_the_group_of_a_nonfinite_gradient_is_nan(value: float) -> None:
 
 @pytest.mark.parametrize("back_end", cpu_backends())
 def test_layouts_of_memory(back_end: str) -> None:
-    """Gaps and unlike strides are read through copies. Everything is as with contiguous tensors."""
+    """Tensors with gaps or different strides are copied; the sums stay those of contiguous ones."""
     columns = Problem([4000, 600, 70], BF16, BF16, wild=False).columns
     steps = [torch.tensor(float(i)) for i in range(3)]
     plain: list[list[Tensor]] = [[x.reshape(10, -1) for x in c] for c in columns]  # type: ignore

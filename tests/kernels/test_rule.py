@@ -56,7 +56,7 @@ def test_rule(check, update):
 
 @pytest.mark.parametrize("check", checks_in(rule_long_checks))
 def test_rule_over_thousands_of_steps(check):
-    """One backend is enough: all give the same bits, and the reference takes minutes."""
+    """One backend is enough, since all give the same bits; the reference would take minutes."""
     check(update_of("reference" if skip_reason("native") else "native"))
 
 

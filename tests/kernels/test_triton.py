@@ -40,7 +40,7 @@ def interpreted(triton_interpreter: None) -> Iterator[Run]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[Run]:
-    """Call a module-level function in a new process that compiles Triton."""
+    """Call a module-level function in a new process where Triton compiles."""
     with pool("0") as process:
         yield lambda function, *args: process.submit(function, *args).result()
 
@@ -216,7 +216,7 @@ def test_square_root_that_flushes_subnormals_is_corrected(interpreted: Run) -> N
     assert not any(interpreted(triton_root_checks.square_roots, True).values())
 
 
-# as older and newer LLVM print them
+# 2^-96 and 2^32 as older and newer versions of LLVM print them
 POWER_96 = r"(?:0x39F0000000000000|f0x0F800000)"
 POWER_32 = r"(?:0x41F0000000000000|f0x4F800000)"
 
@@ -290,7 +290,8 @@ def test_compiled(kernel: str, target: str) -> None:
     else:
         for inexact in ("fma.rn.f32", ".ftz", ".approx", "div.full"):
             assert inexact not in compiled.text
-        assert ("fma.rn.f64" in compiled.text) == (kernel == "norm")  # there the product is exact
+        # The norm's products are exact, so fusing them changes no bit.
+        assert ("fma.rn.f64" in compiled.text) == (kernel == "norm")
 
 
 @pytest.mark.parametrize("kernel", OPERATIONS)

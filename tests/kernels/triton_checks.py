@@ -63,7 +63,7 @@ def model(case: Case) -> dict[str, list[Any]]:
         p, m, v, c = (
             patterns(n, dtype, generator, case.state_offset, case.finite) for _ in range(4)
         )
-        # the square root of a negative number is NaN: not for all
+        # not all negative: the square root would be NaN everywhere
         half = slice(0, n // 2) if not case.finite else slice(None)
         v[half] = v[half].abs()
         result["params"].append(p)
@@ -108,7 +108,7 @@ def differences(name: str, device: str = "cpu") -> list[str]:
     actual = {name: [copied(x, device) for x in column] for name, column in expected.items()}
     before = {name: [copied(x) for x in column] for name, column in expected.items()}
     hyper, flags = split(case.hyper)
-    own_hyper, own_flags = split(
+    device_hyper, device_flags = split(
         {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
     )
     groups = [i // 2 % 2 for i in range(len(case.sizes))]
@@ -122,11 +122,11 @@ def differences(name: str, device: str = "cpu") -> list[str]:
             patterns(n, d, generator, case.grad_offset, case.finite)
             for n, d in zip(case.sizes, case.grads, strict=True)
         ]
-        same: list[Any] = [copied(g, device) for g in grads]
+        device_grads: list[Any] = [copied(g, device) for g in grads]
         reference_table.update_(StepArgs(grads, [hyper, OTHER_GROUP], **flags))
-        table.update_(StepArgs(same, [own_hyper, OTHER_GROUP], **own_flags))
+        table.update_(StepArgs(device_grads, [device_hyper, OTHER_GROUP], **device_flags))
         lines = [line for x in actual for line in differing(x, actual[x], expected[x])] + differing(
-            "grads", same, grads
+            "grads", device_grads, grads
         )
         if lines:
             return lines
@@ -150,7 +150,7 @@ MIXED = replace(
     finite=True,
     updates=3,
 )
-# Of other arguments. A second update shows that an argument holds after the first.
+# For cases of other arguments. A second update shows that the argument still holds.
 MIXED_TWICE, MIXED_ONCE = replace(MIXED, updates=2), replace(MIXED, updates=1)
 CASES = {
     "bf16": ONE[0],
@@ -232,27 +232,27 @@ def precision_differences(name: str, device: str = "cpu") -> list[str]:
     args = StepArgs(grads, [hyper, OTHER_GROUP], **flags)  # type: ignore[arg-type]
     runs = some_runs(list(case.sizes), groups)
     table = table_of(reference, **columns, groups=groups)
-    wanted = [table.precision_sums(args, own_runs) for own_runs in (None, runs)]
-    own = {name: [copied(x, device) for x in column] for name, column in columns.items()}
-    own_grads: list[Any] = [copied(g, device) for g in grads]
+    wanted = [table.precision_sums(args, selected) for selected in (None, runs)]
+    actual = {name: [copied(x, device) for x in column] for name, column in columns.items()}
+    device_grads: list[Any] = [copied(g, device) for g in grads]
     hyper, flags = split(
         {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.hyper.items()}
     )
-    args = StepArgs(own_grads, [hyper, OTHER_GROUP], **flags)
-    table = table_of(cuda, **own, groups=groups)
+    args = StepArgs(device_grads, [hyper, OTHER_GROUP], **flags)
+    table = table_of(cuda, **actual, groups=groups)
     lines = []
-    for own_runs, wanted_sums in zip((None, runs), wanted, strict=True):
-        found = table.precision_sums(args, own_runs)
+    for selected, wanted_sums in zip((None, runs), wanted, strict=True):
+        found = table.precision_sums(args, selected)
         lines += mismatches(found.cpu(), wanted_sums)
-        # On a GPU the order of additions might change.
-        if device != "cpu" and not torch.equal(found, table.precision_sums(args, own_runs)):
+        # On a GPU the order of additions might differ between calls.
+        if device != "cpu" and not torch.equal(found, table.precision_sums(args, selected)):
             lines.append("two calls differ")
-    return lines + [line for x in own for line in differing(x, own[x], columns[x])]
+    return lines + [line for x in actual for line in differing(x, actual[x], columns[x])]
 
 
 def differences_beyond_32_bits() -> list[str]:
     """Step the last chunks of a tensor of more than 2^32 bytes. Unused pages take no memory."""
-    n = 2**31 + 3 * 6144 + 77  # 6144: of a program
+    n = 2**31 + 3 * 6144 + 77  # 6144 elements a program
     large = [torch.empty(n, dtype=BF16) for _ in range(5)]
     tail = slice(2**31, None)
     generator = torch.Generator().manual_seed(5)

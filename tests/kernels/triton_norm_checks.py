@@ -61,9 +61,9 @@ def norms(device: str = "cpu") -> dict[str, tuple[Any, Any]]:
         float(reference.grad_sum_sq(mixed)) + 1,
     )
     triton_norm.MAX_PROGRAMS = programs
-    # Only the interpreter allows to change the block; otherwise it is compiled into the kernel.
+    # Only the interpreter sees a changed block; a compiled kernel contains it as a constant.
     interpreted = triton.knobs.runtime.interpret
-    programs = 9 if interpreted else 2053  # more than one block adds
+    programs = 9 if interpreted else 2053  # more than one block of partial sums
     block, triton_norm.BLOCK_PARTIALS = (
         triton_norm.BLOCK_PARTIALS,
         4 if interpreted else triton_norm.BLOCK_PARTIALS,
