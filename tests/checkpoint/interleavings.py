@@ -37,7 +37,7 @@ from sharded_bf16_adamw.checkpoint import commit, directory, file_checksums, roo
 from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 from sharded_bf16_adamw.checkpoint.manifest import Manifest, read_manifest
 
-OPERATIONS = (
+OPERATIONS = (  # functions of os before which a job stops
     "listdir",
     "lstat",
     "mkdir",
@@ -48,10 +48,10 @@ OPERATIONS = (
     "scandir",
     "stat",
     "unlink",
-)  # of os
+)
 LOCKS = ("one machine", "two machines", "no locks")
-LIFE = 600  # operations that a job does in its life, about
-TIDYING = 60  # operations of a save after it has published, about
+LIFE = 600  # about how many operations a job performs
+TIDYING = 60  # about how many operations a save performs after publishing
 SNAPSHOT = 0.05  # probability of a check between two operations
 REFUSALS = ("is saving to", "another job has saved")  # errors of a second writer
 
@@ -74,16 +74,16 @@ class Save:
 @dataclass
 class Job:
     name: str
-    actions: list[Save | int]  # a number: prune to that many
+    actions: list[Save | int]  # an int is a prune that keeps so many
     kill_at: int | None
     kill_after_publishing: int | None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
-    done: int = 0  # operations
+    done: int = 0  # number of operations
     killed: bool = False
     error: BaseException | None = None
     doing: Save | int | None = None
-    published: Manifest | None = None  # by the save that it is doing
+    published: Manifest | None = None  # by the current save
 
 
 class Interleaving:
@@ -94,7 +94,7 @@ class Interleaving:
         self.random = random.Random(seed)
         self.locks = LOCKS[seed % len(LOCKS)]
         self.saves: dict[int, Save] = {}
-        self.published: dict[int, int] = {}  # serial numbers by number
+        self.published: dict[int, int] = {}  # serial numbers by save number
         self.removed: set[int] = set()
         self.refused = self.kills = self.operations = 0
         self._observing = False
@@ -130,7 +130,7 @@ class Interleaving:
     # --------------------------------------------------------------------------------------- checks
 
     def check(self) -> None:
-        """Assert that all checkpoints are complete, and one is the latest if any was published."""
+        """Assert that all checkpoints are complete, and that ``latest`` finds one if any exists."""
         assert (latest(self.root) is not None) == bool(self.published)
         for path in complete_checkpoints(self.root):
             assert verify(path) == []
@@ -139,12 +139,13 @@ class Interleaving:
 
     def check_reports(self) -> None:
         """Assert that each successful save exists, or was removed by a later save."""
-        there = {number_of(path): path for path in complete_checkpoints(self.root)}
-        for number, path in there.items():
+        existing = {number_of(path): path for path in complete_checkpoints(self.root)}
+        for number, path in existing.items():
             assert_holds(path, number)
         for save_ in self.saves.values():
             if save_.path is not None:
-                assert there.get(save_.number) == save_.path or save_.number in self.removed, save_
+                found = existing.get(save_.number)
+                assert found == save_.path or save_.number in self.removed, save_
         newest = latest(self.root)
         if newest is not None:
             assert number_of(newest) in self.published
@@ -323,14 +324,13 @@ class Interleaving:
             self.removed.add(before.extra["number"])
             newest = complete_checkpoints(self.root)[-1]
             assert (read_manifest(newest).serial, newest) > (before.serial, source), (
-                "something newer is there"
+                "a newer checkpoint must remain"
             )
-            newer = (
-                sum(serial >= before.serial for serial in self.published.values()) - 1
-            )  # jobs without a lock give one twice
+            # Jobs without a lock may use one serial number twice.
+            newer = sum(serial >= before.serial for serial in self.published.values()) - 1
             if isinstance(job.doing, Save):
                 assert job.published is not None and before.serial < job.published.serial, (
-                    "a save removes what is older than itself"
+                    "a save may remove only what is older than itself"
                 )
                 replaced = before.step == job.published.step
                 assert replaced or (job.doing.keep is not None and newer >= job.doing.keep)
@@ -364,7 +364,7 @@ def run_seeds(seeds: range) -> Counter[str]:
     """Run one interleaving a seed; AssertionError names the first that loses something."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as root:
-        assert_holds(save(root, 1, *make(1)), 1)  # imports what is imported late
+        assert_holds(save(root, 1, *make(1)), 1)  # late imports happen before the patches
     for seed in seeds:
         with tempfile.TemporaryDirectory() as root:
             interleaving = Interleaving(Path(root), seed)

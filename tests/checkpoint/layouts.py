@@ -146,7 +146,7 @@ def batch() -> Tensor:
 
 
 def train(module: nn.Module, optimizer: AdamW_BF16, steps: int) -> None:
-    """Train on a batch that is the same on every rank, so that every layout can."""
+    """Train on one batch for all ranks, so that every layout computes the same gradients."""
     for _ in range(steps):
         module(batch()).float().square().mean().backward()
         optimizer.step(zero_grad=True)
@@ -162,10 +162,10 @@ def everything(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return full weights and states by name, and the options of each parameter's group.
 
-    Through torch's own functions. Collective.
+    Collective. It calls torch's own functions.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FSDP1 is deprecated, and warns of what it calls itself
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated, also where torch calls it
         options_full = StateDictOptions(full_state_dict=True)
         result = dict(get_model_state_dict(module, options=options_full))
         optimizer_state = get_optimizer_state_dict(module, optimizer, options=options_full)

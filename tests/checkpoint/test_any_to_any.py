@@ -1,7 +1,7 @@
 """Every layout and world size loads every other's checkpoint bit for bit.
 
 The table in the documentation is generated from the result. By default each case loads one
-checkpoint of each layout. All pairs are exhaustive tests: each takes a load and a gather.
+checkpoint of each layout. The loads between all pairs of cases are exhaustive tests.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def folder(root: str, case: Case) -> str:
 
 
 def save_worker(rank: int, world: int, root: str, case: Case) -> None:
-    """Save twice, the second time with the first plan; odd cases write a chunk table."""
-    # different values in every checkpoint
+    """Save twice, the second time with the cached plan; odd cases write a chunk table."""
+    # The seed gives every checkpoint different values.
     module, optimizer = BY_NAME[case[0]].build(world, seed=CASES.index(case))
     train(module, optimizer, 2)
     save(folder(root, case), 2, module, optimizer, keep=1)
     train(module, optimizer, 1)
-    many = 0 if CASES.index(case) % 2 else dcp_storage.CHUNKS_FILE_THRESHOLD
+    threshold = 0 if CASES.index(case) % 2 else dcp_storage.CHUNKS_FILE_THRESHOLD
     with (
-        patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", many),
+        patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", threshold),
         patch.object(DefaultSavePlanner, "create_local_plan", side_effect=AssertionError),
     ):
         path = save(folder(root, case), 3, module, optimizer, {"saved by": case[0]}, keep=1)
-    assert (path / dcp_storage.CHUNKS).exists() == (many == 0)
+    assert (path / dcp_storage.CHUNKS).exists() == (threshold == 0)
     expected = everything(module, optimizer)
     if rank == 0:
         torch.save(expected, folder(root, case) + "/expected.pt")
@@ -61,11 +61,13 @@ def one_of_each_layout(case: Case) -> list[Case]:
     ]
 
 
-def load_worker(rank: int, world: int, root: str, case: Case, of: list[Case]) -> dict[Case, str]:
+def load_worker(
+    rank: int, world: int, root: str, case: Case, saved_cases: list[Case]
+) -> dict[Case, str]:
     """Load checkpoints; return an error for each, empty if all bits are as saved."""
     results = {}
     module, optimizer = BY_NAME[case[0]].build(world, seed=1000)
-    for saved in of:
+    for saved in saved_cases:
         try:
             assert load(folder(root, saved), module, optimizer).extra == {"saved by": saved[0]}
             expected = torch.load(folder(root, saved) + "/expected.pt")
@@ -82,7 +84,7 @@ def differences(
     if missing:
         return f"missing keys: {missing}"
     started = [key for key in found[0].keys() - expected[0].keys() if found[0][key].any()]
-    if started:  # a parameter that never had a gradient is at step 0
+    if started:  # zeros are right for a parameter that never had a gradient
         return f"unexpected nonzero keys: {started}"
     wrong = [
         key
@@ -98,7 +100,7 @@ def differences(
 class Matrix:
     """Checkpoints of all cases and the results of loading them, each computed at its first use.
 
-    So each test pays for its own case, and a time limit holds for one case.
+    Each test spends time on its own case only, and the time limit applies to one case.
     """
 
     def __init__(self, root: str) -> None:
@@ -111,18 +113,18 @@ class Matrix:
             run_ranks(case[1], save_worker, self._root, case)
             self._saved.add(case)
 
-    def load(self, case: Case, of: list[Case]) -> dict[Case, str]:
+    def load(self, case: Case, saved_cases: list[Case]) -> dict[Case, str]:
         """Return the error of each checkpoint loaded under ``case``, empty if there is none."""
         loaded = self._loaded.setdefault(case, {})
-        missing = [saved for saved in of if saved not in loaded]
+        missing = [saved for saved in saved_cases if saved not in loaded]
         for saved in missing:
             self.save(saved)
         if missing:
-            of_ranks = run_ranks(case[1], load_worker, self._root, case, missing)
+            errors_by_rank = run_ranks(case[1], load_worker, self._root, case, missing)
             loaded.update(
-                {saved: "".join(errors[saved] for errors in of_ranks) for saved in missing}
+                {saved: "".join(errors[saved] for errors in errors_by_rank) for saved in missing}
             )
-        return {saved: loaded[saved] for saved in of}
+        return {saved: loaded[saved] for saved in saved_cases}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,9 @@ def test_layout_saves(case, matrix):
     matrix.save(case)
 
 
-def check_loads(matrix: Matrix, case: Case, of: list[Case]) -> None:
-    wrong = {saved: error for saved, error in matrix.load(case, of).items() if error}
-    assert not wrong, f"{len(wrong)} of {len(of)}, such as {next(iter(wrong.items()))}"
+def check_loads(matrix: Matrix, case: Case, saved_cases: list[Case]) -> None:
+    wrong = {saved: error for saved, error in matrix.load(case, saved_cases).items() if error}
+    assert not wrong, f"{len(wrong)} of {len(saved_cases)}, such as {next(iter(wrong.items()))}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -173,11 +175,11 @@ def table(matrix: Matrix) -> str:
     ]
     for saved in LAYOUTS:
         cells = []
-        for here in LAYOUTS:
+        for loaded in LAYOUTS:
             outcomes = [
-                results[(saved.name, a), (here.name, b)] == ""
+                results[(saved.name, a), (loaded.name, b)] == ""
                 for a in saved.worlds
-                for b in here.worlds
+                for b in loaded.worlds
             ]
             cells.append(f"{sum(outcomes)}/{len(outcomes)}")
         lines.append(f"| {saved.name}, {worlds(saved)} | " + " | ".join(cells) + " |")

@@ -65,7 +65,7 @@ def test_second_save_and_load_wait_for_the_first(tmp_path, gate):
     threading.Timer(0.2, gate.set).start()
     second = save_step(tmp_path, 2, sharded=False, async_=True)
     assert latest(tmp_path) == tmp_path / "step-00000001", (
-        "the first is done before the second begins"
+        "the first save must be complete before the second call returns"
     )
     assert_holds(tmp_path, 2)  # load waits
     assert latest(tmp_path) == second
@@ -217,7 +217,7 @@ def test_training_continues_and_each_rank_stages_its_share_only(tmp_path):
 
 @pytest.mark.parametrize(("what", "groups"), [("collective", 2), ("disk", 1)])
 def test_group_is_used_again_unless_its_collective_failed(what, groups, tmp_path, monkeypatch):
-    """gloo closes the group's connections. Other errors leave it intact."""
+    """gloo closes a group's connections if a collective fails. Other errors leave it intact."""
     all_reduce = dist.all_reduce
 
     def fails(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

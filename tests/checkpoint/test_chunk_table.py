@@ -1,4 +1,4 @@
-"""Tables of chunks: the same as DCP's metadata, in memory, in a file, and as a pickle."""
+"""Chunk tables equal DCP's metadata in memory, in a file, and as a pickle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FILES = ["__0_0.distcp", "__1_0.distcp", "__1_1.distcp"]
 
 
 def table(largest: int = 90) -> ChunkTable:
-    """Return chunks of tensors with 0 to 5 dimensions, in files; ``largest`` integer in it."""
+    """Return the chunks of tensors with 0 to 5 dimensions; all integers are below ``largest``."""
     generator = np.random.default_rng(0)
     tensors = {}
     for dims, count in ((0, 1), (1, 1), (1, 300), (2, 7), (3, 1), (4, 2), (5, 3), (2, 0)):
@@ -57,7 +57,7 @@ def table(largest: int = 90) -> ChunkTable:
 
 
 def everything(metadata: Metadata) -> Any:
-    """Return all that the metadata have, with what == does not compare: hints and orders."""
+    """Return the metadata, and what ``==`` does not compare: hints, types and orders."""
     return (
         metadata,
         list(metadata.state_dict_metadata),
@@ -140,7 +140,7 @@ def test_broken_table_is_an_error(name):
 
 
 def test_only_chunks_of_this_rank_become_objects(tmp_path):
-    """A load plans as DCP's planner, of the chunks that overlap with this rank's parts."""
+    """A load plans the reads that DCP's planner does, without the chunks of other ranks."""
     rows = np.arange(0, 40, 2)
     boxes = np.stack([np.stack([rows, 0 * rows]), np.stack([0 * rows + 2, 0 * rows + 3])])
     places = np.stack([0 * rows, 100 * rows, 0 * rows + 100])
@@ -167,7 +167,7 @@ def trained(seed: int) -> tuple[torch.nn.Module, AdamW_BF16]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return a checkpoint that was saved as one of many chunks."""
+    """Return a checkpoint that was saved as if it had many chunks."""
     with patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         return save(tmp_path, 1, *trained(0))
 
@@ -214,7 +214,7 @@ def test_damaged_table_is_refused(path, damage):
 
 
 def test_stale_table_is_refused(tmp_path, path):
-    """A table of another checkpoint is a valid one."""
+    """The table of another checkpoint is valid in itself; only its checksum tells."""
     other = torch.nn.Linear(4, 3).bfloat16()
     with patch.object(dcp_storage, "CHUNKS_FILE_THRESHOLD", 0):
         newer = save(tmp_path, 2, other, AdamW_BF16(other.parameters(), lr=1e-2))

@@ -59,16 +59,16 @@ def test_optimizer_of_other_parameters_is_refused(tmp_path):
     own = list(model.parameters())
     good = save(tmp_path, 1, model, AdamW_BF16(own, lr=0.1))
     raw = nn.Parameter(torch.ones(3, 7, dtype=torch.bfloat16))
-    and_more = AdamW_BF16([{"params": own}, {"params": [raw]}], lr=0.1)
-    of_another = AdamW_BF16(linear().parameters(), lr=0.1)
-    for optimizer, which in (
+    with_extra = AdamW_BF16([{"params": own}, {"params": [raw]}], lr=0.1)
+    of_other_model = AdamW_BF16(linear().parameters(), lr=0.1)
+    for optimizer, message in (
         (
-            and_more,
+            with_extra,
             "the optimizer holds parameter 4 (shape (3, 7)), which is not a parameter of "
             "this model; pass",
         ),
         (
-            of_another,
+            of_other_model,
             "the optimizer holds parameter 0 (shape (4, 3)), which is not a parameter of "
             "this model (nor are 3 more); pass",
         ),
@@ -78,7 +78,7 @@ def test_optimizer_of_other_parameters_is_refused(tmp_path):
             lambda o: load(tmp_path, model, o),
             lambda o: gather_full_state_dict(model, o),
         ):
-            with pytest.raises(ValueError, match="^" + re.escape(which)):
+            with pytest.raises(ValueError, match="^" + re.escape(message)):
                 call(optimizer)
             assert not optimizer.state
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", good.name]
@@ -107,7 +107,7 @@ def test_optimizer_of_other_parameters_is_refused_on_all_ranks(tmp_path):
 
 
 class FabricModule(nn.Module):
-    """A module wrapped as by Lightning Fabric: twice, with the state dict of the plain module."""
+    """Lightning Fabric's wrapper: it holds two modules, and has the state dict of the plain one."""
 
     def __init__(self, forward_module: nn.Module, original_module: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint alone loads a checkpoint, by the lines of docs/checkpoints.md."""
+"""The code in docs/checkpoints.md loads a checkpoint with torch.distributed.checkpoint alone."""
 
 import re
 

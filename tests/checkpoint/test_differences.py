@@ -41,19 +41,19 @@ def test_strict_false_loads_what_fits_and_lists_mismatches(tmp_path):
         Model(same=linear(3, 4), other=linear(3, 4), gone=linear(2, 2))
     )
     save(tmp_path, 3, saved, saved_optimizer, extra={"a": 1})
-    here, optimizer = trained(
+    model, optimizer = trained(
         Model(same=linear(3, 4), other=linear(5, 4), new=linear(2, 3)), lr=0.5
     )
-    before = {name: param.detach().clone() for name, param in here.named_parameters()}
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
     moments = {
-        name: optimizer.state[param]["exp_avg"].clone() for name, param in here.named_parameters()
+        name: optimizer.state[param]["exp_avg"].clone() for name, param in model.named_parameters()
     }
     with pytest.raises(ValueError, match="is of another model or optimizer"):
-        load(tmp_path, here, optimizer)
-    loaded = load(tmp_path, here, optimizer, strict=False)
+        load(tmp_path, model, optimizer)
+    loaded = load(tmp_path, model, optimizer, strict=False)
     assert loaded.extra == {"a": 1}
     assert loaded.step == 3 and loaded.path == tmp_path / "step-00000003"
-    params = dict(here.named_parameters())
+    params = dict(model.named_parameters())
     assert torch.equal(params["same.weight"], saved.same.weight)
     for key, value in optimizer.state[params["same.weight"]].items():
         assert torch.equal(value, saved_optimizer.state[saved.same.weight][key])
@@ -73,7 +73,7 @@ def test_strict_false_loads_what_fits_and_lists_mismatches(tmp_path):
         assert sentence in listed
     assert "same.weight" not in listed
     optimizer.zero_grad()
-    for param in here.parameters():
+    for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert optimizer.state[params["same.weight"]]["step"] == 4
@@ -86,16 +86,16 @@ def test_weight_without_saved_correction_gets_a_zero_correction(tmp_path):
     saved.a.weight.grad = torch.ones_like(saved.a.weight)
     plain.step()
     save(tmp_path, 1, saved, plain)
-    here, optimizer = trained(Model(a=linear(3, 4)), lr=1e-3)
-    assert optimizer.state[here.a.weight]["correction"].any()
-    loaded = load(tmp_path, here, optimizer, strict=False)
+    model, optimizer = trained(Model(a=linear(3, 4)), lr=1e-3)
+    assert optimizer.state[model.a.weight]["correction"].any()
+    loaded = load(tmp_path, model, optimizer, strict=False)
     assert loaded.mismatches == ["missing key optimizer.state.a.weight.correction"]
     assert (
-        torch.equal(here.a.weight, saved.a.weight)
-        and not optimizer.state[here.a.weight]["correction"].any()
+        torch.equal(model.a.weight, saved.a.weight)
+        and not optimizer.state[model.a.weight]["correction"].any()
     )
     assert torch.equal(
-        optimizer.state[here.a.weight]["exp_avg"], plain.state[saved.a.weight]["exp_avg"]
+        optimizer.state[model.a.weight]["exp_avg"], plain.state[saved.a.weight]["exp_avg"]
     )
 
 
@@ -128,7 +128,7 @@ def test_groups_may_be_divided_otherwise_if_their_options_agree(tmp_path):
 
 
 def test_group_options_keep_their_types(tmp_path):
-    """Tuples, a tensor lr, infinity. The schedule continues at the saved position."""
+    """Tuples, a tensor lr and infinity do. The schedule continues at the saved position."""
     model, optimizer = trained(
         Model(a=linear(3, 4)), lr=torch.tensor(0.1), betas=(0.8, 0.95), eps=1e-30
     )
@@ -219,8 +219,8 @@ def test_options_only_in_the_checkpoint_are_loaded_if_they_agree_within_a_group(
 def test_parameter_no_longer_in_the_optimizer_loads_its_weight_without_a_state(tmp_path):
     saved, saved_optimizer = trained(Model(a=linear(3, 4), b=linear(4, 2)))
     save(tmp_path, 3, saved, saved_optimizer)
-    here = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
-    optimizer = AdamW_BF16(here.b.parameters(), lr=0.5)
+    model = Model(a=linear(3, 4), b=linear(4, 2)).to(torch.bfloat16)
+    optimizer = AdamW_BF16(model.b.parameters(), lr=0.5)
     sentence = (
         "unexpected state of a.weight: this optimizer has no state for it; add the parameter to a "
         "group"
@@ -229,11 +229,12 @@ def test_parameter_no_longer_in_the_optimizer_loads_its_weight_without_a_state(t
         ValueError,
         match=f"another model or optimizer: {re.escape(sentence)}; build .* with strict=False",
     ):
-        load(tmp_path, here, optimizer)
-    assert load(tmp_path, here, optimizer, strict=False).mismatches == [sentence]
-    assert torch.equal(here.a.weight, saved.a.weight) and torch.equal(here.b.weight, saved.b.weight)
-    assert not optimizer.state.get(here.a.weight)
-    for key, value in optimizer.state[here.b.weight].items():
+        load(tmp_path, model, optimizer)
+    assert load(tmp_path, model, optimizer, strict=False).mismatches == [sentence]
+    assert torch.equal(model.a.weight, saved.a.weight)
+    assert torch.equal(model.b.weight, saved.b.weight)
+    assert not optimizer.state.get(model.a.weight)
+    for key, value in optimizer.state[model.b.weight].items():
         assert torch.equal(value, saved_optimizer.state[saved.b.weight][key])
     assert optimizer.param_groups[0]["lr"] == saved_optimizer.param_groups[0]["lr"]
 

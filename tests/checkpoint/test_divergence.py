@@ -111,7 +111,7 @@ def large_worker(rank: int, world: int, kind: str, root: str) -> str:
     if rank == 1:
         if kind == "last weight":
             model.weight.data.view(torch.int16)[-1, -1] ^= 1
-        else:  # another gradient, as where nobody averages, and weights that hide it
+        else:  # an update by a gradient that was not averaged, of which only the states tell
             weight = model.weight.detach().clone()
             model.weight.grad = torch.full_like(model.weight, 1e-3)
             optimizer.step()
@@ -139,7 +139,7 @@ def first_worker(rank: int, world: int, wrapper: str, root: str) -> bool:
     expected = [tensor.detach().clone() for tensor in map(to_local, model.parameters())]
     for param in model.parameters():
         local = to_local(param.detach())
-        local.add_(rank >= world // 2)  # the first replica stays
+        local.add_(rank >= world // 2)  # the first replica keeps its values
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save(root, 1, model, optimizer, on_divergence="first")
@@ -234,7 +234,7 @@ def test_different_paths_on_ranks_are_refused(tmp_path):
 
 
 def halves_worker(rank: int, world: int, root: str) -> tuple[str, str, bool, bool]:
-    """Save actor and critic, each sharded over a half of the job, asynchronously at once."""
+    """Save actor and critic at the same time, each sharded over one half of the job."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("role", "fsdp"))["fsdp"]
     role, group = ("actor", "critic")[rank // 2], mesh.get_group()
 

@@ -31,7 +31,7 @@ def averages(module, optimizer):
     return {name: optimizer.state[p]["ema"].clone() for name, p in module.named_parameters()}
 
 
-def reshard_worker(rank, world, root, name, more):
+def reshard_worker(rank, world, root, name):
     module, optimizer = BY_NAME[name].build(world, 7)
     ema = EMA(module, optimizer, decay=0.5)
     load(f"{root}/first", module, optimizer)
@@ -47,12 +47,12 @@ def test_average_reshards(tmp_path, name, world):
     module, optimizer, ema = trained()
     save(tmp_path / "first", 3, module, optimizer)
     expected, _ = everything(module, optimizer)
-    for values, own_options in run_ranks(world, reshard_worker, str(tmp_path), name, 1):
+    for values, options in run_ranks(world, reshard_worker, str(tmp_path), name):
         assert {k for k in values if k.endswith(".ema")} == {
             k for k in expected if k.endswith(".ema")
         }
         assert all(torch.equal(values[key], expected[key]) for key in expected)
-        assert all(each["ema_updates"] == 3 for each in own_options.values())
+        assert all(each["ema_updates"] == 3 for each in options.values())
     train(module, optimizer, 1)  # the batch is the same on every rank
     ema.update()
     _, other, _ = again = trained(seed=9)

@@ -172,7 +172,7 @@ def test_export_into_the_directory_of_a_run_survives_a_save(tmp_path, monkeypatc
 
 
 def test_export_waits_for_the_save_in_flight(tmp_path, monkeypatch):
-    """It would silently export the previous checkpoint otherwise."""
+    """Otherwise it would silently export the previous checkpoint."""
     module, optimizer = trained()
     save(tmp_path / "run", 3, module, optimizer)
     train(module, optimizer, 1)

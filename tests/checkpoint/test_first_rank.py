@@ -56,7 +56,7 @@ def rank_0_alone_worker(rank: int, world: int, folder: str) -> float:
         export_fp32(f"{folder}/run", f"{folder}/exported")
         convert_fp32(f"{folder}/exported", f"{folder}/converted", fp32=["precise*"])
     total = torch.ones(())
-    dist.all_reduce(total)  # nothing of another kind is under way
+    dist.all_reduce(total)  # would fail if rank 1 were in another collective
     load(f"{folder}/converted", module, optimizer)
     return float(total)
 
@@ -107,24 +107,26 @@ def failing_worker(rank: int, world: int, folder: str) -> list[str]:
         ):
             function(*arguments)
         messages.append(f"{type(caught.value).__name__}: {caught.value}".replace(folder, ""))
-    export_fp32(path, f"{folder}/new")  # a call after one that failed takes the new outcome
+    export_fp32(path, f"{folder}/new")  # not the outcome of the failed call
     assert os.path.isdir(f"{folder}/new")
     return messages
 
 
 def test_error_of_rank_0_is_raised_on_all_ranks(tmp_path):
-    here, there = run_ranks(2, failing_worker, str(tmp_path))
-    assert here[0] == "FileExistsError: /exported exists already; give the name of a new directory"
-    assert [message.partition(":")[0] for message in here[1:]] == [
+    of_rank_0, of_rank_1 = run_ranks(2, failing_worker, str(tmp_path))
+    assert of_rank_0[0] == (
+        "FileExistsError: /exported exists already; give the name of a new directory"
+    )
+    assert [message.partition(":")[0] for message in of_rank_0[1:]] == [
         "FileNotFoundError",
         "ValueError",
         "OSError",
         "FileExistsError",
         "FileNotFoundError",
     ]
-    assert there[:3] + there[4:] == here[:3] + here[4:]
+    assert of_rank_1[:3] + of_rank_1[4:] == of_rank_0[:3] + of_rank_0[4:]
     assert (
-        there[3]
+        of_rank_1[3]
         == "RuntimeError: export_fp32 failed on rank 0: OSError: [Errno 28] No space left on "
         "device: '/new'"
     )

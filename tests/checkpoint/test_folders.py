@@ -120,11 +120,10 @@ def test_only_new_parents_of_the_root_are_flushed(tmp_path, operations):
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change values of a manifest, with a matching checksum."""
+    """Change values of a manifest, or remove those given as ``...``; the checksum matches."""
     body = {**json.loads((path / "manifest.json").read_bytes()), **changes}
-    body = {key: value for key, value in body.items() if value is not ... and key != "checksum"} | {
-        "checksum": "0" * 8
-    }  # the last
+    body = {key: value for key, value in body.items() if value is not ... and key != "checksum"}
+    body["checksum"] = "0" * 8  # must be the last key
     blank = json.dumps(body).encode()
     (path / "manifest.json").write_bytes(
         blank[:-10] + f'{crc32_text(zlib.crc32(blank))}"}}'.encode()
@@ -185,7 +184,7 @@ def test_foreign_manifest_is_refused_and_later_saves_work(case, tmp_path):
     changes, message = STRANGE[case]
     good, bad = (save_step(tmp_path, step, sharded=False) for step in (1, 2))
     rewrite(good)
-    assert verify(good) == [], "only what is changed is wrong"
+    assert verify(good) == [], "a manifest without changes must stay valid"
     rewrite(bad, **changes)
     for call in (read_manifest, lambda path: load(path, *make(0))):
         with pytest.raises(
@@ -193,7 +192,7 @@ def test_foreign_manifest_is_refused_and_later_saves_work(case, tmp_path):
         ):
             call(bad)
     (tmp_path / "LATEST").unlink()
-    assert latest(tmp_path) == good, "a damaged one counts as older"
+    assert latest(tmp_path) == good, "a damaged checkpoint counts as older"
     assert_holds(save_step(tmp_path, 3, sharded=False), 3)
 
 

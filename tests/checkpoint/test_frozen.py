@@ -159,7 +159,7 @@ def test_parameter_no_longer_trained_keeps_its_state_under_every_layout(how, tmp
 
 
 def import_worker(rank: int, world: int, root: str) -> None:
-    """Import weights of which bfloat16 drops a part, also of parameters that are in no group."""
+    """Import weights that bfloat16 rounds, also for parameters that are in no group."""
     weights = {name: param.float() * 1.001 for name, param in layers(seed=5).named_parameters()}
     for layout in ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params"):
         model, own, optimizer = wrapped(layout, world, seed=0)

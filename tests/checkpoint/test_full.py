@@ -266,7 +266,7 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
     train(model, optimizer, 1)
     expected = gather_full_state_dict(model, optimizer)
     served, exchanged = collectives.served_devices, []
-    # errors are agreed on over any group: torch moves objects, and the package its flag, to the GPU
+    # Errors may be exchanged over NCCL: their flag moves to the GPU, which this test lacks.
     flag_device = object_collectives.device_for
     object_collectives.device_for = lambda group, device: device
     originals = {function: getattr(dist, function) for function in ("send", "recv", "broadcast")}
@@ -307,7 +307,7 @@ def nccl_worker(rank: int, world: int, name: str) -> int:
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
 def test_transfers_do_not_use_nccl(name):
-    """Of replicas only the first rank sends. The others only help to create the group."""
+    """Each rank transfers something, and nothing over the default group."""
     first, *others = run_ranks(3, nccl_worker, name)
     assert first > 0 and all(count > 0 for count in others)
 

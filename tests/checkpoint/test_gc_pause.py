@@ -56,7 +56,7 @@ def test_collector_is_enabled_when_the_last_thread_ends_its_pause(first_out):
 
 
 def test_collector_is_paused_in_planning_finishing_and_parsing_only(tmp_path, monkeypatch):
-    """It runs while files are read and written, which takes long."""
+    """It stays enabled while files are read and written, because that takes long."""
     seen: dict[str, bool] = {}
 
     def watch(owner: Any, name: str) -> None:

@@ -289,7 +289,7 @@ def test_no_pickle_is_executed(as_what, tmp_path, monkeypatch):
 
 
 def missing_file_worker(rank: int, world: int, folder: str, what: str) -> list[str]:
-    """Import while rank 1 lacks the file. FSDP1 gathers states, so rank 0 must not wait for it."""
+    """Import while rank 1 lacks the file. FSDP1 gathers states, and rank 0 must not block there."""
     messages = []
     for layout in ("FSDP1", "FSDP2"):
         module, optimizer = BY_NAME[layout].build(world, 0)

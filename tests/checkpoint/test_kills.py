@@ -14,8 +14,8 @@ from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 
 from .victims import assert_holds, operations, run, save_step
 
-KILLS = 24  # of each action
-AT_ONCE = 3
+KILLS = 24  # runs of each action
+AT_ONCE = 3  # concurrent runs
 
 
 def check(root: Path, steps: set[int]) -> int:
@@ -23,7 +23,7 @@ def check(root: Path, steps: set[int]) -> int:
     newest = latest(root)
     assert newest is not None
     assert newest == root / (root / "LATEST").read_text().strip(), (
-        "LATEST names a checkpoint that is there"
+        "LATEST must name an existing checkpoint"
     )
     step = int(newest.name.split("-")[1])
     assert step in steps
@@ -48,7 +48,7 @@ def check_next_saves(parent: Path) -> None:
         ("asynchronous", 2, False),
         ("repeated_asynchronous", 2, True),
         ("pruning", 1, True),
-        # The other way to end the survivors, and a save at the same step.
+        # The survivors end the other way, or the step is saved again.
         pytest.param("synchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, True, marks=pytest.mark.exhaustive),
         pytest.param("repeated", 2, False, marks=pytest.mark.exhaustive),
@@ -70,7 +70,7 @@ def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
         victim, at = chosen[index]
         root = shutil.copytree(initial, tmp_path / "killed" / str(index))
         assert run(action, root, world, victim, at, everybody)[victim] == -9, (
-            "killed before its end"
+            "the victim must be killed"
         )
         return check(root, {before, done})
 
@@ -78,12 +78,12 @@ def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
         found = list(pool.map(kill, range(len(chosen))))
     check_next_saves(tmp_path / "killed")
     assert set(found) == {before, done}, (
-        "kills fell before and after the moment in which the new one becomes the latest"
+        "kills must fall both before and after the new checkpoint becomes the latest"
     )
 
 
 def choose_points(root: Path, world: int, generator: random.Random) -> list[tuple[int, int]]:
-    """Choose ranks and indices of operations: changes of folders and flushes first, some writes."""
+    """Choose ranks and operations: folder changes and flushes first, then some writes."""
     points = [
         (rank, at, name) for rank in range(world) for at, name in enumerate(operations(root, rank))
     ]

@@ -221,7 +221,7 @@ def test_user_module_called_module_keeps_its_segment():
         if key.rpartition(".")[2] in ("weight", "bias")
     ] == NAMES
     assert [state_dict_key(model, name) for name in NAMES] == NAMES, (
-        "no name has the outermost wrappers"
+        "keys of the state dict do not name the outermost wrappers"
     )
     inner = nn.Sequential(compiled(Counter()))
     assert state_dict_key(inner, "0.module.weight") == "0._orig_mod.module.weight"

@@ -1,4 +1,4 @@
-"""The plan of a save on tables: equal to that of DCP's planner for every layout."""
+"""Plans of saves that are built on tables equal those of DCP's planner for every layout."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def prepare(plans: list[SavePlan]) -> list[SavePlan]:
 
 
 def write(plans: list[SavePlan]) -> list[list[WriteResult]]:
-    """Return what ranks report that have written their plans, each to two files."""
+    """Return the results of ranks that each write their plan to two files."""
     return [
         [
             WriteResult(item.index, 3, _StorageInfo(f"__{rank}_{n % 2}.distcp", n // 2 * 3, 3))
@@ -84,7 +84,7 @@ def write(plans: list[SavePlan]) -> list[list[WriteResult]]:
 
 
 def everything(plans: list[SavePlan], metadata: Metadata) -> Any:
-    """Return plans and metadata with what == does not compare: hints and the order of dicts."""
+    """Return plans and metadata, and what ``==`` does not compare: hints and orders of dicts."""
     return (
         [[(item, item.index.index) for item in plan.items] for plan in plans],
         [(plan.storage_data, plan.usable) for plan in plans],
@@ -104,7 +104,7 @@ def by_dcp(plans: list[SavePlan], results: list[list[WriteResult]] | None = None
 
 
 def by_tables(plans: list[SavePlan], on_tables: bool | None = True) -> Any:
-    """Merge as rank 0 does; ``on_tables`` is whether DCP's planner must not be needed."""
+    """Merge as rank 0 does; with True, DCP's planner must not be used, with False it must."""
     tables = [pickle.loads(pickle.dumps(to_table(plan))) for plan in plans]
     merged, to_chunks = merge_plans(tables, DefaultSavePlanner(), prepare)
     if on_tables is not None:
@@ -194,7 +194,7 @@ def test_table_is_the_plan():
 
 
 def test_replicas_go_to_the_rank_with_fewest_bytes():
-    """Sizes in bytes of full tensors; equal ranks in the order of a set, in which 8 is before 1."""
+    """Bytes are those of full tensors. Ties go to the first rank of a set, where 8 precedes 1."""
     ranks = [local(*(full(f"t{n}", (n,)) for n in range(9, 0, -1))) for _ in range(3)]
     assert by_tables(ranks) == by_dcp(ranks)
     ranks = [local() for _ in range(9)]
@@ -295,7 +295,7 @@ def test_full_tensor_beside_its_shard_is_refused_as_by_dcp():
 
 
 def test_ranks_of_one_layout_share_a_block():
-    """Random states have names of their own, and must not separate ranks."""
+    """Random states have one name a rank, which must not put ranks in different blocks."""
     plans = [
         local(
             shard("t", (8,), ((rank,), (1,))), full(f"rng.{rank}.cpu", (3,)), full("rng.0.x", (1,))

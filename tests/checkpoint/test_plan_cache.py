@@ -266,7 +266,7 @@ def lost_plan_worker(rank: int, world: int, root: str) -> list[tuple[int, ...]]:
         with counted() as counts:
             path = save(root, number, model, optimizer)
         outcomes.append(tuple(counts))
-        if number == 1 and rank == 1:  # as if this rank had not kept the plan of another save
+        if number == 1 and rank == 1:  # as if another save had stored its plan here only
             plan_cache._plans[optimizer].identity = "another"
         if number == 2 and rank == 0:
             del plan_cache._plans[optimizer]
@@ -283,7 +283,7 @@ def test_ranks_that_hold_different_plans_plan_anew(tmp_path):
 
 
 def groups_worker(rank: int, world: int, root: str) -> None:
-    """Save one model in groups of different ranks: each part of a checkpoint is written."""
+    """Save one model in groups of different ranks; each checkpoint must be complete."""
     model, optimizer = trained()
     first = dist.new_group([0, 1])
     for number, group in enumerate((None, first, None, first)):
@@ -300,7 +300,7 @@ def test_plan_is_of_the_ranks_of_one_group(tmp_path):
 
 
 def layouts_worker(rank: int, world: int, root: str, name: str) -> None:
-    """Save with and without the last plan: the same files; asynchronously too."""
+    """Save asynchronously with the cached plan, load that, and save without a cached plan."""
     module, optimizer = BY_NAME[name].build(world, seed=1)
     train(module, optimizer, 1)
     save(root, 1, module, optimizer)

@@ -1,4 +1,4 @@
-"""A plan in the cache is used for no layout but its own, and says nothing of where chunks lie."""
+"""A cached plan is reused for its own layout only, and has no locations of chunks in files."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def state(model: nn.Module, optimizer: AdamW_BF16) -> dict[str, Any]:
     return {k: v.detach().clone() for k, v in {**model.state_dict(), **tensors}.items()}
 
 
-def has_plan(optimizer: AdamW_BF16) -> Any:
-    """Return the identity of the plan in the cache."""
+def plan_identity(optimizer: AdamW_BF16) -> Any:
+    """Return the identity of the cached plan, or None."""
     planned = plan_cache._plans.get(optimizer)
     return planned and planned.identity
 
@@ -102,7 +102,7 @@ def test_repeated_plan_takes_places_from_its_own_save(tmp_path, asynchronous):
         take_step(model, optimizer)
         path = save(tmp_path, number, model, optimizer, async_=async_)
         wait_for_save()
-        identities.add(has_plan(optimizer))
+        identities.add(plan_identity(optimizer))
         places.append(metadata(path).storage_data)
         other = trained(seed=9)
         other[0].register_buffer("table", torch.zeros(70000, 300).bfloat16())
@@ -119,7 +119,7 @@ def renumbered_worker(rank: int, world: int, root: str) -> None:
     """Join a new process group under another rank between two saves."""
     model, optimizer = trained()
     save(root, 1, model, optimizer)
-    before, layout = has_plan(optimizer), layout_of({"a": torch.ones(2)}, None)
+    before, layout = plan_identity(optimizer), layout_of({"a": torch.ones(2)}, None)
     assert before is not None
     dist.barrier()
     dist.destroy_process_group()
@@ -128,7 +128,7 @@ def renumbered_worker(rank: int, world: int, root: str) -> None:
     assert layout_of({"a": torch.ones(2)}, None) != layout
     take_step(model, optimizer)
     path = save(root, 2, model, optimizer)
-    assert has_plan(optimizer) not in (None, before)
+    assert plan_identity(optimizer) not in (None, before)
     other = trained(seed=9)
     load(path, *other)
     assert_same_bits(state(*other), state(model, optimizer))
@@ -167,7 +167,7 @@ DTENSORS: dict[str, Callable[[], Tensor]] = {
 
 
 def dtensors_worker(rank: int, world: int, root: str) -> None:
-    """Save each kind after each other one, and load it: its rows are where they were."""
+    """Save each kind before and after the first one; each element loads into its place."""
     model, optimizer = trained()
     expected = torch.arange(30).reshape(SHAPE)
     for number, (first, second) in enumerate(itertools.permutations(DTENSORS, 2)):
@@ -175,10 +175,10 @@ def dtensors_worker(rank: int, world: int, root: str) -> None:
             continue
         model.register_buffer("table", DTENSORS[first]())
         save(root, 2 * number, model, optimizer, keep=1)
-        before = has_plan(optimizer)
+        before = plan_identity(optimizer)
         model.register_buffer("table", DTENSORS[second]())
         path = save(root, 2 * number + 1, model, optimizer, keep=2)
-        assert has_plan(optimizer) not in (None, before), (first, second)
+        assert plan_identity(optimizer) not in (None, before), (first, second)
         model.register_buffer("table", torch.zeros(SHAPE, dtype=model.table.dtype))
         load(path, model, optimizer)
         assert torch.equal(model.table, expected.to(model.table.dtype)), (first, second)

@@ -1,4 +1,4 @@
-"""Tensors read from a checkpoint: those of torch.load, without a call of torch.load per tensor."""
+"""Tensors read from a checkpoint equal those of torch.load, which is not called for each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_torch_load_is_called_twice_for_each_kind(loads):
 
 
 def test_every_byte_around_the_data_counts(monkeypatch):
-    """A change of the data is read as it is; any other goes to torch.load."""
+    """A changed byte of the data is read as data; any other leaves the tensor to torch.load."""
     reader, data = TensorReader(), torch.arange(6.0)
     with without_crc32():
         content = saved(data)

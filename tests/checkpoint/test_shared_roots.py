@@ -106,7 +106,7 @@ def missing_ok_worker(rank: int, world: int, folder: str) -> None:
     """Show ranks different states of the root; all must act as rank 0 does."""
     model, optimizer = make(1, sharded=True)
     save(f"{folder}/full", 1, model, optimizer, extra={"step": 1})
-    seen_by_others = mock.Mock(side_effect=AssertionError("the first rank looks for all"))
+    seen_by_others = mock.Mock(side_effect=AssertionError("rank 0 must look for all ranks"))
     for of_rank_0, expected in (("none", None), ("full", {"step": 1})):
         with mock.patch.object(loading, "_find", loading._find if rank == 0 else seen_by_others):
             loaded = load(f"{folder}/{of_rank_0}", model, optimizer, missing_ok=True)
@@ -195,7 +195,7 @@ def test_forked_process_does_not_keep_the_lock(tmp_path, monkeypatch):
         os, "unlink", mock.Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
     )
     lock = RootLock(tmp_path)
-    copy = os.dup(lock._descriptor)  # as a fork has it: of the same open file
+    copy = os.dup(lock._descriptor)  # like a fork's, it refers to the same open file
     lock.release()
     RootLock(tmp_path).release()
     os.close(copy)
@@ -289,7 +289,7 @@ def test_name_taken_by_another_job_raises_and_both_checkpoints_are_complete(tmp_
 
 def test_prune_keeps_the_latest_and_the_last_saved(tmp_path):
     paths = [save_step(tmp_path, step, sharded=False) for step in (1, 2, 3)]
-    # the third was published, but then the disk was full
+    # as if the disk had been full once the third was published
     (tmp_path / "LATEST").write_text(f"{paths[1].name}\n")
     assert prune(tmp_path, 1) == [paths[0]]
     assert latest(tmp_path) == paths[1]
@@ -358,7 +358,7 @@ def test_folder_without_fsync_is_accepted_but_a_failing_disk_is_not(tmp_path, mo
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
-    """Deny access as permissions would; root may read everything."""
+    """Deny access as permissions would, which do not bind root."""
     for module, name in (
         (os, "stat"),
         (os, "scandir"),

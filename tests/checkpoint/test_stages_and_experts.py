@@ -129,7 +129,7 @@ def extra_state_worker(rank: int, world: int, kind: str, as_tensor: bool, root: 
     experts: Any = {"list": model["parts"], "modules": list(parts), "one": parts[0]}.get(kind)
     parallel = stages() if experts is None else ModelParallel(ep=dist.group.WORLD, experts=experts)
     if kind == "one":
-        parts[1].value = 5.0  # a replica on every rank
+        parts[1].value = 5.0  # not an expert: the same on every rank
         torch.manual_seed(9)
         nn.init.normal_(parts[1].linear.weight), nn.init.normal_(parts[1].linear.bias)
     optimizer = trained(model, model_parallel=parallel)
@@ -234,7 +234,7 @@ def fsdp1_worker(rank: int, world: int, root: str) -> tuple[str, bool]:
         with pytest.raises(ValueError, match="FSDP1") as caught:
             save(f"{root}/staged", 1, model, optimizer)
         torch.manual_seed(0)
-        # Over a process group, states are ShardedTensors.
+        # Without a mesh, states are ShardedTensors.
         plain = FullyShardedDataParallel(nn.Linear(4, 4).bfloat16(), **options)
         optimizer = AdamW_BF16(plain.parameters(), lr=1e-2)
         plain(torch.ones(2, 4).bfloat16()).float().sum().backward()

@@ -27,7 +27,7 @@ from .two_layers import BF16, layers, states, take_steps
 
 
 class Quantised(Tensor):
-    """A tensor as of torchao: made of two others, with few operations."""
+    """A tensor like torchao's: it consists of two others, and supports few operations."""
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: Tensor) -> Quantised:
@@ -82,7 +82,7 @@ def test_quantised_parameter_is_saved_and_loaded_by_its_parts(async_, tmp_path):
     wait_for_save()
     fresh, fresh_optimizer = quantised(seed=1)
     base = fresh.base
-    fresh_optimizer.state["epoch"] = 1  # not all of it is tensors
+    fresh_optimizer.state["epoch"] = 1  # an entry of no parameter
     load(tmp_path / "run", fresh, fresh_optimizer)
     assert (
         fresh.base is base
@@ -171,8 +171,8 @@ def dtensor_worker(rank: int, world: int, root: str) -> str:
 
 
 def test_sharded_quantised_parameter_is_refused(tmp_path):
-    for said in run_ranks(2, dtensor_worker, str(tmp_path)):
-        assert said.startswith(
+    for message in run_ranks(2, dtensor_worker, str(tmp_path)):
+        assert message.startswith(
             "base is a DTensor of Quantised, whose shards cannot be saved or loaded; leave "
             "the quantised module out"
         )

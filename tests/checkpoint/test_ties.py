@@ -91,23 +91,25 @@ TIES = [(), (0, 1), (0, 2), (1, 2), (0, 1, 2), (2, 1)]
 
 @pytest.mark.parametrize("saved", TIES)
 def test_each_name_gets_its_saved_values_or_the_load_is_refused(saved, tmp_path):
-    """Load between all ways of tying: a name tied in the checkpoint has the shared values."""
+    """Load between all sets of ties: a name that was tied has the shared values."""
     model, optimizer = build(saved)
     take_steps(model, optimizer)
     path = save(tmp_path, 4, model, optimizer)
     expected = values_of(model, optimizer)
-    for here in TIES:
-        other, other_optimizer = build(here, seed=1)
+    for current in TIES:
+        other, other_optimizer = build(current, seed=1)
         before = values_of(other, other_optimizer)
-        if set(here) <= set(saved) or not here:
+        if set(current) <= set(saved) or not current:
             load(path, other, other_optimizer)
             found = values_of(other, other_optimizer)
-            assert same_bits(found, expected), here
+            assert same_bits(found, expected), current
             take_steps(other, other_optimizer, 1)
         else:
-            first = NAMES[min(here)]
+            first = NAMES[min(current)]
             different = next(
-                NAMES[index] for index in sorted(here)[1:] if not {index, min(here)} <= set(saved)
+                NAMES[index]
+                for index in sorted(current)[1:]
+                if not {index, min(current)} <= set(saved)
             )
             tied = f"{first} and {different} are tied in the model"
             sentence = f"{tied} but were saved with different weights"
@@ -119,7 +121,7 @@ def test_each_name_gets_its_saved_values_or_the_load_is_refused(saved, tmp_path)
             found = values_of(other, other_optimizer)
             assert same_bits(found[first], expected[first]) and same_bits(
                 found[different], expected[first]
-            ), here
+            ), current
 
 
 def test_manifest_records_ties(tmp_path):
@@ -301,8 +303,8 @@ def test_conversion_keeps_ties(tmp_path):
     model, _, state = fp32_run((0, 1))
     path = convert_fp32(model.state_dict(), tmp_path, state)
     assert read_manifest(path).ties == [["emb.weight", "head.weight"]]
-    for here in ((), (0, 1)):
-        load(path, *build(here, seed=1))
+    for current in ((), (0, 1)):
+        load(path, *build(current, seed=1))
 
 
 def test_conversion_finds_the_group_of_a_parameter_by_any_of_its_names(tmp_path):
@@ -325,12 +327,12 @@ def test_sets_of_ties_that_a_later_one_connects_are_merged():
 
 
 def test_scatter_refuses_a_state_of_other_ties():
-    for saved, here in (((0, 1), ()), ((), (0, 1))):
+    for saved, current in (((0, 1), ()), ((), (0, 1))):
         model, optimizer = build(saved)
         take_steps(model, optimizer, 1)
         full = gather_full_state_dict(model, optimizer)
         with pytest.raises(ValueError, match="the full state is of another model or optimizer"):
-            scatter_full_state_dict(*build(here, seed=1), full)
+            scatter_full_state_dict(*build(current, seed=1), full)
 
 
 # ------------------------------------------------------------------------------------------ buffers
@@ -386,26 +388,26 @@ LAYOUTS = ("DDP", "FSDP2", "ZeRO-2", "FSDP1", "FSDP1 use_orig_params")
 
 
 def layouts_worker(rank: int, world: int, root: str) -> list[str]:
-    """Load each layout's checkpoint into one process and into each layout, tied and untied."""
+    """Load each layout's checkpoint into one process and into that layout, tied and untied."""
     warnings.simplefilter("ignore")
     failed = []
-    for layout, (saved, here) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()))):
-        folder = f"{root}/{layout} {saved} {here}"
+    for layout, (saved, current) in itertools.product(LAYOUTS, (((0, 1), (0, 1)), ((0, 1), ()))):
+        folder = f"{root}/{layout} {saved} {current}"
         model, optimizer = wrapped(layout, saved, world, seed=0)
         take_steps(model, optimizer, 2)
         if read_manifest(save(f"{folder}/there", 2, model, optimizer)).ties != (
             [["emb.weight", "head.weight"]] if saved else []
         ):
             failed.append(f"{folder}: ties")
-        plain, plain_optimizer = build(here, seed=1)
+        plain, plain_optimizer = build(current, seed=1)
         load(f"{folder}/there", plain, plain_optimizer)
         found = values_of(plain, plain_optimizer)
         if saved and not same_bits(found["head.weight"], found["emb.weight"]):
             failed.append(f"{folder}: load into one process")
-        model, optimizer = wrapped(layout, here, world, seed=2)
+        model, optimizer = wrapped(layout, current, world, seed=2)
         load(f"{folder}/there", model, optimizer)
         save(f"{folder}/back", 2, model, optimizer)
-        again, again_optimizer = build(here, seed=3)
+        again, again_optimizer = build(current, seed=3)
         load(f"{folder}/back", again, again_optimizer)
         if not same_bits(values_of(again, again_optimizer), found):
             failed.append(f"{folder}: load into the layout")
@@ -457,7 +459,7 @@ def stages_worker(rank: int, world: int, root: str) -> list[Any]:
 
 
 def test_ties_within_pipeline_stages(tmp_path):
-    """Including stages of which only one has changed its ties."""
+    """Also if only one stage has changed its ties."""
     first, second = run_ranks(2, stages_worker, str(tmp_path))
     assert first == second and first[1:5] == [True] * 4
     assert first[0] == [[f"emb.weight@pp{stage}", f"head.weight@pp{stage}"] for stage in (0, 1)]

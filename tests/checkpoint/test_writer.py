@@ -1,4 +1,4 @@
-"""The files of a save: the bytes of DCP and torch.save, without a call of torch.save per tensor."""
+"""Files of a save have the bytes of DCP and torch.save, which is not called for each tensor."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_output_with_data_in_two_places_has_no_template(monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 5_000, 20_000, 39_000])
 def test_full_disk_is_the_error(tmp_path, monkeypatch, room):
-    """In torch.save, while a template is built, and in a write by template."""
+    """It is full in torch.save, while a template is built, or in a write by template."""
     real = file_checksums._ChecksummedStream._write
 
     def write_if_room(self, data):

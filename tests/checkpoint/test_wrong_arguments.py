@@ -23,7 +23,7 @@ from .two_layers import BF16, layers, trained, wrapped
 
 
 def on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
-    """Pass something else on the second rank; no rank blocks."""
+    """Pass a wrong argument on rank 1 only; no rank may block."""
     warnings.simplefilter("ignore")
     model, _, optimizer = wrapped("FSDP1 use_orig_params", world, seed=0)
     save(root, 1, model, optimizer)
@@ -43,21 +43,21 @@ def on_one_rank_worker(rank: int, world: int, root: str) -> list[str]:
         lambda m, o: scatter_full_state_dict(m, o, full),
         lambda m, o: import_fp32(weights, m, o),
     ]
-    said = []
+    messages = []
     for arguments in wrong:
         for call in calls:
             try:
                 call(*(arguments if rank == 1 else (model, optimizer)))
-                said.append("nothing")
+                messages.append("nothing")
             except ValueError as error:
-                said.append(str(error))
+                messages.append(str(error))
     try:
         import_fp32(
             weights, model, optimizer if rank == 0 else torch.optim.AdamW(model.parameters())
         )
     except ValueError as error:
-        said.append(str(error))
-    return said
+        messages.append(str(error))
+    return messages
 
 
 def test_error_of_one_rank_is_raised_on_all_ranks(tmp_path):

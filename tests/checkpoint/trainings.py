@@ -70,15 +70,13 @@ def expected_states(model, optimizer):
     """Return the states to expect, by definition, element by element on full tensors."""
     result = {}
     for name, param in model.named_parameters():
-        ours = torch.float32 if "precise" in name else torch.bfloat16
-        result[name] = (
-            param.detach().float() if ours == torch.float32 else param.detach().bfloat16()
-        )
+        dtype = torch.float32 if "precise" in name else torch.bfloat16
+        result[name] = param.detach().to(dtype)
         state = optimizer.state.get(param, {})
         for key in ("exp_avg", "exp_avg_sq"):
             value = state.get(key, torch.zeros_like(param)).float()
-            result[f"{name}.{key}"] = value if ours == torch.float32 else round_moment(value)
-        if ours == torch.bfloat16:
+            result[f"{name}.{key}"] = value if dtype == torch.float32 else round_moment(value)
+        if dtype == torch.bfloat16:
             result[f"{name}.correction"] = (
                 param.detach().float() - param.detach().bfloat16().float()
             ).bfloat16()
