@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # They share the cores. OpenMP's threads spin while they wait for one another.
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hide_imported_objects() -> None:
+    """Hide what is alive from garbage collection, and from our searches of all objects.
+
+    torch alone has 300,000 objects, and each search or full collection visits them all.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else nanobind reports leaks
 
 
 @pytest.fixture(scope="session")
