@@ -30,8 +30,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
 TIMEOUT = 100
-# A fork of a process that has imported all that tests need starts fast, for tests that end their
-# processes: the imports take longer than most of those tests.
+# Tests whose processes end fork them from a server that has imported what they need. The imports
+# take longer than most of these tests.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     [
@@ -88,7 +88,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _stack(directory: Path, rank: int) -> str:
-    """Return where a rank was that hung: the stacks of its threads, just before the timeout."""
+    """Return the stacks of a hung rank's threads just before the timeout, or an empty string."""
     path = directory / f"stack{rank}"
     return path.read_text() if path.exists() else ""
 
@@ -100,17 +100,17 @@ def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any
         Each process's exit code, in the order of ranks; 0 if the function returned.
     """
     with tempfile.TemporaryDirectory() as directory:
-        of_all = (world_size, f"{directory}/store", function, args)
-        return _fork(_run, [(rank, *of_all) for rank in range(world_size)])
+        common = (world_size, f"{directory}/store", function, args)
+        return _fork(_run, [(rank, *common) for rank in range(world_size)])
 
 
 def run_script(path: Path, world_size: int | None) -> tuple[list[int], str]:
-    """Run a script in its folder, in a new process or on ``world_size`` ranks as by torchrun.
+    """Run a script in its folder, in a new process or on ``world_size`` ranks as under torchrun.
 
-    It may import what is in the repository. The process has imported torch before.
+    It may import what is in the repository. Its process has already imported torch.
 
     Returns:
-        Each process's exit code, and what all have printed.
+        Each process's exit code, and the output of all.
     """
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
@@ -119,8 +119,8 @@ def run_script(path: Path, world_size: int | None) -> tuple[list[int], str]:
         return _fork(_run_script, ranks), output.read_text()
 
 
-def _fork(function: Callable[..., Any], of_ranks: list[tuple[Any, ...]]) -> list[int]:
-    processes = [forkserver.Process(target=function, args=args) for args in of_ranks]
+def _fork(function: Callable[..., Any], args_by_rank: list[tuple[Any, ...]]) -> list[int]:
+    processes = [forkserver.Process(target=function, args=args) for args in args_by_rank]
     for process in processes:
         process.start()
     deadline = time.monotonic() + TIMEOUT + 20
