@@ -3,15 +3,17 @@
     python -m tests.launch.chaos --events 40
     python -m tests.launch.chaos --events 40 --nodes 2
 
-An event is the SIGKILL of a worker or of torchrun, SIGTERM or SIGUSR1 to torchrun, or the SIGSTOP
-of a worker for longer than ``--step-timeout``. Then torchrun restarts the workers, or the same
-command starts anew. ``--nodes`` starts so many torchruns, which meet as those of several machines
-do; one that is killed or evicted alone is replaced while the others run, as Kubernetes does it.
-Runs of a fixed number of processes alternate with runs in which each new
-torchrun has another one. After each event, the latest checkpoint is not older than before it. At
-the end of a run its ``metrics.jsonl`` has each step once, all checkpoints are complete and
-undamaged, no partial one is left, and the curve is that of an undisturbed run: bit for bit if the
-number of processes is fixed, else within 5 % of the last held-out loss.
+An event is SIGKILL to a worker or to torchrun, SIGTERM or SIGUSR1 to torchrun, or SIGSTOP to a
+worker for longer than ``--step-timeout``. After it torchrun restarts the workers, or the same
+command is started again. ``--nodes`` starts that many torchruns, which rendezvous like those of
+several machines. If one of them alone is killed or evicted, it is replaced while the others run, as
+in Kubernetes. The number of processes is fixed in every second run; in the others each start of the
+command draws it anew.
+
+After each event the latest checkpoint must not be older than before. At the end of a run
+``metrics.jsonl`` must have each step once, all checkpoints must be complete and undamaged, no
+partial one may be left, and the curve must be that of an undisturbed run: bit for bit if the number
+of processes is fixed, else within 5 % of the last held-out loss.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class Job:
             return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
 
     def replace_ended_nodes(self) -> None:
-        """Start torchrun anew on each of several nodes where it has failed or was stopped."""
+        """With several nodes, start a new torchrun for each that has failed or was stopped."""
         for index, torchrun in enumerate(self.torchruns):
             if self.nodes > 1 and torchrun.poll() not in (None, 0):
                 self.torchruns[index] = self.start_node()
@@ -136,18 +138,18 @@ class Job:
         return all(torchrun.poll() is not None for torchrun in self.torchruns)
 
     def disturb(self, event: str) -> bool:
-        """Cause an event, and start the command anew where it has ended.
+        """Cause an event after some steps; start the command again if that has ended it.
 
         Return False if the run is done.
         """
         before = self.saved_step()
-        modified = self.modified()
-        # Some steps of this attempt, which rewrites the file when it starts.
+        inode_before = self.metrics_inode()
+        # Steps to see of the current attempt, which replaces metrics.jsonl when it starts.
         wanted = self.random.randint(0, 6)
         seen: set[int] = set()
 
         def has_trained() -> bool:
-            if self.modified() != modified:
+            if self.metrics_inode() != inode_before:
                 seen.add(self.last_step())
             self.replace_ended_nodes()
             return len(seen) > wanted or self.have_ended()
@@ -183,7 +185,7 @@ class Job:
         assert self.saved_step() >= before, "a checkpoint is lost"
         return True
 
-    def modified(self) -> int:
+    def metrics_inode(self) -> int:
         """Return the inode of ``metrics.jsonl``, which each attempt replaces."""
         try:
             return (self.out / "metrics.jsonl").stat().st_ino
@@ -191,7 +193,7 @@ class Job:
             return -1
 
     def end(self, expected: set[int], before: int) -> bool:
-        """Check the exit codes; return False if the run is done, else start it anew."""
+        """Check the exit codes; return False if the run is done, else start it again."""
         self.wait_until(self.have_ended, "the run did not end")
         codes = {torchrun.returncode for torchrun in self.torchruns}
         assert codes <= expected, f"exit codes {codes}: see {self.log}"
@@ -202,7 +204,7 @@ class Job:
         return True
 
     def finish(self) -> None:
-        """Wait for the end, and check what is left."""
+        """Wait for the end of the run, and check what it has left."""
 
         def has_ended() -> bool:
             self.replace_ended_nodes()
@@ -232,7 +234,7 @@ def stats() -> dict[int, list[str]]:
 
 
 def living(pids: list[int]) -> list[int]:
-    """Return those processes that are neither dead nor zombies."""
+    """Return the processes that are neither dead nor zombies."""
     known = stats()
     return [pid for pid in pids if pid in known and known[pid][0] not in "ZX"]
 
@@ -251,7 +253,7 @@ def soak(
 ) -> Counter[str]:
     """Disturb runs of ``steps`` steps by all ``events``; return how often each happened.
 
-    ``undisturbed`` starts the run that they are compared with.
+    ``undisturbed`` starts the run without events with which they are compared.
     """
     source = random.Random(seed)
     common = (steps, (sizes[0],), step_timeout, patience, source)
@@ -293,7 +295,7 @@ def main() -> None:
         "--events-per-run",
         type=int,
         default=10,
-        help="then the run is left to end (default: %(default)s)",
+        help="after them the run is left to finish (default: %(default)s)",
     )
     add("--steps", type=int, default=200, help="of each run (default: %(default)s)")
     add("--sizes", type=int, nargs="+", help="processes (default: 4 3 2; 4 2 with --nodes 2)")

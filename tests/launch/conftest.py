@@ -14,7 +14,7 @@ sys.path.insert(0, str(LAUNCH))
 
 @pytest.fixture
 def one_thread():
-    """Use one thread, as under torchrun: on busy cores several are many times slower."""
+    """Use one thread, as under torchrun: several are many times slower on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

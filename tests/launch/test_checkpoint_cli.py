@@ -86,7 +86,7 @@ def test_verify_names_damaged_files(tmp_path, capsys):
     make_run(tmp_path, (1, 2))
     assert run(capsys, "verify", tmp_path) == (0, f"{tmp_path}/step-00000002: ok\n", "")
     name = damage(tmp_path / "step-00000001")
-    assert run(capsys, "verify", tmp_path)[0] == 0, "the latest is whole"
+    assert run(capsys, "verify", tmp_path)[0] == 0, "the latest is undamaged"
     code, out, err = run(capsys, "verify", "--all", tmp_path)
     assert code == 1 and out == f"{tmp_path}/step-00000002: ok\n"
     assert err.startswith(f"{tmp_path}/step-00000001: {name} is not what was written")
@@ -126,8 +126,8 @@ def test_export_copies_the_config_and_names_the_given_path_in_errors(tmp_path, c
     make_run(tmp_path / "run")
     source = tmp_path / "llama"
     source.mkdir()
-    of_the_weights = ("model.safetensors.index.json", "model.bin", "trainer_state.json")
-    for name in ("tokenizer.json", "vocab.txt", *of_the_weights):
+    weight_files = ("model.safetensors.index.json", "model.bin", "trainer_state.json")
+    for name in ("tokenizer.json", "vocab.txt", *weight_files):
         (source / name).write_text("{}")
     export = ("export", tmp_path / "run", tmp_path / "out", "--config-from", source)
     assert run(capsys, *export) == (
@@ -211,14 +211,14 @@ def test_import_takes_over_the_optimizer_state(tmp_path, capsys):
     [
         ((), 2, [3, 4], 0),
         ((), 9, [1, 2, 3, 4], 0),
-        ((4,), 1, [3, 4], 0),  # the newest whole one stays
+        ((4,), 1, [3, 4], 0),  # the newest undamaged one stays
         ((3, 4), 1, [2, 3, 4], 0),
         ((3,), 2, [2, 3, 4], 0),
         ((1, 2), 1, [4], 0),
-        ((1, 2, 3, 4), 1, [1, 2, 3, 4], 1),  # none is whole, so none is removed
+        ((1, 2, 3, 4), 1, [1, 2, 3, 4], 1),  # all are damaged, so none is removed
     ],
 )
-def test_prune_keeps_the_newest_whole_checkpoints(damaged, keep, left, code, tmp_path, capsys):
+def test_prune_keeps_the_newest_undamaged_checkpoints(damaged, keep, left, code, tmp_path, capsys):
     make_run(tmp_path, (1, 2, 3, 4))
     for step in damaged:
         damage(tmp_path / f"step-{step:08d}")
@@ -261,7 +261,7 @@ def test_verify_and_prune_report_directories_without_a_manifest(tmp_path, capsys
     assert (code, out, pruned) == (0, f"{tmp_path}/step-00000001: removed\n", err)
     assert empty.is_dir() and partly.is_dir()
     (tmp_path / "step-00000003" / "manifest.json").unlink()
-    assert run(capsys, "verify", "--all", tmp_path)[0] == 1, "without any complete checkpoint, too"
+    assert run(capsys, "verify", "--all", tmp_path)[0] == 1, "also without any complete one"
 
 
 def test_prune_continues_after_a_failed_removal(tmp_path, capsys, monkeypatch):
@@ -415,8 +415,8 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
         path = root / "run" / "step-00000001"
         (file,) = path.glob("*.distcp")
         metadata = pickle.loads((path / ".metadata").read_bytes())
-        for place in metadata.storage_data.values():
-            place.offset, place.length = 0, len(evil)
+        for location in metadata.storage_data.values():
+            location.offset, location.length = 0, len(evil)
         contents = {
             ".metadata": pickle.dumps(Evil() if what == "metadata" else metadata, protocol=2),
             file.name: evil,

@@ -72,7 +72,7 @@ def fake_runs(monkeypatch):
     return runs
 
 
-THREE = ["--optimizers", "bf16", "torch-bf16"]
+THREE = ["--optimizers", "bf16", "torch-bf16"]  # and the baseline, which always runs
 
 
 def test_the_table_pairs_gaps_by_seed(tmp_path, fake_runs, capsys):
@@ -105,7 +105,7 @@ def test_a_budget_chooses_the_steps(tmp_path, fake_runs, monkeypatch):
     clock = iter([0.0, 10.0, 20.0, 32.5])  # a start takes 10 s, and a step 0.125 s
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
     compare.main(["--out", str(tmp_path), "--seeds", "2", *THREE, "--budget", "10"])
-    # the second start must not resume the first one's runs, nor evaluate after each step
+    # the two calibration runs do not evaluate after each step
     assert [args[:2] for *_, args in fake_runs[:2]] == 2 * [["--eval-every", "21"]]
     # 600 s for 6 runs: 100 s each
     assert [args for *_, args in fake_runs[2:]] == 6 * [["--steps", "720"]]

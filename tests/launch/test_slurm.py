@@ -17,8 +17,8 @@ from sharded_bf16_adamw import latest
 
 LAUNCH = Path(train.__file__).parent
 
-# srun, after two options, runs its command in a process group, whose leader scancel signals. All
-# record their calls; scontrol also records that training still runs.
+# srun drops its two options and runs the command in a new process group, whose leader scancel
+# signals. All record their calls; scontrol also records if training still runs.
 COMMANDS = {
     "srun": r"""
 shift 2
@@ -43,7 +43,7 @@ kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training still runs" >> "$CA
 """,
     "python": f'exec {sys.executable} "$@"\n',
 }
-# In place of python: a run that takes some steps, and stops as elastic.py does.
+# Stand-in for python: a run that takes some steps, and stops like elastic.py on SIGTERM.
 STOPPABLE = f"""#!{sys.executable}
 import pathlib, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit({STOPPED}))
@@ -80,7 +80,7 @@ def start(slurm: dict[str, str], out: Path, steps: int) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=LAUNCH.parent, env=slurm, **output)
 
 
-@pytest.mark.exhaustive  # the job that is requeued has all but the last step
+@pytest.mark.exhaustive  # the requeued job below covers all of it but the last step
 def test_job_trains_to_the_last_step(slurm, tmp_path):
     job = start(slurm, tmp_path / "run", 2)
     output, _ = job.communicate(timeout=200)
@@ -93,7 +93,7 @@ def test_job_trains_to_the_last_step(slurm, tmp_path):
 
 
 def stop(job: subprocess.Popen[str], run: Path) -> str:
-    """Send Slurm's signal before the time limit to a job that trains; return its output."""
+    """Send the signal that announces the time limit once the job trains; return its output."""
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
@@ -119,7 +119,7 @@ def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
 
 
 def test_cancelled_job_is_not_requeued(slurm, tmp_path):
-    """scancel ends the job at the same time as its time limit: the state decides."""
+    """If a job is cancelled just before its time limit, its state decides."""
     (tmp_path / "python").write_text(STOPPABLE)
     run, changes = tmp_path / "run", {"JOB_STATE": "CANCELLED", "RDZV_PORT": "1"}
     job = start(slurm | changes, run, 1_000)

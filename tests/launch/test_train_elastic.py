@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_restarted_command_resumes_from_its_own_checkpoint(tmp_path, capsys):
-    """``--resume PATH`` of another run must not lose what the command has trained since."""
+    """With ``--resume PATH`` of another run, a restart keeps the steps trained since."""
     assert run("--out", tmp_path / "old", "--steps 2") == 0
     resume_old = f"--steps 4 --save-every 1 --resume {tmp_path}/old"
     assert run("--out", tmp_path / "new", resume_old) == 0
@@ -169,7 +169,7 @@ def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypa
     def compute_loss(module, batch):
         nonlocal calls
         calls += module.training and torch.is_grad_enabled()
-        if calls == 8:  # the second of the third step
+        if calls == 8:  # the second micro-batch of the third step
             os.kill(os.getpid(), signal.SIGTERM)
         return real(module, batch)
 
@@ -283,7 +283,7 @@ def test_short_grace_is_noted_after_the_first_long_save_and_once(tmp_path, capsy
 
 
 def test_rank_that_hangs_ends_the_job_with_its_number(tmp_path, monkeypatch):
-    # torchrun waits so long for the stopped worker before it kills it
+    # the time after which torchrun kills the stopped worker
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     process = start(2, "--out", tmp_path, "--preset nano --steps 100_000 --step-timeout 5")
     wait_for_step(process, tmp_path, 3)

@@ -36,7 +36,7 @@ def folder(path: Path) -> Path:
     return path
 
 
-# Arguments for a temporary directory, and a regular expression of the message.
+# Arguments, given a temporary directory, and a regular expression for the message.
 ERRORS = {
     "missing data": (
         lambda t: f"--data {t / 'none'}",

@@ -262,11 +262,11 @@ def fault_on_rank_1(rank: int, world_size: int, root: str) -> list[tuple[int, li
 
 
 def test_nonfinite_loss_on_one_rank_is_skipped_on_all(tmp_path):
-    """If the gradients are finite, only the mean loss of all ranks shows it."""
+    """If the gradients are finite, only the mean of all ranks' losses shows the fault."""
     for results in distributed.run_ranks(2, fault_on_rank_1, str(tmp_path)):
         assert results == [(0, [True, False, True])] * len(RUNS)
-    for number, run_ in enumerate(RUNS):
-        assert nonfinite_counts(tmp_path / str(number)) == [0, 1, 1], run_
+    for number, case in enumerate(RUNS):
+        assert nonfinite_counts(tmp_path / str(number)) == [0, 1, 1], case
 
 
 def diverge_on_rank_1(rank: int, world_size: int, root: str) -> list[int]:

@@ -93,7 +93,7 @@ def losses(out_dir: Path) -> list[float]:
 
 
 def undrawn() -> AbstractContextManager[Any]:
-    """Leave out the picture: matplotlib takes longer than a short training."""
+    """Draw no picture: matplotlib takes longer than a short training."""
     return mock.patch("training.picture.draw", return_value=True)
 
 

@@ -91,8 +91,8 @@ def test_tokens_are_those_of_the_concatenated_files_for_every_window(tmp_path):
             assert tokens[start:stop].tolist() == list(range(start + 1, stop + 1))
 
 
-def test_files_are_mapped_and_not_read(tmp_path, monkeypatch):
-    """A batch touches its windows only: in a sparse file of 1 TB, too."""
+def test_files_are_mapped_and_not_read(tmp_path):
+    """A batch touches its windows only, even in a sparse file of 1 TB."""
     path = tmp_path / "huge.bin"
     path.touch()
     os.truncate(path, 1 << 40)

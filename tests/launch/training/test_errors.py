@@ -19,7 +19,7 @@ def fail(error: Exception) -> int:
         ("0", "0", False, True),
         ("1", "1", False, False),
         ("0", "0", True, True),
-        ("8", "0", False, True),  # of another machine, which may lack what the first one has
+        ("8", "0", False, True),  # of another machine, where something else may be missing
         ("8", "0", True, False),
         ("9", "1", False, False),  # torchrun stops it
     ],
@@ -36,7 +36,7 @@ def test_error_is_printed_once(monkeypatch, capsys, rank, local_rank, has_joined
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_rank_waits_for_the_first_one_of_its_machine_to_print(monkeypatch, capsys, ends):
-    """torchrun stops it once that one has ended; if not, only this rank has an error."""
+    """torchrun stops this rank once the first has ended; else only this rank has an error."""
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     slept = []

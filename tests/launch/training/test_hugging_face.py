@@ -181,9 +181,8 @@ def test_strategies_and_optimizers_train_alike(options, tmp_path):
 def test_tied_embeddings_stay_tied(options, folder, tmp_path):
     tied = make_folder(tmp_path / "tied", tied=True)
     options = options.replace(str(folder), str(tied))
-    assert (
-        run("--out", tmp_path / "out", options, "--export-hf float32") == 0
-    )  # not FSDP2, which ties
+    # --strategy single: FSDP2 ties shared parameters by itself
+    assert run("--out", tmp_path / "out", options, "--export-hf float32") == 0
     found = loaded(tmp_path / "out/hf/latest")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert held_out(curve(tmp_path / "out"))[-1] < held_out(curve(tmp_path / "out"))[0] - 0.1
@@ -202,7 +201,7 @@ def with_type(folder: Path, copy: Path, model_type: str) -> Path:
     return copy
 
 
-# Arguments for the model's folder and a new one, and a regular expression of the message.
+# Arguments, given the model's folder and a new one, and a regular expression for the message.
 ERRORS: dict[str, tuple[Any, str]] = {
     "no folder": (lambda f, t: f"--model {t}", "--model .* has no config.json: give the folder"),
     "unknown model": (
@@ -232,7 +231,7 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "export of a preset": (lambda f, t: "--export-hf float32", "--export-hf needs --model"),
     "moments of a folder": (
         lambda f, t: f"--model {f} --init-from {f} --init-moments",
-        "--init-moments needs a checkpoint, but --init-from .* is none",
+        "--init-moments needs a checkpoint, but --init-from .* is not one",
     ),
 }
 

@@ -103,7 +103,7 @@ def test_wandb_learns_that_a_training_failed(tmp_path, wandb):
     options = f"--preset nano --steps 9 --wandb p {diverging}"
     assert run("--out", tmp_path / "out", options, is_drawn=True) == 1
     assert wandb.runs[0].exit_code == 1
-    assert (tmp_path / "out/metrics.png").stat().st_size > 5000, "to look at"
+    assert (tmp_path / "out/metrics.png").stat().st_size > 5000, "the picture shows what happened"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_folder_of_a_package_is_no_package(tmp_path, monkeypatch):
 
 
 class FakeWriter:
-    """torch's SummaryWriter."""
+    """Stand-in for torch's SummaryWriter."""
 
     written: list[tuple[str, float, int]]
     writers: list[FakeWriter] = []  # noqa: RUF012  # of all tests

@@ -43,6 +43,7 @@ RANKS = [
     ("tp", 2),
     ("fsdp2+tp", 4),
 ]
+FSDP2_TP = pytest.param("fsdp2+tp", 4, marks=pytest.mark.exhaustive)  # the slowest
 # At 0.01 some texts have steps where even another order of the sequences in a batch changes the
 # gradient norm by 1 %.
 LR = 0.003
@@ -107,7 +108,7 @@ def test_strategy_resumes_with_the_same_bits_and_under_another(tmp_path, strateg
     assert held_out(other)[6] == pytest.approx(held_out(whole)[6], abs=LIMIT)
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("tp", 2), ("fsdp2+tp", 4)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("tp", 2), FSDP2_TP])
 def test_strategy_trains_with_torchs_optimizer(tmp_path, single, strategy, ranks):
     """The first norm equals that of ``--optimizer bf16``, since the initial weights are equal."""
     options = "--steps 2 --batch-size 12 --optimizer torch-fp32"
@@ -126,8 +127,8 @@ def refused_worker(rank, world_size, *arguments):
 @pytest.mark.parametrize(
     ("ranks", "options", "message"),
     [
-        (3, "--strategy hsdp --batch-size 12", "but there are 3: start an even number"),
-        (3, "--strategy fsdp2+tp --batch-size 12", "but there are 3: start an even number"),
+        (3, "--strategy hsdp --batch-size 12", "needs an even number of processes, not 3"),
+        (3, "--strategy fsdp2+tp --batch-size 12", "needs an even number of processes, not 3"),
         (3, "--strategy tp", "2 heads are not divisible by 3 tensor-parallel ranks"),
         (
             2,
@@ -149,7 +150,7 @@ def test_indivisible_sizes_are_refused_on_every_rank(tmp_path, ranks, options, m
     assert not any(errors for _, errors in results[1:]), "only rank 0 prints it"
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("fsdp2+tp", 4)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), FSDP2_TP])
 def test_micro_batches_train_like_one_batch(tmp_path, single, strategy, ranks):
     options = f"--steps 6 --batch-size 12 --lr {LR} --grad-accum 3"
     lines = run(ranks, tmp_path, f"--strategy {strategy}", options)
@@ -210,7 +211,7 @@ def count_reductions(rank, world_size, root, strategy):
         ("fsdp1", 2),
         ("fsdp2", 2),
         ("hsdp", 4),
-        ("fsdp2+tp", 4),
+        FSDP2_TP,
     ],
 )
 def test_gradients_are_reduced_once_per_step_with_micro_batches(tmp_path, strategy, ranks):
