@@ -14,7 +14,7 @@ from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 
 from .victims import assert_holds, operations, run, save_step
 
-KILLS = 24  # runs of each action
+KILLS = 16  # runs of each action
 AT_ONCE = 3  # concurrent runs
 
 
@@ -45,11 +45,11 @@ def check_next_saves(parent: Path) -> None:
     ("action", "world", "everybody"),
     [
         ("synchronous", 2, True),
-        ("asynchronous", 2, False),
-        ("repeated_asynchronous", 2, True),
+        ("repeated_asynchronous", 2, False),
         ("pruning", 1, True),
         # The survivors end the other way, or the step is saved again.
         pytest.param("synchronous", 2, False, marks=pytest.mark.exhaustive),
+        pytest.param("asynchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, True, marks=pytest.mark.exhaustive),
         pytest.param("repeated", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("same_step_again", 1, True, marks=pytest.mark.exhaustive),
@@ -64,7 +64,7 @@ def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
     before, done = {"same_step_again": (2, 2), "pruning": (6, 6)}.get(action, (2, 3))
     assert check(tmp_path / "whole", {done}) == done
     chosen = choose_points(tmp_path / "whole", world, random.Random(action))
-    assert len(chosen) >= 20
+    assert len(chosen) >= KILLS - 4
 
     def kill(index: int) -> int:
         victim, at = chosen[index]
