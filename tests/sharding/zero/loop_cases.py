@@ -203,6 +203,7 @@ def gradients_that_are_views(loop):
 def memory_of_parameters_replaced(loop):
     for step in range(4):
         if step == 2:
+            loop.optimizer.wait()  # the weights of the step before may still be in flight
             for p in loop.model.parameters():
                 p.data = p.data.clone()
         loop.backward(step)
