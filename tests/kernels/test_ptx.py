@@ -53,7 +53,13 @@ def test_offsets_beyond_32_bits(elsewhere: Run) -> None:
     assert elsewhere(ptx_launch.differences_beyond_32_bits, "sm_90") == []
 
 
-@pytest.mark.parametrize(("target", "by_warp"), [("sm_90", BY_WARP), ("sm_80", TOGETHER)])
+@pytest.mark.parametrize(
+    ("target", "by_warp"),
+    [
+        ("sm_90", BY_WARP),
+        pytest.param("sm_80", TOGETHER, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_norm_and_clip(elsewhere: Run, target: str, by_warp: bool) -> None:
     pairs = elsewhere(ptx_launch.norms, target, by_warp)
     assert {name: found for name, (found, _) in pairs.items()} == {
@@ -302,5 +308,7 @@ def test_races(body: str, ordered: bool) -> None:
     ],
 )
 def test_unknown_instruction_is_refused(instruction: str) -> None:
+    out = np.zeros(64, np.uint32)
+    run("bra $L1;\nadd.rn.f32 %r1, %r2, %r3;\n$L1:", out)  # a known instruction at that place
     with pytest.raises(NotImplementedError):
-        run(f"bra $L1;\n{instruction};\n$L1:", np.zeros(64, np.uint32))
+        run(f"bra $L1;\n{instruction};\n$L1:", out)

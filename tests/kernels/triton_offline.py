@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -115,6 +116,7 @@ class Compiled:
         return len(re.findall(pattern, self.sass or self.text, re.MULTILINE))
 
 
+@functools.cache
 def compile_kernel(kernel: str, target: str, **options: Any) -> Compiled:
     """Compile ``KERNELS[kernel]`` for ``TARGETS[target]``; ``options`` replace the launcher's."""
     function, arguments, constants = KERNELS[kernel]
