@@ -26,7 +26,7 @@ from .strategy_cases import BY_NAME, CASES, Layers, Wrapped, backward, collect, 
 
 STEPS = 3
 SUPPORTED = [case for case in CASES if case.name.startswith(("FSDP2", "HSDP", "tensor parallel"))]
-RUNS = [(case.name, 3 if 3 in case.worlds else 4) for case in SUPPORTED]
+RUNS = [(case.name, 2 if 2 in case.worlds else 4) for case in SUPPORTED]
 
 
 def make_optimizer(module, in_backward):
@@ -53,11 +53,11 @@ def train(wrapped, in_backward, exact=True, batch_bytes=2**20):
 
 
 def table_worker(rank, world, name):
-    """Return runs with batches of one gradient and of many, and two whose reductions round."""
+    """Return a run with batches of one gradient, and two whose reductions round."""
     wrap = BY_NAME[name].wrap
-    runs = [train(wrap(Layers(), world), True, batch_bytes=size) for size in (1, 2**20)]
+    exact = train(wrap(Layers(), world), True, batch_bytes=1)
     rounded = [train(wrap(Layers(), world), flag, exact=False) for flag in (False, True)]
-    return runs, rounded
+    return exact, rounded
 
 
 @functools.cache
@@ -67,8 +67,8 @@ def expected():
 
 @pytest.mark.parametrize(("name", "world"), RUNS)
 def test_bits_are_those_of_step(name, world):
-    for runs, (plain, in_backward) in run_ranks(world, table_worker, name):
-        assert all(same_bits(run, expected()) for run in runs)
+    for exact, (plain, in_backward) in run_ranks(world, table_worker, name):
+        assert same_bits(exact, expected())
         assert same_bits(in_backward, plain)
 
 

@@ -32,7 +32,7 @@ def recovery_worker(rank, world, folder, failing):
     for fails in (False, True):
         model, optimizer = layers(world)
         root = f"{folder}/{fails}"
-        with backpressure_timeout(5.0):  # how long the others wait for a failed rank
+        with backpressure_timeout(2.0):  # how long the others wait for a failed rank
             for step in range(2):
                 backward(model, rank, step)
                 optimizer.step()
@@ -192,7 +192,7 @@ def no_pass(model, optimizer, rank):
 
 def accumulated_pass(model, optimizer, rank):
     """Rank 1 raises before its first gradient."""
-    with suppress(ZeroDivisionError), optimizer.accumulate():
+    with suppress(ZeroDivisionError), backpressure_timeout(0.05), optimizer.accumulate():
         if rank == 1:
             raise ZeroDivisionError
         backward(model, rank, 10)
@@ -201,7 +201,8 @@ def accumulated_pass(model, optimizer, rank):
 def last_pass(model, optimizer, rank):
     """Rank 1 raises at its first gradient, where the schedule is read."""
     if rank == 0:
-        return backward(model, rank, 10)
+        with backpressure_timeout(0.05):
+            return backward(model, rank, 10)
     optimizer.lr_function = lambda step: 1 / 0
     with pytest.raises(ZeroDivisionError):
         backward(model, rank, 10)
