@@ -36,6 +36,8 @@ from .cases import (
     zero,
 )
 
+STEPS = 8  # the gradients' scales repeat after 7
+
 
 @functools.cache
 def single_process(steps, clip=None):
@@ -61,7 +63,7 @@ def own_numel(shape, rank, ranks):
 def bits_worker(rank, world, stage, clip, options):
     model = Parameters()
     optimizer = new_optimizer(model, zero(stage, **options))
-    norms = train(model, optimizer, 20, averaged=stage == 1, clip=clip)
+    norms = train(model, optimizer, STEPS, averaged=stage == 1, clip=clip)
     states = [
         (p, optimizer.state[p][key])
         for p in model.parameters()
@@ -77,11 +79,16 @@ def bits_worker(rank, world, stage, clip, options):
     return collect(model, optimizer), norms
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("world", "stage", "clip"),
+    [
+        *((world, stage, 0.5) for world in (1, 2, 3, 4) for stage in (1, 2)),
+        (2, 2, None),
+        (3, 1, None),
+    ],
+)
 def test_bits_match_single_process(world, stage, clip):
-    expected, norms = single_process(20, clip)
+    expected, norms = single_process(STEPS, clip)
     for weights, own_norms in run_ranks(world, bits_worker, stage, clip, {}):
         assert own_norms == norms
         assert_same_bits(weights, expected)
@@ -98,7 +105,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_do_not_change_bits(options):
-    expected, norms = single_process(20, 0.5)
+    expected, norms = single_process(STEPS, 0.5)
     for weights, own_norms in run_ranks(3, bits_worker, 2, 0.5, options):
         assert own_norms == norms
         assert_same_bits(weights, expected)
@@ -107,7 +114,7 @@ def test_options_do_not_change_bits(options):
 def hybrid_worker(rank, world, stage):
     model = Parameters()
     optimizer = new_optimizer(model, zero(stage, mesh_of((2, 2))))
-    norms = train(model, optimizer, 20, averaged=stage == 1, clip=0.5)
+    norms = train(model, optimizer, STEPS, averaged=stage == 1, clip=0.5)
     for p in model.parameters():
         assert optimizer.state[p]["exp_avg"].to_local().numel() == own_numel(p.shape, rank % 2, 2)
     return collect(model, optimizer), norms
@@ -115,7 +122,7 @@ def hybrid_worker(rank, world, stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bits_match_on_replicate_shard_mesh(stage):
-    expected, norms = single_process(20, 0.5)
+    expected, norms = single_process(STEPS, 0.5)
     for weights, own_norms in run_ranks(4, hybrid_worker, stage):
         assert own_norms == norms
         assert_same_bits(weights, expected)
@@ -172,7 +179,7 @@ def reduce_scatter_worker(rank, world, shape, fp32_sum):
     model = Parameters()
     optimizer = new_optimizer(model, zero(2, mesh_of(shape), fp32_sum=fp32_sum))
     with like_nccl(), traffic() as calls:
-        train(model, optimizer, 5, averaged=False)
+        train(model, optimizer, 3, averaged=False)
     return collect(model, optimizer), {
         name.partition("_single")[0].partition("_tensor")[0] for name, _, _ in calls
     }
@@ -184,7 +191,7 @@ def test_nccl_gives_same_bits(shape, fp32_sum):
     ranks = torch.Size(shape).numel()
     for weights, names in run_ranks(ranks, reduce_scatter_worker, shape, fp32_sum):
         assert ("all_to_all" in names, "reduce_scatter" in names) == (fp32_sum, not fp32_sum)
-        assert_same_bits(weights, single_process(5)[0])
+        assert_same_bits(weights, single_process(3)[0])
 
 
 def mean_worker(rank, world, with_nccl):
