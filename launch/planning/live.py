@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._storages: Any = WeakIdKeyDictionary()
+        self._storages: Any = WeakIdKeyDictionary()  # bytes at the last use
         self.peak = 0
         self.collectives: list[Collective] = []
 
@@ -81,9 +81,14 @@ class LiveBytes(TorchDispatchMode):
         if name in COLLECTIVES:
             self.on_collective(_collective(name, args))
         result = function(*args, **(kwargs or {}))
+        has_grown = False
         for tensor in _tensors((args, kwargs, result)):
-            self._storages[tensor.untyped_storage()] = None
-        self.peak = max(self.peak, self.live_bytes)
+            storage = tensor.untyped_storage()
+            if (nbytes := storage.nbytes()) > self._storages.get(storage, 0):
+                has_grown = True
+            self._storages[storage] = nbytes
+        if has_grown:  # the sum takes longer than most operations
+            self.peak = max(self.peak, self.live_bytes)
         return result
 
     def on_collective(self, call: Collective) -> None:

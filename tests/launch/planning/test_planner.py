@@ -295,3 +295,6 @@ def test_live_bytes_follow_allocation_and_release():
         assert (live.live_bytes, live.peak) == (4000, 8000)
         x.untyped_storage().resize_(0)
         assert live.live_bytes == 0
+        x.untyped_storage().resize_(12000)
+        x.zero_()
+        assert live.peak == 12000
