@@ -2,17 +2,13 @@
 
     torchrun --nproc-per-node 4 launch/benchmark.py gather
 
-Each rank samples its resident memory in a thread. The figure is the peak minus the memory before
-the call; for rank 0 there is a second one without the result. ``--with-torch`` measures torch's
-full state dict instead of scattering. Runs on CPUs with gloo, on Linux.
+The figure of a rank is the peak of its resident memory minus the memory before the call; for rank
+0 there is a second one without the result. ``--with-torch`` measures torch's full state dict
+instead of scattering. Runs on CPUs with gloo, on Linux.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,38 +22,23 @@ from torch.distributed.fsdp import fully_shard
 from training.command_line import Parser, positive
 from training.rendezvous import join_process_group
 
+from bench.resident import peak_bytes, used_bytes
 from sharded_bf16_adamw import AdamW_BF16, ZeRO, gather_full_state_dict, scatter_full_state_dict
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
+CPU = torch.device("cpu")
 MB = 10**6
-PAGE = resource.getpagesize()
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * PAGE
 
 
 def peak_of(function: Callable[[], Any]) -> tuple[Any, int, float]:
     """Run ``function``; return its result, the peak of additional bytes, and the seconds."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused and not counted
-    dist.barrier()
-    before, peak, done = resident_bytes(), [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], resident_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    start = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - start
-    done.set()
-    sampler.join()
-    return result, max(peak[0], resident_bytes()) - before, seconds
+    before = used_bytes(CPU) or 0
+    with peak_bytes(CPU) as peak:
+        dist.barrier()
+        start = time.perf_counter()
+        result = function()
+        seconds = time.perf_counter() - start
+    return result, peak[0] - before, seconds
 
 
 def build(strategy: str, layers: int, width: int) -> tuple[nn.Module, AdamW_BF16]:
@@ -131,7 +112,7 @@ def report(name: str, peak: int, seconds: float, result_bytes: int) -> None:
     dist.all_gather_object(peaks, peak)
     if dist.get_rank() == 0:
         without = (peaks[0] - result_bytes) / MB
-        extra = f" ({without:+.1f} beside the result)" if result_bytes else ""
+        extra = f" ({without:+.1f} without the result)" if result_bytes else ""
         others = ", ".join(f"{value / MB:.1f}" for value in peaks[1:])
         print(
             f"{name:15} {seconds:6.2f} s; peak extra MB: rank 0 {peaks[0] / MB:.1f}{extra}; "

@@ -8,7 +8,6 @@ memory. ``benchmark.py --device cuda`` runs them first. The exit status is 1 if 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from training.command_line import Parser
 from training.errors import UsageError
 
 from bench.optimizers import HYPER, Runner, contenders
+from bench.resident import peak_bytes, used_bytes
 from sharded_bf16_adamw import LR, AdamW_BF16, kernels
 from sharded_bf16_adamw.kernels import cuda, reference
 
@@ -345,7 +345,7 @@ def check_memory(device: torch.device) -> tuple[bool, str]:
     """Compare the peak bytes per parameter over two steps with torch's mixed precision."""
     by_key = {c.key: c for c in contenders(device)}
     ours, fused_fp32 = (
-        peak_bytes(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device) / MEMORY_NUMEL
+        peak_of_steps(partial(by_key[key].make, [(MEMORY_NUMEL,)], device), device) / MEMORY_NUMEL
         for key in ("ours", "torch-fused-fp32")
     )
     detail = (
@@ -356,17 +356,13 @@ def check_memory(device: torch.device) -> tuple[bool, str]:
     return ours < fused_fp32 and ours <= 10.1, detail
 
 
-def peak_bytes(make: Callable[[], Runner], device: torch.device) -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner = make()
-    runner.step()
-    runner.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device) - before
+def peak_of_steps(make: Callable[[], Runner], device: torch.device) -> int:
+    before = used_bytes(device) or 0
+    with peak_bytes(device) as peak:
+        runner = make()
+        runner.step()
+        runner.step()
+    return peak[0] - before
 
 
 def main(argv: list[str]) -> int:

@@ -8,8 +8,8 @@ as if received: all shards have equally many rows, so only offsets, random state
 differ. Files of other ranks are links to rank 0's file. The metadata is that of a real save.
 ``load`` plans all reads but reads no tensor.
 
-Prints CPU seconds, without those for making messages, and by how much the saves raise the peak of
-resident memory.
+Prints CPU seconds, without those for making messages, and the peak of resident memory during the
+saves, less that before them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -43,6 +41,7 @@ from torch.utils.serialization import config
 from training.command_line import Parser, output_folder, positive, write_json
 from training.errors import UsageError
 
+from bench.resident import peak_bytes, used_bytes
 from sharded_bf16_adamw import AdamW_BF16, wait_for_save
 from sharded_bf16_adamw.checkpoint import async_save, loading, saving
 from sharded_bf16_adamw.checkpoint.chunk_table import ChunkTable
@@ -108,8 +107,8 @@ def simulate(
     """Return the figures, and the paths of the checkpoints."""
     figures: dict[str, float] = {}
     others, paths = OtherRanks(ranks, folder), []
-    memory = peak_bytes()
-    with others.patch_collectives():
+    before = used_bytes(CPU) or 0
+    with others.patch_collectives(), peak_bytes(CPU) as peak:
         for step, which in ((1, "first"), (2, "repeated")):
             others.sent = 0
             with (
@@ -124,19 +123,21 @@ def simulate(
             figures[f"{which} save: the plan in it"] = plan[0]
             figures[f"{which} save: bytes sent by a rank in it, MB"] = sent / MB
             figures[f"{which} save: the rest, in a thread"] = rest[0]
-        figures["saves: peak of memory, MB"] = (peak_bytes() - memory) / MB
-        for name in (METADATA, CHUNKS):
-            if (paths[0] / name).exists():
-                figures[f"saves: {name}, MB"] = (paths[0] / name).stat().st_size / MB
-        with (
-            patch.object(ChunkReader, "read_data", read_nothing),
-            others.timed(ChunkTable, "from_bytes") as parse,
-            others.timed(loading, "_read_into") as plan,
-            others.timed(loading, "load") as call,
-        ):
-            loading.load(folder, model, optimizer)
-        figures["load: the call, without reading tensors"] = call[0]
-        figures["load: table and plan of a rank"] = parse[-1] + plan[0]
+    if peak:
+        figures["saves: peak of memory, MB"] = (peak[0] - before) / MB
+    for name in (METADATA, CHUNKS):
+        if (paths[0] / name).exists():
+            figures[f"saves: {name}, MB"] = (paths[0] / name).stat().st_size / MB
+    with (
+        others.patch_collectives(),
+        patch.object(ChunkReader, "read_data", read_nothing),
+        others.timed(ChunkTable, "from_bytes") as parse,
+        others.timed(loading, "_read_into") as plan,
+        others.timed(loading, "load") as call,
+    ):
+        loading.load(folder, model, optimizer)
+    figures["load: the call, without reading tensors"] = call[0]
+    figures["load: table and plan of a rank"] = parse[-1] + plan[0]
     return figures, paths
 
 
@@ -293,9 +294,3 @@ def saved_bytes(dtype: torch.dtype, sizes: torch.Size) -> int:
     with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(torch.empty(sizes, dtype=dtype), buffer)
     return buffer.tell()
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

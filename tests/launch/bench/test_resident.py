@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import resident
+from bench import gather, resident
 
 CPU = torch.device("cpu")
 NBYTES = 256 << 20
@@ -46,6 +46,18 @@ def test_memory_is_sampled_where_the_peak_cannot_be_reset(monkeypatch):
             assert sampled.acquire(timeout=60)
 
     assert growth(two_samples) == pytest.approx(NBYTES, rel=0.1)
+
+
+def test_gather_ends_its_sampler_if_the_call_fails(monkeypatch):
+    def fail():
+        raise OSError("a rank has died")
+
+    monkeypatch.setattr(resident, "CLEAR_REFS", Path("/proc/self/none"))
+    monkeypatch.setattr(gather.dist, "barrier", lambda: None)
+    before = threading.enumerate()
+    with pytest.raises(OSError, match="a rank has died"):
+        gather.peak_of(fail)
+    assert threading.enumerate() == before
 
 
 def test_no_bytes_are_reported_if_the_system_has_none(monkeypatch):
