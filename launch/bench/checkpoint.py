@@ -20,6 +20,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,6 @@ from sharded_bf16_adamw import AdamW_BF16, latest, load, save, wait_for_save
 from sharded_bf16_adamw.checkpoint.divergence import find_divergences
 from sharded_bf16_adamw.checkpoint.rank_names import RankNames
 from sharded_bf16_adamw.checkpoint.state_dict import get_state
-from sharded_bf16_adamw.sharding.dtensor import to_local
 
 BLOCK = 1 << 23  # bytes per plain read or write
 BYTES_PER_PARAMETER = 8  # bf16 weight, two moments and correction
@@ -69,11 +69,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     world = init_world("auto")
     root = Path(args.folder or tempfile.gettempdir()) / "bench_checkpoint"
-    model, optimizer = build(args.gb, world.device, sharded=world.size > 1 and not args.replicated)
+    sharded = world.size > 1 and not args.replicated
+    model, optimizer = build(args.gb, world.device, sharded)
     rounds = []
     try:
         for index in range(args.rounds + 1):
-            figures = measure(root, model, optimizer, plain_first=bool(index % 2))
+            figures = measure(root, model, optimizer, sharded, plain_first=bool(index % 2))
             if index == 0:  # warm-up
                 continue
             rounds.append(figures)
@@ -106,7 +107,7 @@ def build(gb: float, device: torch.device, sharded: bool) -> tuple[nn.Module, Ad
 
 
 def measure(
-    directory: Path, model: nn.Module, optimizer: AdamW_BF16, plain_first: bool
+    directory: Path, model: nn.Module, optimizer: AdamW_BF16, sharded: bool, plain_first: bool
 ) -> dict[str, float]:
     """Return the seconds of one round.
 
@@ -114,12 +115,8 @@ def measure(
     with an empty directory, and take turns in being first.
     """
     figures = {}
-    root, plain = directory / "run", directory / f"plain-{dist.get_rank()}"
-    size = sum(
-        to_local(tensor).nbytes
-        for param in model.parameters()
-        for tensor in (param, *optimizer.state[param].values())
-    )
+    root = directory / "run"
+    plain, held, size = plain_files(directory, model, optimizer, sharded)
     content = (os.urandom(BLOCK) * (size // BLOCK + 1))[:size]
     writes: dict[str, Callable[[], object]] = {
         "save": lambda: save(root, 1, model, optimizer),
@@ -138,9 +135,9 @@ def measure(
     dist.barrier()
     path = latest(root)
     assert path is not None
-    drop_from_cache([*path.iterdir(), plain])
-    figures["plain read"] = timed(lambda: read(plain, size))
-    drop_from_cache([*path.iterdir(), plain])
+    drop_from_cache([*path.iterdir(), *held])
+    figures["plain read"] = timed(lambda: [read(each, size) for each in held])
+    drop_from_cache([*path.iterdir(), *held])
     figures["load"] = timed(lambda: load(path, model, optimizer))
     make_empty(directory)
     figures["async stall"] = timed(lambda: save(root, 1, model, optimizer, async_=True))
@@ -150,13 +147,15 @@ def measure(
 
     def train_during_save() -> None:
         nonlocal steps
-        while not true_on_all_ranks(latest(root) is not None):
+        waiting = threading.Thread(target=wait_for_save)  # ends, without its error, if it fails
+        waiting.start()
+        while not true_on_all_ranks(not waiting.is_alive()):
             train_step(model, optimizer)
             steps += 1
 
     def train_alone() -> None:
         for _ in range(steps):
-            true_on_all_ranks(latest(root) is None)
+            true_on_all_ranks(True)
             train_step(model, optimizer)
 
     figures["call"] = timed(lambda: save(root, 1, model, optimizer, async_=True))
@@ -164,6 +163,23 @@ def measure(
     wait_for_save()
     figures["steps alone"] = timed(train_alone)
     return figures
+
+
+def plain_files(
+    directory: Path, model: nn.Module, optimizer: AdamW_BF16, sharded: bool
+) -> tuple[Path, list[Path], int]:
+    """Return the file that this rank writes, the files with what it loads, and the size of each.
+
+    Ranks share the writing of replicas, but each loads all of them.
+    """
+    nbytes = sum(  # of a DTensor, over all ranks
+        tensor.nbytes
+        for param in model.parameters()
+        for tensor in (param, *optimizer.state[param].values())
+    )
+    files = [directory / f"plain-{rank}" for rank in range(dist.get_world_size())]
+    own = files[dist.get_rank()]
+    return own, [own] if sharded else files, nbytes // len(files)
 
 
 def train_step(model: nn.Module, optimizer: AdamW_BF16) -> None:
