@@ -197,7 +197,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     result = measure(args)
-    result["delayed"] = measure_delayed(args)
+    if args.delays_ms:
+        result["delayed"] = measure_delayed(args)
     if dist.get_rank() == 0:
         print(json.dumps(result, indent=1))
         write_json(args.json, result)
