@@ -6,7 +6,6 @@ It also runs on CPUs with gloo, where its first start compiles an operator.
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,10 +13,6 @@ from torch import Tensor, nn
 
 PACKAGE = "deepspeed"
 BUCKET_BYTES = 25 * 2**20  # as DDP's and ours; DeepSpeed's own default is 1 GB
-
-
-def is_installed() -> bool:
-    return find_spec(PACKAGE) is not None
 
 
 class EngineStep:

@@ -8,10 +8,11 @@ the median over rounds of the ratio within a round.
 
 Memory is measured on rank 0, in bytes per parameter of the model, in a step on one sequence of 16
 tokens, which needs few activations. Weights, optimizer states and the peak of ``param.grad`` are
-counted tensor by tensor. Activations and buffers are the rest of the peak of all live tensors;
-buffers include gradients in flight. The growth of the process is a second measurement of the same
-step: the peak of resident memory, or of the bytes that CUDA's allocator gave out, minus the bytes
-in use before the model was built. Bytes sent are those of ring algorithms, which send least.
+counted tensor by tensor. Activations and buffers are the rest of the peak of all live tensors, at
+which fewer gradients may be alive; buffers include gradients in flight. The growth of the process
+is a second measurement of the same step: the peak of resident memory, or of the bytes that CUDA's
+allocator gave out, minus the bytes in use before the model was built. Bytes sent are those of ring
+algorithms, which send least.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from torch.nn.parallel import DistributedDataParallel
-from training.command_line import Parser, positive, write_json
+from training.command_line import Parser, is_installed, positive, write_json
 from training.model import GPT, PRESETS, Config
 from training.strategies import STRATEGIES
 from training.world import World, init_world, synchronize
@@ -58,9 +59,9 @@ WARM_UP = Config(1, 64, 1, 176, 16, 2, 0, 1e-3)
 BASELINE, DEEPSPEED = "torch-fsdp2", "deepspeed-zero2"
 PARTS = ("weights", "states", "gradients", "activations_and_buffers")
 LEGEND = """\
-*Peak* counts tensors. *Process* is the growth in the same step of resident memory, which includes
-gloo's buffers and memory that `malloc` keeps; on a GPU, of CUDA's allocated bytes. Constant
-overhead dominates in a small model."""
+*Peak* counts tensors. *Process* is the growth of the process in the same step: of resident memory,
+which includes gloo's buffers and what `malloc` keeps, or on a GPU of CUDA's allocated bytes.
+Constant overhead dominates in a small model."""
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
 
 
@@ -180,7 +181,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     world = init_world(args.device)
     names = [BASELINE, *(name for name in args.only if name != BASELINE)]
-    if DEEPSPEED in names and not deepspeed_zero.is_installed():
+    if DEEPSPEED in names and not is_installed(deepspeed_zero.PACKAGE):
         names.remove(DEEPSPEED)
         if world.rank == 0:
             print(f"{DEEPSPEED} is skipped: the package deepspeed is not installed.", flush=True)
@@ -198,24 +199,6 @@ def main(argv: list[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------- measuring
-
-
-@dataclass
-class Measurement:
-    """Measurements of one setup on rank 0, in bytes unless stated otherwise.
-
-    Attributes:
-        seconds: seconds of a step, by round.
-        growth: growth of the process in a step; None if the system does not report it.
-    """
-
-    seconds: list[float]
-    sent_bytes: float = 0.0
-    weights: int = 0
-    states: int = 0
-    gradients: int = 0
-    activations_and_buffers: int = 0
-    growth: int | None = None
 
 
 class Training:
@@ -259,7 +242,10 @@ class Training:
         return (time.perf_counter() - start) / steps
 
     def memory(self) -> dict[str, Any]:
-        """Return the fields of :class:`Measurement` other than ``seconds``."""
+        """Return the bytes of each of ``PARTS``, of the process's ``growth``, and those sent.
+
+        ``growth`` is None if the system does not report it.
+        """
         params = list(self.wrapped_model.parameters())
         states = [
             x
@@ -311,23 +297,18 @@ def measure(
 ) -> dict[str, Any]:
     for name in names:  # load libraries before memory is measured
         Training(SETUPS[name], WARM_UP, world)
-    measurements = {name: Measurement([]) for name in names}
+    measurements: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
     tokens = 0
     order = random.Random(0)  # the same on every rank
     for index in range(rounds):
         for name in order.sample(names, len(names)):
             training = Training(SETUPS[name], config, world)
-            measurements[name].seconds.append(training.timed(steps))
+            measurements[name]["seconds"].append(training.timed(steps))
             tokens = training.tokens
             if index == 0:
-                for part, value in training.memory().items():
-                    setattr(measurements[name], part, value)
+                measurements[name] |= training.memory()
             del training
-    return {
-        "parameters": config.num_params,
-        "tokens": tokens,
-        "setups": {name: asdict(each) for name, each in measurements.items()},
-    }
+    return {"parameters": config.num_params, "tokens": tokens, "setups": measurements}
 
 
 # --------------------------------------------------------------------------------------- reporting

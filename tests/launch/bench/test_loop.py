@@ -21,9 +21,9 @@ def result():
 
 
 def test_bytes_are_those_of_the_strategies(result):
-    # per parameter and rank, of two: weights, states, gradients, sent
+    # bytes per parameter on each of two ranks: weights, states, gradients, sent
     expected = {
-        "torch-fsdp2": (2, 4, 2, 4),  # gathers bf16 twice, and reduces float32
+        "torch-fsdp2": (2, 4, 2, 4),  # gathers twice in bf16, and reduces in float32
         "torch-zero1": (4, 4, 4, 6),
         "fsdp2": (1, 3, 1, 4),
         "fsdp2-in-backward": (1, 3, 0, 4),
@@ -55,7 +55,7 @@ def test_table_divides_by_the_baseline(result):
     assert lines[-1].endswith("| 1.00 | 3.00 | 1.00 | 0.00 | 5.00 | 5.50 |")
 
 
-def test_table_says_where_the_system_does_not_tell(result):
+def test_table_says_unknown_if_the_system_reports_no_memory(result):
     each = result["setups"]["torch-fsdp2"] | {"seconds": [1.0], "growth": None}
     parts = {"torch-fsdp2": each}
     lines = loop.table("tiny", {**result, "setups": parts}, ranks=2).splitlines()
@@ -74,7 +74,7 @@ def test_setup_that_is_not_installed_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(loop, "table", lambda *_: "")
     monkeypatch.setattr(loop, "machine", lambda _: {})
     monkeypatch.setattr(loop.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(loop.deepspeed_zero, "find_spec", lambda _: None)
+    monkeypatch.setattr(loop, "is_installed", lambda _: False)
     assert loop.main(["--model", "tiny", "--only", "deepspeed-zero2", "zero2"]) == 0
     assert measured == ["torch-fsdp2", "zero2"]
     said = capsys.readouterr().out.splitlines()[0]
