@@ -73,12 +73,28 @@ def measure(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> Non
 
 def main(argv: list[str]) -> int:
     parser = Parser("benchmark.py exchange", __doc__)
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--parameters", type=positive, default=200, help="in a report")
     parser.add_argument(
-        "--row-numel", type=positive, default=1 << 12, help="of a bucket, to each rank"
+        "--ranks",
+        type=positive,
+        nargs="+",
+        default=[2, 4, 8],
+        help="numbers of ranks, measured one after another (default: 2 4 8)",
     )
-    parser.add_argument("--repeats", type=positive, default=40)
+    parser.add_argument(
+        "--parameters",
+        type=positive,
+        default=200,
+        help="parameters that a report covers (default: 200)",
+    )
+    parser.add_argument(
+        "--row-numel",
+        type=positive,
+        default=1 << 12,
+        help="elements of a bucket that each rank receives (default: 4096)",
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=40, help="times of each exchange (default: 40)"
+    )
     parser.add_json()
     args = parser.parse_args(argv)
     results = {}

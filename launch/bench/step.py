@@ -119,8 +119,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--seconds",
         type=positive_float,
         default=30.0,
-        help="start no further round of a size after this time, but run at least 5 "
-        "(default: %(default)s)",
+        help="start no further round of a batch of optimizers that fit into memory together after "
+        "this time, but run at least 5 (default: %(default)s)",
     )
     add(
         "--turn",

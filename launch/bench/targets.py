@@ -168,7 +168,7 @@ def _clip(run: dict[str, Any], size: str, threads: int | None) -> Target:
     reading = ratio(result, "ours-reading", "ours")
     floor = ""
     if reading is not None:
-        floor = f", where reading the gradients before the step makes {reading:.3f}x"
+        floor = f"; merely reading the gradients before the step takes {reading:.3f}x"
     return Target(name, f"{found:.3f}x{floor}", found <= 1.15)
 
 

@@ -97,7 +97,7 @@ def test_clipping_target_shows_the_cost_of_reading() -> None:
     run = run_of([result_of("16M", ours=1.0, ours_clip=1.2, ours_reading=1.17)])
     measured = [t for t in targets.targets(run) if t.met is not None]
     figures = [t.figure for t in measured if t.name.startswith("clip_grad_norm_")]
-    assert figures == ["1.200x, where reading the gradients before the step makes 1.170x"]
+    assert figures == ["1.200x; merely reading the gradients before the step takes 1.170x"]
 
 
 def test_targets_distinguish_numbers_of_threads() -> None:
