@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks, run_ranks_that_die
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +18,7 @@ from sharded_bf16_adamw.sharding.comm_errors import CheckedWork, comm_errors
 from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .fsdp1_cases import wrap
-from .zero.cases import zero
+from .zero.cases import backpressure_timeout, mesh_with_timeout, shorten_timeout, zero
 
 EXIT_CODE = 3
 ADVICE = (
@@ -140,13 +138,9 @@ def test_dead_rank_is_a_clear_error_on_the_other(tmp_path, strategy, moment, cli
     assert same or not unchanged
 
 
-def short_timeout_mesh() -> DeviceMesh:
-    return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu")
-
-
 def hanging_worker(rank, world, moment):
-    """Rank 1 hangs. The timeout is the mesh's 3 s, not the default group's 100 s."""
-    mesh = short_timeout_mesh()
+    """Rank 1 hangs. The timeout is that of the mesh, not the default group's 100 s."""
+    mesh = mesh_with_timeout({"construction": 1, "step": 3}.get(moment, 60))
     model = nn.Linear(4, 4).bfloat16()
     if moment == "construction":
         if rank == 0:
@@ -161,8 +155,11 @@ def hanging_worker(rank, world, moment):
     for _ in range(0 if moment == "step" else 4):
         model(x).sum().backward()
         optimizer.step(zero_grad=True)
+    if moment != "step":
+        shorten_timeout(optimizer, mesh)
     if rank == 0 or moment != "failed backward":
-        model(x).sum().backward()
+        with backpressure_timeout(0.05):
+            model(x).sum().backward()
     else:
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             model(x.t()).sum().backward()

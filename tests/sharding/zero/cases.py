@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from bits import assert_same_bits as assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from launch.planning.live import Collective, LiveBytes
@@ -115,6 +117,20 @@ def one_dimensional() -> DeviceMesh:
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     """Return a mesh to shard over, of one dimension, or to replicate and shard over, of two."""
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def mesh_with_timeout(seconds: float) -> DeviceMesh:
+    """Return a mesh to shard over, whose collectives wait that long for a rank."""
+    return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=seconds)), "cpu")
+
+
+def shorten_timeout(optimizer: AdamW_BF16, mesh: DeviceMesh, seconds: float = 0.5) -> None:
+    """Set how long later collectives wait, of an optimizer with ZeRO on :func:`mesh_with_timeout`.
+
+    Call it just before a rank hangs. Ranks that start with a short timeout fail on a busy machine.
+    """
+    for group in (mesh.get_group(), optimizer._sharding._collectives.group):
+        _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def zero(stage: int = 2, mesh: DeviceMesh | None = None, **options: Any) -> ZeRO:
