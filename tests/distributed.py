@@ -107,7 +107,8 @@ def run_ranks_that_die(world_size: int, function: Callable[..., Any], *args: Any
 def run_script(path: Path, world_size: int | None) -> tuple[list[int], str]:
     """Run a script in its folder, in a new process or on ``world_size`` ranks as under torchrun.
 
-    It may import what is in the repository. Its process has already imported torch.
+    It may import what is in its folder or in the repository. Its process has already imported
+    torch.
 
     Returns:
         Each process's exit code, and the output of all.
@@ -147,6 +148,7 @@ def _run_script(path: Path, output: Path, rank: int, world_size: int | None, por
             MASTER_PORT=str(port),
         )
     sys.argv = [str(path)]
+    sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
     atexit._run_exitfuncs()  # multiprocessing ends a process without them
 

@@ -18,8 +18,9 @@ from sharded_bf16_adamw.step_in_backward.clip import PreviousStepClip
 WIDTH = 16
 
 
-@pytest.fixture(params=[1, 2 * 2 * WIDTH * WIDTH, 2**20], autouse=True)
+@pytest.fixture(params=[1, 2 * 2 * WIDTH * WIDTH])
 def batch_bytes(request, monkeypatch):
+    """Update in batches of one parameter, and of two weights."""
     monkeypatch.setattr(batch, "BATCH_BYTES", request.param)
 
 
@@ -68,7 +69,7 @@ def optimizer_of(model, **options):
     return AdamW_BF16(groups_of(model), lr=1e-2, **options)
 
 
-def test_the_previous_steps_norm_scales_the_gradients():
+def test_the_previous_steps_norm_scales_the_gradients(batch_bytes):
     ours, plain = make_model(), make_model()
     clipping = ClipInBackward(2.0)
     optimizer = optimizer_of(ours, step_in_backward=True, clip_in_backward=clipping)
@@ -83,7 +84,7 @@ def test_the_previous_steps_norm_scales_the_gradients():
         assert all(torch.equal(x, reference.state[b][k]) for k, x in optimizer.state[a].items())
 
 
-def test_each_parameter_is_scaled_by_its_own_norm():
+def test_each_parameter_is_scaled_by_its_own_norm(batch_bytes):
     ours, plain = make_model(), make_model()
     clipping = ClipInBackward(0.1, by="param")
     optimizer = optimizer_of(ours, step_in_backward=True, clip_in_backward=clipping)
@@ -104,7 +105,7 @@ def test_each_parameter_is_scaled_by_its_own_norm():
 
 
 @pytest.mark.parametrize("by", ["previous_step", "param"])
-def test_gradients_set_by_hand_are_clipped_like_the_others(by):
+def test_gradients_set_by_hand_are_clipped_like_the_others(by, batch_bytes):
     by_hand, by_hooks = make_model(), make_model()
     results = []
     for model in (by_hand, by_hooks):
@@ -197,7 +198,7 @@ def test_the_norm_is_part_of_the_state(how, tmp_path):
     assert equal(*map(snapshot, (optimizer, resumed)))
 
 
-def test_an_abandoned_step_keeps_the_previous_steps_norm():
+def test_an_abandoned_step_keeps_the_previous_steps_norm(batch_bytes):
     model = make_model()
     optimizer = optimizer_of(model, step_in_backward=True, clip_in_backward=ClipInBackward(2.0))
     (norm,) = train_in_backward(model, optimizer, range(1))

@@ -184,10 +184,11 @@ def test_invalid_instruction_set_is_the_reason(monkeypatch):
     monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
     monkeypatch.setattr(cpu, "_isa", None)
     facts = env.gather_facts()
-    if facts.isas:
-        assert "'avx1024'; choose one of" in facts.backends["native (CPU)"]
-        assert facts.isa is None
     assert facts.variables[cpu.ISA_VARIABLE] == "avx1024"
+    if not facts.isas:
+        pytest.skip("the native library was not built")
+    assert "'avx1024'; choose one of" in facts.backends["native (CPU)"]
+    assert facts.isa is None
 
 
 def test_compiler_is_the_one_of_an_installation(monkeypatch, tmp_path):

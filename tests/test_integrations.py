@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed
 import pytest
 import torch
 
@@ -32,6 +33,7 @@ LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
 }
+UNWANTED = ("AdamW_BF16 is bfloat16, so it trains in float32", "are float32 now")
 COMMAND = re.compile(r"^ *((?:python|torchrun) .*docs/examples/.*)$", re.MULTILINE)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -40,11 +42,37 @@ def commands(example: Path) -> list[str]:
     return COMMAND.findall(ast.get_docstring(ast.parse(example.read_text())) or "")
 
 
-@pytest.mark.parametrize("command", [c for example in EXAMPLES for c in commands(example)])
+def script_of(command: str) -> Path:
+    (script,) = (word for word in shlex.split(command) if word.endswith(".py"))
+    return DOCS.parent / script
+
+
+ALL_COMMANDS = [c for example in EXAMPLES for c in commands(example)]
+TORCH_ALONE = [c for c in ALL_COMMANDS if script_of(c).stem not in FRAMEWORKS]
+
+
+@pytest.mark.parametrize("command", TORCH_ALONE)
+def test_example_of_torch_alone(command):
+    """It runs in processes that have imported torch, which takes longer than the example."""
+    launcher, *arguments = shlex.split(command)
+    ranks = (
+        int(arguments[arguments.index("--nproc-per-node") + 1]) if launcher == "torchrun" else None
+    )
+    codes, output = distributed.run_script(script_of(command), ranks)
+    assert not any(codes), output
+    assert not any(warning in output for warning in UNWANTED)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, marks=[pytest.mark.exhaustive] if c in TORCH_ALONE else [])
+        for c in ALL_COMMANDS
+    ],
+)
 def test_example(command, repo):
     launcher, *arguments = shlex.split(command)
-    (name,) = (Path(word).stem for word in arguments if word.endswith(".py"))
-    framework = FRAMEWORKS.get(name)
+    framework = FRAMEWORKS.get(script_of(command).stem)
     if framework is not None and importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
     result = subprocess.run(
@@ -55,8 +83,7 @@ def test_example(command, repo):
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "AdamW_BF16 is bfloat16, so it trains in float32" not in result.stderr
-    assert "are float32 now" not in result.stderr
+    assert not any(warning in result.stderr for warning in UNWANTED)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -60,11 +60,23 @@ def imported_layers(file: Path, package: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level > 0:
             target = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
             found.update([target[0]] if target[0] else [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            names = (alias.name.partition(".") for alias in node.names)
+            found.update(
+                rest.partition(".")[0] for top, _, rest in names if top == "sharded_bf16_adamw"
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
             "sharded_bf16_adamw"
         ):
             found.add((node.module or "").partition(".")[2].partition(".")[0])
     return found - {parts[0], "", "__version__"}
+
+
+def test_every_layer_is_checked(repo):
+    package = repo / "sharded_bf16_adamw"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(ALLOWED) == modules | folders
 
 
 @pytest.mark.parametrize("layer", ALLOWED)
