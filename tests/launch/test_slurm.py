@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,9 +44,13 @@ kill -0 "$(cat "$CALLS.pid")" 2> /dev/null && echo "training still runs" >> "$CA
 """,
     "python": f'exec {sys.executable} "$@"\n',
 }
-# Stand-in for python: a run that takes some steps, and stops like elastic.py on SIGTERM.
+# Stand-in for python: a run that takes some steps, and stops like elastic.py on SIGTERM. It
+# also runs the script's "python -c".
 STOPPABLE = f"""#!{sys.executable}
 import pathlib, signal, sys
+if sys.argv[1] == "-c":
+    exec(sys.argv[2])
+    sys.exit()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit({STOPPED}))
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir()
@@ -80,7 +85,7 @@ def start(slurm: dict[str, str], out: Path, steps: int) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=LAUNCH.parent, env=slurm, **output)
 
 
-@pytest.mark.exhaustive  # the requeued job below covers all of it but the last step
+@pytest.mark.exhaustive  # the tests below run the same commands without training
 def test_job_trains_to_the_last_step(slurm, tmp_path):
     job = start(slurm, tmp_path / "run", 2)
     output, _ = job.communicate(timeout=200)
@@ -104,6 +109,7 @@ def stop(job: subprocess.Popen[str], run: Path) -> str:
     return output
 
 
+@pytest.mark.exhaustive  # the test below stops a stand-in; test_train_resume stops torchrun
 def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
     run = tmp_path / "run"
     job = start(slurm, run, 1_000)
@@ -118,14 +124,21 @@ def test_job_saves_and_is_requeued_before_its_time_limit(slurm, tmp_path):
     ]
 
 
-def test_cancelled_job_is_not_requeued(slurm, tmp_path):
+@pytest.mark.parametrize(
+    ("state", "requeued"), [("RUNNING", ["scontrol requeue 7"]), ("CANCELLED", [])]
+)
+def test_job_is_requeued_before_its_time_limit_unless_cancelled(slurm, tmp_path, state, requeued):
     """If a job is cancelled just before its time limit, its state decides."""
     (tmp_path / "python").write_text(STOPPABLE)
-    run, changes = tmp_path / "run", {"JOB_STATE": "CANCELLED", "RDZV_PORT": "1"}
-    job = start(slurm | changes, run, 1_000)
+    run = tmp_path / "run"
+    job = start(slurm | {"JOB_STATE": state}, run, 1_000)
     stop(job, run)
     assert job.returncode == STOPPED
-    assert "scontrol requeue" not in Path(slurm["CALLS"]).read_text()
+    first, *calls = Path(slurm["CALLS"]).read_text().splitlines()
+    options = "--nnodes 1 --nproc-per-node 2 --max-restarts 3 --rdzv-id 7 --rdzv-backend c10d"
+    command = rf"launch/elastic.py {options} --rdzv-endpoint localhost:\d+ launch/train.py "
+    assert re.search(command, first)
+    assert calls == ["scancel --signal=TERM 7", *requeued]
 
 
 def test_job_must_be_submitted_from_the_root_of_the_repository(slurm, tmp_path):
