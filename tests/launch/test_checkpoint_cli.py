@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -402,6 +402,8 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
     from sharded_bf16_adamw.checkpoint.file_checksums import FileRecord, crc32_text
     from sharded_bf16_adamw.checkpoint.manifest import read_manifest
 
+    pickle.loads(pickle.dumps(Evil()))
+    (tmp_path / "evil").rmdir()  # so it makes it if it is loaded
     evil = (tmp_path / "evil.pt").read_bytes()
     commands = [
         ("inspect", "{path}"),
@@ -437,15 +439,18 @@ def test_no_command_executes_a_pickle(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "sharded_bf16_adamw.checkpoint"], ["launch/checkpoint.py"]]
+    "run_main",
+    [
+        lambda repo: runpy.run_module("sharded_bf16_adamw.checkpoint", run_name="__main__"),
+        lambda repo: runpy.run_path(str(repo / "launch/checkpoint.py"), run_name="__main__"),
+    ],
+    ids=("module", "script"),
 )
-def test_module_and_script_run_the_command(command, tmp_path, repo):
+def test_module_and_script_run_the_command(run_main, tmp_path, repo, capsys, monkeypatch):
     make_run(tmp_path)
-    done = subprocess.run(
-        [sys.executable, *command, "verify", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=repo,
-        env={**os.environ, "PYTHONPATH": str(repo)},
-    )
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/step-00000001: ok\n"), done.stderr
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "verify", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, main.__module__)  # runpy warns if it is already imported
+    with pytest.raises(SystemExit) as raised:
+        run_main(repo)
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"{tmp_path}/step-00000001: ok\n"
