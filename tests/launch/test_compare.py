@@ -1,10 +1,18 @@
 """launch/compare.py: arguments, reuse of runs, the table, and one real comparison."""
 
+import os
 import re
+import subprocess
+import sys
+from unittest import mock
 
 import compare
+import distributed
 import pytest
+import train
 from training import options
+
+from .train_runs import undrawn
 
 
 def test_unknown_arguments_go_to_train_py():
@@ -102,6 +110,9 @@ def test_runs_of_the_same_arguments_only_are_reused(tmp_path, fake_runs):
 
 
 def test_a_budget_chooses_the_steps(tmp_path, fake_runs, monkeypatch):
+    stale = tmp_path / "calibration/1"  # of an earlier comparison
+    stale.mkdir(parents=True)
+    (stale / "finished").touch()
     clock = iter([0.0, 10.0, 20.0, 32.5])  # a start takes 10 s, and a step 0.125 s
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
     compare.main(["--out", str(tmp_path), "--seeds", "2", *THREE, "--budget", "10"])
@@ -147,10 +158,30 @@ def test_a_changed_config_is_another_comparison(tmp_path, fake_runs, capsys):
     assert len(fake_runs) == 6
 
 
-def test_a_real_comparison_with_its_plot(tmp_path, capsys, monkeypatch):
+def train_into(log: str, arguments: list[str]) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+    with undrawn():
+        sys.exit(train.main(arguments))
+
+
+def run_in_warm_process(command, stdout, stderr, env) -> subprocess.CompletedProcess:
+    """Train in a process that has already imported torch."""
+    process = distributed.forkserver.Process(target=train_into, args=(stdout.name, command[2:]))
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+@pytest.mark.parametrize(
+    "run_process",
+    [run_in_warm_process, pytest.param(subprocess.run, marks=pytest.mark.exhaustive)],
+)
+def test_a_real_comparison_with_its_plot(tmp_path, capsys, run_process):
     argv = ["--out", str(tmp_path), "--seeds", "1", "--optimizers", "bf16", "--preset", "nano"]
     args = [*argv, "--steps", "2", "--eval-batches", "1"]
-    assert compare.main(args) == 0
+    with mock.patch.object(compare.subprocess, "run", run_process):
+        assert compare.main(args) == 0
     gap = re.search(r"ours\) \| 8.00 \| [\d.]+ \| ([+-][\d.]+) ", capsys.readouterr().out)
     assert abs(float(gap[1])) < 0.05
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
