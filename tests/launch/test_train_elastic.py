@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import train
 from torch.distributed.elastic.utils.distributed import get_free_port
-from training import evaluation, out_dir, reporters, step
+from training import evaluation, out_dir, reporters, signals_and_watchdog, step
 from training.data import TokenDataset
 from training.errors import STOPPED
 from training.metrics import MetricsFile
@@ -180,72 +180,75 @@ def test_stop_between_micro_batches_discards_the_step(tmp_path, capsys, monkeypa
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("after", [0, 2, 4])
-def test_interrupted_evaluation_runs_after_resume(tmp_path, monkeypatch, after):
+def test_interrupted_evaluation_runs_after_resume(tmp_path, monkeypatch):
     options = "--preset nano --steps 4 --eval-every 2 --save-every 2"
     assert run("--out", tmp_path / "whole", options) == 0
     real = evaluation.held_out_loss
+    for after in (0, 2, 4):
 
-    def held_out_loss(run):
-        if run.step == after:
-            os.kill(os.getpid(), signal.SIGHUP)
-        return real(run)
+        def held_out_loss(run, after=after):
+            if run.step == after:
+                os.kill(os.getpid(), signal.SIGHUP)
+            return real(run)
 
-    monkeypatch.setattr(evaluation, "held_out_loss", held_out_loss)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
-    try:
-        assert run("--out", tmp_path / "stopped", options) == STOPPED
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    monkeypatch.undo()
-    assert latest(tmp_path / "stopped/checkpoints").name == f"step-{after:08d}"
-    assert run("--out", tmp_path / "stopped", options) == 0
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+        monkeypatch.setattr(evaluation, "held_out_loss", held_out_loss)
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+        out = tmp_path / f"stopped-{after}"
+        try:
+            assert run("--out", out, options) == STOPPED
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        monkeypatch.undo()
+        assert latest(out / "checkpoints").name == f"step-{after:08d}"
+        assert run("--out", out, options) == 0
+        assert curve(out) == curve(tmp_path / "whole"), after
 
 
-HANGING_SAVE = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+# A run that gets signals in a save that does not end, each after the one before is handled.
+HANGING_SAVE = """
+import os, signal, sys, threading, time
 import train
 from training import saving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+def send_signals():
+    for each in {signals}:
+        os.kill(os.getpid(), each)
+        time.sleep(1)
 def save(*_, **__):
-    print("saving", flush=True)
+    threading.Thread(target=send_signals, daemon=True).start()
     time.sleep(600)
 saving.save = save
-sys.exit(train.main())
+sys.exit(train.main({arguments}))
 """
 
 
 @pytest.mark.parametrize(
-    ("signals", "grace", "code", "message"),
+    ("signals", "grace", "code", "note", "message"),
     [
-        ((signal.SIGUSR1,), 2, STOPPED, "--grace 2 s is over in the save of step 1"),
         (
-            (signal.SIGINT, signal.SIGINT),
+            [signal.SIGUSR1],
+            2,
+            STOPPED,
+            "SIGUSR1: stopping after this step",
+            "--grace 2 s is over in the save of step 1",
+        ),
+        (
+            [signal.SIGINT, signal.SIGINT],
             600,
             130,
+            "SIGINT: stopping after this step; Ctrl-C again aborts",
             "aborted; the same command resumes from the last complete checkpoint",
         ),
     ],
 )
-def test_run_exits_within_grace_period_if_save_hangs(tmp_path, signals, grace, code, message):
-    arguments = command_line("--preset nano --steps 9 --save-every 1 --no-async-save")
-    command = [sys.executable, "-c", HANGING_SAVE, *arguments, "--out", str(tmp_path)]
-    pipe = subprocess.PIPE
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--grace", str(grace)], stdout=pipe, stderr=pipe, text=True, env=env
-    )
-    while process.stdout.readline() != "saving\n":
-        assert process.poll() is None
-    process.send_signal(signals[0])
-    assert process.stderr.readline() == "\n"
-    assert process.stderr.readline().startswith(f"{signals[0].name}: stopping after this step")
-    for each in signals[1:]:
-        process.send_signal(each)
-    _, err = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, err) == (code, f"error: rank 0: {message}.\n")
+def test_run_exits_within_grace_period_if_save_hangs(tmp_path, signals, grace, code, note, message):
+    options = "--preset nano --steps 9 --save-every 1 --no-async-save --grace"
+    arguments = command_line(options, grace, "--out", tmp_path / "run")
+    script = tmp_path / "hanging_save.py"
+    script.write_text(HANGING_SAVE.format(signals=list(map(int, signals)), arguments=arguments))
+    codes, output = distributed.run_script(script, None)
+    assert codes == [code], output
+    assert output.endswith(f"\n{note}\nerror: rank 0: {message}.\n")
 
 
 def test_torchrun_that_waits_for_other_nodes_can_be_stopped(tmp_path):
@@ -282,7 +285,29 @@ def test_short_grace_is_noted_after_the_first_long_save_and_once(tmp_path, capsy
     assert re.fullmatch(note, capsys.readouterr().err)
 
 
-def test_rank_that_hangs_ends_the_job_with_its_number(tmp_path, monkeypatch):
+def hang_on_rank_1(rank: int, world_size: int, error_file: str) -> None:
+    if rank == 1:
+        dist.recv(torch.zeros(1), src=0)  # until rank 0 ends
+    with open(error_file, "w") as file:
+        os.dup2(file.fileno(), 2)
+    signals_and_watchdog.HANG_REPORT_S = 0.5  # no live rank has to report
+    with signals_and_watchdog.Supervisor() as supervisor:
+        supervisor.step_timeout = 1
+        supervisor.beat("the optimizer step")
+        dist.barrier()
+
+
+def test_rank_that_hangs_ends_the_others_with_its_number(tmp_path):
+    error_file = tmp_path / "stderr"
+    assert distributed.run_ranks_that_die(2, hang_on_rank_1, str(error_file)) == [1, 1]
+    assert error_file.read_text() == (
+        "error: rank 0: no progress for --step-timeout 1 s: rank(s) 1 gave no sign of life while "
+        "the others were in the optimizer step; a process is stopped or its machine hangs.\n"
+    )
+
+
+@pytest.mark.exhaustive  # the test above hangs a rank without torchrun
+def test_stopped_worker_ends_the_job_with_its_number(tmp_path, monkeypatch):
     # the time after which torchrun kills the stopped worker
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     process = start(2, "--out", tmp_path, "--preset nano --steps 100_000 --step-timeout 5")
