@@ -9,10 +9,12 @@ from typing import Any
 from unittest import mock
 
 import distributed
+import elastic
 import pytest
 import torch
 import torch.distributed as dist
 import train
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from training import build
 from training.errors import UsageError
 from training.optimizers import OptimizerSpec
@@ -232,18 +234,28 @@ def test_stored_configuration_continues_or_repeats_its_run(tmp_path, capsys):
     assert curve(tmp_path / "b") == curve(tmp_path / "a")
 
 
+@pytest.mark.parametrize(("exit_code", "code"), [(2, 2), (-9, 1)])
+def test_launcher_exits_with_the_code_of_the_worker_that_failed(
+    monkeypatch, capsys, exit_code, code
+):
+    def torchrun(argv):
+        assert argv == ["train.py"]
+        failure = ProcessFailure(local_rank=3, pid=77, exitcode=exit_code, error_file="none")
+        raise ChildFailedError("train.py", {3: failure})
+
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "none")  # keep the handlers of this process
+    monkeypatch.setattr(elastic, "torchrun", torchrun)
+    assert elastic.main(["train.py"]) == code
+    message = f"local rank 3 (process 77) ended with exit code {exit_code}\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.exhaustive  # the test above, and training/test_errors.py, have it without torchrun
 def test_error_under_torchrun_is_printed_once_and_ends_all_ranks(tmp_path):
     code, _, err = finish(start(2, "--data /no/such/text", "--out", tmp_path))
     assert code == 2
     assert len(re.findall(r"^error: --data /no/such/text cannot be read", err, re.MULTILINE)) == 1
     assert 'launch/train.py", line' not in err, "no stack trace of the script"
-
-
-def test_error_before_ranks_have_met_is_printed_by_the_first(tmp_path):
-    arguments = (str(tmp_path), "--config /no/such/file")
-    (code, _, err), other = distributed.run_ranks(2, printed_on_ranks, *arguments)
-    assert code == 2 and other == (2, "", "")
-    assert re.fullmatch(r"error: --config /no/such/file cannot be read[^\n]*\n", err)
 
 
 def fail_on_rank_1(rank: int, world_size: int) -> str:
