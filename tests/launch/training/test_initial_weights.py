@@ -73,6 +73,7 @@ def test_moments_of_any_optimizer_are_cleared(tmp_path, optimizer):
     assert run("--out", tmp_path / "new", options, "--init-from", tmp_path / "first") == 0
     first, new = (read(tmp_path / name, ".exp_avg_sq") for name in ("first", "new"))
     assert first.keys() == new.keys() and len(new) > 10
+    assert all(torch.equal(first[key], new[key]) for key in new), "one step on the same batch"
     assert {int(step) for step in read(tmp_path / "new", ".step").values()} == {1}
 
 
