@@ -332,14 +332,15 @@ def make_optimizer(wrapped: Wrapped) -> AdamW_BF16:
 
 
 def train(
-    wrapped: Wrapped, steps: int = STEPS, exact: bool = True
+    wrapped: Wrapped, steps: int, exact: bool = True, clip: float | None = CLIP
 ) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
     """Train; return weights and states in full by name, and the norms before clipping."""
     optimizer = make_optimizer(wrapped)
     norms = []
     for step in range(steps):
         backward(wrapped, make_batch(step, exact))
-        norms.append(optimizer.clip_grad_norm_(CLIP))
+        if clip is not None:
+            norms.append(optimizer.clip_grad_norm_(clip))
         optimizer.step(zero_grad=True)
     return collect(wrapped.module, optimizer), norms
 
@@ -358,15 +359,15 @@ def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 
 def single_process(
-    steps: int = STEPS, exact: bool = True
+    steps: int, exact: bool = True, clip: float | None = CLIP
 ) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
-    return train(Wrapped(Layers()), steps, exact)
+    return train(Wrapped(Layers()), steps, exact, clip)
 
 
 def table_worker(
-    rank: int, world: int, name: str
+    rank: int, world: int, name: str, steps: int
 ) -> tuple[dict[str, dict[str, Tensor]], list[Tensor]]:
-    return train(BY_NAME[name].wrap(Layers(), world))
+    return train(BY_NAME[name].wrap(Layers(), world), steps)
 
 
 def replay_worker(rank: int, world: int, name: str, steps: int) -> dict[str, dict[str, Tensor]]:
