@@ -194,10 +194,10 @@ def check_uncorrelated(update: Update, n: int = 1 << 20) -> None:
     order = torch.argsort(state.g.float(), stable=True)
     state = state.map(lambda x: x[order])  # so that neighbours have similar gradients
     now, later = stepped(update, state, 20), stepped(update, state, 21)
+    both = [(now, expected(state, 20)), (later, expected(state, 21))]
     for name, rounded in (("m", "mn"), ("v", "vn"), ("c", "cn")):
         e = [
-            rounding_errors(getattr(new, name), getattr(expected(state, t), rounded))[1]
-            for new, t in ((now, 20), (later, 21))
+            rounding_errors(getattr(new, name), getattr(wanted, rounded))[1] for new, wanted in both
         ]
         for what, r in (
             ("step", correlation(e[0], e[1])),

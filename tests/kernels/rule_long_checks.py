@@ -106,9 +106,9 @@ def check_v_constant_gradient(update: Update, steps: int = 6000, n: int = 1024) 
 def check_v_zero_gradient(update: Update, steps: int = 4000) -> None:
     """Check that v decays under zero gradients.
 
-    The elements differ only in the weight: all 65,280 finite ones.
+    The elements differ only in the weight: every fifth of the 65,280 finite ones.
     """
-    p = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    p = torch.arange(0, 1 << 16, 5, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     p = p[p.isfinite()]
     zero = torch.zeros_like(p)
     for t, ratio in v_ratios(
@@ -117,7 +117,7 @@ def check_v_zero_gradient(update: Update, steps: int = 4000) -> None:
         assert_ratio(ratio, 0.02, f"zero gradient, step {t}")
 
 
-def displacement_slope(
+def displacement_slopes(
     update: Update,
     p: Tensor,
     c: Tensor,
@@ -125,11 +125,11 @@ def displacement_slope(
     steps: int,
     lr: float,
     wd: float,
-) -> Tensor:
-    """Return the ratio of the true weight's displacement to that in float64, 0-dim float64.
+) -> Iterator[tuple[int, float]]:
+    """Yield ``(step, displacement of the true weight / that in float64)`` twice.
 
-    The true weight is ``p + c``; both (bfloat16) are changed in place. The ratio is the slope of
-    the least-squares line through the origin.
+    First after a tenth of the steps, then after all. The true weight is ``p + c``; both (bfloat16)
+    are changed in place. The ratio is the slope of the least-squares line through the origin.
     """
     start = p.double() + c.double()
     m, v, count = torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())
@@ -143,8 +143,9 @@ def displacement_slope(
         v64.mul_(0.999).add_(g64.square_(), alpha=0.001)
         denominator = (v64 / (1 - 0.999**t)).sqrt_().add_(1e-8)
         w.mul_(1 - lr * wd).addcdiv_(m64, denominator, value=-lr / (1 - 0.9**t))
-    moved, exact = p.double() + c.double() - start, w - start
-    return (moved * exact).sum() / exact.square().sum()
+        if t in (steps // 10, steps):
+            moved, exact = p.double() + c.double() - start, w - start
+            yield t, ((moved * exact).sum() / exact.square().sum()).item()
 
 
 def check_displacement(update: Update, steps: int = 3000, n: int = 8192) -> None:
@@ -167,7 +168,10 @@ def check_displacement(update: Update, steps: int = 3000, n: int = 8192) -> None
         ("lr 1e-5", 1e-5, 0.0, 0.01, noisy),
         ("decay only", 1e-5, 0.1, 0.01, lambda: zero),
     ):
-        slope = displacement_slope(
+        for t, slope in displacement_slopes(
             update, p.clone(), torch.zeros_like(p), gradients, steps, lr, wd
-        ).item()
-        assert abs(slope - 1) < tolerance, f"{what}: the true weight moved {slope:.4f} of the way"
+        ):
+            allowed = tolerance if t == steps else 0.1
+            assert abs(slope - 1) < allowed, (
+                f"{what}, step {t}: the true weight moved {slope:.4f} of the way"
+            )
