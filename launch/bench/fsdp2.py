@@ -51,46 +51,52 @@ def ratios(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _run_rank(rank: int, directory: str, rounds: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
-        torch.manual_seed(0)
-        layers = [nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(LAYERS)]
-        model = nn.Sequential(*layers)
-        for layer in layers:
-            fully_shard(layer)
-        fully_shard(model)
-        ours = AdamW_BF16(model.parameters(), lr=1e-4)
-        optimizers = {
-            "ours": ours,
-            "torch": torch.optim.AdamW(model.parameters(), lr=1e-4),
-            "torch fused": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
-            "torch clip with our step": ours,
-        }
-        model(torch.randn(8, WIDTH, dtype=torch.bfloat16)).square().mean().backward()
-        times: dict[str, list[float]] = {
-            f"{name} {part}": [] for name in CONTENDERS for part in ("clip", "step")
-        }
-        for round_ in range(-WARM_UP, rounds):
-            for name in random.Random(round_).sample(CONTENDERS, len(CONTENDERS)):
-                dist.barrier()
-                start = time.perf_counter()
-                if name == "ours":
-                    ours.clip_grad_norm_(1.0)
-                else:
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                clipped = time.perf_counter()
-                optimizers[name].step()
-                done = time.perf_counter()
-                if round_ >= 0:
-                    slowest = torch.tensor([clipped - start, done - clipped])
-                    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-                    for part, seconds in zip(("clip", "step"), slowest.tolist(), strict=True):
-                        times[f"{name} {part}"].append(seconds)
+        times = time_contenders(rounds)
         if rank == 0:
             (Path(directory) / "times.json").write_text(json.dumps(times))
     finally:
         dist.destroy_process_group()
+
+
+def time_contenders(rounds: int) -> dict[str, list[float]]:
+    """Return the ``times`` of :func:`measure_fsdp2`. Collective."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    model = nn.Sequential(*layers)
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    ours = AdamW_BF16(model.parameters(), lr=1e-4)
+    optimizers = {
+        "ours": ours,
+        "torch": torch.optim.AdamW(model.parameters(), lr=1e-4),
+        "torch fused": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+        "torch clip with our step": ours,
+    }
+    model(torch.randn(8, WIDTH, dtype=torch.bfloat16)).square().mean().backward()
+    times: dict[str, list[float]] = {
+        f"{name} {part}": [] for name in CONTENDERS for part in ("clip", "step")
+    }
+    for round_ in range(-WARM_UP, rounds):
+        for name in random.Random(round_).sample(CONTENDERS, len(CONTENDERS)):
+            dist.barrier()
+            start = time.perf_counter()
+            if name == "ours":
+                ours.clip_grad_norm_(1.0)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clipped = time.perf_counter()
+            optimizers[name].step()
+            done = time.perf_counter()
+            if round_ >= 0:
+                slowest = torch.tensor([clipped - start, done - clipped])
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)
+                for part, seconds in zip(("clip", "step"), slowest.tolist(), strict=True):
+                    times[f"{name} {part}"].append(seconds)
+    return times

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import benchmark
+import distributed
 import pytest
 import torch
-from bench import measure, optimizers, report
+from bench import fsdp2, measure, optimizers, report
 from bench.markers import write_between_markers
 from bench.measure import measure_size, parse_size, ratio
 from bench.optimizers import Contender, Runner
@@ -24,9 +26,22 @@ FEW = {"rounds": 3, "seconds": 60.0, "turn": 0.0}
 # --------------------------------------------------------------------------------------- the script
 
 
+def time_contenders(rank: int, world: int, rounds: int) -> dict[str, list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp2, "LAYERS", 2)
+        return fsdp2.time_contenders(rounds)
+
+
+def run_on_workers(function: object, args: tuple[str, int], nprocs: int) -> None:
+    """Run fsdp2's ranks on the processes that tests share."""
+    directory, rounds = args
+    times, *_ = distributed.run_ranks(nprocs, time_contenders, rounds)
+    Path(directory, "times.json").write_text(json.dumps(times))
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> tuple[Path, str]:
-    """Return the directory and the stdout of one run of the script at tiny sizes."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the directory and the stdout of one run at tiny sizes."""
     directory = tmp_path_factory.mktemp("benchmark")
     docs = directory / "benchmarks.md"
     docs.write_text(
@@ -35,11 +50,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> tuple[Path
     )
     options = "--device cpu --threads 1 2 --sizes 4K 3x50 --rounds 3 --turn 0 --fsdp2"
     outputs = f"--json {directory}/run.json --docs {docs}"
-    command = [sys.executable, str(repo / "launch" / "benchmark.py")]
-    command += f"{options} {outputs}".split()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory, done.stdout
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(fsdp2.mp, "spawn", run_on_workers)
+        assert benchmark.main(f"{options} {outputs}".split()) == 0
+    torch.set_num_threads(threads)
+    optimizers.cpu.select_isa(None)
+    return directory, printed.getvalue()
 
 
 def test_json_has_every_round_and_the_rows_computed_from_them(finished: tuple[Path, str]) -> None:
