@@ -23,8 +23,18 @@ class TestSameBitsAsStep:
         assert equal(plain, ours) and groups == our_groups
         assert our_groups[0]["schedule_step"] == 4
 
-    @pytest.mark.parametrize("groups", [1, 3])
-    @pytest.mark.parametrize("micro_batches", [1, 3])
+    @pytest.mark.parametrize(  # all pairs of values
+        ("micro_batches", "groups", "batch_bytes"),
+        [
+            (1, 1, 1),
+            (3, 3, 1),
+            (1, 3, 3 * 2 * 16 * 16),
+            (3, 1, 3 * 2 * 16 * 16),
+            (1, 1, 2**20),
+            (3, 3, 2**20),
+        ],
+        indirect=["batch_bytes"],
+    )
     def test_groups_micro_batches_and_batch_bytes(self, micro_batches, groups, batch_bytes):
         plain, ours = [
             run(make_layers, flag, micro_batches, groups=groups) for flag in (False, True)
