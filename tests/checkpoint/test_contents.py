@@ -20,6 +20,7 @@ from sharded_bf16_adamw import (
     scatter_full_state_dict,
 )
 from sharded_bf16_adamw.checkpoint.manifest import read_manifest
+from sharded_bf16_adamw.sharding.dtensor import to_local
 
 from .layouts import BY_NAME, everything, train
 
@@ -150,13 +151,16 @@ def fabric_worker(rank: int, world: int, root: str) -> None:
         assert not same(everything(module, optimizer), expected), name
         load(f"{root}/{name}", fabric(module), optimizer)
         assert same(everything(module, optimizer), expected), name
+        for state in optimizer.state.values():
+            for value in state.values():
+                to_local(value).zero_()
         scatter_full_state_dict(fabric(module), optimizer, full)
         assert same(everything(module, optimizer), expected), name
-        weights = {key: value.float() for key, value in single.state_dict().items()}
+        weights = {key: value.float() + 1 for key, value in single.state_dict().items()}
         import_fp32(weights, fabric(module), optimizer)
+        found, _ = everything(module, optimizer)
         assert all(
-            torch.equal(value.bfloat16(), everything(module, optimizer)[0][key].bfloat16())
-            for key, value in weights.items()
+            torch.equal(value.bfloat16(), found[key].bfloat16()) for key, value in weights.items()
         )
 
 

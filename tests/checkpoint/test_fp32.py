@@ -81,7 +81,9 @@ def test_import_save_export_round_trip_keeps_sixteen_bits(tmp_path):
     import_fp32(model.state_dict(), module, ours)
     save(tmp_path / "run", 0, module, ours)
     export_fp32(tmp_path / "run", tmp_path / "out")
-    for name, value in read_folder(tmp_path / "out").items():
+    exported = read_folder(tmp_path / "out")
+    assert exported.keys() == model.state_dict().keys()
+    for name, value in exported.items():
         original = model.state_dict()[name].double()
         error = (value.double() - original).abs()
         assert bool((error <= (0 if "precise" in name else 2.0**-17) * original.abs()).all()), name
