@@ -16,7 +16,7 @@ from .sharding.dtensor import to_local
 from .sharding.model_parallel import ModelParallel
 from .sharding.zero.config import ZeRO
 from .state import complete_state, hide_ungrouped_states
-from .step_in_backward.optimizer import SteppedInBackward
+from .step_in_backward.optimizer_methods import SteppedInBackward
 from .step_in_backward.step import StepInBackward
 from .validation import param_name
 
