@@ -19,6 +19,8 @@ import torch.distributed as dist
 import train
 from training.metrics import read_metrics
 
+from . import chaos
+
 SCRIPT = Path(train.__file__)
 ELASTIC = SCRIPT.with_name("elastic.py")
 OPTIMIZERS = ("bf16", "torch-fp32", "torch-bf16")
@@ -62,10 +64,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """Return the process ids of the ranks that torchrun started."""
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    return sorted(
-        int(s.split()[0]) for s in stats if int(s.rpartition(")")[2].split()[1]) == process.pid
-    )
+    return sorted(pid for pid, stat in chaos.stats().items() if stat[1] == str(process.pid))
 
 
 def wait_for_step(process: subprocess.Popen[str], out_dir: Path, step: int) -> None:
