@@ -43,6 +43,7 @@ RANKS = [
     ("tp", 2),
     ("fsdp2+tp", 4),
 ]
+TP = pytest.param("tp", 2, marks=pytest.mark.exhaustive)  # fsdp2+tp has the same
 FSDP2_TP = pytest.param("fsdp2+tp", 4, marks=pytest.mark.exhaustive)  # the slowest
 # At 0.01 some texts have steps where even another order of the sequences in a batch changes the
 # gradient norm by 1 %.
@@ -93,9 +94,7 @@ def test_strategy_trains_like_one_process(tmp_path, single, strategy, ranks):
     assert norms(lines) == pytest.approx(norms(single), rel=0.01), "each element counts once"
 
 
-@pytest.mark.parametrize(
-    ("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4)]
-)
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("hsdp", 4), TP, ("fsdp2+tp", 4)])
 def test_strategy_resumes_with_the_same_bits_and_under_another(tmp_path, strategy, ranks):
     options = "--save-every 3 --steps 6 --lr 0.01"
     whole = run(ranks, tmp_path / "whole", f"--strategy {strategy}", options)
@@ -104,11 +103,12 @@ def test_strategy_resumes_with_the_same_bits_and_under_another(tmp_path, strateg
     for line in (*whole, *resumed):
         line.pop("tokens_per_s", None)
     assert resumed == [line for line in whole if line["step"] > 3]
-    other = run(2, tmp_path / "other", "--strategy fsdp2", options)
-    assert held_out(other)[6] == pytest.approx(held_out(whole)[6], abs=LIMIT)
+    if strategy == "fsdp2+tp":
+        other = run(2, tmp_path / "other", "--strategy fsdp2", options)
+        assert held_out(other)[6] == pytest.approx(held_out(whole)[6], abs=LIMIT)
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), ("tp", 2), FSDP2_TP])
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp1", 2), TP, FSDP2_TP])
 def test_strategy_trains_with_torchs_optimizer(tmp_path, single, strategy, ranks):
     """The first norm equals that of ``--optimizer bf16``, since the initial weights are equal."""
     options = "--steps 2 --batch-size 12 --optimizer torch-fp32"
