@@ -228,7 +228,6 @@ ERRORS: dict[str, tuple[Any, str]] = {
         lambda f, t: f"--model {f} --preset nano",
         "--preset: not allowed with argument --model",
     ),
-    "export of a preset": (lambda f, t: "--export-hf float32", "--export-hf needs --model"),
     "moments of a folder": (
         lambda f, t: f"--model {f} --init-from {f} --init-moments",
         "--init-moments needs a checkpoint, but --init-from .* is not one",
