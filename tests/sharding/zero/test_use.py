@@ -18,6 +18,7 @@ from sharded_bf16_adamw.sharding.zero.host_collectives import HostCollectives
 from .cases import (
     Parameters,
     assert_same_bits,
+    backpressure_timeout,
     collect,
     mean_gradients,
     new_optimizer,
@@ -257,16 +258,22 @@ def true_weights_worker(rank, world):
     model = Parameters()
     optimizer = new_optimizer(model, zero())
     train(model, optimizer, 3, averaged=False)
-    for p, weight in optimizer.true_weights():
+    found = list(optimizer.true_weights())
+    assert len(found) == len(list(model.parameters()))
+    corrections = [
+        state["correction"] for state in optimizer.state.values() if "correction" in state
+    ]
+    assert any(bool(correction.full_tensor().any()) for correction in corrections)
+    for p, weight in found:
         correction = optimizer.state[p].get("correction")
         whole = weight.full_tensor()
         assert weight.dtype == torch.float32 and torch.equal(
             whole, p.float() + (0 if correction is None else correction.full_tensor().float())
         )
     optimizer.reset_correction()
-    assert all(
-        not weight.full_tensor().sub(p.float()).any() for p, weight in optimizer.true_weights()
-    )
+    found = list(optimizer.true_weights())
+    assert len(found) == len(list(model.parameters()))
+    assert all(not weight.full_tensor().sub(p.float()).any() for p, weight in found)
 
 
 def test_true_weights():
@@ -288,7 +295,8 @@ def stale_grads_worker(rank, world):
     before = collect(model, optimizer)
     model.zero_grad()
     if rank == 0:
-        model(rank_gradients(2, rank, world)).backward()
+        with backpressure_timeout(0.05):
+            model(rank_gradients(2, rank, world)).backward()
     for refused in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
         with pytest.raises(
             RuntimeError, match="new gradients were accumulated onto gradients that the previous"
@@ -357,7 +365,8 @@ def stale_grads_on_one_rank_worker(rank, world):
     before = collect(model, optimizer)
     if rank == 0:
         optimizer.zero_grad()
-        model(rank_gradients(2, rank, world)).backward()
+        with backpressure_timeout(0.05):
+            model(rank_gradients(2, rank, world)).backward()
     with pytest.raises(
         RuntimeError, match=r"new gradients were accumulated onto .* after each step, on every rank"
     ):
