@@ -137,18 +137,21 @@ def test_diverged_run_prints_one_error_and_keeps_its_good_checkpoint(tmp_path, c
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_nonfinite_step_is_skipped_and_counted(tmp_path, capsys, optimizer, fault):
+def test_nonfinite_step_is_skipped_and_counted(tmp_path, capsys, optimizer):
     options = f"--optimizer {optimizer} --steps 5 --eval-every 5"
     assert run("--out", tmp_path / "clean", options) == 0
-    with FaultyLoss({2}, FAULTS[fault]) as faulty:
-        assert run("--out", tmp_path / "bad", options) == 0
-    assert faulty.moved == [True, True, False, True, True]
-    lines, clean = step_lines(tmp_path / "bad"), step_lines(tmp_path / "clean")
-    assert nonfinite_counts(tmp_path / "bad") == [0, 0, 1, 1, 1]
-    assert lines[2]["loss"] is None
-    assert [x["lr"] for x in lines] == [x["lr"] for x in clean], "the schedule advances"
-    assert "non-finite steps      1, skipped" in capsys.readouterr().out
+    clean = step_lines(tmp_path / "clean")
+    assert "non-finite steps      0\n" in capsys.readouterr().out
+    for number, (name, fault) in enumerate(FAULTS.items()):
+        out = tmp_path / str(number)
+        with FaultyLoss({2}, fault) as faulty:
+            assert run("--out", out, options) == 0
+        assert faulty.moved == [True, True, False, True, True], name
+        lines = step_lines(out)
+        assert nonfinite_counts(out) == [0, 0, 1, 1, 1], name
+        assert lines[2]["loss"] is None, name
+        assert [x["lr"] for x in lines] == [x["lr"] for x in clean], "the schedule advances"
+        assert "non-finite steps      1, skipped" in capsys.readouterr().out, name
 
 
 def test_without_skipping_weights_turn_nan_and_are_not_saved(tmp_path, capsys):
