@@ -62,6 +62,7 @@ def expected(uses_clip):
 def test_every_element_counts_once(world, name, uses_clip):
     for result in run_ranks(world, worker, name, uses_clip):
         for own, alone in zip(result, expected(uses_clip), strict=True):
+            assert math.isfinite(alone["update_norm"])
             assert own == pytest.approx(alone, rel=1e-9, nan_ok=True)
 
 

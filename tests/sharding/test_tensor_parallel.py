@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -154,13 +155,7 @@ def test_checkpoints_between_tensor_parallel_and_other_layouts(
 ):
     expected, *_ = run_ranks(saving, checkpoint_worker, tmp_path, saver, "save")
     for result in run_ranks(loading, checkpoint_worker, tmp_path, loader, "load"):
-        assert result.keys() == expected.keys()
-        for fqn, values in result.items():
-            assert all(
-                torch.equal(values[key], expected[fqn][key])
-                for key in ("weights", "step", *STATES)
-                if key in expected[fqn]
-            ), fqn
+        assert same_bits(result, expected)
 
 
 def mixed_worker(rank, world):
