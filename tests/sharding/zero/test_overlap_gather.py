@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 
-from .cases import assert_same_bits, collect, consensus_calls, mesh_of
+from .cases import assert_same_bits, backpressure_timeout, collect, consensus_calls, mesh_of
 from .overlap_cases import (
     MODELS,
     WIDTH,
@@ -250,7 +250,7 @@ def divergent_worker(rank, world):
     for overlap in (False, True):
         model = layers()
         optimizer = optimizer_of(model, overlap=overlap)
-        with late_network():
+        with late_network(), backpressure_timeout(0.05):
             for step in range(6):
                 leave_out = step == 1 and rank == 1
                 removed = model[3] if leave_out else None
