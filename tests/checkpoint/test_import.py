@@ -41,6 +41,7 @@ def test_import_gives_the_same_bits_under_every_layout(tmp_path):
     expected = expected_states(model, optimizer)
     world = 4
     for results in run_ranks(world, import_worker, str(folder), str(tmp_path / "optimizer.pt")):
+        assert len(results) == 8
         for layout, values, options in results:
             assert values.keys() == expected.keys()
             for key, value in expected.items():

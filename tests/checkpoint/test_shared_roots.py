@@ -93,12 +93,13 @@ def test_late_file_is_waited_for(tmp_path):
     (tmp_path / "a").write_bytes(b"12")
 
     def complete() -> None:
-        time.sleep(0.3)
+        time.sleep(0.1)
         (tmp_path / "a").write_bytes(b"12345")
 
     thread = threading.Thread(target=complete)
     thread.start()
     commit.check_files_visible(tmp_path, [{"a": FileRecord(5, "")}])
+    assert (tmp_path / "a").stat().st_size == 5
     thread.join()
 
 
