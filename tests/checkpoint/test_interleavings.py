@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .interleavings import run_seeds
 
 
-def test_interleaved_jobs_leave_complete_checkpoints():
-    total = run_seeds(range(60))
-    assert total["interleavings"] == 60
+@pytest.mark.parametrize(
+    "seeds", [range(30), pytest.param(range(30, 300), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_interleaved_jobs_leave_complete_checkpoints(seeds):
+    total = run_seeds(seeds)
+    assert total["interleavings"] == len(seeds)
     killed_after_publishing = total["published"] - total["succeeded"]
-    assert min(total["kills"], total["refused"], total["removed"], killed_after_publishing) >= 5, (
+    assert min(total["kills"], total["refused"], total["removed"], killed_after_publishing) >= 2, (
         "the seeds must have kills, refusals and removals"
     )
-    assert total["succeeded"] >= 90
+    assert total["succeeded"] >= 1.5 * len(seeds)
