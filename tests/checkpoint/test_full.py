@@ -135,7 +135,7 @@ def round_trip_worker(
 
 def test_gather_equals_torchs_and_scatter_inverts_it_under_every_layout():
     given = single_process_state()
-    for world in (4, 3, 2):
+    for world in (4, 3):
         gathered = run_ranks(world, round_trip_worker, given)[0]
         assert gathered.keys() == {layout.name for layout in layouts_on(world)}
         given = gathered["FSDP2"]  # scattered by the next run, which has another world size

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -142,8 +140,13 @@ def extra_state_worker(rank: int, world: int, kind: str, as_tensor: bool, root: 
     return expected
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("kind", ["stages", "list", "modules", "one"])
+@pytest.mark.parametrize(
+    ("kind", "as_tensor"),
+    [
+        *(("stages", False), ("list", False), ("modules", False), ("one", False)),
+        *(("stages", True), ("one", True)),
+    ],
+)
 def test_extra_states_of_stages_and_experts_are_restored(tmp_path, kind, as_tensor):
     values = run_ranks(2, extra_state_worker, kind, as_tensor, str(tmp_path))
     assert values[0] != values[1]
@@ -321,7 +324,7 @@ def two_threads_worker(rank: int, world: int, root: str) -> list[str]:
 
     def slow(self: Any, group: Any) -> None:
         if rank == 0 and self.partial.parent.name == "a":
-            time.sleep(1.0)
+            time.sleep(0.3)
         real(self, group)
 
     def job(name: str) -> None:
@@ -387,21 +390,18 @@ def test_rank_that_does_not_see_the_folder_is_named(tmp_path):
     assert not list(tmp_path.rglob(".exporting-out"))
 
 
+def other_job_worker(rank: int, world: int, root: str) -> str:
+    model = nn.Linear(3, 3).bfloat16()
+    return save(root, 9, model, AdamW_BF16(model.parameters()), keep=2).name
+
+
 def test_save_is_refused_after_another_jobs_save(tmp_path):
     """The two jobs would keep removing each other's checkpoints."""
     torch.manual_seed(0)
     model = nn.Linear(3, 3).bfloat16()
     optimizer = trained(model)
     save(tmp_path, 1, model, optimizer, keep=2)
-    code = (
-        "import sys, torch; from sharded_bf16_adamw import AdamW_BF16, save; "
-        "m = torch.nn.Linear(3, 3).bfloat16(); "
-        "print(save(sys.argv[1], 9, m, AdamW_BF16(m.parameters()), keep=2).name)"
-    )
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert other.stdout.strip() == "step-00000009"
+    assert run_ranks(1, other_job_worker, str(tmp_path)) == ["step-00000009"]
     with pytest.raises(
         RuntimeError,
         match=r"another job has saved .*step-00000009 since this job's last save there",
