@@ -37,14 +37,15 @@ def convert_fp32(
 
     Holds the model in memory. In a distributed run, call it on every rank or on rank 0 alone. Rank
     0 does all the work and waits for no other rank. The others return when it is done, and raise if
-    it failed. For one ``root``, call it always on every rank or always on rank 0 alone: a rank's
-    n-th call gets the result of rank 0's n-th call.
+    it failed. For one ``root``, call it either always on every rank or always on rank 0
+    alone. Calls are matched by number: a rank's n-th call gets the result of rank 0's n-th call.
 
     Args:
         source: as for :func:`import_fp32`.
-        root: directory for the checkpoints of a new run, without a checkpoint. The new one gets the
-            step of ``optimizer_state``, or 0.
-        optimizer_state: as for :func:`import_fp32`.
+        root: directory for the checkpoints of a new run; it must not contain one yet. The
+            checkpoint's step is that of ``optimizer_state``, or 0.
+        optimizer_state: as for :func:`import_fp32`. Keyed by integers, it must have a single
+            parameter group, and ``source`` must be a state dict: both then have the model's order.
         fp32: patterns (``["*norm*"]``) of the parameters that are float32 in the model. All others
             become bfloat16.
         buffers: patterns of the names that are buffers in the model. They keep their dtype, as do
@@ -77,7 +78,7 @@ def convert_fp32(
         buffer_patterns = _checked_patterns("buffers", buffers, weights)
         state = None if optimizer_state is None else open_optimizer_state(optimizer_state)
         model = _build_model(weights, fp32_patterns, buffer_patterns)
-        groups = _build_param_groups(model, state)
+        groups = _build_param_groups(model, state, weights.keeps_order)
         optimizer = AdamW_BF16(groups, **{"lr": 1e-3, **hyperparameters})
         import_fp32(source, model, optimizer, state, progress)
         step = max((int(values["step"]) for values in optimizer.state.values()), default=0)
@@ -139,10 +140,16 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _build_param_groups(
+    model: nn.Module, state: dict[str, Any] | None, is_ordered: bool
+) -> list[dict[str, Any]]:
     """Divide the model's parameters into the groups of the optimizer state.
 
-    Parameters that a state keyed by names lacks join the first group.
+    If the state is keyed by names, parameters that it does not name join the first group.
+
+    Raises:
+        ValueError: the state is keyed by integers, and it is unknown which parameters they are:
+            the model is not ``is_ordered``, or there are several groups.
     """
     params = list(model.parameters())
     if state is None:
@@ -160,11 +167,17 @@ def _build_param_groups(model: nn.Module, state: dict[str, Any] | None) -> list[
         for param in params:
             divided[group_of.get(param, 0)].append(param)
         return [{"params": group} for group in divided]
+    if not is_ordered or sum(map(bool, groups)) > 1:
+        reason = "several parameter groups" if is_ordered else "safetensors"
+        raise ValueError(
+            f"the optimizer state names its parameters by integers, and with {reason} their order "
+            "is unknown; give a state keyed by names, or import into the model by import_fp32()"
+        )
     count = sum(map(len, groups))
     if count != len(params):
         raise ValueError(
             f"the optimizer state has {count} parameters, but the weights have {len(params)} that "
-            "are not buffers; list the names of the model's buffers in buffers="
+            "are not buffers; list the names of the model's buffers, and no others, in buffers="
         )
     remaining = iter(params)
     return [{"params": [next(remaining) for _ in group]} for group in groups]

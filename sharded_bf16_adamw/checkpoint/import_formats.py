@@ -31,16 +31,20 @@ class WeightsSource(Protocol):
     Attributes:
         infos: shape and dtype of each tensor.
         ties: sets of tied names, if the source records them.
+        keeps_order: True if ``infos`` has the order of the module's parameters.
     """
 
     infos: dict[str, TensorInfo]
     ties: list[list[str]]
+    keeps_order: bool
 
     def read(self, name: str, block: Block) -> Tensor:
         """Return a block of a tensor in CPU memory."""
 
 
 class _SafetensorsSource:
+    keeps_order = False  # writers sort the names
+
     def __init__(self, path: Path) -> None:
         self._files = open_safetensors(path)
         self.infos = {name: file.infos[name] for name, file in self._files.items()}
@@ -52,6 +56,8 @@ class _SafetensorsSource:
 
 
 class _StateDictSource:
+    keeps_order = True
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self.infos = {

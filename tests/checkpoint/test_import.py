@@ -111,6 +111,26 @@ def test_converted_checkpoint_loads_with_the_imported_values(tmp_path):
         convert_fp32(folder, tmp_path / "run", state)
 
 
+def test_conversion_refuses_numbers_for_names_of_unknown_order(tmp_path):
+    """Layers of one shape would get one another's moments."""
+    weights = {f"layers.{index}.weight": torch.full((2, 2), float(index)) for index in range(11)}
+    params = [torch.nn.Parameter(weight) for weight in weights.values()]
+    optimizer = torch.optim.AdamW(params)
+    for index, param in enumerate(params):
+        param.grad = torch.full((2, 2), float(index))
+    optimizer.step()
+    path = convert_fp32(weights, tmp_path / "ordered", optimizer.state_dict())
+    moments = CheckpointReader(path).read("optimizer.state.layers.10.weight.exp_avg")
+    assert torch.equal(moments, torch.ones(2, 2))
+    folder = written(tmp_path / "weights", weights)  # layers.10 before layers.2
+    with pytest.raises(ValueError, match="by integers, and with safetensors their order"):
+        convert_fp32(folder, tmp_path / "run", optimizer.state_dict())
+    groups = [{"params": params[::2]}, {"params": params[1::2]}]
+    several = torch.optim.AdamW(groups).state_dict()
+    with pytest.raises(ValueError, match="by integers, and with several parameter groups"):
+        convert_fp32(weights, tmp_path / "run", several)
+
+
 @pytest.mark.parametrize("argument", ["fp32", "buffers"])
 def test_patterns_must_be_a_list_and_match_a_name(argument, tmp_path):
     weights = {
