@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-# Seconds that a collective may wait for a rank, and (plus a margin) a call for its ranks.
+# Seconds that a collective waits for a rank. A call waits 20 s longer for its ranks.
 TIMEOUT = 100
-# Tests whose processes end fork them from a server that has imported what they need. The imports
-# take longer than most of these tests.
+# Processes that serve only one call are forked from a server that has imported what they need. The
+# imports take longer than most tests.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     [
@@ -127,8 +127,11 @@ def _fork(function: Callable[..., Any], args_by_rank: list[tuple[Any, ...]]) -> 
     deadline = time.monotonic() + TIMEOUT + 20
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
         process.kill()
         process.join()
+    assert not hung, f"the processes {hung} did not end within {TIMEOUT + 20} s"
     return [process.exitcode for process in processes]
 
 

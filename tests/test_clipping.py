@@ -61,7 +61,7 @@ class TestClipping:
         assert equal(snapshot(a), snapshot(b)) and a.skipped_steps == 0
 
     def test_scale_reaches_the_step_through_a_wrapper(self):
-        """Lightning Fabric's wrapper reads attributes from the optimizer and sets its own."""
+        """Lightning Fabric's wrapper reads the optimizer's attributes, and keeps its own."""
 
         class Wrapper(AdamW_BF16):
             def __init__(self, optimizer):

@@ -11,9 +11,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from sharded_bf16_adamw import AdamW_BF16, load, param_groups, save
 
 PATTERNS = {"norm|bias": {"weight_decay": 0.0}, "^head": {"lr": 0.5}}
-NORMS = [f"blocks.{i}.{name}" for i in range(2) for name in ("0.bias", "norm.weight", "norm.bias")]
+BLOCK_NORMS_AND_BIASES = [
+    f"blocks.{i}.{name}" for i in range(2) for name in ("0.bias", "norm.weight", "norm.bias")
+]
 EXPECTED = [
-    [*NORMS, "head.bias"],
+    [*BLOCK_NORMS_AND_BIASES, "head.bias"],
     ["head.weight"],
     ["embed.weight", "blocks.0.0.weight", "blocks.1.0.weight"],
 ]
@@ -71,7 +73,7 @@ def test_first_match_wins_and_the_rest_is_last():
     assert options == [{"weight_decay": 0.0}, {"lr": 0.5}, {}]
     swapped = param_groups(model, dict(reversed(PATTERNS.items())))
     assert swapped[0]["param_names"] == ["head.weight", "head.bias"]
-    assert swapped[1]["param_names"] == NORMS
+    assert swapped[1]["param_names"] == BLOCK_NORMS_AND_BIASES
 
 
 def test_no_patterns_and_a_pattern_for_all_give_one_group():

@@ -92,7 +92,7 @@ def build(folder: str, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 class FolderTokenizer:
-    """The tokenizer in a model's folder. Its end-of-text token, if any, ends each text.
+    """The tokenizer in a model's folder. ``data.py`` adds ``eos_token_id``, if any, to each text.
 
     Raises:
         UsageError: the folder has no tokenizer that transformers can read.
@@ -101,6 +101,7 @@ class FolderTokenizer:
     def __init__(self, folder: str) -> None:
         auto = _transformers().AutoTokenizer
         try:
+            # Without such a file transformers may build an empty tokenizer.
             if not any(match for name in TOKENIZER_FILES for match in Path(folder).glob(name)):
                 raise FileNotFoundError(
                     "it has no tokenizer file"

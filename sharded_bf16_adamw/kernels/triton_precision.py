@@ -1,4 +1,4 @@
-"""The Triton kernel of ``precision_stats``: what a step would change, added up without storing it.
+"""The Triton kernel of ``precision_stats``: sums over the changes of a step, without taking it.
 
 One launch reads all tensors of one variant, with the access pattern of the update. The functions of
 ``triton_adamw.py`` compute the step. Each program adds up its chunk: the values of an element are
@@ -28,7 +28,7 @@ from .triton_adamw import (
 )
 
 SUMS = tl.constexpr(len(PRECISION_SUMS))
-PER_THREAD = tl.constexpr(BLOCK.value // TAIL.value)  # elements of one 16-byte load
+PER_THREAD = tl.constexpr(BLOCK.value // TAIL.value)  # elements of one 16-byte load of bfloat16
 
 
 @triton.jit(do_not_specialize=["n_rows", "chunk"], do_not_specialize_on_alignment=_SCALAR_POINTERS)
@@ -83,8 +83,9 @@ def _sum_chunk(
     row = tl.load(chunks + 2 * tl.program_id(0))
     scale, key, scalars = _row_scalars(param_table + row * ROW_WIDTH, hypers, grad_scale)
     g, p, m, v, c, n = _chunk_pointers(param_table, grads, chunks, row, chunk, variant, fp32_param)
-    # Each row of offsets belongs to one thread, which adds up its elements in registers. They are
-    # adjacent for a vector load. Without vector loads, a warp's threads read adjacent elements.
+    # Each line of offsets is the work of one thread, which adds up in registers. In an aligned row
+    # a thread's elements are adjacent, for vector loads; in an unaligned one, adjacent threads read
+    # adjacent elements.
     lanes = tl.arange(0, TAIL)[:, None]
     if (UNALIGNED_ROW & variant) == 0:
         offsets = lanes * PER_THREAD + tl.arange(0, PER_THREAD)[None, :]
@@ -134,9 +135,11 @@ def _sum_chunk(
     tl.store(to + 1, 0.0 if fp32_param else n.to(tl.float64))
     for j in tl.static_range(10):
         total = tl.sum(sums[j], axis=0).to(tl.float64)
-        if j == 5 or j == 6:  # an update is subtracted, so a change along it is negative
+        # descent, plain_descent: an update is subtracted, so its dot product with the change is
+        # negative
+        if j == 5 or j == 6:
             total = -total
-        if j == 7:
+        if j == 7:  # correction_sq, summed in units of 64 ulps
             total = total * (64.0 * 64.0)
         tl.store(to + 2 + j, total)
 
@@ -158,7 +161,7 @@ def _add(
     hardware_cast: tl.constexpr,
     flushing_sqrt: tl.constexpr,
 ):
-    """Return ``sums``, which have one entry per row of ``i``, plus those of the elements ``i``."""
+    """Add the elements ``i`` to ``sums``, which have one entry per line of ``i``; return them."""
     if fp32_param:
         weight, m32, v32, update = _new_fp32(
             g + i, p + i, m + i, v + i, mask, scale, scalars, flushing_sqrt

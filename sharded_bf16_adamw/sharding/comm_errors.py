@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,9 +21,12 @@ def comm_errors(operation: str, ranks: Sequence[int]) -> Iterator[None]:
 
     Raises:
         RuntimeError: in place of torch's error, which names neither the operation nor what to do.
+        torch.OutOfMemoryError: unchanged.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"{operation} between {_format_ranks(ranks)} failed on rank {dist.get_rank()}; most "

@@ -31,7 +31,7 @@ def sum_over_ranks(grads: Tensor, output: Tensor, divisor: float) -> None:
         >>> output
         tensor([0.])
     """
-    # A GPU multiplies by the reciprocal of a Python number, so the divisor is a tensor.
+    # A GPU divides by a Python number by multiplying by its reciprocal, which rounds differently.
     by = torch.full((), float(divisor), dtype=torch.float32, device=grads.device)
     numel = SUM_BLOCK_NUMEL if grads.device.type == "cpu" else max(1, output.numel())
     for block, result in zip(grads.split(numel, 1), output.split(numel), strict=True):

@@ -30,7 +30,7 @@ class ZeroStepInBackward(StepInBackward):
 
     def __init__(self, optimizer: Any, clip: ClipInBackward | None = None) -> None:
         optimizer._sharding.updates = self
-        self._has_failed = False  # on every rank
+        self._has_failed = False  # the step has failed, normally on every rank
         self._was_dropped = False  # step() has raised on every rank and dropped this step
         self.has_accumulated = False
         super().__init__(optimizer, clip)
@@ -109,7 +109,7 @@ class ZeroStepInBackward(StepInBackward):
         return f"{caller} was called after a step that has failed; {LOAD_ADVICE}"
 
     def before_zero_grad(self) -> None:
-        """Raise RuntimeError if some rank may have used gradients of this step."""
+        """End the round, or raise RuntimeError if this rank has had a final gradient in it."""
         self.check_between_steps("zero_grad()")
         self.abandon()
 
@@ -120,7 +120,8 @@ class ZeroStepInBackward(StepInBackward):
 
     def abandon_step(self) -> None:
         """End the round without a step, whatever its state. Collective."""
-        # A rank that has raised before its first gradient is idle, but others may not be.
+        # In every state: a rank that raised before its first gradient is idle, but others may have
+        # updated weights.
         self._stage.abandon(is_agreed=self._has_failed or self._was_dropped)
         self._has_failed = False
         self.abandon()

@@ -21,7 +21,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.clone,
     "transposed": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "one element into its storage": lambda x: torch.cat([x.new_full((1,), 9.0), x.flatten()])[
+    "storage offset of one element": lambda x: torch.cat([x.new_full((1,), 9.0), x.flatten()])[
         1:
     ].view(SHAPE),
     "every other column": lambda x: torch.stack([x, torch.full_like(x, 9.0)], dim=-1)[..., 0],
@@ -60,7 +60,7 @@ def check_layouts(update: Update) -> None:
 def check_outside_views(update: Update) -> None:
     """Check that memory between the elements of a view keeps its bits."""
     state = typical(N, 61).map(lambda x: x.view(SHAPE))
-    for name in ("one element into its storage", "every other column", "inner block"):
+    for name in ("storage offset of one element", "every other column", "inner block"):
         laid = state.map(LAYOUTS[name])
         outside = [storage(x) == 9.0 for x in laid]
         assert all(x.any() for x in outside)
@@ -89,7 +89,7 @@ def check_shapes(update: Update) -> None:
 def check_expanded_gradient(update: Update) -> None:
     """Check that a gradient whose elements share memory (autograd's expand) is read correctly."""
     state = typical(N, 63).map(lambda x: x.view(SHAPE))
-    g = torch.linspace(0.25, 0.5, N).bfloat16()[0].expand(SHAPE)
+    g = torch.tensor(0.25, dtype=torch.bfloat16).expand(SHAPE)
     wanted = stepped(update, state._replace(g=g.contiguous()), 3)
     laid = state.map(torch.clone)._replace(g=g)
     take_step(update, laid, 3)

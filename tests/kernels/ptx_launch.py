@@ -37,7 +37,7 @@ class Exposed:
         self._address = Tensor.data_ptr
 
     def data_ptr(self, tensor: Tensor) -> int:
-        """Replace ``Tensor.data_ptr``."""
+        """Record the tensor and return its address; stands in for ``Tensor.data_ptr``."""
         self._tensors[id(tensor)] = weakref.ref(tensor)
         return self._address(tensor)
 
@@ -70,7 +70,7 @@ class EmulatedKernel:
         passed = [
             by_name[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"
         ]
-        scratch = [0, 0]  # none
+        scratch = [0, 0]  # null pointers: the kernels use no global and no profile scratch
         arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in passed] + scratch
         kernel = _parsed(compiled.hash, compiled.asm["ptx"], compiled.metadata.shared)
         memory = self._exposed.memory()

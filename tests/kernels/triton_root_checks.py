@@ -26,9 +26,10 @@ def scaled_root_kernel(x, root):
 def flushing_root(x: Any) -> Any:
     """Emulate ``sqrt_rn`` of Triton 3.6 for AMD.
 
-    It refines a reciprocal root that flushes subnormal numbers in two iterations. Each float32
-    operation has one rounding, because numpy's long double holds the products. The hardware's
-    reciprocal root is within one ulp; this one is off by one ulp if the last bit of ``x`` is set.
+    It takes a reciprocal root that flushes subnormal numbers, and refines it in two iterations.
+    Each float32 operation has one rounding, because numpy's long double holds the products. The
+    hardware's reciprocal root is within one ulp; this one is off by one ulp if the last bit of
+    ``x`` is set.
     """
     wide, narrow = np.longdouble, np.float32
 
@@ -46,7 +47,7 @@ def flushing_root(x: Any) -> Any:
 
 
 def square_roots(scaled: bool) -> dict[str, int]:
-    """Count wrong roots by magnitude if the interpreter uses :func:`flushing_root`."""
+    """Count wrong roots by magnitude, with :func:`flushing_root` as the interpreter's root."""
     from triton.runtime import interpreter
 
     generator = np.random.default_rng(11)
@@ -54,7 +55,7 @@ def square_roots(scaled: bool) -> dict[str, int]:
     edges = [0, 1, 2, 3, 0x7FFFFF, 0x800000, 0x800001, 0x7F7FFFFF, 0x7F800000]
     edges += [(127 - 96) << 23 | x for x in (0, 1, 2)] + [((127 - 96) << 23) - x for x in (1, 2, 3)]
     bits[: len(edges)] = edges
-    bits[1000:30000] >>= 8  # mostly subnormal
+    bits[1000:30000] >>= 8  # subnormal or zero
     x = bits.view(np.float32)
     wanted = np.sqrt(x)
     root = torch.empty(len(x))
@@ -72,4 +73,4 @@ def square_roots(scaled: bool) -> dict[str, int]:
     wrong = root.numpy().view(np.uint32) != wanted.view(np.uint32)
     subnormal, tiny = x < np.finfo(np.float32).tiny, x < 2.0**-96
     classes = {"subnormal": subnormal, "below 2^-96": tiny & ~subnormal, "others": ~tiny}
-    return {name: int((wrong & of).sum()) for name, of in classes.items()}
+    return {name: int((wrong & in_class).sum()) for name, in_class in classes.items()}

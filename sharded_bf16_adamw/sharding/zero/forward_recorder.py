@@ -76,7 +76,8 @@ class ForwardRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        # A module outside the model has no hooks that wait, so its caller counts as the reader.
+        # Only modules of the model get hooks that wait for updated weights (overlapped_gather.py),
+        # so for another module its caller counts as the reader.
         self._running.append(self._fqns.get(module, self._running[-1]))
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:

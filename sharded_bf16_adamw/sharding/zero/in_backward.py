@@ -13,11 +13,11 @@ never block indefinitely on another rank. ``step()``, which every rank calls, do
 the consensus.
 
 * **Final gradients.** A bucket may be updated in the backward pass only if its reduction contains
-  all gradients of the step from all ranks. A rank launches a bucket once it holds all gradients of
-  the backward pass: in a hook if it is complete, else in ``step()``. So if each rank launches each
-  bucket once per step, each reduction is final. Backward passes in ``accumulate()`` launch buckets
-  several times. Then all updates wait for ``step()``, unless ``static_graph`` promises the number
-  of launches.
+  all gradients of the step from all ranks. A rank launches a bucket in a hook if the bucket is
+  complete, else in ``step()``. Either way it then holds all gradients of the backward pass. So if
+  each rank launches each bucket once per step, each reduction is final. Backward passes in
+  ``accumulate()`` launch buckets several times. Then all updates wait for ``step()``, unless
+  ``static_graph`` promises the number of launches.
 * **Weights.** Once the gradient of a parameter is final, autograd no longer needs the weight. So
   updated weights may be copied in before the backward pass has ended.
 * **Order of collectives.** The order of all-gathers relative to reductions differs between ranks,
@@ -139,11 +139,11 @@ class Stage2InBackward(Stage2):
         if not (self._is_in_hook and may_update) or self.updates.is_accumulating:
             return False
         if self._promised is not None:
-            launches = self._promised.launches[self._order.buckets.index(bucket)]
-        else:
-            launches = 0 if self.updates.has_accumulated else 1
+            expected_launches = self._promised.launches[self._order.buckets.index(bucket)]
+        else:  # 0: no launch is known to be the last
+            expected_launches = 0 if self.updates.has_accumulated else 1
         # A parameter that is frozen on this rank may have a gradient on another one.
-        return bucket.launches + 1 == launches and bucket.has_all_grads
+        return bucket.launches + 1 == expected_launches and bucket.has_all_grads
 
     @property
     def _promised(self) -> GradReport | None:
@@ -167,7 +167,7 @@ class Stage2InBackward(Stage2):
         super()._wait_oldest()
         is_final = self._final.get(bucket) is pending
         if is_final:
-            del self._final[bucket]  # frees the mean
+            del self._final[bucket]  # else it would keep the reduced gradients alive
         if self._is_in_hook and is_final:
             params = [each.param for each in bucket.zero_params]
             grads = [self._sharded_grads.pop(param) for param in params]
@@ -221,7 +221,8 @@ class Stage2InBackward(Stage2):
             return f"{error}; {LOAD_ADVICE}"
         if hasattr(self, "updates"):  # else the constructor of the optimizer adds a group
             self.updates.reset()
-        self._sharded_grads.clear()  # as on the other ranks, whether or not it calls zero_grad()
+        # On every rank, also on one whose zero_grad() call has just raised.
+        self._sharded_grads.clear()
         self._has_grad.clear()
         self._reset()
         return f"{error}; {REPEAT_ADVICE}"
@@ -283,8 +284,8 @@ class GatherInBackward(AllGather):
 
     Attributes:
         buckets: the buckets of :class:`.BucketOrder`; set them before :meth:`start`.
-        num_added: how many of the first buckets have been added since the last step.
-        num_launched: how many buckets have been launched since the last step.
+        num_added: number of buckets added since the last step; they are added in order.
+        num_launched: number of buckets launched since the last step.
     """
 
     def __init__(self, policy: ZeRO) -> None:
@@ -306,8 +307,8 @@ class GatherInBackward(AllGather):
         """Copy in weights that have arrived, and launch buckets while ``max_in_flight`` allows.
 
         Args:
-            device_may_block: launch all added buckets now; the device waits for the oldest in
-                flight.
+            device_may_block: launch all added buckets now; if ``max_in_flight`` are in flight, the
+                device waits for the oldest.
         """
         while self._in_flight and self._in_flight[0].is_completed and not device_may_block:
             self._in_flight.pop(0).finish()

@@ -27,8 +27,8 @@ class PendingReduce:
     follows, because NCCL's AVG multiplies each gradient by ``1 / ranks`` in that dtype. In
     bfloat16 and for 3 ranks that factor is 0.2 % off.
 
-    On a 2-D mesh an all-reduce over the first dimension follows, in the dtype of the input, or in
-    float32 with ``fp32_sum``.
+    On a 2-D mesh with replicas an all-reduce over the first dimension follows, in the dtype of the
+    input, or in float32 with ``fp32_sum``.
 
     Args:
         reduce_scatter_input: contiguous ``(ranks, shard numel)``; row ``r`` goes to rank ``r`` of
@@ -82,7 +82,7 @@ class PendingReduce:
 
     @property
     def is_completed(self) -> bool:
-        """Return True if :meth:`wait` would not block on other ranks."""
+        """Return True if :meth:`finish_local` was called and the all-reduce, if any, is done."""
         return self.is_local_finished and (
             self._replicate_work is None or self._replicate_work.is_completed()
         )
@@ -94,8 +94,8 @@ class PendingReduce:
 
         Args:
             timeout_s: seconds after which to give up; None for never.
-            device_may_block: with NCCL, block the device without a timeout instead of this thread
-                with one.
+            device_may_block: with NCCL, let the device wait, which has no timeout. If False, this
+                thread polls until ``timeout_s``.
 
         Returns:
             False after a timeout, else True.
@@ -128,7 +128,11 @@ class PendingReduce:
         return True
 
     def finish(self, timeout_s: float, device_may_block: bool = False) -> bool:
-        """Wait until :meth:`wait` would not block this thread. See :meth:`finish_local`."""
+        """Like :meth:`finish_local`, but wait for the all-reduce too.
+
+        Returns:
+            False after a timeout, else True.
+        """
         if not self.finish_local(timeout_s, device_may_block):
             return False
         if self._replicate_work is None or (device_may_block and not self._wait_blocks_host):
@@ -171,6 +175,6 @@ def is_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _divide(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Divide in float32 and round once."""
-    # A GPU multiplies by the reciprocal of a Python number, so the divisor is a tensor.
+    # A GPU divides by a Python number by multiplying by its reciprocal, which rounds differently.
     divisor = torch.full((), float(count), dtype=torch.float32, device=total.device)
     return total.float().div(divisor).to(dtype)
