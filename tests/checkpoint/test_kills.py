@@ -14,7 +14,8 @@ from sharded_bf16_adamw.checkpoint.directory import complete_checkpoints
 
 from .victims import assert_holds, operations, run, save_step
 
-KILLS = 16  # runs of each action
+KILLS = 16  # at most, for each action
+WRITE_KILLS = 4  # of them before a write
 AT_ONCE = 3  # concurrent runs
 
 
@@ -35,7 +36,7 @@ def check(root: Path, steps: set[int]) -> int:
 
 def check_next_saves(parent: Path) -> None:
     """Assert that a new process can save to the roots in ``parent``, and removes leftovers."""
-    assert run("next_saves", parent, 1, 0, None, False) == [0]
+    assert run("next_saves", parent, world=1, victim=0, at=None, everybody=False) == [0]
     for root in filter(Path.is_dir, parent.iterdir()):
         assert check(root, {9}) == 9
         assert sorted(path.name for path in root.iterdir()) == ["LATEST", "step-00000009"]
@@ -47,7 +48,7 @@ def check_next_saves(parent: Path) -> None:
         ("synchronous", 2, True),
         ("repeated_asynchronous", 2, False),
         ("pruning", 1, True),
-        # The survivors end the other way, or the step is saved again.
+        # The other value of everybody, saves with and without a stored plan, an existing step.
         pytest.param("synchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, True, marks=pytest.mark.exhaustive),
@@ -60,11 +61,11 @@ def test_kill_at_any_point_loses_nothing(action, world, everybody, tmp_path):
     for step in range(1, 7 if action == "pruning" else 3):
         save_step(initial, step, sharded=False)
     shutil.copytree(initial, tmp_path / "whole")
-    assert run(action, tmp_path / "whole", world, 0, None, False) == [0] * world
+    assert run(action, tmp_path / "whole", world, victim=0, at=None, everybody=False) == [0] * world
     before, done = {"same_step_again": (2, 2), "pruning": (6, 6)}.get(action, (2, 3))
     assert check(tmp_path / "whole", {done}) == done
     chosen = choose_points(tmp_path / "whole", world, random.Random(action))
-    assert len(chosen) >= KILLS - 4
+    assert len(chosen) >= KILLS - WRITE_KILLS
 
     def kill(index: int) -> int:
         victim, at = chosen[index]
@@ -89,9 +90,7 @@ def choose_points(root: Path, world: int, generator: random.Random) -> list[tupl
     ]
     special = [(rank, at) for rank, at, name in points if name != "write"]
     writes = [(rank, at) for rank, at, name in points if name == "write"]
-    chosen = (
-        special
-        if len(special) <= KILLS - 4
-        else [*generator.sample(special[:-1], KILLS - 5), special[-1]]
-    )
-    return [*chosen, *generator.sample(writes, min(len(writes), KILLS - len(chosen)))]
+    count = KILLS - WRITE_KILLS
+    if len(special) > count:  # always the last one, which is after publication
+        special = [*generator.sample(special[:-1], count - 1), special[-1]]
+    return [*special, *generator.sample(writes, min(len(writes), KILLS - len(special)))]

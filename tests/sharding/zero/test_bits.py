@@ -37,6 +37,9 @@ from .cases import (
 )
 
 STEPS = 8  # the gradients' scales repeat after 7
+LAYERS, WIDTH = 8, 48
+WEIGHT_BYTES = LAYERS * WIDTH * WIDTH * 2
+LAYER_MB = WIDTH * WIDTH * 2 / 2**20
 
 
 @functools.cache
@@ -146,9 +149,9 @@ def test_stage_1_with_ddp_matches_single_process(world):
 
 @contextmanager
 def like_nccl():
-    """Use gloo's reduce-scatter in place of NCCL's, and give it NCCL's average of bfloat16.
+    """Take the code path of NCCL, on gloo.
 
-    That average multiplies each addend by a rounded ``1 / ranks``.
+    AVG rounds as NCCL's does: it multiplies each addend by ``1 / ranks`` rounded to its dtype.
     """
 
     def averaging(function, position):
@@ -243,7 +246,8 @@ def test_fp32_sum_between_replicas(with_nccl):
 def nccl_mean_worker(rank, world, shape):
     """Sums of small integers are exact in bfloat16, so only the division rounds."""
     mesh = mesh_of(shape)
-    group, ranks, replicas = mesh.get_group(mesh.ndim - 1), shape[-1], mesh.ndim > 1 and shape[0]
+    group, ranks = mesh.get_group(mesh.ndim - 1), shape[-1]
+    replicas = shape[0] if mesh.ndim > 1 else None
     shard = mesh.get_local_rank(mesh.ndim - 1)
     grads = torch.randint(
         -8, 9, (ranks, 1000), generator=torch.Generator().manual_seed(rank)
@@ -257,15 +261,14 @@ def nccl_mean_worker(rank, world, shape):
     for dtype in (torch.bfloat16, torch.float32):
         wanted = (total / ranks).to(torch.bfloat16 if replicas else dtype)
         if replicas:
-            wanted = wanted.clone()
             dist.all_reduce(wanted, group=mesh.get_group(0))
             wanted = (wanted.float() / replicas).to(dtype)
         with like_nccl():
             assert torch.equal(PendingReduce(grads.clone(), mesh, dtype).wait(), wanted)
     with like_nccl():
         reduce_scatter.all_reduce_mean(whole, mesh)
-    if not replicas:
-        assert torch.equal(whole, (torch.stack(of_all).float().sum(0) / world).bfloat16())
+    # Over a dimension of one rank nothing is rounded, so each shape has the same mean.
+    assert torch.equal(whole, (torch.stack(of_all).float().sum(0) / world).bfloat16())
     return float(total.abs().max())
 
 
@@ -283,15 +286,13 @@ def first_step_worker(rank, world):
     optimizer = new_optimizer(
         model, zero(bucket_size_mb=LAYER_MB, max_in_flight=1, broadcast_initial=True)
     )
-    x, others = (
-        torch.ones(2, WIDTH, dtype=torch.bfloat16),
-        dist.new_group(timeout=timedelta(seconds=5)),
-    )
+    x = torch.ones(2, WIDTH, dtype=torch.bfloat16)
+    barrier_group = dist.new_group(timeout=timedelta(seconds=5))
     with like_nccl(), backpressure_timeout(0.05):
         for _ in range(3):
             nn.Sequential(*list(model)[: -1 if rank == 1 else None])(x).sum().backward()
-            # Like loss.item() on rank 0, which waits for its device and so for rank 1.
-            dist.barrier(others)
+            # Stands for loss.item() on rank 0, whose device waits for rank 1.
+            dist.barrier(barrier_group)
             optimizer.step(zero_grad=True)
         for _ in range(3):
             model(x).sum().backward()
@@ -324,13 +325,8 @@ def test_state_takes_six_bytes_a_parameter_over_world_size(world):
     )
 
 
-LAYERS, WIDTH = 8, 48
-WEIGHT_BYTES = LAYERS * WIDTH * WIDTH * 2
-LAYER_MB = WIDTH * WIDTH * 2 / 2**20
-
-
 def traffic_worker(rank, world, stage, old_names=False):
-    """Train with collectives of the names before torch 2.13 if ``old_names``."""
+    """Train; with ``old_names``, collectives have only the names from before torch 2.13."""
     with pytest.MonkeyPatch.context() as patched:
         if old_names:
             patched.delattr(dist, "all_gather_single", raising=False)
@@ -359,7 +355,8 @@ def test_stage_2_traffic(world, old_names):
             name: sum(bytes_ for other, bytes_, _ in calls if other == name) for name, _, _ in calls
         }
         share = (world - 1) / world * WEIGHT_BYTES
-        flags = 2 * (world - 1)  # bytes, with the last bucket: whether ranks have to agree anew
+        # Bytes added to the last bucket, which say whether the ranks must agree anew.
+        flags = 2 * (world - 1)
         assert sent["all_gather_single"] == pytest.approx(share)
         assert sent["all_to_all_single"] == pytest.approx(share + flags, abs=1e-6)
         rest = [
@@ -379,7 +376,7 @@ def test_stage_1_traffic():
         assert sorted(rest) == [
             ("all_reduce", 32),
             ("consensus.all_reduce", 8),
-        ], "the norm and whether gradients exist as before"
+        ], "the norm, and the check that the same gradients exist as in the last step"
 
 
 def overlap_worker(rank, world):
@@ -415,7 +412,7 @@ def test_reductions_overlap_with_backward():
 
 
 def memory_worker(rank, world, strategy):
-    """Return the peak bytes of gradients and buckets in a backward pass, and of all gradients."""
+    """Return bytes: the peak of gradients and buckets in a backward pass, and all gradients."""
     layers, width = 16, 32
     model = Linears(layers, width)
     weight_bytes = layers * width * width * 2
