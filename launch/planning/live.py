@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._storages: Any = WeakIdKeyDictionary()  # bytes at the last use
+        self._storages: Any = WeakIdKeyDictionary()  # bytes at the last sum
         self.peak = 0
         self.collectives: list[Collective] = []
 
@@ -84,10 +84,9 @@ class LiveBytes(TorchDispatchMode):
         has_grown = False
         for tensor in _tensors((args, kwargs, result)):
             storage = tensor.untyped_storage()
-            if (nbytes := storage.nbytes()) > self._storages.get(storage, 0):
-                has_grown = True
-            self._storages[storage] = nbytes
-        if has_grown:  # the sum takes longer than most operations
+            has_grown |= storage.nbytes() > self._storages.setdefault(storage, 0)
+        # The sum takes longer than most operations. Without growth it cannot exceed the last one.
+        if has_grown:
             self.peak = max(self.peak, self.live_bytes)
         return result
 
@@ -103,7 +102,9 @@ class LiveBytes(TorchDispatchMode):
     @property
     def live_bytes(self) -> int:
         """Bytes of the storages that exist now."""
-        return sum(storage.nbytes() for storage in self._storages)
+        for storage in list(self._storages):
+            self._storages[storage] = storage.nbytes()
+        return sum(self._storages.values())
 
     def reset_peak(self) -> None:
         self.peak = self.live_bytes

@@ -298,3 +298,9 @@ def test_live_bytes_follow_allocation_and_release():
         x.untyped_storage().resize_(12000)
         x.zero_()
         assert live.peak == 12000
+        x.untyped_storage().resize_(0)  # as FSDP2 frees a parameter
+        y = torch.ones(2000)
+        x.untyped_storage().resize_(12000)
+        x.zero_()
+        assert live.peak == 20000
+        del y
