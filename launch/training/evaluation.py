@@ -27,11 +27,11 @@ def held_out_loss(run: Run) -> float:
     run.wrapped_model.eval()
     try:
         for index in range(args.eval_batches):
-            run.supervisor.stop_if_requested()
-            run.supervisor.beat(f"the evaluation after step {run.step}")
             batch = run.data.held_out_batch(index, args.eval_batches, args.batch_size)
             local = batch[world.batch_slice].to(world.device)
             for micro_batch in local.chunk(args.grad_accum):
+                run.supervisor.stop_if_requested()
+                run.supervisor.beat(f"the evaluation after step {run.step}")
                 total += compute_loss(run.wrapped_model, micro_batch)
     finally:
         run.wrapped_model.train()

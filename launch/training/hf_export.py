@@ -40,7 +40,7 @@ def export_hf(args: argparse.Namespace, checkpoint: Path) -> None:
 def export_hf_if_missing(args: argparse.Namespace, checkpoint: Path) -> None:
     """Export a checkpoint unless the link ``latest`` leads to its export. Collective."""
     latest = Path(args.out) / LATEST_EXPORT
-    if not call_on_rank_0(lambda: latest.resolve().name == checkpoint.name):
+    if not call_on_rank_0(lambda: latest.exists() and latest.resolve().name == checkpoint.name):
         export_hf(args, checkpoint)
 
 
