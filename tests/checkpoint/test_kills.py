@@ -52,6 +52,7 @@ def check_next_saves(parent: Path) -> None:
         pytest.param("synchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("asynchronous", 2, True, marks=pytest.mark.exhaustive),
+        pytest.param("repeated_asynchronous", 2, True, marks=pytest.mark.exhaustive),
         pytest.param("repeated", 2, False, marks=pytest.mark.exhaustive),
         pytest.param("same_step_again", 1, True, marks=pytest.mark.exhaustive),
     ],

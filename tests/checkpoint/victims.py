@@ -89,7 +89,7 @@ def destroying(root: Path, sharded: bool) -> None:
     write_data = dcp_storage.ChecksummedWriter.write_data
 
     def write_later(self: Any, plan: Any, planner: Any) -> Any:
-        time.sleep(0.3 + 0.3 * dist.get_rank() if dist.is_initialized() else 0)
+        time.sleep(0.3 + dist.get_rank() if dist.is_initialized() else 0)
         return write_data(self, plan, planner)
 
     dcp_storage.ChecksummedWriter.write_data = write_later  # type: ignore[method-assign]

@@ -140,7 +140,7 @@ def test_dead_rank_is_a_clear_error_on_the_other(tmp_path, strategy, moment, cli
 
 def hanging_worker(rank, world, moment):
     """Rank 1 hangs. The timeout is that of the mesh, not the default group's 100 s."""
-    mesh = mesh_with_timeout({"construction": 1, "step": 3}.get(moment, 60))
+    mesh = mesh_with_timeout({"construction": 3, "step": 3}.get(moment, 60))
     model = nn.Linear(4, 4).bfloat16()
     if moment == "construction":
         if rank == 0:

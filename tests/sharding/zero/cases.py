@@ -124,7 +124,7 @@ def mesh_with_timeout(seconds: float) -> DeviceMesh:
     return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=seconds)), "cpu")
 
 
-def shorten_timeout(optimizer: AdamW_BF16, mesh: DeviceMesh, seconds: float = 0.5) -> None:
+def shorten_timeout(optimizer: AdamW_BF16, mesh: DeviceMesh, seconds: float = 1.0) -> None:
     """Set how long later collectives wait, of an optimizer with ZeRO on :func:`mesh_with_timeout`.
 
     Call it just before a rank hangs. Ranks that start with a short timeout fail on a busy machine.

@@ -22,6 +22,8 @@ FOR_OVERLAP_GATHER = [
     loops.state_reloaded,
     loops.closure,
 ]
+OTHERS = [scenario for scenario in loops.SCENARIOS if scenario not in FOR_OVERLAP_GATHER]
+OVERLAP_GATHER = {"overlap_gather": True, "max_in_flight": 1}
 
 
 def scenarios_worker(rank, world, scenarios, options):
@@ -33,11 +35,12 @@ def scenarios_worker(rank, world, scenarios, options):
     ("world", "scenarios", "options"),
     [
         (2, loops.SCENARIOS, {}),
-        (2, FOR_OVERLAP_GATHER, {"overlap_gather": True, "max_in_flight": 1}),
+        (2, FOR_OVERLAP_GATHER, OVERLAP_GATHER),
+        pytest.param(2, OTHERS, OVERLAP_GATHER, marks=pytest.mark.exhaustive),
         # The longest: four ranks, gradients sent and accumulated in float32.
         pytest.param(4, loops.SCENARIOS, loops.FP32_SUMS, marks=pytest.mark.exhaustive),
     ],
-    ids=["2", "2, overlap_gather", "4, float32 sums"],
+    ids=["2", "2, overlap_gather", "2, overlap_gather, others", "4, float32 sums"],
 )
 def test_training_loops_match_single_process(world, scenarios, options):
     expected = run_loops(scenarios, partial(Loop, world))
