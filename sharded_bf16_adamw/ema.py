@@ -90,7 +90,6 @@ class EMA:
                 "the optimizer has an EMA already, and its state holds one average for each "
                 "parameter; use that EMA, or delete it before you build another"
             )
-        _ema_of[optimizer] = weakref.ref(self)
         self._model = model
         self._optimizer = optimizer
         self._is_swapped = False
@@ -98,6 +97,7 @@ class EMA:
         optimizer.init_state()
         for _, state, weight in self._states():
             state.setdefault("ema", weight.clone())
+        _ema_of[optimizer] = weakref.ref(self)  # nothing above may fail after it
 
     @property
     def decay(self) -> float:

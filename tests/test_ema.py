@@ -232,6 +232,20 @@ def test_wrong_arguments_are_errors():
     assert ema.decay == 0.5
 
 
+def test_average_that_could_not_be_built_is_not_in_the_way_of_another(monkeypatch):
+    def fail():
+        raise MemoryError
+
+    model = nn.ParameterList([param(4, 8)])
+    optimizer = AdamW_BF16(model.parameters())
+    monkeypatch.setattr(optimizer, "init_state", fail)
+    with pytest.raises(MemoryError) as caught:
+        EMA(model, optimizer)
+    monkeypatch.undo()
+    EMA(model, optimizer)
+    assert caught.traceback, "holds the EMA that could not be built"
+
+
 def test_second_average_of_an_optimizer_is_an_error():
     """Both would move the one average in the optimizer's state."""
     model, optimizer, ema = build()

@@ -372,7 +372,12 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = add_command("import", _import, "write a checkpoint from weights of another training")
     add("source", help="a safetensors file, a directory of them with an index, or a torch file")
     add("out", help="directory for the checkpoints of a new run")
-    add("--optimizer", metavar="FILE", help="torch file with the state of a torch.optim.AdamW")
+    add(
+        "--optimizer",
+        metavar="FILE",
+        help="torch file with the state of a torch.optim.AdamW, keyed by names unless it has one "
+        "parameter group and the weights are a torch file",
+    )
     add("--fp32", **patterns, help="parameters that stay float32, such as '*norm*'")
     add("--buffer", **patterns, help="floating-point tensors that are not parameters")
     add("--lr", type=float, help="learning rate, unless --optimizer has it (default: 1e-3)")

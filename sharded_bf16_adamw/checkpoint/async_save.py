@@ -55,6 +55,8 @@ class _Pending(threading.Thread):
                 self.start()
         except BaseException as error:
             self._function, self.error = None, error
+            if self.ident is None and not isinstance(error, CollectiveError):
+                _borrowed.discard(self._group)  # run() does it otherwise
             raise
         finally:
             self._decided.set()

@@ -213,6 +213,8 @@ def read_chunks(path: Path, files: dict[str, FileRecord]) -> bytes:
                 content = table.to_bytes()
         else:
             table = ChunkTable.from_bytes(content)
+    except MemoryError:
+        raise
     except Exception as error:  # crafted metadata can raise anything
         raise ValueError(f"{unusable}: {name}: {error}; load another checkpoint") from error
     unchecked = set(table.files) - set(files)

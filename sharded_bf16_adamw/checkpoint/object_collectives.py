@@ -131,6 +131,8 @@ def _explain_failed_collective(group: Group) -> Iterator[None]:
     """Replace torch's error about a failed collective by one that names the likely causes."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise CollectiveError(
             f"a checkpoint collective of rank {dist.get_rank()} and {world_size(group) - 1} other "

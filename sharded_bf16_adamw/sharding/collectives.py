@@ -57,7 +57,11 @@ def new_group_like(group: dist.ProcessGroup, device: torch.device) -> dist.Proce
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
     """Return the timeout that the user gave the group, or None if it is unknown."""
-    return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+    try:
+        options = group._get_backend(device).options
+    except (AttributeError, RuntimeError):  # a backend without options, such as MPI
+        return None
+    return getattr(options, "_timeout", None)
 
 
 def _new_group(ranks: Sequence[int], backend: str, timeout: timedelta | None) -> dist.ProcessGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from sharded_bf16_adamw import AdamW_BF16, ZeRO
 from sharded_bf16_adamw.sharding import collectives
-from sharded_bf16_adamw.sharding.collectives import device_for, new_cpu_group
+from sharded_bf16_adamw.sharding.collectives import device_for, new_cpu_group, timeout_of
 
 SOON = timedelta(seconds=5)
 
@@ -26,6 +27,16 @@ def summed(group) -> float:
     dist.all_gather_object(objects, dist.get_rank(), group=group)
     assert objects == dist.get_process_group_ranks(group)
     return value.item()
+
+
+def test_timeout_of_a_backend_without_options_is_unknown():
+    class Backend:  # as torch's base class, which MPI's and UCC's inherit from
+        @property
+        def options(self):
+            raise RuntimeError("Backend mpi does not implement getBackendOptions")
+
+    group = SimpleNamespace(_get_backend=lambda device: Backend())
+    assert timeout_of(group, torch.device("cpu")) is None
 
 
 def different_histories_worker(rank, world):

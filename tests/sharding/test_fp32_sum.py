@@ -11,7 +11,6 @@ from bits import same_bits
 from distributed import run_ranks
 from torch import nn
 from torch.distributed import ReduceOp
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -238,6 +237,8 @@ def refused_worker(rank, world):
                 comm(torch.empty(1, dtype=dtype), grads.to(dtype), group, op, async_op=async_op)
         with pytest.raises(RuntimeError, match="averaging gradients between ranks 0, 1 failed on"):
             comm(torch.empty(1), grads, group, ReduceOp.AVG)
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("replicate",))
     replicated = replicate(nn.Linear(4, 4), mesh=mesh)  # built on FSDP2, but it all-reduces
     with pytest.raises(ValueError, match="without FSDP2 modules"):
