@@ -367,6 +367,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
         title = f"{model}, {run['ranks']} ranks"
         axes.set(xlabel="bytes per parameter on rank 0", title=title)
     all_axes[0].invert_yaxis()
-    all_axes[-1].legend()
+    # Below the axes: inside, it would hide bars.
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
