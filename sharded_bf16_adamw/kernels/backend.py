@@ -147,7 +147,7 @@ class TensorLists(NamedTuple):
 
 
 class BackendTable(Protocol):
-    """What a backend keeps between steps about a list of parameters, such as addresses.
+    """The state that a backend keeps between steps for a list of parameters, such as addresses.
 
     ``make_table(tensors)`` of the backend's module creates one. A parameter and its states have
     the same strides and are dense (no gaps, no overlaps). The table keeps them alive. The caller

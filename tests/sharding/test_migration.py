@@ -1,4 +1,4 @@
-"""What docs/migration.md says of a ZeRO state in torch's AdamW: update the page if this fails."""
+"""Statements of docs/migration.md about a ZeRO state in torch's AdamW. Update it if one fails."""
 
 import pytest
 import torch
