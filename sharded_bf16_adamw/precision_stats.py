@@ -28,7 +28,7 @@ from .validation import param_names
 from .weights import WeightAccess
 
 CPU = torch.device("cpu")
-MAX_COMPARED = 1 << 20  # so that float64 holds sums of squares exactly
+MAX_ONE_IN_COMPARED = 1 << 20  # cap of 1 / fraction, so that float64 sums its squares exactly
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class PrecisionStats:
         updates: elements whose intended update is not zero.
         lost_share: share of ``updates`` that leave a plain weight as it is.
         carried_share: share of ``updates`` that leave a plain weight as it is but change the true
-            weight. The rest of ``lost_share`` is rounded to zero in the correction; stochastic
-            rounding makes up for it by rounding other updates up.
+            weight. The rest of ``lost_share`` does not change the correction either; on average,
+            stochastic rounding makes up for it by enlarging other updates.
         edq: effective descent quality. Collage (arXiv:2405.03637) defines EDQ as the projection of
             the effective update on the direction of the intended one,
             ``dot(intended / norm(intended), effective)``. This value is EDQ divided by
@@ -254,7 +254,7 @@ def _moments(x: int, like: Tensor) -> Tensor:
 
     Their sums over ranks tell whether x differs between ranks, without a collective of their own.
     """
-    x = min(x, MAX_COMPARED)
+    x = min(x, MAX_ONE_IN_COMPARED)
     return torch.cat([torch.full_like(like[:, :1], value) for value in (1, x, x * x)], 1)
 
 

@@ -131,7 +131,9 @@ class Supervisor:
             now = time.monotonic()
             # Time during which the whole process was suspended does not count as idle.
             elapsed = min(now - before, 2 * POLL_S)
-            self._idle_s += elapsed  # no call in between: beat() may set it to 0
+            # beat() of the main thread sets it to 0. Threads switch at calls, so the read and the
+            # write of this += have none between them.
+            self._idle_s += elapsed
             before = now
             if self.seconds_left() < 0:
                 end_now(STOPPED, f"--grace {self.grace:g} s is over in {self._doing}")

@@ -31,8 +31,8 @@ from .manifest import Manifest, write_durably, write_manifest
 from .root_lock import RootLock, lock_if_possible
 
 PARTIAL, NEW_LATEST = ".partial-", f".{LATEST}"
-# Without a lock, a leftover that has not changed for this long counts as dead. A save whose ranks
-# hang fails sooner, because collectives time out.
+# A leftover that no lock proves dead counts as dead if it has not changed for this long. A save
+# whose ranks hang fails sooner, because collectives time out.
 DEAD_AFTER_S = 3600
 SEEN_WITHIN_S = 10.0  # network file systems cache folders, so files of other hosts appear late
 UNPUBLISHED = 0  # serial number of a manifest before publish() assigns the next one
@@ -46,8 +46,8 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
     End the save by :func:`release` or :func:`abandon`.
 
     Returns:
-        The partial folder, and the checkpoint's future path. Its name is still free: a resumed run
-        may save a step again.
+        The partial folder, and the path that the checkpoint will get: the first free name of this
+        step, since a resumed run may save a step again.
 
     Raises:
         RuntimeError: another save to ``root`` is in progress, or another job has saved there since
@@ -151,7 +151,7 @@ def check_folder_visible(root: Path, folder: Path, rank: int, action: str = "has
 
 
 def check_files_visible(partial: Path, files_of_ranks: list[dict[str, FileRecord]]) -> None:
-    """Check that this rank sees every file that the ranks have written, in full size.
+    """Check on rank 0 that it sees every file that the ranks have written, in full size.
 
     Raises:
         OSError: a file is missing or has another size.

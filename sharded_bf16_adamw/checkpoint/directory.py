@@ -1,7 +1,8 @@
 """The folders under a root: find complete checkpoints, and remove old ones.
 
 A folder whose name starts with a dot is temporary and is not read. One rename publishes a
-checkpoint, and one removes it. Files are flushed before publication, the parent folder after each.
+checkpoint, and one removes it. Files are flushed before they are published, and the parent folder
+after each of the two renames.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def newest_good(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
 
 
 def prune(root: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Remove all checkpoints under ``root`` but the ``keep`` newest; never the latest.
+    """Remove all but the ``keep`` newest checkpoints under ``root``, and never :func:`latest`'s.
 
     Not collective: call it on one process.
 
@@ -263,8 +264,9 @@ def remove(path: Path) -> None:
 def remove_older(newest: Path, manifest: Manifest, keep: int | None) -> None:
     """Remove the checkpoints that ``newest``, just published, replaces.
 
-    These are earlier saves of its step, and all but the ``keep`` newest. Checkpoints that another
-    job has published since are left alone. A checkpoint that cannot be removed causes a warning.
+    These are the earlier saves of its step, and all but the ``keep`` newest, itself included; None
+    keeps all of those. Checkpoints that another job has published since are left alone. A
+    checkpoint that cannot be removed causes a warning.
     """
     older = [
         path for serial, path in readable_checkpoints(newest.parent) if serial < manifest.serial

@@ -116,8 +116,8 @@ def load(
     (each rank reads its share), and names, shapes and dtypes are compared with the model's.
 
     Args:
-        path: a checkpoint's folder, or the ``root`` of a run (or the folder of its ``checkpoints``)
-            to load its latest checkpoint.
+        path: a checkpoint's folder; or the ``root`` of a run, or the folder that contains it under
+            the name ``checkpoints``, to load the latest checkpoint.
         model: the module, wrapped by DDP or FSDP or not at all.
         optimizer: the optimizer of its parameters.
         strict: raise on missing keys, unexpected keys, mismatches in shape or dtype, and names that
@@ -186,8 +186,8 @@ def load(
             comparison = compare(table, manifest, state, elsewhere)
             comparison.mismatches[:0] = different_ties
             if strict and comparison.mismatches:
-                by_rank = any(re.search(r"@(pp|ep)\d", key) for key in table.tensors)
-                raise ValueError(_mismatch_message(folder, comparison.mismatches, by_rank))
+                has_rank_names = any(re.search(r"@(pp|ep)\d", key) for key in table.tensors)
+                raise ValueError(_mismatch_message(folder, comparison.mismatches, has_rank_names))
         rng_state = {
             key: value
             for key, value in get_rng_state(group, every_device=True).items()
@@ -203,7 +203,7 @@ def load(
         for key in comparison.missing_states:
             for _, local in local_blocks(state.tensors[key]):
                 local.zero_()
-    # set_state is collective under FSDP1
+    # A block of its own: set_state is collective under FSDP1, so each rank must have read its part.
     with raise_on_all_ranks(f"the model may be partly loaded from {folder}", group):
         set_state(model, optimizer, merge_loaded(state, comparison, tensors), names)
         set_rng_state(rng_state)
@@ -289,10 +289,11 @@ def _read_into(tensors: dict[str, Any], folder: Path, table: ChunkTable, group: 
     ChunkReader(folder, metadata).read_data(plan, planner).wait()
 
 
-def _mismatch_message(folder: Path, differences: list[str], by_rank: bool) -> str:
+def _mismatch_message(folder: Path, differences: list[str], has_rank_names: bool) -> str:
     hint = (
-        " (names with @pp or @ep load in the layout that saved them: see ModelParallel)"
-        if by_rank
+        " (names with @pp or @ep can be loaded only in the layout that saved them: see "
+        "ModelParallel)"
+        if has_rank_names
         else " (build EMA(model, optimizer) before the load if the checkpoint has an average, "
         "after it otherwise)"
         if any(EMA in difference for difference in differences)

@@ -60,7 +60,8 @@ class Batcher:
             if batch.nbytes >= BATCH_BYTES:
                 flush()
         elif batch is None and is_shared and grad.storage_offset():
-            self._storage_ends.clear()  # an end was wrong: record all anew
+            # The last batch ended inside this storage, so a recorded end was wrong: record anew.
+            self._storage_ends.clear()
         if batch is not None and (batch.device, batch.stream) != (grad.device, stream):
             flush()
         if self.batch is None:

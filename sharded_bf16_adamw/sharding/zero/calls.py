@@ -1,6 +1,7 @@
 """The calls of the optimizer's methods, which all ranks have to make in the same order.
 
-Each full exchange of a stage carries every rank's :class:`Call`. If the calls differ, every rank
+Each exchange of ZeRO's stages carries every rank's :class:`Call`, except for the single flag of a
+gradient report that has not changed. If the calls differ, every rank
 raises the same error before anything changes.
 
 One difference is not found in time. A ``step()`` after ``clip_grad_norm_()`` exchanges nothing
@@ -68,7 +69,7 @@ def find_difference(flags: Sequence[int]) -> str | None:
 
 @contextmanager
 def timeout_errors(call: Call, ranks: Sequence[int]) -> Iterator[None]:
-    """Reword a timeout of the exchange in this context if other ranks may not take part in it.
+    """Reword a timeout of the exchange in this context if other ranks possibly never join it.
 
     Args:
         call: this rank's call.
