@@ -20,7 +20,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model", "tekken.json", "*.tik
 
 def _transformers() -> Any:
     try:
-        return importlib.import_module("transformers")  # mypy checks an import for minutes
+        # not a plain import: mypy would take minutes to follow it
+        return importlib.import_module("transformers")
     except ImportError:
         raise UsageError(
             "--model needs the transformers package: install it with pip install transformers."
